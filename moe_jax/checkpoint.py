@@ -1,0 +1,104 @@
+"""Orbax checkpoints: train state, data iterator and metrics of a step, saved in one piece.
+
+The one module that knows Orbax.
+"""
+
+import pathlib
+from typing import Any
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from moe_jax import config as config_lib
+
+
+class Checkpointer:
+  """Checkpoints of one workdir. Saving is asynchronous: a step's files appear whole or not at all."""
+
+  def __init__(self, workdir: pathlib.Path, train: config_lib.Train | None = None):
+    """With `train`, keeps its latest and best steps and deletes the others; without, only reads."""
+    options = {"read_only": True}
+    if train is not None:
+      # Orbax's own max_to_keep with best_fn would delete the newest checkpoint.
+      keep = [policies.LatestN(train.keep_latest)]
+      if train.keep_best:
+        best = policies.BestN(
+          get_metric_fn=lambda metrics: metrics["loss"],
+          reverse=True,
+          n=train.keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+        keep.append(best)
+      options = {
+        "preservation_policy": policies.AnyPreservationPolicy(keep),
+        "best_fn": lambda metrics: metrics["loss"],  # without it the metrics are not written
+        "best_mode": "min",
+        "enable_async_checkpointing": True,
+      }
+    self._manager = ocp.CheckpointManager(
+      (workdir / "checkpoints").absolute(),
+      options=ocp.CheckpointManagerOptions(**options),
+      item_names=("state", "data"),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any, data: Any, metrics: dict[str, float] | None) -> None:
+    """Copies state to the host and returns; the write goes on behind the next steps."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state), data=grain.checkpoint.CheckpointSave(data)
+      ),
+      metrics=metrics,
+      force=True,
+    )
+
+  def restore(self, step: int, abstract_state: Any, data: Any) -> tuple[Any, Any]:
+    """Reads straight into the shardings of `abstract_state`, whatever mesh wrote the files."""
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+          abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        ),
+        data=grain.checkpoint.CheckpointRestore(data),
+      ),
+    )
+    return restored["state"], restored["data"]
+
+  def restore_params(self, step: int, abstract_state: Any) -> Any:
+    """Only `abstract_state`'s subtree (the parameters): optimizer moments are not read."""
+    args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(abstract_state, restore_args=args, partial_restore=True)
+      ),
+    )
+    return restored["state"]
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the scheduler wants this job gone; the same answer in every process."""
+    return self._manager.reached_preemption(step)
+
+  def wait(self) -> None:
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """ShapeDtypeStructs that carry the shardings to restore into."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    tree,
+    shardings,
+  )

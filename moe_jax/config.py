@@ -1,0 +1,325 @@
+"""The whole configuration of a run: typed, validated, saved as JSON beside its results.
+
+Nothing here imports jax, so a mistake is reported before any device is touched.
+"""
+
+import dataclasses
+import difflib
+import enum
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import app, flags, logging
+
+
+class UserError(ValueError):
+  """A mistake that one line explains: the field, its value, and the remedy."""
+
+
+class Router(enum.Enum):
+  SWITCH = "switch"  # top-1, gate = probability (Switch Transformer)
+  TOPK = "topk"  # softmax, then the k largest (GShard, Mixtral)
+
+
+class Dispatch(enum.Enum):
+  GATHER = "gather"  # index gather into fixed slots per expert; drops above capacity
+  EINSUM = "einsum"  # one-hot matmuls (GShard); same result as gather
+  DENSE = "dense"  # every expert on every token: the oracle; never drops
+
+
+class Remat(enum.Enum):
+  NONE = "none"  # keep every activation
+  DOTS = "dots"  # keep matmul outputs, recompute the rest
+  FULL = "full"  # keep one activation per layer, recompute the rest
+
+
+class Dtype(enum.Enum):
+  FLOAT32 = "float32"
+  BFLOAT16 = "bfloat16"
+
+
+class Schedule(enum.Enum):
+  COSINE = "cosine"
+  WSD = "wsd"  # warm-up, stable, linear decay over the last decay_fraction of the steps
+  CONSTANT = "constant"
+
+
+def _section():
+  return dataclasses.dataclass(slots=True, kw_only=True)
+
+
+@_section()
+class MoE:
+  num_experts: int = 0  # E; 0 is a dense model
+  top_k: int = 2  # K, experts per token
+  expert_dim: int = 256  # F of one expert
+  router: Router = Router.TOPK
+  renormalize: bool = True  # the K gates of a token sum to 1 (Mixtral)
+  dispatch: Dispatch = Dispatch.GATHER
+  capacity_factor: float = 1.25  # slots per expert / (T*K/E) in training; 0 drops nothing
+  eval_capacity_factor: float = 2.0  # the same in evaluation
+  group_size: int = 0  # T, tokens that compete for the same slots; 0 is one sequence
+  jitter: float = 0.0  # router input times U(1-jitter, 1+jitter) in training
+  every: int = 1  # after first_dense, each every-th layer is an MoE layer
+  first_dense: int = 0  # leading dense layers
+
+
+@_section()
+class Model:
+  vocab_size: int = 264  # V; bytes need 257, the rest pads to a multiple of 8
+  num_layers: int = 4
+  dim: int = 192  # D
+  num_heads: int = 6  # H
+  num_kv_heads: int = 2  # G
+  head_dim: int = 32  # A
+  ffn_dim: int = 512  # F of dense blocks
+  rope_base: float = 10_000.0
+  norm_eps: float = 1e-5
+  qk_norm: bool = False
+  tied_head: bool = True
+  compute_dtype: Dtype = Dtype.FLOAT32  # parameters stay float32
+  remat: Remat = Remat.NONE
+  moe: MoE = dataclasses.field(default_factory=MoE)
+
+
+@_section()
+class Data:
+  name: str = "python_stdlib"  # a TFDS name, or "text" for your own files in `path`
+  path: str = ""  # a .txt/.jsonl file or a folder of them, for name="text"
+  text_field: str = "text"  # key of the text in each example or JSON line
+  train_split: str = "train"  # TFDS split syntax, so "train[:1%]" works
+  validation_split: str = "validation"
+  test_split: str = "test"
+  tokenizer: str = "bytes"  # "bytes", or a path: tokenizer.json or SentencePiece .model
+  seq_len: int = 256  # L
+  batch_size: int = 32  # sequences per optimizer step, over all devices
+  seed: int = 0  # order of the training rows
+  threads: int = 4  # reader threads per process
+  cache_dir: str = ""  # "" is $MOE_JAX_CACHE, or moe_jax in the user's cache directory
+
+
+@_section()
+class Loss:
+  load_balance: float = 0.01  # Switch eq. 4, normalised: 1.0 is perfect balance
+  router_z: float = 1e-3  # ST-MoE eq. 5
+  z: float = 0.0  # the same on the output logits (PaLM uses 1e-4)
+
+
+@_section()
+class Optimizer:
+  learning_rate: float = 3e-3  # peak
+  schedule: Schedule = Schedule.COSINE
+  warmup_steps: int = 100
+  decay_fraction: float = 0.2  # of the steps, for wsd
+  final_fraction: float = 0.1  # of the peak, where cosine and wsd end
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1  # matrices only: not norms, embeddings or routers
+  clip_norm: float = 1.0  # global gradient norm; 0 is off
+
+
+@_section()
+class Train:
+  steps: int = 1000
+  seed: int = 0  # initial weights and router noise
+  accumulation: int = 1  # microbatches per optimizer step; the losses equal the full batch's
+  log_every: int = 10
+  eval_every: int = 250
+  checkpoint_every: int = 250
+  keep_latest: int = 1
+  keep_best: int = 1  # by validation loss
+
+
+@_section()
+class Eval:
+  batches: int = 16  # of the fixed validation set, from its start; 0 is all of it
+
+
+@_section()
+class Mesh:
+  data: int = -1  # -1 is all devices that the other axes leave
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+
+@_section()
+class Config:
+  model: Model = dataclasses.field(default_factory=Model)
+  data: Data = dataclasses.field(default_factory=Data)
+  loss: Loss = dataclasses.field(default_factory=Loss)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  train: Train = dataclasses.field(default_factory=Train)
+  eval: Eval = dataclasses.field(default_factory=Eval)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+  """{"model.moe.top_k": 2, ...}, with enums as their values."""
+  flat = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    name = prefix + field.name
+    if dataclasses.is_dataclass(value):
+      flat |= flatten(value, name + ".")
+    else:
+      flat[name] = value.value if isinstance(value, enum.Enum) else value
+  return flat
+
+
+def table(config: Config) -> str:
+  """The resolved config, one section a paragraph, fields in columns."""
+  sections: dict[str, list[str]] = {}
+  for name, value in flatten(config).items():
+    section, field = name.rsplit(".", 1)
+    sections.setdefault(section, []).append(f"{field}={value}")
+  lines = []
+  for section, fields in sections.items():
+    text = f"{section:<10}"
+    for field in fields:
+      if len(text) + len(field) + 2 > 100:
+        lines.append(text)
+        text = " " * 10
+      text += "  " + field
+    lines.append(text)
+  return "\n".join(lines)
+
+
+def to_json(config: Config) -> str:
+  def plain(value):
+    return value.value if isinstance(value, enum.Enum) else value
+
+  return json.dumps(
+    dataclasses.asdict(config, dict_factory=lambda kv: {k: plain(v) for k, v in kv}), indent=2
+  )
+
+
+def from_json(text: str) -> Config:
+  """Inverse of `to_json`. An unknown field is an error; a missing one takes its default."""
+
+  def build(cls, values, prefix):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+      if name not in fields:
+        raise UserError(_unknown_field(prefix + name, "config.json"))
+      kind = fields[name].type
+      if dataclasses.is_dataclass(kind):
+        built[name] = build(kind, value, f"{prefix}{name}.")
+      else:
+        built[name] = _to_enum(kind, prefix + name, value) if _is_enum(kind) else value
+    return cls(**built)
+
+  return build(Config, json.loads(text), "")
+
+
+def _is_enum(kind: Any) -> bool:
+  return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _to_enum(kind: type[enum.Enum], name: str, value: Any) -> enum.Enum:
+  try:
+    return kind(value)
+  except ValueError:
+    choices = ", ".join(member.value for member in kind)
+    raise UserError(f"config.{name}={value!r} is not one of: {choices}") from None
+
+
+def _field_names() -> list[str]:
+  return list(flatten(Config()))
+
+
+def _unknown_field(name: str, where: str) -> str:
+  names = _field_names()
+  leaf = name.rsplit(".", 1)[-1]
+  close = difflib.get_close_matches(name, names, 1, 0.75) or [
+    full
+    for near in difflib.get_close_matches(leaf, [n.rsplit(".", 1)[-1] for n in names], 1, 0.5)
+    for full in names
+    if full.rsplit(".", 1)[-1] == near
+  ]
+  near = f"; the nearest is config.{close[0]}" if close else ""
+  return f"{where}: there is no field config.{name}{near}"
+
+
+def load_file(path: str) -> Config:
+  """Runs `get_config()` of a Python file, with one-line errors for what can go wrong in it."""
+  if not os.path.isfile(path):
+    shipped = sorted(p.stem for p in pathlib.Path("configs").glob("*.py"))
+    raise UserError(f"--config={path}: no such file (in configs/: {', '.join(shipped)})")
+  spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except UserError:
+    raise
+  except Exception as error:  # whatever the file does wrong, say where
+    raise UserError(_explain(error, path)) from None
+  if not isinstance(config, Config):
+    raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a moe_jax Config")
+  return config
+
+
+def _explain(error: Exception, path: str) -> str:
+  line, trace = 0, error.__traceback__
+  while trace is not None:
+    if os.path.abspath(trace.tb_frame.f_code.co_filename) == os.path.abspath(path):
+      line = trace.tb_lineno
+    trace = trace.tb_next
+  where = f"{path}:{line}" if line else path
+  message = str(error)
+  argument = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+  attribute = re.match(r"'(\w+)' object has no attribute '(\w+)'", message)
+  found = argument or attribute
+  sections = {"Config": ""} | {
+    type(value).__name__: name + "." for name, value in _sections(Config())
+  }
+  if found and found[1] in sections:
+    return _unknown_field(sections[found[1]] + found[2], where)
+  return f"{where}: {type(error).__name__}: {message}"
+
+
+def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield prefix + field.name, value
+      yield from _sections(value, f"{prefix}{field.name}.")
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses sys.argv into absl flags and calls `main`; a UserError becomes one line and exit 2."""
+
+  def parse(argv):
+    _check_config_arguments(argv)
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+    return rest
+
+  try:
+    app.run(lambda _: main(), flags_parser=parse)
+  except (UserError, flags.Error) as error:
+    message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _check_config_arguments(argv: list[str]) -> None:
+  # config_flags reports these with a traceback, so look first.
+  for position, argument in enumerate(argv[1:], 1):
+    name, equals, value = argument.lstrip("-").partition("=")
+    if name == "config":
+      load_file(value if equals else argv[position + 1] if position + 1 < len(argv) else "")
+    elif name.startswith("config.") and name.removeprefix("config.") not in _field_names():
+      raise UserError(_unknown_field(name.removeprefix("config."), argument))

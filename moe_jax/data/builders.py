@@ -1,0 +1,261 @@
+"""TFDS data sets, prepared on first use and read by random access; no TensorFlow needed."""
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from moe_jax.config import Data, UserError
+from moe_jax.data import cache, text_files
+
+_FORMAT = "array_record"  # the one that can be read at random; TFDS's parquet loses rows
+
+
+class Documents:
+  """Random access to the documents of one split as UTF-8 bytes. `identity` names their content."""
+
+  def __init__(self, source: Any, field: str, identity: str):
+    self.identity = identity
+    self._source = source
+    self._field = field
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> bytes:
+    text = self._source[index][self._field]
+    return text.encode() if isinstance(text, str) else text
+
+
+def prepare(config: Data, split: str) -> Documents:
+  """The documents of `split`, which is train, validation or test: config.train_split and so on.
+
+  The order is TFDS's: by a hash of each example's key, the same on every machine.
+  """
+  field = config.text_field
+  if config.name == "python_stdlib":
+    builder = _python_stdlib(config)
+  elif config.name == "text":
+    builder, field = _text(config), "text"
+  else:
+    builder = _catalog(config)
+  if field not in builder.info.features:
+    raise UserError(
+      f"config.data.text_field={field!r} is not a field of config.data.name={config.name!r}, which "
+      f"has: {', '.join(builder.info.features)}"
+    )
+  name = getattr(config, f"{split}_split")
+  folder = pathlib.Path(builder.data_dir)
+  try:
+    with _quiet():
+      source = builder.as_data_source(name)
+      first = source[0][field]
+  except (ValueError, KeyError, AssertionError, IndexError) as error:
+    raise UserError(
+      f"config.data.{split}_split={name!r} is not a split of config.data.name={config.name!r}, or "
+      f"an empty one; it has: {', '.join(builder.info.splits)} ({_first_line(error)})"
+    ) from None
+  except RuntimeError as error:
+    raise UserError(
+      f"config.data.name={config.name!r}: cannot read {folder} ({_first_line(error)}); delete that "
+      "folder to prepare it again"
+    ) from None
+  if not isinstance(first, bytes | str):
+    raise UserError(f"config.data.text_field={field!r} holds {type(first).__name__}, not text")
+  info = hashlib.sha256((folder / "dataset_info.json").read_bytes()).hexdigest()
+  made = (folder / "dataset_info.json").stat().st_mtime_ns
+  return Documents(source, field, json.dumps([str(folder), info, made, name, field]))
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Writes documents that the caller reads; `documents(split)` yields (name, text)."""
+
+  def __init__(self, documents: Callable[[str], Iterator[text_files.Document]], **kwargs: Any):
+    self._documents = documents
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({"text": text, "path": text})
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+    return {split: self._generate_examples(split) for split in text_files.SPLITS}
+
+  def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
+    for name, text in self._documents(split):
+      yield name, {"text": text, "path": name}
+
+
+class PythonStdlib(_Builder, skip_registration=True):
+  """The .py files of the running interpreter's standard library; the version is Python's."""
+
+  VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
+
+
+class Text(_Builder, skip_registration=True):
+  """The user's own files."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+
+def _python_stdlib(config: Data) -> tfds.core.DatasetBuilder:
+  root, names = text_files.stdlib()
+  if not names:
+    raise UserError(
+      f"config.data.name='python_stdlib': no .py files in {root}; give your own text: "
+      "--config.data.name=text --config.data.path=..."
+    )
+  sizes = [f"{name} {(root / name).stat().st_size}" for name in names]
+  folder = f"python_stdlib-{PythonStdlib.VERSION}-{cache.key(*sizes)}"
+
+  def documents(split):
+    chosen = [name for name in names if text_files.split_of(name) == split]
+    return text_files.stdlib_documents(root, chosen)
+
+  return _prepare_files(config, PythonStdlib, folder, lambda: documents)
+
+
+def _text(config: Data) -> tfds.core.DatasetBuilder:
+  root, names = text_files.user_files(config)
+  parts = [str(root), config.text_field]
+  for name in names:
+    stat = (root / name).stat()
+    parts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+
+  def documents():
+    return text_files.split_user_documents(
+      config, lambda: text_files.user_documents(config, root, names)
+    )
+
+  return _prepare_files(config, Text, f"text-{cache.key(*parts)}", documents)
+
+
+def _prepare_files(
+  config: Data, kind: type[_Builder], name: str, documents: Callable[[], Any]
+) -> tfds.core.DatasetBuilder:
+  place = pathlib.Path(kind.name, str(kind.VERSION))
+
+  def build(folder: pathlib.Path) -> None:
+    start = time.monotonic()
+    read = documents()
+    with _quiet():
+      builder = kind(read, data_dir=folder)
+      builder.download_and_prepare(file_format=_FORMAT)
+    shutil.rmtree(folder / "downloads", ignore_errors=True)  # empty; TFDS makes it
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    cache.notice(
+      f"prepared {config.name} {config.path or kind.VERSION}: "
+      + ", ".join(f"{count:,} {split}" for split, count in counts.items())
+      + f" documents, {builder.info.dataset_size}, {time.monotonic() - start:.1f} s"
+    )
+
+  folder = cache.build_once(cache.directory(config) / "tfds" / name, build)
+  with _quiet():
+    return tfds.builder_from_directory(folder / place)
+
+
+def _catalog(config: Data) -> tfds.core.DatasetBuilder:
+  import requests
+  import tensorflow_datasets.text  # noqa: F401  registers c4, wikipedia and other old ones
+
+  data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+  refuse = functools.partial(_refusal, config.name, data_dir)
+  with _quiet():
+    builder = _find(config.name, data_dir, refuse)
+    prepared = builder.is_prepared()
+  if not prepared:
+    if not _online(requests.head):
+      raise refuse("it is not prepared there, and there is no network to download it")
+    cache.notice(f"downloading and preparing {config.name} in {data_dir}")
+    tfds.enable_progress_bar()
+    try:
+      builder.download_and_prepare(file_format=_FORMAT)
+    except Exception as error:  # networks, disks, Beam, TensorFlow: each in its own way
+      why = f"preparing it failed: {_first_line(error)}"
+      if importlib.util.find_spec("tensorflow") is None:
+        why += "; some sets need TensorFlow to be prepared: pip install tensorflow-cpu"
+      raise refuse(why) from error
+  formats = sorted(kind.value for kind in builder.info.available_file_formats())
+  if _FORMAT not in formats:
+    raise refuse(
+      f"it is prepared as {', '.join(formats)}, which has no random access; prepare it with "
+      f"download_and_prepare(file_format='{_FORMAT}') in another folder and set TFDS_DATA_DIR"
+    )
+  return builder
+
+
+def _refusal(name: str, data_dir: str, why: str) -> UserError:
+  return UserError(
+    f"config.data.name={name!r} (looked in {data_dir}): {why}. Without a network there are "
+    f"python_stdlib, text with config.data.path, and any TFDS set prepared as {_FORMAT} in "
+    f"{data_dir} (or TFDS_DATA_DIR)"
+  )
+
+
+def _find(name: str, data_dir: str, refuse: Callable[[str], UserError]) -> tfds.core.DatasetBuilder:
+  base = name.split("/")[0]
+  if ":" in base and not base.split(":")[1][:1].isdigit():
+    # For a community name TFDS asks the network, with retries, before it says no.
+    raise refuse("community data sets are not supported; write it to .jsonl and use name='text'")
+  try:
+    return tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    # Not tfds.list_builders(): it asks the network too.
+    known = [*tfds.core.registered.list_imported_builders(), "python_stdlib", "text"]
+    near = ", ".join(difflib.get_close_matches(base, known, 3))
+    raise refuse(f"TFDS knows no such data set{near and '; near: ' + near}") from None
+  except (ValueError, AssertionError, RuntimeError) as error:
+    raise refuse(_first_line(error)) from None
+
+
+def _online(head: Callable[..., Any], seconds: float = 5) -> bool:
+  """Whether the web answers within `seconds`; TFDS itself retries for minutes."""
+  answered = threading.Event()
+
+  def ask(host: str) -> None:
+    with contextlib.suppress(Exception):
+      head(f"https://{host}", timeout=seconds)  # through the user's proxy, as TFDS does
+      answered.set()
+
+  hosts = ("storage.googleapis.com", "raw.githubusercontent.com", "huggingface.co")
+  # Threads, since a name lookup has no timeout of its own.
+  threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
+  for thread in threads:
+    thread.start()
+  end = time.monotonic() + seconds
+  while any(t.is_alive() for t in threads) and time.monotonic() < end and not answered.is_set():
+    answered.wait(0.1)
+  return answered.is_set()
+
+
+def _first_line(error: BaseException) -> str:
+  lines = [line for line in str(error).splitlines() if line.strip()]
+  return f"{type(error).__name__}: {' '.join(lines[0].split()) if lines else ''}"[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps TFDS's banners, bars and warnings off the terminal."""
+  level = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.set_verbosity(level)

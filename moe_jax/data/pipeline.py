@@ -1,0 +1,191 @@
+"""Documents to batches: tokenise once into a memory map, then serve rows of it in any order.
+
+The stream is [separator] + tokens of every document and one last separator. Row i reads the inputs
+stream[i*L : i*L+L] and the targets one further, so every token after the first is a target once.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from moe_jax.config import Data, UserError
+from moe_jax.data import builders, cache, tokenizers
+
+_VERSION = "1"  # of the stream's layout; part of its cache key
+_SECONDS = 10  # between lines of progress
+
+
+class Batch(NamedTuple):
+  """int32. Where segments are 0 there is padding, and the rest is 0 too."""
+
+  tokens_BL: np.ndarray
+  targets_BL: np.ndarray  # the next token; after a document's last one, the separator
+  segments_BL: np.ndarray  # documents of a row, from 1
+  positions_BL: np.ndarray  # within the document, from 0; or from the row's start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+  """Rows of seq_len tokens of one split; documents follow each other and may cross rows."""
+
+  stream_N: np.ndarray
+  seq_len: int  # L
+  tokenizer: tokenizers.Tokenizer
+  num_documents: int
+  num_bytes: int  # UTF-8 bytes of all documents
+  digest: str  # of the stream: equal data, split and tokenizer
+
+  def __len__(self) -> int:
+    return -(-self.num_targets // self.seq_len)
+
+  @property
+  def num_targets(self) -> int:
+    return len(self.stream_N) - 1
+
+  @property
+  def num_full(self) -> int:
+    """Rows without padding: all, or all but the last."""
+    return self.num_targets // self.seq_len
+
+  def batch(self, rows_B: Sequence[int]) -> Batch:
+    """The rows of these numbers; -1 makes a row of padding."""
+    tokens_BM = np.zeros((len(rows_B), self.seq_len + 1), np.int32)
+    length_B = np.zeros(len(rows_B), np.int32)
+    for b, row in enumerate(rows_B):
+      if not -1 <= row < len(self):
+        raise IndexError(f"row {row} of {len(self)}")
+      if row >= 0:
+        start = int(row) * self.seq_len
+        piece = self.stream_N[start : start + self.seq_len + 1]
+        tokens_BM[b, : len(piece)] = piece
+        length_B[b] = len(piece) - 1
+    column_L = np.arange(self.seq_len, dtype=np.int32)
+    real_BL = column_L < length_B[:, None]
+    starts_BL = tokens_BM[:, :-1] == self.tokenizer.separator
+    starts_BL[:, 0] = True  # a row may begin inside a document
+    segments_BL = np.cumsum(starts_BL, axis=1, dtype=np.int32)
+    positions_BL = column_L - np.maximum.accumulate(np.where(starts_BL, column_L, 0), axis=1)
+    fields = (tokens_BM[:, :-1], tokens_BM[:, 1:], segments_BL, positions_BL)
+    return Batch(*(field_BL * real_BL for field_BL in fields))
+
+  def documents(self, num_rows: int) -> list[bytes]:
+    """The text that the targets of the first num_rows rows spell, cut where documents end."""
+    targets_N = np.asarray(self.stream_N[1 : num_rows * self.seq_len + 1])
+    cuts = np.flatnonzero(targets_N == self.tokenizer.separator)
+    texts = [self.tokenizer.decode_bytes(ids) for ids in np.split(targets_N, cuts)]
+    return [text for text in texts if text]
+
+
+def load_rows(config: Data, split: str) -> Rows:
+  """Rows of `split`: train, validation or test. The first call prepares and tokenises the data.
+
+  The caller checks that rows.tokenizer.vocab_size fits the model.
+  """
+  tokenizer = tokenizers.load(config)
+  documents = builders.prepare(config, split)
+  label = f"{config.name} {getattr(config, split + '_split')}"
+  key = cache.key(_VERSION, documents.identity, tokenizer.fingerprint)
+  folder = cache.build_once(
+    cache.directory(config) / "tokens" / re.sub(r"[^\w.-]+", "_", f"{label}-{key}"),
+    lambda folder: _tokenize(documents, tokenizer, label, folder),
+  )
+  about = json.loads((folder / "about.json").read_text())
+  stream_N = np.memmap(folder / "tokens.bin", about.pop("dtype"), "r")
+  return Rows(stream_N=stream_N, seq_len=config.seq_len, tokenizer=tokenizer, **about)
+
+
+def _tokenize(
+  documents: builders.Documents, tokenizer: tokenizers.Tokenizer, label: str, folder: pathlib.Path
+) -> None:
+  dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+  separator = np.array([tokenizer.separator], dtype)
+  digest = hashlib.sha256()
+  num_documents = num_bytes = num_tokens = counted = 0
+  start = said = time.monotonic()
+  with open(folder / "tokens.bin", "wb") as file:
+
+    def write(tokens):
+      digest.update(tokens.tobytes())
+      file.write(tokens.tobytes())
+
+    for index in range(len(documents)):
+      text = documents[index]
+      if not text:
+        continue
+      ids = tokenizer.encode(text)
+      assert not (ids == tokenizer.separator).any(), "the separator stands for no text"
+      write(np.concatenate([separator, ids.astype(dtype)]))
+      num_documents += 1
+      num_bytes += len(text)
+      num_tokens += len(ids)
+      counted += int(tokenizer.bytes_V[ids].sum())
+      if time.monotonic() - said > _SECONDS:
+        said = time.monotonic()
+        cache.notice(f"tokenizing {label}: {index + 1:,} of {len(documents):,} documents")
+    write(separator)
+  about = dict(num_documents=num_documents, num_bytes=num_bytes, digest=digest.hexdigest())
+  (folder / "about.json").write_text(json.dumps(about | {"dtype": dtype.name}))
+  cache.notice(
+    f"tokenized {label}: {num_documents:,} documents, {num_bytes:,} bytes, {num_tokens:,} tokens, "
+    f"{time.monotonic() - start:.1f} s"
+  )
+  if not 0.99 * num_bytes <= counted <= 1.01 * num_bytes + num_documents:
+    cache.notice(f"note: this tokenizer changes the text: its tokens stand for {counted:,} bytes")
+
+
+def train_iterator(
+  rows: Rows, config: Data, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+  """Endless batches of this process's batch_size / process_count rows, in a new order each epoch.
+
+  Global batch n is the same rows in the same places for any process_count. get_state/set_state
+  are exact; the state is the number of batches taken, so it does not depend on process_count.
+  """
+  local = _local(config.batch_size, process_count)
+  if rows.num_full < config.batch_size:
+    raise UserError(
+      f"config.data.train_split={config.train_split!r} has {rows.num_full} rows of "
+      f"config.data.seq_len={config.seq_len}, fewer than config.data.batch_size="
+      f"{config.batch_size}; make one of them smaller or give more text"
+    )
+  order = grain.MapDataset.range(rows.num_full).seed(config.seed).shuffle().repeat()
+  # Batch j of `local` rows belongs to process j % process_count.
+  batches = order.batch(local)[process_index::process_count].map(rows.batch)
+  options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)
+  return iter(batches.to_iter_dataset(options))
+
+
+def eval_batches(
+  rows: Rows, batch_size: int, num_batches: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+  """The first num_batches batches in the stream's order, or all (also if it is 0).
+
+  The last one is filled up with rows of padding.
+  """
+  local = _local(batch_size, process_count)
+  available = -(-len(rows) // batch_size)
+  for n in range(min(num_batches, available) or available):
+    first = n * batch_size + process_index * local
+    yield rows.batch([row if row < len(rows) else -1 for row in range(first, first + local)])
+
+
+def _local(batch_size: int, process_count: int) -> int:
+  if batch_size % process_count:
+    raise UserError(
+      f"config.data.batch_size={batch_size} does not split over {process_count} processes"
+    )
+  return batch_size // process_count
+
+
+def gzip_bits_per_byte(documents: list[bytes]) -> float:
+  """A baseline without a model: gzip -9 on each document alone."""
+  return 8 * sum(len(gzip.compress(d, 9)) for d in documents) / sum(map(len, documents))

@@ -1,0 +1,189 @@
+"""Tokenizers: bytes, a Hugging Face tokenizer.json, a SentencePiece .model."""
+
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import Data, UserError
+
+# The first that a Hugging Face file holds as a special token begins each document.
+_SEPARATORS = (
+  "<|begin_of_text|>",
+  "<|startoftext|>",
+  "<s>",
+  "<bos>",
+  "[BOS]",
+  "<\uff5cbegin\u2581of\u2581sentence\uff5c>",  # DeepSeek
+  "<|endoftext|>",
+  "<|end_of_text|>",
+  "</s>",
+  "<eos>",
+  "[EOS]",
+)
+
+
+class Tokenizer:
+  """Text to ids and back.
+
+  separator: the one special id. It begins every document, and as the target of a document's last
+    token it also ends it. `encode` never returns it, whatever the text says.
+  bytes_V: UTF-8 bytes that each id stands for; 0 for the separator. With bytes and byte-level BPE
+    they sum exactly to the text's length. A tokenizer that changes the text (SentencePiece and
+    Metaspace put a space before each document, some normalise) counts the text as changed: with
+    the space, one byte too many a document.
+  fingerprint: equal for equal tokenizers.
+  """
+
+  def __init__(self, pieces_V: list[bytes], separator: int, fingerprint: str):
+    self.separator = separator
+    self.fingerprint = fingerprint
+    self.vocab_size = len(pieces_V)
+    self.bytes_V = np.array([len(piece) for piece in pieces_V], np.int32)
+    self._pieces_V = pieces_V
+
+  def encode(self, text: bytes | str) -> np.ndarray:
+    raise NotImplementedError
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """The bytes that `bytes_V` counts; ids may begin or end inside a character.
+
+    An id past the vocabulary (the model's may be padded) stands for nothing, as in `decode`.
+    """
+    return b"".join(self._pieces_V[i] for i in ids if i < self.vocab_size)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self.decode_bytes(ids).decode(errors="replace")
+
+  def _known(self, ids: Iterable[int]) -> list[int]:
+    return [int(i) for i in ids if i != self.separator and i < self.vocab_size]
+
+
+class Bytes(Tokenizer):
+  def __init__(self):
+    super().__init__([bytes([i]) for i in range(256)] + [b""], 256, "bytes")
+
+  def encode(self, text: bytes | str) -> np.ndarray:
+    return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
+
+
+class HuggingFace(Tokenizer):
+  def __init__(self, path: str):
+    self._model = _import("tokenizers", path).Tokenizer.from_file(path)
+    self._model.no_truncation()  # the file may carry both
+    self._model.no_padding()
+    self._model.encode_special_tokens = True  # "<s>" in a document is text
+    added = self._model.get_added_tokens_decoder()
+    special = {token.content: i for i, token in added.items() if token.special}
+    vocabulary = self._model.get_vocab(with_added_tokens=True)
+    size = max(vocabulary.values()) + 1
+    separator = next((special[name] for name in _SEPARATORS if name in special), size)
+    self._byte_level = '"ByteLevel"' in json.dumps(_parts(path))
+    pieces_V = [b""] * max(size, separator + 1)
+    for piece, i in vocabulary.items():
+      if i in added:
+        pieces_V[i] = b"" if added[i].special else piece.encode()
+      else:
+        pieces_V[i] = _byte_level(piece) if self._byte_level else _metaspace(piece)
+    super().__init__(pieces_V, separator, _fingerprint(path))
+
+  def encode(self, text: bytes | str) -> np.ndarray:
+    return np.array(self._model.encode(_text(text), add_special_tokens=False).ids, np.int64)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    if self._byte_level:
+      return super().decode(ids)
+    return self._model.decode(self._known(ids))
+
+
+class SentencePiece(Tokenizer):
+  def __init__(self, path: str):
+    self._model = _import("sentencepiece", path).SentencePieceProcessor(model_file=path)
+    size = self._model.vocab_size()
+    ends = [i for i in (self._model.bos_id(), self._model.eos_id()) if i >= 0]
+    separator = ends[0] if ends else size
+    pieces_V = [
+      b"" if self._model.is_control(i) else _metaspace(self._model.id_to_piece(i))
+      for i in range(size)
+    ]
+    if self._model.unk_id() >= 0:
+      pieces_V[self._model.unk_id()] = "\ufffd".encode()
+    super().__init__(pieces_V + [b""] * (separator == size), separator, _fingerprint(path))
+
+  def encode(self, text: bytes | str) -> np.ndarray:
+    return np.array(self._model.encode(_text(text)), np.int64)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._model.decode(self._known(ids))
+
+
+def load(config: Data) -> Tokenizer:
+  name = config.tokenizer
+  if name == "bytes":
+    return Bytes()
+  kinds = {".json": HuggingFace, ".model": SentencePiece}
+  kind = kinds.get(os.path.splitext(name)[1])
+  if kind is None:
+    raise UserError(
+      f"config.data.tokenizer={name!r} is neither 'bytes' nor a path that ends in .json "
+      "(Hugging Face tokenizers) or .model (SentencePiece)"
+    )
+  if not os.path.isfile(name):
+    raise UserError(f"config.data.tokenizer={name!r}: no such file")
+  try:
+    return kind(name)
+  except UserError:
+    raise
+  except Exception as error:  # both libraries raise bare Exception or RuntimeError
+    why = " ".join(str(error).split())
+    raise UserError(
+      f"config.data.tokenizer={name!r} is not a {kind.__name__} file: {why}"
+    ) from error
+
+
+def _import(package: str, path: str) -> Any:
+  try:
+    return importlib.import_module(package)
+  except ImportError:
+    raise UserError(
+      f"config.data.tokenizer={path!r} needs a package: pip install {package}"
+    ) from None
+
+
+def _text(text: bytes | str) -> str:
+  return text if isinstance(text, str) else text.decode(errors="replace")
+
+
+def _fingerprint(path: str) -> str:
+  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+
+
+def _parts(path: str) -> list[Any]:
+  file = json.loads(pathlib.Path(path).read_bytes())
+  return [file.get("pre_tokenizer"), file.get("decoder")]
+
+
+def _metaspace(piece: str) -> bytes:
+  """SentencePiece writes a space as U+2581 and a byte without a piece as <0xE9>."""
+  byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+  return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+
+
+def _byte_level(piece: str) -> bytes:
+  return bytes(_BYTE_OF[character] for character in piece)
+
+
+def _byte_characters() -> dict[str, int]:
+  """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 onwards."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()

@@ -1,0 +1,129 @@
+"""Held-out loss over a fixed set, and the routing report. Needs nothing but the workdir."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax import checkpoint, data, losses, metrics, sharding, validation
+from moe_jax import config as config_lib
+from moe_jax.transformer import Transformer, moe_layers
+
+
+class EvalSums(NamedTuple):
+  sums: losses.Sums
+  num_bytes: jax.Array  # int32 [], bytes of text the targets stand for
+
+
+def eval_step(params: Any, batch: data.Batch, bytes_V: jax.Array, *, graph: Any) -> EvalSums:
+  """Sums of one batch with the evaluation capacity factor and no jitter."""
+  logits_BLV, stats = nnx.merge(graph, params)(
+    batch.tokens_BL, batch.segments_BL, batch.positions_BL, jax.random.key(0), train=False
+  )
+  real_BL = batch.segments_BL > 0
+  num_bytes = jnp.sum(jnp.where(real_BL, bytes_V[batch.targets_BL], 0))
+  return EvalSums(losses.sums(logits_BLV, batch.targets_BL, real_BL, stats), num_bytes)
+
+
+class Evaluator:
+  """Runs `eval_step` over the first batches of a split, always the same ones."""
+
+  def __init__(self, config: config_lib.Config, rows: Any, mesh: jax.sharding.Mesh, graph: Any):
+    self._config, self._rows, self._mesh = config, rows, mesh
+    self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
+    self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
+    self.batch_size = config.data.batch_size // config.train.accumulation
+    self._step = jax.jit(lambda *args: eval_step(*args, graph=graph))
+    self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+  def __call__(self, params: Any) -> dict[str, Any]:
+    """{loss: nats per token, perplexity, bits_per_byte, tokens, ... and metrics.moe_metrics}."""
+    total = None
+    batches = data.eval_batches(
+      self._rows, self.batch_size, self._config.eval.batches, jax.process_index(),
+      jax.process_count(),
+    )  # fmt: skip
+    for batch in batches:
+      batch = sharding.to_global(batch, self._mesh)
+      sums = self._step(params, batch, self._bytes_V)
+      total = sums if total is None else self._add(total, sums)
+    total = jax.device_get(total)
+    sums = total.sums
+    loss = float(sums.nll / sums.targets)
+    result = {
+      "loss": loss,
+      "perplexity": math.exp(min(loss, 100.0)),
+      # The cost of every target, document ends included, over the bytes of text.
+      "bits_per_byte": float(sums.nll / math.log(2) / max(total.num_bytes, 1)),
+      "tokens": int(sums.targets),
+      "bytes": int(total.num_bytes),
+    }
+    if len(sums.moe.tokens):
+      balance_Z = losses.load_balance(sums.moe, self._config.model.moe.top_k)
+      result["load_balance"] = float(np.mean(balance_Z))
+      result |= {name: np.asarray(v) for name, v in metrics.moe_metrics(sums.moe).items()}
+    return result
+
+
+def read_config(workdir: pathlib.Path) -> config_lib.Config:
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise config_lib.UserError(
+      f"--workdir={workdir}: no config.json there, so no run; train one first with train.py"
+    )
+  config = config_lib.from_json(path.read_text())
+  validation.validate(config)
+  return config
+
+
+def fit_mesh(config: config_lib.Config) -> config_lib.Config:
+  """The run's own mesh where the devices match, otherwise the batch over as many as divide it.
+
+  Results do not depend on the mesh, so a checkpoint of 64 devices evaluates on one.
+  """
+  mesh, devices = config.mesh, jax.device_count()
+  if mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == devices:
+    return config
+  batch = config.data.batch_size // config.train.accumulation
+  data_axis = math.gcd(batch, devices)
+  mesh = config_lib.Mesh(data=data_axis)
+  return dataclasses.replace(config, mesh=mesh)
+
+
+def run(workdir: str, step: int, split: str) -> dict[str, Any]:
+  """Evaluates a checkpoint (step 0: the newest) and writes `eval.json`."""
+  path = pathlib.Path(workdir)
+  config = fit_mesh(read_config(path))
+  reader = checkpoint.Checkpointer(path)
+  steps = reader.steps()
+  if not steps:
+    raise config_lib.UserError(f"--workdir={workdir}: no checkpoint there yet; train.py makes one")
+  if step and step not in steps:
+    raise config_lib.UserError(f"--step={step}: no such checkpoint; there are {steps}")
+  step = step or steps[-1]
+  rows = data.load_rows(config.data, split)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
+    shapes = checkpoint.abstract(params, sharding.param_shardings(params, mesh))
+    params = reader.restore_params(step, {"params": shapes})["params"]
+    evaluator = Evaluator(config, rows, mesh, graph)
+    result = evaluator(params)
+  reader.close()
+  evaluated = min(len(rows), evaluator.batch_size * config.eval.batches or len(rows))
+  result |= {
+    "step": step,
+    "split": split,
+    "layers": moe_layers(config.model),
+    "gzip_bits_per_byte": data.gzip_bits_per_byte(rows.documents(evaluated)),
+    "device": jax.devices()[0].device_kind,
+  }
+  plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in result.items()}
+  (path / "eval.json").write_text(json.dumps(plain, indent=2) + "\n")
+  return plain

@@ -1,0 +1,51 @@
+"""AdamW, its schedule, and what weight decay leaves alone."""
+
+import jax
+import optax
+
+from moe_jax import config as config_lib
+
+
+def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
+  """Learning rate at a step, from 0: linear warm-up, then cosine, WSD (2404.06395) or constant."""
+  peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+  final = peak * optimizer.final_fraction
+  rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+  if optimizer.schedule is config_lib.Schedule.COSINE:
+    falling = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), optimizer.final_fraction)
+    return optax.join_schedules([rising, falling], [warmup])
+  flat = optax.constant_schedule(peak)
+  if optimizer.schedule is config_lib.Schedule.CONSTANT:
+    return optax.join_schedules([rising, flat], [warmup])
+  decay = max(round(optimizer.decay_fraction * steps), 1)
+  falling = optax.linear_schedule(peak, final, decay)
+  return optax.join_schedules([rising, flat, falling], [warmup, max(steps - decay, warmup)])
+
+
+def decays(name: str) -> bool:
+  """Whether weight decay applies: matrices, but not embeddings, routers or norm scales.
+
+  Told by name, since a stack of norm scales has two dimensions as a matrix has.
+  """
+  return len(name.rsplit("_", 1)[-1]) > 1 and not name.startswith(("embed_", "router_"))
+
+
+def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
+  def mask(params):
+    def one(path, _):
+      return decays(next(n for n in map(_key_name, reversed(path)) if "_" in n))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+  adamw = optax.adamw(
+    schedule(optimizer, steps),
+    b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
+    weight_decay=optimizer.weight_decay, mask=mask,
+  )  # fmt: skip
+  if not optimizer.clip_norm:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+
+
+def _key_name(key) -> str:
+  return str(getattr(key, "key", getattr(key, "name", "")))

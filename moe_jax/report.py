@@ -1,0 +1,136 @@
+"""What a run looks like: the text summary and the plots, from the workdir's files alone.
+
+Imports no model and no jax, so it runs anywhere the files are.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  with (workdir / "metrics.jsonl").open() as file:
+    return [json.loads(line) for line in file]
+
+
+def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
+  """Steps and values of one metric, 'train/loss'."""
+  found = [(line["step"], line[name]) for line in lines if name in line]
+  return [step for step, _ in found], [value for _, value in found]
+
+
+def summary(workdir: str, result: dict[str, Any]) -> str:
+  """The text that eval.py prints; draws the plots."""
+  path = pathlib.Path(workdir)
+  bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
+  verdict = "below" if bits < gzip_bits else "above"
+  lines = [
+    f"step {result['step']}, {result['split']} set: {result['tokens']:,} tokens, "
+    f"{result['bytes']:,} bytes",
+    f"loss               {result['loss']:.4f} nats per token",
+    f"perplexity         {result['perplexity']:.3f}",
+    f"bits per byte      {bits:.4f}, {verdict} gzip -9 on the same text: {gzip_bits:.4f}",
+  ]
+  if "load_balance" in result:
+    lines.append(f"load balance loss  {result['load_balance']:.4f} (1.0 is balanced)")
+  lines += [routing_table(result), "plots              " + ", ".join(plot(path, result))]
+  return "\n".join(lines)
+
+
+def routing_table(result: dict[str, Any]) -> str:
+  """Per layer: the share of assignments each expert gets, drops, MaxVio, entropy, dead experts."""
+  if "load_ZE" not in result:
+    return "dense model: no experts to report"
+  experts = len(result["load_ZE"][0])
+  shown = min(experts, 16)
+  cut = "" if shown == experts else f"; the first {shown} of {experts} experts"
+  lines = [
+    f"expert load, % of a layer's assignments; balanced is {100 / experts:.1f}{cut}",
+    "layer " + "".join(f"{f'e{i}':>6}" for i in range(shown)) + "   dropped  MaxVio  entropy  dead",
+  ]
+  for z, layer in enumerate(result["layers"]):
+    loads = "".join(f"{100 * share:6.1f}" for share in result["load_ZE"][z][:shown])
+    lines.append(
+      f"{layer:<6}{loads}   {100 * result['drop_fraction_Z'][z]:6.2f}%  "
+      f"{result['max_vio_Z'][z]:6.2f}  {result['router_entropy_Z'][z]:7.2f}  "
+      f"{result['dead_experts_Z'][z]:4d}"
+    )
+  return "\n".join(lines)
+
+
+def plot(path: pathlib.Path, result: dict[str, Any]) -> list[str]:
+  """Draws loss.png, and for an MoE load.png and balance.png; returns their paths."""
+  lines = read_metrics(path)
+  drawn = [_plot_loss(path, lines, result)]
+  if "load_ZE" in result:
+    drawn += [_plot_load(path, result), _plot_balance(path, lines, result)]
+  return drawn
+
+
+def _save(figure, path: pathlib.Path, name: str) -> str:
+  figure.savefig(path / name, dpi=120)
+  plt.close(figure)
+  return str(path / name)
+
+
+def _plot_loss(path, lines, result) -> str:
+  figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+  axes.plot(*series(lines, "train/loss"), color="#9ecae1", lw=1, label="training batch")
+  axes.plot(*series(lines, "validation/loss"), "o-", color="#08519c", ms=4, label="validation")
+  # gzip's bits per byte on the loss axis: nats per byte, which is per token for byte tokens.
+  nats = result["gzip_bits_per_byte"] * np.log(2) * result["bytes"] / result["tokens"]
+  axes.axhline(nats, color="#666666", ls="--", lw=1, label="gzip -9 per document")
+  axes.set(xlabel="step", ylabel="cross entropy, nats per token", title=f"Loss of {path.name}")
+  axes.legend(frameon=False)
+  axes.grid(alpha=0.3)
+  return _save(figure, path, "loss.png")
+
+
+def _plot_load(path, result) -> str:
+  load_ZE = np.asarray(result["load_ZE"])
+  layers, experts = load_ZE.shape
+  figure, axes = plt.subplots(
+    figsize=(min(2.5 + 0.7 * experts, 16), 1.6 + 0.5 * layers), layout="constrained"
+  )
+  relative_ZE = load_ZE * experts
+  image = axes.imshow(relative_ZE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+  if experts <= 16:
+    for (z, e), value in np.ndenumerate(relative_ZE):
+      light = abs(value - 1) > 0.6
+      axes.text(e, z, f"{value:.2f}", ha="center", va="center", color="w" if light else "k")
+  axes.set(
+    xlabel="expert", ylabel="layer", yticks=range(layers), yticklabels=result["layers"],
+    title=f"Expert load on the {result['split']} set, 1 = fair share",
+  )  # fmt: skip
+  if experts <= 16:
+    axes.set_xticks(range(experts))
+  figure.colorbar(image, ax=axes, extend="max", label="load / fair share")
+  return _save(figure, path, "load.png")
+
+
+def _plot_balance(path, lines, result) -> str:
+  figure, (top, bottom) = plt.subplots(
+    2, 1, figsize=(7, 5.5), layout="constrained", sharex=True
+  )
+  for axes, name, scale, label in (
+    (top, "train/max_vio_Z", 1, "MaxVio (0 is balanced)"),
+    (bottom, "train/drop_fraction_Z", 100, "assignments dropped, %"),
+  ):
+    steps, values = series(lines, name)
+    for z, layer in enumerate(result["layers"]):
+      colour = plt.cm.viridis(z / max(len(result["layers"]) - 1, 1))
+      axes.plot(steps, [scale * v[z] for v in values], color=colour, lw=1, label=f"layer {layer}")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+  top.set_title(f"Balance of the experts in training, {path.name}")
+  if len(result["layers"]) <= 12:
+    top.legend(frameon=False, ncols=4, fontsize="small")
+  bottom.set_xlabel("step")
+  return _save(figure, path, "balance.png")

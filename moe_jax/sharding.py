@@ -1,0 +1,87 @@
+"""The device mesh, and which mesh axis each letter of a name is sharded over.
+
+Every tensor and parameter name ends in its shape letters, and the letters are all there is to say
+about sharding: `up_EDF` is split over ('expert', 'fsdp', 'tensor').
+
+  B batch            L query length     S key length       T tokens of a routing group
+  M routing groups   D model            H query heads      G key/value heads
+  A head width       F ffn              V vocabulary       E experts
+  K choices          C slots per expert N assignments      Z stacked layers
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moe_jax import config as config_lib
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # every device of these holds different sequences
+
+_ACTIVATION_AXES = {
+  "B": BATCH_AXES, "M": BATCH_AXES, "E": "expert", "F": "tensor", "H": "tensor", "G": "tensor",
+  "V": "tensor", "D": None, "L": None, "S": None, "A": None, "K": None, "C": None, "T": None,
+}  # fmt: skip
+_PARAM_AXES = _ACTIVATION_AXES | {"D": "fsdp", "Z": None}
+# The router is small and every token needs all of it.
+_REPLICATED = ("router_DE",)
+
+
+def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
+  """A mesh over all devices; `mesh` is resolved (its product is the device count)."""
+  # Auto axes, stated: make_mesh defaults to Explicit, which shard_map's in_specs do not take.
+  shape = tuple(getattr(mesh, axis) for axis in AXES)
+  devices = jax.devices()[: math.prod(shape)]
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(letters: str) -> PartitionSpec:
+  """The PartitionSpec of an activation, 'BLD' -> P(('data', 'fsdp', 'expert'), None, None)."""
+  return _to_spec(letters, _ACTIVATION_AXES)
+
+
+def param_spec(name: str, ndim: int) -> PartitionSpec:
+  """The PartitionSpec of a parameter; leading dimensions beyond its letters are stacked layers."""
+  letters = name.rsplit("_", 1)[-1]
+  stacked = ndim - len(letters)
+  assert stacked in (0, 1), f"{name} has {ndim} dimensions"
+  if name in _REPLICATED:
+    return PartitionSpec()
+  return _to_spec("Z" * stacked + letters, _PARAM_AXES)
+
+
+def _to_spec(letters: str, table: Mapping[str, Any]) -> PartitionSpec:
+  axes = [table[letter] for letter in letters]
+  flat = [a for axis in axes if axis for a in (axis if isinstance(axis, tuple) else (axis,))]
+  assert len(flat) == len(set(flat)), f"{letters}: two dimensions on one mesh axis: {flat}"
+  return PartitionSpec(*axes)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+  """Pins an activation's sharding, on the mesh that `jax.set_mesh` has put in force."""
+  return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+def param_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A NamedSharding for every leaf, found by the last name on its path.
+
+  Serves params and any tree that holds copies of them (Adam's moments); scalars are replicated.
+  """
+
+  def one(path, leaf):
+    names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+    name = next((n for n in reversed(names) if "_" in n and n.rsplit("_", 1)[-1].isupper()), "")
+    if not name or leaf.ndim == 0:
+      return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, param_spec(name, leaf.ndim))
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def to_global(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Host-local [B/processes, ...] arrays -> global arrays split over the batch axes."""
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,309 @@
+"""Training: one pure step, then the loop around it."""
+
+import pathlib
+import signal
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from moe_jax import checkpoint, data, describe, losses, metrics, sharding, validation
+from moe_jax import config as config_lib
+from moe_jax import optimizer as optimizer_lib
+from moe_jax.evaluate import Evaluator
+from moe_jax.transformer import Transformer, moe_layers
+
+
+class TrainState(NamedTuple):
+  """All that training carries from step to step; with the data iterator, all that is saved."""
+
+  step: jax.Array  # int32 [], steps taken
+  params: Any
+  opt_state: Any
+
+
+def train_step(
+  state: TrainState,
+  batch: data.Batch,
+  *,
+  graph: Any,
+  config: config_lib.Config,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer step. Pure: the same state and batch give the same result on any mesh."""
+  key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+
+  def loss_fn(params):
+    sums = batch_sums(params, batch, key, graph=graph, config=config)
+    all_losses = losses.total(
+      sums, config.loss, config.model.moe, len(moe_layers(config.model))
+    )
+    return all_losses.total, (all_losses, sums)
+
+  grads, (all_losses, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  step_metrics = {
+    "loss": all_losses.cross_entropy,
+    "total_loss": all_losses.total,
+    "load_balance": all_losses.load_balance,
+    "router_z": all_losses.router_z,
+    "z": all_losses.z,
+    "grad_norm": optax.global_norm(grads),
+    "param_norm": optax.global_norm(params),
+    "learning_rate": optimizer_lib.schedule(config.optimizer, config.train.steps)(state.step),
+    "tokens": sums.targets,
+  }
+  if config.model.moe.num_experts:
+    step_metrics |= metrics.moe_metrics(sums.moe)
+  return TrainState(state.step + 1, params, opt_state), step_metrics
+
+
+def batch_sums(
+  params: Any, batch: data.Batch, key: jax.Array, *, graph: Any, config: config_lib.Config
+) -> losses.Sums:
+  """Loss sums of the batch, forward through one microbatch at a time.
+
+  Balance losses multiply two batch means, so gradients of microbatches do not add up to the
+  batch's. Here the sums add up, and the loss is taken of the total: exact, for the price of
+  running each microbatch's forward pass again on the way back.
+  """
+
+  def forward(params, batch, key):
+    logits_BLV, stats = nnx.merge(graph, params)(
+      batch.tokens_BL, batch.segments_BL, batch.positions_BL, key, train=True
+    )
+    return losses.sums(logits_BLV, batch.targets_BL, batch.segments_BL > 0, stats)
+
+  accumulation = config.train.accumulation
+  if accumulation == 1:
+    return forward(params, batch, key)
+
+  def split(x_BL):
+    # Every device keeps its own rows: microbatch a is each a-th row of each device's shard.
+    x = x_BL.reshape(x_BL.shape[0] // accumulation, accumulation, -1).swapaxes(0, 1)
+    spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+  micro = jax.tree.map(split, batch)
+  keys = jax.random.split(key, accumulation)
+  first = jax.tree.map(lambda x: x[0], (micro, keys))
+  shapes = jax.eval_shape(forward, params, *first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  @jax.checkpoint
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, forward(params, *microbatch)), None
+
+  return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def init_state(
+  config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any, TrainState, TrainState]:
+  """(graph, init function, abstract state, shardings); weights do not depend on the mesh."""
+  optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
+
+  def init() -> TrainState:
+    model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
+    params = nnx.state(model, nnx.Param)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
+  shapes = jax.eval_shape(init)
+  shardings = sharding.param_shardings(shapes, mesh)
+  return graph, jax.jit(init, out_shardings=shardings), shapes, shardings
+
+
+def compile_step(
+  config: config_lib.Config, graph: Any, shardings: TrainState
+) -> Any:
+  """`train_step` under jit: state donated, shardings pinned so that it compiles once."""
+  optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
+
+  def step(state, batch):
+    return train_step(state, batch, graph=graph, config=config, optimizer=optimizer)
+
+  replicated = jax.sharding.NamedSharding(shardings.step.mesh, jax.sharding.PartitionSpec())
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def run(config: config_lib.Config, workdir: str) -> None:
+  """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one."""
+  config = validation.resolve_mesh(config, jax.device_count())
+  path = pathlib.Path(workdir)
+  check_same_run(config, path)
+  train_rows = data.load_rows(config.data, "train")
+  validation_rows = data.load_rows(config.data, "validation")
+  if train_rows.tokenizer.vocab_size > config.model.vocab_size:
+    raise config_lib.UserError(
+      f"config.model.vocab_size={config.model.vocab_size} is less than the "
+      f"{train_rows.tokenizer.vocab_size} of config.data.tokenizer={config.data.tokenizer}: raise it"
+    )
+  batches = data.train_iterator(
+    train_rows, config.data, jax.process_index(), jax.process_count()
+  )
+  path.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    (path / "config.json").write_text(config_lib.to_json(config) + "\n")
+  device = jax.devices()[0]
+  print(f"{config_lib.table(config)}\n{describe.report(config)}")
+  print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    graph, init, shapes, shardings = init_state(config, mesh)
+    saver = checkpoint.Checkpointer(path, config.train)
+    start = saver.latest_step() or 0
+    if start >= config.train.steps:
+      print(f"{workdir} is finished: step {start} of {config.train.steps}")
+      saver.close()
+      return
+    if start:
+      state, batches = saver.restore(start, checkpoint.abstract(shapes, shardings), batches)
+      print(f"resuming {workdir} at step {start}")
+    else:
+      state = init()
+    loop = Loop(config, path, saver, start)
+    evaluator = Evaluator(config, validation_rows, mesh, graph)
+    loop.run(state, batches, compile_step(config, graph, shardings), evaluator, mesh)
+
+
+class Loop:
+  """Steps, and what happens between them: numbers, evaluation, checkpoints, signals."""
+
+  def __init__(
+    self, config: config_lib.Config, path: pathlib.Path, saver: checkpoint.Checkpointer, start: int
+  ):
+    self.config, self.path, self.saver, self.start = config, path, saver, start
+    self.writer = metrics.Writer(path, start) if jax.process_index() == 0 else None
+    self.stop_signal = 0
+    peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
+    self.flops_fraction = describe.count(config).flops_per_token / peak if peak else 0.0
+    self.window_start = 0.0  # when the steps since the last log line began
+    self.window_steps = 0
+
+  def run(self, state: TrainState, batches: Any, step_fn: Any, evaluator: Evaluator, mesh) -> None:
+    train = self.config.train
+    handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    pending = None  # the previous step's metrics, still being computed
+    step = self.start
+    try:
+      while step < train.steps:
+        batch = sharding.to_global(next(batches), mesh)
+        state, step_metrics = step_fn(state, batch)
+        step += 1
+        if pending is not None:
+          self._log(*pending)
+        pending = (step, step_metrics)
+        stop = self._should_stop(step)
+        last = step == train.steps
+        if step % train.eval_every == 0 or last or stop:
+          self._log(*pending)
+          pending = None
+          result = None if stop and not last else self._evaluate(step, evaluator, state)
+          if step % train.checkpoint_every == 0 or last or stop:
+            self.saver.save(step, state, batches, result and {"loss": result["loss"]})
+          self.window_steps, self.window_start = 0, time.perf_counter()
+        if stop and not last:
+          self.saver.wait()
+          name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
+          print(f"{name}: saved step {step}; the same command goes on from there")
+          break
+    finally:
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+      self.saver.wait()
+      self.saver.close()
+      if self.writer:
+        self.writer.close()
+
+  def _on_signal(self, number, frame) -> None:
+    if self.stop_signal:  # asked twice: stop now, the last checkpoint stands
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+      raise KeyboardInterrupt
+    self.stop_signal = number
+    print("\nstopping after this step; once more to stop without saving", file=sys.stderr)
+
+  def _should_stop(self, step: int) -> bool:
+    if jax.process_count() == 1:
+      return bool(self.stop_signal)
+    return self.saver.reached_preemption(step)  # all processes agree on the step
+
+  def _log(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
+    values = {name: np.asarray(v) for name, v in jax.device_get(step_metrics).items()}
+    now = time.perf_counter()
+    if step == self.start + 1:  # it held the compilation
+      self.window_steps, self.window_start = 0, now
+    else:
+      self.window_steps += 1
+    train = self.config.train
+    if not np.isfinite(values["loss"]):
+      raise FloatingPointError(f"loss is {values['loss']} at step {step}; lower the learning rate?")
+    if step % train.log_every and step not in (self.start + 1, train.steps):
+      return
+    if self.window_steps:
+      steps_per_s = self.window_steps / (now - self.window_start)
+      values["steps_per_s"] = steps_per_s
+      # Positions, padding included: the hardware's rate.
+      values["tokens_per_s"] = (
+        steps_per_s * self.config.data.batch_size * self.config.data.seq_len
+      )
+      if self.flops_fraction:
+        values["mfu"] = values["tokens_per_s"] * self.flops_fraction
+      self.window_steps, self.window_start = 0, now
+    if self.writer:
+      self.writer.write(step, values, "train")
+      print(progress_line(step, train.steps, values), flush=True)
+
+  def _evaluate(self, step: int, evaluator: Evaluator, state: TrainState) -> dict[str, Any]:
+    result = evaluator(state.params)
+    if self.writer:
+      self.writer.write(step, result, "validation")
+      print(
+        f"step {step:>6}  validation loss {result['loss']:.4f}  "
+        f"bits per byte {result['bits_per_byte']:.4f}",
+        flush=True,
+      )
+    return result
+
+
+def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
+  parts = [f"step {step:>6}/{steps}  loss {values['loss']:.4f}"]
+  if "drop_fraction_Z" in values:
+    parts.append(f"balance {values['load_balance']:.3f}")
+    parts.append(f"dropped {100 * np.mean(values['drop_fraction_Z']):.1f}%")
+  if "tokens_per_s" in values:
+    parts.append(f"{values['tokens_per_s'] / 1e3:.1f}k tokens/s")
+    if "mfu" in values:
+      parts.append(f"MFU {100 * values['mfu']:.1f}%")
+    left = round((steps - step) / values["steps_per_s"])
+    parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+  else:
+    parts.append("(compiled)")
+  return "  ".join(parts)
+
+
+# What may differ when a run goes on: where it runs, how long, and what is watched.
+_MAY_CHANGE = ("mesh.", "eval.", "train.steps", "train.log_every", "train.eval_every",
+               "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir")  # fmt: skip
+
+
+def check_same_run(config: config_lib.Config, path: pathlib.Path) -> None:
+  """Refuses to go on with a run under a config that would make it another run."""
+  if not (path / "config.json").exists():
+    return
+  old = config_lib.flatten(config_lib.from_json((path / "config.json").read_text()))
+  new = config_lib.flatten(config)
+  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE)]
+  if changed:
+    what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
+    raise config_lib.UserError(
+      f"--workdir={path} holds a run with another config: {what}; name a new workdir, or drop the "
+      "change to go on with that run"
+    )

@@ -1,0 +1,172 @@
+"""The decoder: dense and MoE blocks by pattern, scanned, returning (logits, statistics)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config as config_lib
+from moe_jax import sharding
+from moe_jax.attention import Attention, RMSNorm, causal_mask
+from moe_jax.expert_parallel import MoeStats
+from moe_jax.moe import MoELayer
+
+
+class DenseFFN(nnx.Module):
+  """SwiGLU (2002.05202)."""
+
+  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+    D, F = model.dim, model.ffn_dim
+    self.dtype = jnp.dtype(model.compute_dtype.value)
+    init = jax.random.normal
+    self.gate_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
+    self.up_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
+    residual = (2 * model.num_layers) ** -0.5
+    self.down_FD = nnx.Param(residual * F**-0.5 * init(rngs.params(), (F, D)))
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    gate_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, self.gate_DF[...].astype(self.dtype))
+    up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, self.up_DF[...].astype(self.dtype))
+    h_BLF = sharding.constrain(jax.nn.silu(gate_BLF) * up_BLF, "BLF")
+    return jnp.einsum("BLF,FD->BLD", h_BLF, self.down_FD[...].astype(self.dtype))
+
+
+class Block(nnx.Module):
+  """Pre-norm attention, then a dense or an MoE feed-forward."""
+
+  def __init__(self, model: config_lib.Model, is_moe: bool, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm("D", model.dim, model.norm_eps)
+    self.attention = Attention(model, rngs)
+    self.ffn_norm = RMSNorm("D", model.dim, model.norm_eps)
+    self.is_moe = is_moe
+    self.ffn = MoELayer(model, rngs) if is_moe else DenseFFN(model, rngs)
+
+  def __call__(self, x_BLD, segments_BL, positions_BL, mask_B1LS, key, *, train):
+    with jax.named_scope("attention"):
+      x_BLD += self.attention(self.attention_norm(x_BLD), positions_BL, mask_B1LS)
+    h_BLD = self.ffn_norm(x_BLD)
+    if self.is_moe:
+      with jax.named_scope("moe"):
+        y_BLD, stats = self.ffn(h_BLD, segments_BL > 0, key, train=train)
+    else:
+      with jax.named_scope("ffn"):
+        y_BLD, stats = self.ffn(h_BLD), None
+    return sharding.constrain(x_BLD + y_BLD, "BLD"), stats
+
+
+class Period(nnx.Module):
+  """The repeating unit of the layer pattern, and the body of the scan."""
+
+  def __init__(self, model: config_lib.Model, pattern: tuple[bool, ...], rngs: nnx.Rngs):
+    self.blocks = nnx.List([Block(model, is_moe, rngs) for is_moe in pattern])
+
+
+def _stack(model: config_lib.Model, pattern: tuple[bool, ...], keys: jax.Array) -> Period:
+  """One Period whose parameters have a leading Z, a layer (or period) for each key."""
+  return nnx.vmap(lambda key: Period(model, pattern, nnx.Rngs(key)))(keys)
+
+
+def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]:
+  """[(repeats, (is_moe of each block in the unit))], first layer first."""
+  moe = model.moe
+  if not moe.num_experts:
+    return [(model.num_layers, (False,))]
+  unit = (False,) * (moe.every - 1) + (True,)
+  scans = [(moe.first_dense, (False,)), ((model.num_layers - moe.first_dense) // moe.every, unit)]
+  return [(repeats, pattern) for repeats, pattern in scans if repeats]
+
+
+def moe_layers(model: config_lib.Model) -> list[int]:
+  """Index of each MoE layer in the network, in the order of the statistics' Z."""
+  flat = [is_moe for repeats, pattern in layer_pattern(model) for is_moe in pattern * repeats]
+  return [index for index, is_moe in enumerate(flat) if is_moe]
+
+
+_REMAT_POLICIES = {
+  config_lib.Remat.DOTS: jax.checkpoint_policies.dots_saveable,
+  config_lib.Remat.FULL: jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer(nnx.Module):
+  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+    self.model = model
+    init = jax.random.normal
+    self.embed_VD = nnx.Param(0.02 * init(rngs.params(), (model.vocab_size, model.dim)))
+    self.scans = nnx.List(
+      [
+        _stack(model, pattern, jax.random.split(rngs.params(), repeats))
+        for repeats, pattern in layer_pattern(model)
+      ]
+    )
+    self.final_norm = RMSNorm("D", model.dim, model.norm_eps)
+    if not model.tied_head:
+      head = model.dim**-0.5 * init(rngs.params(), (model.dim, model.vocab_size))
+      self.head_DV = nnx.Param(head)
+
+  def __call__(
+    self,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array,
+    positions_BL: jax.Array,
+    key: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[jax.Array, MoeStats]:
+    """Next-token logits of packed documents.
+
+    Args:
+      tokens_BL: int32 ids below vocab_size.
+      segments_BL: int32, the document of each token, from 1; 0 is padding.
+      positions_BL: int32, position within the document.
+      key: for the router's jitter; unused in evaluation.
+      train: training or evaluation capacity, jitter or none.
+
+    Returns:
+      logits_BLV, float32, and the MoE layers' statistics stacked on Z (Z = 0 in a dense model).
+    """
+    model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
+    mask_B1LS = causal_mask(segments_BL)
+    # Whole rows before the look-up: a table split over D would have to be regathered per token.
+    embed_VD = sharding.constrain(self.embed_VD[...].astype(dtype), "VD")
+    x_BLD = sharding.constrain(embed_VD[tokens_BL], "BLD")
+    stats = [_no_stats(model.moe.num_experts)]
+    for index, stack in enumerate(self.scans):
+      graph, params = nnx.split(stack)
+
+      def body(x_BLD, layer, graph=graph):
+        params, key = layer
+        period, all_stats = nnx.merge(graph, params), []
+        for number, block in enumerate(period.blocks):
+          x_BLD, block_stats = block(
+            x_BLD, segments_BL, positions_BL, mask_B1LS, jax.random.fold_in(key, number),
+            train=train,
+          )  # fmt: skip
+          all_stats += [block_stats] if block.is_moe else []
+        return x_BLD, all_stats
+
+      if model.remat is not config_lib.Remat.NONE:
+        # Inside a scan nothing can merge the recomputation with the forward pass.
+        body = jax.checkpoint(body, policy=_REMAT_POLICIES[model.remat], prevent_cse=False)
+      repeats = layer_pattern(model)[index][0]
+      keys = jax.random.split(jax.random.fold_in(key, index), repeats)
+      x_BLD, scanned = jax.lax.scan(body, x_BLD, (params, keys))
+      stats += scanned
+    x_BLD = self.final_norm(x_BLD)
+    head_DV = self.embed_VD[...].T if model.tied_head else self.head_DV[...]
+    with jax.named_scope("head"):
+      logits_BLV = jnp.einsum(
+        "BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32
+      )
+    stats = jax.tree.map(lambda *zs: jnp.concatenate(zs), *stats)
+    return sharding.constrain(logits_BLV, "BLV"), stats
+
+
+def _no_stats(num_experts: int) -> MoeStats:
+  return MoeStats(
+    tokens=jnp.zeros((0,), jnp.int32),
+    routed_E=jnp.zeros((0, num_experts), jnp.int32),
+    kept_E=jnp.zeros((0, num_experts), jnp.int32),
+    prob_E=jnp.zeros((0, num_experts)),
+    z=jnp.zeros((0,)),
+    entropy=jnp.zeros((0,)),
+  )

@@ -1,0 +1,174 @@
+"""What a Config must satisfy: types, ranges, and fields that have to agree."""
+
+import dataclasses
+import math
+from typing import Any
+
+from moe_jax.config import Config, Dispatch, Model, Router, UserError, flatten
+
+
+def validate(config: Config) -> None:
+  """Raises a UserError for a wrong type, a value out of range, or two fields that disagree."""
+  _check_types(config)
+  _check_ranges(config)
+  _check_model(config.model)
+  _check_moe(config)
+  _check_mesh(config)
+  train = config.train
+  if train.checkpoint_every % train.eval_every:
+    _refuse(
+      config, "train.checkpoint_every", "train.eval_every", "a checkpoint is ranked by the "
+      "validation loss of its step, so make checkpoint_every a multiple of eval_every",
+    )  # fmt: skip
+
+
+def resolve_mesh(config: Config, num_devices: int) -> Config:
+  """A validated copy with mesh.data filled in, or a UserError if the mesh does not fit."""
+  mesh = config.mesh
+  others = mesh.fsdp * mesh.expert * mesh.tensor
+  data = mesh.data if mesh.data > 0 else num_devices // others
+  if data * others != num_devices:
+    raise UserError(
+      f"config.mesh: data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} x "
+      f"tensor={mesh.tensor} does not make the {num_devices} device(s) here; change the mesh, or "
+      "simulate devices on a CPU with XLA_FLAGS=--xla_force_host_platform_device_count=N"
+    )
+  config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
+  validate(config)
+  return config
+
+
+def _get(config: Config, name: str) -> Any:
+  return flatten(config)[name]
+
+
+def _refuse(config: Config, first: str, second: str, why: str) -> None:
+  raise UserError(
+    f"config.{first}={_get(config, first)} with config.{second}={_get(config, second)}: {why}"
+  )
+
+
+def _check_types(config: Any, prefix: str = "config.") -> None:
+  for field in dataclasses.fields(config):
+    value, kind = getattr(config, field.name), field.type
+    if kind is float and type(value) is int:
+      value = float(value)
+      setattr(config, field.name, value)
+    if type(value) is not kind:
+      raise UserError(
+        f"{prefix}{field.name}={value!r} is of type {type(value).__name__}, not {kind.__name__}"
+      )
+    if dataclasses.is_dataclass(value):
+      _check_types(value, f"{prefix}{field.name}.")
+
+
+# Lowest allowed value; every number has one.
+_AT_LEAST = {"moe.num_experts": 0, "moe.group_size": 0, "moe.first_dense": 0, "eval.batches": 0} | {
+  name: 0
+  for name in (
+    "data.seed", "train.seed", "train.keep_best", "optimizer.warmup_steps", "moe.capacity_factor",
+    "moe.eval_capacity_factor", "moe.jitter", "loss.load_balance", "loss.router_z", "loss.z",
+    "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.b1", "optimizer.b2",
+    "optimizer.weight_decay", "optimizer.clip_norm",
+  )
+}  # fmt: skip
+_BELOW_ONE = ("moe.jitter", "optimizer.b1", "optimizer.b2")
+
+
+def _check_ranges(config: Config) -> None:
+  for name, value in flatten(config).items():
+    if isinstance(value, (str, bool)):
+      continue
+    if not math.isfinite(value):
+      raise UserError(f"config.{name}={value} is not a finite number")
+    short = name.removeprefix("model.")
+    if name == "mesh.data" and value == -1:
+      continue
+    if isinstance(value, int) or short in _AT_LEAST:
+      least = _AT_LEAST.get(short, 1)
+      if value < least:
+        raise UserError(f"config.{name}={value} must be at least {least}")
+    elif value <= 0:
+      raise UserError(f"config.{name}={value} must be above 0")
+    if short in _BELOW_ONE and value >= 1:
+      raise UserError(f"config.{name}={value} must be below 1")
+  for name in ("optimizer.decay_fraction", "optimizer.final_fraction"):
+    if _get(config, name) > 1:
+      raise UserError(f"config.{name}={_get(config, name)} is a fraction: at most 1")
+  if config.optimizer.warmup_steps > config.train.steps:
+    _refuse(config, "optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
+
+
+def _check_model(model: Model) -> None:
+  if model.num_heads % model.num_kv_heads:
+    raise UserError(
+      f"config.model.num_heads={model.num_heads} is not divisible by config.model.num_kv_heads="
+      f"{model.num_kv_heads}: each key/value head serves the same number of query heads"
+    )
+  if model.head_dim % 2:
+    raise UserError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs")
+
+
+def _check_moe(config: Config) -> None:
+  moe, data = config.model.moe, config.data
+  if not moe.num_experts:
+    return
+  if moe.top_k > moe.num_experts:
+    _refuse(config, "model.moe.top_k", "model.moe.num_experts", "a token can choose each expert "
+            "once, so top_k is at most num_experts")  # fmt: skip
+  if moe.router is Router.SWITCH and (moe.top_k != 1 or moe.renormalize):
+    field = "top_k" if moe.top_k != 1 else "renormalize"
+    _refuse(config, "model.moe.router", f"model.moe.{field}", "Switch routing is top_k=1 with "
+            "renormalize=false")  # fmt: skip
+  if moe.top_k == 1 and moe.renormalize:
+    _refuse(config, "model.moe.renormalize", "model.moe.top_k", "a single renormalised gate is the "
+            "constant 1 and the router would get no gradient; set renormalize=false")  # fmt: skip
+  if moe.dispatch is Dispatch.DENSE:
+    for field in ("capacity_factor", "eval_capacity_factor"):
+      if getattr(moe, field):
+        _refuse(config, f"model.moe.{field}", "model.moe.dispatch", "this dispatch is dropless and "
+                f"has no capacity; set {field}=0")  # fmt: skip
+  if moe.first_dense >= config.model.num_layers:
+    _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
+            " for a dense model set num_experts=0")  # fmt: skip
+  if (config.model.num_layers - moe.first_dense) % moe.every:
+    _refuse(config, "model.num_layers", "model.moe.every", "the layers after first_dense="
+            f"{moe.first_dense} must divide into periods of `every`")  # fmt: skip
+  group, length = moe.group_size or data.seq_len, data.seq_len
+  if length % group and group % length:
+    _refuse(config, "model.moe.group_size", "data.seq_len", "a routing group is a whole part or a "
+            "whole multiple of a sequence")  # fmt: skip
+
+
+def _check_mesh(config: Config) -> None:
+  model, moe, mesh, data = config.model, config.model.moe, config.mesh, config.data
+  divisions = [
+    ("model.dim", "mesh.fsdp"),
+    ("model.vocab_size", "mesh.tensor"),
+    ("model.num_heads", "mesh.tensor"),
+    ("model.num_kv_heads", "mesh.tensor"),
+  ]
+  if moe.num_experts:
+    divisions += [("model.moe.num_experts", "mesh.expert"), ("model.moe.expert_dim", "mesh.tensor")]
+  if not moe.num_experts or moe.first_dense or moe.every > 1:
+    divisions += [("model.ffn_dim", "mesh.tensor")]
+  for size, axis in divisions:
+    if _get(config, size) % _get(config, axis):
+      _refuse(config, size, axis, "the axis shards this size, so it must divide it")
+  if data.batch_size % config.train.accumulation:
+    _refuse(config, "data.batch_size", "train.accumulation", "the batch must split into equal "
+            "microbatches")  # fmt: skip
+  shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
+  microbatch = data.batch_size // config.train.accumulation
+  if microbatch % shards:
+    raise UserError(
+      f"config.data.batch_size={data.batch_size} over config.train.accumulation="
+      f"{config.train.accumulation} is a microbatch of {microbatch} sequences, which the "
+      f"{shards} batch shards (mesh data x fsdp x expert) must divide"
+    )
+  if moe.num_experts and (microbatch // shards) * data.seq_len % (moe.group_size or data.seq_len):
+    raise UserError(
+      f"config.model.moe.group_size={moe.group_size}: a device holds "
+      f"{(microbatch // shards) * data.seq_len} tokens of a microbatch, which is not a whole number "
+      "of groups; a group never spans devices, so make it smaller or the batch larger"
+    )

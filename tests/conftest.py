@@ -1,0 +1,43 @@
+"""Eight simulated CPU devices for every test; set before jax starts its backend."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# XLA's collectives need a thread per simulated device, or they deadlock on few cores.
+os.environ["PJRT_NPROC"] = "32"
+
+import jax
+import pytest
+
+from moe_jax import sharding
+from moe_jax import config as config_lib
+
+assert jax.device_count() == 8, "the tests need their eight simulated devices"
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def mesh_of(**axes: int) -> jax.sharding.Mesh:
+  """A mesh of the first devices: mesh_of(expert=4, data=2)."""
+  return sharding.make_mesh(config_lib.Mesh(**{"data": 1} | axes))
+
+
+def toy_config(**moe) -> config_lib.Config:
+  """A few thousand parameters in odd sizes; every mesh axis can be 2, data and expert 4."""
+  moe = {"num_experts": 4, "top_k": 2, "expert_dim": 6} | moe
+  return config_lib.Config(
+    model=config_lib.Model(
+      vocab_size=22, num_layers=2, dim=10, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=14,
+      moe=config_lib.MoE(**moe),
+    ),
+    data=config_lib.Data(seq_len=9, batch_size=8),
+    optimizer=config_lib.Optimizer(warmup_steps=1, learning_rate=0.01),
+    train=config_lib.Train(steps=10, eval_every=5, checkpoint_every=5),
+    mesh=config_lib.Mesh(data=1),
+  )  # fmt: skip
+
+
+@pytest.fixture
+def one_device():
+  with jax.set_mesh(mesh_of()):
+    yield

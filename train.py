@@ -1,0 +1,36 @@
+"""Trains a model: python train.py --config=configs/tiny_moe.py --workdir=runs/tiny
+
+Any field can be overridden, --config.model.moe.num_experts=16. The same command resumes a run that
+was cut off. --describe prints parameters, FLOPs and memory and trains nothing.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import config as config_lib
+from moe_jax import validation
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config file")
+_WORKDIR = flags.DEFINE_string("workdir", "", "where the run lives; created if need be")
+_DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
+
+
+def main() -> None:
+  config = _CONFIG.value
+  if config is None:
+    raise config_lib.UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
+  validation.validate(config)
+  if _DESCRIBE.value:
+    from moe_jax import describe
+
+    print(describe.report(config))
+    return
+  if not _WORKDIR.value:
+    raise config_lib.UserError("--workdir is missing: say where the run lives, --workdir=runs/NAME")
+  from moe_jax import train  # imports jax: only now that the config is known to be good
+
+  train.run(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  config_lib.run(main)
