@@ -13,6 +13,7 @@ from moe_jax import validation
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config file")
 _WORKDIR = flags.DEFINE_string("workdir", "", "where the run lives; created if need be")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "one of several processes of this run")
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     raise config_lib.UserError("--workdir is missing: say where the run lives, --workdir=runs/NAME")
   from moe_jax import train  # imports jax: only now that the config is known to be good
 
-  train.run(config, _WORKDIR.value)
+  train.run(config, _WORKDIR.value, multihost=_MULTIHOST.value)
 
 
 if __name__ == "__main__":

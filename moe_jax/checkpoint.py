@@ -28,7 +28,6 @@ class Checkpointer:
           get_metric_fn=lambda metrics: metrics["loss"],
           reverse=True,
           n=train.keep_best,
-          keep_checkpoints_without_metrics=False,
         )
         keep.append(best)
       options = {
@@ -49,14 +48,17 @@ class Checkpointer:
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, state: Any, data: Any, metrics: dict[str, float] | None) -> None:
-    """Copies state to the host and returns; the write goes on behind the next steps."""
+  def save(self, step: int, state: Any, data: Any, loss: float) -> None:
+    """Copies state to the host and returns; the write goes on behind the next steps.
+
+    `loss` ranks the step among the best; inf for one that was not evaluated.
+    """
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), data=grain.checkpoint.CheckpointSave(data)
       ),
-      metrics=metrics,
+      metrics={"loss": loss},
       force=True,
     )
 

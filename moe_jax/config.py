@@ -132,7 +132,7 @@ class Train:
   accumulation: int = 1  # microbatches per optimizer step; the losses equal the full batch's
   log_every: int = 10
   eval_every: int = 250
-  checkpoint_every: int = 250
+  checkpoint_every: int = 250  # each with an evaluation
   keep_latest: int = 1
   keep_best: int = 1  # by validation loss
 
@@ -304,7 +304,7 @@ def run(main: Callable[[], None]) -> None:
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+      logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     return rest
 
   try:
@@ -317,9 +317,13 @@ def run(main: Callable[[], None]) -> None:
 
 def _check_config_arguments(argv: list[str]) -> None:
   # config_flags reports these with a traceback, so look first.
+  seen_file = False
   for position, argument in enumerate(argv[1:], 1):
     name, equals, value = argument.lstrip("-").partition("=")
     if name == "config":
+      seen_file = True
       load_file(value if equals else argv[position + 1] if position + 1 < len(argv) else "")
     elif name.startswith("config.") and name.removeprefix("config.") not in _field_names():
       raise UserError(_unknown_field(name.removeprefix("config."), argument))
+    elif name.startswith("config.") and not seen_file:
+      raise UserError(f"{argument}: --config is missing before it, --config=configs/tiny_moe.py")

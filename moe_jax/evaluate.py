@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import checkpoint, data, losses, metrics, sharding, validation
+from moe_jax import backend, checkpoint, data, losses, metrics, sharding, validation
 from moe_jax import config as config_lib
 from moe_jax.transformer import Transformer, moe_layers
 
@@ -99,7 +99,9 @@ def fit_mesh(config: config_lib.Config) -> config_lib.Config:
 def run(workdir: str, step: int, split: str) -> dict[str, Any]:
   """Evaluates a checkpoint (step 0: the newest) and writes `eval.json`."""
   path = pathlib.Path(workdir)
-  config = fit_mesh(read_config(path))
+  config = read_config(path)
+  backend.start(config.data)
+  config = fit_mesh(config)
   reader = checkpoint.Checkpointer(path)
   steps = reader.steps()
   if not steps:

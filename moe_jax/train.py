@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from moe_jax import checkpoint, data, describe, losses, metrics, sharding, validation
+from moe_jax import backend, checkpoint, data, describe, losses, metrics, sharding, validation
 from moe_jax import config as config_lib
 from moe_jax import optimizer as optimizer_lib
 from moe_jax.evaluate import Evaluator
@@ -54,8 +54,8 @@ def train_step(
     "load_balance": all_losses.load_balance,
     "router_z": all_losses.router_z,
     "z": all_losses.z,
-    "grad_norm": optax.global_norm(grads),
-    "param_norm": optax.global_norm(params),
+    "grad_norm": optax.tree.norm(grads),
+    "param_norm": optax.tree.norm(params),
     "learning_rate": optimizer_lib.schedule(config.optimizer, config.train.steps)(state.step),
     "tokens": sums.targets,
   }
@@ -133,8 +133,9 @@ def compile_step(
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def run(config: config_lib.Config, workdir: str) -> None:
+def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> None:
   """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one."""
+  backend.start(config.data, multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
   path = pathlib.Path(workdir)
   check_same_run(config, path)
@@ -151,9 +152,9 @@ def run(config: config_lib.Config, workdir: str) -> None:
   path.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
     (path / "config.json").write_text(config_lib.to_json(config) + "\n")
-  device = jax.devices()[0]
-  print(f"{config_lib.table(config)}\n{describe.report(config)}")
-  print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+    device = jax.devices()[0]
+    print(f"{config_lib.table(config)}\n{describe.report(config)}")
+    print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
 
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
@@ -203,12 +204,14 @@ class Loop:
         pending = (step, step_metrics)
         stop = self._should_stop(step)
         last = step == train.steps
-        if step % train.eval_every == 0 or last or stop:
+        save = step % train.checkpoint_every == 0 or last
+        if step % train.eval_every == 0 or save or stop:
           self._log(*pending)
           pending = None
-          result = None if stop and not last else self._evaluate(step, evaluator, state)
-          if step % train.checkpoint_every == 0 or last or stop:
-            self.saver.save(step, state, batches, result and {"loss": result["loss"]})
+          # A checkpoint is ranked by its validation loss; when told to stop, there is no time.
+          loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
+          if save or stop:
+            self.saver.save(step, state, batches, loss)
           self.window_steps, self.window_start = 0, time.perf_counter()
         if stop and not last:
           self.saver.wait()
@@ -261,7 +264,7 @@ class Loop:
       self.writer.write(step, values, "train")
       print(progress_line(step, train.steps, values), flush=True)
 
-  def _evaluate(self, step: int, evaluator: Evaluator, state: TrainState) -> dict[str, Any]:
+  def _evaluate(self, step: int, evaluator: Evaluator, state: TrainState) -> float:
     result = evaluator(state.params)
     if self.writer:
       self.writer.write(step, result, "validation")
@@ -270,7 +273,7 @@ class Loop:
         f"bits per byte {result['bits_per_byte']:.4f}",
         flush=True,
       )
-    return result
+    return result["loss"]
 
 
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:

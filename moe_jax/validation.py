@@ -14,12 +14,6 @@ def validate(config: Config) -> None:
   _check_model(config.model)
   _check_moe(config)
   _check_mesh(config)
-  train = config.train
-  if train.checkpoint_every % train.eval_every:
-    _refuse(
-      config, "train.checkpoint_every", "train.eval_every", "a checkpoint is ranked by the "
-      "validation loss of its step, so make checkpoint_every a multiple of eval_every",
-    )  # fmt: skip
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:
@@ -163,8 +157,8 @@ def _check_mesh(config: Config) -> None:
   if microbatch % shards:
     raise UserError(
       f"config.data.batch_size={data.batch_size} over config.train.accumulation="
-      f"{config.train.accumulation} is a microbatch of {microbatch} sequences, which the "
-      f"{shards} batch shards (mesh data x fsdp x expert) must divide"
+      f"{config.train.accumulation} is a microbatch of {microbatch} sequences, which does not "
+      f"divide over config.mesh.data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} devices"
     )
   if moe.num_experts and (microbatch // shards) * data.seq_len % (moe.group_size or data.seq_len):
     raise UserError(

@@ -24,10 +24,10 @@ def mesh_of(**axes: int) -> jax.sharding.Mesh:
 
 def toy_config(**moe) -> config_lib.Config:
   """A few thousand parameters in odd sizes; every mesh axis can be 2, data and expert 4."""
-  moe = {"num_experts": 4, "top_k": 2, "expert_dim": 6} | moe
+  moe = {"num_experts": 4, "top_k": 2, "expert_dim": 18} | moe
   return config_lib.Config(
     model=config_lib.Model(
-      vocab_size=22, num_layers=2, dim=10, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=14,
+      vocab_size=24, num_layers=2, dim=10, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=14,
       moe=config_lib.MoE(**moe),
     ),
     data=config_lib.Data(seq_len=9, batch_size=8),

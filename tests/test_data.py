@@ -336,6 +336,10 @@ def train_bpe(path, special=()):
   model.train_from_iterator([PROSE], hf.trainers.BpeTrainer(
     vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
   ))  # fmt: skip
+  if "<s>" in special:  # many files add it to each text; the separator stands there already
+    model.post_processor = hf.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
+    )
   model.save(str(path))
   return data.load_tokenizer(Data(tokenizer=str(path)))
 

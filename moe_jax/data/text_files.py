@@ -46,7 +46,7 @@ def stdlib() -> tuple[pathlib.Path, list[str]]:
   depend on who packaged Python.
   """
   root = pathlib.Path(sysconfig.get_path("stdlib"))
-  skip = frozenset(["site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"])
+  skip = frozenset(["site-packages", "dist-packages", "__pycache__"])
   return root, [name for name in list_files(root, skip) if name.endswith(".py")]
 
 

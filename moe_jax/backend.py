@@ -1,0 +1,24 @@
+"""What must be settled before jax starts: processes, simulated devices, the compilation cache."""
+
+import os
+
+import jax
+
+from moe_jax import config as config_lib
+from moe_jax.data import cache
+
+
+def start(data: config_lib.Data, *, multihost: bool = False) -> None:
+  """Call once, before the first jax computation.
+
+  Args:
+    data: its cache_dir also holds compiled programs, so that a second start is quick.
+    multihost: joins the other processes of the job. jax finds them itself on a TPU pod, under
+      SLURM, or from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    # With fewer threads than a collective has participants, XLA's CPU collectives deadlock.
+    os.environ.setdefault("PJRT_NPROC", "32")
+  if multihost:
+    jax.distributed.initialize()
+  jax.config.update("jax_compilation_cache_dir", str(cache.directory(data) / "xla"))

@@ -1,0 +1,179 @@
+"""A whole training step on every mesh is the step of one device; and what the devices exchange."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of, toy_config
+
+from moe_jax import config as config_lib
+from moe_jax import data, sharding, train, validation
+
+MESHES = {
+  "data8": dict(data=8),
+  "expert4-data2": dict(expert=4, data=2),
+  "expert2-fsdp2-tensor2": dict(expert=2, fsdp=2, tensor=2),
+  "fsdp2-expert4": dict(fsdp=2, expert=4),
+  "tensor2-data2": dict(tensor=2, data=2),
+}
+
+
+def toy_batch(config, seed=0):
+  """Rows of two documents and ragged padding, each row different."""
+  rng = np.random.default_rng(seed)
+  B, L = config.data.batch_size, config.data.seq_len
+  tokens = rng.integers(0, config.model.vocab_size, (B, L + 1)).astype(np.int32)
+  cut, end = rng.integers(1, L - 1, (B, 1)), rng.integers(L - 3, L + 1, (B, 1))
+  column = np.arange(L)[None]
+  segments = np.where(column < cut, 1, 2) * (column < end)
+  positions = np.where(column < cut, column, column - cut)
+  fields = (tokens[:, :-1], tokens[:, 1:], segments, positions)
+  return data.Batch(*(np.asarray(f, np.int32) for f in fields))
+
+
+def set_up(config, axes):
+  """(mesh, state with routers as uneven as learned ones, jitted step, graph)."""
+  config.mesh = config_lib.Mesh(**{"data": 1} | axes)
+  validation.validate(config)
+  mesh = mesh_of(**axes)
+  with jax.set_mesh(mesh):
+    graph, init, _, shardings = train.init_state(config, mesh)
+    state = init()
+
+    def scale(path, leaf):
+      return leaf * 30 if "router_DE" in jax.tree_util.keystr(path) else leaf
+
+    params = jax.tree_util.tree_map_with_path(scale, state.params)
+    params = jax.device_put(params, shardings.params)
+    return mesh, state._replace(params=params), train.compile_step(config, graph, shardings), graph
+
+
+def take_step(config, axes):
+  """Gradients, metrics and the state after two steps, on the host."""
+  mesh, state, step, graph = set_up(config, axes)
+  batch = toy_batch(config)
+  with jax.set_mesh(mesh):
+    batch = sharding.to_global(batch, mesh)
+    grads = jax.jit(lambda p, b: gradients(p, b, graph, config))(state.params, batch)
+    grads = jax.device_get(grads)
+    state, first = step(state, batch)
+    state, second = step(state, batch)
+    assert step._cache_size() == 1
+    return grads, jax.device_get(first), jax.device_get(second), jax.device_get(state)
+
+
+def gradients(params, batch, graph, config):
+  def loss(params):
+    sums = train.batch_sums(params, batch, jax.random.key(0), graph=graph, config=config)
+    layers = train.moe_layers(config.model)
+    return train.losses.total(sums, config.loss, config.model.moe, len(layers)).total
+
+  return jax.grad(loss)(params)
+
+
+def compare(got, want, atol):
+  def one(path, a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+  jax.tree_util.tree_map_with_path(one, got, want)
+
+
+def weighty(config):
+  """Balance and z-losses heavy enough that an error in them shows."""
+  config.loss = config_lib.Loss(load_balance=1.0, router_z=0.1, z=0.1)
+  return config
+
+
+@pytest.fixture(scope="module")
+def one_device_result():
+  return take_step(weighty(toy_config(capacity_factor=0.8)), {})
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_takes_the_same_step(mesh, one_device_result):
+  want = one_device_result
+  assert 0.05 < want[1]["drop_fraction_Z"].mean() < 0.6 and want[1]["max_vio_Z"].min() > 0.3
+  got = take_step(weighty(toy_config(capacity_factor=0.8)), MESHES[mesh])
+  compare(got[0], want[0], atol=1e-6)  # float32 rounding of gradients of order 0.01 to 1
+  np.testing.assert_array_equal(got[1]["load_ZE"], want[1]["load_ZE"])
+  np.testing.assert_array_equal(got[1]["drop_fraction_Z"], want[1]["drop_fraction_Z"])
+  compare(got[1], want[1], atol=1e-6)
+  compare(got[2], want[2], atol=1e-4)
+  # Adam divides by the gradient's own size, so rounding of a tiny one is a part of a full step.
+  compare(got[3].params, want[3].params, atol=0.05 * 0.01)
+
+
+@pytest.mark.parametrize("mesh", ["one", "expert4"])
+def test_accumulation_is_the_full_batch(mesh):
+  """Loss, balance, drops and gradients of 2 microbatches are those of the batch at once."""
+  axes = {} if mesh == "one" else dict(expert=4)
+  results = []
+  for accumulation in (1, 2):
+    config = weighty(toy_config(capacity_factor=0.8))
+    config.train.accumulation = accumulation
+    results.append(take_step(config, axes))
+  compare(results[1][0], results[0][0], atol=1e-6)
+  compare(results[1][1], results[0][1], atol=1e-6)
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "einsum", "dense"])
+@pytest.mark.parametrize(("top_k", "renormalize"), [(1, False), (2, True), (2, False), (4, True)])
+def test_every_router_weight_has_a_gradient(top_k, renormalize, dispatch):
+  factor = 0.0 if dispatch == "dense" else 2.0
+  config = toy_config(
+    top_k=top_k, renormalize=renormalize, dispatch=config_lib.Dispatch(dispatch),
+    capacity_factor=factor, eval_capacity_factor=factor,
+  )  # fmt: skip
+  config.loss = config_lib.Loss(load_balance=0, router_z=0)  # through the gates alone
+  mesh, state, _, graph = set_up(config, {})
+  with jax.set_mesh(mesh):
+    grads = jax.jit(lambda p, b: gradients(p, b, graph, config))(state.params, toy_batch(config))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.abs(leaf).max() > 1e-7, f"no gradient: {jax.tree_util.keystr(path)}"
+
+
+def compiled_text(remat, axes):
+  config = toy_config()
+  config.model.remat = remat
+  mesh, state, step, _ = set_up(config, axes)
+  with jax.set_mesh(mesh):
+    batch = sharding.to_global(toy_batch(config), mesh)
+    return step.lower(state, batch).compile().as_text()
+
+
+@pytest.mark.parametrize(
+  ("remat", "count"), [(config_lib.Remat.NONE, 4), (config_lib.Remat.FULL, 6)]
+)
+def test_all_to_alls_in_the_compiled_step(remat, count):
+  """2 forward and 2 backward, 2 more under full remat (the scanned body stands for each layer)."""
+  text = compiled_text(remat, dict(expert=4, data=2))
+  assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == count
+  # Experts stay where they are: nothing gathers a tensor of all E experts' weights.
+  E, D, F = 4, 10, 18
+  gathered = re.findall(r"= \S*?\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+  for shape in gathered:
+    sizes = sorted(int(n) for n in shape.split(",") if n != "1")
+    assert not {E, D, F} <= set(sizes), f"all-gather of expert weights: [{shape}]"
+
+
+def test_fsdp_gathers_but_not_over_expert():
+  """With an fsdp axis the experts' D is gathered, E is not: 1 of 4 experts on each device."""
+  text = compiled_text(config_lib.Remat.NONE, dict(expert=4, fsdp=2))
+  gathered = re.findall(r"= \S*?\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+  sizes = [sorted(int(n) for n in shape.split(",") if n != "1") for shape in gathered]
+  assert [10, 18] in sizes, "expected all-gathers of one expert's D x F"
+  assert not any({4, 10, 18} <= set(size) for size in sizes)
+
+
+def test_parameters_are_sharded_by_their_letters():
+  mesh, state, _, _ = set_up(toy_config(), dict(expert=2, fsdp=2, tensor=2))
+  shapes = {
+    path[-2].key if hasattr(path[-2], "key") else str(path[-2]): leaf.addressable_shards[0].data.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+  }  # fmt: skip
+  assert shapes["gate_EDF"] == (2, 2, 5, 9) and shapes["down_EFD"] == (2, 2, 9, 5)
+  assert shapes["q_DHA"] == (2, 5, 2, 6) and shapes["embed_VD"] == (12, 5)
+  assert shapes["router_DE"] == (2, 10, 4)
+  with pytest.raises(AssertionError, match="two dimensions on one mesh axis"):
+    sharding.spec("HF")
