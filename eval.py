@@ -6,7 +6,8 @@ and the routing report; writes eval.json and the plots.
 
 from absl import flags
 
-from moe_jax import config as config_lib
+from moe_jax import command_line
+from moe_jax.config import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest", lower_bound=0)
@@ -15,7 +16,7 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"
 
 def main() -> None:
   if not _WORKDIR.value:
-    raise config_lib.UserError("--workdir is missing: name a run of train.py")
+    raise UserError("--workdir is missing: name a run of train.py")
   from moe_jax import evaluate, report
 
   result = evaluate.run(_WORKDIR.value, _STEP.value, _SPLIT.value)
@@ -23,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  config_lib.run(main)
+  command_line.run(main)

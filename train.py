@@ -7,8 +7,8 @@ was cut off. --describe prints parameters, FLOPs and memory and trains nothing.
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import config as config_lib
-from moe_jax import validation
+from moe_jax import command_line, validation
+from moe_jax.config import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config file")
 _WORKDIR = flags.DEFINE_string("workdir", "", "where the run lives; created if need be")
@@ -19,7 +19,7 @@ _MULTIHOST = flags.DEFINE_bool("multihost", False, "one of several processes of 
 def main() -> None:
   config = _CONFIG.value
   if config is None:
-    raise config_lib.UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
+    raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
   validation.validate(config)
   if _DESCRIBE.value:
     from moe_jax import describe
@@ -27,11 +27,11 @@ def main() -> None:
     print(describe.report(config))
     return
   if not _WORKDIR.value:
-    raise config_lib.UserError("--workdir is missing: say where the run lives, --workdir=runs/NAME")
+    raise UserError("--workdir is missing: say where the run lives, --workdir=runs/NAME")
   from moe_jax import train  # imports jax: only now that the config is known to be good
 
   train.run(config, _WORKDIR.value, multihost=_MULTIHOST.value)
 
 
 if __name__ == "__main__":
-  config_lib.run(main)
+  command_line.run(main)

@@ -24,7 +24,7 @@ def get_config() -> Config:
     ),
     data=Data(name="python_stdlib", tokenizer="bytes", seq_len=512, batch_size=8),
     loss=Loss(load_balance=0.01, router_z=1e-3),
-    optimizer=Optimizer(learning_rate=4e-3, warmup_steps=100),
-    train=Train(steps=1500, eval_every=250, checkpoint_every=250),
+    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=100),
+    train=Train(steps=1250, eval_every=250, checkpoint_every=250),
     eval=Eval(batches=32),
   )

@@ -2,7 +2,7 @@
 
 Question   The base for ablations at a size where the experts specialise.
 Command    python train.py --config=configs/mixtral_small.py --workdir=runs/mixtral_small
-           lm1b must be prepared first (tfds build lm1b); --config.data.name=python_stdlib is offline
+           prepare lm1b first (tfds build lm1b); --config.data.name=python_stdlib is offline
 Hardware   one accelerator of 40 GB or more; on N of them add --config.mesh.expert=N
 Time       not measured yet
 Expect     197M parameters, 55M active per token; no published figure at this size

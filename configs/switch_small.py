@@ -2,7 +2,7 @@
 
 Question   How far does top-1 routing with dropped tokens get, and how many tokens does it drop?
 Command    python train.py --config=configs/switch_small.py --workdir=runs/switch_small
-           lm1b must be prepared first (tfds build lm1b); --config.data.name=python_stdlib is offline
+           prepare lm1b first (tfds build lm1b); --config.data.name=python_stdlib is offline
 Hardware   one accelerator of 40 GB or more; on N of them add --config.mesh.expert=N
 Time       not measured yet
 Expect     published for Switch-Base against T5-Base: -0.17 nats at 100k steps and equal FLOPs;

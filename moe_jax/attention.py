@@ -56,9 +56,7 @@ class Attention(nnx.Module):
     self.q_norm = RMSNorm("A", A, model.norm_eps) if model.qk_norm else None
     self.k_norm = RMSNorm("A", A, model.norm_eps) if model.qk_norm else None
 
-  def __call__(
-    self, x_BLD: jax.Array, positions_BL: jax.Array, mask_B1LS: jax.Array
-  ) -> jax.Array:
+  def __call__(self, x_BLD: jax.Array, positions_BL: jax.Array, mask_B1LS: jax.Array) -> jax.Array:
     def project(w):
       return jnp.einsum("BLD,DHA->BLHA", x_BLD, w[...].astype(self.dtype))
 

@@ -13,12 +13,14 @@ def start(data: config_lib.Data, *, multihost: bool = False) -> None:
 
   Args:
     data: its cache_dir also holds compiled programs, so that a second start is quick.
-    multihost: joins the other processes of the job. jax finds them itself on a TPU pod, under
-      SLURM, or from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    multihost: joins the other processes of the job. jax finds them itself on a TPU pod and under
+      SLURM; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     # With fewer threads than a collective has participants, XLA's CPU collectives deadlock.
     os.environ.setdefault("PJRT_NPROC", "32")
   if multihost:
-    jax.distributed.initialize()
+    named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = {name: int(os.environ[key]) for name, key in named.items() if key in os.environ}
+    jax.distributed.initialize(**given)
   jax.config.update("jax_compilation_cache_dir", str(cache.directory(data) / "xla"))

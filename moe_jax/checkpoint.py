@@ -15,7 +15,7 @@ from moe_jax import config as config_lib
 
 
 class Checkpointer:
-  """Checkpoints of one workdir. Saving is asynchronous: a step's files appear whole or not at all."""
+  """Checkpoints of one workdir; saved asynchronously, a step appears whole or not at all."""
 
   def __init__(self, workdir: pathlib.Path, train: config_lib.Train | None = None):
     """With `train`, keeps its latest and best steps and deletes the others; without, only reads."""

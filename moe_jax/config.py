@@ -6,16 +6,9 @@ Nothing here imports jax, so a mistake is reported before any device is touched.
 import dataclasses
 import difflib
 import enum
-import importlib.util
 import json
-import os
-import pathlib
-import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -209,7 +202,7 @@ def from_json(text: str) -> Config:
     built = {}
     for name, value in values.items():
       if name not in fields:
-        raise UserError(_unknown_field(prefix + name, "config.json"))
+        raise UserError(unknown_field(prefix + name, "config.json"))
       kind = fields[name].type
       if dataclasses.is_dataclass(kind):
         built[name] = build(kind, value, f"{prefix}{name}.")
@@ -232,12 +225,12 @@ def _to_enum(kind: type[enum.Enum], name: str, value: Any) -> enum.Enum:
     raise UserError(f"config.{name}={value!r} is not one of: {choices}") from None
 
 
-def _field_names() -> list[str]:
+def field_names() -> list[str]:
   return list(flatten(Config()))
 
 
-def _unknown_field(name: str, where: str) -> str:
-  names = _field_names()
+def unknown_field(name: str, where: str) -> str:
+  names = field_names()
   leaf = name.rsplit(".", 1)[-1]
   close = difflib.get_close_matches(name, names, 1, 0.75) or [
     full
@@ -249,81 +242,9 @@ def _unknown_field(name: str, where: str) -> str:
   return f"{where}: there is no field config.{name}{near}"
 
 
-def load_file(path: str) -> Config:
-  """Runs `get_config()` of a Python file, with one-line errors for what can go wrong in it."""
-  if not os.path.isfile(path):
-    shipped = sorted(p.stem for p in pathlib.Path("configs").glob("*.py"))
-    raise UserError(f"--config={path}: no such file (in configs/: {', '.join(shipped)})")
-  spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config()
-  except UserError:
-    raise
-  except Exception as error:  # whatever the file does wrong, say where
-    raise UserError(_explain(error, path)) from None
-  if not isinstance(config, Config):
-    raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a moe_jax Config")
-  return config
-
-
-def _explain(error: Exception, path: str) -> str:
-  line, trace = 0, error.__traceback__
-  while trace is not None:
-    if os.path.abspath(trace.tb_frame.f_code.co_filename) == os.path.abspath(path):
-      line = trace.tb_lineno
-    trace = trace.tb_next
-  where = f"{path}:{line}" if line else path
-  message = str(error)
-  argument = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-  attribute = re.match(r"'(\w+)' object has no attribute '(\w+)'", message)
-  found = argument or attribute
-  sections = {"Config": ""} | {
-    type(value).__name__: name + "." for name, value in _sections(Config())
-  }
-  if found and found[1] in sections:
-    return _unknown_field(sections[found[1]] + found[2], where)
-  return f"{where}: {type(error).__name__}: {message}"
-
-
-def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):
       yield prefix + field.name, value
-      yield from _sections(value, f"{prefix}{field.name}.")
-
-
-def run(main: Callable[[], None]) -> None:
-  """Parses sys.argv into absl flags and calls `main`; a UserError becomes one line and exit 2."""
-
-  def parse(argv):
-    _check_config_arguments(argv)
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
-    if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
-    return rest
-
-  try:
-    app.run(lambda _: main(), flags_parser=parse)
-  except (UserError, flags.Error) as error:
-    message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _check_config_arguments(argv: list[str]) -> None:
-  # config_flags reports these with a traceback, so look first.
-  seen_file = False
-  for position, argument in enumerate(argv[1:], 1):
-    name, equals, value = argument.lstrip("-").partition("=")
-    if name == "config":
-      seen_file = True
-      load_file(value if equals else argv[position + 1] if position + 1 < len(argv) else "")
-    elif name.startswith("config.") and name.removeprefix("config.") not in _field_names():
-      raise UserError(_unknown_field(name.removeprefix("config."), argument))
-    elif name.startswith("config.") and not seen_file:
-      raise UserError(f"{argument}: --config is missing before it, --config=configs/tiny_moe.py")
+      yield from sections(value, f"{prefix}{field.name}.")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import backend, checkpoint, data, losses, metrics, sharding, validation
+from moe_jax import backend, checkpoint, data, describe, losses, metrics, sharding, validation
 from moe_jax import config as config_lib
 from moe_jax.transformer import Transformer, moe_layers
 
@@ -82,6 +82,23 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
   return config
 
 
+def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
+  """Refuses text other than the run's own: another Python's standard library, changed files.
+
+  Args:
+    workdir: of the run; its data.json has the digests that it was started with.
+    digests: {split: digest of its token stream}.
+  """
+  path = workdir / "data.json"
+  recorded = json.loads(path.read_text()) if path.exists() else {}
+  changed = [split for split, digest in digests.items() if recorded.get(split, digest) != digest]
+  if changed:
+    raise config_lib.UserError(
+      f"--workdir={workdir}: the {' and '.join(changed)} text is not the one this run was trained "
+      "with (another Python version, or changed files?); use the same text, or a new workdir"
+    )
+
+
 def fit_mesh(config: config_lib.Config) -> config_lib.Config:
   """The run's own mesh where the devices match, otherwise the batch over as many as divide it.
 
@@ -110,6 +127,7 @@ def run(workdir: str, step: int, split: str) -> dict[str, Any]:
     raise config_lib.UserError(f"--step={step}: no such checkpoint; there are {steps}")
   step = step or steps[-1]
   rows = data.load_rows(config.data, split)
+  check_same_data(path, {split: rows.digest})
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
@@ -118,11 +136,14 @@ def run(workdir: str, step: int, split: str) -> dict[str, Any]:
     evaluator = Evaluator(config, rows, mesh, graph)
     result = evaluator(params)
   reader.close()
+  counts = describe.count(config)
   evaluated = min(len(rows), evaluator.batch_size * config.eval.batches or len(rows))
   result |= {
     "step": step,
     "split": split,
     "layers": moe_layers(config.model),
+    "parameters": counts.total,
+    "active_parameters": counts.active,
     "gzip_bits_per_byte": data.gzip_bits_per_byte(rows.documents(evaluated)),
     "device": jax.devices()[0].device_kind,
   }

@@ -80,9 +80,7 @@ def moe_ffn(
 def _local_moe(x_BLD, logits_BLE, real_BL, experts, *, moe, train):
   B, L, D = x_BLD.shape
   E, T = moe.num_experts, moe.group_size or L
-  C = dispatch.capacity(
-    moe.capacity_factor if train else moe.eval_capacity_factor, T, moe.top_k, E
-  )
+  C = dispatch.capacity(moe.capacity_factor if train else moe.eval_capacity_factor, T, moe.top_k, E)
   x_MTD = x_BLD.reshape(-1, T, D)
   logits_MTE = logits_BLE.reshape(-1, T, E)
   real_MT = real_BL.reshape(-1, T)

@@ -65,7 +65,8 @@ class Writer:
       if isinstance(value, (int, float)):
         self._events.add_scalar(name, value, step)
       elif "load" not in name:
-        self._events.add_scalars(name, {f"layer{i}": v for i, v in enumerate(value)}, step)
+        for layer, number in enumerate(value):
+          self._events.add_scalar(f"{name}/{layer}", number, step)
 
   def close(self) -> None:
     self._events.close()

@@ -30,7 +30,11 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   path = pathlib.Path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
+  rates = series(read_metrics(path), "train/tokens_per_s")[1]
   lines = [
+    f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
+    f"{result['active_parameters'] / 1e6:,.2f}M active per token",
+    f"training speed     {np.median(rates) if rates else 0:,.0f} tokens/s (median)",
     f"step {result['step']}, {result['split']} set: {result['tokens']:,} tokens, "
     f"{result['bytes']:,} bytes",
     f"loss               {result['loss']:.4f} nats per token",
@@ -115,9 +119,7 @@ def _plot_load(path, result) -> str:
 
 
 def _plot_balance(path, lines, result) -> str:
-  figure, (top, bottom) = plt.subplots(
-    2, 1, figsize=(7, 5.5), layout="constrained", sharex=True
-  )
+  figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), layout="constrained", sharex=True)
   for axes, name, scale, label in (
     (top, "train/max_vio_Z", 1, "MaxVio (0 is balanced)"),
     (bottom, "train/drop_fraction_Z", 100, "assignments dropped, %"),

@@ -1,5 +1,6 @@
 """Training: one pure step, then the loop around it."""
 
+import json
 import pathlib
 import signal
 import sys
@@ -15,7 +16,7 @@ from flax import nnx
 from moe_jax import backend, checkpoint, data, describe, losses, metrics, sharding, validation
 from moe_jax import config as config_lib
 from moe_jax import optimizer as optimizer_lib
-from moe_jax.evaluate import Evaluator
+from moe_jax.evaluate import Evaluator, check_same_data
 from moe_jax.transformer import Transformer, moe_layers
 
 
@@ -40,9 +41,7 @@ def train_step(
 
   def loss_fn(params):
     sums = batch_sums(params, batch, key, graph=graph, config=config)
-    all_losses = losses.total(
-      sums, config.loss, config.model.moe, len(moe_layers(config.model))
-    )
+    all_losses = losses.total(sums, config.loss, config.model.moe, len(moe_layers(config.model)))
     return all_losses.total, (all_losses, sums)
 
   grads, (all_losses, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -120,9 +119,7 @@ def init_state(
   return graph, jax.jit(init, out_shardings=shardings), shapes, shardings
 
 
-def compile_step(
-  config: config_lib.Config, graph: Any, shardings: TrainState
-) -> Any:
+def compile_step(config: config_lib.Config, graph: Any, shardings: TrainState) -> Any:
   """`train_step` under jit: state donated, shardings pinned so that it compiles once."""
   optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
 
@@ -138,19 +135,20 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
   backend.start(config.data, multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
   path = pathlib.Path(workdir)
-  check_same_run(config, path)
+  check_same_config(config, path)
   train_rows = data.load_rows(config.data, "train")
   validation_rows = data.load_rows(config.data, "validation")
   if train_rows.tokenizer.vocab_size > config.model.vocab_size:
     raise config_lib.UserError(
       f"config.model.vocab_size={config.model.vocab_size} is less than the "
-      f"{train_rows.tokenizer.vocab_size} of config.data.tokenizer={config.data.tokenizer}: raise it"
+      f"{train_rows.tokenizer.vocab_size} of config.data.tokenizer={config.data.tokenizer}"
     )
-  batches = data.train_iterator(
-    train_rows, config.data, jax.process_index(), jax.process_count()
-  )
+  batches = data.train_iterator(train_rows, config.data, jax.process_index(), jax.process_count())
+  digests = {"train": train_rows.digest, "validation": validation_rows.digest}
+  check_same_data(path, digests)
   path.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
+    (path / "data.json").write_text(json.dumps(digests, indent=2) + "\n")
     (path / "config.json").write_text(config_lib.to_json(config) + "\n")
     device = jax.devices()[0]
     print(f"{config_lib.table(config)}\n{describe.report(config)}")
@@ -247,16 +245,17 @@ class Loop:
       self.window_steps += 1
     train = self.config.train
     if not np.isfinite(values["loss"]):
-      raise FloatingPointError(f"loss is {values['loss']} at step {step}; lower the learning rate?")
+      raise config_lib.UserError(
+        f"loss is {values['loss']} at step {step} (newest checkpoint: {self.saver.latest_step()}); "
+        f"lower config.optimizer.learning_rate={self.config.optimizer.learning_rate}"
+      )
     if step % train.log_every and step not in (self.start + 1, train.steps):
       return
     if self.window_steps:
       steps_per_s = self.window_steps / (now - self.window_start)
       values["steps_per_s"] = steps_per_s
       # Positions, padding included: the hardware's rate.
-      values["tokens_per_s"] = (
-        steps_per_s * self.config.data.batch_size * self.config.data.seq_len
-      )
+      values["tokens_per_s"] = steps_per_s * self.config.data.batch_size * self.config.data.seq_len
       if self.flops_fraction:
         values["mfu"] = values["tokens_per_s"] * self.flops_fraction
       self.window_steps, self.window_start = 0, now
@@ -282,6 +281,7 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     parts.append(f"balance {values['load_balance']:.3f}")
     parts.append(f"dropped {100 * np.mean(values['drop_fraction_Z']):.1f}%")
   if "tokens_per_s" in values:
+    parts.append(f"{values['steps_per_s']:.2f} steps/s")
     parts.append(f"{values['tokens_per_s'] / 1e3:.1f}k tokens/s")
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.1f}%")
@@ -293,11 +293,13 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
 
 
 # What may differ when a run goes on: where it runs, how long, and what is watched.
-_MAY_CHANGE = ("mesh.", "eval.", "train.steps", "train.log_every", "train.eval_every",
-               "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir")  # fmt: skip
+_MAY_CHANGE = (
+  "mesh.", "eval.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
+  "train.keep_", "data.threads", "data.cache_dir",
+)  # fmt: skip
 
 
-def check_same_run(config: config_lib.Config, path: pathlib.Path) -> None:
+def check_same_config(config: config_lib.Config, path: pathlib.Path) -> None:
   """Refuses to go on with a run under a config that would make it another run."""
   if not (path / "config.json").exists():
     return

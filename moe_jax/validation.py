@@ -135,7 +135,7 @@ def _check_moe(config: Config) -> None:
 
 
 def _check_mesh(config: Config) -> None:
-  model, moe, mesh, data = config.model, config.model.moe, config.mesh, config.data
+  moe, mesh, data = config.model.moe, config.mesh, config.data
   divisions = [
     ("model.dim", "mesh.fsdp"),
     ("model.vocab_size", "mesh.tensor"),
@@ -163,6 +163,6 @@ def _check_mesh(config: Config) -> None:
   if moe.num_experts and (microbatch // shards) * data.seq_len % (moe.group_size or data.seq_len):
     raise UserError(
       f"config.model.moe.group_size={moe.group_size}: a device holds "
-      f"{(microbatch // shards) * data.seq_len} tokens of a microbatch, which is not a whole number "
-      "of groups; a group never spans devices, so make it smaller or the batch larger"
+      f"{(microbatch // shards) * data.seq_len} tokens of a microbatch, not a whole number of "
+      "groups; a group never spans devices, so make it smaller or the batch larger"
     )

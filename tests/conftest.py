@@ -3,15 +3,17 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
+)
 # XLA's collectives need a thread per simulated device, or they deadlock on few cores.
 os.environ["PJRT_NPROC"] = "32"
 
 import jax
 import pytest
 
-from moe_jax import sharding
 from moe_jax import config as config_lib
+from moe_jax import sharding
 
 assert jax.device_count() == 8, "the tests need their eight simulated devices"
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -62,9 +62,7 @@ def moe_layer(x_BLD, real_BL, weights, *, top_k, renormalize, factor, group):
       y_TD[t] += gate * (hidden @ down_EFD[e])
   tokens = int(real_BL.sum())
   balance = E * float((routed / (tokens * top_k) * prob / tokens).sum())
-  return Result(
-    y_TD.reshape(B, L, D), routed, kept, prob, z, entropy, tokens, dropped, balance
-  )
+  return Result(y_TD.reshape(B, L, D), routed, kept, prob, z, entropy, tokens, dropped, balance)
 
 
 def loss(x_BLD, real_BL, weights, cotangent_BLD, **options):

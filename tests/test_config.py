@@ -93,12 +93,12 @@ def test_mesh_must_match_the_devices():
 
 def test_unknown_field_in_json():
   text = config_lib.to_json(toy_config()).replace('"top_k"', '"topk"')
-  with pytest.raises(config_lib.UserError, match=r"moe.topk; the nearest is config.model.moe.top_k"):
+  with pytest.raises(config_lib.UserError, match=r"topk; the nearest is config.model.moe.top_k"):
     config_lib.from_json(text)
 
 
 COMMANDS = {
-  "--config=configs/debug.py --config.model.moe.num_expert=5": "nearest is config.model.moe.num_exp",
+  "--config=configs/debug.py --config.model.moe.num_expert=5": "nearest is config.model.moe.num",
   "--config=configs/debug.py --config.model.moe.num_experts=abc": "num_experts=abc",
   "--config=configs/debug.py --config.model.moe.router=best": "<switch|topk>",
   "--config=configs/debug.py --config.model.moe.top_k=9": "config.model.moe.num_experts=4",
@@ -108,7 +108,8 @@ COMMANDS = {
   "--config=configs/none.py": "no such file",
   "--config={tmp}/typo.py": "typo.py:5: there is no field config.model.moe.num_expert;",
   "--config={tmp}/broken.py": "broken.py:3: ZeroDivisionError",
-  "--config.train.steps=1": "--config",
+  "--config.train.steps=1": "--config is missing before it",
+  "--config=configs/debug.py --config=configs/tiny_moe.py": "--config is given twice",
   "": "--config is missing",
 }
 
@@ -137,7 +138,7 @@ def test_the_config_needs_no_jax():
 
 
 def test_no_field_is_optional():
-  for section in config_lib._sections(config_lib.Config()):
+  for section in config_lib.sections(config_lib.Config()):
     for field in dataclasses.fields(section[1]):
       assert isinstance(field.type, type), field
 

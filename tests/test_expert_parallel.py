@@ -1,15 +1,19 @@
 """A whole training step on every mesh is the step of one device; and what the devices exchange."""
 
+import importlib
+import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
 from conftest import mesh_of, toy_config
+from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import data, sharding, train, validation
 
+CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 MESHES = {
   "data8": dict(data=8),
   "expert4-data2": dict(expert=4, data=2),
@@ -166,12 +170,34 @@ def test_fsdp_gathers_but_not_over_expert():
   assert not any({4, 10, 18} <= set(size) for size in sizes)
 
 
+def shrink(config):
+  """The same structure in a few thousand parameters: pattern, routing, precision and remat stay."""
+  model, moe = config.model, config.model.moe
+  model.num_kv_heads, model.num_heads = 2, 2 * model.num_heads // model.num_kv_heads
+  model.dim, model.head_dim, model.ffn_dim, model.vocab_size = 16, 4, 8, 264
+  model.num_layers = moe.first_dense + 2 * moe.every
+  moe.expert_dim = 8
+  config.data.seq_len, config.data.batch_size = 16, 8
+  return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_takes_a_step_at_toy_size(name):
+  config = shrink(importlib.import_module(f"configs.{name}").get_config())
+  axes = dict(expert=4, data=2) if config.model.moe.num_experts else dict(data=8)
+  mesh, state, step, _ = set_up(config, axes)
+  with jax.set_mesh(mesh):
+    _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
+  # The logits of a new model are small: its loss is near that of a uniform guess.
+  assert abs(float(metrics["loss"]) - np.log(264)) < 0.5
+  assert float(metrics["grad_norm"]) > 1e-3
+  assert ("load_ZE" in metrics) == bool(config.model.moe.num_experts)
+
+
 def test_parameters_are_sharded_by_their_letters():
-  mesh, state, _, _ = set_up(toy_config(), dict(expert=2, fsdp=2, tensor=2))
-  shapes = {
-    path[-2].key if hasattr(path[-2], "key") else str(path[-2]): leaf.addressable_shards[0].data.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
-  }  # fmt: skip
+  _, state, _, _ = set_up(toy_config(), dict(expert=2, fsdp=2, tensor=2))
+  leaves = nnx.to_flat_state(state.params)
+  shapes = {path[-1]: leaf[...].addressable_shards[0].data.shape for path, leaf in leaves}
   assert shapes["gate_EDF"] == (2, 2, 5, 9) and shapes["down_EFD"] == (2, 2, 9, 5)
   assert shapes["q_DHA"] == (2, 5, 2, 6) and shapes["embed_VD"] == (12, 5)
   assert shapes["router_DE"] == (2, 10, 4)

@@ -177,7 +177,8 @@ def test_balance_loss_is_one_when_balanced_for_every_k():
     )  # fmt: skip
     np.testing.assert_allclose(losses.load_balance(stats, K), [1.0], rtol=1e-6)
   collapsed = stats._replace(
-    routed_E=jnp.zeros((1, 64), int).at[0, 0].set(8 * 64), prob_E=jnp.zeros((1, 64)).at[0, 0].set(64)
+    routed_E=jnp.zeros((1, 64), int).at[0, 0].set(8 * 64),
+    prob_E=jnp.zeros((1, 64)).at[0, 0].set(64),
   )
   np.testing.assert_allclose(losses.load_balance(collapsed, 8), [64.0], rtol=1e-6)
 
@@ -215,9 +216,7 @@ def test_one_expert_equals_the_dense_layer(one_device):
   for layer_fn in (jax.jit(moe), jax.jit(plain)):
     y, vjp = jax.vjp(layer_fn, weights, x_BLD)
     results.append((y, vjp(jnp.cos(y))))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
 def test_jitter_does_not_depend_on_the_mesh():

@@ -99,7 +99,7 @@ def test_schedules_by_hand(schedule, expected):
 
 
 def test_weight_decay_and_clipping():
-  """With zero gradients only what decays moves; a huge gradient moves no more than a clipped one."""
+  """With zero gradients only what decays moves; a huge gradient enters with norm 1."""
   names = {"gate_EDF": True, "q_DHA": True, "down_FD": True, "head_DV": True, "norm_D": False,
            "embed_VD": False, "router_DE": False}  # fmt: skip
   params = {"layer": {name: jnp.ones((2,) * len(name.split("_")[1])) for name in names}}
@@ -112,7 +112,8 @@ def test_weight_decay_and_clipping():
 
   clipped = config_lib.Optimizer(clip_norm=1.0)
   transform = optimizer.make_optimizer(clipped, 10)
-  _, state = transform.update(jax.tree.map(lambda p: p * 1e6, params), transform.init(params), params)
+  huge = jax.tree.map(lambda p: p * 1e6, params)
+  _, state = transform.update(huge, transform.init(params), params)
   moment = state[1][0].mu["layer"]
   norm = np.sqrt(sum(float(jnp.sum((m / (1 - clipped.b1)) ** 2)) for m in moment.values()))
   assert norm == pytest.approx(1.0, rel=1e-4)
@@ -122,8 +123,8 @@ def command(workdir, cache, *arguments, steps=12):
   return [
     sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
     f"--config.data.cache_dir={cache}", f"--config.train.steps={steps}",
-    "--config.train.eval_every=4", "--config.train.checkpoint_every=4", "--config.train.log_every=1",
-    "--config.model.moe.jitter=0.1", *arguments,
+    "--config.train.eval_every=4", "--config.train.checkpoint_every=4",
+    "--config.train.log_every=1", "--config.model.moe.jitter=0.1", *arguments,
   ]  # fmt: skip
 
 
@@ -233,6 +234,35 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run, cache):
   assert (whole_run[0] / "config.json").read_text() == before
 
 
+def test_other_text_is_refused(whole_run, cache):
+  """As when another Python's standard library stands behind the same name."""
+  path = whole_run[0] / "data.json"
+  before = path.read_text()
+  try:
+    path.write_text(before.replace(json.loads(before)["validation"], "0" * 64))
+    for script in (
+      command(whole_run[0], cache),
+      [sys.executable, "eval.py", f"--workdir={whole_run[0]}"],
+    ):
+      done = subprocess.run(
+        script, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=100
+      )
+      assert done.returncode == 2 and done.stderr.count("\n") == 1
+      assert "the validation text is not the one" in done.stderr
+  finally:
+    path.write_text(before)
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path, cache):
+  arguments = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0"]
+  done = subprocess.run(
+    command(tmp_path / "run", cache, *arguments),
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: loss is nan at")
+  assert "config.optimizer.learning_rate=1e+30" in done.stderr and "Traceback" not in done.stderr
+
+
 def evaluate(workdir, *arguments, env=ONE_DEVICE):
   done = subprocess.run(
     [sys.executable, "eval.py", f"--workdir={workdir}", *arguments],
@@ -256,7 +286,17 @@ def test_eval_needs_only_the_workdir(whole_run):
   assert 0.5 < result["gzip_bits_per_byte"] < 4
   np.testing.assert_allclose(np.sum(result["load_ZE"], axis=1), 1.0, rtol=1e-5)
   assert np.shape(result["load_ZE"]) == (2, 4)
-  for word in ("bits per byte", "gzip -9", "dropped", "MaxVio", "entropy", "dead"):
+  for word in (
+    "parameters",
+    "active",
+    "tokens/s",
+    "bits per byte",
+    "gzip -9",
+    "dropped",
+    "MaxVio",
+    "entropy",
+    "dead",
+  ):
     assert word in output
   for name in ("loss.png", "load.png", "balance.png"):
     assert (workdir / name).read_bytes().startswith(b"\x89PNG")
@@ -282,9 +322,7 @@ def test_eval_mistakes_are_one_line(whole_run, arguments, message):
   assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_expert_parallel_run_follows_one_device_and_evaluates_anywhere(
-  whole_run, tmp_path, cache
-):
+def test_expert_parallel_run_follows_one_device_and_evaluates_anywhere(whole_run, tmp_path, cache):
   """The command of the README on eight devices: the loss curve of one; then eval on one device."""
   workdir = tmp_path / "run"
   train(
@@ -293,7 +331,7 @@ def test_expert_parallel_run_follows_one_device_and_evaluates_anywhere(
   )  # fmt: skip
   got, want = losses_of(workdir), losses_of(whole_run[0])
   # Rounding grows from step to step; after 12 it is still far below the fall of the loss.
-  np.testing.assert_allclose([got[s] for s in sorted(got)], [want[s] for s in sorted(want)], rtol=2e-3)
+  assert got == pytest.approx(want, rel=2e-3)
   assert got[1] == pytest.approx(want[1], rel=1e-6)
   _, on_one = evaluate(workdir)
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

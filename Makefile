@@ -1,0 +1,39 @@
+# Two commands set up a fresh machine: `make train` and `make test`. A second call installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST ?= -n 2 --dist loadfile
+BIN := $(VENV)/bin
+
+.PHONY: train test test-slow lint clean
+
+train: $(VENV)/.installed  ## train, evaluate and plot the default model
+	$(BIN)/python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe
+	$(BIN)/python eval.py --workdir=runs/tiny_moe
+
+test: $(VENV)/.installed-dev  ## the everyday suite, some minutes
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-slow: $(VENV)/.installed-dev  ## what takes longer: several processes, the README's commands
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "moe_jax needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	@echo "installing moe_jax and what it needs into $(VENV): a minute or two"
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the test tools into $(VENV)"
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+clean:  ## the environment and the runs; data and compiled programs are in the user's cache
+	rm -rf $(VENV) .venv312 runs

@@ -1,0 +1,57 @@
+"""The flow of the package: a module imports only what stands before it."""
+
+import ast
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLOW = [
+  "config", "command_line", "validation", "sharding", "data", "backend", "routers", "dispatch",
+  "expert_parallel", "moe", "attention", "transformer", "describe", "losses", "metrics",
+  "optimizer", "checkpoint", "evaluate", "train",
+]  # fmt: skip
+LEAVES = ["report"]  # read the workdir's files only
+
+
+def imports(path):
+  """Modules of the package that a file imports, by their first name."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == "moe_jax":
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_jax."):
+      found.add(node.module.split(".")[1])
+    elif isinstance(node, ast.Import):
+      found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("moe_jax.")}
+  return found
+
+
+def modules():
+  for path in sorted((ROOT / "moe_jax").rglob("*.py")):
+    name = path.relative_to(ROOT / "moe_jax").parts[0].removesuffix(".py")
+    if name != "__init__":
+      yield name, path
+
+
+def test_imports_point_back():
+  for name, path in modules():
+    before = [] if name in LEAVES else FLOW[: FLOW.index(name)]
+    wrong = imports(path) - set(before) - {name}
+    assert not wrong, f"{path.name} imports {wrong}, which stand after it"
+
+
+def test_reports_need_no_model():
+  text = (ROOT / "moe_jax/report.py").read_text()
+  assert not re.search(r"^\s*(import|from) (jax|flax|moe_jax)", text, re.M)
+
+
+def test_one_file_names_collectives():
+  for name, path in modules():
+    if name != "expert_parallel":
+      assert not re.search(r"lax\.(psum|all_to_all|all_gather|ppermute)", path.read_text()), path
+
+
+def test_files_stay_readable():
+  """A file past some 300 lines is two things. Data and config files have their own folders."""
+  for _, path in modules():
+    assert len(path.read_text().splitlines()) <= 330, path

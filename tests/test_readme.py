@@ -1,0 +1,46 @@
+"""Every command of the README runs; only steps and sizes are cut."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FEW = (
+  " --config.train.steps=2 --config.optimizer.warmup_steps=1 --config.eval.batches=1"
+  " --config.train.eval_every=2 --config.train.checkpoint_every=2"
+)
+
+
+def commands():
+  blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+  joined = "".join(blocks).replace("\\\n", " ")
+  lines = [line.split("  #")[0].strip() for line in joined.splitlines()]
+  return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_two_commands_are_there():
+  assert "make train" in commands() and "make test" in commands()
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path):
+  python = [c for c in commands() if "python " in c]
+  assert len(python) >= 6
+  (tmp_path / "text").mkdir()
+  for n in range(40):
+    (tmp_path / "text" / f"{n}.txt").write_text(f"document {n} is about the number {n}. " * 400)
+  for command in python:
+    command = command.replace("runs/", f"{tmp_path}/runs/").replace("PATH", f"{tmp_path}/text")
+    command = re.sub(r"\bpython ", f"{sys.executable} ", command)
+    if "train.py" in command and "--describe" not in command:
+      command += FEW
+    env = {**os.environ, "XLA_FLAGS": "", "MOE_JAX_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+      command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
