@@ -23,5 +23,5 @@ def get_config() -> Config:
     data=Data(seq_len=64, batch_size=8),
     optimizer=Optimizer(learning_rate=1e-2, warmup_steps=5),
     train=Train(steps=30, log_every=5, eval_every=10, checkpoint_every=10),
-    eval=Eval(batches=4),
+    eval=Eval(batches=4, final_batches=4),
   )

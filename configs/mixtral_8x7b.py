@@ -43,6 +43,6 @@ def get_config() -> Config:
     loss=Loss(load_balance=0.01, router_z=1e-3),
     optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2000),
     train=Train(steps=100_000, log_every=10, eval_every=1000, checkpoint_every=1000),
-    eval=Eval(batches=8),
+    eval=Eval(batches=8, final_batches=64),
     mesh=Mesh(fsdp=8, expert=8),
   )

@@ -19,13 +19,15 @@ def get_config() -> Config:
       num_heads=2,
       num_kv_heads=1,
       head_dim=64,
+      qk_norm=True,  # at 400 steps 0.2 bits per byte better than without
+      tied_head=False,
       ffn_dim=384,  # K * expert_dim: what tiny_dense has in place of the experts
       remat=Remat.DOTS,  # on a CPU, writing activations to memory costs more than remaking them
       moe=MoE(num_experts=8, top_k=2, expert_dim=192, capacity_factor=1.25),
     ),
-    data=Data(name="python_stdlib", tokenizer="bytes", seq_len=256, batch_size=8),
+    data=Data(name="python_stdlib", tokenizer="bytes", seq_len=256, batch_size=4),
     loss=Loss(load_balance=0.01, router_z=1e-3),
-    optimizer=Optimizer(learning_rate=5e-3, warmup_steps=100),
-    train=Train(steps=800, eval_every=200, checkpoint_every=200),
-    eval=Eval(batches=32),
+    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=100, final_fraction=0.02),
+    train=Train(steps=1500, log_every=25, eval_every=250, checkpoint_every=250),
+    eval=Eval(batches=64),
   )

@@ -132,7 +132,8 @@ class Train:
 
 @_section()
 class Eval:
-  batches: int = 16  # of the fixed validation set, from its start; 0 is all of it
+  batches: int = 16  # of the validation set, from its start, while training; 0 is all of it
+  final_batches: int = 0  # the same for eval.py, of any split
 
 
 @_section()

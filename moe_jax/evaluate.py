@@ -34,8 +34,17 @@ def eval_step(params: Any, batch: data.Batch, bytes_V: jax.Array, *, graph: Any)
 class Evaluator:
   """Runs `eval_step` over the first batches of a split, always the same ones."""
 
-  def __init__(self, config: config_lib.Config, rows: Any, mesh: jax.sharding.Mesh, graph: Any):
+  def __init__(
+    self,
+    config: config_lib.Config,
+    rows: data.Rows,
+    mesh: jax.sharding.Mesh,
+    graph: Any,
+    num_batches: int,
+  ):
+    """num_batches of the training microbatch's size are read; 0 is the whole split."""
     self._config, self._rows, self._mesh = config, rows, mesh
+    self._num_batches = num_batches
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = config.data.batch_size // config.train.accumulation
@@ -46,7 +55,7 @@ class Evaluator:
     """{loss: nats per token, perplexity, bits_per_byte, tokens, ... and metrics.moe_metrics}."""
     total = None
     batches = data.eval_batches(
-      self._rows, self.batch_size, self._config.eval.batches, jax.process_index(),
+      self._rows, self.batch_size, self._num_batches, jax.process_index(),
       jax.process_count(),
     )  # fmt: skip
     for batch in batches:
@@ -133,11 +142,11 @@ def run(workdir: str, step: int, split: str) -> dict[str, Any]:
     graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
     shapes = checkpoint.abstract(params, sharding.param_shardings(params, mesh))
     params = reader.restore_params(step, {"params": shapes})["params"]
-    evaluator = Evaluator(config, rows, mesh, graph)
+    evaluator = Evaluator(config, rows, mesh, graph, config.eval.final_batches)
     result = evaluator(params)
   reader.close()
   counts = describe.count(config)
-  evaluated = min(len(rows), evaluator.batch_size * config.eval.batches or len(rows))
+  evaluated = min(len(rows), evaluator.batch_size * config.eval.final_batches or len(rows))
   result |= {
     "step": step,
     "split": split,

@@ -169,7 +169,7 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     else:
       state = init()
     loop = Loop(config, path, saver, start)
-    evaluator = Evaluator(config, validation_rows, mesh, graph)
+    evaluator = Evaluator(config, validation_rows, mesh, graph, config.eval.batches)
     loop.run(state, batches, compile_step(config, graph, shardings), evaluator, mesh)
 
 

@@ -57,9 +57,10 @@ def _check_types(config: Any, prefix: str = "config.") -> None:
 
 
 # Lowest allowed value; every number has one.
-_AT_LEAST = {"moe.num_experts": 0, "moe.group_size": 0, "moe.first_dense": 0, "eval.batches": 0} | {
+_AT_LEAST = {
   name: 0
   for name in (
+    "moe.num_experts", "moe.group_size", "moe.first_dense", "eval.batches", "eval.final_batches",
     "data.seed", "train.seed", "train.keep_best", "optimizer.warmup_steps", "moe.capacity_factor",
     "moe.eval_capacity_factor", "moe.jitter", "loss.load_balance", "loss.router_z", "loss.z",
     "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.b1", "optimizer.b2",

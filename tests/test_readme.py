@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FEW = (
   " --config.train.steps=2 --config.optimizer.warmup_steps=1 --config.eval.batches=1"
-  " --config.train.eval_every=2 --config.train.checkpoint_every=2"
+  " --config.train.eval_every=2 --config.train.checkpoint_every=2 --config.eval.final_batches=2"
 )
 
 
