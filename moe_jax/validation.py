@@ -60,11 +60,11 @@ def _check_types(config: Any, prefix: str = "config.") -> None:
 _AT_LEAST = {
   name: 0
   for name in (
-    "moe.num_experts", "moe.group_size", "moe.first_dense", "eval.batches", "eval.final_batches",
-    "data.seed", "train.seed", "train.keep_best", "optimizer.warmup_steps", "moe.capacity_factor",
-    "moe.eval_capacity_factor", "moe.jitter", "loss.load_balance", "loss.router_z", "loss.z",
-    "optimizer.decay_fraction", "optimizer.final_fraction", "optimizer.b1", "optimizer.b2",
-    "optimizer.weight_decay", "optimizer.clip_norm",
+    "moe.num_experts", "moe.group_size", "moe.first_dense", "moe.capacity_factor",
+    "moe.eval_capacity_factor", "moe.jitter", "data.seed", "loss.load_balance", "loss.router_z",
+    "loss.z", "optimizer.warmup_steps", "optimizer.decay_fraction", "optimizer.final_fraction",
+    "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "optimizer.clip_norm", "train.seed",
+    "train.keep_best", "eval.batch_size", "eval.batches", "eval.final_batches",
   )
 }  # fmt: skip
 _BELOW_ONE = ("moe.jitter", "optimizer.b1", "optimizer.b2")
@@ -161,9 +161,16 @@ def _check_mesh(config: Config) -> None:
       f"{config.train.accumulation} is a microbatch of {microbatch} sequences, which does not "
       f"divide over config.mesh.data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} devices"
     )
-  if moe.num_experts and (microbatch // shards) * data.seq_len % (moe.group_size or data.seq_len):
+  if config.eval.batch_size % shards:
     raise UserError(
-      f"config.model.moe.group_size={moe.group_size}: a device holds "
-      f"{(microbatch // shards) * data.seq_len} tokens of a microbatch, not a whole number of "
-      "groups; a group never spans devices, so make it smaller or the batch larger"
+      f"config.eval.batch_size={config.eval.batch_size} does not divide over config.mesh.data="
+      f"{mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} devices"
     )
+  for batch in (microbatch, config.eval.batch_size or microbatch):
+    tokens = batch // shards * data.seq_len
+    if moe.num_experts and tokens % (moe.group_size or data.seq_len):
+      raise UserError(
+        f"config.model.moe.group_size={moe.group_size}: a device holds {tokens} tokens of a "
+        f"microbatch of {batch} sequences, not a whole number of groups; a group never spans "
+        "devices, so make it smaller or the batch larger"
+      )
