@@ -188,8 +188,8 @@ def test_every_config_takes_a_step_at_toy_size(name):
   mesh, state, step, _ = set_up(config, axes)
   with jax.set_mesh(mesh):
     _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
-  # The logits of a new model are small: its loss is near that of a uniform guess.
-  assert abs(float(metrics["loss"]) - np.log(264)) < 0.5
+  # A uniform guess, plus half the variance (1 at most) of a new model's logits.
+  assert abs(float(metrics["loss"]) - np.log(264)) < 0.8
   assert float(metrics["grad_norm"]) > 1e-3
   assert ("load_ZE" in metrics) == bool(config.model.moe.num_experts)
 
