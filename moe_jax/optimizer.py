@@ -4,6 +4,7 @@ import jax
 import optax
 
 from moe_jax import config as config_lib
+from moe_jax import sharding
 
 
 def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
@@ -32,10 +33,9 @@ def decays(name: str) -> bool:
 
 def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
   def mask(params):
-    def one(path, _):
-      return decays(next(n for n in map(_key_name, reversed(path)) if "_" in n))
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: decays(sharding.param_name(path)), params
+    )
 
   adamw = optax.adamw(
     schedule(optimizer, steps),
@@ -45,7 +45,3 @@ def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.Gradien
   if not optimizer.clip_norm:
     return adamw
   return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
-
-
-def _key_name(key) -> str:
-  return str(getattr(key, "key", getattr(key, "name", "")))

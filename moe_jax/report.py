@@ -30,7 +30,8 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   path = pathlib.Path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
-  rates = series(read_metrics(path), "train/tokens_per_s")[1]
+  measured = read_metrics(path)
+  rates = series(measured, "train/tokens_per_s")[1]
   lines = [
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
     f"{result['active_parameters'] / 1e6:,.2f}M active per token",
@@ -43,7 +44,7 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   ]
   if "load_balance" in result:
     lines.append(f"load balance loss  {result['load_balance']:.4f} (1.0 is balanced)")
-  lines += [routing_table(result), "plots              " + ", ".join(plot(path, result))]
+  lines += [routing_table(result), "plots              " + ", ".join(plot(path, measured, result))]
   return "\n".join(lines)
 
 
@@ -68,9 +69,8 @@ def routing_table(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def plot(path: pathlib.Path, result: dict[str, Any]) -> list[str]:
+def plot(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
   """Draws loss.png, and for an MoE load.png and balance.png; returns their paths."""
-  lines = read_metrics(path)
   drawn = [_plot_loss(path, lines, result)]
   if "load_ZE" in result:
     drawn += [_plot_load(path, result), _plot_balance(path, lines, result)]

@@ -65,6 +65,12 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
+def param_name(path: tuple[Any, ...]) -> str:
+  """The last name on a tree path that ends in shape letters, 'up_EDF'; "" if there is none."""
+  names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+  return next((n for n in reversed(names) if "_" in n and n.rsplit("_", 1)[-1].isupper()), "")
+
+
 def param_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
   """A NamedSharding for every leaf, found by the last name on its path.
 
@@ -72,8 +78,7 @@ def param_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
   """
 
   def one(path, leaf):
-    names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
-    name = next((n for n in reversed(names) if "_" in n and n.rsplit("_", 1)[-1].isupper()), "")
+    name = param_name(path)
     if not name or leaf.ndim == 0:
       return NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, param_spec(name, leaf.ndim))
