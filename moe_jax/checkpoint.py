@@ -76,7 +76,7 @@ class Checkpointer:
     return restored["state"], restored["data"]
 
   def restore_params(self, step: int, abstract_state: Any) -> Any:
-    """Only `abstract_state`'s subtree (the parameters): optimizer moments are not read."""
+    """Only `abstract_state`'s subtree: what a model needs, without the optimizer's moments."""
     args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     restored = self._manager.restore(
       step,

@@ -16,14 +16,59 @@ class UserError(ValueError):
 
 
 class Router(enum.Enum):
-  SWITCH = "switch"  # top-1, gate = probability (Switch Transformer)
-  TOPK = "topk"  # softmax, then the k largest (GShard, Mixtral)
+  """docs/routing.md compares them; routers.py has one function for each."""
+
+  SWITCH = "switch"
+  TOPK = "topk"
+  NOISY_TOPK = "noisy_topk"
+  EXPERT_CHOICE = "expert_choice"
+  SINKHORN = "sinkhorn"
+  HASH = "hash"
+  RANDOM = "random"
+
+
+class Score(enum.Enum):
+  SOFTMAX = "softmax"
+  SIGMOID = "sigmoid"  # each expert scored alone (DeepSeek-V3)
+
+
+class Priority(enum.Enum):
+  """Whose assignments find a slot first when an expert is full."""
+
+  TOKEN = "token"  # by position: causal
+  CHOICE = "choice"  # all first choices, then all second ones (GShard); not causal
+  SCORE = "score"  # by choice, then the most confident tokens (V-MoE); not causal
 
 
 class Dispatch(enum.Enum):
   GATHER = "gather"  # index gather into fixed slots per expert; drops above capacity
   EINSUM = "einsum"  # one-hot matmuls (GShard); same result as gather
+  GROUPED = "grouped"  # sorted by expert, grouped matmul; never drops
   DENSE = "dense"  # every expert on every token: the oracle; never drops
+
+
+class Exchange(enum.Enum):
+  """How the grouped dispatch moves tokens over the `expert` axis."""
+
+  AUTO = "auto"  # ragged on TPU, all_gather elsewhere
+  ALL_TO_ALL = "all_to_all"  # fixed buffers of exchange_factor; what overflows is counted
+  ALL_GATHER = "all_gather"  # every device sees every token; reduce-scatter back
+  RAGGED = "ragged"  # ragged_all_to_all: moves only what is routed; not on CPU
+
+
+class GroupedMatmul(enum.Enum):
+  AUTO = "auto"  # the fastest here, measured once per shape and device
+  RAGGED_DOT = "ragged_dot"  # XLA's
+  TOKAMAX = "tokamax"  # its kernels for TPU and GPU
+  BLOCKED = "blocked"  # a loop of plain matmuls: for CPUs
+
+
+class BalanceScope(enum.Enum):
+  """The tokens over which the balance loss takes its two means."""
+
+  SEQUENCE = "sequence"  # each row alone (DeepSeek-V3)
+  MICROBATCH = "microbatch"  # one accumulation step, all devices
+  GLOBAL = "global"  # the whole batch (2501.11873)
 
 
 class Remat(enum.Enum):
@@ -52,9 +97,19 @@ class MoE:
   num_experts: int = 0  # E; 0 is a dense model
   top_k: int = 2  # K, experts per token
   expert_dim: int = 256  # F of one expert
+  shared_experts: int = 0  # more experts of the same size that every token uses
   router: Router = Router.TOPK
+  score: Score = Score.SOFTMAX
   renormalize: bool = True  # the K gates of a token sum to 1 (Mixtral)
+  gate_scale: float = 1.0  # times every gate (DeepSeek-V3: 2.5)
+  expert_groups: int = 1  # experts are in groups, a token uses top_groups of them (DeepSeek-V3)
+  top_groups: int = 1
+  bias_update_rate: float = 0.0  # u of loss-free balancing (2408.15664: 1e-3); 0 is off
+  priority: Priority = Priority.TOKEN
   dispatch: Dispatch = Dispatch.GATHER
+  grouped_matmul: GroupedMatmul = GroupedMatmul.AUTO
+  exchange: Exchange = Exchange.AUTO
+  exchange_factor: float = 0.0  # rows per pair of devices / balanced share; 0 holds any load
   capacity_factor: float = 1.25  # slots per expert / (T*K/E) in training; 0 drops nothing
   eval_capacity_factor: float = 2.0  # the same in evaluation
   group_size: int = 0  # T, tokens that compete for the same slots; 0 is one sequence
@@ -100,6 +155,9 @@ class Data:
 @_section()
 class Loss:
   load_balance: float = 0.01  # Switch eq. 4, normalised: 1.0 is perfect balance
+  balance_scope: BalanceScope = BalanceScope.GLOBAL
+  importance: float = 0.0  # Shazeer 2017 eq. 6-7, normalised likewise: CV^2 + 1
+  load: float = 0.0  # Shazeer 2017 eq. 10-11, likewise; noisy_topk only
   router_z: float = 1e-3  # ST-MoE eq. 5
   z: float = 0.0  # the same on the output logits (PaLM uses 1e-4)
 

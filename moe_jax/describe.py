@@ -35,7 +35,7 @@ def count(config: config_lib.Config) -> Counts:
   for path, shape in parameters(model).items():
     name, size = path[-1], math.prod(shape.shape)
     used = size
-    if "E" in name.rsplit("_", 1)[-1] and not name.startswith("router_"):
+    if name.rsplit("_", 1)[-1].startswith("E"):
       used = size * moe.top_k // moe.num_experts
     total += size
     active += used
@@ -61,8 +61,9 @@ def activation_bytes(config: config_lib.Config) -> float:
 
   def residuals(params, tokens):
     def forward(params):
-      segments = jnp.ones_like(tokens)
-      return nnx.merge(graph, params)(tokens, segments, tokens, jax.random.key(0), train=True)[0]
+      segments, key = jnp.ones_like(tokens), jax.random.key(0)
+      bias_ZE = jnp.zeros((len(moe_layers(model)), model.moe.num_experts))
+      return nnx.merge(graph, params)(tokens, segments, tokens, bias_ZE, key, train=True)[0]
 
     return jax.vjp(forward, params)[1]
 

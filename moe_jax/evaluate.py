@@ -21,10 +21,12 @@ class EvalSums(NamedTuple):
   num_bytes: jax.Array  # int32 [], bytes of text the targets stand for
 
 
-def eval_step(params: Any, batch: data.Batch, bytes_V: jax.Array, *, graph: Any) -> EvalSums:
+def eval_step(
+  params: Any, bias_ZE: jax.Array, batch: data.Batch, bytes_V: jax.Array, *, graph: Any
+) -> EvalSums:
   """Sums of one batch with the evaluation capacity factor and no jitter."""
   logits_BLV, stats = nnx.merge(graph, params)(
-    batch.tokens_BL, batch.segments_BL, batch.positions_BL, jax.random.key(0), train=False
+    batch.tokens_BL, batch.segments_BL, batch.positions_BL, bias_ZE, jax.random.key(0), train=False
   )
   real_BL = batch.segments_BL > 0
   num_bytes = jnp.sum(jnp.where(real_BL, bytes_V[batch.targets_BL], 0))
@@ -55,7 +57,7 @@ class Evaluator:
     self._step = jax.jit(lambda *args: eval_step(*args, graph=graph))
     self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
-  def __call__(self, params: Any) -> dict[str, Any]:
+  def __call__(self, params: Any, bias_ZE: jax.Array) -> dict[str, Any]:
     """{loss: nats per token, perplexity, bits_per_byte, tokens, ... and metrics.moe_metrics}."""
     total = None
     batches = data.eval_batches(
@@ -64,7 +66,7 @@ class Evaluator:
     )  # fmt: skip
     for batch in batches:
       batch = sharding.to_global(batch, self._mesh)
-      sums = self._step(params, batch, self._bytes_V)
+      sums = self._step(params, bias_ZE, batch, self._bytes_V)
       total = sums if total is None else self._add(total, sums)
     total = jax.device_get(total)
     sums = total.sums
@@ -78,7 +80,7 @@ class Evaluator:
       "bytes": int(total.num_bytes),
     }
     if len(sums.moe.tokens):
-      balance_Z = losses.load_balance(sums.moe, self._config.model.moe.top_k)
+      balance_Z = losses.load_balance(sums, config_lib.BalanceScope.GLOBAL)
       result["load_balance"] = float(np.mean(balance_Z))
       result |= {name: np.asarray(v) for name, v in metrics.moe_metrics(sums.moe).items()}
     return result
@@ -142,10 +144,12 @@ def run(workdir: str, step: int, split: str) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
-    shapes = checkpoint.abstract(params, sharding.param_shardings(params, mesh))
-    params = reader.restore_params(step, {"params": shapes})["params"]
+    biases = (len(moe_layers(config.model)), config.model.moe.num_experts)
+    needed = {"params": params, "bias_ZE": jax.ShapeDtypeStruct(biases, jnp.float32)}
+    shapes = checkpoint.abstract(needed, sharding.param_shardings(needed, mesh))
+    restored = reader.restore_params(step, shapes)
     evaluator = Evaluator(config, rows, mesh, graph, config.eval.final_batches)
-    result = evaluator(params)
+    result = evaluator(restored["params"], restored["bias_ZE"])
   reader.close()
   counts = describe.count(config)
   evaluated = min(len(rows), evaluator.batch_size * config.eval.final_batches or len(rows))

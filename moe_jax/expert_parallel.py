@@ -1,10 +1,12 @@
-"""The MoE feed-forward on a mesh: route locally, all_to_all over `expert`, experts, and back.
+"""The MoE feed-forward on a mesh: route locally, exchange tokens over `expert`, experts, and back.
 
 The one file that names collective axes. On one device the same code runs and exchanges nothing, so
 there is no second path to drift from this one. shard_map's replication check stays on: every
 statistic is reduced over the mesh explicitly.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_jax import config as config_lib
-from moe_jax import dispatch, routers, sharding
+from moe_jax import dispatch, routers, sharding, statistics
+from moe_jax.config import Dispatch, Exchange
+from moe_jax.grouped_matmul import grouped_swiglu
+from moe_jax.routers import RouterInputs, Routing
+from moe_jax.statistics import MoeStats
 
 
 class Experts(NamedTuple):
@@ -23,24 +29,9 @@ class Experts(NamedTuple):
   down_EFD: jax.Array
 
 
-class MoeStats(NamedTuple):
-  """Sums over the real tokens of the whole mesh, so that they add up over microbatches too.
-
-  A stack of layers has a leading Z on every field.
-  """
-
-  tokens: jax.Array  # int32 [], real tokens
-  routed_E: jax.Array  # int32, assignments before capacity
-  kept_E: jax.Array  # int32, assignments that found a slot
-  prob_E: jax.Array  # float32, router probability; differentiable
-  z: jax.Array  # float32 [], logsumexp(logits)^2; differentiable
-  entropy: jax.Array  # float32 [], nats
-
-
 def moe_ffn(
   x_BLD: jax.Array,
-  logits_BLE: jax.Array,
-  real_BL: jax.Array,
+  inputs: RouterInputs,
   experts: Experts,
   moe: config_lib.MoE,
   *,
@@ -50,61 +41,79 @@ def moe_ffn(
 
   Args:
     x_BLD: tokens, compute dtype.
-    logits_BLE: router logits, float32.
-    real_BL: False at padding, which is routed nowhere and counted nowhere.
+    inputs: the router's, with leading B, L in place of T; padding is routed and counted nowhere.
     experts: weights, sharded over `expert` and `tensor` (an fsdp shard is gathered on entry).
-    moe: router, dispatcher, capacity and group size.
-    train: picks the capacity factor.
+    moe: router, dispatcher, capacity, group size and exchange.
+    train: picks the capacity factor, and the router's training behaviour.
 
   Returns:
     y_BLD, zero at padding and at tokens that lost all their assignments; global statistics.
   """
-  batch, tensor = sharding.BATCH_AXES, "tensor"
-  y_BLD, stats = jax.shard_map(
-    lambda *arrays: _local_moe(*arrays, moe=moe, train=train),
-    in_specs=(
-      PartitionSpec(batch),
-      PartitionSpec(batch),
-      PartitionSpec(batch),
-      Experts(
-        PartitionSpec("expert", None, tensor),
-        PartitionSpec("expert", None, tensor),
-        PartitionSpec("expert", tensor, None),
-      ),
-    ),
-    out_specs=(PartitionSpec(batch), PartitionSpec()),
-  )(x_BLD, logits_BLE, real_BL, experts)
-  return y_BLD, stats
+  batch, tensor = PartitionSpec(sharding.BATCH_AXES), "tensor"
+  per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=PartitionSpec())
+  up, down = PartitionSpec("expert", None, tensor), PartitionSpec("expert", tensor, None)
+  return jax.shard_map(
+    functools.partial(_local_moe, moe=moe, train=train),
+    in_specs=(batch, per_token, Experts(up, up, down)),
+    out_specs=(batch, PartitionSpec()),
+  )(x_BLD, inputs, experts)
 
 
-def _local_moe(x_BLD, logits_BLE, real_BL, experts, *, moe, train):
+def _local_moe(x_BLD, inputs, experts, *, moe, train):
   B, L, D = x_BLD.shape
   E, T = moe.num_experts, moe.group_size or L
-  C = dispatch.capacity(moe.capacity_factor if train else moe.eval_capacity_factor, T, moe.top_k, E)
-  x_MTD = x_BLD.reshape(-1, T, D)
-  logits_MTE = logits_BLE.reshape(-1, T, E)
-  real_MT = real_BL.reshape(-1, T)
-  dispatcher = dispatch.DISPATCHERS[moe.dispatch]
+  M = B * L // T
+  x_TD = x_BLD.reshape(-1, D)
+  factor = moe.capacity_factor if train else moe.eval_capacity_factor
+  capacity = dispatch.capacity(factor, T, moe.top_k, E)
+  layout = dispatch.Layout(
+    tokens=B * L, groups=M, num_experts=E, choices=routers.choices(moe),
+    in_token_order=moe.priority is config_lib.Priority.TOKEN,
+  )  # fmt: skip
 
   with jax.named_scope("route"):
-    router = routers.ROUTERS[moe.router]
-    routing = jax.vmap(lambda logits, real: router(logits, real, moe))(logits_MTE, real_MT)
-    slots = jax.vmap(lambda routing: dispatch.assign_slots(routing, E, C))(routing)
+    routing = _route(inputs, moe, M, capacity=capacity, train=train)
+  lost = jnp.zeros((), jnp.int32)
+  if moe.dispatch is Dispatch.GROUPED:
+    y_TD, kept_N = _dropless(x_TD, routing, experts, layout, moe)
+    lost = jnp.sum(routing.real_N & ~kept_N, dtype=jnp.int32)
+  else:
+    y_TD, kept_N = _with_capacity(x_TD, routing, experts, layout, capacity, moe.dispatch)
+  with jax.named_scope("statistics"):
+    stats = statistics.local_sums(inputs, routing, kept_N, lost)
+    stats = jax.lax.psum(stats, sharding.BATCH_AXES)
+  return y_TD.reshape(B, L, D), stats
+
+
+def _route(inputs, moe, groups, *, capacity, train) -> Routing:
+  """One routing of all this device's tokens; groups do not see each other."""
+  router = functools.partial(routers.ROUTERS[moe.router], moe=moe, capacity=capacity, train=train)
+  bias_E = inputs.bias_E
+
+  def grouped(x_BL):
+    return x_BL.reshape(groups, -1, *x_BL.shape[2:])
+
+  per_group = jax.tree.map(grouped, inputs._replace(bias_E=None))
+  return dispatch.flatten(jax.vmap(lambda group: router(group._replace(bias_E=bias_E)))(per_group))
+
+
+def _with_capacity(x_TD, routing, experts, layout, capacity, how):
+  """C slots per expert and group, as many to and from every device: fixed-size all-to-alls."""
+  dispatcher = dispatch.DISPATCHERS[how]
+  E = layout.num_experts
   with jax.named_scope("dispatch"):
-    pack = jax.vmap(lambda *args: dispatcher.pack(*args, E, C), out_axes=1)
-    x_EMCD = pack(x_MTD, routing, slots)
-    M = x_EMCD.shape[1]
-    x_ERD = _to_experts(x_EMCD.reshape(E, M * C, D))
+    slots = None
+    if how is not Dispatch.DENSE:
+      slots = dispatch.capacity_slots(routing, E, layout.groups, capacity)
+    x_SD = dispatcher.pack(x_TD, routing, slots, layout)
+    x_ERD = _to_experts(x_SD.reshape(E, -1, x_SD.shape[-1]))
   with jax.named_scope("experts"):
     y_ERD = _swiglu(x_ERD, experts)
   with jax.named_scope("combine"):
-    y_EMCD = _from_experts(y_ERD).reshape(E, M, C, D)
-    combine = jax.vmap(lambda *args: dispatcher.combine(*args, T), in_axes=(1, 0, 0))
+    y_SD = _from_experts(y_ERD).reshape(x_SD.shape)
     # Each `tensor` device holds a part of F, so a partial sum; y is smaller than the slots.
-    y_BLD = jax.lax.psum(combine(y_EMCD, routing, slots), "tensor").reshape(B, L, D)
-  with jax.named_scope("statistics"):
-    stats = jax.lax.psum(_stats(logits_MTE, real_MT, routing, slots), sharding.BATCH_AXES)
-  return y_BLD, stats
+    y_TD = jax.lax.psum(dispatcher.combine(y_SD, routing, slots, layout), "tensor")
+  return y_TD, routing.real_N if slots is None else slots.kept_N
 
 
 def _to_experts(x_ERD):
@@ -126,21 +135,154 @@ def _swiglu(x_ERD, experts):
   return jnp.einsum("ERF,EFD->ERD", jax.nn.silu(gate_ERF) * up_ERF, experts.down_EFD)
 
 
-def _stats(logits_MTE, real_MT, routing, slots) -> MoeStats:
-  real_MT1 = real_MT[..., None]
-  to_expert_MNE = jax.nn.one_hot(routing.expert_N, logits_MTE.shape[-1], dtype=jnp.int32)
+def _dropless(x_TD, routing, experts, layout, moe):
+  """Every assignment computed, in rows sorted by expert: (y_TD, kept_N)."""
+  exchange = moe.exchange
+  if exchange is Exchange.AUTO:
+    on_tpu = jax.default_backend() == "tpu"
+    exchange = Exchange.RAGGED if on_tpu else Exchange.ALL_GATHER
+  if jax.lax.axis_size("expert") == 1:
+    y_TD, kept_N = _grouped(x_TD, routing, experts, layout, moe.grouped_matmul), routing.real_N
+  else:
+    y_TD, kept_N = _EXCHANGES[exchange](x_TD, routing, experts, layout, moe)
+  return jax.lax.psum(y_TD, "tensor"), kept_N
 
-  def count(mask_MN):
-    return jnp.sum(to_expert_MNE * mask_MN[..., None].astype(jnp.int32), axis=(0, 1))
 
-  probs_MTE = routing.probs_TE
-  entropy_MT = -jnp.sum(jax.scipy.special.xlogy(probs_MTE, probs_MTE), axis=-1)
-  z_MT = jax.nn.logsumexp(logits_MTE, axis=-1) ** 2
-  return MoeStats(
-    tokens=jnp.sum(real_MT, dtype=jnp.int32),
-    routed_E=count(routing.real_N),
-    kept_E=count(slots.kept_N),
-    prob_E=jnp.sum(jnp.where(real_MT1, probs_MTE, 0), axis=(0, 1)),
-    z=jnp.sum(jnp.where(real_MT, z_MT, 0)),
-    entropy=jnp.sum(jnp.where(real_MT, jax.lax.stop_gradient(entropy_MT), 0)),
+def _grouped(x_TD, routing, experts, layout, backend):
+  """The experts of this device on the real assignments of `routing`, whose ids are local."""
+  with jax.named_scope("dispatch"):
+    slots, sizes_E = dispatch.sorted_slots(routing, layout.num_experts)
+    x_ND = dispatch.gather_pack(x_TD, routing, slots, layout)
+  with jax.named_scope("experts"):
+    y_ND = grouped_swiglu(x_ND, *experts, sizes_E, backend)
+  with jax.named_scope("combine"):
+    return dispatch.gather_combine(y_ND, routing, slots, layout)
+
+
+def _grouped_rows(x_RD, expert_R, experts, backend):
+  """The experts of this device on received rows; an expert of -1 marks an empty row."""
+  R, num_experts = x_RD.shape[0], experts.gate_EDF.shape[0]
+  ones_R = jnp.ones((R,), jnp.float32)
+  rows = Routing(jnp.arange(R, dtype=jnp.int32), expert_R, ones_R, expert_R >= 0, None, None)
+  layout = dispatch.Layout(R, 1, num_experts, choices=1, in_token_order=True)
+  return _grouped(x_RD, rows, experts, layout, backend)
+
+
+def _buffer_rows(factor, fair, most):
+  return min(most, max(1, math.ceil(factor * fair - 1e-6))) if factor else most
+
+
+def _dropless_all_gather(x_TD, routing, experts, layout, moe):
+  """Every device of the axis sees all their tokens, and does what its own experts are asked for."""
+  X, here = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
+  local_experts = layout.num_experts // X
+  with jax.named_scope("exchange"):
+    sent = routing._replace(probs_TE=None, load_TE=None)
+    sent = sent._replace(token_N=routing.token_N + here * layout.tokens)
+    x_TD, sent = jax.lax.all_gather((x_TD, sent), "expert", tiled=True)
+  expert_N = sent.expert_N - here * local_experts
+  mine_N = (expert_N >= 0) & (expert_N < local_experts)
+  mine = sent._replace(expert_N=expert_N, real_N=sent.real_N & mine_N)
+  local = layout._replace(tokens=X * layout.tokens, num_experts=local_experts)
+  y_TD = _grouped(x_TD, mine, experts, local, moe.grouped_matmul)
+  with jax.named_scope("exchange"):
+    y_TD = jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
+  return y_TD, routing.real_N
+
+
+def _dropless_all_to_all(x_TD, routing, experts, layout, moe):
+  """A buffer of fixed size to each device of the axis; an assignment that does not fit is lost."""
+  X = jax.lax.axis_size("expert")
+  local_experts = layout.num_experts // X
+  N = routing.token_N.shape[0]
+  with jax.named_scope("dispatch"):
+    to_device = routing._replace(expert_N=routing.expert_N // local_experts)
+    rows = _buffer_rows(moe.exchange_factor, N / X, N)
+    slots = dispatch.capacity_slots(to_device, X, 1, rows)
+    x_SD = dispatch.gather_pack(x_TD, routing, slots, layout)
+    expert_N = routing.expert_N % local_experts
+    expert_S = expert_N.at[slots.assignment_S].get(mode="fill", fill_value=-1)
+  with jax.named_scope("exchange"):
+    x_RD, expert_R = jax.lax.all_to_all((x_SD, expert_S), "expert", 0, 0, tiled=True)
+  y_RD = _grouped_rows(x_RD, expert_R, experts, moe.grouped_matmul)
+  with jax.named_scope("exchange"):
+    y_SD = jax.lax.all_to_all(y_RD, "expert", 0, 0, tiled=True)
+  with jax.named_scope("combine"):
+    return dispatch.gather_combine(y_SD, routing, slots, layout), slots.kept_N
+
+
+class RaggedPlan(NamedTuple):
+  """One device's part in the exchange of rows sorted by expert; X devices, R rows received."""
+
+  send_start_X: jax.Array  # int32, where the rows for each device begin here
+  send_X: jax.Array  # int32, how many of them fit there
+  at_receiver_X: jax.Array  # int32, where they arrive there
+  receive_start_X: jax.Array  # int32, where the rows of each device arrive here
+  receive_X: jax.Array  # int32
+  at_sender_X: jax.Array  # int32, where they had begun there
+  expert_R: jax.Array  # int32, the local expert of each row received; -1 past the last
+
+
+def ragged_plan(counts_XXE: jax.Array, here: jax.Array, rows: int) -> RaggedPlan:
+  """Who sends what where.
+
+  Args:
+    counts_XXE: int32 rows from each source to each destination's local experts.
+    here: this device's index.
+    rows: size of every device's buffer; what does not fit is not sent.
+  """
+  sizes_XX = jnp.sum(counts_XXE, axis=2)
+  source_start_XX = jnp.cumsum(sizes_XX, axis=1) - sizes_XX
+  arrive_XX = jnp.cumsum(sizes_XX, axis=0) - sizes_XX
+  fits_XX = jnp.clip(rows - arrive_XX, 0, sizes_XX)
+  arrive_XX = jnp.minimum(arrive_XX, rows)
+  # Rows arrive by source, and from each source by expert.
+  row_R = jnp.arange(rows)
+  ends = jnp.cumsum(counts_XXE[:, here].reshape(-1))
+  expert_R = jnp.searchsorted(ends, row_R, side="right") % counts_XXE.shape[2]
+  return RaggedPlan(
+    send_start_X=source_start_XX[here],
+    send_X=fits_XX[here],
+    at_receiver_X=arrive_XX[here],
+    receive_start_X=arrive_XX[:, here],
+    receive_X=fits_XX[:, here],
+    at_sender_X=source_start_XX[:, here],
+    expert_R=jnp.where(row_R < ends[-1], expert_R, -1).astype(jnp.int32),
   )
+
+
+def _dropless_ragged(x_TD, routing, experts, layout, moe):
+  """Only routed rows travel; a device's buffer holds exchange_factor times its fair share."""
+  X = jax.lax.axis_size("expert")
+  local_experts = layout.num_experts // X
+  N = routing.token_N.shape[0]
+  with jax.named_scope("dispatch"):
+    slots, sizes_E = dispatch.sorted_slots(routing, layout.num_experts)
+    x_ND = dispatch.gather_pack(x_TD, routing, slots, layout)
+  with jax.named_scope("exchange"):
+    counts_XXE = jax.lax.all_gather(sizes_E.reshape(X, local_experts), "expert")
+    rows = _buffer_rows(moe.exchange_factor, N, N * X)
+    plan = ragged_plan(counts_XXE, jax.lax.axis_index("expert"), rows)
+    x_RD = jax.lax.ragged_all_to_all(
+      x_ND, jnp.zeros_like(x_ND, shape=(rows, x_ND.shape[1])), plan.send_start_X, plan.send_X,
+      plan.at_receiver_X, plan.receive_X, axis_name="expert",
+    )  # fmt: skip
+  y_RD = _grouped_rows(x_RD, plan.expert_R, experts, moe.grouped_matmul)
+  with jax.named_scope("exchange"):
+    y_ND = jax.lax.ragged_all_to_all(
+      y_RD, jnp.zeros_like(y_RD, shape=x_ND.shape), plan.receive_start_X, plan.receive_X,
+      plan.at_sender_X, plan.send_X, axis_name="expert",
+    )  # fmt: skip
+  with jax.named_scope("combine"):
+    device_N = routing.expert_N // local_experts
+    sent_N = slots.slot_N - plan.send_start_X[device_N] < plan.send_X[device_N]
+    kept_N = routing.real_N & sent_N
+    slots = slots._replace(slot_N=jnp.where(kept_N, slots.slot_N, N))
+    return dispatch.gather_combine(y_ND, routing, slots, layout), kept_N
+
+
+_EXCHANGES = {
+  Exchange.ALL_GATHER: _dropless_all_gather,
+  Exchange.ALL_TO_ALL: _dropless_all_to_all,
+  Exchange.RAGGED: _dropless_ragged,
+}

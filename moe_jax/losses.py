@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config as config_lib
-from moe_jax.expert_parallel import MoeStats
+from moe_jax import statistics
+from moe_jax.config import BalanceScope
+from moe_jax.statistics import MoeStats
 
 
 class Sums(NamedTuple):
@@ -20,6 +22,8 @@ class Sums(NamedTuple):
   z: jax.Array  # float32 [], logsumexp(output logits)^2
   targets: jax.Array  # int32 []
   moe: MoeStats  # stacked on Z
+  microbatches: jax.Array  # int32 []
+  balance_Z: jax.Array  # float32, sum of the microbatches' load balance losses
 
 
 class Losses(NamedTuple):
@@ -30,6 +34,8 @@ class Losses(NamedTuple):
   load_balance: jax.Array  # mean over the MoE layers; 1.0 is perfect balance
   router_z: jax.Array  # mean over the MoE layers
   z: jax.Array
+  importance: jax.Array  # mean over the MoE layers; 1.0 is perfect balance of the gates
+  load: jax.Array  # the same of noisy_topk's chances to be chosen; 0.0 with other routers
 
 
 def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: MoeStats) -> Sums:
@@ -41,31 +47,46 @@ def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: 
     z=jnp.sum(jnp.where(real_BL, log_z_BL**2, 0)),
     targets=jnp.sum(real_BL, dtype=jnp.int32),
     moe=moe,
+    microbatches=jnp.ones((), jnp.int32),
+    balance_Z=statistics.balance(moe.routed_E, moe.prob_E, moe.tokens),
   )
 
 
-def load_balance(moe: MoeStats, top_k: int) -> jax.Array:
-  """E * sum_e(f_e * P_e) per layer, float32 [Z] (Switch 2101.03961 eq. 4, GShard 2006.16668).
+def load_balance(sums: Sums, scope: BalanceScope) -> jax.Array:
+  """The load balance loss of each layer, float32 [Z], over the tokens of `scope`; 1.0 is balance.
 
-  f_e is the share of assignments, before drops, and carries no gradient; P_e the mean probability.
-  Both over the global batch (2501.11873). Uniform f and P give exactly 1 for every E and K.
+  Smaller scopes ask for more: each row, or each microbatch, balanced by itself (2501.11873).
   """
-  tokens_Z1 = jnp.maximum(moe.tokens, 1).astype(jnp.float32)[:, None]
-  share_ZE = moe.routed_E.astype(jnp.float32) / (tokens_Z1 * top_k)
-  return moe.routed_E.shape[-1] * jnp.sum(share_ZE * moe.prob_E / tokens_Z1, axis=-1)
+  moe = sums.moe
+  if scope is BalanceScope.SEQUENCE:
+    return moe.sequence_balance / jnp.maximum(moe.sequences, 1)
+  if scope is BalanceScope.MICROBATCH:
+    return sums.balance_Z / sums.microbatches
+  return statistics.balance(moe.routed_E, moe.prob_E, moe.tokens)
 
 
-def total(sums: Sums, loss: config_lib.Loss, moe: config_lib.MoE, num_moe_layers: int) -> Losses:
+def cv_squared_plus_one(x_ZE: jax.Array) -> jax.Array:
+  """E * sum(x^2) / sum(x)^2, float32 [Z]: Shazeer's CV(x)^2 (1701.06538 eq. 7); 1.0: equal."""
+  total_Z = jnp.maximum(jnp.sum(x_ZE, axis=-1), 1e-20)
+  return x_ZE.shape[-1] * jnp.sum((x_ZE / total_Z[:, None]) ** 2, axis=-1)
+
+
+def total(sums: Sums, loss: config_lib.Loss, num_moe_layers: int) -> Losses:
   """The training loss. The number of layers is checked: a lost statistic must not read as 0."""
   targets = jnp.maximum(sums.targets, 1).astype(jnp.float32)
   cross_entropy, z = sums.nll / targets, sums.z / targets
-  if sums.moe.tokens.shape[0] != num_moe_layers:
-    raise ValueError(f"statistics of {sums.moe.tokens.shape[0]} of {num_moe_layers} MoE layers")
+  moe = sums.moe
+  if moe.tokens.shape[0] != num_moe_layers:
+    raise ValueError(f"statistics of {moe.tokens.shape[0]} of {num_moe_layers} MoE layers")
+  balance = router_z = importance = load = jnp.zeros(())
   if num_moe_layers:
-    balance = jnp.mean(load_balance(sums.moe, moe.top_k))
-    tokens_Z = jnp.maximum(sums.moe.tokens, 1).astype(jnp.float32)
-    router_z = jnp.mean(sums.moe.z / tokens_Z)  # ST-MoE 2202.08906 eq. 5
-  else:
-    balance = router_z = jnp.zeros(())
-  weighted = loss.load_balance * balance + loss.router_z * router_z + loss.z * z
-  return Losses(cross_entropy + weighted, cross_entropy, balance, router_z, z)
+    balance = jnp.mean(load_balance(sums, loss.balance_scope))
+    tokens_Z = jnp.maximum(moe.tokens, 1).astype(jnp.float32)
+    router_z = jnp.mean(moe.z / tokens_Z)  # ST-MoE 2202.08906 eq. 5
+    importance = jnp.mean(cv_squared_plus_one(moe.importance_E))
+    load = jnp.mean(cv_squared_plus_one(moe.load_E))
+  weighted = (
+    loss.load_balance * balance + loss.router_z * router_z + loss.z * z
+    + loss.importance * importance + loss.load * load
+  )  # fmt: skip
+  return Losses(cross_entropy + weighted, cross_entropy, balance, router_z, z, importance, load)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from moe_jax.expert_parallel import MoeStats
+from moe_jax.statistics import MoeStats
 
 # Dense bfloat16 FLOP/s of one device, by a part of jax's device_kind, from the vendors' sheets.
 _PEAK_FLOPS = {
@@ -31,7 +31,8 @@ def moe_metrics(moe: MoeStats) -> dict[str, jax.Array]:
 
   Returns, with Z MoE layers: load_ZE, shares of the routed assignments that sum to 1;
   drop_fraction_Z, of the assignments; max_vio_Z, max load / mean load - 1 (2408.15664);
-  router_entropy_Z, nats per token; dead_experts_Z.
+  router_entropy_Z, nats per token; dead_experts_Z; overflow_fraction_Z, of the assignments, those
+  that a full exchange buffer lost (counted as dropped too).
   """
   num_experts = moe.routed_E.shape[-1]
   routed_Z1 = jnp.maximum(jnp.sum(moe.routed_E, axis=-1, keepdims=True), 1)
@@ -41,6 +42,7 @@ def moe_metrics(moe: MoeStats) -> dict[str, jax.Array]:
     "drop_fraction_Z": 1 - jnp.sum(moe.kept_E, axis=-1) / routed_Z1[:, 0],
     "max_vio_Z": jnp.max(load_ZE, axis=-1) * num_experts - 1,
     "router_entropy_Z": moe.entropy / jnp.maximum(moe.tokens, 1),
+    "overflow_fraction_Z": moe.overflow / routed_Z1[:, 0],
     "dead_experts_Z": jnp.sum(load_ZE * num_experts < DEAD_SHARE, axis=-1),
   }
 

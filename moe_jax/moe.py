@@ -6,14 +6,22 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import expert_parallel, sharding
+from moe_jax.config import Router
+from moe_jax.feedforward import DenseFFN
+from moe_jax.routers import RouterInputs
+from moe_jax.statistics import MoeStats
 
 
 class MoELayer(nnx.Module):
-  """A feed-forward layer of E SwiGLU experts, K of which each token uses."""
+  """E SwiGLU experts, some of which each token uses, and shared ones that all tokens use.
+
+  Shared experts and their size as in DeepSeekMoE (2401.06066): n of them are one n times as wide.
+  """
 
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
-    D, E, F = model.dim, model.moe.num_experts, model.moe.expert_dim
-    self.moe = model.moe
+    moe = model.moe
+    D, E, F = model.dim, moe.num_experts, moe.expert_dim
+    self.moe = moe
     self.dtype = jnp.dtype(model.compute_dtype.value)
     residual = (2 * model.num_layers) ** -0.5  # keeps the residual stream's variance near 1
     init = jax.random.normal
@@ -21,29 +29,68 @@ class MoELayer(nnx.Module):
     self.gate_EDF = nnx.Param(D**-0.5 * init(rngs.params(), (E, D, F)))
     self.up_EDF = nnx.Param(D**-0.5 * init(rngs.params(), (E, D, F)))
     self.down_EFD = nnx.Param(residual * F**-0.5 * init(rngs.params(), (E, F, D)))
+    if moe.router is Router.NOISY_TOPK:  # zero, as in Shazeer et al. appendix A: noise of 0.69
+      self.noise_DE = nnx.Param(jnp.zeros((D, E)))
+    self.shared = DenseFFN(model, moe.shared_experts * F, rngs) if moe.shared_experts else None
 
   def __call__(
-    self, x_BLD: jax.Array, real_BL: jax.Array, key: jax.Array, *, train: bool
-  ) -> tuple[jax.Array, expert_parallel.MoeStats]:
+    self,
+    x_BLD: jax.Array,
+    real_BL: jax.Array,
+    ids_BL: jax.Array,
+    bias_E: jax.Array,
+    key: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[jax.Array, MoeStats]:
+    """y_BLD and the statistics of its real tokens.
+
+    Args:
+      x_BLD: compute dtype.
+      real_BL: False at padding.
+      ids_BL: int32 token ids, for hash routing.
+      bias_E: float32 balancing bias of the selection, zeros without loss-free balancing.
+      key: for jitter and the routers' noise.
+      train: capacity factor, jitter and noise of training.
+    """
     with jax.named_scope("router"):
-      logits_BLE = self.router_logits(x_BLD, key, train=train)
+      inputs = self.router_inputs(x_BLD, real_BL, ids_BL, bias_E, key, train=train)
     experts = expert_parallel.Experts(
       *(w[...].astype(self.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
     )
-    return expert_parallel.moe_ffn(x_BLD, logits_BLE, real_BL, experts, self.moe, train=train)
+    y_BLD, stats = expert_parallel.moe_ffn(x_BLD, inputs, experts, self.moe, train=train)
+    if self.shared is not None:
+      with jax.named_scope("shared"):
+        y_BLD += self.shared(x_BLD)
+    return y_BLD, stats
 
-  def router_logits(self, x_BLD: jax.Array, key: jax.Array, *, train: bool) -> jax.Array:
-    """float32 logits whatever the compute dtype (Switch 2101.03961 section 2.4), with its jitter.
+  def router_inputs(self, x_BLD, real_BL, ids_BL, bias_E, key, *, train: bool) -> RouterInputs:
+    """float32 whatever the compute dtype (Switch 2101.03961 section 2.4), with jitter and noise.
 
-    The noise is drawn for the global array, so it does not depend on the mesh.
+    What is drawn is drawn for the global array, so it does not depend on the mesh.
     """
+    moe = self.moe
+    jitter_key, noise_key = jax.random.split(key)
     x_BLD = x_BLD.astype(jnp.float32)
-    if train and self.moe.jitter:
-      low, high = 1 - self.moe.jitter, 1 + self.moe.jitter
-      noise_BLD = jax.random.uniform(key, x_BLD.shape, jnp.float32, low, high)
-      x_BLD = x_BLD * sharding.constrain(noise_BLD, "BLD")
-    # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
-    logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, self.router_DE[...], precision="highest")
-    return jax.lax.with_sharding_constraint(
-      logits_BLE, jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-    )
+    if train and moe.jitter:
+      low, high = 1 - moe.jitter, 1 + moe.jitter
+      jitter_BLD = jax.random.uniform(jitter_key, x_BLD.shape, jnp.float32, low, high)
+      x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
+
+    def project(w_DE):
+      # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
+      return _by_batch(jnp.einsum("BLD,DE->BLE", x_BLD, w_DE[...], precision="highest"))
+
+    logits_BLE = project(self.router_DE)
+    noise_BLE = scale_BLE = None
+    if moe.router is Router.RANDOM:
+      noise_BLE = _by_batch(jax.random.uniform(noise_key, logits_BLE.shape))
+    elif moe.router is Router.NOISY_TOPK and train:
+      noise_BLE = _by_batch(jax.random.normal(noise_key, logits_BLE.shape))
+      scale_BLE = jax.nn.softplus(project(self.noise_DE)) + 1e-2
+    return RouterInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, scale_BLE)
+
+
+def _by_batch(x_BLE: jax.Array) -> jax.Array:
+  # E is whole on every device here, unlike the experts' own E.
+  return jax.lax.with_sharding_constraint(x_BLE, jax.sharding.PartitionSpec(sharding.BATCH_AXES))

@@ -1,6 +1,7 @@
-"""AdamW, its schedule, and what weight decay leaves alone."""
+"""AdamW, its schedule, what weight decay leaves alone; and the routers' balancing bias."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax import config as config_lib
@@ -28,7 +29,7 @@ def decays(name: str) -> bool:
 
   Told by name, since a stack of norm scales has two dimensions as a matrix has.
   """
-  return len(name.rsplit("_", 1)[-1]) > 1 and not name.startswith(("embed_", "router_"))
+  return len(name.rsplit("_", 1)[-1]) > 1 and not name.startswith(("embed_", "router_", "noise_"))
 
 
 def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
@@ -45,3 +46,21 @@ def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.Gradien
   if not optimizer.clip_norm:
     return adamw
   return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+
+
+def updated_bias(bias_ZE: jax.Array, routed_ZE: jax.Array, rate: float) -> jax.Array:
+  """Loss-free balancing (2408.15664): +rate below the mean load, -rate above it, then centred.
+
+  Args:
+    bias_ZE: float32; added to the scores for the selection only.
+    routed_ZE: int32 assignments of the whole batch, all devices and microbatches.
+    rate: u of the paper, 1e-3 there; 0 leaves the bias as it is.
+  """
+  if not rate or not bias_ZE.size:
+    return bias_ZE
+  # In integers, without E * load: total/E - load = (quotient - load) + remainder/E.
+  quotient_Z1, remainder_Z1 = jnp.divmod(jnp.sum(routed_ZE, axis=1, keepdims=True), len(bias_ZE[0]))
+  gap_ZE = quotient_Z1 - routed_ZE
+  sign_ZE = jnp.where(gap_ZE != 0, jnp.sign(gap_ZE), jnp.sign(remainder_Z1))
+  bias_ZE = bias_ZE + rate * sign_ZE.astype(jnp.float32)
+  return bias_ZE - jnp.mean(bias_ZE, axis=1, keepdims=True)

@@ -26,8 +26,8 @@ _ACTIVATION_AXES = {
   "V": "tensor", "D": None, "L": None, "S": None, "A": None, "K": None, "C": None, "T": None,
 }  # fmt: skip
 _PARAM_AXES = _ACTIVATION_AXES | {"D": "fsdp", "Z": None}
-# The router is small and every token needs all of it.
-_REPLICATED = ("router_DE",)
+# The routers are small and every token needs all of one.
+_REPLICATED = ("router_DE", "noise_DE", "bias_ZE")
 
 
 def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:

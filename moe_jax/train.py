@@ -26,6 +26,7 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32 [], steps taken
   params: Any
   opt_state: Any
+  bias_ZE: jax.Array  # float32, loss-free balancing bias of each MoE layer; zeros when it is off
 
 
 def train_step(
@@ -40,13 +41,16 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
   def loss_fn(params):
-    sums = batch_sums(params, batch, key, graph=graph, config=config)
-    all_losses = losses.total(sums, config.loss, config.model.moe, len(moe_layers(config.model)))
+    sums = batch_sums(params, state.bias_ZE, batch, key, graph=graph, config=config)
+    all_losses = losses.total(sums, config.loss, len(moe_layers(config.model)))
     return all_losses.total, (all_losses, sums)
 
   grads, (all_losses, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  bias_ZE = optimizer_lib.updated_bias(
+    state.bias_ZE, sums.moe.routed_E, config.model.moe.bias_update_rate
+  )
   step_metrics = {
     "loss": all_losses.cross_entropy,
     "total_loss": all_losses.total,
@@ -59,12 +63,21 @@ def train_step(
     "tokens": sums.targets,
   }
   if config.model.moe.num_experts:
+    step_metrics["importance"] = all_losses.importance
+    if config.model.moe.router is config_lib.Router.NOISY_TOPK:
+      step_metrics["load_loss"] = all_losses.load
     step_metrics |= metrics.moe_metrics(sums.moe)
-  return TrainState(state.step + 1, params, opt_state), step_metrics
+  return TrainState(state.step + 1, params, opt_state, bias_ZE), step_metrics
 
 
 def batch_sums(
-  params: Any, batch: data.Batch, key: jax.Array, *, graph: Any, config: config_lib.Config
+  params: Any,
+  bias_ZE: jax.Array,
+  batch: data.Batch,
+  key: jax.Array,
+  *,
+  graph: Any,
+  config: config_lib.Config,
 ) -> losses.Sums:
   """Loss sums of the batch, forward through one microbatch at a time.
 
@@ -75,7 +88,7 @@ def batch_sums(
 
   def forward(params, batch, key):
     logits_BLV, stats = nnx.merge(graph, params)(
-      batch.tokens_BL, batch.segments_BL, batch.positions_BL, key, train=True
+      batch.tokens_BL, batch.segments_BL, batch.positions_BL, bias_ZE, key, train=True
     )
     return losses.sums(logits_BLV, batch.targets_BL, batch.segments_BL > 0, stats)
 
@@ -111,7 +124,8 @@ def init_state(
   def init() -> TrainState:
     model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
     params = nnx.state(model, nnx.Param)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    bias_ZE = jnp.zeros((len(moe_layers(config.model)), config.model.moe.num_experts))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE)
 
   graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
   shapes = jax.eval_shape(init)
@@ -264,7 +278,7 @@ class Loop:
       print(progress_line(step, train.steps, values), flush=True)
 
   def _evaluate(self, step: int, evaluator: Evaluator, state: TrainState) -> float:
-    result = evaluator(state.params)
+    result = evaluator(state.params, state.bias_ZE)
     if self.writer:
       self.writer.write(step, result, "validation")
       print(

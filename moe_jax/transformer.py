@@ -4,30 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import blocked, sharding, statistics
 from moe_jax import config as config_lib
-from moe_jax import sharding
 from moe_jax.attention import Attention, RMSNorm, causal_mask
-from moe_jax.expert_parallel import MoeStats
+from moe_jax.feedforward import DenseFFN
 from moe_jax.moe import MoELayer
-
-
-class DenseFFN(nnx.Module):
-  """SwiGLU (2002.05202)."""
-
-  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
-    D, F = model.dim, model.ffn_dim
-    self.dtype = jnp.dtype(model.compute_dtype.value)
-    init = jax.random.normal
-    self.gate_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
-    self.up_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
-    residual = (2 * model.num_layers) ** -0.5
-    self.down_FD = nnx.Param(residual * F**-0.5 * init(rngs.params(), (F, D)))
-
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    gate_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, self.gate_DF[...].astype(self.dtype))
-    up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, self.up_DF[...].astype(self.dtype))
-    h_BLF = sharding.constrain(jax.nn.silu(gate_BLF) * up_BLF, "BLF")
-    return jnp.einsum("BLF,FD->BLD", h_BLF, self.down_FD[...].astype(self.dtype))
+from moe_jax.statistics import MoeStats
 
 
 class Block(nnx.Module):
@@ -38,15 +20,16 @@ class Block(nnx.Module):
     self.attention = Attention(model, rngs)
     self.ffn_norm = RMSNorm("D", model.dim, model.norm_eps)
     self.is_moe = is_moe
-    self.ffn = MoELayer(model, rngs) if is_moe else DenseFFN(model, rngs)
+    self.ffn = MoELayer(model, rngs) if is_moe else DenseFFN(model, model.ffn_dim, rngs)
 
-  def __call__(self, x_BLD, segments_BL, positions_BL, mask_B1LS, key, *, train):
+  def __call__(self, x_BLD, tokens, mask_B1LS, bias_E, key, *, train):
+    ids_BL, segments_BL, positions_BL = tokens
     with jax.named_scope("attention"):
       x_BLD += self.attention(self.attention_norm(x_BLD), positions_BL, mask_B1LS)
     h_BLD = self.ffn_norm(x_BLD)
     if self.is_moe:
       with jax.named_scope("moe"):
-        y_BLD, stats = self.ffn(h_BLD, segments_BL > 0, key, train=train)
+        y_BLD, stats = self.ffn(h_BLD, segments_BL > 0, ids_BL, bias_E, key, train=train)
     else:
       with jax.named_scope("ffn"):
         y_BLD, stats = self.ffn(h_BLD), None
@@ -76,13 +59,16 @@ def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]
 
 
 def moe_layers(model: config_lib.Model) -> list[int]:
-  """Index of each MoE layer in the network, in the order of the statistics' Z."""
+  """Index of each MoE layer in the network, in the order of Z of statistics and biases."""
   flat = [is_moe for repeats, pattern in layer_pattern(model) for is_moe in pattern * repeats]
   return [index for index, is_moe in enumerate(flat) if is_moe]
 
 
 _REMAT_POLICIES = {
-  config_lib.Remat.DOTS: jax.checkpoint_policies.dots_saveable,
+  config_lib.Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names(blocked.KEPT),  # its matmuls are in a loop
+  ),
   config_lib.Remat.FULL: jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -108,6 +94,7 @@ class Transformer(nnx.Module):
     tokens_BL: jax.Array,
     segments_BL: jax.Array,
     positions_BL: jax.Array,
+    bias_ZE: jax.Array,
     key: jax.Array,
     *,
     train: bool,
@@ -118,8 +105,9 @@ class Transformer(nnx.Module):
       tokens_BL: int32 ids below vocab_size.
       segments_BL: int32, the document of each token, from 1; 0 is padding.
       positions_BL: int32, position within the document.
-      key: for the router's jitter; unused in evaluation.
-      train: training or evaluation capacity, jitter or none.
+      bias_ZE: float32 balancing bias of the MoE layers' selection, zeros to have none.
+      key: for the routers' jitter and noise.
+      train: training or evaluation capacity, jitter and noise or none.
 
     Returns:
       logits_BLV, float32, and the MoE layers' statistics stacked on Z (Z = 0 in a dense model).
@@ -129,27 +117,29 @@ class Transformer(nnx.Module):
     # Whole rows before the look-up: a table split over D would have to be regathered per token.
     embed_VD = sharding.constrain(self.embed_VD[...].astype(dtype), "VD")
     x_BLD = sharding.constrain(embed_VD[tokens_BL], "BLD")
-    stats = [_no_stats(model.moe.num_experts)]
+    tokens = (tokens_BL, segments_BL, positions_BL)
+    stats = [statistics.zeros((0,), model.moe.num_experts)]
     for index, stack in enumerate(self.scans):
+      repeats, pattern = layer_pattern(model)[index]
+      # A period has one MoE layer at most; a dense one is given biases that it does not read.
+      done = sum(len(s.tokens) for s in stats)
+      biases = bias_ZE[done : done + repeats] if any(pattern) else jnp.zeros((repeats, 0))
       graph, params = nnx.split(stack)
 
       def body(x_BLD, layer, graph=graph):
-        params, key = layer
+        params, bias_E, key = layer
         period, all_stats = nnx.merge(graph, params), []
         for number, block in enumerate(period.blocks):
-          x_BLD, block_stats = block(
-            x_BLD, segments_BL, positions_BL, mask_B1LS, jax.random.fold_in(key, number),
-            train=train,
-          )  # fmt: skip
+          block_key = jax.random.fold_in(key, number)
+          x_BLD, block_stats = block(x_BLD, tokens, mask_B1LS, bias_E, block_key, train=train)
           all_stats += [block_stats] if block.is_moe else []
         return x_BLD, all_stats
 
       if model.remat is not config_lib.Remat.NONE:
         # Inside a scan nothing can merge the recomputation with the forward pass.
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[model.remat], prevent_cse=False)
-      repeats = layer_pattern(model)[index][0]
       keys = jax.random.split(jax.random.fold_in(key, index), repeats)
-      x_BLD, scanned = jax.lax.scan(body, x_BLD, (params, keys))
+      x_BLD, scanned = jax.lax.scan(body, x_BLD, (params, biases, keys))
       stats += scanned
     x_BLD = self.final_norm(x_BLD)
     head_DV = self.embed_VD[...].T if model.tied_head else self.head_DV[...]
@@ -159,14 +149,3 @@ class Transformer(nnx.Module):
       )
     stats = jax.tree.map(lambda *zs: jnp.concatenate(zs), *stats)
     return sharding.constrain(logits_BLV, "BLV"), stats
-
-
-def _no_stats(num_experts: int) -> MoeStats:
-  return MoeStats(
-    tokens=jnp.zeros((0,), jnp.int32),
-    routed_E=jnp.zeros((0, num_experts), jnp.int32),
-    kept_E=jnp.zeros((0, num_experts), jnp.int32),
-    prob_E=jnp.zeros((0, num_experts)),
-    z=jnp.zeros((0,)),
-    entropy=jnp.zeros((0,)),
-  )

@@ -4,7 +4,18 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.config import Config, Dispatch, Model, Router, UserError, flatten
+from moe_jax.config import (
+  Config,
+  Dispatch,
+  Exchange,
+  Model,
+  MoE,
+  Priority,
+  Router,
+  Score,
+  UserError,
+  flatten,
+)
 
 
 def validate(config: Config) -> None:
@@ -61,8 +72,10 @@ _AT_LEAST = {
   name: 0
   for name in (
     "moe.num_experts", "moe.group_size", "moe.first_dense", "moe.capacity_factor",
-    "moe.eval_capacity_factor", "moe.jitter", "data.seed", "loss.load_balance", "loss.router_z",
-    "loss.z", "optimizer.warmup_steps", "optimizer.decay_fraction", "optimizer.final_fraction",
+    "moe.eval_capacity_factor", "moe.jitter", "moe.shared_experts", "moe.bias_update_rate",
+    "moe.exchange_factor", "data.seed", "loss.load_balance", "loss.router_z", "loss.z",
+    "loss.importance", "loss.load", "optimizer.warmup_steps", "optimizer.decay_fraction",
+    "optimizer.final_fraction",
     "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "optimizer.clip_norm", "train.seed",
     "train.keep_best", "eval.batch_size", "eval.batches", "eval.final_batches",
   )
@@ -118,11 +131,8 @@ def _check_moe(config: Config) -> None:
   if moe.top_k == 1 and moe.renormalize:
     _refuse(config, "model.moe.renormalize", "model.moe.top_k", "a single renormalised gate is the "
             "constant 1 and the router would get no gradient; set renormalize=false")  # fmt: skip
-  if moe.dispatch is Dispatch.DENSE:
-    for field in ("capacity_factor", "eval_capacity_factor"):
-      if getattr(moe, field):
-        _refuse(config, f"model.moe.{field}", "model.moe.dispatch", "this dispatch is dropless and "
-                f"has no capacity; set {field}=0")  # fmt: skip
+  _check_router(config)
+  _check_dispatch(config)
   if moe.first_dense >= config.model.num_layers:
     _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
             " for a dense model set num_experts=0")  # fmt: skip
@@ -133,6 +143,101 @@ def _check_moe(config: Config) -> None:
   if length % group and group % length:
     _refuse(config, "model.moe.group_size", "data.seq_len", "a routing group is a whole part or a "
             "whole multiple of a sequence")  # fmt: skip
+
+
+_SCORED = (Router.TOPK, Router.SWITCH)  # the experts of the highest score
+_NOT_LEARNED = (Router.HASH, Router.RANDOM)
+
+
+def _check_router(config: Config) -> None:
+  moe, loss = config.model.moe, config.loss
+  router = "model.moe.router"
+  if moe.router is Router.HASH and moe.top_k != 1:
+    _refuse(config, router, "model.moe.top_k", "a token id hashes to one expert; set top_k=1 and "
+            "renormalize=false")  # fmt: skip
+  if moe.router is Router.NOISY_TOPK and moe.top_k == moe.num_experts:
+    _refuse(config, router, "model.moe.top_k", "with every expert chosen there is nothing for the "
+            "noise to choose; lower top_k")  # fmt: skip
+  if moe.router is Router.EXPERT_CHOICE:
+    if moe.renormalize:
+      _refuse(config, router, "model.moe.renormalize", "experts choose, so a token does not know "
+              "its other gates; set renormalize=false")  # fmt: skip
+    for field in ("capacity_factor", "eval_capacity_factor"):
+      if not getattr(moe, field):
+        _refuse(config, router, f"model.moe.{field}", "an expert takes capacity_factor*T*K/E "
+                "tokens: set it above 0")  # fmt: skip
+    if moe.priority is not Priority.TOKEN:
+      _refuse(config, router, "model.moe.priority", "an expert drops none of the tokens that it "
+              "chose; leave priority=token")  # fmt: skip
+  if moe.score is not Score.SOFTMAX and moe.router is not Router.TOPK:
+    _refuse(config, router, "model.moe.score", "this router is defined by its softmax; use "
+            "router=topk")  # fmt: skip
+  if moe.bias_update_rate and moe.router not in _SCORED:
+    _refuse(config, router, "model.moe.bias_update_rate", "a bias balances a choice by score: "
+            "router=topk or switch; or set bias_update_rate=0")  # fmt: skip
+  if moe.expert_groups > 1 or moe.top_groups > 1:
+    _check_groups(config)
+  if loss.load_balance and moe.router in (*_NOT_LEARNED, Router.EXPERT_CHOICE):
+    _refuse(config, router, "loss.load_balance", "the load is not the router's to change, so the "
+            "loss would only distort the gates; set load_balance=0")  # fmt: skip
+  if loss.load and moe.router is not Router.NOISY_TOPK:
+    _refuse(config, router, "loss.load", "the load loss needs noisy_topk's chances to be chosen; "
+            "set loss.load=0")  # fmt: skip
+
+
+def _check_groups(config: Config) -> None:
+  moe = config.model.moe
+  if moe.router is not Router.TOPK:
+    _refuse(config, "model.moe.router", "model.moe.expert_groups", "only router=topk limits a "
+            "token's experts to groups; set expert_groups=1 and top_groups=1")  # fmt: skip
+  if moe.num_experts % moe.expert_groups or moe.num_experts < 2 * moe.expert_groups:
+    _refuse(config, "model.moe.num_experts", "model.moe.expert_groups", "groups are of equal size, "
+            "two experts at least")  # fmt: skip
+  if moe.top_groups > moe.expert_groups:
+    _refuse(config, "model.moe.top_groups", "model.moe.expert_groups", "a token can use each group "
+            "once")  # fmt: skip
+  if moe.top_k > moe.top_groups * moe.num_experts // moe.expert_groups:
+    _refuse(config, "model.moe.top_k", "model.moe.top_groups", "the allowed groups hold fewer "
+            "experts than top_k; raise top_groups")  # fmt: skip
+
+
+def _check_dispatch(config: Config) -> None:
+  moe = config.model.moe
+  if moe.dispatch in (Dispatch.DENSE, Dispatch.GROUPED) and moe.router is not Router.EXPERT_CHOICE:
+    for field in ("capacity_factor", "eval_capacity_factor"):
+      if getattr(moe, field):
+        _refuse(config, f"model.moe.{field}", "model.moe.dispatch", "this dispatch is dropless and "
+                f"has no capacity; set {field}=0")  # fmt: skip
+  if moe.exchange is not Exchange.AUTO and moe.dispatch is not Dispatch.GROUPED:
+    _refuse(config, "model.moe.exchange", "model.moe.dispatch", "dispatch with slots always "
+            "exchanges them by all_to_all; set exchange=auto")  # fmt: skip
+  if moe.exchange_factor and moe.exchange not in (Exchange.ALL_TO_ALL, Exchange.RAGGED):
+    _refuse(config, "model.moe.exchange_factor", "model.moe.exchange", "only the buffers of "
+            "all_to_all and ragged have a size; set exchange_factor=0")  # fmt: skip
+
+
+def future_leak(moe: MoE, *, train: bool) -> str:
+  """Why a token's output depends on later tokens under this routing, or "" if it does not."""
+  if not moe.num_experts:
+    return ""
+  if moe.router is Router.EXPERT_CHOICE:
+    return "router=expert_choice: an expert compares all tokens of a group"
+  if moe.router is Router.SINKHORN and train:
+    return "router=sinkhorn balances over all tokens of a group in training"
+  factor = moe.capacity_factor if train else moe.eval_capacity_factor
+  if moe.priority is not Priority.TOKEN and factor:
+    return f"priority={moe.priority.value}: a later token can take an earlier one's slot"
+  return ""
+
+
+def validate_generation(config: Config) -> None:
+  """Refuses to generate from a model whose evaluation sees the future: it would differ."""
+  leak = future_leak(config.model.moe, train=False)
+  if leak:
+    raise UserError(
+      f"config.model.moe.{leak}, but generated text has no later tokens yet, so the model would "
+      "not be the one that was evaluated; train with a causal router to generate"
+    )
 
 
 def _check_mesh(config: Config) -> None:

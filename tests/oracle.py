@@ -1,88 +1,236 @@
-"""The MoE layer in float64 NumPy, token by token, and its gradients by central differences.
+"""The MoE layer in float64 NumPy, and its gradients by central differences.
 
-Shares no code with the package: what it computes is what the papers say.
+Shares no code with the package: it does what the papers say, one token or one expert at a time.
+First who goes where (`select`), then the values of that choice (`evaluate`), which are smooth.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 
 @dataclasses.dataclass
-class Result:
-  y_BLD: np.ndarray
-  routed_E: np.ndarray
-  kept_E: np.ndarray
-  prob_E: np.ndarray
-  z: float
-  entropy: float
-  tokens: int
-  dropped: set  # (sequence, position, expert)
-  balance: float
+class Spec:
+  """A routing, in the papers' terms."""
+
+  router: str = "topk"
+  top_k: int = 2
+  renormalize: bool = True
+  score: str = "softmax"
+  scale: float = 1.0
+  groups: int = 1
+  top_groups: int = 1
+  priority: str = "token"
+  factor: float = 0.0  # 0: nothing is dropped
+  group: int = 0  # tokens that compete
+  biased: bool = False
+
+
+@dataclasses.dataclass
+class Inputs:
+  x_BLD: np.ndarray
+  real_BL: np.ndarray
+  ids_BL: np.ndarray
+  noise_BLE: np.ndarray
+  bias_E: np.ndarray
+  weights: dict  # router_DE, noise_DE, gate_EDF, up_EDF, down_EFD
 
 
 def silu(x):
   return x / (1 + np.exp(-x))
 
 
-def moe_layer(x_BLD, real_BL, weights, *, top_k, renormalize, factor, group):
-  """weights: router_DE, gate_EDF, up_EDF, down_EFD. factor 0: nothing is dropped."""
-  router_DE, gate_EDF, up_EDF, down_EFD = weights
-  B, L, D = x_BLD.shape
-  E = router_DE.shape[1]
-  capacity = int(np.ceil(factor * group * top_k / E)) if factor else group
-  y_TD = np.zeros((B * L, D))
-  routed, kept, prob = np.zeros(E, int), np.zeros(E, int), np.zeros(E)
-  z = entropy = 0.0
-  dropped = set()
-  taken = None
-  for t, (x_D, real) in enumerate(zip(x_BLD.reshape(-1, D), real_BL.reshape(-1), strict=True)):
-    if t % group == 0:
-      taken = np.zeros(E, int)
-    if not real:
+def softmax(x):
+  e = np.exp(x - x.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+def scores(logits, spec):
+  return softmax(logits) if spec.score == "softmax" else 1 / (1 + np.exp(-logits))
+
+
+def routed_logits(x_TD, noise_TE, weights, spec):
+  """(logits, logits that choose, noise scale)."""
+  logits = x_TD @ weights["router_DE"]
+  if spec.router != "noisy_topk":
+    return logits, logits, None
+  scale = np.log1p(np.exp(x_TD @ weights["noise_DE"])) + 0.01
+  return logits, logits + noise_TE * scale, scale
+
+
+def capacity(spec, num_experts):
+  if not spec.factor:
+    return spec.group
+  return min(spec.group, math.ceil(round(spec.factor * spec.group * spec.top_k / num_experts, 9)))
+
+
+def best(values, k):
+  return sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+
+
+def choices_of_token(logits_E, score_E, token_id, noise_E, plan_E, bias_E, spec):
+  E = len(logits_E)
+  if spec.router == "hash":
+    h = token_id * 0x9E3779B1 % 2**32
+    h = (h ^ (h >> 15)) * 0x85EBCA77 % 2**32
+    return [(h ^ (h >> 13)) % E]
+  if spec.router == "random":
+    return best(noise_E, spec.top_k)
+  if spec.router == "sinkhorn":
+    return best(plan_E, spec.top_k)
+  choice_E = score_E + (bias_E if spec.biased else 0)
+  allowed = range(E)
+  if spec.groups > 1:
+    size = E // spec.groups
+    sums = [sum(sorted(choice_E[g * size : (g + 1) * size])[-2:]) for g in range(spec.groups)]
+    allowed = [e for g in best(sums, spec.top_groups) for e in range(g * size, (g + 1) * size)]
+  return sorted(allowed, key=lambda e: -choice_E[e])[: spec.top_k]
+
+
+def sinkhorn_plan(logits_TE, real_T):
+  """Columns to (tokens/E) and rows to 1 in turn, 16 times, over the real tokens."""
+  plan = np.exp(logits_TE)
+  for _ in range(16):
+    plan = plan / plan[real_T].sum(axis=0) * (real_T.sum() / plan.shape[1])
+    plan = plan / plan.sum(axis=1, keepdims=True)
+  return plan
+
+
+def select(inputs, spec):
+  """[(token, expert, kept)] of all groups, tokens numbered over the batch."""
+  D, E = inputs.weights["router_DE"].shape
+  x_TD = inputs.x_BLD.reshape(-1, D)
+  noise_TE = inputs.noise_BLE.reshape(-1, E)
+  real_T, ids_T = inputs.real_BL.reshape(-1), inputs.ids_BL.reshape(-1)
+  logits_TE, choosing_TE, _ = routed_logits(x_TD, noise_TE, inputs.weights, spec)
+  score_TE = scores(choosing_TE, spec)
+  slots, chosen = capacity(spec, E), []
+  for start in range(0, len(x_TD), spec.group):
+    tokens = [t for t in range(start, start + spec.group) if real_T[t]]
+    if not tokens:
       continue
-    logits_E = x_D @ router_DE
-    probs_E = np.exp(logits_E - logits_E.max())
-    probs_E /= probs_E.sum()
-    prob += probs_E
-    z += (logits_E.max() + np.log(np.exp(logits_E - logits_E.max()).sum())) ** 2
-    entropy -= (probs_E * np.log(probs_E)).sum()
-    chosen = sorted(range(E), key=lambda e: -probs_E[e])[:top_k]
-    gates = np.array([probs_E[e] for e in chosen])
-    if renormalize:
-      gates = gates / gates.sum()
-    for e, gate in zip(chosen, gates, strict=True):
-      routed[e] += 1
-      if taken[e] == capacity:
-        dropped.add((t // L, t % L, e))
-        continue
+    if spec.router == "expert_choice":
+      for e in range(E):
+        chosen += [(t, e, True) for t in sorted(tokens, key=lambda t: -score_TE[t, e])[:slots]]
+      continue
+    part = slice(start, start + spec.group)
+    plan = sinkhorn_plan(logits_TE[part], real_T[part]) if spec.router == "sinkhorn" else None
+    wanted = []
+    for t in tokens:
+      experts = choices_of_token(
+        logits_TE[t], score_TE[t], int(ids_T[t]), noise_TE[t],
+        plan[t - start] if plan is not None else None, inputs.bias_E, spec,
+      )  # fmt: skip
+      sure = max(score_TE[t, e] for e in experts)
+      for rank, e in enumerate(experts):
+        order = {"token": (t, rank), "choice": (rank, t), "score": (rank, -sure, t)}[spec.priority]
+        wanted.append((order, t, e))
+    taken = np.zeros(E, int)
+    for _, t, e in sorted(wanted):
+      chosen.append((t, e, bool(taken[e] < slots)))
       taken[e] += 1
-      kept[e] += 1
-      hidden = silu(x_D @ gate_EDF[e]) * (x_D @ up_EDF[e])
-      y_TD[t] += gate * (hidden @ down_EFD[e])
-  tokens = int(real_BL.sum())
-  balance = E * float((routed / (tokens * top_k) * prob / tokens).sum())
-  return Result(y_TD.reshape(B, L, D), routed, kept, prob, z, entropy, tokens, dropped, balance)
+  return chosen
 
 
-def loss(x_BLD, real_BL, weights, cotangent_BLD, **options):
-  """A scalar through every differentiable output: y, the balance loss and the router z-loss."""
-  result = moe_layer(x_BLD, real_BL, weights, **options)
-  return (result.y_BLD * cotangent_BLD).sum() + 3 * result.balance + result.z / result.tokens
+@dataclasses.dataclass
+class Result:
+  y_BLD: np.ndarray
+  tokens: int
+  sequences: int
+  routed_E: np.ndarray
+  kept_E: np.ndarray
+  prob_E: np.ndarray
+  importance_E: np.ndarray
+  load_E: np.ndarray
+  z: float
+  entropy: float
+  balance: float
+  sequence_balance: float  # sum over the sequences
 
 
-def gradients(x_BLD, real_BL, weights, cotangent_BLD, **options):
-  """Of `loss` by x_BLD and each weight, to about 1e-8."""
-  arrays = [np.array(a, np.float64) for a in (x_BLD, *weights)]
-  grads = []
-  for array in arrays:
-    grad = np.zeros_like(array)
+def one_balance(routed_E, prob_E, tokens):
+  return len(routed_E) * float((routed_E / routed_E.sum() * prob_E / tokens).sum())
+
+
+def cv_plus_one(x_E):
+  return float(1 + x_E.var() / x_E.mean() ** 2)
+
+
+def evaluate(inputs, spec, chosen):
+  weights, real_T = inputs.weights, inputs.real_BL.reshape(-1)
+  B, L, D = inputs.x_BLD.shape
+  E = weights["router_DE"].shape[1]
+  x_TD = inputs.x_BLD.reshape(-1, D)
+  logits, choosing, scale = routed_logits(x_TD, inputs.noise_BLE.reshape(-1, E), weights, spec)
+  score = scores(choosing, spec)
+  probs = score / score.sum(axis=1, keepdims=True)
+  token, expert, kept = (np.array(column) for column in zip(*chosen, strict=True))
+  gate = score[token, expert]
+  if spec.renormalize:
+    total = np.zeros(B * L)
+    np.add.at(total, token, gate)
+    gate = gate / total[token]
+  gate = spec.scale * gate
+
+  x_ND = x_TD[token]
+  y_TD = np.zeros((B * L, D))
+  for e in range(E):
+    mine = (expert == e) & kept
+    h = silu(x_ND[mine] @ weights["gate_EDF"][e]) * (x_ND[mine] @ weights["up_EDF"][e])
+    np.add.at(y_TD, token[mine], gate[mine, None] * (h @ weights["down_EFD"][e]))
+
+  load_E = np.zeros(E)
+  if spec.router == "noisy_topk":
+    for t in np.flatnonzero(real_T):
+      for e in range(E):
+        others = sorted(np.delete(choosing[t], e))
+        distance = (logits[t, e] - others[-spec.top_k]) / scale[t, e]
+        load_E[e] += 0.5 * (1 + math.erf(distance / math.sqrt(2)))
+  routed_BE = np.zeros((B, E), int)
+  np.add.at(routed_BE, (token // L, expert), 1)
+  prob_BE = np.where(real_T[:, None], probs, 0).reshape(B, L, E).sum(axis=1)
+  tokens_B = inputs.real_BL.sum(axis=1)
+  log_z = logits.max(axis=1) + np.log(np.exp(logits - logits.max(axis=1)[:, None]).sum(axis=1))
+  return Result(
+    y_BLD=y_TD.reshape(B, L, D),
+    tokens=int(real_T.sum()),
+    sequences=int((tokens_B > 0).sum()),
+    routed_E=routed_BE.sum(axis=0),
+    kept_E=np.bincount(expert[kept], minlength=E),
+    prob_E=prob_BE.sum(axis=0),
+    importance_E=np.bincount(expert, weights=gate, minlength=E),
+    load_E=load_E,
+    z=float((log_z[real_T] ** 2).sum()),
+    entropy=float(-(probs * np.log(probs))[real_T].sum()),
+    balance=one_balance(routed_BE.sum(axis=0), prob_BE.sum(axis=0), real_T.sum()),
+    sequence_balance=sum(one_balance(routed_BE[b], prob_BE[b], tokens_B[b]) for b in range(B)),
+  )
+
+
+def loss(inputs, spec, chosen, cotangent_BLD):
+  """A scalar through every differentiable output of the layer."""
+  r = evaluate(inputs, spec, chosen)
+  total = (r.y_BLD * cotangent_BLD).sum() + 3 * r.balance + r.z / r.tokens
+  total += 2 * r.sequence_balance / r.sequences + cv_plus_one(r.importance_E)
+  return total + (cv_plus_one(r.load_E) if spec.router == "noisy_topk" else 0)
+
+
+def gradients(inputs, spec, chosen, cotangent_BLD):
+  """{name: gradient of `loss`} by x_BLD and each weight, to about 1e-8; `chosen` stands."""
+  copy = dataclasses.replace(
+    inputs, x_BLD=inputs.x_BLD.copy(), weights={n: w.copy() for n, w in inputs.weights.items()}
+  )
+  grads = {}
+  for name, array in {"x_BLD": copy.x_BLD, **copy.weights}.items():
+    grads[name] = grad = np.zeros_like(array)
+    if name == "noise_DE" and spec.router != "noisy_topk":
+      continue
     for index in np.ndindex(array.shape):
       value, values = array[index], []
       for step in (1e-5, -1e-5):
         array[index] = value + step
-        values.append(loss(arrays[0], real_BL, arrays[1:], cotangent_BLD, **options))
+        values.append(loss(copy, spec, chosen, cotangent_BLD))
       array[index] = value
       grad[index] = (values[0] - values[1]) / 2e-5
-    grads.append(grad)
   return grads

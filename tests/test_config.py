@@ -11,6 +11,7 @@ from conftest import toy_config
 
 from moe_jax import config as config_lib
 from moe_jax import validation
+from moe_jax.config import Dispatch, Exchange, Priority, Router, Score
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -75,6 +76,49 @@ def test_disagreeing_fields_are_named(change):
   assert f"config.{name}=" in message and DISAGREEMENTS[change] in message and "\n" not in message
 
 
+HASH = dict(router=Router.HASH, top_k=1, renormalize=False)
+# fields of moe, fields of loss: (the two fields that disagree, why or what to do)
+WRONG_ROUTINGS = [
+  (HASH | dict(top_k=2), {}, "router", "top_k", "hashes to one expert"),
+  (HASH, dict(load_balance=0.01), "router", "loss.load_balance", "set load_balance=0"),
+  (dict(router=Router.NOISY_TOPK, top_k=4), {}, "router", "top_k", "lower top_k"),
+  (dict(router=Router.EXPERT_CHOICE), {}, "router", "renormalize", "set renormalize=false"),
+  (
+    dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_factor=0.0), {},
+    "router", "eval_capacity_factor", "above 0",
+  ),
+  (
+    dict(router=Router.EXPERT_CHOICE, renormalize=False, priority=Priority.SCORE), {},
+    "router", "priority", "priority=token",
+  ),
+  (dict(router=Router.SINKHORN, score=Score.SIGMOID), {}, "router", "score", "router=topk"),
+  (dict(router=Router.SINKHORN, bias_update_rate=0.1), {}, "router", "bias_update_rate", "topk"),
+  (dict(router=Router.SINKHORN, expert_groups=2), {}, "router", "expert_groups", "groups=1"),
+  (dict(expert_groups=4, top_groups=2), {}, "num_experts", "expert_groups", "two experts"),
+  (dict(expert_groups=2, top_groups=3), {}, "top_groups", "expert_groups", "once"),
+  (dict(expert_groups=2, top_k=3), {}, "top_k", "top_groups", "raise top_groups"),
+  ({}, dict(load=0.1), "router", "loss.load", "set loss.load=0"),
+  (dict(dispatch=Dispatch.GROUPED), {}, "capacity_factor", "dispatch", "set capacity_factor=0"),
+  (dict(exchange=Exchange.RAGGED), {}, "exchange", "dispatch", "set exchange=auto"),
+  (
+    dict(dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0,
+         exchange_factor=1.5), {},
+    "exchange_factor", "exchange", "set exchange_factor=0",
+  ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("moe", "loss", "first", "second", "text"), WRONG_ROUTINGS)
+def test_routings_that_make_no_sense_are_refused(moe, loss, first, second, text):
+  config = toy_config(**moe)
+  config.loss = config_lib.Loss(**{"load_balance": 0.0} | loss)
+  with pytest.raises(config_lib.UserError) as error:
+    validation.validate(config)
+  second = second if second.startswith("loss.") else f"model.moe.{second}"
+  assert str(error.value).startswith(f"config.model.moe.{first}=")
+  assert f"with config.{second}=" in str(error.value) and text in str(error.value)
+
+
 def test_wrong_type_in_a_file():
   config = toy_config()
   config.model.moe.num_experts = "8"
@@ -100,7 +144,7 @@ def test_unknown_field_in_json():
 COMMANDS = {
   "--config=configs/debug.py --config.model.moe.num_expert=5": "nearest is config.model.moe.num",
   "--config=configs/debug.py --config.model.moe.num_experts=abc": "num_experts=abc",
-  "--config=configs/debug.py --config.model.moe.router=best": "<switch|topk>",
+  "--config=configs/debug.py --config.model.moe.router=best": "switch|topk|noisy_topk",
   "--config=configs/debug.py --config.model.moe.top_k=9": "config.model.moe.num_experts=4",
   "--config=configs/debug.py --config.mesh.expert=3": "config.mesh.expert=3",
   "--config=configs/debug.py --workdri=x": "workdri",

@@ -59,7 +59,7 @@ def take_step(config, axes):
   batch = toy_batch(config)
   with jax.set_mesh(mesh):
     batch = sharding.to_global(batch, mesh)
-    grads = jax.jit(lambda p, b: gradients(p, b, graph, config))(state.params, batch)
+    grads = jax.jit(lambda s, b: gradients(s, b, graph, config))(state, batch)
     grads = jax.device_get(grads)
     state, first = step(state, batch)
     state, second = step(state, batch)
@@ -67,13 +67,13 @@ def take_step(config, axes):
     return grads, jax.device_get(first), jax.device_get(second), jax.device_get(state)
 
 
-def gradients(params, batch, graph, config):
+def gradients(state, batch, graph, config):
   def loss(params):
-    sums = train.batch_sums(params, batch, jax.random.key(0), graph=graph, config=config)
-    layers = train.moe_layers(config.model)
-    return train.losses.total(sums, config.loss, config.model.moe, len(layers)).total
+    key = jax.random.key(0)
+    sums = train.batch_sums(params, state.bias_ZE, batch, key, graph=graph, config=config)
+    return train.losses.total(sums, config.loss, len(train.moe_layers(config.model))).total
 
-  return jax.grad(loss)(params)
+  return jax.grad(loss)(state.params)
 
 
 def compare(got, want, atol):
@@ -119,22 +119,6 @@ def test_accumulation_is_the_full_batch(mesh):
     results.append(take_step(config, axes))
   compare(results[1][0], results[0][0], atol=1e-6)
   compare(results[1][1], results[0][1], atol=1e-6)
-
-
-@pytest.mark.parametrize("dispatch", ["gather", "einsum", "dense"])
-@pytest.mark.parametrize(("top_k", "renormalize"), [(1, False), (2, True), (2, False), (4, True)])
-def test_every_router_weight_has_a_gradient(top_k, renormalize, dispatch):
-  factor = 0.0 if dispatch == "dense" else 2.0
-  config = toy_config(
-    top_k=top_k, renormalize=renormalize, dispatch=config_lib.Dispatch(dispatch),
-    capacity_factor=factor, eval_capacity_factor=factor,
-  )  # fmt: skip
-  config.loss = config_lib.Loss(load_balance=0, router_z=0)  # through the gates alone
-  mesh, state, _, graph = set_up(config, {})
-  with jax.set_mesh(mesh):
-    grads = jax.jit(lambda p, b: gradients(p, b, graph, config))(state.params, toy_batch(config))
-  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.abs(leaf).max() > 1e-7, f"no gradient: {jax.tree_util.keystr(path)}"
 
 
 def compiled_text(remat, axes):

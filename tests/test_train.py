@@ -18,8 +18,7 @@ from conftest import toy_config
 from test_expert_parallel import set_up, toy_batch
 
 from moe_jax import config as config_lib
-from moe_jax import losses, optimizer
-from moe_jax.expert_parallel import MoeStats
+from moe_jax import losses, optimizer, statistics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -57,27 +56,29 @@ def test_cross_entropy_by_hand():
   logits_BLV = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]]))
   targets_BL = jnp.array([[0, 1, 2]])
   real_BL = jnp.array([[True, True, False]])
-  no_experts = MoeStats(*(jnp.zeros((0, 4)) for _ in range(6)))
+  no_experts = statistics.zeros((0,), 4)
   sums = losses.sums(logits_BLV + 2.0, targets_BL, real_BL, no_experts)
   np.testing.assert_allclose(sums.nll, -np.log(0.5) - np.log(0.8), rtol=1e-6)
   np.testing.assert_allclose(sums.z, 2 * 2.0**2, rtol=1e-6)  # logsumexp of each is 2
   assert sums.targets == 2
-  total = losses.total(sums, config_lib.Loss(z=0.5), config_lib.MoE(), num_moe_layers=0)
+  total = losses.total(sums, config_lib.Loss(z=0.5), num_moe_layers=0)
   np.testing.assert_allclose(total.cross_entropy, sums.nll / 2, rtol=1e-6)
   np.testing.assert_allclose(total.total, sums.nll / 2 + 0.5 * 4, rtol=1e-6)
 
 
 def test_loss_weights_add_up():
-  stats = MoeStats(
+  stats = statistics.zeros((1,), 2)._replace(
     tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), kept_E=jnp.array([[4, 0]]),
-    prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), entropy=jnp.zeros(1),
+    prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
   )  # fmt: skip
-  sums = losses.Sums(jnp.array(6.0), jnp.array(0.0), jnp.array(3), stats)
-  moe = config_lib.MoE(num_experts=2, top_k=1)
-  total = losses.total(sums, config_lib.Loss(load_balance=0.1, router_z=0.01), moe, 1)
+  uniform = losses.sums(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool), stats)
+  sums = uniform._replace(nll=jnp.array(6.0))
+  weights = config_lib.Loss(load_balance=0.1, router_z=0.01, importance=0.2)
+  total = losses.total(sums, weights, 1)
   assert float(total.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P
   assert float(total.router_z) == pytest.approx(2.0)
-  assert float(total.total) == pytest.approx(2.0 + 0.1 * 1.5 + 0.01 * 2.0)
+  assert float(total.importance) == pytest.approx(1 + 1 / 4)  # mean 2, variance 1
+  assert float(total.total) == pytest.approx(2.0 + 0.1 * 1.5 + 0.01 * 2.0 + 0.2 * 1.25)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def build(config, seed=0):
 
 
 def forward(graph, params, tokens, segments, positions, train=True):
-  return nnx.merge(graph, params)(tokens, segments, positions, jax.random.key(0), train=train)
+  model = nnx.merge(graph, params)
+  bias_ZE = jnp.zeros((len(transformer.moe_layers(model.model)), model.model.moe.num_experts))
+  return model(tokens, segments, positions, bias_ZE, jax.random.key(0), train=train)
 
 
 def test_attention_equals_numpy():

@@ -1,0 +1,347 @@
+"""Every router on a case worked by hand; who sees the future; how biases and losses balance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import toy_config
+from flax import nnx
+from test_expert_parallel import set_up, toy_batch
+
+from moe_jax import config as config_lib
+from moe_jax import dispatch, losses, optimizer, routers, sharding, statistics, validation
+from moe_jax.config import BalanceScope, Priority, Router, Score
+from moe_jax.transformer import Transformer
+
+LOG = np.log
+
+
+def route(probs, *, train=True, capacity=1, real=None, ids=None, noise=None, bias=None, **fields):
+  """[(token, expert, gate)] in order of priority, for softmax probabilities [T, E]."""
+  logits = LOG(np.array(probs, float))
+  T, E = logits.shape
+  moe = config_lib.MoE(num_experts=E, **dict(top_k=1, renormalize=False) | fields)
+  scale = None if noise is None else jnp.ones((T, E))
+  inputs = routers.RouterInputs(
+    jnp.array(logits, jnp.float32),
+    jnp.array([True] * T if real is None else real),
+    jnp.array([0] * T if ids is None else ids, jnp.int32),
+    jnp.array([0.0] * E if bias is None else bias),
+    None if noise is None else jnp.array(noise, jnp.float32),
+    scale,
+  )
+  made = routers.ROUTERS[moe.router](inputs, moe, capacity=capacity, train=train)
+  columns = (made.token_N, made.expert_N, made.gate_N, made.real_N)
+  return [
+    (int(t), int(e), round(float(g), 4)) for t, e, g, r in zip(*columns, strict=True) if r
+  ], made
+
+
+P = [[0.5, 0.1, 0.4], [0.2, 0.7, 0.1]]
+
+
+def test_switch():
+  assert route(P, router=Router.SWITCH)[0] == [(0, 0, 0.5), (1, 1, 0.7)]
+
+
+def test_topk_with_and_without_renormalisation():
+  """Renormalised: Mixtral's softmax over the chosen logits, 5/9 and 4/9."""
+  raw = route(P, top_k=2)[0]
+  assert raw == [(0, 0, 0.5), (0, 2, 0.4), (1, 1, 0.7), (1, 0, 0.2)]
+  got = [g for _, _, g in route(P, top_k=2, renormalize=True)[0]]
+  np.testing.assert_allclose(got, [5 / 9, 4 / 9, 7 / 9, 2 / 9], atol=1e-4)
+  assert [g for _, _, g in route(P, top_k=2, gate_scale=2.5)[0]] == [1.25, 1.0, 1.75, 0.5]
+
+
+def test_sigmoid_scores():
+  """logits log(p): sigmoid = p / (1 + p)."""
+  got = route(P, score=Score.SIGMOID)[0]
+  assert got == [(0, 0, round(0.5 / 1.5, 4)), (1, 1, round(0.7 / 1.7, 4))]
+
+
+@pytest.mark.parametrize("score", list(Score))
+def test_a_bias_changes_the_choice_and_no_gate(score):
+  """Token 0 is pushed from expert 0 to 2; the gate is expert 2's own score."""
+  plain = 0.4 if score is Score.SOFTMAX else round(0.4 / 1.4, 4)
+  assert route(P, score=score, bias=[-0.3, 0, 0])[0][0] == (0, 2, plain)
+
+
+def test_groups_limit_the_choice():
+  """Groups {0,1}, {2,3}: 0.3+0.2 beats 0.4+0.05, so expert 2, the best alone, is not chosen."""
+  probs = [[0.3, 0.2, 0.4, 0.05]]
+  fields = dict(top_k=2, expert_groups=2, top_groups=1)
+  assert route(probs, **fields)[0] == [(0, 0, pytest.approx(0.3158)), (0, 1, pytest.approx(0.2105))]
+
+
+def test_noisy_topk():
+  """Noise turns token 0 from expert 0 to 2; the chances are normal ones of the clean logits."""
+  noise = [[-3.0, 0, 0.5], [0, 0, 0]]
+  got, made = route(P, router=Router.NOISY_TOPK, noise=noise)
+  assert [(t, e) for t, e, _ in got] == [(0, 2), (1, 1)]
+  noisy = LOG(P[0]) + noise[0]
+  softmax = np.exp(noisy) / np.exp(noisy).sum()
+  assert got[0][2] == pytest.approx(softmax[2], abs=1e-4)
+  # Expert 2 was chosen: it competes with the runner-up, expert 1; the others with expert 2.
+  thresholds = [noisy[2], noisy[2], noisy[1]]
+  cdf = [float(jax.scipy.stats.norm.cdf(LOG(P[0][e]) - thresholds[e])) for e in range(3)]
+  np.testing.assert_allclose(made.load_TE[0], cdf, rtol=1e-4)
+  assert [e for _, e, _ in route(P, router=Router.NOISY_TOPK, train=False)[0]] == [0, 1]
+
+
+def test_expert_choice():
+  """C=1: each expert takes its best token; token 0 is taken twice, padding never."""
+  probs = [[0.5, 0.1, 0.4], [0.2, 0.7, 0.1], [0.8, 0.1, 0.1]]
+  fields = dict(router=Router.EXPERT_CHOICE, real=[True, True, False])
+  assert route(probs, **fields)[0] == [(0, 0, 0.5), (1, 1, 0.7), (0, 2, 0.4)]
+  two = route(probs, capacity=3, **fields)[0]  # only two real tokens to take
+  assert sorted(two) == sorted((t, e, probs[t][e]) for t in range(2) for e in range(3))
+
+
+def test_sinkhorn_balances_in_training_only():
+  """All tokens prefer expert 0; the balanced plan gives it the two that want it most."""
+  probs = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]
+  got = route(probs, router=Router.SINKHORN)[0]
+  assert got == [(0, 0, 0.9), (1, 0, 0.8), (2, 1, 0.3), (3, 1, 0.4)]
+  assert [e for _, e, _ in route(probs, router=Router.SINKHORN, train=False)[0]] == [0, 0, 0, 0]
+  # Padding that wants expert 0 too changes nothing.
+  padded = route([*probs, [0.99, 0.01]], router=Router.SINKHORN, real=[True] * 4 + [False])[0]
+  assert padded == got
+
+
+def test_hash_by_token_id():
+  """Same id, same expert, whatever the logits; the gate is that expert's probability."""
+  got = route([P[0], P[1], P[0]], router=Router.HASH, ids=[7, 8, 7])[0]
+  assert got[0][1:] == got[2][1:] and got[0][2] == P[0][got[0][1]]
+  every = route([[0.25] * 4] * 4000, router=Router.HASH, ids=range(4000))[0]
+  assert np.bincount([e for _, e, _ in every]).min() > 900  # a fair draw: 1000 +- 27
+
+
+def test_random_follows_the_noise():
+  noise = [[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]]
+  got = route(P, router=Router.RANDOM, noise=noise, top_k=2)[0]
+  assert got == [(0, 1, 0.1), (0, 2, 0.4), (1, 0, 0.2), (1, 2, 0.1)]
+
+
+def test_priorities_order_the_assignments():
+  """Two choices each; token 1 is surer (0.7) than token 0 (0.5)."""
+  order = {
+    priority: [(t, e) for t, e, _ in route(P, top_k=2, priority=priority)[0]]
+    for priority in Priority
+  }
+  assert order[Priority.TOKEN] == [(0, 0), (0, 2), (1, 1), (1, 0)]
+  assert order[Priority.CHOICE] == [(0, 0), (1, 1), (0, 2), (1, 0)]
+  assert order[Priority.SCORE] == [(1, 1), (0, 0), (1, 0), (0, 2)]
+
+
+def test_priorities_drop_by_hand():
+  """Both tokens choose expert 0 first and 1 second, one slot each."""
+  probs = [[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]
+  kept = {}
+  for priority in Priority:
+    made = route(probs, top_k=2, priority=priority)[1]
+    slots = dispatch.capacity_slots(made, 3, 1, capacity=1)
+    columns = (made.token_N, made.expert_N, slots.kept_N)
+    kept[priority] = {(int(t), int(e)) for t, e, k in zip(*columns, strict=True) if k}
+  assert kept[Priority.TOKEN] == kept[Priority.CHOICE] == {(0, 0), (0, 1)}
+  assert kept[Priority.SCORE] == {(1, 0), (1, 1)}
+
+
+# Which routings promise that a token's output does not depend on later ones: (training, evaluation)
+CAUSAL = {
+  "topk": (dict(), True, True),
+  "switch": (dict(router=Router.SWITCH, top_k=1, renormalize=False), True, True),
+  "deepseek": (
+    dict(score=Score.SIGMOID, expert_groups=2, top_groups=1, bias_update_rate=1e-3), True, True,
+  ),
+  "noisy": (dict(router=Router.NOISY_TOPK), True, True),
+  "hash": (dict(router=Router.HASH, top_k=1, renormalize=False), True, True),
+  "random": (dict(router=Router.RANDOM, renormalize=False), True, True),
+  "choice": (dict(priority=Priority.CHOICE), False, False),
+  "score": (dict(priority=Priority.SCORE), False, False),
+  "score, dropless evaluation": (
+    dict(priority=Priority.SCORE, eval_capacity_factor=0.0), False, True,
+  ),
+  "sinkhorn": (dict(router=Router.SINKHORN), False, True),
+  "expert choice": (dict(router=Router.EXPERT_CHOICE, renormalize=False), False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causality_is_as_documented(name, one_device):
+  """The last token changed: earlier logits bit-equal where that is promised, and not elsewhere."""
+  fields, in_training, in_evaluation = CAUSAL[name]
+  fields = dict(capacity_factor=0.7, eval_capacity_factor=0.7) | fields
+  config = toy_config(**fields)
+  config.loss = config_lib.Loss(load_balance=0.0)
+  validation.validate(config)
+  graph, params = nnx.split(Transformer(config.model, nnx.Rngs(0)))
+
+  def scale(path, leaf):
+    return leaf * 60 if sharding.param_name(path) == "router_DE" else leaf
+
+  params = jax.tree_util.tree_map_with_path(scale, params)
+  B, L = 64, config.data.seq_len
+  rng = np.random.default_rng(0)
+  tokens_BL = rng.integers(0, 24, (B, L)).astype(np.int32)
+  changed_BL = tokens_BL.copy()
+  changed_BL[:, -1] = (changed_BL[:, -1] + rng.integers(1, 24, B)) % 24
+  ones, positions = np.ones((B, L), np.int32), np.tile(np.arange(L, dtype=np.int32), (B, 1))
+  bias_ZE = jnp.array(rng.normal(size=(2, 4)) * 0.01, jnp.float32)
+  for train_mode, promised in ((True, in_training), (False, in_evaluation)):
+    assert promised == (not validation.future_leak(config.model.moe, train=train_mode))
+
+    @jax.jit
+    def logits(tokens_BL, train_mode=train_mode):
+      model = nnx.merge(graph, params)
+      key = jax.random.key(3)
+      return model(tokens_BL, ones, positions, bias_ZE, key, train=train_mode)[0]
+
+    before, after = (np.asarray(logits(t))[:, :-1] for t in (tokens_BL, changed_BL))
+    assert np.array_equal(before, after) == promised
+
+
+def test_generation_refuses_what_sees_the_future():
+  config = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
+  with pytest.raises(config_lib.UserError, match=r"router=expert_choice.*causal router"):
+    validation.validate_generation(config)
+  validation.validate_generation(toy_config(router=Router.SINKHORN))
+  validation.validate_generation(toy_config())
+
+
+def test_bias_update_by_hand():
+  """Total 10 over 4 experts, mean 2.5: above it down, below it up by u; then centred."""
+  bias = optimizer.updated_bias(jnp.zeros((1, 4)), jnp.array([[7, 2, 1, 0]]), 0.001)
+  want = np.array([-1, 1, 1, 1]) * 0.001
+  np.testing.assert_allclose(bias, [want - want.mean()], atol=1e-9)
+  even = optimizer.updated_bias(jnp.zeros((1, 4)), jnp.array([[3, 3, 3, 3]]), 0.001)
+  np.testing.assert_array_equal(even, np.zeros((1, 4)))
+  # Counts beyond float32's integers still have the right sign.
+  big = jnp.array([[2**28 + 1, 2**28 - 1, 2**28, 2**28]])
+  moved = optimizer.updated_bias(jnp.zeros((1, 4)), big, 1.0)
+  assert np.sign(moved).tolist() == [[-1, 1, 0, 0]]
+
+
+def biased_config(rate=0.05):
+  config = toy_config(bias_update_rate=rate, capacity_factor=0.0)
+  config.loss = config_lib.Loss(load_balance=0.0)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("axes", "accumulation", "remat"),
+  [
+    ({}, 1, "full"),
+    (dict(expert=4, data=2), 1, "none"),
+    (dict(fsdp=2, tensor=2), 1, "none"),
+    ({}, 4, "none"),
+  ],
+)
+def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
+  """From the loads of all devices and microbatches, once, also under rematerialisation."""
+  config = biased_config()
+  config.train.accumulation = accumulation
+  config.model.remat = config_lib.Remat(remat)
+  mesh, state, step, _ = set_up(config, axes)
+  batch = toy_batch(config)
+  with jax.set_mesh(mesh):
+    state, metrics = step(state, sharding.to_global(batch, mesh))
+  load_ZE = np.asarray(metrics["load_ZE"])
+  sign_ZE = np.sign(np.round(0.25 - load_ZE, 7))
+  want = 0.05 * (sign_ZE - sign_ZE.mean(axis=1, keepdims=True))
+  np.testing.assert_allclose(state.bias_ZE, want, atol=1e-7)
+  assert np.abs(want).max() > 0.01
+
+
+def test_bias_balances_the_load():
+  """Loss-free balancing does what it is for: MaxVio falls without any auxiliary loss."""
+  config = biased_config(rate=0.005)
+  config.optimizer.learning_rate = 1e-6
+  mesh, state, step, _ = set_up(config, {})
+  history = []
+  with jax.set_mesh(mesh):
+    batch = sharding.to_global(toy_batch(config), mesh)
+    for _ in range(60):
+      state, metrics = step(state, batch)
+      history.append(float(metrics["max_vio_Z"].mean()))
+  assert history[0] > 0.3 and np.mean(history[-5:]) < 0.5 * history[0]
+
+
+def test_bias_is_used_and_not_moved_by_evaluation():
+  from moe_jax.evaluate import eval_step
+
+  config = biased_config()
+  mesh, state, _, graph = set_up(config, {})
+  batch, bytes_V = toy_batch(config), np.ones(24, np.int32)
+  push_ZE = np.zeros((2, 4), np.float32)
+  push_ZE[:, 1] = 10  # every token's first choice
+  with jax.set_mesh(mesh):
+    run = jax.jit(lambda bias: eval_step(state.params, bias, batch, bytes_V, graph=graph))
+    plain, pushed = run(state.bias_ZE), run(jnp.array(push_ZE))
+  tokens_Z = np.asarray(plain.sums.moe.tokens)
+  assert (np.asarray(plain.sums.moe.routed_E)[:, 1] < tokens_Z).all()
+  np.testing.assert_array_equal(np.asarray(pushed.sums.moe.routed_E)[:, 1], tokens_Z)
+
+
+def test_balance_scopes():
+  """Two rows that prefer opposite experts: balanced together, unbalanced one by one."""
+  routed = np.array([[4, 0], [0, 4]])
+  prob = np.array([[3.0, 1.0], [1.0, 3.0]])
+  stats = statistics.zeros((1,), 2)._replace(
+    tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
+    prob_E=jnp.array(prob.sum(0))[None],
+    sequence_balance=jnp.sum(statistics.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
+    [None],
+  )  # fmt: skip
+  ones = jnp.ones((1, 1))
+  sums = losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats)
+  assert losses.load_balance(sums, BalanceScope.GLOBAL).tolist() == [1.0]
+  assert losses.load_balance(sums, BalanceScope.SEQUENCE).tolist() == [1.5]  # 2 * 1 * 3/4
+  halves = [
+    losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats._replace(
+      tokens=jnp.array([4]), routed_E=jnp.array(routed[i])[None], prob_E=jnp.array(prob[i])[None]))
+    for i in range(2)
+  ]  # fmt: skip
+  both = jax.tree.map(jnp.add, *halves)
+  assert losses.load_balance(both, BalanceScope.MICROBATCH).tolist() == [1.5]
+  assert losses.load_balance(both, BalanceScope.GLOBAL).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("scope", list(BalanceScope))
+def test_scopes_do_not_depend_on_the_mesh(scope):
+  values = []
+  for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):
+    config = toy_config()
+    config.loss = config_lib.Loss(load_balance=1.0, balance_scope=scope)
+    config.train.accumulation = accumulation
+    mesh, state, step, _ = set_up(config, axes)
+    with jax.set_mesh(mesh):
+      _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
+    values.append((float(metrics["load_balance"]), float(metrics["grad_norm"])))
+  np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+  accumulated_alike = np.allclose(values[2], values[0], rtol=1e-4)
+  assert accumulated_alike == (scope is not BalanceScope.MICROBATCH)
+
+
+def test_a_new_router_is_one_function(monkeypatch):
+  """docs/routing.md's example, as it stands there, on a mesh and with two dispatchers."""
+  import pathlib
+  import re
+
+  page = (pathlib.Path(__file__).parent.parent / "docs/routing.md").read_text()
+  code = re.search(r"```python\n(.*?)```", page, re.S)[1]
+  assert len(code.splitlines()) <= 30
+  names: dict = {}
+  exec(compile(code, "docs/routing.md", "exec"), names)
+  monkeypatch.setitem(routers.ROUTERS, Router.RANDOM, names["parity"])
+  results = []
+  for axes, how in (({}, "gather"), (dict(expert=4), "einsum")):
+    config = toy_config(
+      router=Router.RANDOM, renormalize=False, top_k=1, dispatch=config_lib.Dispatch(how)
+    )
+    config.loss = config_lib.Loss(load_balance=0.0)
+    mesh, state, step, _ = set_up(config, axes)
+    with jax.set_mesh(mesh):
+      _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
+    results.append(metrics)
+  assert (np.asarray(results[0]["load_ZE"])[:, 2:] == 0).all()  # it uses the first two experts
+  np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-5)

@@ -1,0 +1,116 @@
+"""The expert-parallel layer compiles for TPU, forward and backward, and exchanges what it should.
+
+libtpu compiles for a described topology, so this needs no TPU. It says nothing of run time, nor of
+numbers: test_ragged_exchange.py checks those of the one exchange that a CPU does not have.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORKER = ROOT / "tests" / "tpu_compile_worker.py"
+
+# The worker's sizes: 128 tokens on each of 4 devices of `expert`, 2 choices.
+E, D, F, MATMUL_ROWS = 8, 256, 384, 2048
+TOKENS, ROWS = 4 * 128, 4 * 128 * 2
+# jax 0.10.2's libtpu computes a weight gradient for all rows and each expert: E times the work.
+LEAN_GRADIENT = jax.__version_info__ >= (0, 12)
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
+  ),
+]
+
+
+def compile_for_tpu(case, tmp_path):
+  """{hlo, flops} of the forward pass, and of forward and backward."""
+  out = tmp_path / "compiled.json"
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  subprocess.run([sys.executable, WORKER, case, out], cwd=ROOT, env=env, check=True, timeout=500)
+  return json.loads(out.read_text())
+
+
+def results(compiled, name):
+  """The shapes that each op of that name returns (or holds, where it is asynchronous)."""
+  found = re.findall(rf"= (.*?) {name}(?:-start)?\(", compiled["hlo"])
+  return [re.findall(r"\w+\[[\d,]*\]", types) for types in found]
+
+
+def elements(shape):
+  return math.prod(int(n) for n in re.findall(r"\d+", shape.split("[")[1]))
+
+
+def check_flops(forward, both, ideal):
+  # XLA counts what its grouped matmul kernels declare: all rows of the buffer, once.
+  assert ideal <= forward["flops"] <= 1.2 * ideal
+  if LEAN_GRADIENT:
+    assert 3 * ideal <= both["flops"] <= 1.2 * 3 * ideal
+
+
+def check_ragged(forward, both):
+  for compiled, count in ((forward, 2), (both, 4)):
+    exchanged = results(compiled, "ragged-all-to-all")
+    assert len(exchanged) == count
+    assert all("bf16" in shapes[0] for shapes in exchanged), exchanged
+    # The plan needs every device's row counts; nothing else is gathered, so no weights.
+    assert results(compiled, "all-gather") == [["s32[4,4,2]"]]
+  # The transposed exchange sends its offsets, X numbers, to where they are known already.
+  assert results(forward, "all-to-all") == []
+  small = results(both, "all-to-all")
+  assert len(small) == 4 and all(re.fullmatch(r"s32\[[4,1]*\]", s) for (s,) in small), small
+  check_flops(forward, both, 3 * 2 * ROWS * D * F)
+
+
+def test_ragged_exchange_compiles(tmp_path):
+  check_ragged(*compile_for_tpu("ragged", tmp_path))
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("tokamax") is None,
+  reason="needs tokamax: pip install tokamax (Python 3.12, jax 0.11.1)",
+)
+def test_tokamax_compiles(tmp_path):
+  forward, both = compile_for_tpu("tokamax", tmp_path)
+  check_ragged(forward, both)
+  # Its own kernels, not XLA's: y of three matmuls, then dx and dw of each.
+  kernels = re.findall(r"%(\w+?)[.\d]* = .*tpu_custom_call", both["hlo"])
+  for kernel in ("gmm", "gmm_transpose_rhs", "tgmm"):
+    assert kernels.count(f"pallas_tpu_ragged_dot_{kernel}") == 3, kernels
+
+
+def test_all_gather_exchange_compiles(tmp_path):
+  forward, both = compile_for_tpu("all_gather", tmp_path)
+  for compiled, count in ((forward, 1), (both, 2)):
+    gathered = [s[-1] for s in results(compiled, "all-gather")]
+    rows = [shape for shape in gathered if shape.startswith("bf16")]
+    # The tokens, and backward the gradient of what was scattered; no weights.
+    assert [elements(shape) for shape in rows] == [TOKENS * D] * count
+    assert all(elements(shape) <= TOKENS * 2 for shape in gathered if shape not in rows)
+    scattered = [s[-1] for s in results(compiled, "reduce-scatter")]
+    assert [elements(shape) for shape in scattered] == [TOKENS // 4 * D] * count
+    assert not results(compiled, "all-to-all")
+  check_flops(forward, both, 3 * 2 * ROWS * D * F)
+
+
+def test_all_to_all_with_capacity_compiles(tmp_path):
+  for compiled, count in zip(compile_for_tpu("capacity", tmp_path), (2, 4), strict=True):
+    exchanged = [s[-1] for s in results(compiled, "all-to-all")]
+    capacity = 40  # 1.25 * 128 * 2 / 8
+    assert [elements(shape) for shape in exchanged] == [E * capacity * D] * count
+    assert all(shape.startswith("bf16") for shape in exchanged)
+    assert not results(compiled, "all-gather")
+
+
+def test_ragged_dot_does_the_work_once(tmp_path):
+  check_flops(*compile_for_tpu("matmul", tmp_path), 2 * MATMUL_ROWS * D * F)
