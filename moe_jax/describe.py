@@ -1,5 +1,6 @@
 """What a config costs, from shapes alone: parameters, FLOPs per token, memory per device."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import sharding
+from moe_jax import sharding, validation
 from moe_jax.transformer import Transformer, moe_layers
 
 
@@ -54,6 +55,9 @@ def count(config: config_lib.Config) -> Counts:
 def activation_bytes(config: config_lib.Config) -> float:
   """Per device: what the forward pass keeps for the backward pass, under the remat policy."""
   model, mesh = config.model, config.mesh
+  if model.moe.grouped_matmul is config_lib.GroupedMatmul.AUTO:  # nothing is measured for a shape
+    moe = dataclasses.replace(model.moe, grouped_matmul=config_lib.GroupedMatmul.BLOCKED)
+    model = dataclasses.replace(model, moe=moe)
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   batch = config.data.batch_size // config.train.accumulation // shards
   tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
@@ -89,18 +93,21 @@ def report(config: config_lib.Config) -> str:
     if layers
     else f"dense, {model.num_layers} layers"
   )
-  return "\n".join(
-    [
-      f"model              {kind}",
-      f"parameters         {si(counts.total)} total, {si(counts.active)} active per token "
-      f"({100 * counts.active / counts.total:.1f}%)",
-      f"FLOPs per token    {si(counts.flops_per_token)} in training "
-      f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
-      f"memory per device  {gib(counts.state_bytes)} weights, gradients and Adam in float32, "
-      f"+ {gib(activation_bytes(config))} activations kept (remat={model.remat.value}), "
-      f"on {devices} device(s)",
-    ]
-  )
+  lines = [
+    f"model              {kind}",
+    f"parameters         {si(counts.total)} total, {si(counts.active)} active per token "
+    f"({100 * counts.active / counts.total:.1f}%)",
+    f"FLOPs per token    {si(counts.flops_per_token)} in training "
+    f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
+    f"memory per device  {gib(counts.state_bytes)} weights, gradients and Adam in float32, "
+    f"+ {gib(activation_bytes(config))} activations kept (remat={model.remat.value}), "
+    f"on {devices} device(s)",
+  ]
+  for phase in ("training", "evaluation"):
+    leak = validation.future_leak(model.moe, train=phase == "training")
+    if leak:
+      lines.append(f"not causal         in {phase}, so its loss looks too good: {leak}")
+  return "\n".join(lines)
 
 
 def si(number: float) -> str:

@@ -79,8 +79,9 @@ def _sort(bucket_N, real_N, buckets):
   order_N = jnp.argsort(bucket_N, stable=True).astype(jnp.int32)
   index_N = jnp.arange(order_N.shape[0], dtype=jnp.int32)
   place_N = jnp.zeros_like(order_N).at[order_N].set(index_N, unique_indices=True)
-  start_B = jnp.searchsorted(bucket_N[order_N], jnp.arange(buckets + 1)).astype(jnp.int32)
-  return order_N, place_N, start_B
+  ends = jnp.arange(buckets + 1)
+  start_B = jnp.searchsorted(bucket_N[order_N], ends, method="scan_unrolled")
+  return order_N, place_N, start_B.astype(jnp.int32)
 
 
 class Layout(NamedTuple):

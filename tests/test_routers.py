@@ -9,7 +9,7 @@ from flax import nnx
 from test_expert_parallel import set_up, toy_batch
 
 from moe_jax import config as config_lib
-from moe_jax import dispatch, losses, optimizer, routers, sharding, statistics, validation
+from moe_jax import describe, dispatch, losses, optimizer, routers, sharding, statistics, validation
 from moe_jax.config import BalanceScope, Priority, Router, Score
 from moe_jax.transformer import Transformer
 
@@ -198,6 +198,13 @@ def test_causality_is_as_documented(name, one_device):
 
     before, after = (np.asarray(logits(t))[:, :-1] for t in (tokens_BL, changed_BL))
     assert np.array_equal(before, after) == promised
+
+
+def test_describe_says_what_is_not_causal():
+  """Before a run starts: its loss is not a language model's."""
+  report = describe.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False))
+  assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
+  assert "not causal" not in describe.report(toy_config())
 
 
 def test_generation_refuses_what_sees_the_future():

@@ -1,0 +1,87 @@
+"""python -m moe_jax.bench layer|train|all [--out=DIR]
+
+layer   an MoE layer of each dispatcher against a dense FFN of equal active FLOPs
+train   whole training steps on one CPU, against our dense model and Hugging Face transformers
+all     what suits the device: both on a CPU, of `layer` a part; `layer` on an accelerator
+
+prints tables with targets and whether they are met, and writes DIR/NAME.json and NAME.png.
+"""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+from moe_jax.bench import results
+from moe_jax.config import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m moe_jax.bench", description=__doc__, allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  add = parser.add_argument
+  add("bench", choices=["layer", "train", "all"])
+  add("--out", default="runs/bench", help="folder of the results (runs/bench)")
+  add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
+  add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
+  add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
+  add("--peer_python", default=sys.executable, help="train: a Python with torch and transformers")
+  add("--peer_compile", action="store_true", help="train: also the peer under torch.compile")
+  args = parser.parse_args()
+  for name in ("rounds", "steps"):
+    if getattr(args, name) < 1:
+      parser.error(f"--{name}={getattr(args, name)}: it must be at least 1")
+  return args
+
+
+def run_layer(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from moe_jax.bench import layer, layer_report, plots
+
+  result = layer.run(layer.default_grid(short=args.bench == "all"), args.rounds)
+  result["targets"] = layer_report.targets(result)
+  print(layer_report.text(result))
+  plots.layer(out, result)
+  return result
+
+
+def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from moe_jax.bench import plots, training
+
+  result = training.run(
+    remat=args.remat.split(","), rounds=args.rounds, steps=args.steps, peer_python=args.peer_python,
+    peer_compile=args.peer_compile,
+  )  # fmt: skip
+  print(training.text(result))
+  plots.train(out, result)
+  return result
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = pathlib.Path(args.out)
+  out.mkdir(parents=True, exist_ok=True)
+  from moe_jax import backend  # imports jax: only now that the arguments are known to be good
+  from moe_jax import config as config_lib
+
+  backend.start(config_lib.Data())  # compiled programs are kept, as a training run's are
+  where = results.environment()
+  results.progress(f"{where['device']}, jax {where['jax']}, commit {where['commit'] or 'unknown'}")
+  found: dict[str, Any] = {"environment": where}
+  if args.bench in ("layer", "all"):
+    found["layer"] = run_layer(args, out)
+  if args.bench == "train" or (args.bench == "all" and where["platform"] == "cpu"):
+    found["train"] = run_train(args, out)
+  if args.bench == "all":
+    results.write(out, "bench.json", found)
+  else:
+    results.write(out, f"{args.bench}.json", {"environment": where, **found[args.bench]})
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

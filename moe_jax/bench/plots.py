@@ -1,0 +1,74 @@
+"""Plots of the benchmarks' results."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from moe_jax.bench.results import progress
+
+_COLOURS = {
+  "ffn": "#666666", "gather": "#08519c", "grouped": "#6baed6", "einsum": "#fdae6b",
+  "dense": "#fdd0a2",
+}  # fmt: skip
+_PHASES = ("router", "dispatch", "experts", "combine", "statistics")
+
+
+def _save(figure, out: pathlib.Path, name: str) -> None:
+  figure.savefig(out / name, dpi=120)
+  plt.close(figure)
+  progress(f"wrote {out / name}")
+
+
+def layer(out: pathlib.Path, result: dict[str, Any]) -> None:
+  """layer.png: forward and backward over the dense FFN's, and the phases where they were split."""
+  rows = [r for r in result["rows"] if r["dispatch"] != "ffn"]
+  splits = result["phases"]
+  figure, (top, bottom) = plt.subplots(
+    2, 1, figsize=(9, 1.5 + 0.24 * (len(rows) + 2 * len(splits))), layout="constrained",
+    height_ratios=(max(len(rows), 1), max(2 * len(splits), 1)),
+  )  # fmt: skip
+  at = np.arange(len(rows))
+  top.barh(at, [r["step_vs_ffn"] for r in rows], color=[_COLOURS[r["dispatch"]] for r in rows])
+  top.set_yticks(at, [f"{r['setting']} {r['candidate']}" for r in rows], fontsize=7)
+  for limit, dispatch in ((1.15, "gather"), (1.25, "grouped")):
+    top.axvline(limit, color=_COLOURS[dispatch], ls="--", lw=1, label=f"target of {dispatch}")
+  top.axvline(1, color="#666666", lw=1, label="dense FFN")
+  top.set(xlabel="forward and backward / dense FFN of equal active FLOPs")
+  above = dict(
+    frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5
+  )
+  top.legend(**above)
+  top.invert_yaxis()
+  bars = [(s, kind) for s in splits for kind in ("forward", "step")]
+  left = np.zeros(len(bars))
+  for number, phase in enumerate(_PHASES):
+    share = 100 * np.array([s[kind][phase] for s, kind in bars])
+    bottom.barh(range(len(bars)), share, left=left, label=phase, color=plt.cm.viridis(number / 4))
+    left = left + share
+  labels = [f"{s['setting']} {s['candidate']} {kind}" for s, kind in bars]
+  bottom.set_yticks(range(len(bars)), labels, fontsize=7)
+  bottom.axvline(100, color="k", lw=1)
+  bottom.set(xlabel="each piece alone, % of the whole layer")
+  if bars:
+    bottom.legend(**above)
+    bottom.invert_yaxis()
+  _save(figure, out, "layer.png")
+
+
+def train(out: pathlib.Path, result: dict[str, Any]) -> None:
+  """train.png: tokens per CPU-second of every model."""
+  rows = sorted(result["rows"], key=lambda r: r["tokens_per_cpu_s"])
+  figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+  speed = [r["tokens_per_cpu_s"] for r in rows]
+  colours = ["#cb181d" if "peer" in r["kind"] else _COLOURS[r["kind"]] for r in rows]
+  axes.barh([r["name"] for r in rows], speed, color=colours)
+  for number, value in enumerate(speed):
+    axes.text(value, number, f" {value:,.0f}", va="center", fontsize=8)
+  axes.set(xlabel="tokens per CPU-second, one thread", title="Training step")
+  axes.margins(x=0.12)
+  _save(figure, out, "train.png")

@@ -1,0 +1,152 @@
+"""Our training step as a worker of the `train` benchmark: one process, one CPU.
+
+It speaks the line protocol of bench/peer_transformers.py:
+
+  ->           {"ready": true, "name", "parameters", "active_parameters", "versions"}, after warm-up
+  <- step N
+  ->           {"cpu_s": CPU-seconds per step, "wall_s": the same by the clock, "loss", ...}
+  <- (end of file ends it)
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from moe_jax import config as config_lib
+
+WARMUP_STEPS = 2
+W = dict(
+  vocab_size=256, dim=256, layers=4, heads=8, kv_heads=4, experts_count=8, top_k=2, expert_dim=512,
+  seq_len=256, batch_size=16, seed=0,
+)  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog="python -m moe_jax.bench.worker", allow_abbrev=False)
+  add = parser.add_argument
+  add("--model", default="grouped", choices=["ffn", *(d.value for d in config_lib.Dispatch)])
+  add("--capacity_factor", type=float, default=1.25)
+  add("--remat", default="dots", choices=[r.value for r in config_lib.Remat])
+  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
+  for name, default in W.items():
+    add(f"--{name}", type=int, default=default)
+  add("--head_dim", type=int, help="default: dim / heads")
+  args = parser.parse_args()
+  args.head_dim = args.head_dim or args.dim // args.heads
+  return args
+
+
+def keep_freed_memory() -> None:
+  # As in the peer: glibc gives large arrays back to the system when they are freed, and each new
+  # one faults its pages in again.
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "mallopt"):
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+
+
+def make_config(args: argparse.Namespace) -> config_lib.Config:
+  """Mixtral's blocks and losses, or with --model=ffn dense ones of the same active size."""
+  moe = config_lib.MoE()
+  if args.model != "ffn":
+    moe = config_lib.MoE(
+      num_experts=args.experts_count, top_k=args.top_k, expert_dim=args.expert_dim,
+      renormalize=args.top_k > 1, dispatch=config_lib.Dispatch(args.model),
+      capacity_factor=args.capacity_factor,
+    )  # fmt: skip
+  return config_lib.Config(
+    model=config_lib.Model(
+      vocab_size=args.vocab_size, num_layers=args.layers, dim=args.dim, num_heads=args.heads,
+      num_kv_heads=args.kv_heads, head_dim=args.head_dim, ffn_dim=args.top_k * args.expert_dim,
+      tied_head=False, remat=config_lib.Remat(args.remat), moe=moe,
+    ),
+    data=config_lib.Data(seq_len=args.seq_len, batch_size=args.batch_size),
+    loss=config_lib.Loss(load_balance=0.01, router_z=0.0),
+    optimizer=config_lib.Optimizer(
+      learning_rate=1e-3, schedule=config_lib.Schedule.CONSTANT, warmup_steps=0, clip_norm=0.0,
+    ),
+    train=config_lib.Train(seed=args.seed),
+    mesh=config_lib.Mesh(data=1),
+  )  # fmt: skip
+
+
+class Trainer:
+  """The state, one batch of random tokens, and the compiled step."""
+
+  def __init__(self, config: config_lib.Config):
+    import jax
+    import numpy as np
+
+    from moe_jax import data, sharding, train
+
+    self.mesh = sharding.make_mesh(config.mesh)
+    B, L = config.data.batch_size, config.data.seq_len
+    rng = np.random.default_rng(config.train.seed)
+    tokens = rng.integers(config.model.vocab_size, size=(B, L + 1), dtype=np.int32)
+    positions_BL = np.tile(np.arange(L, dtype=np.int32), (B, 1))
+    batch = data.Batch(
+      tokens_BL=tokens[:, :-1], targets_BL=tokens[:, 1:], segments_BL=np.ones_like(positions_BL),
+      positions_BL=positions_BL,
+    )  # fmt: skip
+    with jax.set_mesh(self.mesh):
+      self.batch = sharding.to_global(batch, self.mesh)
+      graph, init, _, shardings = train.init_state(config, self.mesh)
+      self.state = init()
+      self.step = train.compile_step(config, graph, shardings)
+
+  def measure(self, steps: int) -> dict[str, Any]:
+    import jax
+
+    with jax.set_mesh(self.mesh):
+      cpu, wall = time.process_time(), time.perf_counter()
+      for _ in range(steps):
+        self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+      cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    took = {"cpu_s": cpu / steps, "wall_s": wall / steps, "loss": float(metrics["loss"])}
+    for name in ("drop_fraction", "max_vio"):
+      if f"{name}_Z" in metrics:
+        took[name] = float(metrics[f"{name}_Z"].mean())
+    return took
+
+
+def main() -> None:
+  args = parse_arguments()
+  # What libraries print goes to stderr; only `out` is the real stdout.
+  out = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)
+  keep_freed_memory()
+  # Before jax starts, since it sizes its thread pools then.
+  if args.cpu is not None and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {args.cpu})
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  import jax
+
+  from moe_jax import backend, describe
+
+  config = make_config(args)
+  backend.start(config.data)
+  trainer = Trainer(config)
+  trainer.measure(WARMUP_STEPS)
+  counts = describe.count(config)
+  name = f"moe_jax {args.model}"
+  if args.model in ("gather", "einsum"):
+    name += f" {args.capacity_factor:g}"
+  ready = dict(
+    ready=True, name=f"{name} {args.remat}", parameters=counts.total,
+    active_parameters=counts.active, versions={"jax": jax.__version__},
+  )  # fmt: skip
+  print(json.dumps(ready), file=out)
+  for line in sys.stdin:
+    words = line.split()
+    if len(words) != 2 or words[0] != "step" or not words[1].isdecimal() or words[1] == "0":
+      sys.exit(f"error: stdin: {line.strip()!r} is not `step N` with N of at least 1")
+    print(json.dumps(trainer.measure(int(words[1]))), file=out)
+
+
+if __name__ == "__main__":
+  main()

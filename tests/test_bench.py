@@ -1,0 +1,135 @@
+"""The benchmarks at toy size: what they write, and that a wrong program is not timed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import dispatch, grouped_matmul
+from moe_jax.bench import layer, layer_report, plots, results, training
+from moe_jax.config import Dispatch, Dtype, UserError
+
+TOY = layer.Setting(8, 12, 2, (8,), 2, 8, phases=True)
+TOY_SIZES = dict(
+  vocab_size=32, dim=16, layers=1, heads=2, kv_heads=1, experts_count=2, top_k=1, expert_dim=16,
+  seq_len=8, batch_size=2, seed=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_choice_of_backend():
+  with pytest.MonkeyPatch.context() as patch:  # which compiles two programs for each shape
+    patch.setattr(grouped_matmul, "fastest", lambda *_: config_lib.GroupedMatmul.BLOCKED)
+    yield
+
+
+@pytest.fixture(scope="module")
+def measured(no_choice_of_backend):
+  # The second is the accelerators' kind.
+  return layer.run([TOY, TOY._replace(dtype=Dtype.BFLOAT16, phases=False)], 1, min_seconds=0.0)
+
+
+def test_layer_rows(measured):
+  rows = {(r["dtype"], r["candidate"]): r for r in measured["rows"]}
+  names = {"ffn", "gather E=8", "grouped E=8"}
+  assert set(rows) == {(d, n) for d in ("float32", "bfloat16") for n in names}
+  for row in rows.values():
+    assert row["forward_s"] > 0 and row["step_vs_ffn"] > 0 and row["step_of_matmul"] > 0
+    assert 0 <= row["drop_fraction"] < 1 and row["error"] < 0.05
+  assert rows["float32", "ffn"]["step_vs_ffn"] == 1
+  # Capacity 1.0 drops as soon as loads are uneven, and the grouped path never does.
+  assert rows["float32", "gather E=8"]["drop_fraction"] > 0
+  assert rows["float32", "grouped E=8"]["drop_fraction"] == 0
+  assert rows["float32", "gather E=8"]["max_vio"] == rows["float32", "grouped E=8"]["max_vio"] > 0
+
+
+def test_layer_phases(measured):
+  assert [split["candidate"] for split in measured["phases"]] == ["gather E=8", "grouped E=8"]
+  for split in measured["phases"]:
+    for kind in ("forward", "step"):
+      shares = dict(split[kind])
+      assert shares.pop("layer_s") > 0 and min(shares.values()) > 0
+      whole, moving = shares.pop("sum"), shares.pop("moving")
+      assert whole == pytest.approx(sum(shares.values()))
+      assert moving == pytest.approx(whole - shares["experts"] - shares["statistics"])
+
+
+def test_layer_writes_what_it_measured(measured, tmp_path):
+  result = measured | {"targets": layer_report.targets(measured)}
+  what = [t["what"] for t in result["targets"]]
+  # float32: gather and grouped against the FFN, and their phases; bfloat16: the matmul's rate.
+  assert len(what) == 5 and sum("matmul rate" in w for w in what) == 1
+  text = layer_report.text(result)
+  assert all(t["verdict"] in text for t in result["targets"])
+  results.write(tmp_path, "layer.json", {"environment": results.environment()} | result)
+  plots.layer(tmp_path, result)
+  read = json.loads((tmp_path / "layer.json").read_text())
+  assert set(read) == {"environment", "rows", "phases", "targets"}
+  assert set(read["environment"]) >= {"date", "device", "jax", "commit"}
+  assert [r["step_vs_ffn"] for r in read["rows"]] == [r["step_vs_ffn"] for r in result["rows"]]
+  assert (tmp_path / "layer.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("how", [Dispatch.GATHER, Dispatch.GROUPED])
+def test_wrong_program_is_not_timed(monkeypatch, how):
+  def forgets_the_gates(y_SD, routing, slots, layout):
+    return dispatch._rows_or_zero(y_SD, slots.slot_N.reshape(-1, layout.choices)).sum(axis=1)
+
+  broken = dispatch.DISPATCHERS[how]._replace(combine=forgets_the_gates)
+  monkeypatch.setitem(dispatch.DISPATCHERS, how, broken)
+  if how is Dispatch.GROUPED:
+    monkeypatch.setattr(dispatch, "gather_combine", forgets_the_gates)
+  with pytest.raises(UserError, match=rf"{how.value} E=8: .* differ from the dense oracle"):
+    layer.run([TOY._replace(phases=False)], 1, min_seconds=0.0)
+
+
+def test_targets_say_by_how_much():
+  assert results.target("time", 1.1, 1.15)["verdict"] == "met"
+  assert results.target("time", 1.38, 1.15)["verdict"] == "missed by 20%"
+  assert results.target("speed", 0.55, 1.1, at_least=True)["verdict"] == "missed by 50%"
+
+
+def test_train_compares_rounds():
+  """Of the same round: the second round is slow for all, and the ratio does not see it."""
+
+  def row(kind, *cpu_s):
+    return {"kind": kind, "name": kind, "cpu_s": min(cpu_s), "rounds_cpu_s": list(cpu_s)}
+
+  rows = [row("ffn", 1, 4), row("grouped", 1.1, 4.4), row("peer mixtral", 2.2, 8.8)]
+  targets = {t["what"]: t["measured"] for t in training._compare(rows)}
+  assert targets == pytest.approx(
+    {"grouped time / our dense": 1.1, "grouped speed / peer mixtral": 2.0}
+  )
+
+
+def test_worker(tmp_path, monkeypatch):
+  """Speaks the peer's protocol, on one CPU, and stops when told a thing that it does not know."""
+  monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+  cpu = results.usable_cpus()[0]
+  command = next(c for c in training.our_commands(["none"], cpu, TOY_SIZES) if c.kind == "gather")
+  worker = training.Worker(command)
+  try:
+    ready = worker.ready
+    assert ready["ready"] and ready["name"] == "moe_jax gather 1 none" and ready["versions"]["jax"]
+    # Beside the experts, one of two is used: embedding and head, q and out, k and v, norms, router.
+    rest = 2 * 32 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 + 16 * 2
+    assert ready["parameters"] == rest + 2 * 3 * 16 * 16
+    assert ready["active_parameters"] == rest + 3 * 16 * 16
+    first, second = worker.step(1), worker.step(2)
+    assert first["cpu_s"] > 0 and first["wall_s"] > 0
+    assert second["loss"] < first["loss"] < 5
+    if hasattr(os, "sched_getaffinity"):
+      assert os.sched_getaffinity(worker.process.pid) == {cpu}
+    with pytest.raises(UserError, match="is not `step N`"):
+      worker.step("two")
+  finally:
+    worker.close()
+
+
+def test_command_line_refuses():
+  command = [sys.executable, "-m", "moe_jax.bench", "layer", "--rounds=0"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 2 and "--rounds=0: it must be at least 1" in done.stderr
