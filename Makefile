@@ -13,8 +13,8 @@ train: $(VENV)/.installed  ## train, evaluate and plot the default model
 test: $(VENV)/.installed-dev  ## the everyday suite, some minutes
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
 
-test-slow: $(VENV)/.installed-dev  ## what takes longer: several processes, the README's commands
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.installed-dev  ## the whole grid, several processes, the README's commands
+	$(BIN)/python -m pytest -m slow -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -72,7 +72,7 @@ def _local_moe(x_BLD, inputs, experts, *, moe, train):
   )  # fmt: skip
 
   with jax.named_scope("route"):
-    routing = _route(inputs, moe, M, capacity=capacity, train=train)
+    routing = route(inputs, moe, M, capacity=capacity, train=train)
   lost = jnp.zeros((), jnp.int32)
   if moe.dispatch is Dispatch.GROUPED:
     y_TD, kept_N = _dropless(x_TD, routing, experts, layout, moe)
@@ -85,7 +85,7 @@ def _local_moe(x_BLD, inputs, experts, *, moe, train):
   return y_TD.reshape(B, L, D), stats
 
 
-def _route(inputs, moe, groups, *, capacity, train) -> Routing:
+def route(inputs, moe, groups, *, capacity, train) -> Routing:
   """One routing of all this device's tokens; groups do not see each other."""
   router = functools.partial(routers.ROUTERS[moe.router], moe=moe, capacity=capacity, train=train)
   bias_E = inputs.bias_E
@@ -108,7 +108,7 @@ def _with_capacity(x_TD, routing, experts, layout, capacity, how):
     x_SD = dispatcher.pack(x_TD, routing, slots, layout)
     x_ERD = _to_experts(x_SD.reshape(E, -1, x_SD.shape[-1]))
   with jax.named_scope("experts"):
-    y_ERD = _swiglu(x_ERD, experts)
+    y_ERD = swiglu(x_ERD, experts)
   with jax.named_scope("combine"):
     y_SD = _from_experts(y_ERD).reshape(x_SD.shape)
     # Each `tensor` device holds a part of F, so a partial sum; y is smaller than the slots.
@@ -129,7 +129,7 @@ def _from_experts(y_ERD):
   return jax.lax.all_to_all(y_ERD, "expert", split_axis=1, concat_axis=0, tiled=True)
 
 
-def _swiglu(x_ERD, experts):
+def swiglu(x_ERD, experts):
   gate_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, experts.gate_EDF)
   up_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, experts.up_EDF)
   return jnp.einsum("ERF,EFD->ERD", jax.nn.silu(gate_ERF) * up_ERF, experts.down_EFD)

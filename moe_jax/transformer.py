@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax import blocked, sharding, statistics
 from moe_jax import config as config_lib
-from moe_jax.attention import Attention, RMSNorm, causal_mask
+from moe_jax.attention import Attention, RMSNorm
 from moe_jax.feedforward import DenseFFN
 from moe_jax.moe import MoELayer
 from moe_jax.statistics import MoeStats
@@ -22,10 +22,10 @@ class Block(nnx.Module):
     self.is_moe = is_moe
     self.ffn = MoELayer(model, rngs) if is_moe else DenseFFN(model, model.ffn_dim, rngs)
 
-  def __call__(self, x_BLD, tokens, mask_B1LS, bias_E, key, *, train):
+  def __call__(self, x_BLD, tokens, bias_E, key, *, train):
     ids_BL, segments_BL, positions_BL = tokens
     with jax.named_scope("attention"):
-      x_BLD += self.attention(self.attention_norm(x_BLD), positions_BL, mask_B1LS)
+      x_BLD += self.attention(self.attention_norm(x_BLD), positions_BL, segments_BL)
     h_BLD = self.ffn_norm(x_BLD)
     if self.is_moe:
       with jax.named_scope("moe"):
@@ -113,7 +113,6 @@ class Transformer(nnx.Module):
       logits_BLV, float32, and the MoE layers' statistics stacked on Z (Z = 0 in a dense model).
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
-    mask_B1LS = causal_mask(segments_BL)
     # Whole rows before the look-up: a table split over D would have to be regathered per token.
     embed_VD = sharding.constrain(self.embed_VD[...].astype(dtype), "VD")
     x_BLD = sharding.constrain(embed_VD[tokens_BL], "BLD")
@@ -131,7 +130,7 @@ class Transformer(nnx.Module):
         period, all_stats = nnx.merge(graph, params), []
         for number, block in enumerate(period.blocks):
           block_key = jax.random.fold_in(key, number)
-          x_BLD, block_stats = block(x_BLD, tokens, mask_B1LS, bias_E, block_key, train=train)
+          x_BLD, block_stats = block(x_BLD, tokens, bias_E, block_key, train=train)
           all_stats += [block_stats] if block.is_moe else []
         return x_BLD, all_stats
 
@@ -144,8 +143,9 @@ class Transformer(nnx.Module):
     x_BLD = self.final_norm(x_BLD)
     head_DV = self.embed_VD[...].T if model.tied_head else self.head_DV[...]
     with jax.named_scope("head"):
-      logits_BLV = jnp.einsum(
-        "BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32
-      )
+      # Here and in every layer tokens are one dimension: XLA:CPU is slow at the gradients of BLD.
+      x_TD = x_BLD.reshape(-1, model.dim)
+      logits_TV = jnp.dot(x_TD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
+      logits_BLV = logits_TV.reshape(*tokens_BL.shape, model.vocab_size)
     stats = jax.tree.map(lambda *zs: jnp.concatenate(zs), *stats)
     return sharding.constrain(logits_BLV, "BLV"), stats

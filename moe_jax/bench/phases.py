@@ -34,7 +34,7 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
     inputs = layer.router_inputs(
       x_BLD, real_BL, jnp.zeros((B, L), jnp.int32), jnp.zeros(E), jax.random.key(0), train=True
     )
-    routing = expert_parallel._route(inputs, moe, B, capacity=capacity, train=True)
+    routing = expert_parallel.route(inputs, moe, B, capacity=capacity, train=True)
     if grouped:
       slots, sizes_E = dispatch.sorted_slots(routing, E)
     else:
@@ -47,7 +47,7 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
   def experts(x_SD, experts, sizes_E):
     if grouped:
       return grouped_swiglu(x_SD, *experts, sizes_E, moe.grouped_matmul)
-    return expert_parallel._swiglu(x_SD.reshape(E, -1, D), experts).reshape(-1, D)
+    return expert_parallel.swiglu(x_SD.reshape(E, -1, D), experts).reshape(-1, D)
 
   def combine(y_SD, gate_N, routing, slots):
     return dispatch.gather_combine(y_SD, routing._replace(gate_N=gate_N), slots, layout)

@@ -9,7 +9,6 @@ It speaks the line protocol of bench/peer_transformers.py:
 """
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -38,15 +37,6 @@ def parse_arguments() -> argparse.Namespace:
   args = parser.parse_args()
   args.head_dim = args.head_dim or args.dim // args.heads
   return args
-
-
-def keep_freed_memory() -> None:
-  # As in the peer: glibc gives large arrays back to the system when they are freed, and each new
-  # one faults its pages in again.
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, "mallopt"):
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def make_config(args: argparse.Namespace) -> config_lib.Config:
@@ -119,7 +109,6 @@ def main() -> None:
   # What libraries print goes to stderr; only `out` is the real stdout.
   out = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
-  keep_freed_memory()
   # Before jax starts, since it sizes its thread pools then.
   if args.cpu is not None and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {args.cpu})
