@@ -1,8 +1,8 @@
 """The MoE feed-forward on a mesh: route locally, exchange tokens over `expert`, experts, and back.
 
 The one file that names collective axes. On one device the same code runs and exchanges nothing, so
-there is no second path to drift from this one. shard_map's replication check stays on: every
-statistic is reduced over the mesh explicitly.
+there is no second path to drift from this one. On a mesh shard_map's replication check stays on:
+every statistic is reduced over the mesh explicitly.
 """
 
 import functools
@@ -52,11 +52,27 @@ def moe_ffn(
   batch, tensor = PartitionSpec(sharding.BATCH_AXES), "tensor"
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=PartitionSpec())
   up, down = PartitionSpec("expert", None, tensor), PartitionSpec("expert", tensor, None)
+  local_moe = functools.partial(_local_moe, moe=moe, train=train)
+  if _one_device():
+    return local_moe(x_BLD, inputs, experts)
   return jax.shard_map(
-    functools.partial(_local_moe, moe=moe, train=train),
+    local_moe,
     in_specs=(batch, per_token, Experts(up, up, down)),
     out_specs=(batch, PartitionSpec()),
   )(x_BLD, inputs, experts)
+
+
+def _one_device() -> bool:
+  """Then there is nothing to sum; XLA:CPU would copy every gradient through an all-reduce of one."""
+  return jax.sharding.get_abstract_mesh().size == 1
+
+
+def _sum_over(axes, x):
+  return x if _one_device() else jax.lax.psum(x, axes)
+
+
+def _expert_devices() -> int:
+  return jax.sharding.get_abstract_mesh().shape["expert"]
 
 
 def _local_moe(x_BLD, inputs, experts, *, moe, train):
@@ -81,7 +97,7 @@ def _local_moe(x_BLD, inputs, experts, *, moe, train):
     y_TD, kept_N = _with_capacity(x_TD, routing, experts, layout, capacity, moe.dispatch)
   with jax.named_scope("statistics"):
     stats = statistics.local_sums(inputs, routing, kept_N, lost)
-    stats = jax.lax.psum(stats, sharding.BATCH_AXES)
+    stats = _sum_over(sharding.BATCH_AXES, stats)
   return y_TD.reshape(B, L, D), stats
 
 
@@ -112,19 +128,19 @@ def _with_capacity(x_TD, routing, experts, layout, capacity, how):
   with jax.named_scope("combine"):
     y_SD = _from_experts(y_ERD).reshape(x_SD.shape)
     # Each `tensor` device holds a part of F, so a partial sum; y is smaller than the slots.
-    y_TD = jax.lax.psum(dispatcher.combine(y_SD, routing, slots, layout), "tensor")
+    y_TD = _sum_over("tensor", dispatcher.combine(y_SD, routing, slots, layout))
   return y_TD, routing.real_N if slots is None else slots.kept_N
 
 
 def _to_experts(x_ERD):
   """[E, rows of this device, D] -> [E of this device, rows of all devices of the axis, D]."""
-  if jax.lax.axis_size("expert") == 1:
+  if _expert_devices() == 1:
     return x_ERD
   return jax.lax.all_to_all(x_ERD, "expert", split_axis=0, concat_axis=1, tiled=True)
 
 
 def _from_experts(y_ERD):
-  if jax.lax.axis_size("expert") == 1:
+  if _expert_devices() == 1:
     return y_ERD
   return jax.lax.all_to_all(y_ERD, "expert", split_axis=1, concat_axis=0, tiled=True)
 
@@ -141,11 +157,11 @@ def _dropless(x_TD, routing, experts, layout, moe):
   if exchange is Exchange.AUTO:
     on_tpu = jax.default_backend() == "tpu"
     exchange = Exchange.RAGGED if on_tpu else Exchange.ALL_GATHER
-  if jax.lax.axis_size("expert") == 1:
+  if _expert_devices() == 1:
     y_TD, kept_N = _grouped(x_TD, routing, experts, layout, moe.grouped_matmul), routing.real_N
   else:
     y_TD, kept_N = _EXCHANGES[exchange](x_TD, routing, experts, layout, moe)
-  return jax.lax.psum(y_TD, "tensor"), kept_N
+  return _sum_over("tensor", y_TD), kept_N
 
 
 def _grouped(x_TD, routing, experts, layout, backend):
@@ -174,7 +190,7 @@ def _buffer_rows(factor, fair, most):
 
 def _dropless_all_gather(x_TD, routing, experts, layout, moe):
   """Every device of the axis sees all their tokens, and does what its own experts are asked for."""
-  X, here = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
+  X, here = _expert_devices(), jax.lax.axis_index("expert")
   local_experts = layout.num_experts // X
   with jax.named_scope("exchange"):
     sent = routing._replace(probs_TE=None, load_TE=None)
@@ -192,7 +208,7 @@ def _dropless_all_gather(x_TD, routing, experts, layout, moe):
 
 def _dropless_all_to_all(x_TD, routing, experts, layout, moe):
   """A buffer of fixed size to each device of the axis; an assignment that does not fit is lost."""
-  X = jax.lax.axis_size("expert")
+  X = _expert_devices()
   local_experts = layout.num_experts // X
   N = routing.token_N.shape[0]
   with jax.named_scope("dispatch"):
@@ -253,7 +269,7 @@ def ragged_plan(counts_XXE: jax.Array, here: jax.Array, rows: int) -> RaggedPlan
 
 def _dropless_ragged(x_TD, routing, experts, layout, moe):
   """Only routed rows travel; a device's buffer holds exchange_factor times its fair share."""
-  X = jax.lax.axis_size("expert")
+  X = _expert_devices()
   local_experts = layout.num_experts // X
   N = routing.token_N.shape[0]
   with jax.named_scope("dispatch"):
