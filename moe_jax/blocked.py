@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 # An expert's rows are full blocks of the last size, then one block of the smallest size that holds
 # the rest. More sizes waste fewer rows and take longer to compile.
-_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 KEPT = "grouped_activations"  # checkpoint_name of what the backward pass reads
 

@@ -63,7 +63,7 @@ def moe_ffn(
 
 
 def _one_device() -> bool:
-  """Then there is nothing to sum; XLA:CPU would copy every gradient through an all-reduce of one."""
+  """Then there is nothing to sum, and XLA:CPU would copy every gradient in an all-reduce of one."""
   return jax.sharding.get_abstract_mesh().size == 1
 
 
