@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_jax import backend, checkpoint, data, describe, losses, metrics, sharding, validation
 from moe_jax import config as config_lib
-from moe_jax.transformer import Transformer, moe_layers
+from moe_jax.transformer import Transformer, bias_shape, moe_layers
 
 
 class EvalSums(NamedTuple):
@@ -144,8 +144,8 @@ def run(workdir: str, step: int, split: str) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
-    biases = (len(moe_layers(config.model)), config.model.moe.num_experts)
-    needed = {"params": params, "bias_ZE": jax.ShapeDtypeStruct(biases, jnp.float32)}
+    bias_ZE = jax.ShapeDtypeStruct(bias_shape(config.model), jnp.float32)
+    needed = {"params": params, "bias_ZE": bias_ZE}
     shapes = checkpoint.abstract(needed, sharding.param_shardings(needed, mesh))
     restored = reader.restore_params(step, shapes)
     evaluator = Evaluator(config, rows, mesh, graph, config.eval.final_batches)

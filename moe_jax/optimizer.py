@@ -56,7 +56,7 @@ def updated_bias(bias_ZE: jax.Array, routed_ZE: jax.Array, rate: float) -> jax.A
     routed_ZE: int32 assignments of the whole batch, all devices and microbatches.
     rate: u of the paper, 1e-3 there; 0 leaves the bias as it is.
   """
-  if not rate or not bias_ZE.size:
+  if not rate or not routed_ZE.size:
     return bias_ZE
   # In integers, without E * load: total/E - load = (quotient - load) + remainder/E.
   quotient_Z1, remainder_Z1 = jnp.divmod(jnp.sum(routed_ZE, axis=1, keepdims=True), len(bias_ZE[0]))

@@ -17,7 +17,7 @@ from moe_jax import backend, checkpoint, data, describe, losses, metrics, shardi
 from moe_jax import config as config_lib
 from moe_jax import optimizer as optimizer_lib
 from moe_jax.evaluate import Evaluator, check_same_data
-from moe_jax.transformer import Transformer, moe_layers
+from moe_jax.transformer import Transformer, bias_shape, moe_layers
 
 
 class TrainState(NamedTuple):
@@ -124,7 +124,7 @@ def init_state(
   def init() -> TrainState:
     model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
     params = nnx.state(model, nnx.Param)
-    bias_ZE = jnp.zeros((len(moe_layers(config.model)), config.model.moe.num_experts))
+    bias_ZE = jnp.zeros(bias_shape(config.model))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE)
 
   graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))

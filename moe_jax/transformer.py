@@ -64,6 +64,12 @@ def moe_layers(model: config_lib.Model) -> list[int]:
   return [index for index, is_moe in enumerate(flat) if is_moe]
 
 
+def bias_shape(model: config_lib.Model) -> tuple[int, int]:
+  """Of the balancing biases, [Z, E]; a dense model has one that nobody reads, as Orbax saves no
+  empty array."""
+  return max(len(moe_layers(model)), 1), max(model.moe.num_experts, 1)
+
+
 _REMAT_POLICIES = {
   config_lib.Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable,

@@ -313,7 +313,7 @@ def test_balance_scopes():
   assert losses.load_balance(both, BalanceScope.GLOBAL).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("scope", list(BalanceScope))
+@pytest.mark.parametrize("scope", [BalanceScope.SEQUENCE, BalanceScope.MICROBATCH])
 def test_scopes_do_not_depend_on_the_mesh(scope):
   values = []
   for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):

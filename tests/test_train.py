@@ -268,6 +268,15 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path, cache):
   assert "config.optimizer.learning_rate=1e+30" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_dense_run_saves_resumes_and_evaluates(tmp_path, cache):
+  """It has no biases to save, and says nothing of experts."""
+  dense = ("--config.model.moe.num_experts=0",)
+  train(tmp_path / "run", cache, *dense, steps=6)
+  assert "resuming" in train(tmp_path / "run", cache, *dense, steps=7)
+  _, result = evaluate(tmp_path / "run")
+  assert result["step"] == 7 and "load_ZE" not in result
+
+
 def evaluate(workdir, *arguments, env=ONE_DEVICE):
   done = subprocess.run(
     [sys.executable, "eval.py", f"--workdir={workdir}", *arguments],

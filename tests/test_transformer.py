@@ -38,7 +38,7 @@ def build(config, seed=0):
 
 def forward(graph, params, tokens, segments, positions, train=True):
   model = nnx.merge(graph, params)
-  bias_ZE = jnp.zeros((len(transformer.moe_layers(model.model)), model.model.moe.num_experts))
+  bias_ZE = jnp.zeros(transformer.bias_shape(model.model))
   return model(tokens, segments, positions, bias_ZE, jax.random.key(0), train=train)
 
 
