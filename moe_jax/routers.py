@@ -5,6 +5,7 @@ add one, write the function, give it a name in `config.Router` and an entry in R
 dispatcher and mesh then takes it. docs/routing.md compares them.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,18 @@ def switch(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: b
   return topk(inputs, moe, capacity=capacity, train=train)
 
 
+@jax.custom_jvp
+def _normal_cdf(x):
+  return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
+
+
+@_normal_cdf.defjvp
+def _normal_cdf_jvp(primals, tangents):
+  # By hand: jax 0.12's own derivative of erf does not pass shard_map's check of what varies.
+  (x,), (dx,) = primals, tangents
+  return _normal_cdf(x), jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi) * dx
+
+
 def noisy_topk(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool) -> Routing:
   """Top-k of logits with learned noise in training (Shazeer et al. 1701.06538 eq. 3-5). Causal.
 
@@ -69,7 +82,7 @@ def noisy_topk(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, trai
   threshold_TE = jnp.where(noisy_TE >= last_T1, next_T1, last_T1)
   distance_TE = (inputs.logits_TE - threshold_TE) / inputs.noise_scale_TE
   routing = _token_choice(inputs, _scores(noisy_TE, moe), expert_TK[:, :-1], moe)
-  return routing._replace(load_TE=jax.scipy.stats.norm.cdf(distance_TE))
+  return routing._replace(load_TE=_normal_cdf(distance_TE))
 
 
 def expert_choice(
