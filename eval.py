@@ -1,7 +1,11 @@
 """Evaluates a checkpoint: python eval.py --workdir=runs/tiny [--step=N] [--split=test]
 
 Needs nothing but the workdir. Prints the held-out loss, perplexity, bits per byte beside gzip's,
-and the routing report; writes eval.json and the plots.
+and the routing report; writes eval.json and the plots. More on request (docs/specialisation.md):
+
+  --routing                       which expert takes what: routing.json
+  --capacity_factors=0.5,1,2,0    the loss and drops with other evaluation capacities (0: no drops)
+  --causal                        the loss without any sight of the future
 """
 
 from absl import flags
@@ -12,15 +16,33 @@ from moe_jax.config import UserError
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "data split")
+_ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: what each expert takes")
+_CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; 0: no drops")
+_CAUSAL = flags.DEFINE_bool("causal", False, "also the loss with every token's future hidden")
 
 
 def main() -> None:
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
-  from moe_jax import evaluate, report
+  from moe_jax import examine, report, specialisation
 
-  result = evaluate.run(_WORKDIR.value, _STEP.value, _SPLIT.value)
-  print(report.summary(_WORKDIR.value, result))
+  result, routing = examine.run(
+    _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=capacity_factors(),
+    causal=_CAUSAL.value, routing=_ROUTING.value,
+  )  # fmt: skip
+  said = [report.summary(_WORKDIR.value, result), examine.summary(result)]
+  if routing:
+    said.append(specialisation.table(routing))
+  print("\n".join(filter(None, said)))
+
+
+def capacity_factors() -> list[float]:
+  try:
+    return [float(factor) for factor in _CAPACITY.value]
+  except ValueError:
+    raise UserError(
+      f"--capacity_factors={','.join(_CAPACITY.value)}: not a list of numbers, as in 0.5,1,2,0"
+    ) from None
 
 
 if __name__ == "__main__":

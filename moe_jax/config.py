@@ -71,6 +71,12 @@ class BalanceScope(enum.Enum):
   GLOBAL = "global"  # the whole batch (2501.11873)
 
 
+class OnAlarm(enum.Enum):
+  OFF = "off"
+  WARN = "warn"  # a line on the terminal and in alarms.jsonl
+  STOP = "stop"  # the same, and the run ends; its newest checkpoint stands
+
+
 class Remat(enum.Enum):
   NONE = "none"  # keep every activation
   DOTS = "dots"  # keep matmul outputs, recompute the rest
@@ -113,6 +119,7 @@ class MoE:
   capacity_factor: float = 1.25  # slots per expert / (T*K/E) in training; 0 drops nothing
   eval_capacity_factor: float = 2.0  # the same in evaluation
   group_size: int = 0  # T, tokens that compete for the same slots; 0 is one sequence
+  router_dtype: Dtype = Dtype.FLOAT32  # of logits and scores (Switch 2101.03961 section 2.4)
   jitter: float = 0.0  # router input times U(1-jitter, 1+jitter) in training
   every: int = 1  # after first_dense, each every-th layer is an MoE layer
   first_dense: int = 0  # leading dense layers
@@ -138,7 +145,7 @@ class Model:
 
 @_section()
 class Data:
-  name: str = "python_stdlib"  # a TFDS name, or "text" for your own files in `path`
+  name: str = "python_stdlib"  # or "python_domains", "text" for your own files, a TFDS name
   path: str = ""  # a .txt/.jsonl file or a folder of them, for name="text"
   text_field: str = "text"  # key of the text in each example or JSON line
   train_split: str = "train"  # TFDS split syntax, so "train[:1%]" works
@@ -189,6 +196,20 @@ class Train:
 
 
 @_section()
+class Health:
+  """When training raises an alarm. A limit of 0 never does."""
+
+  window: int = 50  # steps: of the running mean of loads, and of the mean loss before a spike
+  token_share: float = 0.9  # collapse: one expert takes this part of a layer's tokens
+  dead_fraction: float = 0.5  # of a layer's experts, by the running mean, below 5% of a fair share
+  drop_fraction: float = 0.5  # of a layer's assignments
+  patience: int = 20  # steps in a row before one of these three is an alarm
+  loss_spike: float = 1.0  # nats above the mean of the last `window` steps
+  on_alarm: OnAlarm = OnAlarm.WARN
+  on_nonfinite: OnAlarm = OnAlarm.STOP  # the loss, a gradient, or a router's logits
+
+
+@_section()
 class Eval:
   batch_size: int = 0  # sequences; 0 is the training microbatch
   batches: int = 16  # of the validation set, from its start, while training; 0 is all of it
@@ -210,6 +231,7 @@ class Config:
   loss: Loss = dataclasses.field(default_factory=Loss)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   train: Train = dataclasses.field(default_factory=Train)
+  health: Health = dataclasses.field(default_factory=Health)
   eval: Eval = dataclasses.field(default_factory=Eval)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
 
@@ -225,24 +247,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     else:
       flat[name] = value.value if isinstance(value, enum.Enum) else value
   return flat
-
-
-def table(config: Config) -> str:
-  """The resolved config, one section a paragraph, fields in columns."""
-  sections: dict[str, list[str]] = {}
-  for name, value in flatten(config).items():
-    section, field = name.rsplit(".", 1)
-    sections.setdefault(section, []).append(f"{field}={value}")
-  lines = []
-  for section, fields in sections.items():
-    text = f"{section:<10}"
-    for field in fields:
-      if len(text) + len(field) + 2 > 100:
-        lines.append(text)
-        text = " " * 10
-      text += "  " + field
-    lines.append(text)
-  return "\n".join(lines)
 
 
 def to_json(config: Config) -> str:

@@ -110,6 +110,24 @@ def report(config: config_lib.Config) -> str:
   return "\n".join(lines)
 
 
+def table(config: config_lib.Config) -> str:
+  """The resolved config, one section a paragraph, fields in columns."""
+  sections: dict[str, list[str]] = {}
+  for name, value in config_lib.flatten(config).items():
+    section, field = name.rsplit(".", 1)
+    sections.setdefault(section, []).append(f"{field}={value}")
+  lines = []
+  for section, fields in sections.items():
+    text = f"{section:<10}"
+    for field in fields:
+      if len(text) + len(field) + 2 > 100:
+        lines.append(text)
+        text = " " * 10
+      text += "  " + field
+    lines.append(text)
+  return "\n".join(lines)
+
+
 def si(number: float) -> str:
   for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
     if number >= size:

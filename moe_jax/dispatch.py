@@ -103,13 +103,13 @@ def gather_pack(x_TD: jax.Array, routing: Routing, slots: Slots, layout: Layout)
   token_S = routing.token_N.at[slots.assignment_S].get(mode="fill", fill_value=layout.tokens)
   if not layout.choices:
     return _rows_or_zero(x_TD, token_S)
-  return _take_rows(x_TD, token_S, _by_token(slots.slot_N, routing, layout))
+  return _take_rows(x_TD, token_S, by_token(slots.slot_N, routing, layout))
 
 
 def gather_combine(y_SD: jax.Array, routing: Routing, slots: Slots, layout: Layout) -> jax.Array:
   if layout.choices:
-    y_TKD = _rows_or_zero(y_SD, _by_token(slots.slot_N, routing, layout))
-    gate_TK = _by_token(routing.gate_N, routing, layout)
+    y_TKD = _rows_or_zero(y_SD, by_token(slots.slot_N, routing, layout))
+    gate_TK = by_token(routing.gate_N, routing, layout)
     y_TD = jnp.einsum("TKD,TK->TD", y_TKD, gate_TK, preferred_element_type=jnp.float32)
   else:
     y_ND = _rows_or_zero(y_SD, slots.slot_N).astype(jnp.float32) * routing.gate_N[:, None]
@@ -122,7 +122,7 @@ def _rows_or_zero(x_SD, index):
   return x_SD.at[index].get(mode="fill", fill_value=0)
 
 
-def _by_token(x_N, routing, layout):
+def by_token(x_N: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
   """[T, K]: of the assignments of each token, whatever their priority."""
   if not layout.in_token_order:
     x_N = x_N[jnp.argsort(routing.token_N, stable=True)]

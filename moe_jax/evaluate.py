@@ -1,6 +1,7 @@
-"""Held-out loss over a fixed set, and the routing report. Needs nothing but the workdir."""
+"""Held-out loss over a fixed set of batches, and what a workdir has to be to have one."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -9,28 +10,48 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from moe_jax import backend, checkpoint, data, describe, losses, metrics, sharding, validation
 from moe_jax import config as config_lib
-from moe_jax.transformer import Transformer, bias_shape, moe_layers
+from moe_jax import data, losses, metrics, probe, sharding, validation
+
+
+class DomainSums(NamedTuple):
+  """Of the targets of each domain's documents."""
+
+  nll_G: jax.Array  # float32, nats
+  targets_G: jax.Array  # int32
+  bytes_G: jax.Array  # int32
 
 
 class EvalSums(NamedTuple):
   sums: losses.Sums
   num_bytes: jax.Array  # int32 [], bytes of text the targets stand for
+  domains: DomainSums | None  # None of unlabelled text
 
 
 def eval_step(
-  params: Any, bias_ZE: jax.Array, batch: data.Batch, bytes_V: jax.Array, *, graph: Any
+  params: Any,
+  bias_ZE: jax.Array,
+  batch: data.Batch,
+  bytes_V: jax.Array,
+  domain_BL: jax.Array | None = None,
+  *,
+  graph: Any,
+  num_domains: int = 0,
 ) -> EvalSums:
   """Sums of one batch with the evaluation capacity factor and no jitter."""
-  logits_BLV, stats = nnx.merge(graph, params)(
-    batch.tokens_BL, batch.segments_BL, batch.positions_BL, bias_ZE, jax.random.key(0), train=False
-  )
+  logits_BLV, stats = probe.forward(probe.Model(graph, params, bias_ZE), batch)
   real_BL = batch.segments_BL > 0
-  num_bytes = jnp.sum(jnp.where(real_BL, bytes_V[batch.targets_BL], 0))
-  return EvalSums(losses.sums(logits_BLV, batch.targets_BL, real_BL, stats), num_bytes)
+  bytes_BL = jnp.where(real_BL, bytes_V[batch.targets_BL], 0)
+  domains = None
+  if num_domains:
+    of_domain_GBL = domain_BL[None] == jnp.arange(num_domains)[:, None, None]
+    values = (probe.token_nll(logits_BLV, batch.targets_BL), real_BL.astype(jnp.int32), bytes_BL)
+    domains = DomainSums(
+      *(jnp.sum(jnp.where(of_domain_GBL, x_BL[None], 0), axis=(1, 2)) for x_BL in values)
+    )
+  sums = losses.sums(logits_BLV, batch.targets_BL, real_BL, stats)
+  return EvalSums(sums, jnp.sum(bytes_BL), domains)
 
 
 def batch_size(config: config_lib.Config) -> int:
@@ -54,21 +75,27 @@ class Evaluator:
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = batch_size(config)
-    self._step = jax.jit(lambda *args: eval_step(*args, graph=graph))
+    step = functools.partial(eval_step, graph=graph, num_domains=len(rows.domains))
+    self._step = jax.jit(step)
     self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
   def __call__(self, params: Any, bias_ZE: jax.Array) -> dict[str, Any]:
     """{loss: nats per token, perplexity, bits_per_byte, tokens, ... and metrics.moe_metrics}."""
+    return self.result(self.total(params, bias_ZE))
+
+  def total(self, params: Any, bias_ZE: jax.Array) -> EvalSums:
+    """On the host."""
     total = None
-    batches = data.eval_batches(
-      self._rows, self.batch_size, self._num_batches, jax.process_index(),
-      jax.process_count(),
-    )  # fmt: skip
-    for batch in batches:
-      batch = sharding.to_global(batch, self._mesh)
-      sums = self._step(params, bias_ZE, batch, self._bytes_V)
+    for rows_B in data.eval_rows(
+      self._rows, self.batch_size, self._num_batches, jax.process_index(), jax.process_count()
+    ):
+      domain_BL = self._rows.domains_BL(rows_B) if self._rows.domains else None
+      batch, domain_BL = sharding.to_global((self._rows.batch(rows_B), domain_BL), self._mesh)
+      sums = self._step(params, bias_ZE, batch, self._bytes_V, domain_BL)
       total = sums if total is None else self._add(total, sums)
-    total = jax.device_get(total)
+    return jax.device_get(total)
+
+  def result(self, total: EvalSums) -> dict[str, Any]:
     sums = total.sums
     loss = float(sums.nll / sums.targets)
     result = {
@@ -84,6 +111,19 @@ class Evaluator:
       result["load_balance"] = float(np.mean(balance_Z))
       result |= {name: np.asarray(v) for name, v in metrics.moe_metrics(sums.moe).items()}
     return result
+
+  def by_domain(self, domains: DomainSums) -> dict[str, dict[str, Any]]:
+    """{name: the loss of its documents} of the domains that were met."""
+    return {
+      name: {
+        "loss": float(nll / targets),
+        "bits_per_byte": float(nll / math.log(2) / max(num_bytes, 1)),
+        "tokens": int(targets),
+        "bytes": int(num_bytes),
+      }
+      for name, nll, targets, num_bytes in zip(self._rows.domains, *domains, strict=True)
+      if targets
+    }
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:
@@ -124,44 +164,3 @@ def fit_mesh(config: config_lib.Config) -> config_lib.Config:
     return config
   mesh = config_lib.Mesh(data=math.gcd(batch_size(config), devices))
   return dataclasses.replace(config, mesh=mesh)
-
-
-def run(workdir: str, step: int, split: str) -> dict[str, Any]:
-  """Evaluates a checkpoint (step 0: the newest) and writes `eval.json`."""
-  path = pathlib.Path(workdir)
-  config = read_config(path)
-  backend.start(config.data)
-  config = fit_mesh(config)
-  reader = checkpoint.Checkpointer(path)
-  steps = reader.steps()
-  if not steps:
-    raise config_lib.UserError(f"--workdir={workdir}: no checkpoint there yet; train.py makes one")
-  if step and step not in steps:
-    raise config_lib.UserError(f"--step={step}: no such checkpoint; there are {steps}")
-  step = step or steps[-1]
-  rows = data.load_rows(config.data, split)
-  check_same_data(path, {split: rows.digest})
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
-    bias_ZE = jax.ShapeDtypeStruct(bias_shape(config.model), jnp.float32)
-    needed = {"params": params, "bias_ZE": bias_ZE}
-    shapes = checkpoint.abstract(needed, sharding.param_shardings(needed, mesh))
-    restored = reader.restore_params(step, shapes)
-    evaluator = Evaluator(config, rows, mesh, graph, config.eval.final_batches)
-    result = evaluator(restored["params"], restored["bias_ZE"])
-  reader.close()
-  counts = describe.count(config)
-  evaluated = min(len(rows), evaluator.batch_size * config.eval.final_batches or len(rows))
-  result |= {
-    "step": step,
-    "split": split,
-    "layers": moe_layers(config.model),
-    "parameters": counts.total,
-    "active_parameters": counts.active,
-    "gzip_bits_per_byte": data.gzip_bits_per_byte(rows.documents(evaluated)),
-    "device": jax.devices()[0].device_kind,
-  }
-  plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in result.items()}
-  (path / "eval.json").write_text(json.dumps(plain, indent=2) + "\n")
-  return plain

@@ -18,7 +18,7 @@ from moe_jax import dispatch, routers, sharding, statistics
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.grouped_matmul import grouped_swiglu
 from moe_jax.routers import RouterInputs, Routing
-from moe_jax.statistics import MoeStats
+from moe_jax.statistics import Choices, MoeStats
 
 
 class Experts(NamedTuple):
@@ -36,7 +36,8 @@ def moe_ffn(
   moe: config_lib.MoE,
   *,
   train: bool,
-) -> tuple[jax.Array, MoeStats]:
+  trace: bool = False,
+) -> tuple[jax.Array, MoeStats, Choices | None]:
   """Routes tokens to experts and combines their outputs, on the mesh in force.
 
   Args:
@@ -45,20 +46,22 @@ def moe_ffn(
     experts: weights, sharded over `expert` and `tensor` (an fsdp shard is gathered on entry).
     moe: router, dispatcher, capacity, group size and exchange.
     train: picks the capacity factor, and the router's training behaviour.
+    trace: also say where each token went.
 
   Returns:
-    y_BLD, zero at padding and at tokens that lost all their assignments; global statistics.
+    y_BLD, zero at padding and at tokens that lost all their assignments; global statistics; and
+    the choices of each token, or None.
   """
   batch, tensor = PartitionSpec(sharding.BATCH_AXES), "tensor"
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=PartitionSpec())
   up, down = PartitionSpec("expert", None, tensor), PartitionSpec("expert", tensor, None)
-  local_moe = functools.partial(_local_moe, moe=moe, train=train)
+  local_moe = functools.partial(_local_moe, moe=moe, train=train, trace=trace)
   if _one_device():
     return local_moe(x_BLD, inputs, experts)
   return jax.shard_map(
     local_moe,
     in_specs=(batch, per_token, Experts(up, up, down)),
-    out_specs=(batch, PartitionSpec()),
+    out_specs=(batch, PartitionSpec(), batch),
   )(x_BLD, inputs, experts)
 
 
@@ -75,7 +78,7 @@ def _expert_devices() -> int:
   return jax.sharding.get_abstract_mesh().shape["expert"]
 
 
-def _local_moe(x_BLD, inputs, experts, *, moe, train):
+def _local_moe(x_BLD, inputs, experts, *, moe, train, trace):
   B, L, D = x_BLD.shape
   E, T = moe.num_experts, moe.group_size or L
   M = B * L // T
@@ -96,9 +99,10 @@ def _local_moe(x_BLD, inputs, experts, *, moe, train):
   else:
     y_TD, kept_N = _with_capacity(x_TD, routing, experts, layout, capacity, moe.dispatch)
   with jax.named_scope("statistics"):
-    stats = statistics.local_sums(inputs, routing, kept_N, lost)
+    stats = statistics.local_sums(inputs, routing, kept_N, lost, layout)
     stats = _sum_over(sharding.BATCH_AXES, stats)
-  return y_TD.reshape(B, L, D), stats
+  choices = statistics.choices(routing, kept_N, B, L) if trace else None
+  return y_TD.reshape(B, L, D), stats, choices
 
 
 def route(inputs, moe, groups, *, capacity, train) -> Routing:

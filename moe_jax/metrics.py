@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from moe_jax import sharding
 from moe_jax.statistics import MoeStats
 
 # Dense bfloat16 FLOP/s of one device, by a part of jax's device_kind, from the vendors' sheets.
@@ -29,26 +30,77 @@ def peak_flops(device_kind: str) -> float:
 def moe_metrics(moe: MoeStats) -> dict[str, jax.Array]:
   """Per-layer balance of the experts, from global sums; works on jax and NumPy arrays.
 
-  Returns, with Z MoE layers: load_ZE, shares of the routed assignments that sum to 1;
-  drop_fraction_Z, of the assignments; max_vio_Z, max load / mean load - 1 (2408.15664);
-  router_entropy_Z, nats per token; dead_experts_Z; overflow_fraction_Z, of the assignments, those
-  that a full exchange buffer lost (counted as dropped too).
+  Returns, with Z MoE layers:
+    load_ZE: shares of the routed assignments that sum to 1.
+    load_entropy_Z: nats; log E is balanced.
+    max_vio_Z: max load / mean load - 1 (2408.15664).
+    dead_experts_Z: how many get under 5% of a fair share.
+    router_entropy_Z: nats per token.
+    router_z_Z: mean logsumexp(logits)^2.
+    drop_fraction_Z: of the assignments; drop_by_rank_ZK of the first, second, ... choices,
+      drop_by_position_ZP in each eighth of the sequence.
+    gate_drop_fraction_Z: of the gates' sum, what was dropped.
+    overflow_fraction_Z: of the assignments, those that a full exchange buffer lost (counted as
+      dropped too).
   """
-  num_experts = moe.routed_E.shape[-1]
+  num_experts, ranks = moe.routed_E.shape[-1], moe.kept_K.shape[-1]
   routed_Z1 = jnp.maximum(jnp.sum(moe.routed_E, axis=-1, keepdims=True), 1)
+  tokens_Z = jnp.maximum(moe.tokens, 1)
   load_ZE = moe.routed_E / routed_Z1
+  gate_Z = jnp.maximum(jnp.sum(moe.importance_E, axis=-1), 1e-20)
   return {
     "load_ZE": load_ZE,
-    "drop_fraction_Z": 1 - jnp.sum(moe.kept_E, axis=-1) / routed_Z1[:, 0],
+    "load_entropy_Z": -jnp.sum(jax.scipy.special.xlogy(load_ZE, load_ZE), axis=-1),
     "max_vio_Z": jnp.max(load_ZE, axis=-1) * num_experts - 1,
-    "router_entropy_Z": moe.entropy / jnp.maximum(moe.tokens, 1),
+    "dead_experts_Z": count_dead(load_ZE),
+    "router_entropy_Z": moe.entropy / tokens_Z,
+    "router_z_Z": moe.z / tokens_Z,
+    "drop_fraction_Z": 1 - jnp.sum(moe.kept_E, axis=-1) / routed_Z1[:, 0],
+    "drop_by_rank_ZK": 1 - moe.kept_K * ranks / routed_Z1,
+    "drop_by_position_ZP": 1 - moe.kept_P / jnp.maximum(moe.routed_P, 1),
+    "gate_drop_fraction_Z": jnp.maximum(1 - moe.gate_kept / gate_Z, 0),  # rounding
     "overflow_fraction_Z": moe.overflow / routed_Z1[:, 0],
-    "dead_experts_Z": jnp.sum(load_ZE * num_experts < DEAD_SHARE, axis=-1),
   }
 
 
+def count_dead(load_ZE: jax.Array) -> jax.Array:
+  """Experts of each layer below 5% of a fair share, int [Z]."""
+  return jnp.sum(load_ZE * load_ZE.shape[-1] < DEAD_SHARE, axis=-1)
+
+
+def device_overload(load_ZE: np.ndarray, expert_devices: int) -> np.ndarray:
+  """Max / mean assignments per device of the `expert` axis, float [Z]: what the slowest one does.
+
+  Without drops; each device holds E / expert_devices experts in a row.
+  """
+  by_device_ZX = load_ZE.reshape(len(load_ZE), expert_devices, -1).sum(axis=-1)
+  return by_device_ZX.max(axis=-1) * expert_devices
+
+
+_GROUPS = {"embed": "embed", "head": "head", "router": "router", "noise": "router"}
+
+
+def parameter_group(name: str) -> str:
+  """embed, head, router, experts, attention, ffn or norm, of a parameter's name."""
+  prefix, letters = name.split("_")[0], name.rsplit("_", 1)[-1]
+  if len(letters) == 1:
+    return "norm"
+  kind = "experts" if letters[0] == "E" else "attention" if set(letters) & set("HG") else "ffn"
+  return _GROUPS.get(prefix, kind)
+
+
+def gradient_norms(grads: Any) -> dict[str, jax.Array]:
+  """{"grad_norm": of all, "grad_norm_experts": of one parameter_group, ...}, float32."""
+  squares: dict[str, jax.Array] = {}
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    group = parameter_group(sharding.param_name(path))
+    squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(grad))
+  norms = {f"grad_norm_{group}": jnp.sqrt(square) for group, square in squares.items()}
+  return {"grad_norm": jnp.sqrt(sum(squares.values()))} | norms
+
+
 class Writer:
-  """metrics.jsonl (one line a logged step; arrays as lists) and TensorBoard events (scalars)."""
+  """metrics.jsonl (one line a logged step; arrays as lists) and TensorBoard events (not tables)."""
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
     self._path = workdir / "metrics.jsonl"
@@ -66,9 +118,14 @@ class Writer:
     for name, value in plain.items():
       if isinstance(value, (int, float)):
         self._events.add_scalar(name, value, step)
-      elif "load" not in name:
+      elif name.endswith("_Z"):
         for layer, number in enumerate(value):
           self._events.add_scalar(f"{name}/{layer}", number, step)
+
+  def last(self, name: str) -> float:
+    """The newest value of a metric before this start of the run; 0.0 if there is none."""
+    lines = self._path.read_text().splitlines() if self._path.exists() else []
+    return next((v[name] for v in map(json.loads, reversed(lines)) if name in v), 0.0)
 
   def close(self) -> None:
     self._events.close()

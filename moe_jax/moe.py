@@ -9,7 +9,7 @@ from moe_jax import expert_parallel, sharding
 from moe_jax.config import Router
 from moe_jax.feedforward import DenseFFN
 from moe_jax.routers import RouterInputs
-from moe_jax.statistics import MoeStats
+from moe_jax.statistics import Choices, MoeStats
 
 
 class MoELayer(nnx.Module):
@@ -42,8 +42,9 @@ class MoELayer(nnx.Module):
     key: jax.Array,
     *,
     train: bool,
-  ) -> tuple[jax.Array, MoeStats]:
-    """y_BLD and the statistics of its real tokens.
+    trace: bool = False,
+  ) -> tuple[jax.Array, MoeStats, Choices | None]:
+    """y_BLD, the statistics of its real tokens, and with `trace` what became of each token.
 
     Args:
       x_BLD: compute dtype.
@@ -52,20 +53,23 @@ class MoELayer(nnx.Module):
       bias_E: float32 balancing bias of the selection, zeros without loss-free balancing.
       key: for jitter and the routers' noise.
       train: capacity factor, jitter and noise of training.
+      trace: see the return value.
     """
     with jax.named_scope("router"):
       inputs = self.router_inputs(x_BLD, real_BL, ids_BL, bias_E, key, train=train)
     experts = expert_parallel.Experts(
       *(w[...].astype(self.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
     )
-    y_BLD, stats = expert_parallel.moe_ffn(x_BLD, inputs, experts, self.moe, train=train)
+    y_BLD, stats, choices = expert_parallel.moe_ffn(
+      x_BLD, inputs, experts, self.moe, train=train, trace=trace
+    )
     if self.shared is not None:
       with jax.named_scope("shared"):
         y_BLD += self.shared(x_BLD)
-    return y_BLD, stats
+    return y_BLD, stats, choices
 
   def router_inputs(self, x_BLD, real_BL, ids_BL, bias_E, key, *, train: bool) -> RouterInputs:
-    """float32 whatever the compute dtype (Switch 2101.03961 section 2.4), with jitter and noise.
+    """In router_dtype whatever the compute dtype (Switch 2101.03961 section 2.4), with noise.
 
     What is drawn is drawn for the global array, so it does not depend on the mesh.
     """
@@ -79,7 +83,9 @@ class MoELayer(nnx.Module):
 
     def project(w_DE):
       # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
-      return _by_batch(jnp.einsum("BLD,DE->BLE", x_BLD, w_DE[...], precision="highest"))
+      x, w = (a.astype(moe.router_dtype.value) for a in (x_BLD, w_DE[...]))
+      logits_BLE = jnp.einsum("BLD,DE->BLE", x, w, precision="highest")
+      return _by_batch(logits_BLE.astype(jnp.float32))
 
     logits_BLE = project(self.router_DE)
     noise_BLE = scale_BLE = None

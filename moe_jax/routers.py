@@ -171,7 +171,7 @@ def choices(moe: config_lib.MoE) -> int:
 
 def _scores(logits_TE: jax.Array, moe: config_lib.MoE) -> jax.Array:
   score = {Score.SOFTMAX: jax.nn.softmax, Score.SIGMOID: jax.nn.sigmoid}[moe.score]
-  return score(logits_TE)
+  return score(logits_TE.astype(moe.router_dtype.value)).astype(jnp.float32)
 
 
 def _limit_groups(choice_TE: jax.Array, moe: config_lib.MoE) -> jax.Array:

@@ -7,6 +7,7 @@ about sharding: `up_EDF` is split over ('expert', 'fsdp', 'tensor').
   M routing groups   D model            H query heads      G key/value heads
   A head width       F ffn              V vocabulary       E experts
   K choices          C slots per expert N assignments      Z stacked layers
+  P parts of the sequence
 """
 
 import math
@@ -27,7 +28,7 @@ _ACTIVATION_AXES = {
 }  # fmt: skip
 _PARAM_AXES = _ACTIVATION_AXES | {"D": "fsdp", "Z": None}
 # The routers are small and every token needs all of one.
-_REPLICATED = ("router_DE", "noise_DE", "bias_ZE")
+_REPLICATED = ("router_DE", "noise_DE", "bias_ZE", "load_ZE")
 
 
 def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:

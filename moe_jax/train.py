@@ -1,15 +1,11 @@
-"""Training: one pure step, then the loop around it."""
+"""Training: one pure step, how it starts, and what a resumed run may change."""
 
 import json
 import pathlib
-import signal
-import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -17,6 +13,7 @@ from moe_jax import backend, checkpoint, data, describe, losses, metrics, shardi
 from moe_jax import config as config_lib
 from moe_jax import optimizer as optimizer_lib
 from moe_jax.evaluate import Evaluator, check_same_data
+from moe_jax.loop import Loop
 from moe_jax.transformer import Transformer, bias_shape, moe_layers
 
 
@@ -27,6 +24,7 @@ class TrainState(NamedTuple):
   params: Any
   opt_state: Any
   bias_ZE: jax.Array  # float32, loss-free balancing bias of each MoE layer; zeros when it is off
+  load_ZE: jax.Array  # float32, running mean of each expert's share of its layer's assignments
 
 
 def train_step(
@@ -57,17 +55,20 @@ def train_step(
     "load_balance": all_losses.load_balance,
     "router_z": all_losses.router_z,
     "z": all_losses.z,
-    "grad_norm": optax.tree.norm(grads),
     "param_norm": optax.tree.norm(params),
     "learning_rate": optimizer_lib.schedule(config.optimizer, config.train.steps)(state.step),
     "tokens": sums.targets,
-  }
+  } | metrics.gradient_norms(grads)
+  load_ZE = state.load_ZE
   if config.model.moe.num_experts:
     step_metrics["importance"] = all_losses.importance
     if config.model.moe.router is config_lib.Router.NOISY_TOPK:
       step_metrics["load_loss"] = all_losses.load
     step_metrics |= metrics.moe_metrics(sums.moe)
-  return TrainState(state.step + 1, params, opt_state, bias_ZE), step_metrics
+    load_ZE = load_ZE + (step_metrics["load_ZE"] - load_ZE) / config.health.window
+    step_metrics["window_load_ZE"] = load_ZE
+    step_metrics["window_dead_experts_Z"] = metrics.count_dead(load_ZE)
+  return TrainState(state.step + 1, params, opt_state, bias_ZE, load_ZE), step_metrics
 
 
 def batch_sums(
@@ -125,7 +126,8 @@ def init_state(
     model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
     params = nnx.state(model, nnx.Param)
     bias_ZE = jnp.zeros(bias_shape(config.model))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE)
+    load_ZE = jnp.full_like(bias_ZE, 1 / bias_ZE.shape[1])
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE, load_ZE)
 
   graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
   shapes = jax.eval_shape(init)
@@ -133,12 +135,18 @@ def init_state(
   return graph, jax.jit(init, out_shardings=shardings), shapes, shardings
 
 
-def compile_step(config: config_lib.Config, graph: Any, shardings: TrainState) -> Any:
-  """`train_step` under jit: state donated, shardings pinned so that it compiles once."""
+def compile_step(
+  config: config_lib.Config, graph: Any, shardings: TrainState, only: tuple[str, ...] = ()
+) -> Any:
+  """`train_step` under jit: state donated, shardings pinned so that it compiles once.
+
+  `only` names the metrics to compute, to measure what they cost; () is all.
+  """
   optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
 
   def step(state, batch):
-    return train_step(state, batch, graph=graph, config=config, optimizer=optimizer)
+    state, values = train_step(state, batch, graph=graph, config=config, optimizer=optimizer)
+    return state, {name: values[name] for name in only or values}
 
   replicated = jax.sharding.NamedSharding(shardings.step.mesh, jax.sharding.PartitionSpec())
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
@@ -165,7 +173,7 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     (path / "data.json").write_text(json.dumps(digests, indent=2) + "\n")
     (path / "config.json").write_text(config_lib.to_json(config) + "\n")
     device = jax.devices()[0]
-    print(f"{config_lib.table(config)}\n{describe.report(config)}")
+    print(f"{describe.table(config)}\n{describe.report(config)}")
     print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
 
   mesh = sharding.make_mesh(config.mesh)
@@ -185,125 +193,6 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     loop = Loop(config, path, saver, start)
     evaluator = Evaluator(config, validation_rows, mesh, graph, config.eval.batches)
     loop.run(state, batches, compile_step(config, graph, shardings), evaluator, mesh)
-
-
-class Loop:
-  """Steps, and what happens between them: numbers, evaluation, checkpoints, signals."""
-
-  def __init__(
-    self, config: config_lib.Config, path: pathlib.Path, saver: checkpoint.Checkpointer, start: int
-  ):
-    self.config, self.path, self.saver, self.start = config, path, saver, start
-    self.writer = metrics.Writer(path, start) if jax.process_index() == 0 else None
-    self.stop_signal = 0
-    peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-    self.flops_fraction = describe.count(config).flops_per_token / peak if peak else 0.0
-    self.window_start = 0.0  # when the steps since the last log line began
-    self.window_steps = 0
-
-  def run(self, state: TrainState, batches: Any, step_fn: Any, evaluator: Evaluator, mesh) -> None:
-    train = self.config.train
-    handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    pending = None  # the previous step's metrics, still being computed
-    step = self.start
-    try:
-      while step < train.steps:
-        batch = sharding.to_global(next(batches), mesh)
-        state, step_metrics = step_fn(state, batch)
-        step += 1
-        if pending is not None:
-          self._log(*pending)
-        pending = (step, step_metrics)
-        stop = self._should_stop(step)
-        last = step == train.steps
-        save = step % train.checkpoint_every == 0 or last
-        if step % train.eval_every == 0 or save or stop:
-          self._log(*pending)
-          pending = None
-          # A checkpoint is ranked by its validation loss; when told to stop, there is no time.
-          loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
-          if save or stop:
-            self.saver.save(step, state, batches, loss)
-          self.window_steps, self.window_start = 0, time.perf_counter()
-        if stop and not last:
-          self.saver.wait()
-          name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
-          print(f"{name}: saved step {step}; the same command goes on from there")
-          break
-    finally:
-      for number, handler in handlers.items():
-        signal.signal(number, handler)
-      self.saver.wait()
-      self.saver.close()
-      if self.writer:
-        self.writer.close()
-
-  def _on_signal(self, number, frame) -> None:
-    if self.stop_signal:  # asked twice: stop now, the last checkpoint stands
-      signal.signal(signal.SIGINT, signal.default_int_handler)
-      raise KeyboardInterrupt
-    self.stop_signal = number
-    print("\nstopping after this step; once more to stop without saving", file=sys.stderr)
-
-  def _should_stop(self, step: int) -> bool:
-    if jax.process_count() == 1:
-      return bool(self.stop_signal)
-    return self.saver.reached_preemption(step)  # all processes agree on the step
-
-  def _log(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
-    values = {name: np.asarray(v) for name, v in jax.device_get(step_metrics).items()}
-    now = time.perf_counter()
-    if step == self.start + 1:  # it held the compilation
-      self.window_steps, self.window_start = 0, now
-    else:
-      self.window_steps += 1
-    train = self.config.train
-    if not np.isfinite(values["loss"]):
-      raise config_lib.UserError(
-        f"loss is {values['loss']} at step {step} (newest checkpoint: {self.saver.latest_step()}); "
-        f"lower config.optimizer.learning_rate={self.config.optimizer.learning_rate}"
-      )
-    if step % train.log_every and step not in (self.start + 1, train.steps):
-      return
-    if self.window_steps:
-      steps_per_s = self.window_steps / (now - self.window_start)
-      values["steps_per_s"] = steps_per_s
-      # Positions, padding included: the hardware's rate.
-      values["tokens_per_s"] = steps_per_s * self.config.data.batch_size * self.config.data.seq_len
-      if self.flops_fraction:
-        values["mfu"] = values["tokens_per_s"] * self.flops_fraction
-      self.window_steps, self.window_start = 0, now
-    if self.writer:
-      self.writer.write(step, values, "train")
-      print(progress_line(step, train.steps, values), flush=True)
-
-  def _evaluate(self, step: int, evaluator: Evaluator, state: TrainState) -> float:
-    result = evaluator(state.params, state.bias_ZE)
-    if self.writer:
-      self.writer.write(step, result, "validation")
-      print(
-        f"step {step:>6}  validation loss {result['loss']:.4f}  "
-        f"bits per byte {result['bits_per_byte']:.4f}",
-        flush=True,
-      )
-    return result["loss"]
-
-
-def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
-  parts = [f"step {step:>6}/{steps}  loss {values['loss']:.4f}"]
-  if "drop_fraction_Z" in values:
-    parts.append(f"balance {values['load_balance']:.3f}")
-    parts.append(f"dropped {100 * np.mean(values['drop_fraction_Z']):.1f}%")
-  if "tokens_per_s" in values:
-    parts.append(f"{values['steps_per_s']:.2f} steps/s")
-    parts.append(f"{values['tokens_per_s'] / 1e3:.1f}k tokens/s")
-    if "mfu" in values:
-      parts.append(f"MFU {100 * values['mfu']:.1f}%")
-    left = round((steps - step) / values["steps_per_s"])
-    parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-  else:
-    parts.append("(compiled)")
-  return "  ".join(parts)
 
 
 # What may differ when a run goes on: where it runs, how long, and what is watched.

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import blocked, sharding, statistics
+from moe_jax import blocked, routers, sharding, statistics
 from moe_jax import config as config_lib
 from moe_jax.attention import Attention, RMSNorm
 from moe_jax.feedforward import DenseFFN
 from moe_jax.moe import MoELayer
-from moe_jax.statistics import MoeStats
 
 
 class Block(nnx.Module):
@@ -22,18 +21,20 @@ class Block(nnx.Module):
     self.is_moe = is_moe
     self.ffn = MoELayer(model, rngs) if is_moe else DenseFFN(model, model.ffn_dim, rngs)
 
-  def __call__(self, x_BLD, tokens, bias_E, key, *, train):
+  def __call__(self, x_BLD, tokens, bias_E, key, *, train, trace):
     ids_BL, segments_BL, positions_BL = tokens
     with jax.named_scope("attention"):
       x_BLD += self.attention(self.attention_norm(x_BLD), positions_BL, segments_BL)
     h_BLD = self.ffn_norm(x_BLD)
     if self.is_moe:
       with jax.named_scope("moe"):
-        y_BLD, stats = self.ffn(h_BLD, segments_BL > 0, ids_BL, bias_E, key, train=train)
+        y_BLD, *counted = self.ffn(
+          h_BLD, segments_BL > 0, ids_BL, bias_E, key, train=train, trace=trace
+        )
     else:
       with jax.named_scope("ffn"):
-        y_BLD, stats = self.ffn(h_BLD), None
-    return sharding.constrain(x_BLD + y_BLD, "BLD"), stats
+        y_BLD, counted = self.ffn(h_BLD), []
+    return sharding.constrain(x_BLD + y_BLD, "BLD"), counted
 
 
 class Period(nnx.Module):
@@ -104,7 +105,8 @@ class Transformer(nnx.Module):
     key: jax.Array,
     *,
     train: bool,
-  ) -> tuple[jax.Array, MoeStats]:
+    trace: bool = False,
+  ) -> tuple[jax.Array, ...]:
     """Next-token logits of packed documents.
 
     Args:
@@ -114,16 +116,18 @@ class Transformer(nnx.Module):
       bias_ZE: float32 balancing bias of the MoE layers' selection, zeros to have none.
       key: for the routers' jitter and noise.
       train: training or evaluation capacity, jitter and noise or none.
+      trace: also return the Choices of each token in each MoE layer.
 
     Returns:
-      logits_BLV, float32, and the MoE layers' statistics stacked on Z (Z = 0 in a dense model).
+      logits_BLV, float32, and the MoE layers' MoeStats stacked on Z (Z = 0 in a dense model); with
+      `trace`, a third: Choices, [Z, B, L, E], of a model that has experts.
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
     # Whole rows before the look-up: a table split over D would have to be regathered per token.
     embed_VD = sharding.constrain(self.embed_VD[...].astype(dtype), "VD")
     x_BLD = sharding.constrain(embed_VD[tokens_BL], "BLD")
     tokens = (tokens_BL, segments_BL, positions_BL)
-    stats = [statistics.zeros((0,), model.moe.num_experts)]
+    stats, choices = [statistics.zeros((0,), model.moe.num_experts, routers.choices(model.moe))], []
     for index, stack in enumerate(self.scans):
       repeats, pattern = layer_pattern(model)[index]
       # A period has one MoE layer at most; a dense one is given biases that it does not read.
@@ -133,19 +137,20 @@ class Transformer(nnx.Module):
 
       def body(x_BLD, layer, graph=graph):
         params, bias_E, key = layer
-        period, all_stats = nnx.merge(graph, params), []
+        period, counted = nnx.merge(graph, params), []
         for number, block in enumerate(period.blocks):
           block_key = jax.random.fold_in(key, number)
-          x_BLD, block_stats = block(x_BLD, tokens, bias_E, block_key, train=train)
-          all_stats += [block_stats] if block.is_moe else []
-        return x_BLD, all_stats
+          x_BLD, of_block = block(x_BLD, tokens, bias_E, block_key, train=train, trace=trace)
+          counted += of_block  # one MoE block in a period at most
+        return x_BLD, counted
 
       if model.remat is not config_lib.Remat.NONE:
         # Inside a scan nothing can merge the recomputation with the forward pass.
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[model.remat], prevent_cse=False)
       keys = jax.random.split(jax.random.fold_in(key, index), repeats)
       x_BLD, scanned = jax.lax.scan(body, x_BLD, (params, biases, keys))
-      stats += scanned
+      stats += scanned[:1]
+      choices += scanned[1:] if trace else []
     x_BLD = self.final_norm(x_BLD)
     head_DV = self.embed_VD[...].T if model.tied_head else self.head_DV[...]
     with jax.named_scope("head"):
@@ -153,5 +158,8 @@ class Transformer(nnx.Module):
       x_TD = x_BLD.reshape(-1, model.dim)
       logits_TV = jnp.dot(x_TD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
       logits_BLV = logits_TV.reshape(*tokens_BL.shape, model.vocab_size)
-    stats = jax.tree.map(lambda *zs: jnp.concatenate(zs), *stats)
-    return sharding.constrain(logits_BLV, "BLV"), stats
+    logits_BLV = sharding.constrain(logits_BLV, "BLV")
+    stats, *choices = (
+      jax.tree.map(lambda *zs: jnp.concatenate(zs), *zs) for zs in (stats, choices) if zs
+    )
+    return logits_BLV, stats, *choices

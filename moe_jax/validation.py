@@ -77,7 +77,8 @@ _AT_LEAST = {
     "loss.importance", "loss.load", "optimizer.warmup_steps", "optimizer.decay_fraction",
     "optimizer.final_fraction",
     "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "optimizer.clip_norm", "train.seed",
-    "train.keep_best", "eval.batch_size", "eval.batches", "eval.final_batches",
+    "train.keep_best", "health.token_share", "health.dead_fraction", "health.drop_fraction",
+    "health.loss_spike", "eval.batch_size", "eval.batches", "eval.final_batches",
   )
 }  # fmt: skip
 _BELOW_ONE = ("moe.jitter", "optimizer.b1", "optimizer.b2")
@@ -100,7 +101,10 @@ def _check_ranges(config: Config) -> None:
       raise UserError(f"config.{name}={value} must be above 0")
     if short in _BELOW_ONE and value >= 1:
       raise UserError(f"config.{name}={value} must be below 1")
-  for name in ("optimizer.decay_fraction", "optimizer.final_fraction"):
+  for name in (
+    "optimizer.decay_fraction", "optimizer.final_fraction", "health.token_share",
+    "health.dead_fraction", "health.drop_fraction",
+  ):  # fmt: skip
     if _get(config, name) > 1:
       raise UserError(f"config.{name}={_get(config, name)} is a fraction: at most 1")
   if config.optimizer.warmup_steps > config.train.steps:

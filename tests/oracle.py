@@ -140,6 +140,12 @@ class Result:
   sequences: int
   routed_E: np.ndarray
   kept_E: np.ndarray
+  kept_K: np.ndarray  # by rank of the choice
+  routed_P: np.ndarray  # by eighth of the sequence
+  kept_P: np.ndarray
+  gate_kept: float
+  gate_TE: np.ndarray  # before drops, 0 where not routed
+  kept_TE: np.ndarray
   prob_E: np.ndarray
   importance_E: np.ndarray
   load_E: np.ndarray
@@ -189,6 +195,13 @@ def evaluate(inputs, spec, chosen):
         load_E[e] += 0.5 * (1 + math.erf(distance / math.sqrt(2)))
   routed_BE = np.zeros((B, E), int)
   np.add.at(routed_BE, (token // L, expert), 1)
+  # A token's choices stand in order, whatever the priority among tokens.
+  rank = np.array([(token[:i] == t).sum() for i, t in enumerate(token)])
+  if spec.router == "expert_choice":
+    rank[:] = 0
+  eighth = token % L * 8 // L
+  gate_TE, kept_TE = np.zeros((B * L, E)), np.zeros((B * L, E), bool)
+  gate_TE[token, expert], kept_TE[token, expert] = gate, kept
   prob_BE = np.where(real_T[:, None], probs, 0).reshape(B, L, E).sum(axis=1)
   tokens_B = inputs.real_BL.sum(axis=1)
   log_z = logits.max(axis=1) + np.log(np.exp(logits - logits.max(axis=1)[:, None]).sum(axis=1))
@@ -198,6 +211,12 @@ def evaluate(inputs, spec, chosen):
     sequences=int((tokens_B > 0).sum()),
     routed_E=routed_BE.sum(axis=0),
     kept_E=np.bincount(expert[kept], minlength=E),
+    kept_K=np.bincount(rank[kept], minlength=1 if spec.router == "expert_choice" else spec.top_k),
+    routed_P=np.bincount(eighth, minlength=8),
+    kept_P=np.bincount(eighth[kept], minlength=8),
+    gate_kept=float(gate[kept].sum()),
+    gate_TE=gate_TE,
+    kept_TE=kept_TE,
     prob_E=prob_BE.sum(axis=0),
     importance_E=np.bincount(expert, weights=gate, minlength=E),
     load_E=load_E,

@@ -32,6 +32,7 @@ def measured(no_choice_of_backend):
   return layer.run([TOY, TOY._replace(dtype=Dtype.BFLOAT16, phases=False)], 1, min_seconds=0.0)
 
 
+@pytest.mark.slow
 def test_layer_rows(measured):
   rows = {(r["dtype"], r["candidate"]): r for r in measured["rows"]}
   names = {"ffn", "gather E=8", "grouped E=8"}
@@ -46,6 +47,7 @@ def test_layer_rows(measured):
   assert rows["float32", "gather E=8"]["max_vio"] == rows["float32", "grouped E=8"]["max_vio"] > 0
 
 
+@pytest.mark.slow
 def test_layer_phases(measured):
   assert [split["candidate"] for split in measured["phases"]] == ["gather E=8", "grouped E=8"]
   for split in measured["phases"]:
@@ -57,6 +59,7 @@ def test_layer_phases(measured):
       assert moving == pytest.approx(whole - shares["experts"] - shares["statistics"])
 
 
+@pytest.mark.slow
 def test_layer_writes_what_it_measured(measured, tmp_path):
   result = measured | {"targets": layer_report.targets(measured)}
   what = [t["what"] for t in result["targets"]]
@@ -99,9 +102,14 @@ def test_train_compares_rounds():
     return {"kind": kind, "name": kind, "cpu_s": min(cpu_s), "rounds_cpu_s": list(cpu_s)}
 
   rows = [row("ffn", 1, 4), row("grouped", 1.1, 4.4), row("peer mixtral", 2.2, 8.8)]
+  rows.append(row("bare", 1.08, 4.4) | {"name": "grouped without metrics"})
   targets = {t["what"]: t["measured"] for t in training._compare(rows)}
   assert targets == pytest.approx(
-    {"grouped time / our dense": 1.1, "grouped speed / peer mixtral": 2.0}
+    {
+      "step / step without metrics": (1.1 / 1.08 + 1) / 2,
+      "grouped time / our dense": 1.1,
+      "grouped speed / peer mixtral": 2.0,
+    }
   )
 
 

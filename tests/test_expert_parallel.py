@@ -94,21 +94,23 @@ def one_device_result():
   return take_step(weighty(toy_config(capacity_factor=0.8)), {})
 
 
+@pytest.mark.preflight
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_takes_the_same_step(mesh, one_device_result):
   want = one_device_result
   assert 0.05 < want[1]["drop_fraction_Z"].mean() < 0.6 and want[1]["max_vio_Z"].min() > 0.3
   got = take_step(weighty(toy_config(capacity_factor=0.8)), MESHES[mesh])
   compare(got[0], want[0], atol=1e-6)  # float32 rounding of gradients of order 0.01 to 1
-  np.testing.assert_array_equal(got[1]["load_ZE"], want[1]["load_ZE"])
-  np.testing.assert_array_equal(got[1]["drop_fraction_Z"], want[1]["drop_fraction_Z"])
+  for name in ("load_ZE", "drop_fraction_Z"):  # of equal counts; XLA may divide by a reciprocal
+    np.testing.assert_allclose(got[1][name], want[1][name], rtol=3e-7, atol=1e-7)
   compare(got[1], want[1], atol=1e-6)
   compare(got[2], want[2], atol=1e-4)
   # Adam divides by the gradient's own size, so rounding of a tiny one is a part of a full step.
   compare(got[3].params, want[3].params, atol=0.05 * 0.01)
 
 
-@pytest.mark.parametrize("mesh", ["one", "expert4"])
+@pytest.mark.preflight
+@pytest.mark.parametrize("mesh", [pytest.param("one", marks=pytest.mark.slow), "expert4"])
 def test_accumulation_is_the_full_batch(mesh):
   """Loss, balance, drops and gradients of 2 microbatches are those of the batch at once."""
   axes = {} if mesh == "one" else dict(expert=4)
@@ -160,7 +162,7 @@ def shrink(config):
   model.num_kv_heads, model.num_heads = 2, 2 * model.num_heads // model.num_kv_heads
   model.dim, model.head_dim, model.ffn_dim, model.vocab_size = 16, 4, 8, 264
   model.num_layers = moe.first_dense + 2 * moe.every
-  moe.expert_dim = 8
+  moe.expert_dim, moe.group_size = 8, min(moe.group_size, 16)
   config.data.seq_len, config.data.batch_size = 16, 8
   return config
 

@@ -200,7 +200,7 @@ def call(layer, x_BLD, bias_E, real_BL=None):
   real_BL = jnp.ones((B, L), bool) if real_BL is None else real_BL
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
   inputs = layer.router_inputs(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
-  y_BLD, stats = layer(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
+  y_BLD, stats, _ = layer(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
   return y_BLD, (stats, inputs)
 
 

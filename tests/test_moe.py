@@ -63,7 +63,9 @@ def layer_loss(x_BLD, weights, rest, cotangent_BLD, moe):
   inputs = routers.RouterInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, scale_BLE)
   names = ("gate_EDF", "up_EDF", "down_EFD")
   experts = expert_parallel.Experts(*(weights[n] for n in names))
-  y_BLD, stats = expert_parallel.moe_ffn(x_BLD, inputs, experts, moe, train=True)
+  y_BLD, stats, choices = expert_parallel.moe_ffn(
+    x_BLD, inputs, experts, moe, train=True, trace=True
+  )
   stacked = jax.tree.map(lambda s: s[None], stats)
   balance = statistics.balance(stacked.routed_E, stacked.prob_E, stacked.tokens)[0]
   loss = jnp.sum(y_BLD * cotangent_BLD) + 3 * balance + stats.z / stats.tokens
@@ -71,7 +73,7 @@ def layer_loss(x_BLD, weights, rest, cotangent_BLD, moe):
   loss += losses.cv_squared_plus_one(stacked.importance_E)[0]
   if moe.router is Router.NOISY_TOPK:
     loss += losses.cv_squared_plus_one(stacked.load_E)[0]
-  return loss, (y_BLD, stats, balance)
+  return loss, (y_BLD, stats, choices, balance)
 
 
 def run(moe, axes):
@@ -114,15 +116,20 @@ def test_every_path_equals_the_oracle(routing, dispatch_name, mesh, small_blocks
   dropless, fields = DISPATCHES[dispatch_name]
   _, want, want_grads = routings.expected(routing, dropless)
   moe = routings.moe_config(routing, dropless=dropless, **fields)
-  (_, (y_BLD, stats, balance)), grads = run(moe, MESHES[mesh])
+  (_, (y_BLD, stats, choices, balance)), grads = run(moe, MESHES[mesh])
   # float32 sums of some tens of terms of order 1 to 10
   close = functools.partial(np.testing.assert_allclose, rtol=3e-4, atol=3e-4)
   close(y_BLD, want.y_BLD)  # so the same assignments were dropped
-  np.testing.assert_array_equal(stats.routed_E, want.routed_E)
-  np.testing.assert_array_equal(stats.kept_E, want.kept_E)
+  for name in ("routed_E", "kept_E", "kept_K", "routed_P", "kept_P"):
+    np.testing.assert_array_equal(getattr(stats, name), getattr(want, name), err_msg=name)
+  np.testing.assert_array_equal(choices.kept_BLE.reshape(-1, E), want.kept_TE)
+  np.testing.assert_array_equal(choices.routed_BLE.reshape(-1, E), want.gate_TE > 0)
+  close(choices.gate_BLE.reshape(-1, E), want.gate_TE)
   assert stats.tokens == want.tokens and stats.sequences == want.sequences
   assert stats.overflow == 0
-  for name in ("prob_E", "importance_E", "load_E", "z", "entropy", "sequence_balance"):
+  for name in (
+    "prob_E", "importance_E", "gate_kept", "load_E", "z", "entropy", "sequence_balance",
+  ):  # fmt: skip
     close(getattr(stats, name), getattr(want, name), err_msg=name)
   close(balance, want.balance)
   for name, grad in want_grads.items():
@@ -144,6 +151,7 @@ def test_the_grid_is_worth_running(routing):
       assert np.abs(grad).max() > 1 or (name == "noise_DE" and routing != "noisy")
 
 
+@pytest.mark.preflight
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_set_of_drops_is_the_oracles(routing):
   """Assignment by assignment: who was kept, not only how many."""
@@ -257,7 +265,7 @@ def test_unset_memory_does_not_show(monkeypatch, small_blocks):
     return jnp.full(shape, jnp.nan, dtype)
 
   monkeypatch.setattr(jax.lax, "empty", empty)
-  (_, (y_BLD, _, _)), grads = run(moe, {})
+  (_, (y_BLD, *_)), grads = run(moe, {})
   _, want, want_grads = routings.expected("deepseek", True)
   assert len(filled) >= 3
   np.testing.assert_allclose(y_BLD, want.y_BLD, rtol=3e-4, atol=3e-4)
@@ -288,7 +296,7 @@ def test_balance_loss_is_one_when_balanced_for_every_k():
 
 
 def test_a_lost_statistic_raises():
-  stats = statistics.zeros((1,), 4)
+  stats = statistics.zeros((1,), 4, 1)
   sums = losses.sums(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), stats)
   with pytest.raises(ValueError, match="1 of 2 MoE layers"):
     losses.total(sums, config_lib.Loss(), num_moe_layers=2)
@@ -299,9 +307,10 @@ def call_layer(layer, x_BLD, *, train=True, seed=0):
   B, L = x_BLD.shape[:2]
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(seed)
   bias_E = jnp.zeros(layer.moe.num_experts)
-  return layer(x_BLD, jnp.ones((B, L), bool), ids_BL, bias_E, key, train=train)
+  return layer(x_BLD, jnp.ones((B, L), bool), ids_BL, bias_E, key, train=train)[:2]
 
 
+@pytest.mark.preflight
 @pytest.mark.parametrize("how", ["gather", "grouped"])
 def test_one_expert_equals_the_dense_layer(how, one_device):
   """E=1, K=1: outputs and gradients of the dense FFN with the same weights."""
@@ -330,6 +339,24 @@ def test_one_expert_equals_the_dense_layer(how, one_device):
     y, vjp = jax.vjp(layer_fn, weights, x_BLD)
     results.append((y, vjp(jnp.cos(y))))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize("how", list(Dispatch))
+def test_identical_experts_equal_any_one_of_them(how, one_device):
+  """With gates that sum to 1 the routing is not to be seen; dropless, or with room for all."""
+  model = toy_config(top_k=2, capacity_factor=0.0, eval_capacity_factor=0.0, dispatch=how).model
+  layer = MoELayer(model, nnx.Rngs(0))
+  layer.router_DE[...] = 30 * layer.router_DE[...]
+  for weight in (layer.gate_EDF, layer.up_EDF, layer.down_EFD):
+    weight[...] = jnp.broadcast_to(weight[...][:1], weight.shape)
+  one = DenseFFN(model, model.moe.expert_dim, nnx.Rngs(1))
+  one.gate_DF[...], one.up_DF[...] = layer.gate_EDF[...][0], layer.up_EDF[...][0]
+  one.down_FD[...] = layer.down_EFD[...][0]
+  x_BLD = jax.random.normal(jax.random.key(2), (3, 9, model.dim))
+  y_BLD, stats = jax.jit(lambda x: call_layer(layer, x))(x_BLD)
+  assert stats.routed_E.max() > 1.15 * stats.routed_E.mean()
+  np.testing.assert_allclose(y_BLD, one(x_BLD), rtol=1e-5, atol=1e-6)
 
 
 def test_shared_experts_add_the_dense_layer(one_device):

@@ -73,7 +73,7 @@ def run(axes, inputs, *, train=True, **options):
   def loss(x_BLD, logits_BLE, experts):
     ids_BL = jnp.zeros((B, L), jnp.int32)
     inputs = RouterInputs(logits_BLE, jnp.asarray(real_BL), ids_BL, jnp.zeros((E,)))
-    y_BLD, stats = expert_parallel.moe_ffn(x_BLD, inputs, experts, moe, train=train)
+    y_BLD, stats, _ = expert_parallel.moe_ffn(x_BLD, inputs, experts, moe, train=train)
     return jnp.sum(y_BLD * weights_BLD) + 0.1 * jnp.sum(stats.prob_E**2), (y_BLD, stats)
 
   with jax.set_mesh(mesh_of(**axes)):

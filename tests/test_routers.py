@@ -166,6 +166,7 @@ CAUSAL = {
 }  # fmt: skip
 
 
+@pytest.mark.preflight
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causality_is_as_documented(name, one_device):
   """The last token changed: earlier logits bit-equal where that is promised, and not elsewhere."""
@@ -243,6 +244,7 @@ def biased_config(rate=0.05):
     ({}, 4, "none"),
   ],
 )
+@pytest.mark.preflight
 def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
   """From the loads of all devices and microbatches, once, also under rematerialisation."""
   config = biased_config()
@@ -289,11 +291,12 @@ def test_bias_is_used_and_not_moved_by_evaluation():
   np.testing.assert_array_equal(np.asarray(pushed.sums.moe.routed_E)[:, 1], tokens_Z)
 
 
+@pytest.mark.preflight
 def test_balance_scopes():
   """Two rows that prefer opposite experts: balanced together, unbalanced one by one."""
   routed = np.array([[4, 0], [0, 4]])
   prob = np.array([[3.0, 1.0], [1.0, 3.0]])
-  stats = statistics.zeros((1,), 2)._replace(
+  stats = statistics.zeros((1,), 2, 1)._replace(
     tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
     prob_E=jnp.array(prob.sum(0))[None],
     sequence_balance=jnp.sum(statistics.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
@@ -313,7 +316,9 @@ def test_balance_scopes():
   assert losses.load_balance(both, BalanceScope.GLOBAL).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("scope", [BalanceScope.SEQUENCE, BalanceScope.MICROBATCH])
+@pytest.mark.parametrize(
+  "scope", [pytest.param(BalanceScope.SEQUENCE, marks=pytest.mark.slow), BalanceScope.MICROBATCH]
+)
 def test_scopes_do_not_depend_on_the_mesh(scope):
   values = []
   for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):

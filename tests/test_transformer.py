@@ -155,6 +155,7 @@ def loss_and_grads(config, params, tokens):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
+@pytest.mark.preflight
 @pytest.mark.parametrize("remat", [config_lib.Remat.DOTS, config_lib.Remat.FULL])
 def test_remat_changes_no_value(remat):
   config = toy_config(capacity_factor=0.8, every=2)

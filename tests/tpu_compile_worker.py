@@ -68,7 +68,7 @@ def layer(devices, **options):
 
   def loss(x_BLD, logits_BLE, experts, real_BL, ids_BL, bias_E):
     inputs = RouterInputs(logits_BLE, real_BL, ids_BL, bias_E)
-    y_BLD, stats = expert_parallel.moe_ffn(x_BLD, inputs, experts, moe, train=True)
+    y_BLD, stats, _ = expert_parallel.moe_ffn(x_BLD, inputs, experts, moe, train=True)
     return jnp.sum(y_BLD.astype(jnp.float32) ** 2) + jnp.sum(stats.prob_E**2), (y_BLD, stats)
 
   def tokens(shape, dtype):

@@ -86,7 +86,7 @@ def _programs(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if isinstance(layer, DenseFFN):
       return layer(x_BLD), None
     bias_E, ids_BL = jnp.zeros(layer.moe.num_experts), jnp.zeros(real_BL.shape, jnp.int32)
-    return layer(x_BLD, real_BL, ids_BL, bias_E, jax.random.key(0), train=True)
+    return layer(x_BLD, real_BL, ids_BL, bias_E, jax.random.key(0), train=True)[:2]
 
   def step(params, x_BLD, real_BL, dy_BLD):
     run = functools.partial(forward, real_BL=real_BL, dy_BLD=None)

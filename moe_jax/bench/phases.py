@@ -53,7 +53,7 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
     return dispatch.gather_combine(y_SD, routing._replace(gate_N=gate_N), slots, layout)
 
   def count(inputs, routing, slots):
-    return statistics.local_sums(inputs, routing, slots.kept_N, jnp.zeros((), jnp.int32))
+    return statistics.local_sums(inputs, routing, slots.kept_N, jnp.zeros((), jnp.int32), layout)
 
   params, x_BLD, real_BL, _ = arrays
   state = nnx.to_pure_dict(params)

@@ -13,7 +13,7 @@ from moe_jax.bench.results import progress
 
 _COLOURS = {
   "ffn": "#666666", "gather": "#08519c", "grouped": "#6baed6", "einsum": "#fdae6b",
-  "dense": "#fdd0a2",
+  "dense": "#fdd0a2", "bare": "#c6dbef",
 }  # fmt: skip
 _PHASES = ("router", "dispatch", "experts", "combine", "statistics")
 

@@ -19,11 +19,12 @@ from moe_jax.config import UserError
 
 PEER = results.ROOT / "bench/peer_transformers.py"
 _PEER_SPEED = 1.1  # our tokens per CPU-second / the best transformers Mixtral's
+_METRICS_TIME = 1.02  # a step with all its metrics / one that reports only the loss
 _DENSE_TIME = 1.15  # an MoE step's time / that of our dense model of the same active size
 
 
 class Command(NamedTuple):
-  kind: str  # "ffn", "gather", "grouped", "peer mixtral", "peer dense"
+  kind: str  # "ffn", "gather", "grouped", "bare", "peer mixtral", "peer dense"
   arguments: list[str]
 
 
@@ -72,11 +73,13 @@ def our_commands(remat: list[str], cpu: int, sizes: dict[str, int]) -> list[Comm
   python += [f"--{name}={value}" for name, value in sizes.items()]
   models = [["--model=ffn"], ["--model=grouped"]]
   models += [["--model=gather", f"--capacity_factor={factor}"] for factor in (1.0, 1.25)]
-  return [
+  commands = [
     Command(model[0].removeprefix("--model="), [*python, *model, f"--remat={r}"])
     for model in models
     for r in remat
   ]
+  bare = Command("bare", [*commands[-1].arguments, "--bare"])
+  return [*commands, bare]
 
 
 def peer_commands(python: str, compiled: bool, cpu: int, sizes: dict[str, int]) -> list[Command]:
@@ -160,7 +163,9 @@ def _fastest(rows: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
 def _compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """Adds `vs_dense` and `vs_peer`, ratios of time, to every row; returns the targets."""
   dense, peer = _fastest(rows, "ffn"), _fastest(rows, "peer mixtral")
-  targets = []
+  bare = _fastest(rows, "bare")
+  whole = next(r for r in rows if r["name"] == bare["name"].replace(" without metrics", ""))
+  targets = [results.target("step / step without metrics", _ratio(whole, bare), _METRICS_TIME)]
   for row in rows:
     row["vs_dense"] = _ratio(row, dense)
     row["vs_peer"] = _ratio(row, peer) if peer else None
@@ -179,7 +184,7 @@ def text(result: dict[str, Any]) -> str:
       row["name"], f"{row['cpu_s']:.3f}", f"{row['wall_s']:.3f}", f"{row['tokens_per_cpu_s']:,.0f}",
       f"{row['vs_dense']:.2f}", f"{row['vs_peer']:.2f}" if row["vs_peer"] else "-",
       f"{row['active_parameters'] / 1e6:.2f}M of {row['parameters'] / 1e6:.2f}M",
-      f"{100 * row.get('drop_fraction', 0):.1f}%", f"{row['loss']:.3f}",
+      f"{100 * row['drop_fraction']:.1f}%" if "drop_fraction" in row else "-", f"{row['loss']:.3f}",
     ]
     for row in result["rows"]
   ]  # fmt: skip

@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
   add("--model", default="grouped", choices=["ffn", *(d.value for d in config_lib.Dispatch)])
   add("--capacity_factor", type=float, default=1.25)
   add("--remat", default="dots", choices=[r.value for r in config_lib.Remat])
+  add("--bare", action="store_true", help="report the loss only: no balance, no norms")
   add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
   for name, default in W.items():
     add(f"--{name}", type=int, default=default)
@@ -67,7 +68,7 @@ def make_config(args: argparse.Namespace) -> config_lib.Config:
 class Trainer:
   """The state, one batch of random tokens, and the compiled step."""
 
-  def __init__(self, config: config_lib.Config):
+  def __init__(self, config: config_lib.Config, bare: bool):
     import jax
     import numpy as np
 
@@ -86,7 +87,7 @@ class Trainer:
       self.batch = sharding.to_global(batch, self.mesh)
       graph, init, _, shardings = train.init_state(config, self.mesh)
       self.state = init()
-      self.step = train.compile_step(config, graph, shardings)
+      self.step = train.compile_step(config, graph, shardings, only=("loss",) if bare else ())
 
   def measure(self, steps: int) -> dict[str, Any]:
     import jax
@@ -119,12 +120,13 @@ def main() -> None:
 
   config = make_config(args)
   backend.start(config.data)
-  trainer = Trainer(config)
+  trainer = Trainer(config, args.bare)
   trainer.measure(WARMUP_STEPS)
   counts = describe.count(config)
   name = f"moe_jax {args.model}"
   if args.model in ("gather", "einsum"):
     name += f" {args.capacity_factor:g}"
+  name += " without metrics" if args.bare else ""
   ready = dict(
     ready=True, name=f"{name} {args.remat}", parameters=counts.total,
     active_parameters=counts.active, versions={"jax": jax.__version__},

@@ -20,16 +20,22 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from moe_jax.config import Data, UserError
-from moe_jax.data import cache, text_files
+from moe_jax.data import cache, domains, text_files
 
+_OWN = ("python_stdlib", "python_domains", "text")
 _FORMAT = "array_record"  # the one that can be read at random; TFDS's parquet loses rows
 
 
 class Documents:
-  """Random access to the documents of one split as UTF-8 bytes. `identity` names their content."""
+  """Random access to the documents of one split as UTF-8 bytes.
 
-  def __init__(self, source: Any, field: str, identity: str):
+  identity: names their content.
+  domains: the labels that a document can have, the same for every split; () if there are none.
+  """
+
+  def __init__(self, source: Any, field: str, identity: str, domains: tuple[str, ...] = ()):
     self.identity = identity
+    self.domains = domains
     self._source = source
     self._field = field
 
@@ -40,17 +46,25 @@ class Documents:
     text = self._source[index][self._field]
     return text.encode() if isinstance(text, str) else text
 
+  def domain(self, index: int) -> int:
+    """Index in `domains` of the first folder of the document's path; -1 if it is none of them."""
+    path = self._source[index]["path"]
+    folder = (path if isinstance(path, str) else path.decode()).split("/")[0]
+    return self.domains.index(folder) if folder in self.domains else -1
+
 
 def prepare(config: Data, split: str) -> Documents:
   """The documents of `split`, which is train, validation or test: config.train_split and so on.
 
   The order is TFDS's: by a hash of each example's key, the same on every machine.
   """
-  field = config.text_field
+  field, labels = config.text_field, ()
   if config.name == "python_stdlib":
     builder = _python_stdlib(config)
+  elif config.name == "python_domains":
+    builder, labels = _python_domains(config), domains.DOMAINS
   elif config.name == "text":
-    builder, field = _text(config), "text"
+    (builder, labels), field = _text(config), "text"
   else:
     builder = _catalog(config)
   if field not in builder.info.features:
@@ -78,7 +92,7 @@ def prepare(config: Data, split: str) -> Documents:
     raise UserError(f"config.data.text_field={field!r} holds {type(first).__name__}, not text")
   info = hashlib.sha256((folder / "dataset_info.json").read_bytes()).hexdigest()
   made = (folder / "dataset_info.json").stat().st_mtime_ns
-  return Documents(source, field, json.dumps([str(folder), info, made, name, field]))
+  return Documents(source, field, json.dumps([str(folder), info, made, name, field]), labels)
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -107,6 +121,12 @@ class PythonStdlib(_Builder, skip_registration=True):
   VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
 
 
+class PythonDomains(_Builder, skip_registration=True):
+  """Code, prose and bytecode of the same library, as documents of labelled domains."""
+
+  VERSION = PythonStdlib.VERSION
+
+
 class Text(_Builder, skip_registration=True):
   """The user's own files."""
 
@@ -115,22 +135,36 @@ class Text(_Builder, skip_registration=True):
 
 def _python_stdlib(config: Data) -> tfds.core.DatasetBuilder:
   root, names = text_files.stdlib()
-  if not names:
-    raise UserError(
-      f"config.data.name='python_stdlib': no .py files in {root}; give your own text: "
-      "--config.data.name=text --config.data.path=..."
-    )
-  sizes = [f"{name} {(root / name).stat().st_size}" for name in names]
-  folder = f"python_stdlib-{PythonStdlib.VERSION}-{cache.key(*sizes)}"
 
   def documents(split):
     chosen = [name for name in names if text_files.split_of(name) == split]
     return text_files.stdlib_documents(root, chosen)
 
-  return _prepare_files(config, PythonStdlib, folder, lambda: documents)
+  key = _library_key(config, root, names)
+  return _prepare_files(config, PythonStdlib, key, lambda: documents)
 
 
-def _text(config: Data) -> tfds.core.DatasetBuilder:
+def _python_domains(config: Data) -> tfds.core.DatasetBuilder:
+  root, names = domains.sources()
+
+  def documents(split):
+    return domains.documents(root, names, split)
+
+  key = _library_key(config, root, names, domains.VERSION)
+  return _prepare_files(config, PythonDomains, key, lambda: documents)
+
+
+def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: str) -> str:
+  if not names:
+    raise UserError(
+      f"config.data.name={config.name!r}: no .py files in {root}; give your own text: "
+      "--config.data.name=text --config.data.path=..."
+    )
+  sizes = [f"{name} {(root / name).stat().st_size}" for name in names]
+  return f"{config.name}-{PythonStdlib.VERSION}-{cache.key(*version, *sizes)}"
+
+
+def _text(config: Data) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
   root, names = text_files.user_files(config)
   parts = [str(root), config.text_field]
   for name in names:
@@ -142,7 +176,8 @@ def _text(config: Data) -> tfds.core.DatasetBuilder:
       config, lambda: text_files.user_documents(config, root, names)
     )
 
-  return _prepare_files(config, Text, f"text-{cache.key(*parts)}", documents)
+  builder = _prepare_files(config, Text, f"text-{cache.key(*parts)}", documents)
+  return builder, text_files.first_folders(names)
 
 
 def _prepare_files(
@@ -202,8 +237,8 @@ def _catalog(config: Data) -> tfds.core.DatasetBuilder:
 def _refusal(name: str, data_dir: str, why: str) -> UserError:
   return UserError(
     f"config.data.name={name!r} (looked in {data_dir}): {why}. Without a network there are "
-    f"python_stdlib, text with config.data.path, and any TFDS set prepared as {_FORMAT} in "
-    f"{data_dir} (or TFDS_DATA_DIR)"
+    f"python_stdlib, python_domains, text with config.data.path, and any TFDS set prepared as "
+    f"{_FORMAT} in {data_dir} (or TFDS_DATA_DIR)"
   )
 
 
@@ -216,7 +251,7 @@ def _find(name: str, data_dir: str, refuse: Callable[[str], UserError]) -> tfds.
     return tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     # Not tfds.list_builders(): it asks the network too.
-    known = [*tfds.core.registered.list_imported_builders(), "python_stdlib", "text"]
+    known = [*tfds.core.registered.list_imported_builders(), *_OWN]
     near = ", ".join(difflib.get_close_matches(base, known, 3))
     raise refuse(f"TFDS knows no such data set{near and '; near: ' + near}") from None
   except (ValueError, AssertionError, RuntimeError) as error:

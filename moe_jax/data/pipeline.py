@@ -20,7 +20,7 @@ import numpy as np
 from moe_jax.config import Data, UserError
 from moe_jax.data import builders, cache, tokenizers
 
-_VERSION = "1"  # of the stream's layout; part of its cache key
+_VERSION = "2"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
 
 
@@ -43,6 +43,9 @@ class Rows:
   num_documents: int
   num_bytes: int  # UTF-8 bytes of all documents
   digest: str  # of the stream: equal data, split and tokenizer
+  domains: tuple[str, ...] = ()  # labels of documents, the same in every split; () if unlabelled
+  starts_M: np.ndarray | None = None  # of labelled documents: where in the stream each begins
+  domain_M: np.ndarray | None = None  # and its index in `domains`, or -1
 
   def __len__(self) -> int:
     return -(-self.num_targets // self.seq_len)
@@ -77,6 +80,15 @@ class Rows:
     fields = (tokens_BM[:, :-1], tokens_BM[:, 1:], segments_BL, positions_BL)
     return Batch(*(field_BL * real_BL for field_BL in fields))
 
+  def domains_BL(self, rows_B: Sequence[int]) -> np.ndarray:
+    """int32, the domain of each position's document; -1 at padding and outside of all domains."""
+    index_BL = np.array(rows_B)[:, None] * self.seq_len + np.arange(self.seq_len)
+    real_BL = (index_BL >= 0) & (index_BL < self.num_targets)
+    if not self.domains:
+      return np.full(index_BL.shape, -1, np.int32)
+    document_BL = np.searchsorted(self.starts_M, index_BL, side="right") - 1
+    return np.where(real_BL, self.domain_M[document_BL], -1).astype(np.int32)
+
   def documents(self, num_rows: int) -> list[bytes]:
     """The text that the targets of the first num_rows rows spell, cut where documents end."""
     targets_N = np.asarray(self.stream_N[1 : num_rows * self.seq_len + 1])
@@ -100,6 +112,9 @@ def load_rows(config: Data, split: str) -> Rows:
   )
   about = json.loads((folder / "about.json").read_text())
   stream_N = np.memmap(folder / "tokens.bin", about.pop("dtype"), "r")
+  if documents.domains:
+    starts_M, domain_M = np.load(folder / "documents.npy", mmap_mode="r")
+    about |= dict(domains=documents.domains, starts_M=starts_M, domain_M=domain_M)
   return Rows(stream_N=stream_N, seq_len=config.seq_len, tokenizer=tokenizer, **about)
 
 
@@ -110,6 +125,7 @@ def _tokenize(
   separator = np.array([tokenizer.separator], dtype)
   digest = hashlib.sha256()
   num_documents = num_bytes = num_tokens = counted = 0
+  labels: list[tuple[int, int]] = []  # where a document starts, and its domain
   start = said = time.monotonic()
   with open(folder / "tokens.bin", "wb") as file:
 
@@ -123,6 +139,8 @@ def _tokenize(
         continue
       ids = tokenizer.encode(text)
       assert not (ids == tokenizer.separator).any(), "the separator stands for no text"
+      if documents.domains:
+        labels.append((num_documents + num_tokens, documents.domain(index)))
       write(np.concatenate([separator, ids.astype(dtype)]))
       num_documents += 1
       num_bytes += len(text)
@@ -132,6 +150,9 @@ def _tokenize(
         said = time.monotonic()
         cache.notice(f"tokenizing {label}: {index + 1:,} of {len(documents):,} documents")
     write(separator)
+  if documents.domains:
+    # Each row contiguous, so that a search reads a few pages of the map and copies nothing.
+    np.save(folder / "documents.npy", np.array(labels, np.int64).reshape(-1, 2).T.copy())
   about = dict(num_documents=num_documents, num_bytes=num_bytes, digest=digest.hexdigest())
   (folder / "about.json").write_text(json.dumps(about | {"dtype": dtype.name}))
   cache.notice(
@@ -171,11 +192,18 @@ def eval_batches(
 
   The last one is filled up with rows of padding.
   """
+  return map(rows.batch, eval_rows(rows, batch_size, num_batches, process_index, process_count))
+
+
+def eval_rows(
+  rows: Rows, batch_size: int, num_batches: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[list[int]]:
+  """The numbers of the rows of `eval_batches`, -1 for a row of padding."""
   local = _local(batch_size, process_count)
   available = -(-len(rows) // batch_size)
   for n in range(min(num_batches, available) or available):
     first = n * batch_size + process_index * local
-    yield rows.batch([row if row < len(rows) else -1 for row in range(first, first + local)])
+    yield [row if row < len(rows) else -1 for row in range(first, first + local)]
 
 
 def _local(batch_size: int, process_count: int) -> int:

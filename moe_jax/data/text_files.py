@@ -15,6 +15,7 @@ from typing import BinaryIO
 from moe_jax.config import Data, UserError
 
 SPLITS = ("train", "validation", "test")
+_MOST_DOMAINS = 32  # more folders than these are an archive's order, not kinds of text
 _LARGEST = 2**30  # bytes of one document: a TFDS record ends at 2 GiB
 
 Document = tuple[str, str]  # name, text
@@ -75,6 +76,12 @@ def user_files(config: Data) -> tuple[pathlib.Path, list[str]]:
   if not names:
     raise UserError(f"config.data.path={config.path!r}: no files in this folder")
   return path, names
+
+
+def first_folders(names: list[str]) -> tuple[str, ...]:
+  """The folders right below the user's own, which label the documents in them; () if just one."""
+  folders = sorted({name.split("/")[0] for name in names if "/" in name})
+  return tuple(folders) if 2 <= len(folders) <= _MOST_DOMAINS else ()
 
 
 def user_documents(config: Data, root: pathlib.Path, names: list[str]) -> Iterator[Document]:

@@ -1,9 +1,5 @@
-"""What a run looks like: the text summary and the plots, from the workdir's files alone.
+"""What one run looks like: the text summary that eval.py prints, and the plots."""
 
-Imports no model and no jax, so it runs anywhere the files are.
-"""
-
-import json
 import pathlib
 from typing import Any
 
@@ -13,16 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  with (workdir / "metrics.jsonl").open() as file:
-    return [json.loads(line) for line in file]
-
-
-def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
-  """Steps and values of one metric, 'train/loss'."""
-  found = [(line["step"], line[name]) for line in lines if name in line]
-  return [step for step, _ in found], [value for _, value in found]
+from moe_jax.report import runs
 
 
 def summary(workdir: str, result: dict[str, Any]) -> str:
@@ -30,8 +17,8 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   path = pathlib.Path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
-  measured = read_metrics(path)
-  rates = series(measured, "train/tokens_per_s")[1]
+  measured = runs.read_lines(path / "metrics.jsonl")
+  rates = runs.series(measured, "train/tokens_per_s")[1]
   lines = [
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
     f"{result['active_parameters'] / 1e6:,.2f}M active per token",
@@ -85,8 +72,8 @@ def _save(figure, path: pathlib.Path, name: str) -> str:
 
 def _plot_loss(path, lines, result) -> str:
   figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-  axes.plot(*series(lines, "train/loss"), color="#9ecae1", lw=1, label="training batch")
-  axes.plot(*series(lines, "validation/loss"), "o-", color="#08519c", ms=4, label="validation")
+  axes.plot(*runs.series(lines, "train/loss"), color="#9ecae1", lw=1, label="training batch")
+  axes.plot(*runs.series(lines, "validation/loss"), "o-", color="#08519c", ms=4, label="validation")
   # gzip's bits per byte on the loss axis: nats per byte, which is per token for byte tokens.
   nats = result["gzip_bits_per_byte"] * np.log(2) * result["bytes"] / result["tokens"]
   axes.axhline(nats, color="#666666", ls="--", lw=1, label="gzip -9 per document")
@@ -124,7 +111,7 @@ def _plot_balance(path, lines, result) -> str:
     (top, "train/max_vio_Z", 1, "MaxVio (0 is balanced)"),
     (bottom, "train/drop_fraction_Z", 100, "assignments dropped, %"),
   ):
-    steps, values = series(lines, name)
+    steps, values = runs.series(lines, name)
     for z, layer in enumerate(result["layers"]):
       colour = plt.cm.viridis(z / max(len(result["layers"]) - 1, 1))
       axes.plot(steps, [scale * v[z] for v in values], color=colour, lw=1, label=f"layer {layer}")

@@ -1,0 +1,159 @@
+"""Three labelled kinds of text in every Python's standard library: code, prose and bytecode.
+
+A mixture whose parts are known lets one ask whether experts tell them apart. The texts are a
+function of the sources and of the interpreter's version, and need no network. They are cut into
+pages, in an order by hash, so that a few rows already hold many files of every domain.
+"""
+
+import ast
+import dis
+import inspect
+import io
+import itertools
+import pathlib
+import re
+import tokenize
+import types
+import warnings
+from collections.abc import Iterator
+
+from moe_jax.data import text_files
+
+DOMAINS = ("code", "prose", "bytecode")
+VERSION = "1"  # of the texts made here; part of their cache key
+# Characters of a file's text that are kept: these bring the domains to about the same size.
+_LONGEST = {"code": 20_000, "prose": 40_000, "bytecode": 8_000}
+_PAGE = 2_000  # characters of a document
+_TOPICS = "pydoc_data/topics.py"  # the language reference, in one dict
+
+
+def sources() -> tuple[pathlib.Path, list[str]]:
+  """The standard library's folder, and its .py files that people wrote and every packager ships.
+
+  Without tests, which some packagers leave out, the tables of `encodings`, and what a build writes.
+  """
+  root, names = text_files.stdlib()
+  left_out = {"test", "tests", "idle_test", "encodings"}
+  return root, [
+    name
+    for name in names
+    if not left_out & set(name.split("/")[:-1]) and not name.startswith("_sysconfigdata")
+  ]
+
+
+def documents(root: pathlib.Path, names: list[str], split: str) -> Iterator[text_files.Document]:
+  """(domain/path:page, text) of the files in `split`, which all that a file gives shares."""
+  for label, text in _texts(root, names, split):
+    for number, page in enumerate(pages(text, _LONGEST[label.split("/")[0]])):
+      yield f"{label}:{number}", page
+
+
+def _texts(root: pathlib.Path, names: list[str], split: str) -> Iterator[text_files.Document]:
+  read = (name for name in names if name == _TOPICS or text_files.split_of(name) == split)
+  for name, source in text_files.stdlib_documents(root, read):
+    if name == _TOPICS:
+      for topic, text in topics(source).items():
+        if text_files.split_of(f"{name}:{topic}") == split:
+          yield f"prose/{name}:{topic}", text
+      continue
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # invalid escapes, `is` with a literal
+      try:
+        # optimize=2 leaves the docstrings out.
+        compiled = compile(source, name, "exec", dont_inherit=True, optimize=2)
+        code, prose = separate(source)
+      except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
+        continue  # no Python of this version, as lib2to3's samples
+    yield f"code/{name}", code
+    yield f"prose/{name}", prose
+    yield f"bytecode/{name}", listing(compiled, _LONGEST["bytecode"])
+
+
+def pages(text: str, longest: int) -> Iterator[str]:
+  """The first `longest` characters in pages that end at ends of lines; empty ones are left out."""
+  page, length = [], 0
+  for line in text[:longest].splitlines(keepends=True):
+    if length + len(line) > _PAGE and page:
+      yield from filter(str.strip, ["".join(page)])
+      page, length = [], 0
+    page.append(line)
+    length += len(line)
+  yield from filter(str.strip, ["".join(page)])
+
+
+def topics(source: str) -> dict[str, str]:
+  """The dict that pydoc_data/topics.py assigns."""
+  assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+  return ast.literal_eval(assigned[0].value) if assigned else {}
+
+
+def separate(source: str) -> tuple[str, str]:
+  """(the source without docstrings and comments, their text in order).
+
+  A string that is a statement by itself counts as a docstring.
+  """
+  lines = source.split("\n")
+  tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+  prose: list[str] = []
+  emptied = set()
+  statement_begins, last_comment = True, -2
+  for token, following in itertools.pairwise(tokens):
+    row, column = token.start[0] - 1, token.start[1]
+    if token.type == tokenize.COMMENT:
+      lines[row] = lines[row][:column].rstrip()
+      emptied.add(row)
+      text = re.sub(r"^#+ ?", "", token.string)
+      if last_comment == row - 1 and prose:
+        prose[-1] += "\n" + text
+      else:
+        prose.append(text)
+      last_comment = row
+    elif token.type == tokenize.STRING and statement_begins:
+      ends = following.type in (tokenize.NEWLINE, tokenize.COMMENT)
+      value = ast.literal_eval(token.string) if ends else b""
+      if isinstance(value, str):
+        prose.append(inspect.cleandoc(value))
+        for line in range(row, token.end[0]):
+          lines[line] = ""
+          emptied.add(line)
+    if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+      statement_begins = token.type == tokenize.NEWLINE
+  code = "\n".join(line for n, line in enumerate(lines) if line.strip() or n not in emptied)
+  said = (text.strip("\n") for text in prose if any(map(str.isalpha, text)))
+  return code.strip("\n") + "\n", "\n\n".join(said) + "\n"
+
+
+def listing(code: types.CodeType, enough: int) -> str:
+  """What `dis` shows of the code object and those inside it; stops after `enough` characters.
+
+  Without what changes from run to run: addresses, and the order of a frozenset. Long constants are
+  cut, since what they say is prose or data.
+  """
+  lines, length = [], 0
+  waiting = [code]
+  while waiting and length < enough:
+    function = waiting.pop(0)
+    constants = [c for c in function.co_consts if isinstance(c, types.CodeType)]
+    waiting = constants + waiting
+    shown = [f"{function.co_qualname}:"]
+    for step in dis.get_instructions(function):
+      named = step.argval if step.opname.endswith("_CONST") else None
+      argument = _constant(named) if isinstance(named, _UNSTABLE) else step.argrepr
+      argument = argument or ("" if step.arg is None else str(step.arg))
+      shown.append(f"{step.offset:>6} {step.opname} {argument[:60]}".rstrip())
+    lines += shown
+    length += sum(map(len, shown)) + len(shown)
+  return "\n".join(lines) + "\n"
+
+
+_UNSTABLE = (types.CodeType, frozenset, tuple)
+
+
+def _constant(value: object) -> str:
+  if isinstance(value, types.CodeType):
+    return f"<code {value.co_name}>"
+  if isinstance(value, frozenset):
+    return "{" + ", ".join(sorted(map(_constant, value))) + "}"
+  if isinstance(value, tuple):
+    return "(" + ", ".join(map(_constant, value)) + ("," if len(value) == 1 else "") + ")"
+  return repr(value)

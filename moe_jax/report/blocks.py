@@ -1,0 +1,108 @@
+"""What a report is made of, before it is Markdown or HTML; and how its numbers are written."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from moe_jax.report.table import Spread
+
+UNKNOWN = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmName:
+  """A cell that names an arm; `colour` is its place in the study."""
+
+  name: str
+  colour: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """Paragraphs, from a user or from us; blank lines part them."""
+
+  text: str
+  small: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  title: str  # may be empty
+  head: list[str]
+  rows: list[list[str | ArmName]]
+  left: tuple[int, ...] = (0,)  # columns of words; the others are numbers, to the right
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+  name: str  # of its file
+  title: str
+  svg: str  # without a legend
+  legend: list[ArmName]
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+  title: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  title: str
+  blocks: list[Any]
+
+
+_LABELLED = re.compile(r"([A-Z]\w*) {2,}(\S.*)")
+
+
+def paragraphs(text: str) -> list[list[tuple[str, str]]]:
+  """Paragraphs of lines (label, text). 'Expect   the loss' begins a line, whose label is Expect."""
+  found = []
+  for paragraph in re.split(r"\n\s*\n", text.strip()):
+    lines: list[tuple[str, str]] = []
+    for line in filter(None, map(str.strip, paragraph.splitlines())):
+      labelled = _LABELLED.match(line)
+      if labelled or not lines:
+        lines.append(labelled.groups() if labelled else ("", line))
+      else:
+        lines[-1] = (lines[-1][0], f"{lines[-1][1]} {line}")
+    if lines:
+      found.append(lines)
+  return found
+
+
+def si(value: float | None, unit: str = "") -> str:
+  """1234567 -> '1.23M'."""
+  if value is None or not math.isfinite(value):
+    return UNKNOWN
+  for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    if abs(value) >= 10**power:
+      return f"{value / 10**power:.3g}{letter}{unit}"
+  return f"{value:.3g}{unit}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+  return UNKNOWN if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
+
+
+def percent(share: float | None) -> str:
+  return UNKNOWN if share is None else f"{100 * share:.1f}"
+
+
+def spread(value: Spread | None, digits: int = 4, sign: str = "", error: bool = False) -> str:
+  """'1.7687 ± 0.0030'; the spread is the sample's, or with `error` that of the mean."""
+  if value is None:
+    return UNKNOWN
+  around = value.error if error else value.std
+  mean = f"{value.mean:{sign}.{digits}f}"
+  return mean if around is None else f"{mean} ± {around:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+  if seconds is None:
+    return UNKNOWN
+  if seconds < 100:
+    return f"{seconds:.1f} s"
+  return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

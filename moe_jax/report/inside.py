@@ -1,0 +1,103 @@
+"""Single runs from the inside: loads over time, and a text with the experts of its tokens."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from moe_jax.report.runs import Run, Study, series
+
+_COLUMNS = 100  # of a heat map; fewer where that would make the page heavy
+_CELLS = 1_000_000  # of all heat maps of a page
+_LAYERS = 6  # of a picture; the page shows every layer
+
+
+def heat(run: Run, columns: int) -> dict[str, Any]:
+  """{steps: last of each bin, load_ZES: mean load / fair share}; empty for a dense run."""
+  steps, loads = series(run.train, "load_ZE")
+  if not steps:
+    return {}
+  bins = np.array_split(np.arange(len(steps)), min(len(steps), columns))
+  load_SZE = np.array([np.mean([loads[i] for i in part], axis=0) for part in bins])
+  load_ZES = load_SZE.transpose(1, 2, 0) * load_SZE.shape[2]
+  return {"steps": [steps[part[-1]] for part in bins], "load_ZES": load_ZES}
+
+
+def data(study: Study) -> list[dict[str, Any]]:
+  """What the page's script draws from, for every MoE run that has logged anything."""
+  shapes = [np.shape(series(run.train[-1:], "load_ZE")[1]) for _, run in study.runs]
+  cells = sum(int(np.prod(shape)) for shape in shapes if shape)
+  columns = int(np.clip(_CELLS // max(cells, 1), 20, _COLUMNS))
+  found = []
+  for arm, run in study.runs:
+    loads = heat(run, columns)
+    if not loads and not run.routing:
+      continue
+    if loads:
+      loads["load_ZES"] = np.rint(100 * loads["load_ZES"]).astype(int).tolist()
+    routing = run.routing
+    found.append(
+      {
+        "label": f"{arm.name}, seed {run.seed}",
+        "layers": run.layers(),
+        "heat": loads,
+        "text": _rounded(routing.get("text") or {}),
+        "domains": routing.get("domains") or [],
+        "domain_load_ZGE": _rounded(routing.get("domain_load_ZGE") or []),
+        "top_tokens_ZE": _rounded(routing.get("top_tokens_ZE") or []),
+      }
+    )
+  return found
+
+
+def _rounded(value: Any) -> Any:
+  """Three digits are enough to look at."""
+  if isinstance(value, dict):
+    return {name: _rounded(item) for name, item in value.items()}
+  if isinstance(value, list):
+    return [_rounded(item) for item in value]
+  return round(value, 3) if isinstance(value, float) else value
+
+
+def picture(study: Study, path: pathlib.Path) -> bool:
+  """A PNG with a row for each MoE arm (its first run) and a column for each layer."""
+  rows = []
+  for arm in study.arms:
+    found = next((pair for run in arm.runs if (pair := (run, heat(run, _COLUMNS)))[1]), None)
+    if found:
+      rows.append((arm, *found))
+  if not rows:
+    return False
+  shown = [np.unique(np.linspace(0, len(h["load_ZES"]) - 1, _LAYERS).astype(int)) for *_, h in rows]
+  width = max(map(len, shown))
+  figure, axes = plt.subplots(
+    len(rows), width, squeeze=False, figsize=(1.6 + 2.3 * width, 0.6 + 1.6 * len(rows)),
+    layout="constrained", sharex="row",
+  )  # fmt: skip
+  for (arm, run, loads), layers, line in zip(rows, shown, axes, strict=True):
+    for z, place in zip(layers, line, strict=False):
+      image = place.imshow(
+        loads["load_ZES"][z], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto",
+        interpolation="nearest", extent=_extent(loads),
+      )  # fmt: skip
+      place.set_title(f"layer {run.layers()[z]}", fontsize="small")
+      place.tick_params(labelsize="x-small")
+    line[0].set_ylabel(f"{arm.name}\nexpert", fontsize="small", parse_math=False)
+    for place in line[len(layers) :]:
+      place.set_axis_off()
+  for place in axes[-1]:
+    place.set_xlabel("step", fontsize="small")
+  figure.colorbar(image, ax=axes, extend="max", label="load / fair share")
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+  return True
+
+
+def _extent(loads: dict[str, Any]) -> tuple[float, float, float, float]:
+  """Expert 0 at the top, its number in the middle of its row."""
+  experts = loads["load_ZES"].shape[1]
+  return 0, max(loads["steps"][-1], 1), experts - 0.5, -0.5

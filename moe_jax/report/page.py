@@ -1,0 +1,150 @@
+"""report.html: one file with its style, script and data inside; it asks nothing of any network."""
+
+import html
+import json
+import math
+import pathlib
+from typing import Any
+
+from moe_jax.report import blocks, charts
+from moe_jax.report.blocks import ArmName, Chart, Code, Section, Table, Text
+
+_HERE = pathlib.Path(__file__).parent
+_SWATCHES = "".join(f".b{i}{{color:var(--s{i})}}" for i in range(charts.COLOURS))
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title>
+<style>:root{{{light}}}
+@media (prefers-color-scheme: dark){{:root{{{dark}}}}}
+{charts}
+{style}</style>
+</head>
+<body>
+<main>
+<header><h1>{title}</h1><nav>{links}</nav></header>
+{sections}
+</main>
+<div id="tip" role="tooltip" hidden></div>
+<script type="application/json" id="data">{data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+_INSIDE = """\
+<div class="controls">
+<label>Run <select id="run"></select></label>
+<div id="layers" role="group" aria-label="Layer"></div>
+</div>
+<h3>Load of the experts over training</h3>
+<div id="heat">
+<canvas id="map" role="img" aria-label="Load of each expert at each step"></canvas>
+<div class="scale"><span>0</span><i></i><span>2x fair share or more</span></div>
+<p class="small" id="heat-note" aria-live="polite"></p>
+</div>
+<h3>A text, by the expert that took each token</h3>
+<p class="small" id="text-note"></p>
+<div id="legend" role="group" aria-label="Experts; choose one to see its tokens alone"></div>
+<div id="text" aria-label="Text; arrow keys go from token to token"></div>
+<h3>What each expert takes</h3>
+<div class="scroll" tabindex="0"><table id="experts"></table></div>
+<noscript><p>This section needs JavaScript.</p></noscript>
+"""
+
+
+def cell(value: str | ArmName) -> str:
+  if isinstance(value, ArmName):
+    kind = f"b{value.colour % charts.COLOURS}" + " hollow" * (value.colour >= charts.COLOURS)
+    return f'<i class="swatch {kind}"></i>{html.escape(value.name)}'
+  return html.escape(value)
+
+
+def table(block: Table) -> str:
+  def row(cells: list[Any], tag: str) -> str:
+    marks = [
+      ' class="arm"' if isinstance(c, ArmName) else "" if i in block.left else ' class="n"'
+      for i, c in enumerate(cells)
+    ]
+    made = (f"<{tag}{m}>{cell(c)}</{tag}>" for m, c in zip(marks, cells, strict=True))
+    return f"<tr>{''.join(made)}</tr>"
+
+  title = f"<h3>{html.escape(block.title)}</h3>" if block.title else ""
+  rows = "\n".join(row(cells, "td") for cells in block.rows)
+  return (
+    f'{title}<div class="scroll" tabindex="0"><table>'
+    f"<thead>{row(block.head, 'th')}</thead><tbody>{rows}</tbody></table></div>"
+  )
+
+
+def text(block: Text) -> str:
+  kind = ' class="small"' if block.small else ""
+  found = []
+  for lines in blocks.paragraphs(block.text):
+    made = (f"<b>{html.escape(a)}</b> {html.escape(b)}" if a else html.escape(b) for a, b in lines)
+    found.append(f"<p{kind}>{'<br>'.join(made)}</p>")
+  return "".join(found)
+
+
+def code(block: Code) -> str:
+  return (
+    f"<details><summary>{html.escape(block.title)}</summary>"
+    f'<pre tabindex="0">{html.escape(block.text)}</pre></details>'
+  )
+
+
+def chart_row(found: list[Chart]) -> str:
+  """Charts side by side, under one legend of all their arms."""
+  arms = dict.fromkeys(arm for chart in found for arm in chart.legend)
+  names = "".join(f"<li>{cell(arm)}</li>" for arm in sorted(arms, key=lambda arm: arm.colour))
+  drawn = "".join(
+    f"<figure><figcaption>{html.escape(c.title)}</figcaption>{c.svg}</figure>" for c in found
+  )
+  return f'<ul class="legend">{names}</ul><div class="charts">{drawn}</div>'
+
+
+def section(found: Section, anchor: str) -> str:
+  parts = [f'<section id="{anchor}"><h2>{html.escape(found.title)}</h2>']
+  drawn = [block for block in found.blocks if isinstance(block, Chart)]
+  if drawn:
+    parts.append(chart_row(drawn))
+  for block in found.blocks:
+    if not isinstance(block, Chart):
+      parts.append({Table: table, Text: text, Code: code}[type(block)](block))
+  return "\n".join([*parts, "</section>"])
+
+
+def embedded(value: Any) -> str:
+  """JSON that cannot end its script element; what is not finite is null, as JSON has no such."""
+  return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _finite(item) for name, item in value.items()}
+  if isinstance(value, list):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render(title: str, sections: list[Section], runs: list[dict[str, Any]]) -> str:
+  made = [(found.title, section(found, f"s{i}")) for i, found in enumerate(sections)]
+  if runs:
+    inside = f'<section id="inside"><h2>Inside a run</h2>{_INSIDE}</section>'
+    place = next((i for i, (name, _) in enumerate(made) if name == "Balance"), len(made) - 1)
+    made.insert(place + 1, ("Inside a run", inside))
+  links = []
+  for name, body in made:
+    anchor = body.split('id="', 1)[1].split('"', 1)[0]
+    links.append(f'<a href="#{anchor}">{html.escape(name)}</a>')
+  return _PAGE.format(
+    title=html.escape(title), light=charts.LIGHT, dark=charts.DARK, charts=charts.STYLE + _SWATCHES,
+    style=(_HERE / "page.css").read_text(), script=(_HERE / "page.js").read_text(),
+    data=embedded(runs), links="".join(links),
+    sections="\n".join(body for _, body in made),
+  )  # fmt: skip

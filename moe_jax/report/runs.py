@@ -1,0 +1,225 @@
+"""Workdirs, read into plain values. Whatever a run has not written yet is empty here."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import UserError
+
+SEEDS = ("train.seed", "data.seed")
+_TAIL = 20  # lines of log.txt that explain a failure
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+  """One workdir. Names in `train` and `validation` lines have lost their prefix."""
+
+  name: str
+  seed: int
+  status: str  # waiting, running, finished, failed, stopped; unfinished where no sweep says which
+  command: str = ""
+  evaluate: str = ""
+  seconds: float = 0.0
+  error: str = ""
+  config: dict[str, Any] = dataclasses.field(default_factory=dict)  # flat: "model.moe.top_k"
+  train: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  validation: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  eval: dict[str, Any] = dataclasses.field(default_factory=dict)
+  routing: dict[str, Any] = dataclasses.field(default_factory=dict)
+  alarms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+  @property
+  def step(self) -> int:
+    """The newest step that a metrics line speaks of."""
+    return max((line["step"] for line in self.train[-1:] + self.validation[-1:]), default=0)
+
+  def curve(self) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and validation losses (nats per token, language model only)."""
+    steps, losses = series(self.validation, "loss")
+    return np.array(steps, float), np.array(losses, float)
+
+  def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
+    """Training time at these steps, linear between log lines; None where it was not measured."""
+    known, seconds = series(self.train, "seconds")
+    return np.interp(steps, [0, *known], [0, *seconds]) if known else None
+
+  def layers(self) -> list[int]:
+    """Index in the model of each MoE layer, or 0, 1, ... where no evaluation has said it."""
+    count = len(next((line["load_ZE"] for line in reversed(self.train) if "load_ZE" in line), []))
+    return self.routing.get("layers") or self.eval.get("layers") or list(range(count))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Arm:
+  name: str
+  runs: list[Run]
+  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def finished(self) -> list[Run]:
+    return [run for run in self.runs if run.status == "finished"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Study:
+  """What a report is about: a sweep, or some workdirs that a user named."""
+
+  title: str
+  arms: list[Arm]
+  question: str = ""
+  published: str = ""
+  band: str = ""
+  sweep: str = ""
+  base: str = ""
+  target_arm: str = ""
+
+  @property
+  def runs(self) -> list[tuple[Arm, Run]]:
+    return [(arm, run) for arm in self.arms for run in arm.runs]
+
+
+def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
+  """Steps and values of one metric."""
+  found = [(line["step"], line[name]) for line in lines if name in line]
+  return [step for step, _ in found], [value for _, value in found]
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The objects of a .jsonl file. A cut-off line, the last of a run being written, is left out."""
+  if not path.is_file():
+    return []
+  lines = []
+  for text in path.read_text(errors="replace").splitlines():
+    try:
+      line = json.loads(text)
+    except ValueError:
+      continue
+    if isinstance(line, dict) and "step" in line:
+      lines.append(line)
+  return lines
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """A .json file's object; empty where it is missing or half written."""
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def read_run(workdir: pathlib.Path, name: str, **known: Any) -> Run:
+  """Reads a workdir; `known` are fields of Run that a sweep knows better than its files."""
+  lines = read_lines(workdir / "metrics.jsonl")
+  config = flat(read_object(workdir / "config.json"))
+  run = Run(
+    name=name,
+    seed=config.get("train.seed", 0),
+    status="",
+    config=config,
+    train=_with_prefix(lines, "train/"),
+    validation=_with_prefix(lines, "validation/"),
+    eval=read_object(workdir / "eval.json"),
+    routing=read_object(workdir / "routing.json"),
+    alarms=read_lines(workdir / "alarms.jsonl"),
+  )
+  run = dataclasses.replace(run, **known)
+  if not run.status:
+    done = run.step >= config.get("train.steps", 1 << 62) and run.validation
+    run.status = "finished" if done else "unfinished"
+  if run.status in ("failed", "stopped", "unfinished") and not run.error:
+    run.error = log_tail(workdir)
+  return run
+
+
+def read_sweep(out: pathlib.Path) -> Study:
+  """The study of a folder that sweep.py made."""
+  sweep = read_object(out / "sweep.json")
+  if not sweep.get("arms"):
+    raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
+  runs: dict[str, list[Run]] = {}
+  known = ("seed", "command", "evaluate", "status", "seconds", "error")
+  for entry in sweep.get("runs", []):
+    fields = {name: entry[name] for name in known if entry.get(name) is not None}
+    run = read_run(out / entry["workdir"], entry["workdir"], **fields)
+    runs.setdefault(entry["arm"], []).append(run)
+  arms = [
+    Arm(
+      name=arm["name"], runs=runs.get(arm["name"], []), overrides=arm.get("overrides") or {},
+      notes=list(arm.get("notes") or []),
+    )
+    for arm in sweep["arms"]
+  ]  # fmt: skip
+  texts = ("question", "published", "band", "sweep", "base", "target_arm")
+  return Study(
+    title=pathlib.Path(sweep.get("sweep") or out.resolve().name).stem, arms=arms,
+    **{name: sweep.get(name) or "" for name in texts},
+  )  # fmt: skip
+
+
+def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
+  """The study of any workdirs: one arm for all that differ in nothing but their seeds."""
+  for path in workdirs:
+    if not (path / "config.json").is_file():
+      raise UserError(f"{path}: neither a run (config.json) nor a sweep (sweep.json) is there")
+  paths = list(dict.fromkeys(path.resolve() for path in workdirs))
+  root = parent(paths)
+  groups: dict[str, list[Run]] = {}
+  for path in paths:
+    run = read_run(path, path.relative_to(root).as_posix())
+    settings = {name: value for name, value in run.config.items() if name not in SEEDS}
+    groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+  arms: dict[str, Arm] = {}
+  for runs in groups.values():
+    name = common_name([run.name for run in runs])
+    name = f"{name} ({runs[0].name})" if name in arms else name
+    arms[name] = Arm(name=name, runs=sorted(runs, key=lambda run: run.seed))
+  if target_arm and target_arm not in arms:
+    raise UserError(f"--target={target_arm}: no such arm; there are: {', '.join(arms)}")
+  return Study(title=root.name, arms=list(arms.values()), target_arm=target_arm)
+
+
+def parent(paths: list[pathlib.Path]) -> pathlib.Path:
+  """The folder that all of these workdirs are in."""
+  return pathlib.Path(os.path.commonpath([path.resolve().parent for path in paths]))
+
+
+def common_name(names: list[str]) -> str:
+  """'dense-s0', 'dense-s1' -> 'dense'; one name stays as it is."""
+  if len(names) == 1:
+    return names[0]
+  same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+  prefix = "".join(letters[0] for letters in same)
+  return re.sub(r"[/_.-]+(seed|s)?[=_-]?\d*$", "", prefix) or names[0]
+
+
+def log_tail(workdir: pathlib.Path) -> str:
+  """The last lines of the run's log.txt."""
+  path = workdir / "log.txt"
+  if not path.is_file():
+    return ""
+  return "\n".join(path.read_text(errors="replace").splitlines()[-_TAIL:])
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  found = {}
+  for name, value in nested.items():
+    found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return found
+
+
+def _with_prefix(lines: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+  """The lines that have this prefix, without it."""
+  found = []
+  for line in lines:
+    values = {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
+    if values:
+      found.append({"step": line["step"], **values})
+  return found

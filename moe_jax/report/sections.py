@@ -1,0 +1,212 @@
+"""The report's sections on results: question, table, curves, failures, configs. No format yet."""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+
+from moe_jax.report import blocks, charts, table
+from moe_jax.report.blocks import UNKNOWN, ArmName, Code, Section, Table, Text
+from moe_jax.report.runs import Arm, Run, Study
+from moe_jax.report.table import Comparison, Row
+
+_NOTE = """\
+Loss: nats per token of the language model alone, from {source}; mean ± standard deviation of the
+sample over seeds, finished runs only. Tokens/s: the median of the runs' medians; runs that shared a
+machine slowed each other down. Dropped, MaxVio (largest load / fair share - 1) and dead experts: in
+that evaluation, mean over layers (dead: sum) and seeds; in brackets over the last quarter of the
+training."""
+_TARGET_NOTE = """\
+Target: {target:.4f}, the mean of the validation losses with which {arm} ended its training. Steps
+to it: where each seed's validation curve, linear between evaluations, first gets there, then the
+mean over seeds; for {arm} itself, where its mean curve does. In brackets: how many times fewer, or
+how many of the seeds get there. Difference: mean ± standard error, paired by seed."""
+
+
+def arm_names(study: Study) -> dict[str, ArmName]:
+  return {arm.name: ArmName(arm.name, colour) for colour, arm in enumerate(study.arms)}
+
+
+def question(study: Study) -> Section:
+  found = [Text(study.question)] if study.question.strip() else []
+  if study.published:
+    found.append(Text(f"Published   {study.published}"))
+  if study.band:
+    found.append(Text(f"Band   stated before the run: {study.band}"))
+  counts = Counter(run.status for _, run in study.runs)
+  states = ", ".join(f"{n} {status}" for status, n in counts.items())
+  found.append(Text(f"{len(study.arms)} arms, {len(study.runs)} runs: {states}.", small=True))
+  return Section("Question" if study.question.strip() else "Runs", found)
+
+
+def results(study: Study, compared: Comparison) -> Section:
+  names = arm_names(study)
+  head = ["arm", "seeds", "validation loss", "bits per byte"]
+  if study.target_arm:
+    head += [f"loss - {study.target_arm}", "steps to target", "time to target"]
+  head += [
+    "tokens/s", "FLOPs per token", "parameters, active", "dropped, % (in training)",
+    "MaxVio", "dead experts", "alarms",
+  ]  # fmt: skip
+  rows = [_cells(row, names[row.arm.name], compared, study.target_arm) for row in compared.rows]
+  notes = [Text(_NOTE.format(source=compared.source), small=True)]
+  if compared.target is not None:
+    note = _TARGET_NOTE.format(target=compared.target, arm=study.target_arm)
+    notes.append(Text(note, small=True))
+  return Section("Results", [Table("", head, rows), *notes])
+
+
+def _cells(row: Row, name: ArmName, compared: Comparison, target_arm: str) -> list[str | ArmName]:
+  in_training = "" if row.train_drop is None else f" ({blocks.percent(row.train_drop)})"
+  planned, done = len(row.arm.runs), len(row.arm.finished)
+  cells = [
+    name,
+    f"{done}" if done == planned else f"{done} of {planned}",
+    blocks.spread(row.loss),
+    blocks.number(row.bits_per_byte, 4),
+  ]
+  if target_arm:
+    cells += [
+      UNKNOWN if name.name == target_arm else blocks.spread(row.difference, sign="+", error=True),
+      *_reached(row, compared.target),
+    ]
+  return [
+    *cells,
+    blocks.si(row.tokens_per_s),
+    blocks.si(row.flops_per_token),
+    f"{blocks.si(row.parameters)}, {blocks.si(row.active_parameters)}",
+    UNKNOWN if row.drop is None else blocks.percent(row.drop) + in_training,
+    blocks.number(row.max_vio),
+    blocks.number(row.dead_experts, 1),
+    str(row.alarms),
+  ]
+
+
+def _reached(row: Row, target: float | None) -> tuple[str, str]:
+  """Cells for the steps and the time to the target loss."""
+  done = len(row.arm.finished)
+  if target is None or not done:
+    return UNKNOWN, UNKNOWN
+  if row.reached is None:
+    return "not reached", "not reached"
+  steps, seconds = row.reached.steps, row.reached.seconds
+  times = blocks.duration(seconds.mean if seconds else None)
+  cells = []
+  for text, speedup in (
+    (f"{steps.mean:,.0f}", row.reached.speedup), (times, row.reached.time_speedup),
+  ):  # fmt: skip
+    missed = row.reached.speedup is None and steps.n < done
+    extra = f" ({steps.n} of {done})" if missed else ""
+    cells.append(text + (f" ({speedup:.2f}x)" if speedup else extra))
+  return cells[0], cells[1]
+
+
+def drawn(arm: Arm) -> list[Run]:
+  """The runs that an arm's curves are drawn from: a failed run would cut the mean short."""
+  return arm.finished or [run for run in arm.runs if run.train or run.validation]
+
+
+def flops_at(run: Run, arm: Arm, steps: np.ndarray) -> np.ndarray | None:
+  """Training FLOPs until these steps; the count per token is the same for all seeds."""
+  per_token = next((r.eval["flops_per_token"] for r in arm.runs if "flops_per_token" in r.eval), 0)
+  tokens = run.config.get("data.batch_size", 0) * run.config.get("data.seq_len", 0)
+  return per_token * tokens * steps if per_token and tokens else None
+
+
+def curves(study: Study, compared: Comparison) -> Section:
+  names = arm_names(study)
+  ways = (
+    ("loss_steps", "Validation loss over steps", "step", lambda run, arm, steps: steps),
+    ("loss_flops", "Validation loss over training FLOPs", "FLOPs", flops_at),
+    (
+      "loss_time", "Validation loss over wall-clock", "seconds of training",
+      lambda run, arm, steps: run.seconds_at(steps),
+    ),
+  )  # fmt: skip
+  guide = (compared.target, "target") if compared.target is not None else None
+  found = []
+  for name, title, x_label, way in ways:
+    lines = []
+    for arm in study.arms:
+      runs = [run for run in drawn(arm) if run.validation]
+      steps, losses = table.mean_curve([run.curve() for run in runs])
+      where = table.mean_of(way(run, arm, steps) for run in runs)
+      if where is None or not len(steps):
+        continue
+      thin = []
+      for run in runs if len(runs) > 1 else []:
+        at, values = run.curve()
+        if (x := way(run, arm, at)) is not None:
+          thin.append(pairs(x, values))
+      lines.append(charts.Line(names[arm.name], pairs(where, losses), thin))
+    axes = charts.Axes(x=x_label, y="nats per token", guide=guide, skip=1 / 3)
+    found += charts.chart(name, title, lines, axes)
+  note = "Bold: mean over seeds; thin: each seed. The first third may lie above the picture."
+  return Section("Curves", [*found, Text(note, small=True)] if found else [])
+
+
+def pairs(x: np.ndarray, y: np.ndarray) -> charts.Points:
+  return list(zip(map(float, x), map(float, y), strict=True))
+
+
+def failures(study: Study) -> Section:
+  names = arm_names(study)
+  found = []
+  bad = [(arm, run) for arm, run in study.runs if run.status not in ("finished", "waiting")]
+  if bad:
+    rows = [[names[arm.name], str(run.seed), run.status, f"{run.step:,}"] for arm, run in bad]
+    head = ["arm", "seed", "status", "newest step"]
+    found.append(Table("Runs that are not finished", head, rows, left=(0, 2)))
+  found += [Code(f"{run.name}: end of its log", run.error) for _, run in bad if run.error.strip()]
+  rows = []
+  for arm, run in study.runs:
+    groups: dict[tuple, list[dict]] = {}
+    for alarm in run.alarms:
+      groups.setdefault((alarm.get("alarm", ""), alarm.get("layer", -1)), []).append(alarm)
+    for (kind, layer), alarms in groups.items():
+      where = "all" if layer == -1 else str(layer)
+      first = alarms[0]
+      rows.append(
+        [
+          names[arm.name], str(run.seed), str(kind), where, f"{first['step']:,}", str(len(alarms)),
+          str(first.get("message", "")),
+        ]
+      )  # fmt: skip
+  if rows:
+    head = ["arm", "seed", "alarm", "layer", "first step", "times", "first message"]
+    found.append(Table("Alarms", head, rows, left=(0, 2, 6)))
+  return Section("Failures and alarms", found or [Text("No run failed and no alarm was raised.")])
+
+
+def configs(study: Study) -> Section:
+  found: list = []
+  fields = table.differing(study)
+  if fields:
+    arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
+    rows = [
+      [field, *(_plain(values.get(arm.name, "")) for arm in arms)]
+      for field, values in fields.items()
+    ]
+    found.append(Table("Fields that differ", ["field", *(arm.name for arm in arms)], rows))
+  notes = [[arm_names(study)[arm.name], note] for arm in study.arms for note in arm.notes]
+  if notes:
+    found.append(Table("Notes", ["arm", "note"], notes, left=(0, 1)))
+  if study.base:
+    found.append(Text(f"Base config: {study.base}. Sweep: {study.sweep or UNKNOWN}.", small=True))
+  commands = []
+  for arm, run in study.runs:
+    lines = [line for line in (run.command, run.evaluate) if line]
+    if lines:
+      commands.append("\n".join([f"# {arm.name}, seed {run.seed}", *lines]))
+  if commands:
+    found.append(Code("Commands of all runs", "\n\n".join(commands)))
+  return Section("Configs and commands", found)
+
+
+def _plain(value) -> str:
+  if isinstance(value, str):
+    return value
+  if isinstance(value, float) and math.isfinite(value):
+    return f"{value:g}"
+  return json.dumps(value)

@@ -1,0 +1,222 @@
+"""Statistics of arms over their seeds. Every loss here is the language model's, in nats per token.
+
+Only finished runs are counted: the loss of a run that is half way says nothing about its arm.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from moe_jax.report.runs import Arm, Run, Study, series
+
+LATE = 0.25  # "late in training" is this last part of the log lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  mean: float
+  std: float | None  # of the sample (n - 1); None of a single value
+  n: int
+
+  @property
+  def error(self) -> float | None:
+    """Standard error of the mean."""
+    return None if self.std is None else self.std / math.sqrt(self.n)
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+  """None of no values. A value that is not finite makes the mean so too: it is not left out."""
+  found = [float(v) for v in values if v is not None]
+  if not found:
+    return None
+  if not all(map(math.isfinite, found)):
+    return Spread(math.nan, None, len(found))
+  std = statistics.stdev(found) if len(found) > 1 else None
+  return Spread(statistics.fmean(found), std, len(found))
+
+
+def crossing(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
+  """The first step at which the curve, linear between its points, is at the target or below."""
+  below = np.flatnonzero(losses <= target + 1e-9)
+  if not len(below):
+    return None
+  i = below[0]
+  if i == 0:
+    return float(steps[0])
+  part = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+  part = min(part, 1.0) if math.isfinite(part) else 1.0
+  return float(steps[i - 1] + part * (steps[i] - steps[i - 1]))
+
+
+def mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+  """Mean of some curves (x, y), at the x that all of them have; empty ones aside."""
+  tables = [dict(zip(x.tolist(), y.tolist(), strict=True)) for x, y in curves if len(x)]
+  shared = sorted(set.intersection(*map(set, tables))) if tables else []
+  means = [statistics.fmean(table[x] for table in tables) for x in shared]
+  return np.array(shared, float), np.array(means, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reached:
+  """When an arm came to the target loss."""
+
+  steps: Spread
+  seconds: Spread | None
+  speedup: float | None = None  # the target arm's own steps / these; None if a seed is missing
+  time_speedup: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One arm. None: not known, or no finished run."""
+
+  arm: Arm
+  loss: Spread | None
+  bits_per_byte: float | None  # mean of seeds
+  difference: Spread | None  # from the target arm, run by run of the same seed
+  reached: Reached | None
+  tokens_per_s: float | None
+  flops_per_token: float | None  # in training
+  parameters: int | None
+  active_parameters: int | None
+  drop: float | None  # share of assignments in the evaluation, mean of layers and seeds
+  train_drop: float | None  # the same late in training
+  max_vio: float | None  # mean of layers and seeds
+  dead_experts: float | None  # of all layers, mean of seeds
+  alarms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  rows: list[Row]
+  target: float | None  # loss
+  source: str  # where the losses of the table come from
+
+
+def evaluated(study: Study) -> str:
+  """What eval.json files share if all finished runs have one of their last step, otherwise ''."""
+  kinds = set()
+  for arm in study.arms:
+    for run in arm.finished:
+      found = run.eval
+      stale = "loss" not in found or found.get("step", run.step) < run.step
+      kinds.add("" if stale else f"{found.get('split')} split, {found.get('tokens', 0):,} tokens")
+  return kinds.pop() if len(kinds) == 1 else ""
+
+
+def final(study: Study) -> Callable[[Run], dict[str, Any]]:
+  """Gives a run's last evaluation, of one kind for all runs so that they can be compared."""
+  kind = evaluated(study)
+  return lambda run: run.eval if kind else (run.validation or [{}])[-1]
+
+
+def compare(study: Study) -> Comparison:
+  kind = evaluated(study)
+  last = final(study)
+  by_name = {arm.name: arm for arm in study.arms}
+  target_arm = by_name.get(study.target_arm)
+  target, own = None, None
+  if target_arm:
+    curve = mean_curve([run.curve() for run in target_arm.finished])
+    finals = spread(run.curve()[1][-1] for run in target_arm.finished if run.validation)
+    target = finals.mean if finals and math.isfinite(finals.mean) else None
+    own = _own(target_arm, curve, target)
+  rows = [_row(arm, last, target_arm, target, own) for arm in study.arms]
+  source = f"eval.json: {kind}" if kind else "the last validation in training"
+  return Comparison(rows, target, source)
+
+
+def _own(arm: Arm, curve, target: float | None) -> Reached | None:
+  """The target arm's own way to its final loss: on its mean curve, as single seeds may miss it."""
+  step = None if target is None else crossing(*curve, target)
+  if step is None:
+    return None
+  seconds = [run.seconds_at(np.array(step)) for run in arm.finished]
+  return Reached(Spread(step, None, 1), spread(seconds), 1.0, 1.0)
+
+
+def reached(arm: Arm, target: float | None, own: Reached | None) -> Reached | None:
+  """Seed by seed, then the mean of those that came there."""
+  if target is None:
+    return None
+  found = [(run, crossing(*run.curve(), target)) for run in arm.finished]
+  found = [(run, step) for run, step in found if step is not None]
+  count = spread(step for _, step in found)
+  time = spread(run.seconds_at(np.array(step)) for run, step in found)
+  if count is None:
+    return None
+  if count.n < len(arm.finished) or own is None or not count.mean:
+    return Reached(count, time)
+  known = time and own.seconds and time.mean
+  return Reached(
+    count, time, own.steps.mean / count.mean, own.seconds.mean / time.mean if known else None
+  )
+
+
+def _row(
+  arm: Arm, last: Callable[[Run], dict], target_arm: Arm | None, target: float | None, own
+) -> Row:
+  runs = arm.finished
+
+  def number(name: str) -> float | None:
+    return next((run.eval[name] for run in arm.runs if name in run.eval), None)
+
+  def over(name: str, reduce: Callable) -> float | None:
+    return mean_of(reduce(last(run)[name]) for run in runs if last(run).get(name))
+
+  is_target = arm is target_arm
+  rates = [np.median(v) for run in arm.runs if (v := series(run.train, "tokens_per_s")[1])]
+  return Row(
+    arm=arm,
+    loss=spread(last(run).get("loss") for run in runs),
+    bits_per_byte=mean_of(last(run).get("bits_per_byte") for run in runs),
+    difference=None if is_target or not target_arm else paired(runs, target_arm.finished, last),
+    reached=own if is_target else reached(arm, target, own),
+    tokens_per_s=float(np.median(rates)) if rates else None,
+    flops_per_token=number("flops_per_token"),
+    parameters=number("parameters"),
+    active_parameters=number("active_parameters"),
+    drop=over("drop_fraction_Z", np.mean),
+    train_drop=mean_of(v.mean() for run in runs if (v := late(run, "drop_fraction_Z")) is not None),
+    max_vio=over("max_vio_Z", np.mean),
+    dead_experts=over("dead_experts_Z", np.sum),
+    alarms=sum(len(run.alarms) for run in arm.runs),
+  )
+
+
+def paired(ours: list[Run], theirs: list[Run], last: Callable[[Run], dict]) -> Spread | None:
+  """Differences in loss, ours minus theirs, between runs of the same seed."""
+  other = {run.seed: last(run).get("loss") for run in theirs}
+  pairs = [(last(run).get("loss"), other.get(run.seed)) for run in ours]
+  return spread(a - b for a, b in pairs if a is not None and b is not None)
+
+
+def late(run: Run, name: str) -> np.ndarray | None:
+  """Mean of a training metric, of any shape, over the last part of the log lines."""
+  values = series(run.train, name)[1]
+  if not values:
+    return None
+  return np.mean(np.array(values[-max(1, round(LATE * len(values))) :], float), axis=0)
+
+
+def mean_of(values: Iterable[Any]) -> Any:
+  """Mean of numbers or arrays of one shape; None of none."""
+  found = [np.asarray(v, float) for v in values if v is not None]
+  if not found or any(v.shape != found[0].shape for v in found):
+    return None
+  mean = np.mean(found, axis=0)
+  return float(mean) if mean.ndim == 0 else mean
+
+
+def differing(study: Study) -> dict[str, dict[str, Any]]:
+  """{field: {arm: value}} of the config fields that are not the same in all arms, seeds aside."""
+  configs = {arm.name: next((r.config for r in arm.runs if r.config), {}) for arm in study.arms}
+  configs = {name: config for name, config in configs.items() if config}
+  seeds = ("train.seed", "data.seed")
+  fields = dict.fromkeys(f for config in configs.values() for f in config if f not in seeds)
+  found = {f: {name: config.get(f, "") for name, config in configs.items()} for f in fields}
+  return {f: v for f, v in found.items() if len({repr(x) for x in v.values()}) > 1}
