@@ -10,9 +10,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FEW = (
-  " --config.train.steps=2 --config.optimizer.warmup_steps=1 --config.eval.batches=1"
-  " --config.train.eval_every=2 --config.train.checkpoint_every=2 --config.eval.final_batches=2"
-)
+  "train.steps=2", "optimizer.warmup_steps=1", "eval.batches=1", "train.eval_every=2",
+  "train.checkpoint_every=2", "eval.final_batches=2",
+)  # fmt: skip
 
 
 def commands():
@@ -38,7 +38,10 @@ def test_every_command_runs(tmp_path):
     command = command.replace("runs/", f"{tmp_path}/runs/").replace("PATH", f"{tmp_path}/text")
     command = re.sub(r"\bpython ", f"{sys.executable} ", command)
     if "train.py" in command and "--describe" not in command:
-      command += FEW
+      command += "".join(f" --config.{field}" for field in FEW)
+    if "sweep.py" in command and "--dry-run" not in command:
+      command += " --seeds=0 --arms=top2-none,sigmoid-bias"
+      command += "".join(f" --override={field}" for field in FEW)
     env = {**os.environ, "XLA_FLAGS": "", "MOE_JAX_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
       command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600

@@ -1,0 +1,9 @@
+"""Sweeps: from a question to its runs (language, plan), and the runs to their end (runner, slots).
+
+A sweep file imports from here what it is written in.
+"""
+
+from moe_jax.matching import match
+from moe_jax.sweep.language import Arm, Sweep, arm, product, zipped
+
+__all__ = ["Arm", "Sweep", "arm", "match", "product", "zipped"]

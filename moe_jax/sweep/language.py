@@ -1,0 +1,113 @@
+"""What a sweep file is written in: arms, their products and zips, and the Sweep around them."""
+
+import dataclasses
+import itertools
+import os
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_jax.config import Config, UserError
+
+Transform = Callable[[Config], Config]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+  """A named change of the base config."""
+
+  name: str  # of its folder, too
+  fields: dict[str, Any]  # {"model.moe.top_k": 1}; enums by member or value
+  transforms: tuple[Transform, ...] = ()  # applied in turn after all fields
+  notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+  """What `get_sweep()` of a sweep file returns; the question is the file's docstring."""
+
+  base: str  # a config file
+  arms: Sequence[Arm]
+  seeds: Sequence[int] = (0, 1, 2)  # each sets train.seed and data.seed, the same in every arm
+  target: str = ""  # the arm whose final validation loss the others are timed to; "" for none
+  evaluate: Sequence[str] = ()  # more flags for eval.py: ("--routing",)
+  published: str = ""  # the figure that is reproduced, and where it stands
+  band: str = ""  # what counts as reproduced; state it before the run
+
+
+def arm(name: str, *changes: dict[str, Any] | Transform, notes: str = "") -> Arm:
+  """An arm of fields and transforms: arm("dense", {"train.steps": 100}, match("dense", ...))."""
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.=-]*", name):
+    raise UserError(f"arm {name!r}: a name is a folder, of letters, digits and _ . = -")
+  fields: dict[str, Any] = {}
+  transforms = []
+  for change in changes:
+    if isinstance(change, dict):
+      fields = _merge(name, fields, change)
+    elif callable(change):
+      transforms.append(change)
+    else:
+      raise UserError(f"arm {name}: {change!r} is neither {{field: value}} nor a transform")
+  return Arm(
+    name=name, fields=fields, transforms=tuple(transforms), notes=(notes,) if notes else ()
+  )
+
+
+def product(*lists: Sequence[Arm]) -> list[Arm]:
+  """Every combination of one arm of each list; "a" and "b" become "a-b"."""
+  return [_joined(arms) for arms in itertools.product(*lists)]
+
+
+def zipped(*lists: Sequence[Arm]) -> list[Arm]:
+  """The first arms of all lists joined, then the second ones, and so on."""
+  if len({len(arms) for arms in lists}) > 1:
+    lengths = " and ".join(str(len(arms)) for arms in lists)
+    raise UserError(f"zipped: the lists have {lengths} arms; give each the same number")
+  return [_joined(arms) for arms in zip(*lists, strict=True)]
+
+
+def _joined(arms: Sequence[Arm]) -> Arm:
+  name = "-".join(a.name for a in arms)
+  fields: dict[str, Any] = {}
+  for a in arms:
+    fields = _merge(name, fields, a.fields)
+  transforms = tuple(t for a in arms for t in a.transforms)
+  return Arm(
+    name=name, fields=fields, transforms=transforms, notes=tuple(n for a in arms for n in a.notes)
+  )
+
+
+def _merge(name: str, fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+  both = sorted(fields.keys() & more.keys())
+  if both:
+    raise UserError(
+      f"arm {name}: config.{both[0]} is set twice, to {fields[both[0]]} and {more[both[0]]}; "
+      "leave it to one of the lists"
+    )
+  return fields | more
+
+
+def load(path: str) -> tuple[str, Sweep]:
+  """(question, Sweep) of a sweep file, with one-line errors for what can go wrong in it."""
+  if not os.path.isfile(path):
+    raise UserError(f"--sweep={path}: no such file")
+  try:
+    module = runpy.run_path(path)
+    sweep = module["get_sweep"]()
+  except UserError as error:
+    raise UserError(f"{_place(error, path)}: {error}") from None
+  except Exception as error:  # whatever the file does wrong, say where
+    raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from None
+  if not isinstance(sweep, Sweep):
+    raise UserError(f"{path}: get_sweep() returned {type(sweep).__name__}, not a Sweep")
+  question = (module["__doc__"] or "").strip()
+  if not question:
+    raise UserError(f"{path}: it has no docstring; begin with the question that it answers")
+  return question, sweep
+
+
+def _place(error: Exception, path: str) -> str:
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+  return f"{path}:{lines[-1]}" if lines else path

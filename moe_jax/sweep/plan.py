@@ -1,0 +1,199 @@
+"""From a Sweep to its runs: every arm's config, checked, and every run's command line."""
+
+import difflib
+import enum
+import operator
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moe_jax import command_line, matching, validation
+from moe_jax import config as config_lib
+from moe_jax.config import Config, UserError
+from moe_jax.matching import Measured
+from moe_jax.sweep import language
+from moe_jax.sweep.language import Arm, Sweep
+
+_SEEDS = ("train.seed", "data.seed")
+_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
+
+
+class PlannedArm(NamedTuple):
+  name: str
+  overrides: dict[str, Any]  # {field: value} where it differs from the base, without the seeds
+  notes: list[str]
+  config: Config
+
+
+class Run(NamedTuple):
+  arm: str
+  seed: int
+  workdir: str  # relative to the sweep's folder
+  command: str  # a line for a shell that trains
+  evaluate: str  # and one that evaluates
+  config: Config
+
+
+class Plan(NamedTuple):
+  question: str
+  path: str  # of the sweep file
+  sweep: Sweep
+  base: Config
+  out: pathlib.Path  # where the runs live
+  arms: list[PlannedArm]  # all of the sweep
+  runs: list[Run]  # of the chosen arms and seeds
+
+
+def make(
+  path: str,
+  out: pathlib.Path,
+  *,
+  arms: Sequence[str] = (),
+  seeds: Sequence[int] = (),
+  overrides: dict[str, Any],
+  measured: Measured,
+) -> Plan:
+  """Expands and checks every arm and seed of a sweep file.
+
+  Args:
+    path: of the sweep file.
+    out: where the runs live.
+    arms: names of those to run; none are all.
+    seeds: to run; none are the sweep's.
+    overrides: more fields for every arm, which win over the arms' own, before any match.
+    measured: earlier measurements for matches by wall-clock; new ones are added.
+
+  Raises:
+    UserError: an arm that is no valid config, is another arm under another name, or is not there.
+  """
+  question, sweep = language.load(path)
+  names = [a.name for a in sweep.arms]
+  _check_sweep(path, sweep, names, seeds)
+  for name in arms:
+    _check_name(f"--arms={name}", name, names)
+  base = command_line.load_file(sweep.base)
+  validation.validate(base)  # as train.py does, before it is compared with
+  planned = [_planned(path, a, base, overrides, measured) for a in sweep.arms]
+  same: dict[str, str] = {}
+  for a in planned:
+    first = same.setdefault(config_lib.to_json(a.config), a.name)
+    if first != a.name:
+      raise UserError(f"{path}: the arms {first} and {a.name} are the same config; drop one")
+  plan = Plan(question, path, sweep, base, out, planned, [])
+  chosen = [a for a in planned if a.name in (arms or names)]
+  plan.runs.extend(make_run(plan, a, seed) for a in chosen for seed in seeds or sweep.seeds)
+  return plan
+
+
+def _check_sweep(path: str, sweep: Sweep, names: list[str], seeds: Sequence[int]) -> None:
+  if not sweep.arms:
+    raise UserError(f"{path}: arms is empty; a sweep compares at least one")
+  twice = [name for name in names if names.count(name) > 1]
+  if twice:
+    raise UserError(f"{path}: two arms are called {twice[0]}; rename one")
+  if sweep.target:
+    _check_name(f"{path}: target={sweep.target}", sweep.target, names)
+  for chosen in (sweep.seeds, seeds):
+    bad = len(set(chosen)) < len(chosen) or [s for s in chosen if type(s) is not int or s < 0]
+    if bad or not sweep.seeds:
+      raise UserError(f"{path}: seeds={tuple(chosen)} must be different integers from 0 up")
+  if isinstance(sweep.evaluate, str):
+    raise UserError(
+      f"{path}: evaluate={sweep.evaluate!r} is one string; write ({sweep.evaluate!r},)"
+    )
+
+
+def _check_name(what: str, name: str, names: list[str]) -> None:
+  if name not in names:
+    near = difflib.get_close_matches(name, names, 1)
+    choices = f"the nearest is {near[0]}" if near else f"there are {', '.join(names)}"
+    raise UserError(f"{what}: no arm has that name; {choices}")
+
+
+def _planned(
+  path: str, a: Arm, base: Config, overrides: dict[str, Any], measured: Measured
+) -> PlannedArm:
+  where, notes = f"{path}: arm {a.name}", list(a.notes)
+  seeded = [name for name in _SEEDS if name in a.fields]
+  if seeded:
+    raise UserError(f"{where}: config.{seeded[0]} is the sweep's to set; use its seeds")
+  config = matching.override(base, a.fields | overrides, where)
+  try:
+    validation.validate(config)
+    for transform in a.transforms:
+      if isinstance(transform, matching.Match):
+        config, note = transform.solve(config, measured)
+        notes.append(note)
+      else:
+        config = transform(config)
+    validation.validate(config)
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from None
+  return PlannedArm(a.name, changes(base, config), [*notes, matching.sizes(config)], config)
+
+
+def changes(base: Config, config: Config) -> dict[str, Any]:
+  """{field: value} of `config`, where it differs; enums as their values."""
+  before = config_lib.flatten(base)
+  return {n: v for n, v in config_lib.flatten(config).items() if v != before[n]}
+
+
+def make_run(plan: Plan, a: PlannedArm, seed: int) -> Run:
+  config = matching.override(a.config, dict.fromkeys(_SEEDS, seed), a.name)
+  workdir = f"{a.name}/seed{seed}"
+  where = f"--workdir={plan.out / workdir}"
+  fields = [f"--config.{n}={_text(v)}" for n, v in changes(plan.base, config).items()]
+  train = ["python", "train.py", f"--config={plan.sweep.base}", *fields, where]
+  asked = plan.sweep.evaluate
+  if not config.model.moe.num_experts:
+    asked = [flag for flag in asked if flag.partition("=")[0] not in _OF_EXPERTS]
+  evaluate = ["python", "eval.py", where, *asked]
+  return Run(a.name, seed, workdir, shlex.join(train), shlex.join(evaluate), config)
+
+
+def _text(value: Any) -> str:
+  return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+  """{"train.steps": 20} of --override=train.steps=20."""
+  found: dict[str, Any] = {}
+  for text in texts:
+    flag = f"--override={text}"
+    name, equals, value = text.partition("=")
+    if name not in config_lib.field_names():
+      raise UserError(config_lib.unknown_field(name, flag))
+    kind = type(operator.attrgetter(name)(Config()))
+    if not equals or (kind is bool and value not in ("true", "false")):
+      raise UserError(f"{flag}: write --override={name}={'true' if kind is bool else 'VALUE'}")
+    if name in found:
+      raise UserError(f"{flag}: config.{name} is overridden twice")
+    try:
+      found[name] = value == "true" if kind is bool else kind(value)
+    except ValueError:
+      choices = ", ".join(m.value for m in kind) if issubclass(kind, enum.Enum) else kind.__name__
+      raise UserError(f"{flag}: {value!r} is not of {choices}") from None
+  return found
+
+
+def text(plan: Plan) -> str:
+  """What is going to run, for people: the question, the arms and their sizes."""
+  chosen = {run.arm for run in plan.runs}
+  seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in plan.runs))
+  lines = [
+    *plan.question.splitlines(), "",
+    f"{plan.path}: {len(plan.runs)} runs, {len(chosen)} arms with seeds {seeds}, on "
+    f"{plan.sweep.base}",
+  ]  # fmt: skip
+  for a in plan.arms:
+    if a.name in chosen:
+      changed = " ".join(f"{name}={_text(value)}" for name, value in a.overrides.items())
+      lines += [f"{a.name}: {changed or 'as it is'}", *(f"    {note}" for note in a.notes)]
+  return "\n".join(lines)
+
+
+def dry_run(plan: Plan) -> str:
+  """`text` as comments, then a shell line for each run."""
+  comments = [f"# {line}".rstrip() for line in text(plan).splitlines()]
+  return "\n".join([*comments, *(f"{run.command} && {run.evaluate}" for run in plan.runs)])

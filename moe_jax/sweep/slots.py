@@ -1,0 +1,76 @@
+"""The machine in shares: each slot runs one process at a time on its own CPU cores and GPUs."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item], slot: int, slots: int) -> list[Item]:
+  """The slot's part: neighbours, no two slots the same one unless there are too few."""
+  if slots > len(items):
+    return [items[slot % len(items)]] if items else []
+  return list(items[slot * len(items) // slots : (slot + 1) * len(items) // slots])
+
+
+def cpus() -> list[int]:
+  """That this process may use; none where the system cannot say or pin."""
+  return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+
+
+def gpus() -> list[str]:
+  """NVIDIA's, as CUDA_VISIBLE_DEVICES names them."""
+  if "CUDA_VISIBLE_DEVICES" in os.environ:
+    return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+  if not shutil.which("nvidia-smi"):
+    return []
+  done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+  lines = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
+  return [str(index) for index in range(len(lines))]
+
+
+class Slots:
+  """`number` shares of this machine; with one, a process has all that this one has."""
+
+  def __init__(self, number: int):
+    self.number = number
+    self._cpus = cpus() if number > 1 else []
+    self._gpus = gpus() if number > 1 else []
+
+  def environment(self, slot: int) -> dict[str, str]:
+    """Variables to add for a process of this slot."""
+    if not self._gpus:
+      return {}
+    found = {"CUDA_VISIBLE_DEVICES": ",".join(share(self._gpus, slot, self.number))}
+    if self.number > len(self._gpus) and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+      sharing = -(-self.number // len(self._gpus))  # or the first one takes 75% for itself
+      found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.2f}"
+    return found
+
+  def start(self, command: list[str], slot: int, **options: Any) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment(slot)}
+    process = subprocess.Popen(command, env=environment, **options)
+    if self._cpus:
+      # Long before jax counts the cores for its threads.
+      with contextlib.suppress(ProcessLookupError):
+        os.sched_setaffinity(process.pid, share(self._cpus, slot, self.number))
+    return process
+
+  @contextlib.contextmanager
+  def as_first(self) -> Iterator[None]:
+    """This process, and what it starts, in the first slot, to measure as the runs will run."""
+    before = {name: os.environ.get(name) for name in self.environment(0)}
+    os.environ.update(self.environment(0))
+    if self._cpus:
+      os.sched_setaffinity(0, share(self._cpus, 0, self.number))
+    try:
+      yield
+    finally:
+      if self._cpus:
+        os.sched_setaffinity(0, self._cpus)
+      for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})

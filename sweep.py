@@ -1,0 +1,45 @@
+"""Runs an ablation: python sweep.py --sweep=configs/sweeps/balance.py --out=runs/balance
+
+Every arm and seed of the sweep file is trained and evaluated in a workdir of its own; the same
+command goes on with what was cut off. --dry-run prints the commands, for a cluster's scheduler.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from moe_jax import command_line
+from moe_jax.config import UserError
+
+_SWEEP = flags.DEFINE_string("sweep", "", "a Python file with a question and get_sweep()")
+_OUT = flags.DEFINE_string("out", "", "where the runs live; created if need be")
+_JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "print the commands and do nothing")
+_ARMS = flags.DEFINE_list("arms", [], "only these")
+_SEEDS = flags.DEFINE_list("seeds", [], "these in place of the sweep's")
+_OVERRIDE = flags.DEFINE_multi_string("override", [], "train.steps=20: a field, for every arm")
+
+
+def main() -> None:
+  for flag in (_SWEEP, _OUT):
+    if not flag.value:
+      raise UserError(f"--{flag.name} is missing: --sweep=configs/sweeps/NAME.py --out=runs/NAME")
+  if not all(seed.isdecimal() for seed in _SEEDS.value):
+    raise UserError(f"--seeds={','.join(_SEEDS.value)} are not integers from 0 up, 0,1,2")
+  from moe_jax.sweep import runner  # imports jax
+
+  code = runner.run(
+    _SWEEP.value,
+    pathlib.Path(_OUT.value),
+    jobs=_JOBS.value,
+    dry_run=_DRY_RUN.value,
+    arms=_ARMS.value,
+    seeds=[int(seed) for seed in _SEEDS.value],
+    overrides=_OVERRIDE.value,
+  )
+  sys.exit(code)
+
+
+if __name__ == "__main__":
+  command_line.run(main)
