@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev  ## the everyday suite, some minutes
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev  ## the whole grid, several processes, the README's commands
-	$(BIN)/python -m pytest -m slow -n 2
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
