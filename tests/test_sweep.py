@@ -252,7 +252,7 @@ FAKE_TRAIN = """
   for step in range(start + 1, steps + 1):
     print(f"step {step:>6}/{steps}  loss 1.0000  9.00 steps/s  ETA 0:00:01", flush=True)
     newest.write_text(str(step))
-    deadline = time.time() + 200
+    deadline = time.time() + 60
     while step == 5 and pathlib.Path("slow").exists() and not told and time.time() < deadline:
       time.sleep(0.02)
     told += [1] * (step == 7 and "--config.loss.router_z" in words)
@@ -367,8 +367,13 @@ def test_a_signal_stops_and_the_same_command_goes_on(fake, capsys):
       time.sleep(0.02)
 
   arms = TWO[:-1] + ", arm('later', {'train.steps': 20})]"
-  threading.Thread(target=interrupt).start()
-  code, _, statuses = sweep(arms, jobs=2)
+  # A shell starts background jobs with SIGINT ignored, and a sweep leaves it so.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    threading.Thread(target=interrupt, daemon=True).start()
+    code, _, statuses = sweep(arms, jobs=2)
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert code == 128 + signal.SIGINT
   assert statuses == {"base": "stopped", "none": "stopped", "later": "waiting"}
   assert "SIGTERM: saved step 5" in log_of("base") and not reports
