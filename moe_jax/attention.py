@@ -17,11 +17,14 @@ class RMSNorm(nnx.Module):
     setattr(self, self.name, nnx.Param(jnp.ones((size,))))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = getattr(self, self.name)[...]
-    square = jnp.square(x.astype(jnp.float32))
-    inverse = jax.lax.rsqrt(jnp.mean(square, axis=-1, keepdims=True) + self.eps)
-    scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    return (x.astype(jnp.float32) * inverse * scale).astype(x.dtype)
+    return rms_norm(x, getattr(self, self.name)[...], self.eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  square = jnp.square(x.astype(jnp.float32))
+  inverse = jax.lax.rsqrt(jnp.mean(square, axis=-1, keepdims=True) + eps)
+  scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+  return (x.astype(jnp.float32) * inverse * scale).astype(x.dtype)
 
 
 def rope(x_BLHA: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
@@ -74,6 +77,25 @@ def _visible(segments_BL, rows, seen):
   same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, seen]
   index = jnp.arange(segments_BL.shape[1])
   return (same_BLS & (index[rows, None] >= index[None, seen])[None])[:, None, None]
+
+
+def cached_attention(
+  q_BLHA: jax.Array, k_BGSA: jax.Array, v_BGSA: jax.Array, start_B: jax.Array, last: jax.Array
+) -> jax.Array:
+  """y_BLHA of one query (L = 1), which sees the slots from start_B to `last`, its own; float32."""
+  B, L, H, A = q_BLHA.shape
+  G, S = k_BGSA.shape[1:3]
+  q_BGRA = q_BLHA.reshape(B, G, H // G, A) * A**-0.5
+  scores = jnp.einsum("BGRA,BGSA->BGRS", q_BGRA, k_BGSA, preferred_element_type=jnp.float32)
+  slot_S = jnp.arange(S)
+  visible_BS = (slot_S[None] >= start_B[:, None]) & (slot_S <= last)[None]
+  # Not -inf: a row of padding sees nothing, and must stay finite.
+  least = jnp.finfo(jnp.float32).min
+  weights = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores, least))
+  y_BGRA = jnp.einsum(
+    "BGRS,BGSA->BGRA", weights.astype(v_BGSA.dtype), v_BGSA, preferred_element_type=jnp.float32
+  )
+  return y_BGRA.astype(v_BGSA.dtype).reshape(B, L, H, A)
 
 
 class Attention(nnx.Module):

@@ -19,6 +19,7 @@ class Checkpointer:
 
   def __init__(self, workdir: pathlib.Path, train: config_lib.Train | None = None):
     """With `train`, keeps its latest and best steps and deletes the others; without, only reads."""
+    self._workdir = workdir
     options = {"read_only": True}
     if train is not None:
       # Orbax's own max_to_keep with best_fn would delete the newest checkpoint.
@@ -47,6 +48,17 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
+
+  def find(self, step: int) -> int:
+    """`step`, or for 0 the newest; raises UserError where there is no such checkpoint."""
+    steps = self.steps()
+    if not steps:
+      raise config_lib.UserError(
+        f"--workdir={self._workdir}: no checkpoint there yet; train.py makes one"
+      )
+    if step and step not in steps:
+      raise config_lib.UserError(f"--step={step}: no such checkpoint; there are {steps}")
+    return step or steps[-1]
 
   def save(self, step: int, state: Any, data: Any, loss: float) -> None:
     """Copies state to the host and returns; the write goes on behind the next steps.

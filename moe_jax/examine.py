@@ -70,14 +70,7 @@ class Run:
     backend.start(config.data)
     self.config, self.split = fit_mesh(config), split
     self._reader = checkpoint.Checkpointer(self.path)
-    self.steps = self._reader.steps()
-    if not self.steps:
-      raise config_lib.UserError(
-        f"--workdir={workdir}: no checkpoint there yet; train.py makes one"
-      )
-    if step and step not in self.steps:
-      raise config_lib.UserError(f"--step={step}: no such checkpoint; there are {self.steps}")
-    self.step = step or self.steps[-1]
+    self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = data.load_rows(config.data, split)
     check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import blocked
+from moe_jax import apart, blocked
 from moe_jax.config import GroupedMatmul, UserError
 
 
@@ -45,17 +45,20 @@ def grouped_matmul(
 
 def grouped_swiglu(
   x_ND: jax.Array,
-  gate_EDF: jax.Array,
-  up_EDF: jax.Array,
-  down_EFD: jax.Array,
+  gate_EDF: jax.Array | tuple[jax.Array, ...],
+  up_EDF: jax.Array | tuple[jax.Array, ...],
+  down_EFD: jax.Array | tuple[jax.Array, ...],
   sizes_E: jax.Array,
   backend: GroupedMatmul,
 ) -> jax.Array:
   """y_ND: (silu(x gate) * (x up)) down with each row's own expert (2002.05202).
 
   Three grouped matmuls; the blocked backend does them in one pass over the rows. Rows past
-  sum(sizes_E) as in `grouped_matmul`.
+  sum(sizes_E) as in `grouped_matmul`. Weights that are a tuple, of an array for each expert with
+  its output first, are for inference on a CPU (apart.py), whatever the backend.
   """
+  if isinstance(gate_EDF, tuple):
+    return apart.swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E)
   arrays = _vary_alike(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E)
   if backend is GroupedMatmul.AUTO:
     backend = fastest(x_ND, gate_EDF)

@@ -7,11 +7,11 @@ import re
 ROOT = pathlib.Path(__file__).parent.parent
 FLOW = [
   "config", "command_line", "validation", "sharding", "data", "backend", "routers", "dispatch",
-  "statistics", "blocked", "grouped_matmul", "expert_parallel", "feedforward", "moe", "attention",
-  "transformer", "describe", "losses", "metrics", "optimizer", "health", "checkpoint",
-  "specialisation", "probe", "evaluate", "examine", "loop", "train",
+  "statistics", "apart", "blocked", "grouped_matmul", "expert_parallel", "feedforward", "moe",
+  "attention", "transformer", "inference", "describe", "losses", "metrics", "optimizer", "health",
+  "checkpoint", "specialisation", "probe", "evaluate", "examine", "loop", "train",
 ]  # fmt: skip
-LEAVES = ["report", "bench", "matching", "sweep"]  # imported by nobody in the flow
+LEAVES = ["generate", "report", "bench", "matching", "sweep"]  # imported by nobody in the flow
 
 
 def imports(path):

@@ -1,0 +1,81 @@
+"""Continues text: python generate.py --workdir=runs/tiny_moe --prompt="def "
+
+Needs nothing but the workdir. Writes the text as it is drawn; several continuations one after the
+other, each under a line that numbers it. Prompts can also come from a file or from stdin:
+
+  python generate.py --workdir=runs/tiny_moe --prompt_file=start.py
+  head -3 questions.txt | python generate.py --workdir=runs/tiny_moe --prompt_file=- --lines
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from moe_jax import command_line
+from moe_jax.config import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
+_STEP = flags.DEFINE_integer("step", 0, "checkpoint to use; 0 is the newest", lower_bound=0)
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
+_FILE = flags.DEFINE_string("prompt_file", "", "a file that holds a prompt; - is stdin")
+_LINES = flags.DEFINE_bool("lines", False, "each line of --prompt_file is a prompt")
+_NEW = flags.DEFINE_integer("max_new_tokens", 256, "of each continuation")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
+_SEED = flags.DEFINE_integer("seed", 0, "the same one draws the same text")
+_SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
+
+
+def main() -> None:
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing: name a run of train.py")
+  prompts = read_prompts()
+  import moe_jax
+
+  model = moe_jax.load(_WORKDIR.value, _STEP.value)
+  rows = [prompt for prompt in prompts for _ in range(_SAMPLES.value)]
+  ids: list[list[int]] = [[] for _ in rows]
+  shown = 0
+  if len(rows) == 1:
+    show(rows[0])
+  try:
+    for chunk in model.stream(
+      prompts, max_new_tokens=_NEW.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
+      top_p=_TOP_P.value, seed=_SEED.value, num_samples=_SAMPLES.value,
+    ):  # fmt: skip
+      for row, new in zip(ids, chunk, strict=True):
+        row.extend(new)
+      if len(rows) == 1:
+        text = model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
+        show(text[shown:])
+        shown = max(shown, len(text))
+  except KeyboardInterrupt:
+    pass  # what is drawn so far is shown
+  for number, (prompt, row) in enumerate(zip(rows, ids, strict=True)):
+    if len(rows) > 1:
+      show(f"--- {number + 1} of {len(rows)}\n{prompt}{model.completion(prompt, row).text}\n")
+  print(file=sys.stdout)
+  print(model.speed(), file=sys.stderr)
+
+
+def read_prompts() -> list[str]:
+  prompts = list(_PROMPT.value)
+  if _FILE.value:
+    try:
+      text = sys.stdin.read() if _FILE.value == "-" else pathlib.Path(_FILE.value).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f"--prompt_file={_FILE.value}: {error}") from None
+    prompts += text.splitlines() if _LINES.value else [text]
+  if not prompts:
+    raise UserError("no prompt: give --prompt=TEXT or --prompt_file=FILE (- is stdin)")
+  return prompts
+
+
+def show(text: str) -> None:
+  print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+  command_line.run(main)
