@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import expert_parallel, sharding
+from moe_jax import expert_parallel, sharding, validation
 from moe_jax.attention import cached_attention, causal_attention, rms_norm, rope
-from moe_jax.config import Dispatch, Exchange, Router, UserError
+from moe_jax.config import Dispatch, Exchange
 from moe_jax.expert_parallel import Experts
 from moe_jax.routers import RouterInputs
 from moe_jax.transformer import Transformer, bias_shape, layer_pattern
@@ -69,26 +69,11 @@ class Cache(NamedTuple):
 
 
 def for_inference(model: config_lib.Model) -> config_lib.Model:
-  """The model without drops; refuses routers that a generator cannot follow.
-
-  Raises:
-    UserError: a token's experts depend on later tokens, or on its place in a batch.
-  """
-  why = {
-    Router.EXPERT_CHOICE: "experts choose among all tokens of a group, later ones included, and a "
-    "generator has none of these",
-    Router.RANDOM: "its draw depends on a token's place in the batch, so generating a token is "
-    "not the function that was evaluated",
-  }
-  moe = model.moe
-  if moe.num_experts and moe.router in why:
-    raise UserError(
-      f"config.model.moe.router={moe.router.value} does not generate: {why[moe.router]}; train "
-      "with router=topk"
-    )
+  """The model without drops; UserError for routers that a generator cannot follow."""
+  validation.validate_generation(model.moe)
   moe = dataclasses.replace(
-    moe, dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0, group_size=0,
-    exchange=Exchange.AUTO, exchange_factor=0.0,
+    model.moe, dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0,
+    group_size=0, exchange=Exchange.AUTO, exchange_factor=0.0,
   )  # fmt: skip
   return dataclasses.replace(model, moe=moe)
 
@@ -182,8 +167,14 @@ def empty_cache(model: config_lib.Model, start_B: jax.Array, slots: int) -> Cach
 
 
 def forward(
-  weights: Weights, model: config_lib.Model, cache: Cache, tokens_BL: jax.Array, *, all_logits: bool
-) -> tuple[jax.Array, Cache]:
+  weights: Weights,
+  model: config_lib.Model,
+  cache: Cache,
+  tokens_BL: jax.Array,
+  *,
+  all_logits: bool,
+  trace: bool = False,
+) -> tuple[Any, ...]:
   """Next-token logits after more tokens, and the cache with them.
 
   Args:
@@ -192,9 +183,11 @@ def forward(
     cache: empty for L > 1 tokens (prefill); with any length for one (decode).
     tokens_BL: int32; what lies before a row's start is not read.
     all_logits: of every token, or only of the last.
+    trace: also return the statistics.Choices of each MoE layer.
 
   Returns:
-    float32 logits_BLV, L = 1 without all_logits, and the cache; past its S slots nothing is kept.
+    float32 logits_BLV, L = 1 without all_logits; the cache, of which past its S slots nothing is
+    kept; with `trace`, a list of Choices.
   """
   L = tokens_BL.shape[1]
   slot_L = cache.length + jnp.arange(L)
@@ -202,7 +195,7 @@ def forward(
   positions_BL = jnp.maximum(slot_L[None] - cache.start_B[:, None], 0)
   embed_VD = sharding.constrain(weights.embed_VD, "VD")
   x_BLD = sharding.constrain(embed_VD[tokens_BL], "BLD")
-  keys, values = [], []
+  keys, values, choices = [], [], []
   for layer, k_BGSA, v_BGSA in zip(weights.layers, cache.k_BGSA, cache.v_BGSA, strict=True):
     h_BLD = rms_norm(x_BLD, layer.attention_norm_D, model.norm_eps)
     q_BLHA, k_BLGA, v_BLGA = _queries_keys_values(h_BLD, layer.attention, positions_BL, model)
@@ -215,10 +208,13 @@ def forward(
     else:
       y_BLHA = cached_attention(q_BLHA, k_BGSA, v_BGSA, cache.start_B, cache.length)
     x_BLD += _linear(layer.attention.out_DHA, y_BLHA, 2)
-    x_BLD += _feed_forward(
-      rms_norm(x_BLD, layer.ffn_norm_D, model.norm_eps), layer.ffn, model, tokens_BL, real_BL
-    )
-    x_BLD = sharding.constrain(x_BLD, "BLD")
+    h_BLD = rms_norm(x_BLD, layer.ffn_norm_D, model.norm_eps)
+    if isinstance(layer.ffn, FFNWeights):
+      y_BLD = _swiglu(h_BLD, layer.ffn)
+    else:
+      y_BLD, of_layer = _experts(h_BLD, layer.ffn, model.moe, tokens_BL, real_BL, trace)
+      choices.append(of_layer)
+    x_BLD = sharding.constrain(x_BLD + y_BLD, "BLD")
     keys.append(sharding.constrain(k_BGSA, "BGSA"))
     values.append(sharding.constrain(v_BGSA, "BGSA"))
   if not all_logits:
@@ -226,7 +222,8 @@ def forward(
   logits_BLV = _linear(
     weights.head_VD, rms_norm(x_BLD, weights.final_norm_D, model.norm_eps), 1, jnp.float32
   )
-  return logits_BLV, Cache(tuple(keys), tuple(values), cache.start_B, cache.length + L)
+  cache = Cache(tuple(keys), tuple(values), cache.start_B, cache.length + L)
+  return (logits_BLV, cache, choices) if trace else (logits_BLV, cache)
 
 
 def _linear(w, x_BL, contracted: int, dtype=None):
@@ -260,16 +257,16 @@ def _swiglu(x_BLD, ffn):
   return _linear(ffn.down_DF, jax.nn.silu(gate_BLF) * up_BLF, 1)
 
 
-def _feed_forward(x_BLD, ffn, model, ids_BL, real_BL):
-  if isinstance(ffn, FFNWeights):
-    return _swiglu(x_BLD, ffn)
-  dtype = model.moe.router_dtype.value
-  logits_BLE = jnp.einsum(
-    "BLD,DE->BLE", x_BLD.astype(jnp.float32).astype(dtype), ffn.router_DE.astype(dtype),
-    precision="highest",
-  ).astype(jnp.float32)  # fmt: skip
+def _experts(x_BLD, layer, moe, ids_BL, real_BL, trace):
+  dtype = moe.router_dtype.value
+  x, router = (a.astype(dtype) for a in (x_BLD.astype(jnp.float32), layer.router_DE))
+  logits_BLE = jnp.einsum("BLD,DE->BLE", x, router, precision="highest").astype(jnp.float32)
   batch = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   logits_BLE = jax.lax.with_sharding_constraint(logits_BLE, batch)
-  inputs = RouterInputs(logits_BLE, real_BL, ids_BL, ffn.bias_E)
-  y_BLD, _, _ = expert_parallel.moe_ffn(x_BLD, inputs, ffn.experts, model.moe, train=False)
-  return y_BLD + _swiglu(x_BLD, ffn.shared) if ffn.shared is not None else y_BLD
+  inputs = RouterInputs(logits_BLE, real_BL, ids_BL, layer.bias_E)
+  y_BLD, _, choices = expert_parallel.moe_ffn(
+    x_BLD, inputs, layer.experts, moe, train=False, trace=trace
+  )
+  if layer.shared is not None:
+    y_BLD += _swiglu(x_BLD, layer.shared)
+  return y_BLD, choices

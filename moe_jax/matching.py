@@ -256,13 +256,11 @@ def measure_here(job: dict[str, Any]) -> dict[str, Any]:
   """{"width", "times", "device"} of a job of `_measure_elsewhere`, in real training steps."""
   import jax
 
-  from moe_jax import backend
-  from moe_jax.bench import timing
-  from moe_jax.bench.worker import WARMUP_STEPS, Trainer
+  from moe_jax import backend, timing
 
-  def trainer(config: Config) -> Trainer:
-    worker = Trainer(validation.resolve_mesh(config, jax.device_count()), bare=False)
-    worker.measure(WARMUP_STEPS)
+  def trainer(config: Config) -> timing.Trainer:
+    worker = timing.Trainer(validation.resolve_mesh(config, jax.device_count()), bare=False)
+    worker.measure(timing.WARMUP_STEPS)
     return worker
 
   reference, twin = (config_lib.from_json(job[name]) for name in ("reference", "twin"))

@@ -234,13 +234,22 @@ def future_leak(moe: MoE, *, train: bool) -> str:
   return ""
 
 
-def validate_generation(config: Config) -> None:
-  """Refuses to generate from a model whose evaluation sees the future: it would differ."""
-  leak = future_leak(config.model.moe, train=False)
+def validate_generation(moe: MoE) -> None:
+  """Refuses a router that a generator, which drops nothing, cannot follow.
+
+  Raises:
+    UserError: a token's experts depend on later tokens, or on its place in a batch.
+  """
+  leak = future_leak(dataclasses.replace(moe, priority=Priority.TOKEN), train=False)
   if leak:
     raise UserError(
       f"config.model.moe.{leak}, but generated text has no later tokens yet, so the model would "
       "not be the one that was evaluated; train with a causal router to generate"
+    )
+  if moe.num_experts and moe.router is Router.RANDOM:
+    raise UserError(
+      "config.model.moe.router=random: experts are drawn by a token's place in the batch, so a "
+      "generated token would not get those of the evaluation; train with a learned router"
     )
 
 

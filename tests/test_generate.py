@@ -294,10 +294,9 @@ def test_one_program_for_a_bucket_and_a_cache_in_place():
 
 
 def test_what_cannot_generate_says_why():
-  for router, why in ((Router.EXPERT_CHOICE, "later ones included"), (Router.RANDOM, "place in")):
-    moe = dataclasses.replace(toy_config().model.moe, router=router)
-    with pytest.raises(UserError, match=why):
-      inference.for_inference(dataclasses.replace(toy_config().model, moe=moe))
+  moe = dataclasses.replace(toy_config().model.moe, router=Router.EXPERT_CHOICE)
+  with pytest.raises(UserError, match="no later tokens yet"):
+    inference.for_inference(dataclasses.replace(toy_config().model, moe=moe))
   ours, _ = model_of()
   wrong = dict(max_new_tokens=0, temperature=-1.0, top_k=-1, top_p=0.0, num_samples=0)
   for name, value in wrong.items():

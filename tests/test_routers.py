@@ -208,12 +208,16 @@ def test_describe_says_what_is_not_causal():
   assert "not causal" not in describe.report(toy_config())
 
 
-def test_generation_refuses_what_sees_the_future():
-  config = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
-  with pytest.raises(config_lib.UserError, match=r"router=expert_choice.*causal router"):
-    validation.validate_generation(config)
-  validation.validate_generation(toy_config(router=Router.SINKHORN))
-  validation.validate_generation(toy_config())
+@pytest.mark.parametrize(
+  ("router", "why"),
+  [(Router.EXPERT_CHOICE, "compares all tokens.*causal router"), (Router.RANDOM, "place in")],
+)
+def test_generation_refuses_what_it_cannot_follow(router, why):
+  moe = toy_config(router=router, renormalize=False).model.moe
+  with pytest.raises(config_lib.UserError, match=rf"router={router.value}.*{why}"):
+    validation.validate_generation(moe)
+  for fits in (dict(router=Router.SINKHORN), dict(priority=Priority.SCORE), dict(num_experts=0)):
+    validation.validate_generation(toy_config(**fits).model.moe)
 
 
 def test_bias_update_by_hand():

@@ -1,8 +1,9 @@
-"""python -m moe_jax.bench layer|train|all [--out=DIR]
+"""python -m moe_jax.bench layer|train|inference|all [--out=DIR]
 
-layer   an MoE layer of each dispatcher against a dense FFN of equal active FLOPs
-train   whole training steps on one CPU, against our dense model and Hugging Face transformers
-all     what suits the device: both on a CPU, of `layer` a part; `layer` on an accelerator
+layer      an MoE layer of each dispatcher against a dense FFN of equal active FLOPs
+train      whole training steps on one CPU, against our dense model and Hugging Face transformers
+inference  decoding and prefill of --config against dense models of its active and its total size
+all        what suits the device: `layer`, a part of it on a CPU, and there `train`
 
 prints tables with targets and whether they are met, and writes DIR/NAME.json and NAME.png.
 """
@@ -22,13 +23,16 @@ def parse_arguments() -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   add = parser.add_argument
-  add("bench", choices=["layer", "train", "all"])
+  add("bench", choices=["layer", "train", "inference", "all"])
   add("--out", default="runs/bench", help="folder of the results (runs/bench)")
   add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
   add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
   add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
   add("--peer_python", default=sys.executable, help="train: a Python with torch and transformers")
   add("--peer_compile", action="store_true", help="train: also the peer under torch.compile")
+  add("--config", default="configs/mixtral_small.py", help="inference: the model's config file")
+  add("--override", action="append", default=[], help="inference: a field, model.num_layers=4")
+  add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
   args = parser.parse_args()
   for name in ("rounds", "steps"):
     if getattr(args, name) < 1:
@@ -58,6 +62,26 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   return result
 
 
+def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from moe_jax import command_line, matching, validation
+  from moe_jax.bench import inference, plots
+  from moe_jax.sweep import plan
+
+  config = command_line.load_file(args.config)
+  config = matching.override(config, plan.parse_overrides(args.override), args.config)
+  validation.validate(config)
+  if not config.model.moe.num_experts:
+    raise UserError(f"--config={args.config}: a dense model; name one with experts")
+  try:
+    batches = [int(b) for b in args.batches.split(",")] if args.batches else inference.BATCHES
+  except ValueError:
+    raise UserError(f"--batches={args.batches}: not a list of numbers, as in 1,8,32") from None
+  result = inference.run(config, args.rounds, batches)
+  print(inference.text(result))
+  plots.inference(out, result)
+  return result
+
+
 def main() -> None:
   args = parse_arguments()
   out = pathlib.Path(args.out)
@@ -73,6 +97,8 @@ def main() -> None:
     found["layer"] = run_layer(args, out)
   if args.bench == "train" or (args.bench == "all" and where["platform"] == "cpu"):
     found["train"] = run_train(args, out)
+  if args.bench == "inference":
+    found["inference"] = run_inference(args, out)
   if args.bench == "all":
     results.write(out, "bench.json", found)
   else:

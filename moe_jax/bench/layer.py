@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import metrics, sharding
-from moe_jax.bench import phases, timing
+from moe_jax import metrics, sharding, timing
+from moe_jax.bench import phases
 from moe_jax.bench.results import progress
 from moe_jax.config import Dispatch, Dtype, UserError
 from moe_jax.feedforward import DenseFFN

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import dispatch, expert_parallel, routers, statistics
-from moe_jax.bench import timing
+from moe_jax import dispatch, expert_parallel, routers, statistics, timing
 from moe_jax.config import Dispatch
 from moe_jax.grouped_matmul import grouped_swiglu
 

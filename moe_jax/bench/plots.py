@@ -72,3 +72,30 @@ def train(out: pathlib.Path, result: dict[str, Any]) -> None:
   axes.set(xlabel="tokens per CPU-second, one thread", title="Training step")
   axes.margins(x=0.12)
   _save(figure, out, "train.png")
+
+
+def inference(out: pathlib.Path, result: dict[str, Any]) -> None:
+  """inference.png: decoding by batch size, measured and the roofline; the MoE's ratio to each."""
+  colours = dict(zip(result["models"], ("#08519c", "#666666", "#cb181d"), strict=True))
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+  seconds, roofline = {}, {}
+  for name, colour in colours.items():
+    rows = [r for r in result["decode"] if r["model"] == name]
+    batch = np.array([r["batch"] for r in rows])
+    seconds[name] = np.array([r["seconds"] for r in rows])
+    roofline[name] = np.array([r["roofline_s"] for r in rows])
+    left.plot(batch, batch / seconds[name], "o-", color=colour, label=name)
+    left.plot(batch, batch / roofline[name], ":", color=colour)
+  moe, *twins = colours
+  for name in twins:
+    right.plot(batch, seconds[name] / seconds[moe], "o-", color=colours[name], label=name)
+    right.plot(batch, roofline[name] / roofline[moe], ":", color=colours[name])
+  right.axhline(1, color="k", lw=1)
+  for axes in (left, right):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batch, batch)
+    axes.set(xlabel="rows decoded together")
+    axes.legend(frameon=False, title="dotted: roofline")
+  left.set(ylabel="tokens per second", yscale="log")
+  right.set(ylabel="speed of the MoE / of the dense model")
+  _save(figure, out, "inference.png")

@@ -12,12 +12,9 @@ import argparse
 import json
 import os
 import sys
-import time
-from typing import Any
 
 from moe_jax import config as config_lib
 
-WARMUP_STEPS = 2
 W = dict(
   vocab_size=256, dim=256, layers=4, heads=8, kv_heads=4, experts_count=8, top_k=2, expert_dim=512,
   seq_len=256, batch_size=16, seed=0,
@@ -65,46 +62,6 @@ def make_config(args: argparse.Namespace) -> config_lib.Config:
   )  # fmt: skip
 
 
-class Trainer:
-  """The state, one batch of random tokens, and the compiled step."""
-
-  def __init__(self, config: config_lib.Config, bare: bool):
-    import jax
-    import numpy as np
-
-    from moe_jax import data, sharding, train
-
-    self.mesh = sharding.make_mesh(config.mesh)
-    B, L = config.data.batch_size, config.data.seq_len
-    rng = np.random.default_rng(config.train.seed)
-    tokens = rng.integers(config.model.vocab_size, size=(B, L + 1), dtype=np.int32)
-    positions_BL = np.tile(np.arange(L, dtype=np.int32), (B, 1))
-    batch = data.Batch(
-      tokens_BL=tokens[:, :-1], targets_BL=tokens[:, 1:], segments_BL=np.ones_like(positions_BL),
-      positions_BL=positions_BL,
-    )  # fmt: skip
-    with jax.set_mesh(self.mesh):
-      self.batch = sharding.to_global(batch, self.mesh)
-      graph, init, _, shardings = train.init_state(config, self.mesh)
-      self.state = init()
-      self.step = train.compile_step(config, graph, shardings, only=("loss",) if bare else ())
-
-  def measure(self, steps: int) -> dict[str, Any]:
-    import jax
-
-    with jax.set_mesh(self.mesh):
-      cpu, wall = time.process_time(), time.perf_counter()
-      for _ in range(steps):
-        self.state, metrics = self.step(self.state, self.batch)
-        jax.block_until_ready((self.state, metrics))
-      cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    took = {"cpu_s": cpu / steps, "wall_s": wall / steps, "loss": float(metrics["loss"])}
-    for name in ("drop_fraction", "max_vio"):
-      if f"{name}_Z" in metrics:
-        took[name] = float(metrics[f"{name}_Z"].mean())
-    return took
-
-
 def main() -> None:
   args = parse_arguments()
   # What libraries print goes to stderr; only `out` is the real stdout.
@@ -116,12 +73,12 @@ def main() -> None:
   os.environ["JAX_PLATFORMS"] = "cpu"
   import jax
 
-  from moe_jax import backend, describe
+  from moe_jax import backend, describe, timing
 
   config = make_config(args)
   backend.start(config.data)
-  trainer = Trainer(config, args.bare)
-  trainer.measure(WARMUP_STEPS)
+  trainer = timing.Trainer(config, args.bare)
+  trainer.measure(timing.WARMUP_STEPS)
   counts = describe.count(config)
   name = f"moe_jax {args.model}"
   if args.model in ("gather", "einsum"):
