@@ -40,9 +40,18 @@ def swiglu(
 
 
 def _block(rows: int, experts: int) -> int:
-  """Rows of a block: about an expert's share, a power of two."""
-  share = max(rows // experts, 1)
-  return min(1 << (share - 1).bit_length(), 256)
+  """Rows of a block: twice an expert's share, so that few experts read their weights twice.
+
+  With as many experts as rows most have one row, and a product with a vector is the fastest.
+  """
+  if rows <= experts:
+    return 1
+  share = rows // experts
+  return min(_power_of_two(rows), max(2 * _power_of_two(share), 8), 256)
+
+
+def _power_of_two(least: int) -> int:
+  return 1 << (least - 1).bit_length()
 
 
 def _add_block(number, y_ND, *, x_ND, first, size, weights):
