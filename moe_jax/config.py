@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
+
 
 class UserError(ValueError):
   """A mistake that one line explains: the field, its value, and the remedy."""

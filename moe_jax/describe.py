@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
-from moe_jax.transformer import Transformer, bias_shape, moe_layers
+from moe_jax.transformer import abstract, bias_shape, moe_layers
 
 
 class Counts(NamedTuple):
@@ -22,8 +22,7 @@ class Counts(NamedTuple):
 
 def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
   """{path: shape} of every parameter, named as in the model; nothing is allocated."""
-  abstract = nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0)))
-  leaves = nnx.to_flat_state(nnx.state(abstract, nnx.Param))
+  leaves = nnx.to_flat_state(abstract(model)[1])
   return {tuple(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in leaves}
 
 
@@ -61,7 +60,7 @@ def activation_bytes(config: config_lib.Config) -> float:
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   batch = config.data.batch_size // config.train.accumulation // shards
   tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
-  graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
+  graph, params = abstract(model)
 
   def residuals(params, tokens):
     def forward(params):

@@ -46,7 +46,8 @@ def eval_step(
   domains = None
   if num_domains:
     of_domain_GBL = domain_BL[None] == jnp.arange(num_domains)[:, None, None]
-    values = (probe.token_nll(logits_BLV, batch.targets_BL), real_BL.astype(jnp.int32), bytes_BL)
+    nll_BL, _ = losses.token_nll(logits_BLV, batch.targets_BL)
+    values = (nll_BL, real_BL.astype(jnp.int32), bytes_BL)
     domains = DomainSums(
       *(jnp.sum(jnp.where(of_domain_GBL, x_BL[None], 0), axis=(1, 2)) for x_BL in values)
     )

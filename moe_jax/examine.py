@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moe_jax import backend, checkpoint, data, describe, probe, sharding, specialisation, validation
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.evaluate import Evaluator, batch_size, check_same_data, fit_mesh, read_config
-from moe_jax.transformer import Transformer, bias_shape, moe_layers
+from moe_jax.transformer import abstract, bias_shape, moe_layers
 
 # What routing and causal evaluation look at, spread over the split.
 _TRACED_TOKENS = 16_384
@@ -76,7 +75,7 @@ class Run:
     self.mesh = sharding.make_mesh(self.config.mesh)
 
   def restore(self, step: int) -> probe.Model:
-    graph, params = _graph_and_shapes(self.config.model)
+    graph, params = abstract(self.config.model)
     bias_ZE = jax.ShapeDtypeStruct(bias_shape(self.config.model), jnp.float32)
     needed = {"params": params, "bias_ZE": bias_ZE}
     shapes = checkpoint.abstract(needed, sharding.param_shardings(needed, self.mesh))
@@ -111,7 +110,7 @@ class Run:
     points = []
     for factor in factors:
       config = at_capacity(self.config, factor)
-      graph, _ = _graph_and_shapes(config.model)
+      graph, _ = abstract(config.model)
       evaluator = Evaluator(config, self.rows, self.mesh, graph, config.eval.final_batches)
       result = evaluator(model.params, model.bias_ZE)
       points.append({"capacity_factor": factor} | {name: result[name] for name in _OF_CAPACITY})
@@ -127,7 +126,7 @@ class Run:
     # Slots of earlier tokens stay where they are whatever follows; rows sorted by expert move, and
     # round differently.
     moe = with_slots(self.config.model.moe)
-    graph, _ = _graph_and_shapes(dataclasses.replace(self.config.model, moe=moe))
+    graph, _ = abstract(dataclasses.replace(self.config.model, moe=moe))
     model = model._replace(graph=graph)
     return probe.causal(model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
 
@@ -187,10 +186,6 @@ def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
   return dataclasses.replace(
     moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0
   )
-
-
-def _graph_and_shapes(model: config_lib.Model) -> tuple[Any, Any]:
-  return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
 
 
 def _write(path: pathlib.Path, values: dict[str, Any], indent: int | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from moe_jax import config as config_lib
+from moe_jax import metrics
 from moe_jax.config import OnAlarm
 
 
@@ -34,10 +35,8 @@ class Monitor:
     self._health, self._moe, self._layers = config.health, config.model.moe, layers
     self._path = workdir / "alarms.jsonl"
     self._writes = jax.process_index() == 0  # all processes look, as all have to stop
-    if self._writes and self._path.exists():  # steps after resume_step are taken again
-      lines = self._path.read_text().splitlines(keepends=True)
-      kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
-      self._path.write_text("".join(kept))
+    if self._writes:
+      metrics.keep_lines(self._path, resume_step)
     self._losses: collections.deque[float] = collections.deque(maxlen=self._health.window)
     self._steps_over: collections.Counter[tuple[str, int]] = collections.Counter()
     self._nonfinite = False

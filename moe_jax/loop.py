@@ -144,8 +144,13 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     parts.append(f"{values['tokens_per_s'] / 1e3:.1f}k tokens/s")
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.1f}%")
-    left = round((steps - step) / values["steps_per_s"])
-    parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+    parts.append(f"ETA {clock((steps - step) / values['steps_per_s'])}")
   else:
     parts.append("(compiled)")
   return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+  """3661.2 -> '1:01:01'."""
+  seconds = round(seconds)
+  return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

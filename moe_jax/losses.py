@@ -40,16 +40,22 @@ class Losses(NamedTuple):
 
 def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: MoeStats) -> Sums:
   """Cross-entropy sums of float32 logits; padding (real_BL False) counts nowhere."""
-  log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-  target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+  nll_BL, log_z_BL = token_nll(logits_BLV, targets_BL)
   return Sums(
-    nll=jnp.sum(jnp.where(real_BL, log_z_BL - target_BL, 0)),
+    nll=jnp.sum(jnp.where(real_BL, nll_BL, 0)),
     z=jnp.sum(jnp.where(real_BL, log_z_BL**2, 0)),
     targets=jnp.sum(real_BL, dtype=jnp.int32),
     moe=moe,
     microbatches=jnp.ones((), jnp.int32),
     balance_Z=statistics.balance(moe.routed_E, moe.prob_E, moe.tokens),
   )
+
+
+def token_nll(logits_BLV: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(nats of each target, logsumexp of its logits), float32 [B, L]."""
+  log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+  target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+  return log_z_BL - target_BL, log_z_BL
 
 
 def load_balance(sums: Sums, scope: BalanceScope) -> jax.Array:

@@ -71,9 +71,7 @@ class Match:
     measured = {} if measured is None else measured
     step = math.lcm(self.multiple_of, reference.mesh.tensor)
     if self.by == "wall_clock":
-      width, what = self._by_time(
-        reference, twin, field, step, {} if measured is None else measured
-      )
+      width, what = self._by_time(reference, twin, field, step, measured)
     else:
       width, what = self._by_count(reference, twin, field, step)
     twin = override(twin, {field: width}, str(self))

@@ -104,11 +104,7 @@ class Writer:
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
     self._path = workdir / "metrics.jsonl"
-    # A run killed after its last checkpoint has logged steps that are about to be taken again.
-    if self._path.exists():
-      lines = self._path.read_text().splitlines()
-      kept = [line for line in lines if _step_of(line) <= resume_step]
-      self._path.write_text("".join(line + "\n" for line in kept))
+    keep_lines(self._path, resume_step)
     self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
   def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
@@ -129,6 +125,16 @@ class Writer:
 
   def close(self) -> None:
     self._events.close()
+
+
+def keep_lines(path: pathlib.Path, resume_step: int) -> None:
+  """Drops the lines of later steps from a .jsonl file of a run, which may not be there yet.
+
+  A run killed after its last checkpoint has logged steps that are about to be taken again.
+  """
+  if path.exists():
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+    path.write_text("".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int:

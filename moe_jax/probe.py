@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding
+from moe_jax import data, losses, sharding
 from moe_jax.specialisation import Trace
 
 _SECONDS = 10  # between lines of progress
@@ -31,12 +30,6 @@ def forward(model: Model, batch: data.Batch, **options: Any) -> tuple[Any, ...]:
     batch.tokens_BL, batch.segments_BL, batch.positions_BL, model.bias_ZE, jax.random.key(0),
     train=False, **options,
   )  # fmt: skip
-
-
-def token_nll(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
-  """Nats, float32 [B, L]."""
-  target_BL1 = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)
-  return jax.nn.logsumexp(logits_BLV, axis=-1) - target_BL1[..., 0]
 
 
 def spread(available: int, count: int) -> list[int]:
@@ -121,8 +114,8 @@ def causal_losses(
     batch_size: rows of a pass, a multiple of group_rows.
     group_rows: rows in a routing group; the other rows of a group stay as they are.
   """
-  step = jax.jit(lambda params, bias_ZE, batch: token_nll(
-    forward(Model(model.graph, params, bias_ZE), batch)[0], batch.targets_BL))  # fmt: skip
+  step = jax.jit(lambda params, bias_ZE, batch: losses.token_nll(
+    forward(Model(model.graph, params, bias_ZE), batch)[0], batch.targets_BL)[0])  # fmt: skip
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
   def nll(batch):

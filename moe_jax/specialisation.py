@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PARTS = 8  # P, equal parts of the sequence
+from moe_jax.statistics import POSITIONS
+
 CLASSES = ("letters", "digits", "space", "newline", "punctuation", "other")
 _NUM_TOP_TOKENS = 8
 _EXCERPT = 600  # tokens of text that are shown one by one
@@ -170,7 +171,7 @@ def report(
   """
   texts = {i: piece.decode(errors="replace") or "<|begin|>" for i, piece in pieces.items()}
   classes_T = np.array([byte_class(pieces[i]) for i in trace.token_T.tolist()])
-  part_T = trace.place_T * PARTS // seq_len
+  part_T = trace.place_T * POSITIONS // seq_len
   repeated = repeats(trace)
   routed_ZTE = trace.routed_ZTE
   result = {
@@ -186,7 +187,7 @@ def report(
     if np.isfinite(distance_Z).all():
       result["domain_separation_Z"] = _plain(distance_Z)
   return result | {
-    "position_load_ZPE": _plain(load_by_group(routed_ZTE, part_T, PARTS)),
+    "position_load_ZPE": _plain(load_by_group(routed_ZTE, part_T, POSITIONS)),
     "class_names": list(CLASSES),
     "class_load_ZCE": _plain(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
     "top_tokens_ZE": [

@@ -14,7 +14,7 @@ from moe_jax import config as config_lib
 from moe_jax import optimizer as optimizer_lib
 from moe_jax.evaluate import Evaluator, check_same_data
 from moe_jax.loop import Loop
-from moe_jax.transformer import Transformer, bias_shape, moe_layers
+from moe_jax.transformer import Transformer, abstract, bias_shape, moe_layers
 
 
 class TrainState(NamedTuple):
@@ -129,7 +129,7 @@ def init_state(
     load_ZE = jnp.full_like(bias_ZE, 1 / bias_ZE.shape[1])
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE, load_ZE)
 
-  graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
+  graph, _ = abstract(config.model)
   shapes = jax.eval_shape(init)
   shardings = sharding.param_shardings(shapes, mesh)
   return graph, jax.jit(init, out_shardings=shardings), shapes, shardings

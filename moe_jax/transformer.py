@@ -1,5 +1,7 @@
 """The decoder: dense and MoE blocks by pattern, scanned, returning (logits, statistics)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -47,6 +49,11 @@ class Period(nnx.Module):
 def _stack(model: config_lib.Model, pattern: tuple[bool, ...], keys: jax.Array) -> Period:
   """One Period whose parameters have a leading Z, a layer (or period) for each key."""
   return nnx.vmap(lambda key: Period(model, pattern, nnx.Rngs(key)))(keys)
+
+
+def abstract(model: config_lib.Model) -> tuple[Any, Any]:
+  """(graph, shapes of the parameters) of nnx.split; nothing is allocated."""
+  return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
 
 
 def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]:

@@ -12,7 +12,7 @@ import pytest
 from conftest import mesh_of, toy_config
 from flax import nnx
 
-from moe_jax import data, evaluate, examine, probe, train
+from moe_jax import data, evaluate, examine, losses, probe, train
 from moe_jax.config import Dispatch, Exchange, Priority, Router, UserError
 from moe_jax.data import tokenizers
 from moe_jax.transformer import Transformer
@@ -147,7 +147,7 @@ def test_loss_of_each_domain(weights, one_device):
   # Nats of each target in the order of the stream; document d has lengths[d] + 1 of them.
   batch = rows.batch(range(len(rows)))
   logits_BLV = read(model, batch)[0]
-  nll_N = np.asarray(probe.token_nll(logits_BLV, batch.targets_BL))[batch.segments_BL > 0]
+  nll_N = np.asarray(losses.token_nll(logits_BLV, batch.targets_BL)[0])[batch.segments_BL > 0]
   targets_N = rows.stream_N[1:]
   pieces = np.split(np.arange(len(targets_N)), np.cumsum([21, 4, 10]))
   for name, members in {"a": [0, 3], "b": [1]}.items():

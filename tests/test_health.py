@@ -76,10 +76,10 @@ def test_gradient_norms_by_group():
   )
 
 
-def monitor(tmp_path, **limits):
+def monitor(tmp_path, resume_step=0, **limits):
   config = toy_config()
   config.health = config_lib.Health(window=4, patience=3, **limits)
-  return health.Monitor(config, [1, 3], tmp_path, resume_step=0)
+  return health.Monitor(config, [1, 3], tmp_path, resume_step)
 
 
 def values(loss=2.0, load=(0.25, 0.25, 0.25, 0.25), dead=0, drop=0.0, z=1.0):
@@ -115,6 +115,13 @@ def test_alarms_wait_and_do_not_repeat(name, bad, value, tmp_path, capsys):
   assert "layer 3 at step 6" in capsys.readouterr().out
   monitor(tmp_path)  # starts the run again, from step 0
   assert (tmp_path / "alarms.jsonl").read_text() == ""
+
+
+def test_a_run_killed_while_it_wrote_an_alarm_goes_on(tmp_path):
+  path = tmp_path / "alarms.jsonl"
+  path.write_text('{"step": 3, "alarm": "collapse"}\n{"step": 9, "alarm": "collapse"}\n{"step": 1')
+  monitor(tmp_path, resume_step=5)
+  assert path.read_text() == '{"step": 3, "alarm": "collapse"}\n'
 
 
 def test_a_loss_spike_is_one_alarm(tmp_path):

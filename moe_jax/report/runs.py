@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import UserError
+from moe_jax.config import SEEDS, UserError
 
-SEEDS = ("train.seed", "data.seed")
 _TAIL = 20  # lines of log.txt that explain a failure
 
 

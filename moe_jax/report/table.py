@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config import SEEDS
 from moe_jax.report.runs import Arm, Run, Study, series
 
 LATE = 0.25  # "late in training" is this last part of the log lines
@@ -108,15 +109,14 @@ def evaluated(study: Study) -> str:
   return kinds.pop() if len(kinds) == 1 else ""
 
 
-def final(study: Study) -> Callable[[Run], dict[str, Any]]:
-  """Gives a run's last evaluation, of one kind for all runs so that they can be compared."""
-  kind = evaluated(study)
+def final(kind: str) -> Callable[[Run], dict[str, Any]]:
+  """Gives a run's last evaluation, of one kind for all runs: `evaluated`'s, or validation's."""
   return lambda run: run.eval if kind else (run.validation or [{}])[-1]
 
 
 def compare(study: Study) -> Comparison:
   kind = evaluated(study)
-  last = final(study)
+  last = final(kind)
   by_name = {arm.name: arm for arm in study.arms}
   target_arm = by_name.get(study.target_arm)
   target, own = None, None
@@ -216,7 +216,6 @@ def differing(study: Study) -> dict[str, dict[str, Any]]:
   """{field: {arm: value}} of the config fields that are not the same in all arms, seeds aside."""
   configs = {arm.name: next((r.config for r in arm.runs if r.config), {}) for arm in study.arms}
   configs = {name: config for name, config in configs.items() if config}
-  seeds = ("train.seed", "data.seed")
-  fields = dict.fromkeys(f for config in configs.values() for f in config if f not in seeds)
+  fields = dict.fromkeys(f for config in configs.values() for f in config if f not in SEEDS)
   found = {f: {name: config.get(f, "") for name, config in configs.items()} for f in fields}
   return {f: v for f, v in found.items() if len({repr(x) for x in v.values()}) > 1}

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 from moe_jax import command_line, matching, validation
 from moe_jax import config as config_lib
-from moe_jax.config import Config, UserError
+from moe_jax.config import SEEDS, Config, UserError
 from moe_jax.matching import Measured
 from moe_jax.sweep import language
 from moe_jax.sweep.language import Arm, Sweep
 
-_SEEDS = ("train.seed", "data.seed")
 _OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 
 
@@ -115,7 +114,7 @@ def _planned(
   path: str, a: Arm, base: Config, overrides: dict[str, Any], measured: Measured
 ) -> PlannedArm:
   where, notes = f"{path}: arm {a.name}", list(a.notes)
-  seeded = [name for name in _SEEDS if name in a.fields]
+  seeded = [name for name in SEEDS if name in a.fields]
   if seeded:
     raise UserError(f"{where}: config.{seeded[0]} is the sweep's to set; use its seeds")
   config = matching.override(base, a.fields | overrides, where)
@@ -140,7 +139,7 @@ def changes(base: Config, config: Config) -> dict[str, Any]:
 
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> Run:
-  config = matching.override(a.config, dict.fromkeys(_SEEDS, seed), a.name)
+  config = matching.override(a.config, dict.fromkeys(SEEDS, seed), a.name)
   workdir = f"{a.name}/seed{seed}"
   where = f"--workdir={plan.out / workdir}"
   fields = [f"--config.{n}={_text(v)}" for n, v in changes(plan.base, config).items()]

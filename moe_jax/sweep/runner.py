@@ -20,6 +20,7 @@ from typing import IO, Any
 import jax
 
 from moe_jax.config import UserError
+from moe_jax.loop import clock
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
 from moe_jax.sweep.plan import Plan, Run
@@ -172,7 +173,7 @@ class Runner:
     if code == 0 and job.evaluating:
       self._set(job.run, "finished")
       loss = json.loads((job.workdir / "eval.json").read_text())["loss"]
-      say(f"{name} finished after {_clock(job.seconds)}, loss {loss:.4f}")
+      say(f"{name} finished after {clock(job.seconds)}, loss {loss:.4f}")
     elif self._asked or code == 0:  # train.py saves and ends with 0 when told to stop
       self._set(job.run, "stopped")
       say(f"{name} stopped: {tail[-1] if tail else ''}")
@@ -218,7 +219,7 @@ class Runner:
       typical = sum(took) / len(took)
       left = [typical] * statuses.count("waiting")
       left += [max(typical - job.seconds, 0.0) for job in running]
-      parts.append(f"all done in {_clock(sum(left) / min(self._slots.number, len(left)))}")
+      parts.append(f"all done in {clock(sum(left) / min(self._slots.number, len(left)))}")
     say("; ".join(parts))
 
 
@@ -263,11 +264,6 @@ def say(line: str) -> None:
 
 def _now() -> datetime.datetime:
   return datetime.datetime.now()
-
-
-def _clock(seconds: float) -> str:
-  seconds = round(seconds)
-  return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 @contextlib.contextmanager
