@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 WARMUP_STEPS = 2
 W = dict(
@@ -134,25 +135,36 @@ def measure(step: Callable[[], float], steps: int) -> dict[str, float]:
   return {"cpu_s": cpu / steps, "wall_s": wall / steps, "loss": loss}
 
 
-def main() -> None:
-  args = parse_arguments()
-  # What libraries and compilers print goes to stderr; only `out` is the real stdout.
+def one_thread(cpu: int | None) -> TextIO:
+  """Pins this process, imports torch with one thread, and returns the real stdout.
+
+  What libraries and compilers print goes to stderr from here on.
+  """
   out = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
   keep_freed_memory()
   # Both before torch is imported, since it sizes its thread pools then.
-  if args.cpu is not None and hasattr(os, "sched_setaffinity"):
+  if cpu is not None and hasattr(os, "sched_setaffinity"):
     try:
-      os.sched_setaffinity(0, {args.cpu})
+      os.sched_setaffinity(0, {cpu})
     except OSError:
-      fail(f"--cpu={args.cpu}: this process may use {sorted(os.sched_getaffinity(0))}")
+      fail(f"--cpu={cpu}: this process may use {sorted(os.sched_getaffinity(0))}")
   os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
   try:
     import torch
-    import transformers
+    import transformers  # noqa: F401
   except ImportError as error:
     fail(f"{error.name or error} is missing: pip install 'moe_jax[hf]'")
   torch.set_num_threads(1)
+  return out
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = one_thread(args.cpu)
+  import torch
+  import transformers
+
   torch.manual_seed(args.seed)
 
   if args.model == "mixtral" and args.experts == "batched_mm":

@@ -94,7 +94,7 @@ class Model:
   ):
     """model and weights: of `inference.for_inference` and `inference.weights`, on `mesh`."""
     self.model, self.tokenizer, self.step = model, tokenizer, step
-    self._weights, self._mesh = weights, mesh
+    self.weights, self.mesh = weights, mesh
     self._rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     self._all_logits = jax.jit(functools.partial(_all_logits, model=model))
     known = min(tokenizer.vocab_size, model.vocab_size)
@@ -120,8 +120,8 @@ class Model:
       raise UserError(f"a token of {ids_BL.max()}: ids are from 0 to {self.model.vocab_size - 1}")
     rows = np.atleast_2d(ids_BL)
     tokens_BL, start_B = self._padded(list(rows))
-    with jax.set_mesh(self._mesh):
-      logits = np.asarray(self._all_logits(self._weights, *self._put(tokens_BL, start_B)))
+    with jax.set_mesh(self.mesh):
+      logits = np.asarray(self._all_logits(self.weights, *self._put(tokens_BL, start_B)))
     logits = logits[: len(rows), -rows.shape[1] :]
     return logits if ids_BL.ndim == 2 else logits[0]
 
@@ -175,11 +175,11 @@ class Model:
     )
     static = dict(greedy=temperature == 0, filtered=bool(top_k) or top_p < 1)
     done = np.arange(B) >= len(rows)
-    with jax.set_mesh(self._mesh):
+    with jax.set_mesh(self.mesh):
       started = time.perf_counter()
       tokens_BL, start_B, done_B = self._put(tokens_BL, start_B, done)
       cache, token_B, done_B = self._prefill(
-        self._weights, tokens_BL, start_B, done_B, seed, sampling, slots=slots, **static
+        self.weights, tokens_BL, start_B, done_B, seed, sampling, slots=slots, **static
       )
       first = np.asarray(token_B)[: len(rows), None].tolist()
       self.seconds = {"prefill": time.perf_counter() - started, "decode": 0.0}
@@ -191,7 +191,7 @@ class Model:
         started = time.perf_counter()
         steps = min(steps, max_new_tokens - drawn)
         cache, token_B, done_B, out_BN, took = self._decode(
-          self._weights, cache, token_B, done_B, seed, drawn, steps, sampling, **static
+          self.weights, cache, token_B, done_B, seed, drawn, steps, sampling, **static
         )
         new = self._new(np.asarray(out_BN), finished, int(took), len(rows))
         finished, drawn = np.asarray(done_B), drawn + int(took)
@@ -231,7 +231,7 @@ class Model:
     return tokens_BL, start_B
 
   def _put(self, *arrays):
-    return sharding.to_global(arrays, self._mesh)
+    return sharding.to_global(arrays, self.mesh)
 
 
 def _check_options(prompts, max_new_tokens, temperature, top_k, top_p, num_samples):

@@ -126,13 +126,13 @@ def test_worker(tmp_path, monkeypatch):
     rest = 2 * 32 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 + 16 * 2
     assert ready["parameters"] == rest + 2 * 3 * 16 * 16
     assert ready["active_parameters"] == rest + 3 * 16 * 16
-    first, second = worker.step(1), worker.step(2)
+    first, second = worker.ask("step 1"), worker.ask("step 2")
     assert first["cpu_s"] > 0 and first["wall_s"] > 0
     assert second["loss"] < first["loss"] < 5
     if hasattr(os, "sched_getaffinity"):
       assert os.sched_getaffinity(worker.process.pid) == {cpu}
     with pytest.raises(UserError, match="is not `step N`"):
-      worker.step("two")
+      worker.ask("step two")
   finally:
     worker.close()
 

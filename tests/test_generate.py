@@ -116,7 +116,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
   with jax.set_mesh(mesh_of()):
     cache = empty_cache(ours.model, start_B, 32)
     logits, cache = forward(
-      ours._weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True
+      ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True
     )
     for b, length in enumerate(prompts):
       np.testing.assert_allclose(logits[b, 8 - length :], want[b][:length], rtol=2e-4, atol=2e-4)
@@ -124,7 +124,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
       at = [length + step for length in prompts]
       token_B1 = [[rows[b][at[b]]] for b in range(3)] + [[0]]
       logits, cache = forward(
-        ours._weights, cache=cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
+        ours.weights, cache=cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
       )
       for b in range(3):
         np.testing.assert_allclose(logits[b, 0], want[b][at[b]], rtol=2e-4, atol=2e-4)
@@ -177,8 +177,8 @@ def test_every_mesh_draws_the_same_tokens(name, model):
   options = dict(max_new_tokens=10, seed=3)
   one, _ = model_of(model)
   other, _ = model_of(model, mesh=mesh_of(**MESHES[name]))
-  assert isinstance(one._weights.layers[0].ffn.experts.gate_EDF, tuple)
-  assert other._weights.layers[0].ffn.experts.gate_EDF.ndim == 3
+  assert isinstance(one.weights.layers[0].ffn.experts.gate_EDF, tuple)
+  assert other.weights.layers[0].ffn.experts.gate_EDF.ndim == 3
   assert greedy(one, prompts, **options) == greedy(other, prompts, **options)
   drawn = [[c.tokens for c in m.generate(prompts, **options)] for m in (one, other)]
   assert drawn[0] == drawn[1]
@@ -289,7 +289,7 @@ def test_one_program_for_a_bucket_and_a_cache_in_place():
     sampling = generate.Sampling(np.float32(1), np.int32(24), np.float32(1))
     options = dict(greedy=True, filtered=False)
     token = jnp.zeros((1,), jnp.int32)
-    after, *_ = ours._decode(ours._weights, cache, token, done, 0, 1, 1, sampling, **options)
+    after, *_ = ours._decode(ours.weights, cache, token, done, 0, 1, 1, sampling, **options)
   assert cache.k_BGSA[0].is_deleted() and int(after.length) == 1
 
 

@@ -1,8 +1,9 @@
-"""python -m moe_jax.bench layer|train|inference|all [--out=DIR]
+"""python -m moe_jax.bench layer|train|inference|decode|all [--out=DIR]
 
 layer      an MoE layer of each dispatcher against a dense FFN of equal active FLOPs
 train      whole training steps on one CPU, against our dense model and Hugging Face transformers
 inference  decoding and prefill of --config against dense models of its active and its total size
+decode     decoding on one CPU against Hugging Face transformers: same weights, same tokens out
 all        what suits the device: `layer`, a part of it on a CPU, and there `train`
 
 prints tables with targets and whether they are met, and writes DIR/NAME.json and NAME.png.
@@ -23,20 +24,21 @@ def parse_arguments() -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   add = parser.add_argument
-  add("bench", choices=["layer", "train", "inference", "all"])
+  add("bench", choices=["layer", "train", "inference", "decode", "all"])
   add("--out", default="runs/bench", help="folder of the results (runs/bench)")
   add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
   add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
+  add("--tokens", type=int, default=64, help="decode: new tokens of each row in a round (64)")
   add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
-  add("--peer_python", default=sys.executable, help="train: a Python with torch and transformers")
-  add("--peer_compile", action="store_true", help="train: also the peer under torch.compile")
+  add("--peer_python", default=sys.executable, help="train, decode: a Python with torch")
+  add("--peer_compile", action="store_true", help="also the peer under torch.compile")
   add("--config", default="configs/mixtral_small.py", help="inference: the model's config file")
   add("--override", action="append", default=[], help="inference: a field, model.num_layers=4")
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
   args = parser.parse_args()
-  for name in ("rounds", "steps"):
-    if getattr(args, name) < 1:
-      parser.error(f"--{name}={getattr(args, name)}: it must be at least 1")
+  for name, least in (("rounds", 1), ("steps", 1), ("tokens", 2)):
+    if getattr(args, name) < least:
+      parser.error(f"--{name}={getattr(args, name)}: it must be at least {least}")
   return args
 
 
@@ -82,6 +84,17 @@ def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]
   return result
 
 
+def run_decode(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from moe_jax.bench import decode
+
+  result = decode.run(
+    rounds=args.rounds, steps=args.tokens, peer_python=args.peer_python,
+    peer_compile=args.peer_compile,
+  )  # fmt: skip
+  print(decode.text(result))
+  return result
+
+
 def main() -> None:
   args = parse_arguments()
   out = pathlib.Path(args.out)
@@ -97,6 +110,8 @@ def main() -> None:
     found["layer"] = run_layer(args, out)
   if args.bench == "train" or (args.bench == "all" and where["platform"] == "cpu"):
     found["train"] = run_train(args, out)
+  if args.bench == "decode":
+    found["decode"] = run_decode(args, out)
   if args.bench == "inference":
     found["inference"] = run_inference(args, out)
   if args.bench == "all":

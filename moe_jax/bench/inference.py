@@ -46,8 +46,18 @@ def models(config: config_lib.Config) -> dict[str, config_lib.Config]:
   return {_MOE: config} | twins
 
 
-def build(config: config_lib.Config, seed: int = 0) -> generate.Model:
-  """Random weights of this config on one device."""
+def build(
+  config: config_lib.Config, seed: int = 0, tokenizer: tokenizers.Tokenizer | None = None,
+  never: int = -1,
+) -> generate.Model:  # fmt: skip
+  """Random weights of this config on one device.
+
+  Args:
+    config: its model.
+    seed: of the weights.
+    tokenizer: bytes without one.
+    never: a token that no greedy decoding draws, so that no row ends before its time.
+  """
   mesh = sharding.make_mesh(config_lib.Mesh(data=1))
   with jax.set_mesh(mesh):
     model = inference.for_inference(config.model)
@@ -55,8 +65,11 @@ def build(config: config_lib.Config, seed: int = 0) -> generate.Model:
       lambda key: nnx.state(transformer.Transformer(model, nnx.Rngs(key)), nnx.Param)
     )(jax.random.key(seed))
     bias_ZE = jnp.zeros(transformer.bias_shape(model))
-    weights = jax.block_until_ready(inference.weights(model, params, bias_ZE))
-  return generate.Model(model, weights, mesh, tokenizers.Bytes())
+    weights = inference.weights(model, params, bias_ZE)
+    if never >= 0:
+      weights = weights._replace(head_VD=weights.head_VD.at[never].set(0))  # others are positive
+    jax.block_until_ready(weights)
+  return generate.Model(model, weights, mesh, tokenizer or tokenizers.Bytes())
 
 
 class Decoder:
@@ -64,7 +77,7 @@ class Decoder:
 
   def __init__(self, model: generate.Model, batch: int, seed: int = 0):
     self._model = model.model
-    self._weights, self._mesh = model._weights, model._mesh
+    self._weights, self._mesh = model.weights, model.mesh
     rng = np.random.default_rng(seed)
     self._tokens_BL = rng.integers(0, self._model.vocab_size, (batch, _PROMPT), dtype=np.int32)
     self._steps = jax.jit(self._decode, donate_argnums=1)
@@ -199,7 +212,7 @@ def _decode_rows(built, batch, rounds, found):
   for name, model in built.items():
     moe = model.model.moe
     experts = expected_experts(moe.num_experts, moe.top_k, batch) if moe.num_experts else 0.0
-    done = work(model._weights, model.model, batch, experts)
+    done = work(model.weights, model.model, batch, experts)
     seconds = timing.median(times, name) / _STEPS
     rows.append({
       "model": name, "batch": batch, "seconds": seconds, "tokens_per_s": batch / seconds,
@@ -226,8 +239,8 @@ def _prefill_rows(built, length, rounds):
     compiled = jax.jit(prefill)
 
     def call(compiled=compiled, model=model):
-      with jax.set_mesh(model._mesh):
-        return compiled(model._weights, tokens)
+      with jax.set_mesh(model.mesh):
+        return compiled(model.weights, tokens)
 
     jax.block_until_ready(call())
     thunks[name] = call

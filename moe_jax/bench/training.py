@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 
 class Worker:
-  """A process that trains when told to, by the protocol of worker.py."""
+  """A process that works when told to, by a line of stdin: see worker.py and decode_worker.py."""
 
   def __init__(self, command: Command):
     self.kind = command.kind
@@ -43,8 +43,8 @@ class Worker:
       self.close()
       raise
 
-  def step(self, steps: int) -> dict[str, Any]:
-    self.process.stdin.write(f"step {steps}\n")
+  def ask(self, line: str) -> dict[str, Any]:
+    self.process.stdin.write(line + "\n")
     self.process.stdin.flush()
     return self._answer()
 
@@ -82,13 +82,17 @@ def our_commands(remat: list[str], cpu: int, sizes: dict[str, int]) -> list[Comm
   return [*commands, bare]
 
 
+def has_torch(python: str) -> bool:
+  test = "from importlib.util import find_spec as f; assert f('torch') and f('transformers')"
+  return not subprocess.run([python, "-c", test], stderr=subprocess.DEVNULL).returncode
+
+
 def peer_commands(python: str, compiled: bool, cpu: int, sizes: dict[str, int]) -> list[Command]:
   """None where they cannot run, and a line that says why."""
   if not PEER.exists():
     progress(f"no peers: {PEER} is in the repository only")
     return []
-  test = "from importlib.util import find_spec as f; assert f('torch') and f('transformers')"
-  if subprocess.run([python, "-c", test], stderr=subprocess.DEVNULL).returncode:
+  if not has_torch(python):
     progress(f"no peers: {python} has no torch and transformers; see --peer_python")
     return []
   base = [python, str(PEER), "--worker", f"--cpu={cpu}"]
@@ -130,7 +134,7 @@ def run(
     answers: list[list[dict[str, Any]]] = [[] for _ in workers]
     for number in range(rounds):
       for worker, answer in zip(workers, answers, strict=True):
-        answer.append(worker.step(steps))
+        answer.append(worker.ask(f"step {steps}"))
       progress(f"train: round {number + 1}/{rounds}")
   finally:
     for worker in workers:
