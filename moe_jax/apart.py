@@ -27,27 +27,31 @@ def swiglu(
     sizes_E: int32, rows of each expert.
   """
   N, D = x_ND.shape
-  size = _block(N, len(gate_FD))
+  sizes = _blocks(N, len(gate_FD))
   end_E = jnp.cumsum(sizes_E)
   # Every expert's last block may pass its end: what it writes there is written again by the next.
-  x_ND = jnp.pad(x_ND, ((0, size), (0, 0)))
-  y_ND = jnp.zeros((N + size, D), x_ND.dtype)
+  x_ND = jnp.pad(x_ND, ((0, sizes[0]), (0, 0)))
+  y_ND = jnp.zeros((N + sizes[0], D), x_ND.dtype)
   for expert, weights in enumerate(zip(gate_FD, up_FD, down_DF, strict=True)):
-    first, blocks = end_E[expert] - sizes_E[expert], (sizes_E[expert] + size - 1) // size
-    body = functools.partial(_add_block, x_ND=x_ND, first=first, size=size, weights=weights)
-    y_ND = jax.lax.fori_loop(0, blocks, body, y_ND)
+    rows, first = sizes_E[expert], end_E[expert] - sizes_E[expert]
+    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+      # As many blocks as leave no more rows than the smaller size holds.
+      blocks = jnp.maximum(rows - smaller + size - 1, 0) // size
+      body = functools.partial(_add_block, x_ND=x_ND, first=first, size=size, weights=weights)
+      y_ND = jax.lax.fori_loop(0, blocks, body, y_ND)
+      rows, first = rows - blocks * size, first + blocks * size
   return y_ND[:N]
 
 
-def _block(rows: int, experts: int) -> int:
-  """Rows of a block: twice an expert's share, so that few experts read their weights twice.
+def _blocks(rows: int, experts: int) -> tuple[int, ...]:
+  """Rows of a block, large and small: twice an expert's share of the rows, and its share.
 
-  With as many experts as rows most have one row, and a product with a vector is the fastest.
+  With fewer rows than experts most have one row or none, and a product with a vector is fastest.
   """
-  if rows <= experts:
-    return 1
-  share = rows // experts
-  return min(_power_of_two(rows), max(2 * _power_of_two(share), 8), 256)
+  if rows < experts:
+    return (1,)
+  share = min(_power_of_two(rows // experts), 128)
+  return (4, 1) if share <= 2 else (2 * share, share)
 
 
 def _power_of_two(least: int) -> int:

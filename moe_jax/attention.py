@@ -1,5 +1,7 @@
 """Grouped-query attention (2305.13245) with rotary positions (2104.09864) over packed documents."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -82,20 +84,25 @@ def _visible(segments_BL, rows, seen):
 def cached_attention(
   q_BLHA: jax.Array, k_BGSA: jax.Array, v_BGSA: jax.Array, start_B: jax.Array, last: jax.Array
 ) -> jax.Array:
-  """y_BLHA of one query (L = 1), which sees the slots from start_B to `last`, its own; float32."""
+  """y_BLHA of one query (L = 1), which sees the slots from start_B to `last`, its own; float32.
+
+  In k_BGSA and v_BGSA, B and G may be one dimension.
+  """
   B, L, H, A = q_BLHA.shape
-  G, S = k_BGSA.shape[1:3]
-  q_BGRA = q_BLHA.reshape(B, G, H // G, A) * A**-0.5
-  scores = jnp.einsum("BGRA,BGSA->BGRS", q_BGRA, k_BGSA, preferred_element_type=jnp.float32)
+  *rows, S, _ = k_BGSA.shape
+  heads = B * H // math.prod(rows)
+  q = q_BLHA.reshape(*rows, heads, A) * A**-0.5
+  scores = jnp.einsum("...RA,...SA->...RS", q, k_BGSA, preferred_element_type=jnp.float32)
   slot_S = jnp.arange(S)
   visible_BS = (slot_S[None] >= start_B[:, None]) & (slot_S <= last)[None]
+  visible_BGS = jnp.broadcast_to(visible_BS[:, None], (B, H // heads, S))
   # Not -inf: a row of padding sees nothing, and must stay finite.
   least = jnp.finfo(jnp.float32).min
-  weights = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores, least))
-  y_BGRA = jnp.einsum(
-    "BGRS,BGSA->BGRA", weights.astype(v_BGSA.dtype), v_BGSA, preferred_element_type=jnp.float32
+  weights = jax.nn.softmax(jnp.where(visible_BGS.reshape(*rows, 1, S), scores, least))
+  y = jnp.einsum(
+    "...RS,...SA->...RA", weights.astype(v_BGSA.dtype), v_BGSA, preferred_element_type=jnp.float32
   )
-  return y_BGRA.astype(v_BGSA.dtype).reshape(B, L, H, A)
+  return y.astype(v_BGSA.dtype).reshape(B, L, H, A)
 
 
 class Attention(nnx.Module):

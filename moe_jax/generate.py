@@ -22,7 +22,7 @@ from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import Weights
 
-_SLOTS = 128  # caches are multiples of it
+_SLOTS = 32  # caches are multiples of it
 _CHUNK = 32  # tokens of a row that the device draws before it answers, at most
 _CHUNK_SECONDS = 0.1  # what a reader waits for at most, where the device is that fast
 

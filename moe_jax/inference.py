@@ -6,6 +6,7 @@ a slice and only the experts that a token chose are read; matrices lie with thei
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +61,10 @@ class Weights(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far, rows aligned at their end; S slots."""
+  """Keys and values of the tokens so far, rows aligned at their end; S slots.
+
+  On one CPU device B and G are one dimension: XLA:CPU would copy a cache that it reshapes.
+  """
 
   k_BGSA: tuple[jax.Array, ...]  # of each layer
   v_BGSA: tuple[jax.Array, ...]
@@ -157,12 +161,10 @@ def _weights(model, params, bias_ZE, apart):
 
 def empty_cache(model: config_lib.Model, start_B: jax.Array, slots: int) -> Cache:
   """Room for `slots` tokens of each row; start_B, int32: how much padding begins a row."""
-  shape = (start_B.shape[0], model.num_kv_heads, slots, model.head_dim)
-  dtype = jnp.dtype(model.compute_dtype.value)
-  k, v = (
-    tuple(sharding.constrain(jnp.zeros(shape, dtype), "BGSA") for _ in range(model.num_layers))
-    for _ in range(2)
-  )
+  rows = (start_B.shape[0], model.num_kv_heads)
+  rows = (math.prod(rows),) if experts_apart() else rows
+  empty = jnp.zeros((*rows, slots, model.head_dim), jnp.dtype(model.compute_dtype.value))
+  k, v = (tuple(_sharded(empty) for _ in range(model.num_layers)) for _ in range(2))
   return Cache(k, v, start_B, jnp.zeros((), jnp.int32))
 
 
@@ -199,10 +201,8 @@ def forward(
   for layer, k_BGSA, v_BGSA in zip(weights.layers, cache.k_BGSA, cache.v_BGSA, strict=True):
     h_BLD = rms_norm(x_BLD, layer.attention_norm_D, model.norm_eps)
     q_BLHA, k_BLGA, v_BLGA = _queries_keys_values(h_BLD, layer.attention, positions_BL, model)
-    k_BGSA, v_BGSA = (
-      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, cache.length, 0))
-      for old, new in ((k_BGSA, k_BLGA), (v_BGSA, v_BLGA))
-    )
+    k_BGSA = _write(k_BGSA, k_BLGA, cache.length)
+    v_BGSA = _write(v_BGSA, v_BLGA, cache.length)
     if L > 1:
       y_BLHA = causal_attention(q_BLHA, k_BLGA, v_BLGA, real_BL.astype(jnp.int32))
     else:
@@ -215,8 +215,8 @@ def forward(
       y_BLD, of_layer = _experts(h_BLD, layer.ffn, model.moe, tokens_BL, real_BL, trace)
       choices.append(of_layer)
     x_BLD = sharding.constrain(x_BLD + y_BLD, "BLD")
-    keys.append(sharding.constrain(k_BGSA, "BGSA"))
-    values.append(sharding.constrain(v_BGSA, "BGSA"))
+    keys.append(k_BGSA)
+    values.append(v_BGSA)
   if not all_logits:
     x_BLD = x_BLD[:, -1:]
   logits_BLV = _linear(
@@ -224,6 +224,17 @@ def forward(
   )
   cache = Cache(tuple(keys), tuple(values), cache.start_B, cache.length + L)
   return (logits_BLV, cache, choices) if trace else (logits_BLV, cache)
+
+
+def _sharded(k_BGSA):
+  return sharding.constrain(k_BGSA, "BGSA") if k_BGSA.ndim == 4 else k_BGSA
+
+
+def _write(k_BGSA, new_BLGA, length):
+  new_BGLA = new_BLGA.swapaxes(1, 2)
+  new = new_BGLA.reshape(*k_BGSA.shape[:-2], *new_BGLA.shape[2:])
+  start = (0,) * (k_BGSA.ndim - 2) + (length, 0)
+  return _sharded(jax.lax.dynamic_update_slice(k_BGSA, new, start))
 
 
 def _linear(w, x_BL, contracted: int, dtype=None):
