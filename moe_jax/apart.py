@@ -46,11 +46,11 @@ def swiglu(
 def _blocks(rows: int, experts: int) -> tuple[int, ...]:
   """Rows of a block, large and small: twice an expert's share of the rows, and its share.
 
-  With fewer rows than experts most have one row or none, and a product with a vector is fastest.
+  Not more than 64, where matmuls are at their speed, so that little is padding. With fewer rows than experts most have one row or none, and a product with a vector is fastest.
   """
   if rows < experts:
     return (1,)
-  share = min(_power_of_two(rows // experts), 128)
+  share = min(_power_of_two(rows // experts), 32)
   return (4, 1) if share <= 2 else (2 * share, share)
 
 

@@ -240,15 +240,20 @@ def _write(k_BGSA, new_BLGA, length):
 def _linear(w, x_BL, contracted: int, dtype=None):
   """w[..., *inner] times x_BL[..., *inner] over the `contracted` inner dimensions, [B, L, *outer].
 
-  As weights times tokens. XLA:CPU would turn this into tokens times weights, which for 8 to 64
-  tokens takes up to three times as long, but does not look across the barriers.
+  Of up to 64 tokens as weights times tokens. XLA:CPU would turn this into tokens times weights,
+  which takes up to three times as long, but does not look across the barriers.
   """
   B, L = x_BL.shape[:2]
   outer, inner = w.shape[:-contracted], w.shape[-contracted:]
-  x_IT = jax.lax.optimization_barrier(x_BL.reshape(B * L, -1).T)
-  y_OT = jnp.dot(w.reshape(-1, x_IT.shape[0]), x_IT, preferred_element_type=dtype)
   assert x_BL.shape[2:] == inner
-  return jax.lax.optimization_barrier(y_OT).T.reshape(B, L, *outer)
+  w_OI, x_TI = w.reshape(-1, math.prod(inner)), x_BL.reshape(B * L, -1)
+  if B * L > 64:
+    y_TO = jnp.dot(x_TI, w_OI.T, preferred_element_type=dtype)
+  else:
+    x_IT = jax.lax.optimization_barrier(x_TI.T)
+    y_OT = jnp.dot(w_OI, x_IT, preferred_element_type=dtype)
+    y_TO = jax.lax.optimization_barrier(y_OT).T
+  return y_TO.reshape(B, L, *outer)
 
 
 def _queries_keys_values(x_BLD, attention, positions_BL, model):
