@@ -53,9 +53,12 @@ def main() -> None:
         shown = max(shown, len(text))
   except KeyboardInterrupt:
     pass  # what is drawn so far is shown
-  for number, (prompt, row) in enumerate(zip(rows, ids, strict=True)):
-    if len(rows) > 1:
-      show(f"--- {number + 1} of {len(rows)}\n{prompt}{model.completion(prompt, row).text}\n")
+  texts = [model.completion(prompt, row).text for prompt, row in zip(rows, ids, strict=True)]
+  if len(rows) == 1:
+    show(texts[0][shown:])  # a character that stayed incomplete
+  else:
+    for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
+      show(f"--- {number + 1} of {len(rows)}\n{prompt}{text}\n")
   print(file=sys.stdout)
   print(model.speed(), file=sys.stderr)
 

@@ -46,7 +46,8 @@ def swiglu(
 def _blocks(rows: int, experts: int) -> tuple[int, ...]:
   """Rows of a block, large and small: twice an expert's share of the rows, and its share.
 
-  Not more than 64, where matmuls are at their speed, so that little is padding. With fewer rows than experts most have one row or none, and a product with a vector is fastest.
+  Not more than 64, where matmuls are at their speed, so that little is padding. With fewer rows
+  than experts most have one row or none, and a product with a vector is the fastest.
   """
   if rows < experts:
     return (1,)
@@ -62,7 +63,7 @@ def _add_block(number, y_ND, *, x_ND, first, size, weights):
   gate_FD, up_FD, down_DF = weights
   start = first + number * size
   x_RD = jax.lax.dynamic_slice_in_dim(x_ND, start, size)
-  # As weights times rows: see inference._linear.
+  # Weights times rows: see inference._linear.
   x_DR = jax.lax.optimization_barrier(x_RD.T)
   h_FR = jax.nn.silu(gate_FD @ x_DR) * (up_FD @ x_DR)
   y_DR = jax.lax.optimization_barrier(down_DF @ h_FR)

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from conftest import toy_config
 
 from moe_jax import config as config_lib
 from moe_jax import dispatch, grouped_matmul
-from moe_jax.bench import layer, layer_report, plots, results, training
+from moe_jax.bench import inference, layer, layer_report, plots, results, training
 from moe_jax.config import Dispatch, Dtype, UserError
 
 TOY = layer.Setting(8, 12, 2, (8,), 2, 8, phases=True)
@@ -135,6 +137,56 @@ def test_worker(tmp_path, monkeypatch):
       worker.ask("step two")
   finally:
     worker.close()
+
+
+def test_decoding_worker(tmp_path, monkeypatch):
+  """Weights by transformers' names and in its shapes; the same tokens whatever the batch."""
+  monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
+  sizes = {k: v for k, v in TOY_SIZES.items() if k not in ("seq_len", "batch_size")}
+  command = [sys.executable, "-m", "moe_jax.bench.decode_worker", f"--weights={tmp_path}"]
+  command += [f"--{name}={value}" for name, value in sizes.items()] + ["--rows=3"]
+  worker = training.Worker(training.Command("ours", command))
+  try:
+    one, three = worker.ask("decode 1 40"), worker.ask("decode 3 40")
+    assert one["cpu_s"] > 0 and np.shape(three["tokens"]) == (3, 40)
+    assert one["tokens"][0] == three["tokens"][0] and 0 not in np.array(three["tokens"])
+    with pytest.raises(UserError, match="is not `decode B N`"):
+      worker.ask("decode 1")
+  finally:
+    worker.close()
+  written = {path.stem: np.load(path) for path in tmp_path.glob("*.npy")}
+  assert written["prompts"].shape == (3, 16) and (written["prompts"][:, 0] == 0).all()
+  assert written["model.layers.0.mlp.experts.gate_up_proj"].shape == (2, 32, 16)
+  assert written["model.layers.0.self_attn.k_proj.weight"].shape == (8, 16)
+  # All but the prompts.
+  assert sum(a.size for a in written.values()) - 48 == worker.ready["parameters"]
+
+
+@pytest.mark.slow
+def test_inference_rows_and_formula(tmp_path):
+  assert inference.expected_experts(8, 2, 1) == 2
+  # 2, and of the second row's 2 those that the first left: 2 * 6/8.
+  assert inference.expected_experts(8, 2, 2) == pytest.approx(3.5)
+  assert inference.expected_experts(8, 2, 1000) == pytest.approx(8)
+  config = toy_config()
+  result = inference.run(config, 1, (1, 4), seconds=0.0)
+  rows = {(r["model"], r["batch"]): r for r in result["decode"]}
+  names = ("MoE", "dense, active size", "dense, total size")
+  assert list(rows) == [(name, batch) for batch in (1, 4) for name in names]
+  sizes = result["models"]
+  assert sizes[names[1]]["parameters"] == pytest.approx(sizes["MoE"]["active"], rel=0.02)
+  assert sizes[names[2]]["parameters"] == pytest.approx(sizes["MoE"]["parameters"], rel=0.02)
+  # Bytes by hand: float32, 2 layers; q and out, k and v, two norms, the router, K experts; norm,
+  # head; 128 slots.
+  layer = 2 * 10 * 24 + 2 * 10 * 12 + 2 * 10 + 10 * 4 + 4 + 2 * 3 * 10 * 18
+  cache = 128 * 2 * 2 * 6 * 2
+  assert rows["MoE", 1]["bytes"] == 4 * (2 * layer + 10 + 10 * 24 + cache)
+  assert rows["MoE", 1]["experts_read"] == 2
+  assert 2 <= rows["MoE", 4]["experts_read"] <= 4
+  text = inference.text(result)
+  assert all(t["verdict"] in text for t in result["targets"]) and len(result["targets"]) == 4
+  plots.inference(tmp_path, result)
+  assert (tmp_path / "inference.png").stat().st_size > 1000
 
 
 def test_command_line_refuses():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from conftest import mesh_of, toy_config
 from flax import nnx
 from test_transformer import build
 
+from moe_jax import apart, generate, inference, transformer
 from moe_jax import config as config_lib
-from moe_jax import generate, inference, transformer
 from moe_jax.config import Dispatch, Router, Score, UserError
 from moe_jax.data import tokenizers
 
@@ -66,7 +67,10 @@ def model_of(name="topk", mesh=None, separator=23, seed=0, poison=None, **change
 
 
 def full_forward(model, trained, rows):
-  """Transformer's own logits [L, V] of each row by itself, without drops."""
+  """Transformer's own logits [L, V] of each row by itself, without drops.
+
+  Rows are padded at their end to one length, which a causal model does not see.
+  """
   _, params, bias_ZE = trained
   graph, _ = nnx.split(nnx.eval_shape(lambda: transformer.Transformer(model, nnx.Rngs(0))))
 
@@ -78,8 +82,14 @@ def full_forward(model, trained, rows):
     whole = nnx.merge(graph, params)
     return whole(tokens_BL, segments_BL, positions_BL, bias_ZE, key, train=False)[0]
 
+  longest = max(map(len, rows))
+  found = []
   with jax.set_mesh(mesh_of()):
-    return [np.asarray(logits(params, bias_ZE, np.asarray(r, np.int32)[None]))[0] for r in rows]
+    for row in rows:
+      tokens_BL = np.zeros((1, longest), np.int32)
+      tokens_BL[0, : len(row)] = row
+      found.append(np.asarray(logits(params, bias_ZE, tokens_BL))[0, : len(row)])
+  return found
 
 
 def empty_cache(model, start_B, slots):
@@ -96,7 +106,7 @@ def slow_unless(everyday, names):
   return [n if n in everyday else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
-@pytest.mark.parametrize("name", slow_unless(("deepseek", "pattern", "dense"), MODELS))
+@pytest.mark.parametrize("name", slow_unless(("deepseek", "dense"), MODELS))
 def test_prefill_and_decode_equal_the_full_forward(name):
   """Prompts of different lengths in one batch, then token after token through the cache."""
   qk_norm = name == "deepseek"
@@ -133,7 +143,11 @@ def test_prefill_and_decode_equal_the_full_forward(name):
 
 @pytest.mark.parametrize(
   ("dispatch", "factor"),
-  [(Dispatch.GATHER, 0.25), (Dispatch.EINSUM, 1.0), (Dispatch.GROUPED, 0.0)],
+  [
+    (Dispatch.GATHER, 0.25),
+    pytest.param(Dispatch.EINSUM, 1.0, marks=pytest.mark.slow),
+    pytest.param(Dispatch.GROUPED, 0.0, marks=pytest.mark.slow),
+  ],
 )
 def test_nothing_drops_whatever_the_training_did(dispatch, factor):
   moe = config_lib.MoE(
@@ -171,20 +185,27 @@ def test_greedy_is_the_argmax_of_the_full_forward():
 
 
 @pytest.mark.parametrize("name", slow_unless(("expert2-tensor2",), MESHES))
-@pytest.mark.parametrize("model", slow_unless(("deepseek",), ("topk", "deepseek")))
+@pytest.mark.parametrize("model", slow_unless(("topk",), ("topk", "deepseek")))
 def test_every_mesh_draws_the_same_tokens(name, model):
   prompts = ["abc", "defghij", "k"]
-  options = dict(max_new_tokens=10, seed=3)
+  options = dict(max_new_tokens=10, seed=3, temperature=0.8)
   one, _ = model_of(model)
   other, _ = model_of(model, mesh=mesh_of(**MESHES[name]))
   assert isinstance(one.weights.layers[0].ffn.experts.gate_EDF, tuple)
   assert other.weights.layers[0].ffn.experts.gate_EDF.ndim == 3
-  assert greedy(one, prompts, **options) == greedy(other, prompts, **options)
   drawn = [[c.tokens for c in m.generate(prompts, **options)] for m in (one, other)]
-  assert drawn[0] == drawn[1]
-  np.testing.assert_allclose(
-    one.logits([[1, 2, 3, 4, 5]] * 2), other.logits([[1, 2, 3, 4, 5]] * 2), rtol=2e-4, atol=2e-4
-  )
+  assert drawn[0] == drawn[1] and len({token for row in drawn[0] for token in row}) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_has_the_same_logits(name):
+  one, _ = model_of()
+  other, _ = model_of(mesh=mesh_of(**MESHES[name]))
+  tokens = [[1, 2, 3, 4, 5]] * 2
+  np.testing.assert_allclose(one.logits(tokens), other.logits(tokens), rtol=2e-4, atol=2e-4)
+  prompts = ["abc", "defghij", "k"]
+  assert greedy(one, prompts, max_new_tokens=10) == greedy(other, prompts, max_new_tokens=10)
 
 
 def test_only_the_chosen_experts_are_read():
@@ -206,10 +227,9 @@ def test_only_the_chosen_experts_are_read():
   with jax.set_mesh(mesh_of()):
     for expert in (None, 2, 3, 1):
       changed = params if expert is None else poisoned(params, expert)
-      weights = inference.weights(ours.model, changed, chosen)
-      other = generate.Model(ours.model, weights, mesh_of(), Letters())
-      tokens = greedy(other, ["abc", "de"], max_new_tokens=8)
-      found.append((tokens, other.logits([1, 2, 3])))
+      ours.weights = inference.weights(ours.model, changed, chosen)
+      tokens = greedy(ours, ["abc", "de"], max_new_tokens=8)
+      found.append((tokens, ours.logits([1, 2, 3])))
   for tokens, logits in found[1:3]:
     assert tokens == found[0][0]
     np.testing.assert_array_equal(logits, found[0][1])
@@ -280,17 +300,39 @@ def test_one_program_for_a_bucket_and_a_cache_in_place():
     ours.generate(prompt, max_new_tokens=9, temperature=0.5, seed=1)
   assert ours._prefill._cache_size() == ours._decode._cache_size() == 1
   ours.generate("a" * 40, max_new_tokens=4)
-  assert ours._prefill._cache_size() == 2 and ours._decode._cache_size() == 1
-  ours.generate("a" * 140, max_new_tokens=4)
-  assert ours._decode._cache_size() == 2
+  assert ours._prefill._cache_size() == ours._decode._cache_size() == 2
   with jax.set_mesh(mesh_of()):
     start, done = ours._put(np.array([0], np.int32), np.array([False]))
-    cache = empty_cache(ours.model, start, 128)
+    cache = empty_cache(ours.model, start, 96)
     sampling = generate.Sampling(np.float32(1), np.int32(24), np.float32(1))
     options = dict(greedy=True, filtered=False)
     token = jnp.zeros((1,), jnp.int32)
-    after, *_ = ours._decode(ours.weights, cache, token, done, 0, 1, 1, sampling, **options)
+    arguments = (ours.weights, cache, token, done, 0, 1, 1, sampling)
+    program = ours._decode.lower(*arguments, **options).compile().as_text()
+    after, *_ = ours._decode(*arguments, **options)
   assert cache.k_BGSA[0].is_deleted() and int(after.length) == 1
+  assert re.search(r"f32\[2,96,6\]\S* dynamic-update-slice", program)
+  assert not re.search(r"= f32\[(1,)?2,96,6\]\S* copy", program)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 13, 40, 300])  # each pair of block sizes
+def test_experts_of_their_own_arrays_by_hand(rows):
+  rng = np.random.default_rng(rows)
+  E, D, F = 5, 6, 4
+  x_ND = rng.normal(size=(rows, D))
+  gate, up, down = (rng.normal(size=(E, *shape)) for shape in ((F, D), (F, D), (D, F)))
+  for share in ([0.7, 0, 0.2, 0.05, 0.05], [0, 0, 0, 0, 1], [0.2] * 5):
+    sizes_E = np.floor(rows * np.array(share)).astype(int)
+    sizes_E[np.argmax(share)] += rows - sizes_E.sum()
+    expert_N = np.repeat(np.arange(E), sizes_E)
+    want = np.stack([
+      down[e] @ ((g := gate[e] @ x) / (1 + np.exp(-g)) * (up[e] @ x))
+      for e, x in zip(expert_N, x_ND, strict=True)
+    ])  # fmt: skip
+    weights = (tuple(np.float32(w)) for w in (gate, up, down))
+    got = jax.jit(apart.swiglu)(np.float32(x_ND), *weights, np.int32(sizes_E))
+    # float32, sums of 6 terms, values up to some tens
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_generate_says_why():

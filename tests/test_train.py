@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from conftest import toy_config
 from test_expert_parallel import set_up, toy_batch
 
+import moe_jax
 from moe_jax import config as config_lib
 from moe_jax import losses, optimizer, statistics
 
@@ -238,6 +240,58 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run, cache):
   assert done.returncode == 2 and done.stderr.count("\n") == 1
   assert "config.optimizer.learning_rate=0.5 (was 0.01)" in done.stderr
   assert (whole_run[0] / "config.json").read_text() == before
+
+
+def generate(*arguments, stdin=""):
+  return subprocess.run(
+    [sys.executable, "generate.py", *arguments],
+    cwd=ROOT, env=ONE_DEVICE, input=stdin, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+
+
+def as_read(text):
+  return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_a_run_generates(whole_run, tmp_path):
+  """The same text from the command line, from stdin, and in Python; without the data."""
+  workdir = tmp_path / "moved"
+  shutil.copytree(whole_run[0], workdir)
+  (workdir / "data.json").unlink()
+  done = generate(
+    f"--workdir={workdir}", "--max_new_tokens=24", "--temperature=0", "--prompt=def ",
+    "--prompt_file=-", "--lines", stdin="import os\nx"
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  prompts = ["def ", "import os", "x"]
+  found = moe_jax.load(workdir).generate(prompts, max_new_tokens=24, temperature=0)
+  assert all(len(c.tokens) == 24 or c.finished for c in found)
+  parts = (f"--- {n + 1} of 3\n{c.prompt}{c.text}\n" for n, c in enumerate(found))
+  assert done.stdout == as_read("".join(parts) + "\n")
+  assert "tokens/s" in done.stderr
+
+
+@pytest.mark.slow
+def test_one_text_is_shown_as_it_is_drawn(whole_run, tmp_path):
+  (tmp_path / "start.py").write_text("def f():\n")
+  options = (f"--workdir={whole_run[0]}", f"--prompt_file={tmp_path / 'start.py'}", "--seed=1")
+  done = generate(*options, "--max_new_tokens=90")
+  (found,) = moe_jax.load(whole_run[0]).generate("def f():\n", max_new_tokens=90, seed=1)
+  assert done.stdout == as_read(f"def f():\n{found.text}\n")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    ((), "--workdir is missing"),
+    (("--workdir=WORKDIR",), "give --prompt=TEXT or --prompt_file=FILE"),
+    (("--workdir=WORKDIR", "--prompt_file=none.txt"), "--prompt_file=none.txt: "),
+    (("--workdir=nowhere", "--prompt=a"), "nowhere"),
+  ],
+)
+def test_generate_refuses_in_one_line(whole_run, arguments, said):
+  done = generate(*(a.replace("WORKDIR", str(whole_run[0])) for a in arguments))
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
 
 
 def test_other_text_is_refused(whole_run, cache):

@@ -170,28 +170,30 @@ def work(weights: inference.Weights, model: config_lib.Model, batch: int, expert
   of_experts = [w.ffn.experts for w in weights.layers if isinstance(w.ffn, inference.MoEWeights)]
   one = size(of_experts[0]) / model.moe.num_experts if of_experts else 0.0
   # A tied head is read whole; of an embedding that is only looked up, B rows.
-  always = size(weights.layers) - size(of_experts) + size(weights.head_VD)
+  always = size(weights.layers) - size(of_experts) + size(weights[2:])
   item = weights.embed_VD.dtype.itemsize
   slots = batch * 128 * 2 * model.num_kv_heads * model.head_dim * model.num_layers
   used = always + len(of_experts) * one * model.moe.top_k
   return Work(always + len(of_experts) * one * experts + slots * item, 2 * batch * used / item)
 
 
-def run(config: config_lib.Config, rounds: int, batches=BATCHES) -> dict[str, Any]:
-  """Rows of decode and prefill, and the targets."""
+def run(
+  config: config_lib.Config, rounds: int, batches=BATCHES, seconds: float = 0.3
+) -> dict[str, Any]:
+  """Rows of decode and prefill, and the targets; `seconds`, as min_seconds of timing.in_turns."""
   configs = models(config)
   built = {}
   for name, of in configs.items():
     progress(f"{name}: {matching.sizes(of)}")
     built[name] = build(of)
-  found = machine()
+  found = machine(seconds)
   progress(f"memory reads {found.read / 1e9:.1f} GB/s, copies {found.copy / 1e9:.1f} GB/s; "
            f"matmuls {found.flops / 1e9:.0f} GFLOP/s")  # fmt: skip
   counts = {name: matching.count(of) for name, of in configs.items()}
   rows = []
   for batch in batches:
-    rows += _decode_rows(built, batch, rounds, found)
-  prefill = [row for length in PREFILL for row in _prefill_rows(built, length, rounds)]
+    rows += _decode_rows(built, batch, rounds, seconds, found)
+  prefill = [row for length in PREFILL for row in _prefill_rows(built, length, rounds, seconds)]
   result = {
     "machine": found._asdict(),
     "models": {
@@ -205,19 +207,19 @@ def run(config: config_lib.Config, rounds: int, batches=BATCHES) -> dict[str, An
   return result
 
 
-def _decode_rows(built, batch, rounds, found):
+def _decode_rows(built, batch, rounds, seconds, found):
   decoders = {name: Decoder(model, batch) for name, model in built.items()}
-  times = timing.in_turns(decoders, rounds, 0.3)
+  times = timing.in_turns(decoders, rounds, seconds)
   rows = []
   for name, model in built.items():
     moe = model.model.moe
     experts = expected_experts(moe.num_experts, moe.top_k, batch) if moe.num_experts else 0.0
     done = work(model.weights, model.model, batch, experts)
-    seconds = timing.median(times, name) / _STEPS
+    took = timing.median(times, name) / _STEPS
     rows.append({
-      "model": name, "batch": batch, "seconds": seconds, "tokens_per_s": batch / seconds,
+      "model": name, "batch": batch, "seconds": took, "tokens_per_s": batch / took,
       "speed_vs_moe": timing.ratio(times, _MOE, name), "bytes": done.bytes, "flops": done.flops,
-      "bytes_per_s": done.bytes / seconds,
+      "bytes_per_s": done.bytes / took,
       "roofline_s": max(done.bytes / found.read, done.flops / found.flops),
       "experts_expected": experts,
       "experts_read": decoders[name].distinct_experts() if moe.num_experts else 0.0,
@@ -227,7 +229,7 @@ def _decode_rows(built, batch, rounds, found):
   return rows
 
 
-def _prefill_rows(built, length, rounds):
+def _prefill_rows(built, length, rounds, seconds):
   tokens = np.random.default_rng(0).integers(0, 256, (1, length), dtype=np.int32)
   thunks = {}
   for name, model in built.items():
@@ -244,7 +246,7 @@ def _prefill_rows(built, length, rounds):
 
     jax.block_until_ready(call())
     thunks[name] = call
-  times = timing.in_turns(thunks, rounds, 0.3)
+  times = timing.in_turns(thunks, rounds, seconds)
   return [
     {"model": n, "tokens": length, "seconds": timing.median(times, n),
      "tokens_per_s": length / timing.median(times, n)}

@@ -99,8 +99,6 @@ def inference(out: pathlib.Path, result: dict[str, Any]) -> None:
   left.set(ylabel="tokens per second", yscale="log")
   right.set(ylabel="speed of the MoE / of the dense model")
   sizes = result["models"][moe]
-  figure.suptitle(
-    f"Decoding: an MoE of {sizes['parameters'] / 1e6:.0f}M parameters, {sizes['active'] / 1e6:.0f}M "
-    f"of them active, in {sizes['dtype']}", fontsize=11,
-  )  # fmt: skip
+  total, active = (f"{sizes[which] / 1e6:.0f}M" for which in ("parameters", "active"))
+  figure.suptitle(f"Decoding: {total} parameters, {active} active, {sizes['dtype']}", fontsize=11)
   _save(figure, out, "inference.png")
