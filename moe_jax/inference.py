@@ -22,6 +22,9 @@ from moe_jax.routers import RouterInputs
 from moe_jax.transformer import Transformer, bias_shape, layer_pattern
 
 
+_FEW = 64  # tokens, for _linear
+
+
 class FFNWeights(NamedTuple):
   gate_FD: jax.Array
   up_FD: jax.Array
@@ -247,7 +250,7 @@ def _linear(w, x_BL, contracted: int, dtype=None):
   outer, inner = w.shape[:-contracted], w.shape[-contracted:]
   assert x_BL.shape[2:] == inner
   w_OI, x_TI = w.reshape(-1, math.prod(inner)), x_BL.reshape(B * L, -1)
-  if B * L > 64:
+  if B * L > _FEW:
     y_TO = jnp.dot(x_TI, w_OI.T, preferred_element_type=dtype)
   else:
     x_IT = jax.lax.optimization_barrier(x_TI.T)
