@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import backend, checkpoint, evaluate, inference, sharding
+from moe_jax import backend, checkpoint, evaluate, inference, sampling, sharding
 from moe_jax import config as config_lib
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
@@ -32,14 +32,6 @@ class Completion(NamedTuple):
   text: str  # what follows the prompt
   tokens: list[int]  # of the text
   finished: bool  # the model ended the document, before max_new_tokens
-
-
-class Sampling(NamedTuple):
-  """How a token is drawn; scalars on the device, so that values do not compile anew."""
-
-  temperature: Any  # float32
-  top_k: Any  # int32, the vocabulary's size to keep all
-  top_p: Any  # float32
 
 
 def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
@@ -99,10 +91,11 @@ class Model:
     self._all_logits = jax.jit(functools.partial(_all_logits, model=model))
     known = min(tokenizer.vocab_size, model.vocab_size)
     options = dict(model=model, known=known, end=tokenizer.separator)
-    static = ("slots", "greedy", "filtered")
-    self._prefill = jax.jit(functools.partial(_prefill, **options), static_argnames=static)
+    self._prefill = jax.jit(
+      functools.partial(_prefill, **options), static_argnames=("slots", "kind")
+    )
     self._decode = jax.jit(
-      functools.partial(_decode, **options), static_argnames=static[1:], donate_argnames="cache"
+      functools.partial(_decode, **options), static_argnames="kind", donate_argnames="cache"
     )
     self.seconds = {"prefill": 0.0, "decode": 0.0}  # of the last generation
     self.counts = {"prefill": 0, "decode": 0}  # and its tokens
@@ -164,22 +157,19 @@ class Model:
       seed: the same draws again, whatever the mesh.
       num_samples: continuations of each prompt.
     """
-    _check_options(prompts, max_new_tokens, temperature, top_k, top_p, num_samples)
+    _check_prompts(prompts, max_new_tokens, num_samples)
+    draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
     one = [np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(p)]) for p in prompts]
     rows = [ids for ids in one for _ in range(num_samples)]
     tokens_BL, start_B = self._padded(rows)
     B, L = tokens_BL.shape
     slots = -(-(L + max_new_tokens) // _SLOTS) * _SLOTS
-    sampling = Sampling(
-      np.float32(temperature or 1), np.int32(top_k or self.model.vocab_size), np.float32(top_p)
-    )
-    static = dict(greedy=temperature == 0, filtered=bool(top_k) or top_p < 1)
     done = np.arange(B) >= len(rows)
     with jax.set_mesh(self.mesh):
       started = time.perf_counter()
       tokens_BL, start_B, done_B = self._put(tokens_BL, start_B, done)
       cache, token_B, done_B = self._prefill(
-        self.weights, tokens_BL, start_B, done_B, seed, sampling, slots=slots, **static
+        self.weights, tokens_BL, start_B, done_B, seed, draw, kind=kind, slots=slots
       )
       first = np.asarray(token_B)[: len(rows), None].tolist()
       self.seconds = {"prefill": time.perf_counter() - started, "decode": 0.0}
@@ -191,7 +181,7 @@ class Model:
         started = time.perf_counter()
         steps = min(steps, max_new_tokens - drawn)
         cache, token_B, done_B, out_BN, took = self._decode(
-          self.weights, cache, token_B, done_B, seed, drawn, steps, sampling, **static
+          self.weights, cache, token_B, done_B, seed, drawn, steps, draw, kind=kind
         )
         new = self._new(np.asarray(out_BN), finished, int(took), len(rows))
         finished, drawn = np.asarray(done_B), drawn + int(took)
@@ -234,17 +224,11 @@ class Model:
     return sharding.to_global(arrays, self.mesh)
 
 
-def _check_options(prompts, max_new_tokens, temperature, top_k, top_p, num_samples):
+def _check_prompts(prompts, max_new_tokens, num_samples):
   if not prompts:
     raise UserError("no prompt: give at least one, which may be empty")
-  for name, value, least in (
-    ("max_new_tokens", max_new_tokens, 1), ("num_samples", num_samples, 1), ("top_k", top_k, 0),
-    ("temperature", temperature, 0),
-  ):  # fmt: skip
-    if not value >= least or math.isinf(value):
-      raise UserError(f"{name}={value}: it must be a number of at least {least}")
-  if not 0 < top_p <= 1:
-    raise UserError(f"top_p={top_p}: a probability above 0 and at most 1")
+  sampling.check_least("max_new_tokens", max_new_tokens, 1)
+  sampling.check_least("num_samples", num_samples, 1)
 
 
 def _all_logits(weights: Weights, tokens_BL, start_B, *, model):
@@ -252,18 +236,15 @@ def _all_logits(weights: Weights, tokens_BL, start_B, *, model):
   return inference.forward(weights, model, cache, tokens_BL, all_logits=True)[0]
 
 
-def _prefill(
-  weights, tokens_BL, start_B, done_B, seed, sampling, *, model, known, end, slots, greedy, filtered
-):
+def _prefill(weights, tokens_BL, start_B, done_B, seed, draw, *, model, known, end, slots, kind):
   cache = inference.empty_cache(model, start_B, slots)
   logits_BLV, cache = inference.forward(weights, model, cache, tokens_BL, all_logits=False)
-  token_B = _sample(logits_BLV[:, 0], seed, 0, sampling, known, greedy, filtered)
+  token_B = sampling.sample(logits_BLV[:, 0], seed, 0, draw, kind, known)
   return cache, token_B, done_B | (token_B == end)
 
 
 def _decode(
-  weights, cache, token_B, done_B, seed, drawn, steps, sampling, *, model, known, end, greedy,
-  filtered,
+  weights, cache, token_B, done_B, seed, drawn, steps, draw, *, model, known, end, kind
 ):  # fmt: skip
   """(cache, last token_B, done_B, out_BN, how many of its columns): up to `steps` more tokens."""
   out_BN = jnp.full((token_B.shape[0], _CHUNK), end, jnp.int32)
@@ -278,7 +259,7 @@ def _decode(
     # A finished row is padding from here on: no expert is read for it.
     cache = cache._replace(start_B=jnp.where(done_B, never, cache.start_B))
     logits_BLV, cache = inference.forward(weights, model, cache, token_B[:, None], all_logits=False)
-    drawn_B = _sample(logits_BLV[:, 0], seed, drawn + number, sampling, known, greedy, filtered)
+    drawn_B = sampling.sample(logits_BLV[:, 0], seed, drawn + number, draw, kind, known)
     token_B = jnp.where(done_B, end, drawn_B)
     out_BN = jax.lax.dynamic_update_slice(out_BN, token_B[:, None], (0, number))
     return number + 1, cache, token_B, done_B | (token_B == end), out_BN
@@ -286,25 +267,3 @@ def _decode(
   carry = (jnp.zeros((), jnp.int32), cache, token_B, done_B, out_BN)
   number, cache, token_B, done_B, out_BN = jax.lax.while_loop(unfinished, step, carry)
   return cache, token_B, done_B, out_BN, number
-
-
-def _sample(logits_BV, seed, drawn, sampling: Sampling, known: int, greedy: bool, filtered: bool):
-  """int32 [B]; row b's draw number `drawn` depends on the seed, b and `drawn` alone."""
-  B, V = logits_BV.shape
-  logits_BV = jnp.where(jnp.arange(V)[None] < known, logits_BV, -jnp.inf)
-  if greedy:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = logits_BV / sampling.temperature
-  if filtered:
-    best_BV = -jnp.sort(-logits_BV, axis=-1)
-    best_BV = jnp.where(jnp.arange(V)[None] < sampling.top_k, best_BV, -jnp.inf)
-    probs_BV = jax.nn.softmax(best_BV, axis=-1)
-    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-    kept_BV = (before_BV < sampling.top_p) & (probs_BV > 0)
-    last_B1 = jnp.maximum(jnp.sum(kept_BV, axis=-1, keepdims=True) - 1, 0)
-    logits_BV = jnp.where(
-      logits_BV >= jnp.take_along_axis(best_BV, last_B1, axis=-1), logits_BV, -jnp.inf
-    )
-  key = jax.random.fold_in(jax.random.key(seed), drawn)
-  keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B))
-  return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -21,7 +21,6 @@ from moe_jax.expert_parallel import Experts
 from moe_jax.routers import RouterInputs
 from moe_jax.transformer import Transformer, bias_shape, layer_pattern
 
-
 _FEW = 64  # tokens, for _linear
 
 

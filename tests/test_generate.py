@@ -12,7 +12,7 @@ from conftest import mesh_of, toy_config
 from flax import nnx
 from test_transformer import build
 
-from moe_jax import apart, generate, inference, transformer
+from moe_jax import apart, generate, inference, sampling, transformer
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Router, Score, UserError
 from moe_jax.data import tokenizers
@@ -258,7 +258,7 @@ def test_rows_end_at_the_separator_and_draw_from_the_full_forward():
   found = ours.generate(prompts, max_new_tokens=16, seed=1)
   rows = [[23, *ours.tokenizer.encode(c.prompt), *c.tokens] + [23] * c.finished for c in found]
   assert {c.finished for c in found} == {True, False}  # 1 of 24 ids: seed 1 has both
-  sampling = generate.Sampling(1.0, 24, 1.0)
+  draw, kind = sampling.options(1.0, 24, 1.0, 24)
   for b, (row, logits) in enumerate(
     zip(rows, full_forward(ours.model, trained, rows), strict=True)
   ):
@@ -267,7 +267,7 @@ def test_rows_end_at_the_separator_and_draw_from_the_full_forward():
     begin = 1 + len(prompts[b])
     for number, token in enumerate(row[begin:]):
       logits_BV = jnp.tile(jnp.asarray(logits[begin + number - 1])[None], (4, 1))
-      drawn = generate._sample(logits_BV, 1, number, sampling, 24, False, False)
+      drawn = sampling.sample(logits_BV, 1, number, draw, kind._replace(filtered=False), 24)
       assert drawn[b] == token
 
 
@@ -275,12 +275,10 @@ def chances(logits, **options):
   """How often each id is drawn, of 20,000 rows."""
   n = 20_000
   options = dict(temperature=1.0, top_k=0, top_p=1.0) | options
-  sampling = generate.Sampling(
-    options["temperature"], options["top_k"] or len(logits), options["top_p"]
-  )
-  filtered = bool(options["top_k"]) or options["top_p"] < 1
+  known = options.pop("known", 24)
+  draw, kind = sampling.options(**options, vocab_size=len(logits))
   rows = jnp.tile(jnp.asarray(logits)[None], (n, 1))
-  drawn = generate._sample(rows, 0, 0, sampling, options.get("known", 24), False, filtered)
+  drawn = sampling.sample(rows, 0, 0, draw, kind, known)
   return np.bincount(drawn, minlength=len(logits)) / n
 
 
@@ -309,12 +307,11 @@ def test_one_program_for_a_bucket_and_a_cache_in_place():
   with jax.set_mesh(mesh_of()):
     start, done = ours._put(np.array([0], np.int32), np.array([False]))
     cache = empty_cache(ours.model, start, 96)
-    sampling = generate.Sampling(np.float32(1), np.int32(24), np.float32(1))
-    options = dict(greedy=True, filtered=False)
+    draw, kind = sampling.options(0.0, 0, 1.0, 24)
     token = jnp.zeros((1,), jnp.int32)
-    arguments = (ours.weights, cache, token, done, 0, 1, 1, sampling)
-    program = ours._decode.lower(*arguments, **options).compile().as_text()
-    after, *_ = ours._decode(*arguments, **options)
+    arguments = (ours.weights, cache, token, done, 0, 1, 1, draw)
+    program = ours._decode.lower(*arguments, kind=kind).compile().as_text()
+    after, *_ = ours._decode(*arguments, kind=kind)
   assert cache.k_BGSA[0].is_deleted() and int(after.length) == 1
   assert re.search(r"f32\[2,96,6\]\S* dynamic-update-slice", program)
   assert not re.search(r"= f32\[(1,)?2,96,6\]\S* copy", program)

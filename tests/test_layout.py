@@ -11,7 +11,9 @@ FLOW = [
   "attention", "transformer", "inference", "describe", "losses", "metrics", "optimizer", "health",
   "checkpoint", "specialisation", "probe", "evaluate", "examine", "loop", "train",
 ]  # fmt: skip
+# Imported by nobody in the flow.
 LEAVES = [
+  "sampling",
   "generate",
   "report",
   "timing",

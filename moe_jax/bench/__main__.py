@@ -66,7 +66,7 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 
 def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   from moe_jax import command_line, matching, validation
-  from moe_jax.bench import inference, plots
+  from moe_jax.bench import inference, inference_report, plots
   from moe_jax.sweep import plan
 
   config = command_line.load_file(args.config)
@@ -79,7 +79,8 @@ def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]
   except ValueError:
     raise UserError(f"--batches={args.batches}: not a list of numbers, as in 1,8,32") from None
   result = inference.run(config, args.rounds, batches)
-  print(inference.text(result))
+  result["targets"] = inference_report.targets(result)
+  print(inference_report.text(result))
   plots.inference(out, result)
   return result
 

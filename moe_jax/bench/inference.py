@@ -14,20 +14,15 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import generate, inference, matching, sharding, timing, transformer
-from moe_jax.bench import results
 from moe_jax.bench.results import progress
 from moe_jax.data import tokenizers
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PREFILL = (128, 512)  # tokens of one prompt
 _PROMPT, _STEPS = 16, 4
-_TWINS = {"dense, active size": "active_params", "dense, total size": "total_params"}
-_MOE = "MoE"
-_ACTIVE_SPEED = 0.85  # of the dense model of the active size, at batch 1
-_TOTAL_SPEED = 0.85  # of total/active times the dense model of the total size
-_BANDWIDTH = 0.7  # of what a plain read of the memory reaches
+TWINS = {"dense, active size": "active_params", "dense, total size": "total_params"}
+MOE = "MoE"
 _READ = "plain read"
-_FORMULA = 0.2  # the middle of the curve may be off by
 
 
 class Machine(NamedTuple):
@@ -43,8 +38,8 @@ def models(config: config_lib.Config) -> dict[str, config_lib.Config]:
     dtype = config_lib.Dtype.BFLOAT16
   model = dataclasses.replace(config.model, compute_dtype=dtype)
   config = dataclasses.replace(config, model=model, mesh=config_lib.Mesh(data=1))
-  twins = {name: matching.match("dense", by=by)(config) for name, by in _TWINS.items()}
-  return {_MOE: config} | twins
+  twins = {name: matching.match("dense", by=by)(config) for name, by in TWINS.items()}
+  return {MOE: config} | twins
 
 
 def build(
@@ -191,7 +186,7 @@ def work(weights: inference.Weights, model: config_lib.Model, batch: int, expert
 def run(
   config: config_lib.Config, rounds: int, batches=BATCHES, seconds: float = 0.3
 ) -> dict[str, Any]:
-  """Rows of decode and prefill, and the targets; `seconds`, as min_seconds of timing.in_turns."""
+  """Rows of decode and prefill; `seconds`, as min_seconds of timing.in_turns."""
   configs = models(config)
   built = {}
   for name, of in configs.items():
@@ -215,7 +210,6 @@ def run(
     "decode": rows,
     "prefill": prefill,
   }
-  result["targets"] = targets(result)
   return result
 
 
@@ -230,7 +224,7 @@ def _decode_rows(built, batch, rounds, seconds, found, reader):
     took = timing.median(times, name) / _STEPS
     rows.append({
       "model": name, "batch": batch, "seconds": took, "tokens_per_s": batch / took,
-      "speed_vs_moe": timing.ratio(times, _MOE, name), "bytes": done.bytes, "flops": done.flops,
+      "speed_vs_moe": timing.ratio(times, MOE, name), "bytes": done.bytes, "flops": done.flops,
       "bytes_per_s": done.bytes / took,
       "of_plain_read": _STEPS * done.bytes / reader.bytes / timing.ratio(times, name, _READ),
       "roofline_s": max(done.bytes / found.read, done.flops / found.flops),
@@ -265,49 +259,3 @@ def _prefill_rows(built, length, rounds, seconds):
      "tokens_per_s": length / timing.median(times, n)}
     for n in built
   ]  # fmt: skip
-
-
-def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-  """Batch 1 against both dense models and the memory; the curve against the formula."""
-  active, total = _TWINS
-  sizes = result["models"][_MOE]
-  at = {(r["model"], r["batch"]): r for r in result["decode"]}
-  first = min(batch for _, batch in at)
-  moe = at[_MOE, first]
-  larger = sizes["parameters"] / sizes["active"]
-  found = [
-    results.target(f"batch {first}: MoE speed / {active}", 1 / at[active, first]["speed_vs_moe"],
-                   _ACTIVE_SPEED, at_least=True),
-    results.target(f"batch {first}: MoE speed / {total}", 1 / at[total, first]["speed_vs_moe"],
-                   _TOTAL_SPEED * larger, at_least=True),
-    results.target(f"batch {first}: bytes/s of the step / of a plain read",
-                   moe["of_plain_read"], _BANDWIDTH, at_least=True),
-  ]  # fmt: skip
-  for (name, batch), row in at.items():
-    if name == _MOE and 1 < batch <= 8:
-      error = abs(row["seconds"] / moe["seconds"] / (row["roofline_s"] / moe["roofline_s"]) - 1)
-      what = f"batch {batch}: time over batch {first}'s, off the expected-experts formula"
-      found.append(results.target(what, error, _FORMULA))
-  return found
-
-
-def text(result: dict[str, Any]) -> str:
-  header = ["decode, batch", "model", "ms/step", "tokens/s", "MoE's speed / its", "experts read",
-            "expected", "GB/s", "/ plain read", "roofline ms"]  # fmt: skip
-  lines = [
-    [
-      str(r["batch"]), r["model"], f"{1e3 * r['seconds']:.2f}", f"{r['tokens_per_s']:,.1f}",
-      f"{1 / r['speed_vs_moe']:.2f}", f"{r['experts_read']:.1f}" if r["experts_read"] else "-",
-      f"{r['experts_expected']:.1f}" if r["experts_expected"] else "-",
-      f"{r['bytes_per_s'] / 1e9:.1f}", f"{r['of_plain_read']:.2f}", f"{1e3 * r['roofline_s']:.2f}",
-    ]
-    for r in result["decode"]
-  ]  # fmt: skip
-  prefill = [
-    [str(r["tokens"]), r["model"], f"{1e3 * r['seconds']:.1f}", f"{r['tokens_per_s']:,.0f}"]
-    for r in result["prefill"]
-  ]
-  return "\n\n".join([
-    results.table(header, lines), results.table(["prefill", "model", "ms", "tokens/s"], prefill),
-    results.target_table(result["targets"]),
-  ])  # fmt: skip
