@@ -185,7 +185,7 @@ def test_inference_rows_and_formula(tmp_path):
   assert 2 <= rows["MoE", 4]["experts_read"] <= 4
   result["targets"] = inference_report.targets(result)
   text = inference_report.text(result)
-  assert all(t["verdict"] in text for t in result["targets"]) and len(result["targets"]) == 4
+  assert all(t["verdict"] in text for t in result["targets"]) and len(result["targets"]) == 5
   plots.inference(tmp_path, result)
   assert (tmp_path / "inference.png").stat().st_size > 1000
 

@@ -323,6 +323,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path, cache):
   assert "config.optimizer.learning_rate=1e+30" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_dense_run_saves_resumes_and_evaluates(tmp_path, cache):
   """It has no biases to save, and says nothing of experts."""
   dense = ("--config.model.moe.num_experts=0",)

@@ -27,8 +27,13 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     results.target(f"batch {first}: bytes/s of the step / of a plain read",
                    moe["of_plain_read"], _BANDWIDTH, at_least=True),
   ]  # fmt: skip
-  for (name, batch), row in at.items():
-    if name == MOE and 1 < batch <= 8:
+  for batch in sorted({batch for _, batch in at} & {2, 4, 8, 16}):
+    row, large = at[MOE, batch], at[total, batch]
+    predicted = large["roofline_s"] / row["roofline_s"]
+    error = abs(1 / large["speed_vs_moe"] / predicted - 1)
+    what = f"batch {batch}: MoE speed / {total}, off the expected-experts formula"
+    found.append(results.target(what, error, _FORMULA))
+    if batch <= 8:
       error = abs(row["seconds"] / moe["seconds"] / (row["roofline_s"] / moe["roofline_s"]) - 1)
       what = f"batch {batch}: time over batch {first}'s, off the expected-experts formula"
       found.append(results.target(what, error, _FORMULA))
