@@ -19,6 +19,11 @@ assert jax.device_count() == 8, "the tests need their eight simulated devices"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+  """The longest test first, so that no worker is left alone with it."""
+  items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def mesh_of(**axes: int) -> jax.sharding.Mesh:
   """A mesh of the first devices: mesh_of(expert=4, data=2)."""
   return sharding.make_mesh(config_lib.Mesh(**{"data": 1} | axes))
