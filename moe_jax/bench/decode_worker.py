@@ -11,7 +11,6 @@ line protocol it speaks:
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import time
@@ -92,13 +91,7 @@ def peer_weights(weights: Any) -> dict[str, np.ndarray]:
 
 def main() -> None:
   args = parse_arguments()
-  # What libraries print goes to stderr; only `out` is the real stdout.
-  out = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)
-  # Before jax starts, since it sizes its thread pools then.
-  if args.cpu is not None and hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {args.cpu})
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  out = worker.one_cpu(args.cpu)
   import jax
 
   from moe_jax import backend, describe
@@ -117,9 +110,7 @@ def main() -> None:
     (args.weights / "config.json").write_text(json.dumps(peer_config(config.model)))
 
   total = describe.count(config).total
-  ready = dict(
-    ready=True, name="moe_jax", parameters=total, versions={"jax": jax.__version__},
-  )  # fmt: skip
+  ready = dict(ready=True, name="moe_jax", parameters=total, versions={"jax": jax.__version__})
   print(json.dumps(ready), file=out)
   for line in sys.stdin:
     words = line.split()

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from typing import TextIO
 
 from moe_jax import config as config_lib
 
@@ -62,15 +63,22 @@ def make_config(args: argparse.Namespace) -> config_lib.Config:
   )  # fmt: skip
 
 
-def main() -> None:
-  args = parse_arguments()
-  # What libraries print goes to stderr; only `out` is the real stdout.
+def one_cpu(cpu: int | None) -> TextIO:
+  """Pins this process, before jax sizes its thread pools, and returns the real stdout.
+
+  What libraries print goes to stderr from here on.
+  """
   out = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
-  # Before jax starts, since it sizes its thread pools then.
-  if args.cpu is not None and hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {args.cpu})
+  if cpu is not None and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {cpu})
   os.environ["JAX_PLATFORMS"] = "cpu"
+  return out
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = one_cpu(args.cpu)
   import jax
 
   from moe_jax import backend, describe, timing
