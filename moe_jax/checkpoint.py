@@ -20,7 +20,8 @@ class Checkpointer:
   def __init__(self, workdir: pathlib.Path, train: config_lib.Train | None = None):
     """With `train`, keeps its latest and best steps and deletes the others; without, only reads."""
     self._workdir = workdir
-    options = {"read_only": True}
+    # The other two follow from it, but Orbax says so each time.
+    options = {"read_only": True, "create": False, "save_interval_steps": 0}
     if train is not None:
       # Orbax's own max_to_keep with best_fn would delete the newest checkpoint.
       keep = [policies.LatestN(train.keep_latest)]
