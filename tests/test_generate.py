@@ -241,6 +241,7 @@ def test_only_the_chosen_experts_are_read():
   assert not np.isfinite(found[3][1]).any()
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch():
   ours, _ = model_of()
   options = dict(max_new_tokens=20, seed=5)

@@ -320,9 +320,8 @@ def test_balance_scopes():
   assert losses.load_balance(both, BalanceScope.GLOBAL).tolist() == [1.0]
 
 
-@pytest.mark.parametrize(
-  "scope", [pytest.param(BalanceScope.SEQUENCE, marks=pytest.mark.slow), BalanceScope.MICROBATCH]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", [BalanceScope.SEQUENCE, BalanceScope.MICROBATCH])
 def test_scopes_do_not_depend_on_the_mesh(scope):
   values = []
   for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):
@@ -338,6 +337,7 @@ def test_scopes_do_not_depend_on_the_mesh(scope):
   assert accumulated_alike == (scope is not BalanceScope.MICROBATCH)
 
 
+@pytest.mark.slow
 def test_a_new_router_is_one_function(monkeypatch):
   """docs/routing.md's example, as it stands there, on a mesh and with two dispatchers."""
   import pathlib

@@ -313,6 +313,7 @@ def test_other_text_is_refused(whole_run, cache):
     path.write_text(before)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path, cache):
   arguments = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0"]
   done = subprocess.run(
