@@ -8,10 +8,12 @@ from typing import Any
 
 import grain.checkpoint
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax import config as config_lib
+from moe_jax import sharding, transformer
 
 
 class Checkpointer:
@@ -88,8 +90,13 @@ class Checkpointer:
     )
     return restored["state"], restored["data"]
 
-  def restore_params(self, step: int, abstract_state: Any) -> Any:
-    """Only `abstract_state`'s subtree: what a model needs, without the optimizer's moments."""
+  def restore_model(
+    self, step: int, model: config_lib.Model, mesh: jax.sharding.Mesh
+  ) -> dict[str, Any]:
+    """{"params", "bias_ZE"}: what a model needs, without the optimizer's moments."""
+    bias_ZE = jax.ShapeDtypeStruct(transformer.bias_shape(model), jnp.float32)
+    needed = {"params": transformer.abstract(model)[1], "bias_ZE": bias_ZE}
+    abstract_state = abstract(needed, sharding.param_shardings(needed, mesh))
     args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     restored = self._manager.restore(
       step,

@@ -155,13 +155,17 @@ def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
     )
 
 
+def fits(mesh: config_lib.Mesh) -> bool:
+  """Whether a run's mesh takes all devices of this machine, no more and no fewer."""
+  return mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count()
+
+
 def fit_mesh(config: config_lib.Config) -> config_lib.Config:
   """The run's own mesh where the devices match, otherwise the batch over as many as divide it.
 
   Results do not depend on the mesh, so a checkpoint of 64 devices evaluates on one.
   """
-  mesh, devices = config.mesh, jax.device_count()
-  if mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == devices:
+  if fits(config.mesh):
     return config
-  mesh = config_lib.Mesh(data=math.gcd(batch_size(config), devices))
+  mesh = config_lib.Mesh(data=math.gcd(batch_size(config), jax.device_count()))
   return dataclasses.replace(config, mesh=mesh)

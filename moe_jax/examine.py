@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import backend, checkpoint, data, describe, probe, sharding, specialisation, validation
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.evaluate import Evaluator, batch_size, check_same_data, fit_mesh, read_config
-from moe_jax.transformer import abstract, bias_shape, moe_layers
+from moe_jax.transformer import abstract, moe_layers
 
 # What routing and causal evaluation look at, spread over the split.
 _TRACED_TOKENS = 16_384
@@ -75,11 +74,8 @@ class Run:
     self.mesh = sharding.make_mesh(self.config.mesh)
 
   def restore(self, step: int) -> probe.Model:
-    graph, params = abstract(self.config.model)
-    bias_ZE = jax.ShapeDtypeStruct(bias_shape(self.config.model), jnp.float32)
-    needed = {"params": params, "bias_ZE": bias_ZE}
-    shapes = checkpoint.abstract(needed, sharding.param_shardings(needed, self.mesh))
-    return probe.Model(graph, **self._reader.restore_params(step, shapes))
+    model = self.config.model
+    return probe.Model(abstract(model)[0], **self._reader.restore_model(step, model, self.mesh))
 
   def close(self) -> None:
     self._reader.close()

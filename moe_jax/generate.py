@@ -53,10 +53,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
     step = reader.find(step)
     mesh = fit_mesh(config.mesh)
     with jax.set_mesh(mesh):
-      params, bias_ZE = inference.abstract(model)
-      needed = {"params": params, "bias_ZE": bias_ZE}
-      shapes = checkpoint.abstract(needed, sharding.param_shardings(needed, mesh))
-      weights = inference.weights(model, **reader.restore_params(step, shapes))
+      weights = inference.weights(model, **reader.restore_model(step, model, mesh))
   finally:
     reader.close()
   return Model(model, weights, mesh, tokenizers.load(config.data), step)
@@ -64,10 +61,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
 
 def fit_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
   """The run's own mesh where the devices match, otherwise one device."""
-  sizes = [max(getattr(mesh, axis), 1) for axis in sharding.AXES]
-  if math.prod(sizes) != jax.device_count():
-    sizes = [1] * len(sizes)
-  return sharding.make_mesh(config_lib.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))))
+  return sharding.make_mesh(mesh if evaluate.fits(mesh) else config_lib.Mesh(data=1))
 
 
 class Model:

@@ -18,8 +18,9 @@ from moe_jax import expert_parallel, sharding, validation
 from moe_jax.attention import cached_attention, causal_attention, rms_norm, rope
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.expert_parallel import Experts
+from moe_jax.moe import router_logits
 from moe_jax.routers import RouterInputs
-from moe_jax.transformer import Transformer, bias_shape, layer_pattern
+from moe_jax.transformer import abstract, layer_pattern
 
 _FEW = 64  # tokens, for _linear
 
@@ -110,16 +111,9 @@ def weights(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights
   return jax.jit(layout, out_shardings=shardings)(params, bias_ZE)
 
 
-def abstract(model: config_lib.Model) -> tuple[Any, jax.ShapeDtypeStruct]:
-  """Shapes of a Transformer's parameters and of its biases."""
-  _, params = nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
-  return params, jax.ShapeDtypeStruct(bias_shape(model), jnp.float32)
-
-
 def _weights(model, params, bias_ZE, apart):
   dtype = jnp.dtype(model.compute_dtype.value)
-  graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
-  transformer = nnx.merge(graph, params)
+  transformer = nnx.merge(abstract(model)[0], params)
 
   def ffn(module, z):
     gate_DF, up_DF, down_FD = (w[...][z] for w in (module.gate_DF, module.up_DF, module.down_FD))
@@ -276,11 +270,7 @@ def _swiglu(x_BLD, ffn):
 
 
 def _experts(x_BLD, layer, moe, ids_BL, real_BL, trace):
-  dtype = moe.router_dtype.value
-  x, router = (a.astype(dtype) for a in (x_BLD.astype(jnp.float32), layer.router_DE))
-  logits_BLE = jnp.einsum("BLD,DE->BLE", x, router, precision="highest").astype(jnp.float32)
-  batch = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-  logits_BLE = jax.lax.with_sharding_constraint(logits_BLE, batch)
+  logits_BLE = router_logits(x_BLD.astype(jnp.float32), layer.router_DE, moe)
   inputs = RouterInputs(logits_BLE, real_BL, ids_BL, layer.bias_E)
   y_BLD, _, choices = expert_parallel.moe_ffn(
     x_BLD, inputs, layer.experts, moe, train=False, trace=trace

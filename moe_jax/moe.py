@@ -81,20 +81,22 @@ class MoELayer(nnx.Module):
       jitter_BLD = jax.random.uniform(jitter_key, x_BLD.shape, jnp.float32, low, high)
       x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
 
-    def project(w_DE):
-      # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
-      x, w = (a.astype(moe.router_dtype.value) for a in (x_BLD, w_DE[...]))
-      logits_BLE = jnp.einsum("BLD,DE->BLE", x, w, precision="highest")
-      return _by_batch(logits_BLE.astype(jnp.float32))
-
-    logits_BLE = project(self.router_DE)
+    logits_BLE = router_logits(x_BLD, self.router_DE[...], moe)
     noise_BLE = scale_BLE = None
     if moe.router is Router.RANDOM:
       noise_BLE = _by_batch(jax.random.uniform(noise_key, logits_BLE.shape))
     elif moe.router is Router.NOISY_TOPK and train:
       noise_BLE = _by_batch(jax.random.normal(noise_key, logits_BLE.shape))
-      scale_BLE = jax.nn.softplus(project(self.noise_DE)) + 1e-2
+      scale_BLE = jax.nn.softplus(router_logits(x_BLD, self.noise_DE[...], moe)) + 1e-2
     return RouterInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, scale_BLE)
+
+
+def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: config_lib.MoE) -> jax.Array:
+  """float32 [B, L, E], computed in router_dtype."""
+  # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
+  x, w = (a.astype(moe.router_dtype.value) for a in (x_BLD, w_DE))
+  logits_BLE = jnp.einsum("BLD,DE->BLE", x, w, precision="highest")
+  return _by_batch(logits_BLE.astype(jnp.float32))
 
 
 def _by_batch(x_BLE: jax.Array) -> jax.Array:

@@ -40,30 +40,26 @@ MESHES = {
 
 
 class Letters(tokenizers.Tokenizer):
-  """24 ids: letters, and the separator in their midst; the model's vocabulary may be larger."""
+  """24 ids: letters, and the separator."""
 
-  def __init__(self, separator=23):
-    pieces = [bytes([97 + i]) for i in range(24)]
-    pieces[separator] = b""
-    super().__init__(pieces, separator, "letters")
+  def __init__(self):
+    super().__init__([bytes([97 + i]) for i in range(23)] + [b""], 23, "letters")
 
   def encode(self, text):
     return np.frombuffer(text.encode(), np.uint8) - 97
 
 
-def model_of(name="topk", mesh=None, separator=23, seed=0, poison=None, **changes):
+def model_of(name="topk", mesh=None, **changes):
   """A generate.Model of random weights with uneven routers, and its (graph, params, bias_ZE)."""
   model = dataclasses.replace(toy_config(**MODELS[name]).model, **changes)
   config = dataclasses.replace(toy_config(), model=model)
-  graph, params = build(config, seed)
+  graph, params = build(config, 0)
   bias_ZE = 0.1 * jax.random.normal(jax.random.key(1), transformer.bias_shape(model))
-  if poison is not None:
-    params = poison(params)
   mesh = mesh or mesh_of()
   with jax.set_mesh(mesh):
     ours = inference.for_inference(model)
     weights = inference.weights(ours, params, bias_ZE)
-  return generate.Model(ours, weights, mesh, Letters(separator)), (graph, params, bias_ZE)
+  return generate.Model(ours, weights, mesh, Letters()), (graph, params, bias_ZE)
 
 
 def full_forward(model, trained, rows):
@@ -72,7 +68,7 @@ def full_forward(model, trained, rows):
   Rows are padded at their end to one length, which a causal model does not see.
   """
   _, params, bias_ZE = trained
-  graph, _ = nnx.split(nnx.eval_shape(lambda: transformer.Transformer(model, nnx.Rngs(0))))
+  graph, _ = transformer.abstract(model)
 
   @jax.jit
   def logits(params, bias_ZE, tokens_BL):

@@ -12,15 +12,7 @@ FLOW = [
   "checkpoint", "specialisation", "probe", "evaluate", "examine", "loop", "train",
 ]  # fmt: skip
 # Imported by nobody in the flow.
-LEAVES = [
-  "sampling",
-  "generate",
-  "report",
-  "timing",
-  "matching",
-  "sweep",
-  "bench",
-]  # imported by nobody in the flow
+LEAVES = ["sampling", "generate", "report", "timing", "matching", "sweep", "bench"]
 
 
 def imports(path):

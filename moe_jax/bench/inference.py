@@ -20,6 +20,7 @@ from moe_jax.data import tokenizers
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PREFILL = (128, 512)  # tokens of one prompt
 _PROMPT, _STEPS = 16, 4
+_SLOTS = 128  # of the cache, all of which a step reads
 TWINS = {"dense, active size": "active_params", "dense, total size": "total_params"}
 MOE = "MoE"
 _READ = "plain read"
@@ -84,7 +85,7 @@ class Decoder:
     self()
 
   def _prefill(self, weights, start_B, tokens_BL):
-    cache = inference.empty_cache(self._model, start_B, 128)
+    cache = inference.empty_cache(self._model, start_B, _SLOTS)
     return inference.forward(weights, self._model, cache, tokens_BL, all_logits=False)[1]
 
   def _decode(self, weights, cache, token_B, key):
@@ -178,7 +179,7 @@ def work(weights: inference.Weights, model: config_lib.Model, batch: int, expert
   # A tied head is read whole; of an embedding that is only looked up, B rows.
   always = size(weights.layers) - size(of_experts) + size(weights[2:])
   item = weights.embed_VD.dtype.itemsize
-  slots = batch * 128 * 2 * model.num_kv_heads * model.head_dim * model.num_layers
+  slots = batch * _SLOTS * 2 * model.num_kv_heads * model.head_dim * model.num_layers
   used = always + len(of_experts) * one * model.moe.top_k
   return Work(always + len(of_experts) * one * experts + slots * item, 2 * batch * used / item)
 
@@ -201,7 +202,7 @@ def run(
   for batch in batches:
     rows += _decode_rows(built, batch, rounds, seconds, found, reader)
   prefill = [row for length in PREFILL for row in _prefill_rows(built, length, rounds, seconds)]
-  result = {
+  return {
     "machine": found._asdict(),
     "models": {
       n: {"parameters": c.total, "active": c.active, "dtype": configs[n].model.compute_dtype.value}
@@ -210,7 +211,6 @@ def run(
     "decode": rows,
     "prefill": prefill,
   }
-  return result
 
 
 def _decode_rows(built, batch, rounds, seconds, found, reader):
@@ -237,7 +237,8 @@ def _decode_rows(built, batch, rounds, seconds, found, reader):
 
 
 def _prefill_rows(built, length, rounds, seconds):
-  tokens = np.random.default_rng(0).integers(0, 256, (1, length), dtype=np.int32)
+  vocab_size = built[MOE].model.vocab_size  # the twins have the same
+  tokens = np.random.default_rng(0).integers(0, vocab_size, (1, length), dtype=np.int32)
   thunks = {}
   for name, model in built.items():
 
