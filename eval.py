@@ -24,13 +24,14 @@ _CAUSAL = flags.DEFINE_bool("causal", False, "also the loss with every token's f
 def main() -> None:
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
-  from moe_jax import examine, report, specialisation
+  from moe_jax import report
+  from moe_jax.analysis import evaluation, specialisation
 
-  result, routing = examine.run(
+  result, routing = evaluation.run(
     _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=capacity_factors(),
     causal=_CAUSAL.value, routing=_ROUTING.value,
   )  # fmt: skip
-  said = [report.summary(_WORKDIR.value, result), examine.summary(result)]
+  said = [report.summary(_WORKDIR.value, result), evaluation.summary(result)]
   if routing:
     said.append(specialisation.table(routing))
   print("\n".join(filter(None, said)))

@@ -22,13 +22,13 @@ def main() -> None:
     raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
   validation.validate(config)
   if _DESCRIBE.value:
-    from moe_jax import describe
+    from moe_jax.model import cost
 
-    print(describe.report(config))
+    print(cost.report(config))
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: say where the run lives, --workdir=runs/NAME")
-  from moe_jax import train  # imports jax: only now that the config is known to be good
+  from moe_jax.training import train  # imports jax: only now that the config is known to be good
 
   train.run(config, _WORKDIR.value, multihost=_MULTIHOST.value)
 

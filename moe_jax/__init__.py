@@ -9,7 +9,7 @@ from typing import Any
 
 
 def load(workdir: str, step: int = 0) -> Any:
-  """The model of a run of train.py; see moe_jax.generate.load."""
-  from moe_jax import generate  # imports jax: only when a model is wanted
+  """The model of a run of train.py; see moe_jax.inference.generate.load."""
+  from moe_jax.inference import generate  # imports jax: only when a model is wanted
 
   return generate.load(workdir, step)

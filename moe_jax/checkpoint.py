@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax import config as config_lib
-from moe_jax import sharding, transformer
+from moe_jax import sharding
+from moe_jax.model import transformer
 
 
 class Checkpointer:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import toy_config
 
+from benchmarks import inference, inference_report, layer, layer_report, plots, results, train
 from moe_jax import config as config_lib
-from moe_jax import dispatch, grouped_matmul
-from moe_jax.bench import inference, inference_report, layer, layer_report, plots, results, training
 from moe_jax.config import Dispatch, Dtype, UserError
+from moe_jax.kernels import experts as expert_kernels
+from moe_jax.moe import dispatch
 
 TOY = layer.Setting(8, 12, 2, (8,), 2, 8, phases=True)
 TOY_SIZES = dict(
@@ -24,7 +25,7 @@ TOY_SIZES = dict(
 @pytest.fixture(scope="module", autouse=True)
 def no_choice_of_backend():
   with pytest.MonkeyPatch.context() as patch:  # which compiles two programs for each shape
-    patch.setattr(grouped_matmul, "fastest", lambda *_: config_lib.GroupedMatmul.BLOCKED)
+    patch.setattr(expert_kernels, "fastest", lambda *_: config_lib.GroupedMatmul.BLOCKED)
     yield
 
 
@@ -105,7 +106,7 @@ def test_train_compares_rounds():
 
   rows = [row("ffn", 1, 4), row("grouped", 1.1, 4.4), row("peer mixtral", 2.2, 8.8)]
   rows.append(row("bare", 1.08, 4.4) | {"name": "grouped without metrics"})
-  targets = {t["what"]: t["measured"] for t in training._compare(rows)}
+  targets = {t["what"]: t["measured"] for t in train._compare(rows)}
   assert targets == pytest.approx(
     {
       "step / step without metrics": (1.1 / 1.08 + 1) / 2,
@@ -119,8 +120,8 @@ def test_worker(tmp_path, monkeypatch):
   """Speaks the peer's protocol, on one CPU, and stops when told a thing that it does not know."""
   monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
   cpu = results.usable_cpus()[0]
-  command = next(c for c in training.our_commands(["none"], cpu, TOY_SIZES) if c.kind == "gather")
-  worker = training.Worker(command)
+  command = next(c for c in train.our_commands(["none"], cpu, TOY_SIZES) if c.kind == "gather")
+  worker = train.Worker(command)
   try:
     ready = worker.ready
     assert ready["ready"] and ready["name"] == "moe_jax gather 1 none" and ready["versions"]["jax"]
@@ -143,9 +144,9 @@ def test_decoding_worker(tmp_path, monkeypatch):
   """Weights by transformers' names and in its shapes; the same tokens whatever the batch."""
   monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
   sizes = {k: v for k, v in TOY_SIZES.items() if k not in ("seq_len", "batch_size")}
-  command = [sys.executable, "-m", "moe_jax.bench.decode_worker", f"--weights={tmp_path}"]
+  command = [sys.executable, "-m", "benchmarks.decode_worker", f"--weights={tmp_path}"]
   command += [f"--{name}={value}" for name, value in sizes.items()] + ["--rows=3"]
-  worker = training.Worker(training.Command("ours", command))
+  worker = train.Worker(train.Command("ours", command))
   try:
     one, three = worker.ask("decode 1 40"), worker.ask("decode 3 40")
     assert one["cpu_s"] > 0 and np.shape(three["tokens"]) == (3, 40)
@@ -191,6 +192,6 @@ def test_inference_rows_and_formula(tmp_path):
 
 
 def test_command_line_refuses():
-  command = [sys.executable, "-m", "moe_jax.bench", "layer", "--rounds=0"]
+  command = [sys.executable, "-m", "benchmarks", "layer", "--rounds=0"]
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 2 and "--rounds=0: it must be at least 1" in done.stderr

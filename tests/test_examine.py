@@ -12,10 +12,12 @@ import pytest
 from conftest import mesh_of, toy_config
 from flax import nnx
 
-from moe_jax import data, evaluate, examine, losses, probe, train
+from moe_jax import data
+from moe_jax.analysis import evaluation, probe
 from moe_jax.config import Dispatch, Exchange, Priority, Router, UserError
 from moe_jax.data import tokenizers
-from moe_jax.transformer import Transformer
+from moe_jax.model.transformer import Transformer
+from moe_jax.training import evaluator, losses, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 S = 23  # the separator of a vocabulary of 24
@@ -92,7 +94,7 @@ CHOOSING = dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_fa
 def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, weights, one_device):
   """Bit for bit nothing where routing is causal."""
   config = toy_config(**fields)
-  config.model.moe = examine.with_slots(config.model.moe)
+  config.model.moe = evaluation.with_slots(config.model.moe)
   model, rows = toy_model(config, weights), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
   group_rows = max(config.model.moe.group_size // 9, 1)
   hidden_RL, forced_RL = probe.causal_losses(model, rows, [0, 2, 4, 6], 8, group_rows, mesh_of())
@@ -140,9 +142,9 @@ def test_loss_of_each_domain(weights, one_device):
   config.eval.batch_size = 4
   mesh, rows = mesh_of(), toy_rows([20, 3, 9, 14], [0, 1, -1, 0], domains=("a", "b", "never"))
   model = toy_model(config, weights)
-  evaluator = evaluate.Evaluator(config, rows, mesh, model.graph, 0)
-  total = evaluator.total(model.params, model.bias_ZE)
-  domains = evaluator.by_domain(total.domains)
+  one = evaluator.Evaluator(config, rows, mesh, model.graph, 0)
+  total = one.total(model.params, model.bias_ZE)
+  domains = one.by_domain(total.domains)
   assert list(domains) == ["a", "b"]
   # Nats of each target in the order of the stream; document d has lengths[d] + 1 of them.
   batch = rows.batch(range(len(rows)))
@@ -196,25 +198,25 @@ def test_other_capacities():
     dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0,
     capacity_factor=0.0, eval_capacity_factor=0.0,
   )  # fmt: skip
-  moe = examine.at_capacity(dropless, 1.5).model.moe
+  moe = evaluation.at_capacity(dropless, 1.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.GATHER, 1.5)
-  assert examine.at_capacity(dropless, 0.0).model.moe == dropless.model.moe
-  moe = examine.at_capacity(toy_config(dispatch=Dispatch.EINSUM), 0.5).model.moe
+  assert evaluation.at_capacity(dropless, 0.0).model.moe == dropless.model.moe
+  moe = evaluation.at_capacity(toy_config(dispatch=Dispatch.EINSUM), 0.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.EINSUM, 0.5)
   assert dropless.model.moe.dispatch is Dispatch.GROUPED  # the run's own config stays
 
 
 def test_what_has_no_meaning_is_refused():
   dense = toy_config(num_experts=0)
-  examine.check(dense, [], False)
+  evaluation.check(dense, [], False)
   for factors, routing, flag in (([1.0], False, "--capacity_factors"), ([], True, "--routing")):
     with pytest.raises(UserError, match=f"{flag}: config.model.moe.num_experts=0"):
-      examine.check(dense, factors, routing)
+      evaluation.check(dense, factors, routing)
   chosen = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
   chosen.loss.load_balance = 0.0
-  examine.check(chosen, [0.5, 2.0], True)
+  evaluation.check(chosen, [0.5, 2.0], True)
   with pytest.raises(UserError, match="set it above 0"):
-    examine.check(chosen, [0.0], True)
+    evaluation.check(chosen, [0.0], True)
 
 
 def test_rows_are_spread_over_the_split():

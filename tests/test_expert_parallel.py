@@ -11,7 +11,8 @@ from conftest import mesh_of, toy_config
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding, train, validation
+from moe_jax import data, sharding, validation
+from moe_jax.training import train
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 MESHES = {

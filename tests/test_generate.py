@@ -12,10 +12,12 @@ from conftest import mesh_of, toy_config
 from flax import nnx
 from test_transformer import build
 
-from moe_jax import apart, generate, inference, sampling, transformer
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Router, Score, UserError
 from moe_jax.data import tokenizers
+from moe_jax.inference import decoding, generate, sampling
+from moe_jax.kernels import per_expert
+from moe_jax.model import transformer
 
 MODELS = {
   "topk": {},
@@ -57,8 +59,8 @@ def model_of(name="topk", mesh=None, **changes):
   bias_ZE = 0.1 * jax.random.normal(jax.random.key(1), transformer.bias_shape(model))
   mesh = mesh or mesh_of()
   with jax.set_mesh(mesh):
-    ours = inference.for_inference(model)
-    weights = inference.weights(ours, params, bias_ZE)
+    ours = decoding.for_inference(model)
+    weights = decoding.weights(ours, params, bias_ZE)
   return generate.Model(ours, weights, mesh, Letters()), (graph, params, bias_ZE)
 
 
@@ -89,7 +91,7 @@ def full_forward(model, trained, rows):
 
 
 def empty_cache(model, start_B, slots):
-  make = functools.partial(inference.empty_cache, model, slots=slots)
+  make = functools.partial(decoding.empty_cache, model, slots=slots)
   return jax.jit(make)(start_B=jnp.asarray(start_B, jnp.int32))
 
 
@@ -117,7 +119,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
   for b, length in enumerate(prompts):
     tokens_BL[b, 8 - length :] = rows[b][:length]
   forward = jax.jit(
-    functools.partial(inference.forward, model=ours.model), static_argnames="all_logits"
+    functools.partial(decoding.forward, model=ours.model), static_argnames="all_logits"
   )
   with jax.set_mesh(mesh_of()):
     cache = empty_cache(ours.model, start_B, 32)
@@ -228,7 +230,7 @@ def test_only_the_chosen_experts_are_read():
   with jax.set_mesh(mesh_of()):
     for expert in (None, 2, 3, 1):
       changed = params if expert is None else poisoned(params, expert)
-      ours.weights = inference.weights(ours.model, changed, chosen)
+      ours.weights = decoding.weights(ours.model, changed, chosen)
       tokens = greedy(ours, ["abc", "de"], max_new_tokens=8)
       found.append((tokens, ours.logits([1, 2, 3])))
   for tokens, logits in found[1:3]:
@@ -329,7 +331,7 @@ def test_experts_of_their_own_arrays_by_hand(rows):
       for e, x in zip(expert_N, x_ND, strict=True)
     ])  # fmt: skip
     weights = (tuple(np.float32(w)) for w in (gate, up, down))
-    got = jax.jit(apart.swiglu)(np.float32(x_ND), *weights, np.int32(sizes_E))
+    got = jax.jit(per_expert.swiglu)(np.float32(x_ND), *weights, np.int32(sizes_E))
     # float32, sums of 6 terms, values up to some tens
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
@@ -337,7 +339,7 @@ def test_experts_of_their_own_arrays_by_hand(rows):
 def test_what_cannot_generate_says_why():
   moe = dataclasses.replace(toy_config().model.moe, router=Router.EXPERT_CHOICE)
   with pytest.raises(UserError, match="no later tokens yet"):
-    inference.for_inference(dataclasses.replace(toy_config().model, moe=moe))
+    decoding.for_inference(dataclasses.replace(toy_config().model, moe=moe))
   ours, _ = model_of()
   wrong = dict(max_new_tokens=0, temperature=-1.0, top_k=-1, top_p=0.0, num_samples=0)
   for name, value in wrong.items():

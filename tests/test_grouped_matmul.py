@@ -10,10 +10,12 @@ import pytest
 from conftest import mesh_of, toy_config
 from test_expert_parallel import set_up, toy_batch
 
-from moe_jax import blocked, grouped_matmul, sharding
 from moe_jax import config as config_lib
+from moe_jax import sharding
 from moe_jax.config import Dispatch, GroupedMatmul
-from moe_jax.grouped_matmul import grouped_swiglu
+from moe_jax.kernels import blocked
+from moe_jax.kernels import experts as expert_kernels
+from moe_jax.kernels.experts import grouped_swiglu
 
 BACKENDS = [GroupedMatmul.BLOCKED, GroupedMatmul.RAGGED_DOT]
 SIZES = {
@@ -52,7 +54,7 @@ def test_equals_a_plain_loop(case, backend):
   x_ND, w_EDF, dy_NF = arrays((N, D), (E, D, F), (N, F))
 
   def product(x_ND, w_EDF):
-    y_NF = grouped_matmul.grouped_matmul(x_ND, w_EDF, jnp.array(sizes), backend)
+    y_NF = expert_kernels.grouped_matmul(x_ND, w_EDF, jnp.array(sizes), backend)
     # What is past the experts' rows is undefined; reading it would be a bug.
     return jnp.where((jnp.arange(N) < used)[:, None], y_NF, 0)
 
@@ -89,7 +91,7 @@ def test_bfloat16_sums_in_float32():
   x_ND, dy_NF = (jnp.bfloat16(a) for a in arrays((600, D), (600, F)))
   w_EDF = jnp.ones((1, D, F), jnp.bfloat16)
   product = functools.partial(
-    grouped_matmul.grouped_matmul, sizes_E=jnp.array([600]), backend=GroupedMatmul.BLOCKED
+    expert_kernels.grouped_matmul, sizes_E=jnp.array([600]), backend=GroupedMatmul.BLOCKED
   )
   _, dw_EDF = jax.vjp(jax.jit(product), x_ND, w_EDF)[1](dy_NF)
   want = np.float64(x_ND).T @ np.float64(dy_NF)
@@ -116,8 +118,8 @@ def test_remat_dots_keeps_the_blocked_activations():
 
 def test_auto_measures_once_and_remembers(tmp_path, monkeypatch, capsys):
   """In the middle of tracing a step on a mesh; the choice is printed and kept on disk."""
-  monkeypatch.setattr(grouped_matmul, "_chosen", {})
-  monkeypatch.setattr(grouped_matmul, "_cache_file", lambda: tmp_path / "grouped_matmul.json")
+  monkeypatch.setattr(expert_kernels, "_chosen", {})
+  monkeypatch.setattr(expert_kernels, "_cache_file", lambda: tmp_path / "grouped_matmul.json")
   with jax.set_mesh(mesh_of(expert=2)):
     config = toy_config(dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0)
     mesh, state, step, _ = set_up(config, dict(expert=2))
@@ -127,12 +129,12 @@ def test_auto_measures_once_and_remembers(tmp_path, monkeypatch, capsys):
   assert len(saved) == 1 and set(saved.values()) <= {"blocked", "ragged_dot"}
   assert printed.count("grouped matmul     ") == 1 and " ms" in printed
   x_ND, w_EDF = jnp.zeros((8, 3)), jnp.zeros((2, 3, 5))
-  grouped_matmul.fastest(x_ND, w_EDF)
+  expert_kernels.fastest(x_ND, w_EDF)
   assert "N8 D3 F5 E2" in capsys.readouterr().out
   # A new process reads the file and measures nothing.
-  monkeypatch.setattr(grouped_matmul, "_chosen", {})
-  monkeypatch.setattr(grouped_matmul, "_measure", None)
-  grouped_matmul.fastest(x_ND, w_EDF)
+  monkeypatch.setattr(expert_kernels, "_chosen", {})
+  monkeypatch.setattr(expert_kernels, "_measure", None)
+  expert_kernels.fastest(x_ND, w_EDF)
   assert not capsys.readouterr().out
 
 
@@ -141,7 +143,7 @@ def test_tokamax_missing_is_one_line():
     import tokamax  # noqa: F401
   except ImportError:
     with pytest.raises(config_lib.UserError, match=r"pip install tokamax.*grouped_matmul=auto"):
-      grouped_matmul.grouped_matmul(
+      expert_kernels.grouped_matmul(
         jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.array([2, 2]), GroupedMatmul.TOKAMAX
       )
   else:

@@ -12,15 +12,17 @@ import pytest
 from conftest import toy_config
 
 from moe_jax import config as config_lib
-from moe_jax import describe, health, metrics, statistics
 from moe_jax.config import OnAlarm
+from moe_jax.model import cost
+from moe_jax.moe import counts
+from moe_jax.training import health, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_moe_metrics_by_hand():
   """Two layers, four experts, top-2 of 10 tokens; the second layer lost a quarter."""
-  stats = statistics.zeros((2,), 4, 2)._replace(
+  stats = counts.zeros((2,), 4, 2)._replace(
     tokens=jnp.array([10, 10]),
     routed_E=jnp.array([[5, 5, 5, 5], [10, 9, 1, 0]]),
     kept_E=jnp.array([[5, 5, 5, 5], [7, 7, 1, 0]]),
@@ -59,7 +61,7 @@ def test_gradient_norms_by_group():
   config = toy_config(first_dense=1, shared_experts=1)
   config.model.tied_head, config.model.qk_norm = False, True
   groups = {}
-  for path in describe.parameters(config.model):
+  for path in cost.parameters(config.model):
     groups.setdefault(metrics.parameter_group(path[-1]), set()).add(path[-1])
   assert groups == {
     "embed": {"embed_VD"},

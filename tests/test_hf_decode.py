@@ -5,7 +5,7 @@ import sys
 import pytest
 from test_bench import TOY_SIZES
 
-from moe_jax.bench import decode
+from benchmarks import decode
 from moe_jax.config import UserError
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"

@@ -12,9 +12,11 @@ from conftest import mesh_of
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import dispatch, losses, routers, sharding, validation
+from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Dispatch
-from moe_jax.moe import MoELayer
+from moe_jax.model.feedforward import MoEFFN
+from moe_jax.moe import dispatch, routers
+from moe_jax.training import losses
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
 torch = pytest.importorskip("torch", reason=MISSING)
@@ -168,14 +170,14 @@ def _check_bias_and_groups_matter(gate, x_BLD, expert_TK):
 
 
 def layer_of(moe, **mesh):
-  """(weights by name -> MoELayer) of a valid config."""
+  """(weights by name -> MoEFFN) of a valid config."""
   config = config_lib.Config(
     model=config_lib.Model(dim=D, moe=moe),
     data=config_lib.Data(seq_len=L, batch_size=B),
     mesh=config_lib.Mesh(**{"data": 1} | mesh),
   )
   validation.validate(config)
-  graph, params = nnx.split(MoELayer(config.model, nnx.Rngs(0)))
+  graph, params = nnx.split(MoEFFN(config.model, nnx.Rngs(0)))
 
   def with_weights(weights):
     named = {sharding.param_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}

@@ -9,9 +9,11 @@ from conftest import toy_config
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import describe, feedforward, matching, moe
 from moe_jax.config import Router, UserError
-from moe_jax.matching import Times, match
+from moe_jax.model import cost, feedforward
+from moe_jax.moe import layer
+from moe_jax.sweep import match as matching
+from moe_jax.sweep.match import Times, match
 
 BY = {"active_params": "active", "flops_per_token": "flops_per_token", "total_params": "total"}
 
@@ -49,7 +51,7 @@ def test_dense_twin_by_hand(name, by):
   whole = num_moe * moe_width + (model.num_layers - num_moe) * model.ffn_dim
   twin, note = match("dense", by=by).solve(config)
   assert twin.model.ffn_dim == round(whole / model.num_layers)
-  counts = [getattr(describe.count(c), BY[by]) for c in (twin, config)]
+  counts = [getattr(cost.count(c), BY[by]) for c in (twin, config)]
   assert counts[0] == pytest.approx(counts[1], rel=0.01)
   assert f"model.ffn_dim={twin.model.ffn_dim}, {counts[0]:,.0f}" in note
   assert f"against {counts[1]:,.0f}" in note
@@ -57,16 +59,16 @@ def test_dense_twin_by_hand(name, by):
 
 
 def test_counts_by_hand():
-  """One case in full, so that the twin's counts do not rest on describe.count alone."""
+  """One case in full, so that the twin's counts do not rest on cost.count alone."""
   config = reference("tiny_moe")  # V 264, D 128, 4 layers, 2 heads on 1 of 64, own head, qk norms
   twin = match("dense", by="flops_per_token")(config)
   attention = 128 * 128 + 2 * 128 * 64 + 128 * 128
   per_layer = attention + 3 * 128 * 387  # K*F + E/3 = 2*192 + 8/3 = 386.7
   matmul = 4 * per_layer + 264 * 128
   assert twin.model.ffn_dim == 387
-  assert describe.count(twin).total == matmul + 264 * 128 + 4 * (2 * 128 + 2 * 64) + 128
+  assert cost.count(twin).total == matmul + 264 * 128 + 4 * (2 * 128 + 2 * 64) + 128
   # Forward and backward: 6 per weight; and attention over 64.5 keys on average of 128.
-  assert describe.count(twin).flops_per_token == 6 * matmul + 3 * 4 * 4 * 128 * 64.5
+  assert cost.count(twin).flops_per_token == 6 * matmul + 3 * 4 * 4 * 128 * 64.5
 
 
 @pytest.mark.parametrize("name", ["tiny_deepseek", "switch_small", "toy_every"])
@@ -97,9 +99,11 @@ def test_initial_scales_agree():
     return nnx.Rngs(jax.random.key(3))
 
   dense = feedforward.DenseFFN(twin.model, twin.model.ffn_dim, rngs())
-  layer = moe.MoELayer(config.model, rngs())
+  experts = layer.MoELayer(config.model, rngs())
   ours = scales({"gate": dense.gate_DF[...], "up": dense.up_DF[...], "down": dense.down_FD[...]})
-  theirs = scales({"gate": layer.gate_EDF[0], "up": layer.up_EDF[0], "down": layer.down_EFD[0]})
+  theirs = scales(
+    {"gate": experts.gate_EDF[0], "up": experts.up_EDF[0], "down": experts.down_EFD[0]}
+  )
   for name in ours:  # 3072 weights: a standard error of 1.3%
     assert ours[name] == pytest.approx(theirs[name], rel=0.05), name
   assert theirs["down"] == pytest.approx(theirs["up"] / 2, rel=0.05)  # 1/sqrt(2 * 2 layers)

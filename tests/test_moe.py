@@ -12,11 +12,14 @@ from conftest import mesh_of, toy_config
 from flax import nnx
 from routings import ROUTINGS, E
 
-from moe_jax import blocked, dispatch, expert_parallel, losses, routers, statistics, validation
 from moe_jax import config as config_lib
+from moe_jax import validation
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Router
-from moe_jax.feedforward import DenseFFN
-from moe_jax.moe import MoELayer
+from moe_jax.kernels import blocked
+from moe_jax.kernels.experts import Experts
+from moe_jax.model.feedforward import DenseFFN, MoEFFN
+from moe_jax.moe import counts, dispatch, exchange, routers
+from moe_jax.training import losses
 
 MESHES = {
   "one": {},
@@ -62,12 +65,10 @@ def layer_loss(x_BLD, weights, rest, cotangent_BLD, moe):
     scale_BLE = jax.nn.softplus(jnp.einsum("BLD,DE->BLE", x_BLD, weights["noise_DE"])) + 0.01
   inputs = routers.RouterInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, scale_BLE)
   names = ("gate_EDF", "up_EDF", "down_EFD")
-  experts = expert_parallel.Experts(*(weights[n] for n in names))
-  y_BLD, stats, choices = expert_parallel.moe_ffn(
-    x_BLD, inputs, experts, moe, train=True, trace=True
-  )
+  experts = Experts(*(weights[n] for n in names))
+  y_BLD, stats, choices = exchange.moe_ffn(x_BLD, inputs, experts, moe, train=True, trace=True)
   stacked = jax.tree.map(lambda s: s[None], stats)
-  balance = statistics.balance(stacked.routed_E, stacked.prob_E, stacked.tokens)[0]
+  balance = counts.balance(stacked.routed_E, stacked.prob_E, stacked.tokens)[0]
   loss = jnp.sum(y_BLD * cotangent_BLD) + 3 * balance + stats.z / stats.tokens
   loss += 2 * stats.sequence_balance / stats.sequences
   loss += losses.cv_squared_plus_one(stacked.importance_E)[0]
@@ -198,7 +199,7 @@ def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_d
   except config_lib.UserError as refused:
     assert "router" in str(refused) or "renormalize" in str(refused)
     return
-  graph, params = nnx.split(MoELayer(config.model, nnx.Rngs(0)))
+  graph, params = nnx.split(MoEFFN(config.model, nnx.Rngs(0)))
   x_BLD = jax.random.normal(jax.random.key(2), (3, 9, 10))
 
   def loss(params):
@@ -283,20 +284,18 @@ def test_capacity_by_hand(factor, expected_capacity):
 
 def test_balance_loss_is_one_when_balanced_for_every_k():
   for experts, K in ((4, 1), (8, 2), (64, 8)):
-    even = statistics.balance(
-      jnp.full((1, experts), K), jnp.ones((1, experts)), jnp.array([experts])
-    )
+    even = counts.balance(jnp.full((1, experts), K), jnp.ones((1, experts)), jnp.array([experts]))
     np.testing.assert_allclose(even, [1.0], rtol=1e-6)
     np.testing.assert_allclose(
       losses.cv_squared_plus_one(jnp.full((1, experts), 0.3)), 1.0, rtol=1e-6
     )
   routed_E, prob_E = jnp.zeros((1, 64), int).at[0, 0].set(8 * 64), jnp.zeros((1, 64))
-  collapsed = statistics.balance(routed_E, prob_E.at[0, 0].set(64.0), jnp.array([64]))
+  collapsed = counts.balance(routed_E, prob_E.at[0, 0].set(64.0), jnp.array([64]))
   np.testing.assert_allclose(collapsed, [64.0], rtol=1e-6)
 
 
 def test_a_lost_statistic_raises():
-  stats = statistics.zeros((1,), 4, 1)
+  stats = counts.zeros((1,), 4, 1)
   sums = losses.sums(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), stats)
   with pytest.raises(ValueError, match="1 of 2 MoE layers"):
     losses.total(sums, config_lib.Loss(), num_moe_layers=2)
@@ -318,7 +317,7 @@ def test_one_expert_equals_the_dense_layer(how, one_device):
     num_experts=1, top_k=1, renormalize=False, capacity_factor=0.0, expert_dim=14,
     dispatch=Dispatch(how), grouped_matmul=GroupedMatmul.BLOCKED,
   ).model  # fmt: skip
-  moe_graph, moe_params = nnx.split(MoELayer(model, nnx.Rngs(0)))
+  moe_graph, moe_params = nnx.split(MoEFFN(model, nnx.Rngs(0)))
   dense_graph, dense_params = nnx.split(DenseFFN(model, 14, nnx.Rngs(1)))
   x_BLD = jax.random.normal(jax.random.key(2), (3, 9, model.dim))
 
@@ -346,7 +345,7 @@ def test_one_expert_equals_the_dense_layer(how, one_device):
 def test_identical_experts_equal_any_one_of_them(how, one_device):
   """With gates that sum to 1 the routing is not to be seen; dropless, or with room for all."""
   model = toy_config(top_k=2, capacity_factor=0.0, eval_capacity_factor=0.0, dispatch=how).model
-  layer = MoELayer(model, nnx.Rngs(0))
+  layer = MoEFFN(model, nnx.Rngs(0))
   layer.router_DE[...] = 30 * layer.router_DE[...]
   for weight in (layer.gate_EDF, layer.up_EDF, layer.down_EFD):
     weight[...] = jnp.broadcast_to(weight[...][:1], weight.shape)
@@ -361,7 +360,7 @@ def test_identical_experts_equal_any_one_of_them(how, one_device):
 
 def test_shared_experts_add_the_dense_layer(one_device):
   """Two shared experts: the routed output plus a dense FFN twice an expert wide."""
-  layer = MoELayer(toy_config(shared_experts=2).model, nnx.Rngs(0))
+  layer = MoEFFN(toy_config(shared_experts=2).model, nnx.Rngs(0))
   assert layer.shared.gate_DF.shape == (10, 2 * 18)
   x_BLD = jax.random.normal(jax.random.key(2), (3, 9, 10))
   with_shared, _ = jax.jit(lambda x: call_layer(layer, x))(x_BLD)
@@ -384,7 +383,7 @@ def test_what_is_drawn_does_not_depend_on_the_mesh(fields):
   outputs = []
   for axes in ({}, dict(expert=4, data=2)):
     with jax.set_mesh(mesh_of(**axes)):
-      layer = MoELayer(model, nnx.Rngs(0))
+      layer = MoEFFN(model, nnx.Rngs(0))
       x_BLD = jax.random.normal(jax.random.key(2), (8, 9, model.dim))
       y = {
         seed: jax.jit(lambda x, s=seed, m=layer: call_layer(m, x, seed=s)[0])(x_BLD)
@@ -397,7 +396,7 @@ def test_what_is_drawn_does_not_depend_on_the_mesh(fields):
 
 def test_evaluation_has_no_jitter_and_no_noise(one_device):
   for fields in (dict(jitter=0.3), dict(router=Router.NOISY_TOPK)):
-    layer = MoELayer(toy_config(**fields).model, nnx.Rngs(0))
+    layer = MoEFFN(toy_config(**fields).model, nnx.Rngs(0))
     x_BLD = jax.random.normal(jax.random.key(2), (3, 9, 10))
     y = [
       jax.jit(lambda x, s=seed, m=layer: call_layer(m, x, train=False, seed=s)[0])(x_BLD)
@@ -409,7 +408,7 @@ def test_evaluation_has_no_jitter_and_no_noise(one_device):
 def test_router_stays_float32_under_bfloat16(one_device):
   model = toy_config().model
   model.compute_dtype = config_lib.Dtype.BFLOAT16
-  layer = MoELayer(model, nnx.Rngs(0))
+  layer = MoEFFN(model, nnx.Rngs(0))
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
   rest = (jnp.ones((2, 9), bool), jnp.zeros((2, 9), int), jnp.zeros(4), jax.random.key(0))
   logits = layer.router_inputs(x_BLD, *rest, train=False).logits_TE

@@ -8,10 +8,11 @@ from conftest import mesh_of
 from jax.sharding import AxisType, PartitionSpec
 
 from moe_jax import config as config_lib
-from moe_jax import expert_parallel, sharding
+from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Router
-from moe_jax.grouped_matmul import grouped_swiglu
-from moe_jax.routers import RouterInputs
+from moe_jax.kernels.experts import Experts, grouped_swiglu
+from moe_jax.moe import exchange
+from moe_jax.moe.routers import RouterInputs
 
 MESHES = {"expert4-data2": dict(expert=4, data=2), "mixed": dict(expert=2, fsdp=2, tensor=2)}
 B, L, D, F, E, K = 8, 9, 10, 18, 8, 2
@@ -48,7 +49,7 @@ def swiglu_with_undefined_rows(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, backen
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-  monkeypatch.setattr(expert_parallel, "grouped_swiglu", swiglu_with_undefined_rows)
+  monkeypatch.setattr(exchange, "grouped_swiglu", swiglu_with_undefined_rows)
 
 
 def make_inputs(skew=0.0, seed=0):
@@ -59,7 +60,7 @@ def make_inputs(skew=0.0, seed=0):
     return rng.normal(size=shape).astype(np.float32)
 
   logits_BLE = normal(B, L, E) - skew * np.arange(E, dtype=np.float32)
-  experts = expert_parallel.Experts(normal(E, D, F), normal(E, D, F), normal(E, F, D))
+  experts = Experts(normal(E, D, F), normal(E, D, F), normal(E, F, D))
   real_BL = np.arange(L)[None] < rng.integers(L - 3, L + 1, (B, 1))
   return normal(B, L, D), logits_BLE, experts, real_BL, normal(B, L, D)
 
@@ -73,7 +74,7 @@ def run(axes, inputs, *, train=True, **options):
   def loss(x_BLD, logits_BLE, experts):
     ids_BL = jnp.zeros((B, L), jnp.int32)
     inputs = RouterInputs(logits_BLE, jnp.asarray(real_BL), ids_BL, jnp.zeros((E,)))
-    y_BLD, stats, _ = expert_parallel.moe_ffn(x_BLD, inputs, experts, moe, train=train)
+    y_BLD, stats, _ = exchange.moe_ffn(x_BLD, inputs, experts, moe, train=train)
     return jnp.sum(y_BLD * weights_BLD) + 0.1 * jnp.sum(stats.prob_E**2), (y_BLD, stats)
 
   with jax.set_mesh(mesh_of(**axes)):
@@ -194,5 +195,5 @@ def test_ragged_plan_by_hand():
     [[0, 2, 2], [0, 0, 3], [4, 3, 1], [0, 0, 1], [0, 1, 3], [4, 4, 2], [1, 0, 0, 0]],
   ]
   for here, plan in enumerate(want):
-    got = expert_parallel.ragged_plan(counts_XXE, here, 4)
+    got = exchange.ragged_plan(counts_XXE, here, 4)
     assert [a.tolist() for a in got] == plan

@@ -9,9 +9,12 @@ from flax import nnx
 from test_expert_parallel import set_up, toy_batch
 
 from moe_jax import config as config_lib
-from moe_jax import describe, dispatch, losses, optimizer, routers, sharding, statistics, validation
+from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Priority, Router, Score
-from moe_jax.transformer import Transformer
+from moe_jax.model import cost
+from moe_jax.model.transformer import Transformer
+from moe_jax.moe import counts, dispatch, routers
+from moe_jax.training import losses, optimizers
 
 LOG = np.log
 
@@ -203,9 +206,9 @@ def test_causality_is_as_documented(name, one_device):
 
 def test_describe_says_what_is_not_causal():
   """Before a run starts: its loss is not a language model's."""
-  report = describe.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False))
+  report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False))
   assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
-  assert "not causal" not in describe.report(toy_config())
+  assert "not causal" not in cost.report(toy_config())
 
 
 @pytest.mark.parametrize(
@@ -222,14 +225,14 @@ def test_generation_refuses_what_it_cannot_follow(router, why):
 
 def test_bias_update_by_hand():
   """Total 10 over 4 experts, mean 2.5: above it down, below it up by u; then centred."""
-  bias = optimizer.updated_bias(jnp.zeros((1, 4)), jnp.array([[7, 2, 1, 0]]), 0.001)
+  bias = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[7, 2, 1, 0]]), 0.001)
   want = np.array([-1, 1, 1, 1]) * 0.001
   np.testing.assert_allclose(bias, [want - want.mean()], atol=1e-9)
-  even = optimizer.updated_bias(jnp.zeros((1, 4)), jnp.array([[3, 3, 3, 3]]), 0.001)
+  even = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[3, 3, 3, 3]]), 0.001)
   np.testing.assert_array_equal(even, np.zeros((1, 4)))
   # Counts beyond float32's integers still have the right sign.
   big = jnp.array([[2**28 + 1, 2**28 - 1, 2**28, 2**28]])
-  moved = optimizer.updated_bias(jnp.zeros((1, 4)), big, 1.0)
+  moved = optimizers.updated_bias(jnp.zeros((1, 4)), big, 1.0)
   assert np.sign(moved).tolist() == [[-1, 1, 0, 0]]
 
 
@@ -280,7 +283,7 @@ def test_bias_balances_the_load():
 
 
 def test_bias_is_used_and_not_moved_by_evaluation():
-  from moe_jax.evaluate import eval_step
+  from moe_jax.training.evaluator import eval_step
 
   config = biased_config()
   mesh, state, _, graph = set_up(config, {})
@@ -300,10 +303,10 @@ def test_balance_scopes():
   """Two rows that prefer opposite experts: balanced together, unbalanced one by one."""
   routed = np.array([[4, 0], [0, 4]])
   prob = np.array([[3.0, 1.0], [1.0, 3.0]])
-  stats = statistics.zeros((1,), 2, 1)._replace(
+  stats = counts.zeros((1,), 2, 1)._replace(
     tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
     prob_E=jnp.array(prob.sum(0))[None],
-    sequence_balance=jnp.sum(statistics.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
+    sequence_balance=jnp.sum(counts.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
     [None],
   )  # fmt: skip
   ones = jnp.ones((1, 1))

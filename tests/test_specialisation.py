@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax import specialisation
-from moe_jax.specialisation import Trace
+from moe_jax.analysis import specialisation
+from moe_jax.analysis.specialisation import Trace
 
 
 def routed(*layers):

@@ -20,7 +20,8 @@ from test_expert_parallel import set_up, toy_batch
 
 import moe_jax
 from moe_jax import config as config_lib
-from moe_jax import losses, optimizer, statistics
+from moe_jax.moe import counts
+from moe_jax.training import losses, optimizers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -58,7 +59,7 @@ def test_cross_entropy_by_hand():
   logits_BLV = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]]))
   targets_BL = jnp.array([[0, 1, 2]])
   real_BL = jnp.array([[True, True, False]])
-  no_experts = statistics.zeros((0,), 4, 1)
+  no_experts = counts.zeros((0,), 4, 1)
   sums = losses.sums(logits_BLV + 2.0, targets_BL, real_BL, no_experts)
   np.testing.assert_allclose(sums.nll, -np.log(0.5) - np.log(0.8), rtol=1e-6)
   np.testing.assert_allclose(sums.z, 2 * 2.0**2, rtol=1e-6)  # logsumexp of each is 2
@@ -69,7 +70,7 @@ def test_cross_entropy_by_hand():
 
 
 def test_loss_weights_add_up():
-  stats = statistics.zeros((1,), 2, 1)._replace(
+  stats = counts.zeros((1,), 2, 1)._replace(
     tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), kept_E=jnp.array([[4, 0]]),
     prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
   )  # fmt: skip
@@ -96,7 +97,7 @@ def test_schedules_by_hand(schedule, expected):
   settings = config_lib.Optimizer(
     learning_rate=1.0, warmup_steps=10, schedule=config_lib.Schedule(schedule)
   )
-  rate = optimizer.schedule(settings, steps=100)
+  rate = optimizers.schedule(settings, steps=100)
   for step, value in expected.items():
     assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
 
@@ -107,14 +108,14 @@ def test_weight_decay_and_clipping():
            "embed_VD": False, "router_DE": False}  # fmt: skip
   params = {"layer": {name: jnp.ones((2,) * len(name.split("_")[1])) for name in names}}
   settings = config_lib.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
-  transform = optimizer.make_optimizer(settings, 10)
+  transform = optimizers.make_optimizer(settings, 10)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = transform.update(zeros, transform.init(params), params)
   for name, decays in names.items():
     assert float(updates["layer"][name].min()) == pytest.approx(-0.05 if decays else 0.0), name
 
   clipped = config_lib.Optimizer(clip_norm=1.0)
-  transform = optimizer.make_optimizer(clipped, 10)
+  transform = optimizers.make_optimizer(clipped, 10)
   huge = jax.tree.map(lambda p: p * 1e6, params)
   _, state = transform.update(huge, transform.init(params), params)
   moment = state[1][0].mu["layer"]

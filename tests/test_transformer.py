@@ -10,8 +10,8 @@ import pytest
 from conftest import toy_config
 from flax import nnx
 
-from moe_jax import attention, transformer
 from moe_jax import config as config_lib
+from moe_jax.model import attention, transformer
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

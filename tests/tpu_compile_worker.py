@@ -22,10 +22,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import config as config_lib
-from moe_jax import expert_parallel, sharding
+from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
-from moe_jax.grouped_matmul import grouped_matmul
-from moe_jax.routers import RouterInputs
+from moe_jax.kernels.experts import Experts, grouped_matmul
+from moe_jax.moe import exchange
+from moe_jax.moe.routers import RouterInputs
 
 B, L, D, F, E, K = 8, 128, 256, 384, 8, 2
 N = 2048  # rows of the grouped matmul alone
@@ -68,7 +69,7 @@ def layer(devices, **options):
 
   def loss(x_BLD, logits_BLE, experts, real_BL, ids_BL, bias_E):
     inputs = RouterInputs(logits_BLE, real_BL, ids_BL, bias_E)
-    y_BLD, stats, _ = expert_parallel.moe_ffn(x_BLD, inputs, experts, moe, train=True)
+    y_BLD, stats, _ = exchange.moe_ffn(x_BLD, inputs, experts, moe, train=True)
     return jnp.sum(y_BLD.astype(jnp.float32) ** 2) + jnp.sum(stats.prob_E**2), (y_BLD, stats)
 
   def tokens(shape, dtype):
@@ -77,7 +78,7 @@ def layer(devices, **options):
   def weights(shape):
     return array(mesh, shape, jnp.bfloat16, "expert")
 
-  experts = expert_parallel.Experts(weights((E, D, F)), weights((E, D, F)), weights((E, F, D)))
+  experts = Experts(weights((E, D, F)), weights((E, D, F)), weights((E, F, D)))
   with jax.set_mesh(mesh):
     return compile_both(
       loss, (0, 1, 2), tokens((B, L, D), jnp.bfloat16), tokens((B, L, E), jnp.float32), experts,

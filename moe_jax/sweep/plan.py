@@ -8,12 +8,13 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_jax import command_line, matching, validation
+from moe_jax import command_line, validation
 from moe_jax import config as config_lib
 from moe_jax.config import SEEDS, Config, UserError
-from moe_jax.matching import Measured
 from moe_jax.sweep import language
+from moe_jax.sweep import match as matching
 from moe_jax.sweep.language import Arm, Sweep
+from moe_jax.sweep.match import Measured
 
 _OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 

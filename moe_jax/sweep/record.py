@@ -6,11 +6,11 @@ import pathlib
 import shlex
 from typing import Any
 
-from moe_jax import train
 from moe_jax.config import UserError
-from moe_jax.matching import Measured
 from moe_jax.sweep import plan as plan_lib
+from moe_jax.sweep.match import Measured
 from moe_jax.sweep.plan import Plan, Run
+from moe_jax.training import train
 
 
 def read(out: pathlib.Path) -> dict[str, Any]:

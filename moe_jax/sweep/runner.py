@@ -20,11 +20,11 @@ from typing import IO, Any
 import jax
 
 from moe_jax.config import UserError
-from moe_jax.loop import clock
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
 from moe_jax.sweep.plan import Plan, Run
 from moe_jax.sweep.slots import Slots
+from moe_jax.training.loop import clock
 
 _POLL_SECONDS = 0.2
 _PROGRESS_SECONDS = 30.0

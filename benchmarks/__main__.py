@@ -1,0 +1,130 @@
+"""python -m benchmarks layer|train|inference|decode|all [--out=DIR]
+
+layer      an MoE layer of each dispatcher against a dense FFN of equal active FLOPs
+train      whole training steps on one CPU, against our dense model and Hugging Face transformers
+inference  decoding and prefill of --config against dense models of its active and its total size
+decode     decoding on one CPU against Hugging Face transformers: same weights, same tokens out
+all        what suits the device: `layer`, a part of it on a CPU, and there `train`
+
+prints tables with targets and whether they are met, and writes DIR/NAME.json and NAME.png.
+"""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+from benchmarks import results
+from moe_jax.config import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks", description=__doc__, allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  add = parser.add_argument
+  add("bench", choices=["layer", "train", "inference", "decode", "all"])
+  add("--out", default="runs/bench", help="folder of the results (runs/bench)")
+  add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
+  add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
+  add("--tokens", type=int, default=64, help="decode: new tokens of each row in a round (64)")
+  add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
+  add("--peer_python", default=sys.executable, help="train, decode: a Python with torch")
+  add("--peer_compile", action="store_true", help="also the peer under torch.compile")
+  add("--config", default="configs/mixtral_small.py", help="inference: the model's config file")
+  add("--override", action="append", default=[], help="inference: a field, model.num_layers=4")
+  add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
+  args = parser.parse_args()
+  for name, least in (("rounds", 1), ("steps", 1), ("tokens", 2)):
+    if getattr(args, name) < least:
+      parser.error(f"--{name}={getattr(args, name)}: it must be at least {least}")
+  return args
+
+
+def run_layer(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from benchmarks import layer, layer_report, plots
+
+  result = layer.run(layer.default_grid(short=args.bench == "all"), args.rounds)
+  result["targets"] = layer_report.targets(result)
+  print(layer_report.text(result))
+  plots.layer(out, result)
+  return result
+
+
+def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from benchmarks import plots, train
+
+  result = train.run(
+    remat=args.remat.split(","), rounds=args.rounds, steps=args.steps, peer_python=args.peer_python,
+    peer_compile=args.peer_compile,
+  )  # fmt: skip
+  print(train.text(result))
+  plots.train(out, result)
+  return result
+
+
+def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from benchmarks import inference, inference_report, plots
+  from moe_jax import command_line, validation
+  from moe_jax.sweep import match as matching
+  from moe_jax.sweep import plan
+
+  config = command_line.load_file(args.config)
+  config = matching.override(config, plan.parse_overrides(args.override), args.config)
+  validation.validate(config)
+  if not config.model.moe.num_experts:
+    raise UserError(f"--config={args.config}: a dense model; name one with experts")
+  try:
+    batches = [int(b) for b in args.batches.split(",")] if args.batches else inference.BATCHES
+  except ValueError:
+    raise UserError(f"--batches={args.batches}: not a list of numbers, as in 1,8,32") from None
+  result = inference.run(config, args.rounds, batches)
+  result["targets"] = inference_report.targets(result)
+  print(inference_report.text(result))
+  plots.inference(out, result)
+  return result
+
+
+def run_decode(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  from benchmarks import decode
+
+  result = decode.run(
+    rounds=args.rounds, steps=args.tokens, peer_python=args.peer_python,
+    peer_compile=args.peer_compile,
+  )  # fmt: skip
+  print(decode.text(result))
+  return result
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = pathlib.Path(args.out)
+  out.mkdir(parents=True, exist_ok=True)
+  from moe_jax import config as config_lib
+  from moe_jax import startup  # imports jax: only now that the arguments are known to be good
+
+  startup.start(config_lib.Data())  # compiled programs are kept, as a training run's are
+  where = results.environment()
+  results.progress(f"{where['device']}, jax {where['jax']}, commit {where['commit'] or 'unknown'}")
+  found: dict[str, Any] = {"environment": where}
+  if args.bench in ("layer", "all"):
+    found["layer"] = run_layer(args, out)
+  if args.bench == "train" or (args.bench == "all" and where["platform"] == "cpu"):
+    found["train"] = run_train(args, out)
+  if args.bench == "decode":
+    found["decode"] = run_decode(args, out)
+  if args.bench == "inference":
+    found["inference"] = run_inference(args, out)
+  if args.bench == "all":
+    results.write(out, "bench.json", found)
+  else:
+    results.write(out, f"{args.bench}.json", {"environment": where, **found[args.bench]})
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

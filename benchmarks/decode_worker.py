@@ -1,0 +1,133 @@
+"""Our greedy decoding as a worker of the `decode` benchmark: one process, one CPU.
+
+With --weights it first writes its random weights and prompts there, for peer_decode.py, whose
+line protocol it speaks:
+
+  ->                {"ready": true, "name", "parameters", "versions"}
+  <- decode B N     N tokens after each of the first B prompts
+  ->                {"cpu_s": CPU-seconds of a step of B tokens, "wall_s", "tokens": [[...], ...]}
+  <- (end of file ends it)
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks import train_worker
+from benchmarks.workload import W
+
+PROMPT = 16  # tokens, the first of them the one that begins a document
+_BEGIN = 0
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_worker", allow_abbrev=False)
+  add = parser.add_argument
+  add("--weights", type=pathlib.Path, help="folder to write the weights and prompts to")
+  add("--rows", type=int, default=32, help="prompts, the largest batch")
+  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
+  for name, default in W.items():
+    add(f"--{name}", type=int, default=default)
+  args = parser.parse_args()
+  args.head_dim = args.dim // args.heads
+  args.model, args.remat, args.capacity_factor = "grouped", "none", 0.0
+  return args
+
+
+class Ids:
+  """A tokenizer whose texts are lists of ids."""
+
+  separator = _BEGIN
+
+  def __init__(self, vocab_size: int):
+    self.vocab_size = vocab_size
+
+  def encode(self, text: list[int]) -> np.ndarray:
+    return np.asarray(text, np.int32)
+
+
+def peer_config(model: Any) -> dict[str, Any]:
+  """Fields of transformers.MixtralConfig for a config.Model."""
+  return dict(
+    vocab_size=model.vocab_size, hidden_size=model.dim, num_hidden_layers=model.num_layers,
+    num_attention_heads=model.num_heads, num_key_value_heads=model.num_kv_heads,
+    head_dim=model.head_dim, intermediate_size=model.moe.expert_dim,
+    num_local_experts=model.moe.num_experts, num_experts_per_tok=model.moe.top_k,
+    rms_norm_eps=model.norm_eps, tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": model.rope_base},
+  )  # fmt: skip
+
+
+def peer_weights(weights: Any) -> dict[str, np.ndarray]:
+  """inference.Weights of one CPU by the names of transformers' Mixtral."""
+  named = {
+    "model.embed_tokens.weight": weights.embed_VD, "lm_head.weight": weights.head_VD,
+    "model.norm.weight": weights.final_norm_D,
+  }  # fmt: skip
+  for number, layer in enumerate(weights.layers):
+    heads, experts = layer.attention, layer.ffn.experts
+    D = layer.ffn_norm_D.shape[0]
+    up = (np.concatenate(pair) for pair in zip(experts.gate_EDF, experts.up_EDF, strict=True))
+    named |= {
+      f"model.layers.{number}.{name}": array
+      for name, array in {
+        "input_layernorm.weight": layer.attention_norm_D,
+        "self_attn.q_proj.weight": heads.q_HAD.reshape(-1, D),
+        "self_attn.k_proj.weight": heads.k_GAD.reshape(-1, D),
+        "self_attn.v_proj.weight": heads.v_GAD.reshape(-1, D),
+        "self_attn.o_proj.weight": heads.out_DHA.reshape(D, -1),
+        "post_attention_layernorm.weight": layer.ffn_norm_D,
+        "mlp.gate.weight": layer.ffn.router_DE.T,
+        "mlp.experts.gate_up_proj": np.stack(list(up)),
+        "mlp.experts.down_proj": np.stack(experts.down_EFD),
+      }.items()
+    }
+  return {name: np.asarray(array) for name, array in named.items()}
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = train_worker.one_cpu(args.cpu)
+  import jax
+
+  from benchmarks import inference
+  from moe_jax import startup
+  from moe_jax.model import cost
+
+  config = train_worker.make_config(args)
+  startup.start(config.data)
+  model = inference.build(config, args.seed, Ids(args.vocab_size), never=_BEGIN)
+  rng = np.random.default_rng(args.seed)
+  prompts_BL = rng.integers(1, args.vocab_size, (args.rows, PROMPT))
+  prompts_BL[:, 0] = _BEGIN
+  if args.weights:
+    for name, array in peer_weights(model.weights).items():
+      np.save(args.weights / f"{name}.npy", array)
+    np.save(args.weights / "prompts.npy", prompts_BL)
+    (args.weights / "config.json").write_text(json.dumps(peer_config(config.model)))
+
+  total = cost.count(config).total
+  ready = dict(ready=True, name="moe_jax", parameters=total, versions={"jax": jax.__version__})
+  print(json.dumps(ready), file=out)
+  for line in sys.stdin:
+    words = line.split()
+    if len(words) != 3 or words[0] != "decode" or not all(map(str.isdecimal, words[1:])):
+      sys.exit(f"error: stdin: {line.strip()!r} is not `decode B N`")
+    rows, steps = map(int, words[1:])
+    stream = model.stream(prompts_BL[:rows, 1:].tolist(), max_new_tokens=steps, temperature=0)
+    tokens = next(stream)
+    cpu, wall = time.process_time(), time.perf_counter()
+    for chunk in stream:
+      tokens = [[*row, *more] for row, more in zip(tokens, chunk, strict=True)]
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    answer = {"cpu_s": cpu / (steps - 1), "wall_s": wall / (steps - 1), "tokens": tokens}
+    print(json.dumps(answer), file=out)
+
+
+if __name__ == "__main__":
+  main()

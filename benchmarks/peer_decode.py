@@ -1,0 +1,106 @@
+"""The peer of our decoding benchmark: Hugging Face transformers' Mixtral, greedy, one CPU thread.
+
+It decodes by calling the model on one token of each row at a time, with its KV cache: what
+`generate` does too, without its bookkeeping. The weights are a folder of .npy files, one for each
+parameter by its name, as `python -m benchmarks decode` writes them. It speaks in lines:
+
+  ->                {"ready": true, "name", "parameters", "versions"}
+  <- decode B N     N tokens after each of the first B prompts of prompts.npy
+  ->                {"cpu_s": CPU-seconds of a step of B tokens, "wall_s", "tokens": [[...], ...]}
+  <- (end of file ends it)
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+from benchmarks import peer_train
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  add = parser.add_argument
+  add("--weights", type=pathlib.Path, required=True, help="the folder; config.json holds the shape")
+  add("--experts", default="grouped_mm", choices=["grouped_mm", "eager", "batched_mm"])
+  add("--compile", action="store_true", help="torch.compile and a static cache")
+  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
+  return parser.parse_args()
+
+
+def build(folder: pathlib.Path, experts: str):
+  import numpy as np
+  import torch
+  import transformers
+
+  config = transformers.MixtralConfig(
+    **json.loads((folder / "config.json").read_text()), sliding_window=None,
+    bos_token_id=None, eos_token_id=None,
+  )  # fmt: skip
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, attn_implementation="sdpa", dtype=torch.float32, experts_implementation=experts
+  )
+  state = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in model.state_dict()}
+  model.load_state_dict(state)
+  return model.eval()
+
+
+class Decoder:
+  def __init__(self, model, prompts_BL, compiled: bool):
+    import torch
+    import transformers
+
+    self.torch, self.transformers = torch, transformers
+    self.model, self.prompts_BL, self.compiled = model, torch.from_numpy(prompts_BL), compiled
+    self.step = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+
+  def decode(self, rows: int, steps: int) -> dict:
+    with self.torch.inference_mode():
+      prompt_BL = self.prompts_BL[:rows]
+      length = prompt_BL.shape[1]
+      if self.compiled:
+        kind = dict(config=self.model.config, max_cache_len=length + steps)
+        cache = self.transformers.StaticCache(**kind)
+      else:
+        cache = self.transformers.DynamicCache(config=self.model.config)
+      out = self.model(prompt_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+      token_B = out.logits[:, -1].argmax(-1)
+      tokens = [token_B]
+      cpu, wall = time.process_time(), time.perf_counter()
+      for number in range(steps - 1):
+        place = {}
+        if self.compiled:
+          place["position_ids"] = self.torch.full((rows, 1), length + number)
+        out = self.step(token_B[:, None], past_key_values=cache, use_cache=True, **place)
+        token_B = out.logits[:, -1].argmax(-1)
+        tokens.append(token_B)
+      cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+      found = self.torch.stack(tokens, 1).tolist()
+    return {"cpu_s": cpu / (steps - 1), "wall_s": wall / (steps - 1), "tokens": found}
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = peer_train.one_thread(args.cpu)
+  import numpy as np
+  import torch
+  import transformers
+
+  model = build(args.weights, args.experts)
+  decoder = Decoder(model, np.load(args.weights / "prompts.npy"), args.compile)
+  name = f"transformers {args.experts}" + (" compiled" if args.compile else "")
+  versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+  total = sum(p.numel() for p in model.parameters())
+  print(json.dumps(dict(ready=True, name=name, parameters=total, versions=versions)), file=out)
+  for line in sys.stdin:
+    words = line.split()
+    if len(words) != 3 or words[0] != "decode" or not all(map(str.isdecimal, words[1:])):
+      peer_train.fail(f"stdin: {line.strip()!r} is not `decode B N`")
+    print(json.dumps(decoder.decode(int(words[1]), int(words[2]))), file=out)
+
+
+if __name__ == "__main__":
+  main()

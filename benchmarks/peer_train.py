@@ -1,0 +1,196 @@
+"""The peer of our training benchmark: Hugging Face transformers on PyTorch, one CPU thread.
+
+Trains Mixtral (`--model=mixtral`), or Mistral with an FFN of equal active (`dense`) or equal total
+(`dense_total`) size, in float32 on one fixed batch of random tokens. A step is forward, loss with
+the router's balance loss, backward, AdamW, zero_grad. It needs `pip install 'moe_jax[hf]'`.
+
+  python -m benchmarks.peer_train --model=mixtral --experts=grouped_mm --compile --cpu=0
+
+prints one line. With `--worker` a parent holds both ends of a pipe and says which of several peers
+works when, so that measurements interleave; stdout then holds these JSON lines and nothing else:
+
+  ->           {"ready": true, "name", "parameters", "active_parameters", "versions"}, after warm-up
+  <- step N
+  ->           {"cpu_s": CPU-seconds per step, "wall_s": the same by the clock, "loss"}
+  <- (end of file ends it)
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from benchmarks.workload import W
+
+WARMUP_STEPS = 2
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  add = parser.add_argument
+  add("--model", default="mixtral", choices=["mixtral", "dense", "dense_total"])
+  add("--experts", default="grouped_mm", choices=["grouped_mm", "eager", "batched_mm"])
+  add("--compile", action="store_true", help="torch.compile; needs a C++ compiler and a minute")
+  add("--worker", action="store_true", help="answer `step N` lines on stdin")
+  add("--steps", type=int, default=5, help="timed steps without --worker")
+  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
+  for name, default in W.items():
+    add(f"--{name}", type=int, default=default)
+  add("--head_dim", type=int, help="default: dim / heads")
+  args = parser.parse_args()
+  if args.steps < 1:
+    parser.error(f"--steps={args.steps}: it must be at least 1")
+  args.head_dim = args.head_dim or args.dim // args.heads
+  return args
+
+
+def fail(message: str) -> None:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+def keep_freed_memory() -> None:
+  # glibc gives tensors above 32 MB back to the system when they are freed, and each new one faults
+  # its pages in again: a fifth of dense_total's CPU-seconds at W.
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "mallopt"):
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+
+
+def check_batched_mm_fits(args: argparse.Namespace) -> None:
+  # batched_mm copies an expert's weights for every assignment and autograd keeps the copies. Out of
+  # memory, the kernel would kill this process, or another, without a word.
+  assignments = args.batch_size * args.seq_len * args.top_k
+  copies = 4 * args.layers * assignments * 3 * args.dim * args.expert_dim / 1e9
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+  if copies > memory:
+    fail(f"--experts=batched_mm keeps {copies:.1f} GB and this machine has {memory:.1f} GB; "
+         "lower --batch_size, or take --experts=grouped_mm")  # fmt: skip
+
+
+def build_model(args: argparse.Namespace):
+  import torch
+  import transformers
+
+  shape = dict(
+    vocab_size=args.vocab_size, hidden_size=args.dim, num_hidden_layers=args.layers,
+    num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_dim,
+    max_position_embeddings=args.seq_len, use_cache=False,
+    sliding_window=None,  # Mistral's default could add a mask, which costs sdpa its fast path
+    bos_token_id=None, eos_token_id=None,  # the defaults, 1 and 2, need not be in the vocabulary
+  )  # fmt: skip
+  kind = dict(attn_implementation="sdpa", dtype=torch.float32)
+  if args.model == "mixtral":
+    kind["experts_implementation"] = args.experts
+    config = transformers.MixtralConfig(
+      **shape, intermediate_size=args.expert_dim, num_local_experts=args.experts_count,
+      num_experts_per_tok=args.top_k, router_aux_loss_coef=0.01,
+      output_router_logits=True,  # without it the balance loss is left out
+    )  # fmt: skip
+  else:
+    width = args.top_k if args.model == "dense" else args.experts_count
+    config = transformers.MistralConfig(**shape, intermediate_size=width * args.expert_dim)
+  return transformers.AutoModelForCausalLM.from_config(config, **kind).train()
+
+
+def count_parameters(model, args: argparse.Namespace) -> tuple[int, int]:
+  """All, and those that one token uses, embedding and head included."""
+  total = sum(p.numel() for p in model.parameters())
+  experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+  return total, total - experts + experts * args.top_k // args.experts_count
+
+
+def make_step(model, args: argparse.Namespace) -> Callable[[], float]:
+  """A whole training step; returns its loss, balance loss included."""
+  import torch
+
+  # Over W's 13.5M parameters fused took 17 ms, the default and a plain loop 51, foreach 55.
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+  tokens_BL = torch.randint(args.vocab_size, (args.batch_size, args.seq_len))
+
+  def step() -> float:
+    loss = model(input_ids=tokens_BL, labels=tokens_BL).loss  # the model shifts the labels
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+  return step
+
+
+def measure(step: Callable[[], float], steps: int) -> dict[str, float]:
+  cpu, wall = time.process_time(), time.perf_counter()
+  for _ in range(steps):
+    loss = step()
+  cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+  return {"cpu_s": cpu / steps, "wall_s": wall / steps, "loss": loss}
+
+
+def one_thread(cpu: int | None) -> TextIO:
+  """Pins this process, imports torch with one thread, and returns the real stdout.
+
+  What libraries and compilers print goes to stderr from here on.
+  """
+  out = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)
+  keep_freed_memory()
+  # Both before torch is imported, since it sizes its thread pools then.
+  if cpu is not None and hasattr(os, "sched_setaffinity"):
+    try:
+      os.sched_setaffinity(0, {cpu})
+    except OSError:
+      fail(f"--cpu={cpu}: this process may use {sorted(os.sched_getaffinity(0))}")
+  os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+  try:
+    import torch
+    import transformers  # noqa: F401
+  except ImportError as error:
+    fail(f"{error.name or error} is missing: pip install 'moe_jax[hf]'")
+  torch.set_num_threads(1)
+  return out
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = one_thread(args.cpu)
+  import torch
+  import transformers
+
+  torch.manual_seed(args.seed)
+
+  if args.model == "mixtral" and args.experts == "batched_mm":
+    check_batched_mm_fits(args)
+  model = build_model(args)
+  total, active = count_parameters(model, args)
+  name = f"transformers {args.model}" + (f" {args.experts}" if args.model == "mixtral" else "")
+  if args.compile:
+    model.compile()
+    name += " compiled"
+  step = make_step(model, args)
+  measure(step, WARMUP_STEPS)
+
+  if not args.worker:
+    took, tokens = measure(step, args.steps), args.batch_size * args.seq_len
+    print(f"{name}: {tokens / took['cpu_s']:,.0f} tokens per CPU-second, {took['cpu_s']:.3f} CPU-s "
+          f"({took['wall_s']:.3f} s) a step of {tokens} tokens, {total / 1e6:.2f}M parameters, "
+          f"{active / 1e6:.2f}M active, loss {took['loss']:.3f}", file=out)  # fmt: skip
+    return
+  versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+  ready = dict(ready=True, name=name, parameters=total, active_parameters=active, versions=versions)
+  print(json.dumps(ready), file=out)
+  for line in sys.stdin:
+    words = line.split()
+    if len(words) != 2 or words[0] != "step" or not words[1].isdecimal() or words[1] == "0":
+      fail(f"stdin: {line.strip()!r} is not `step N` with N of at least 1")
+    print(json.dumps(measure(step, int(words[1]))), file=out)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,105 @@
+"""Where an MoE layer's time goes: router, dispatch, experts, combine and statistics, each alone.
+
+A piece is a program of its own on the arrays that it gets in the layer. Fusion across pieces is
+lost, so their sum is reported next to the whole layer's time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config as config_lib
+from moe_jax.config import Dispatch
+from moe_jax.kernels.experts import Experts, grouped_swiglu, slots_swiglu
+from moe_jax.moe import counts, dispatch, exchange, routers
+from moe_jax.training import timing
+
+SPLIT = (Dispatch.GATHER, Dispatch.GROUPED)
+MOVING = ("router", "dispatch", "combine")  # what an MoE layer does beside its experts
+
+
+def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[], Any]]:
+  """{"router forward": ..., "router step": ...}, compiled; of a layer in SPLIT."""
+  B, L, D = arrays.x_BLD.shape
+  E, grouped = moe.num_experts, moe.dispatch is Dispatch.GROUPED
+  capacity = dispatch.capacity(moe.capacity_factor, L, moe.top_k, E)
+  layout = dispatch.Layout(B * L, B, E, routers.choices(moe), in_token_order=True)
+
+  def router(params, x_BLD, real_BL):
+    layer = nnx.merge(graph, params)
+    inputs = layer.router_inputs(
+      x_BLD, real_BL, jnp.zeros((B, L), jnp.int32), jnp.zeros(E), jax.random.key(0), train=True
+    )
+    routing = exchange.route(inputs, moe, B, capacity=capacity, train=True)
+    if grouped:
+      slots, sizes_E = dispatch.sorted_slots(routing, E)
+    else:
+      slots, sizes_E = dispatch.capacity_slots(routing, E, B, capacity), None
+    return routing.gate_N, (inputs, routing, slots, sizes_E)
+
+  def pack(x_TD, routing, slots):
+    return dispatch.gather_pack(x_TD, routing, slots, layout)
+
+  def experts(x_SD, experts, sizes_E):
+    if grouped:
+      return grouped_swiglu(x_SD, *experts, sizes_E, moe.grouped_matmul)
+    return slots_swiglu(x_SD.reshape(E, -1, D), experts).reshape(-1, D)
+
+  def combine(y_SD, gate_N, routing, slots):
+    return dispatch.gather_combine(y_SD, routing._replace(gate_N=gate_N), slots, layout)
+
+  def count(inputs, routing, slots):
+    return counts.local_sums(inputs, routing, slots.kept_N, jnp.zeros((), jnp.int32), layout)
+
+  params, x_BLD, real_BL, _ = arrays
+  state = nnx.to_pure_dict(params)
+  weights = Experts(*(state[n] for n in ("gate_EDF", "up_EDF", "down_EFD")))
+  x_TD = x_BLD.reshape(-1, D)
+  _, (inputs, routing, slots, sizes_E) = jax.jit(router)(params, x_BLD, real_BL)
+  x_SD = jax.jit(pack)(x_TD, routing, slots)
+  y_SD = jax.jit(experts)(x_SD, weights, sizes_E)
+  plan = (routing, slots)
+  pieces = {}
+  pieces |= _both("router", router, (params, x_BLD), (real_BL,), has_aux=True)
+  pieces |= _both("dispatch", pack, (x_TD,), plan)
+  pieces |= _both("experts", experts, (x_SD, weights), (sizes_E,))
+  pieces |= _both("combine", combine, (y_SD, routing.gate_N), plan)
+  counted = functools.partial(jax.jit(count), inputs, *plan)
+  pieces |= {"statistics forward": counted, "statistics step": counted}  # no gradient asked for
+  for thunk in pieces.values():
+    jax.block_until_ready(thunk())
+  return pieces
+
+
+def _both(name, function, differentiated, rest, *, has_aux=False) -> dict[str, Callable[[], Any]]:
+  def forward(differentiated, rest):
+    return function(*differentiated, *rest)
+
+  def step(differentiated, rest):
+    y, vjp, *aux = jax.vjp(lambda *d: function(*d, *rest), *differentiated, has_aux=has_aux)
+    return y, aux, vjp(y)  # any array of y's shape serves as its gradient
+
+  return {
+    f"{name} {kind}": functools.partial(jax.jit(program), differentiated, rest)
+    for kind, program in (("forward", forward), ("step", step))
+  }
+
+
+def row(setting: str, candidate: str, names: list[str], times: timing.Times) -> dict[str, Any]:
+  """Each piece as a share of the whole layer, forward and in a step."""
+  row: dict[str, Any] = {"setting": setting, "candidate": candidate}
+  for kind in ("forward", "step"):
+    pieces = [name.split()[0] for name in names if name.endswith(kind)]
+    shares = {
+      p: timing.ratio(times, f"{candidate} {p} {kind}", f"{candidate} {kind}") for p in pieces
+    }
+    row[kind] = shares | {
+      "sum": sum(shares.values()),
+      "moving": sum(shares[p] for p in MOVING),
+      "layer_s": timing.median(times, f"{candidate} {kind}"),
+    }
+  return row

@@ -1,0 +1,106 @@
+"""Our training step as a worker of the `train` benchmark: one process, one CPU.
+
+It speaks the line protocol of peer_train.py:
+
+  ->           {"ready": true, "name", "parameters", "active_parameters", "versions"}, after warm-up
+  <- step N
+  ->           {"cpu_s": CPU-seconds per step, "wall_s": the same by the clock, "loss", ...}
+  <- (end of file ends it)
+"""
+
+import argparse
+import json
+import os
+import sys
+from typing import TextIO
+
+from benchmarks.workload import W
+from moe_jax import config as config_lib
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.train_worker", allow_abbrev=False)
+  add = parser.add_argument
+  add("--model", default="grouped", choices=["ffn", *(d.value for d in config_lib.Dispatch)])
+  add("--capacity_factor", type=float, default=1.25)
+  add("--remat", default="dots", choices=[r.value for r in config_lib.Remat])
+  add("--bare", action="store_true", help="report the loss only: no balance, no norms")
+  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
+  for name, default in W.items():
+    add(f"--{name}", type=int, default=default)
+  add("--head_dim", type=int, help="default: dim / heads")
+  args = parser.parse_args()
+  args.head_dim = args.head_dim or args.dim // args.heads
+  return args
+
+
+def make_config(args: argparse.Namespace) -> config_lib.Config:
+  """Mixtral's blocks and losses, or with --model=ffn dense ones of the same active size."""
+  moe = config_lib.MoE()
+  if args.model != "ffn":
+    moe = config_lib.MoE(
+      num_experts=args.experts_count, top_k=args.top_k, expert_dim=args.expert_dim,
+      renormalize=args.top_k > 1, dispatch=config_lib.Dispatch(args.model),
+      capacity_factor=args.capacity_factor,
+    )  # fmt: skip
+  return config_lib.Config(
+    model=config_lib.Model(
+      vocab_size=args.vocab_size, num_layers=args.layers, dim=args.dim, num_heads=args.heads,
+      num_kv_heads=args.kv_heads, head_dim=args.head_dim, ffn_dim=args.top_k * args.expert_dim,
+      tied_head=False, remat=config_lib.Remat(args.remat), moe=moe,
+    ),
+    data=config_lib.Data(seq_len=args.seq_len, batch_size=args.batch_size),
+    loss=config_lib.Loss(load_balance=0.01, router_z=0.0),
+    optimizer=config_lib.Optimizer(
+      learning_rate=1e-3, schedule=config_lib.Schedule.CONSTANT, warmup_steps=0, clip_norm=0.0,
+    ),
+    train=config_lib.Train(seed=args.seed),
+    mesh=config_lib.Mesh(data=1),
+  )  # fmt: skip
+
+
+def one_cpu(cpu: int | None) -> TextIO:
+  """Pins this process, before jax sizes its thread pools, and returns the real stdout.
+
+  What libraries print goes to stderr from here on.
+  """
+  out = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)
+  if cpu is not None and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {cpu})
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  return out
+
+
+def main() -> None:
+  args = parse_arguments()
+  out = one_cpu(args.cpu)
+  import jax
+
+  from moe_jax import startup
+  from moe_jax.model import cost
+  from moe_jax.training import timing
+
+  config = make_config(args)
+  startup.start(config.data)
+  trainer = timing.Trainer(config, args.bare)
+  trainer.measure(timing.WARMUP_STEPS)
+  counts = cost.count(config)
+  name = f"moe_jax {args.model}"
+  if args.model in ("gather", "einsum"):
+    name += f" {args.capacity_factor:g}"
+  name += " without metrics" if args.bare else ""
+  ready = dict(
+    ready=True, name=f"{name} {args.remat}", parameters=counts.total,
+    active_parameters=counts.active, versions={"jax": jax.__version__},
+  )  # fmt: skip
+  print(json.dumps(ready), file=out)
+  for line in sys.stdin:
+    words = line.split()
+    if len(words) != 2 or words[0] != "step" or not words[1].isdecimal() or words[1] == "0":
+      sys.exit(f"error: stdin: {line.strip()!r} is not `step N` with N of at least 1")
+    print(json.dumps(trainer.measure(int(words[1]))), file=out)
+
+
+if __name__ == "__main__":
+  main()

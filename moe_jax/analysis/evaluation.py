@@ -1,0 +1,210 @@
+"""What eval.py says of a run: its losses, other capacities, causal evaluation, routing.
+
+Needs nothing but the workdir.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import checkpoint, data, sharding, startup, validation
+from moe_jax import config as config_lib
+from moe_jax.analysis import probe, specialisation
+from moe_jax.config import Dispatch, Exchange
+from moe_jax.model import cost
+from moe_jax.model.transformer import abstract, moe_layers
+from moe_jax.training.evaluator import Evaluator, batch_size, check_same_data, fit_mesh, read_config
+
+# What routing and causal evaluation look at, spread over the split.
+_TRACED_TOKENS = 16_384
+_CAUSAL_ROWS = 16
+# Of the evaluation's numbers, those that depend on the capacity.
+_OF_CAPACITY = (
+  "loss", "bits_per_byte", "drop_fraction_Z", "gate_drop_fraction_Z", "drop_by_rank_ZK",
+  "drop_by_position_ZP", "max_vio_Z",
+)  # fmt: skip
+
+
+def run(
+  workdir: str,
+  step: int,
+  split: str,
+  *,
+  capacity_factors: Sequence[float] = (),
+  causal: bool = False,
+  routing: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Evaluates a checkpoint (step 0: the newest); writes eval.json, and routing.json if asked to.
+
+  Returns what the two hold, {} for routing.json if it was not asked for.
+  """
+  run = Run(workdir, step, split)
+  check(run.config, capacity_factors, routing)
+  traced = {}
+  with jax.set_mesh(run.mesh):
+    model = run.restore(run.step)
+    result = run.loss(model)
+    if capacity_factors:
+      result["capacity"] = run.capacity(model, capacity_factors)
+    if causal:
+      result["causal"] = run.causal(model)
+    if routing:
+      traced = _write(run.path / "routing.json", run.routing(model), None)
+  run.close()
+  # Last, since it says that the evaluation is done.
+  return _write(run.path / "eval.json", result, 2), traced
+
+
+class Run:
+  """A workdir open for evaluation of one split, on this machine's devices."""
+
+  def __init__(self, workdir: str, step: int, split: str):
+    """step: the checkpoint to evaluate; 0 is the newest."""
+    self.path = pathlib.Path(workdir)
+    config = read_config(self.path)
+    startup.start(config.data)
+    self.config, self.split = fit_mesh(config), split
+    self._reader = checkpoint.Checkpointer(self.path)
+    self.step, self.steps = self._reader.find(step), self._reader.steps()
+    self.rows = data.load_rows(config.data, split)
+    check_same_data(self.path, {split: self.rows.digest})
+    self.mesh = sharding.make_mesh(self.config.mesh)
+
+  def restore(self, step: int) -> probe.Model:
+    model = self.config.model
+    return probe.Model(abstract(model)[0], **self._reader.restore_model(step, model, self.mesh))
+
+  def close(self) -> None:
+    self._reader.close()
+
+  def loss(self, model: probe.Model) -> dict[str, Any]:
+    """What eval.json has in any case."""
+    config, rows = self.config, self.rows
+    evaluator = Evaluator(config, rows, self.mesh, model.graph, config.eval.final_batches)
+    total = evaluator.total(model.params, model.bias_ZE)
+    counts = cost.count(config)
+    evaluated = min(len(rows), evaluator.batch_size * config.eval.final_batches or len(rows))
+    result = evaluator.result(total)
+    if total.domains is not None:
+      result["domains"] = evaluator.by_domain(total.domains)
+    return result | {
+      "step": self.step,
+      "split": self.split,
+      "layers": moe_layers(config.model),
+      "parameters": counts.total,
+      "active_parameters": counts.active,
+      "flops_per_token": counts.flops_per_token,
+      "gzip_bits_per_byte": data.gzip_bits_per_byte(rows.documents(evaluated)),
+      "device": jax.devices()[0].device_kind,
+    }
+
+  def capacity(self, model: probe.Model, factors: Sequence[float]) -> list[dict[str, Any]]:
+    """The same weights on the same text with other capacities in evaluation (`at_capacity`)."""
+    points = []
+    for factor in factors:
+      config = at_capacity(self.config, factor)
+      graph, _ = abstract(config.model)
+      evaluator = Evaluator(config, self.rows, self.mesh, graph, config.eval.final_batches)
+      result = evaluator(model.params, model.bias_ZE)
+      points.append({"capacity_factor": factor} | {name: result[name] for name in _OF_CAPACITY})
+      print(
+        f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
+        f"dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%",
+        flush=True,
+      )
+    return points
+
+  def causal(self, model: probe.Model) -> dict[str, Any]:
+    """The loss with every token's future hidden (probe.causal_losses)."""
+    # Slots of earlier tokens stay where they are whatever follows; rows sorted by expert move, and
+    # round differently.
+    moe = with_slots(self.config.model.moe)
+    graph, _ = abstract(dataclasses.replace(self.config.model, moe=moe))
+    model = model._replace(graph=graph)
+    return probe.causal(model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
+
+  def routing(self, model: probe.Model) -> dict[str, Any]:
+    """routing.json: of this checkpoint, beside the others that the workdir keeps."""
+    rows = self.rows
+    numbers = probe.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
+
+    choices = probe.compile_choices(model.graph)
+
+    def trace(model):
+      return probe.trace(choices, model, rows, numbers, batch_size(self.config), self.mesh)
+
+    traced, saturation = trace(model), []
+    for step in self.steps:
+      if step != self.step:
+        print(f"routing of step {step}", flush=True)
+        other = trace(self.restore(step))
+        overlap_Z = specialisation.overlap(other.routed_ZTE, traced.routed_ZTE)
+        saturation.append({"step": step, "overlap_Z": np.round(overlap_Z, 6)})
+    pieces = {i: rows.tokenizer.decode_bytes([i]) for i in np.unique(traced.token_T).tolist()}
+    about = {"step": self.step, "split": self.split, "layers": moe_layers(self.config.model)}
+    top_k = self.config.model.moe.top_k
+    found = specialisation.report(traced, pieces, rows.domains, rows.seq_len, top_k)
+    return about | found | {"saturation": saturation}
+
+
+def check(config: config_lib.Config, factors: Sequence[float], routing: bool) -> None:
+  """Refuses what has no meaning for this model."""
+  for flag, given in (("--capacity_factors", factors), ("--routing", routing)):
+    if given and not config.model.moe.num_experts:
+      raise config_lib.UserError(
+        f"{flag}: config.model.moe.num_experts=0, a dense model, routes nothing; leave it out"
+      )
+  for factor in factors:
+    at_capacity(config, factor)
+
+
+def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
+  """The same model with another capacity in evaluation; 0 drops nothing.
+
+  A dropless dispatch has no slots, so it gives way to `gather`: what a model trained without drops
+  loses where it has to run with them. With expert_choice nothing is dropped, and the factor is how
+  many tokens each expert takes.
+  """
+  moe = with_slots(config.model.moe) if factor else config.model.moe
+  moe = dataclasses.replace(moe, eval_capacity_factor=factor)
+  changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+  validation.validate(changed)
+  return changed
+
+
+def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
+  """The same experts; a dropless dispatch gives way to `gather`."""
+  if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
+    return moe
+  return dataclasses.replace(
+    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0
+  )
+
+
+def _write(path: pathlib.Path, values: dict[str, Any], indent: int | None) -> dict[str, Any]:
+  """Returns what the file holds: lists in place of arrays."""
+  text = json.dumps(values, indent=indent, default=lambda array: array.tolist())
+  path.write_text(text + "\n")
+  return json.loads(text)
+
+
+def summary(result: dict[str, Any]) -> str:
+  """What eval.json says beyond the loss and the load, a line for each domain and so on."""
+  lines = [
+    f"{name:<19}{found['bits_per_byte']:.4f} bits per byte, loss {found['loss']:.4f}, "
+    f"{found['tokens']:,} tokens"
+    for name, found in result.get("domains", {}).items()
+  ]
+  if "causal" in result:
+    causal = result["causal"]
+    lines.append(
+      f"causal loss        {causal['loss']:.4f} without sight of the future, "
+      f"{causal['teacher_forced_loss']:.4f} with it: a gap of {causal['gap']:.4f} "
+      f"({causal['tokens']:,} tokens)"
+    )
+  return "\n".join(lines)

@@ -1,0 +1,230 @@
+"""What experts specialise in, from a trace of which tokens went where; docs/specialisation.md.
+
+NumPy on the host, pure functions of arrays. T is the traced tokens, in the order of the text, and G
+groups of them; shares are of assignments before drops.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.moe.counts import POSITIONS
+
+CLASSES = ("letters", "digits", "space", "newline", "punctuation", "other")
+_NUM_TOP_TOKENS = 8
+_EXCERPT = 600  # tokens of text that are shown one by one
+
+
+class Trace(NamedTuple):
+  """Traced tokens in order, padding left out, and what each MoE layer did with them."""
+
+  token_T: np.ndarray  # ids
+  row_T: np.ndarray  # which row of the data the token is in
+  segment_T: np.ndarray  # its document within the row
+  place_T: np.ndarray  # its place in the row, from 0
+  domain_T: np.ndarray  # index of its document's domain; -1 without one
+  routed_ZTE: np.ndarray  # bool, before capacity
+  kept_ZTE: np.ndarray  # bool
+  gate_ZTE: np.ndarray  # float32, before capacity; 0 where not routed
+
+
+def load_by_group(routed_ZTE: np.ndarray, group_T: np.ndarray, num_groups: int) -> np.ndarray:
+  """load_ZGE: for each group of tokens, the share of its assignments that each expert gets.
+
+  A group of -1 is left out; one without assignments has shares of 0.
+  """
+  counts_ZGE = np.stack([routed_ZTE[:, group_T == g].sum(axis=1) for g in range(num_groups)], 1)
+  return counts_ZGE / np.maximum(counts_ZGE.sum(axis=-1, keepdims=True), 1)
+
+
+def separation(load_ZGE: np.ndarray) -> np.ndarray:
+  """Mean over pairs of groups of the total variation distance, sum_e |p_e - q_e| / 2; [Z].
+
+  0: all groups use the experts alike; 1: no two share an expert. NaN for fewer than two groups.
+  """
+  found_ZGE = load_ZGE[:, load_ZGE.sum(axis=(0, 2)) > 0]
+  first, second = np.triu_indices(found_ZGE.shape[1], 1)
+  if not len(first):
+    return np.full(len(load_ZGE), np.nan)
+  return np.abs(found_ZGE[:, first] - found_ZGE[:, second]).sum(axis=-1).mean(axis=-1) / 2
+
+
+def byte_class(text: bytes) -> int:
+  """Index in CLASSES of a token, by its first byte."""
+  if not text or text[0] > 126:
+    return CLASSES.index("other")
+  first = chr(text[0])
+  kinds = (first.isalpha(), first.isdigit(), first in " \t", first in "\r\n", first.isprintable())
+  return kinds.index(True) if any(kinds) else CLASSES.index("other")
+
+
+def top_tokens(
+  routed_TE: np.ndarray, token_T: np.ndarray, count: int
+) -> list[list[tuple[int, float, float]]]:
+  """For each expert of a layer the tokens that it takes most above their share of the layer.
+
+  Returns:
+    (id, s, lift), with s the token's share of the expert's assignments and lift = s / b, its share
+    b of the layer's; of the largest s - b, which neither rare tokens nor merely frequent ones have.
+  """
+  ids_U, index_T = np.unique(token_T, return_inverse=True)
+  where_N, expert_N = np.nonzero(routed_TE)
+  experts, flat_N = routed_TE.shape[1], index_T[where_N] * routed_TE.shape[1] + expert_N
+  counts_UE = np.bincount(flat_N, minlength=len(ids_U) * experts).reshape(-1, experts)
+  share_UE = counts_UE / np.maximum(counts_UE.sum(axis=0), 1)
+  base_U = counts_UE.sum(axis=1) / max(counts_UE.sum(), 1)
+  found = []
+  for e in range(experts):
+    excess_U = share_UE[:, e] - base_U
+    best = [u for u in np.argsort(-excess_U, kind="stable")[:count] if excess_U[u] > 0]
+    found.append([(int(ids_U[u]), share_UE[u, e], share_UE[u, e] / base_U[u]) for u in best])
+  return found
+
+
+def coactivation(routed_ZTE: np.ndarray) -> np.ndarray:
+  """[Z, E, E]: the share of the tokens of expert e (row) that expert e' (column) takes too."""
+  taken_ZTE = routed_ZTE.astype(np.float32)  # counts up to 2^24 are exact
+  pairs_ZEE = taken_ZTE.swapaxes(1, 2) @ taken_ZTE
+  alone_ZE = np.diagonal(pairs_ZEE, axis1=1, axis2=2)
+  return pairs_ZEE / np.maximum(alone_ZE, 1)[..., None]
+
+
+class Repeats(NamedTuple):
+  """How often neighbouring tokens meet the same expert (Mixtral 2401.04088 table 5)."""
+
+  first_Z: np.ndarray  # their first choices, the largest gates, are the same
+  any_Z: np.ndarray  # one expert at least is chosen by both: Mixtral's "first or second choice"
+  random: float  # the first under uniform routing, 1/E
+  any_random: float  # the second, 1 - C(E-K, K) / C(E, K) for K choices of each token
+
+
+def repeats(trace: Trace) -> Repeats:
+  """Neighbours are of one document; a pair with a token that no expert took does not count."""
+  same_document = (np.diff(trace.row_T) == 0) & (np.diff(trace.segment_T) == 0)
+  here = np.flatnonzero(same_document & (np.diff(trace.place_T) == 1))
+  E = trace.routed_ZTE.shape[-1]
+  first, either, by_chance = [], [], []
+  for routed_TE, gate_TE in zip(trace.routed_ZTE, trace.gate_ZTE, strict=True):
+    count_T = routed_TE.sum(axis=1)
+    pairs = here[(count_T[here] > 0) & (count_T[here + 1] > 0)]
+    best_T = np.argmax(np.where(routed_TE, gate_TE, -np.inf), axis=1)
+    first.append(_mean(best_T[pairs] == best_T[pairs + 1]))
+    either.append(_mean((routed_TE[pairs] & routed_TE[pairs + 1]).any(axis=1)))
+    # Expert choice gives tokens unequal numbers of experts, so each pair has a chance of its own.
+    sizes, times = np.unique(
+      np.stack([count_T[pairs], count_T[pairs + 1]]), axis=1, return_counts=True
+    )
+    chances = [1 - math.comb(E - a, b) / math.comb(E, b) for a, b in sizes.T.tolist()]
+    by_chance.append(np.dot(chances, times) / max(times.sum(), 1))
+  return Repeats(np.array(first), np.array(either), 1 / E, float(np.mean(by_chance)))
+
+
+def _mean(x: np.ndarray) -> float:
+  return float(x.mean()) if len(x) else 0.0
+
+
+def overlap(routed_ZTE: np.ndarray, final_ZTE: np.ndarray) -> np.ndarray:
+  """Router saturation (OLMoE 2409.02060 section 5), [Z]: of the final choices, those made already.
+
+  Uniform routing has a share of K/E.
+  """
+  both_Z = (routed_ZTE & final_ZTE).sum(axis=(1, 2))
+  return both_Z / np.maximum(final_ZTE.sum(axis=(1, 2)), 1)
+
+
+def excerpt(trace: Trace, texts: dict[int, str], domains: Sequence[str]) -> dict[str, Any]:
+  """The first tokens of each domain (or of all), each with its experts, the best gate first."""
+  groups = range(len(domains)) if domains else [-1]
+  share = _EXCERPT // len(groups)
+  chosen = np.concatenate([np.flatnonzero(trace.domain_T == g)[:share] for g in groups])
+  layers = []
+  for routed_TE, kept_TE, gate_TE in zip(*trace[-3:], strict=True):
+    layer: dict[str, list] = {"experts": [], "gates": [], "kept": []}
+    for t in chosen:
+      experts = np.flatnonzero(routed_TE[t])
+      experts = experts[np.argsort(-gate_TE[t, experts], kind="stable")]
+      layer["experts"].append(experts.tolist())
+      layer["gates"].append([round(float(gate), 4) for gate in gate_TE[t, experts]])
+      layer["kept"].append(kept_TE[t, experts].tolist())
+    layers.append(layer)
+  labels = [domains[g] if g >= 0 else "" for g in trace.domain_T[chosen]]
+  return {
+    "domain": labels,
+    "tokens": [texts[i] for i in trace.token_T[chosen].tolist()],
+    "layers": layers,
+  }
+
+
+def report(
+  trace: Trace, pieces: dict[int, bytes], domains: Sequence[str], seq_len: int, top_k: int
+) -> dict[str, Any]:
+  """All of the above as routing.json has it, of Z layers; without domains there is none of theirs.
+
+  Args:
+    trace: of the checkpoint.
+    pieces: the bytes that each traced token id stands for; none for a document's begin.
+    domains: names of domain_T's indices.
+    seq_len: of the rows.
+    top_k: as configured.
+  """
+  texts = {i: piece.decode(errors="replace") or "<|begin|>" for i, piece in pieces.items()}
+  classes_T = np.array([byte_class(pieces[i]) for i in trace.token_T.tolist()])
+  part_T = trace.place_T * POSITIONS // seq_len
+  repeated = repeats(trace)
+  routed_ZTE = trace.routed_ZTE
+  result = {
+    "num_experts": routed_ZTE.shape[-1],
+    "top_k": top_k,
+    "tokens": len(trace.token_T),
+    "domains": list(domains),
+  }
+  if domains:
+    load_ZGE = load_by_group(routed_ZTE, trace.domain_T, len(domains))
+    result["domain_load_ZGE"] = _plain(load_ZGE)
+    distance_Z = separation(load_ZGE)
+    if np.isfinite(distance_Z).all():
+      result["domain_separation_Z"] = _plain(distance_Z)
+  return result | {
+    "position_load_ZPE": _plain(load_by_group(routed_ZTE, part_T, POSITIONS)),
+    "class_names": list(CLASSES),
+    "class_load_ZCE": _plain(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
+    "top_tokens_ZE": [
+      [
+        [[texts[i], round(share, 5), round(lift, 3)] for i, share, lift in of_expert]
+        for of_expert in top_tokens(routed_TE, trace.token_T, _NUM_TOP_TOKENS)
+      ]
+      for routed_TE in routed_ZTE
+    ],
+    "repeat_rate_Z": _plain(repeated.first_Z),
+    "repeat_any_Z": _plain(repeated.any_Z),
+    "repeat_random": repeated.random,
+    "repeat_any_random": repeated.any_random,
+    "coactivation_ZEE": _plain(coactivation(routed_ZTE)),
+    "text": excerpt(trace, texts, domains),
+  }
+
+
+def _plain(x: np.ndarray) -> list:
+  return np.round(np.asarray(x, np.float64), 6).tolist()
+
+
+def table(routing: dict[str, Any]) -> str:
+  """routing.json in a few lines: per layer the repeats, the domains' separation, and saturation."""
+  saturation = routing["saturation"]
+  head = "layer  repeats first  any choice" + "  domains apart" * ("domain_separation_Z" in routing)
+  lines = [
+    f"specialisation, {routing['tokens']:,} tokens traced; routing.json has the rest",
+    head + "".join(f"  as at {point['step']}" for point in saturation),
+    f"random {100 * routing['repeat_random']:13.1f}%{100 * routing['repeat_any_random']:11.1f}%",
+  ]
+  for z, layer in enumerate(routing["layers"]):
+    line = f"{layer:<6} {100 * routing['repeat_rate_Z'][z]:13.1f}%"
+    line += f"{100 * routing['repeat_any_Z'][z]:11.1f}%"
+    if "domain_separation_Z" in routing:
+      line += f"{routing['domain_separation_Z'][z]:15.3f}"
+    for point in saturation:
+      line += f"{100 * point['overlap_Z'][z]:{len(str(point['step'])) + 7}.1f}%"
+    lines.append(line)
+  return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""How a product, an attention or a set of experts is computed on this device."""

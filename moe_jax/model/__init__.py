@@ -1,0 +1,1 @@
+"""The decoder: attention, feed-forward, layers, and what they cost."""

@@ -1,0 +1,138 @@
+"""What a config costs, from shapes alone: parameters, FLOPs per token, memory per device."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config as config_lib
+from moe_jax import sharding, validation
+from moe_jax.model.transformer import abstract, bias_shape, moe_layers
+
+
+class Counts(NamedTuple):
+  total: int  # parameters
+  active: int  # parameters that one token uses, embedding and head included
+  flops_per_token: float  # of training: forward and backward
+  state_bytes: float  # per device: float32 weights, gradients and Adam's two moments
+
+
+def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+  """{path: shape} of every parameter, named as in the model; nothing is allocated."""
+  leaves = nnx.to_flat_state(abstract(model)[1])
+  return {tuple(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in leaves}
+
+
+def count(config: config_lib.Config) -> Counts:
+  model, moe, mesh = config.model, config.model.moe, config.mesh
+  total = active = matmul = 0
+  device_bytes = 0.0
+  axis_size = {"data": max(mesh.data, 1), "fsdp": mesh.fsdp, "expert": mesh.expert,
+               "tensor": mesh.tensor}  # fmt: skip
+  for path, shape in parameters(model).items():
+    name, size = path[-1], math.prod(shape.shape)
+    used = size
+    if name.rsplit("_", 1)[-1].startswith("E"):
+      used = size * moe.top_k // moe.num_experts
+    total += size
+    active += used
+    # An embedding look-up multiplies nothing, but a tied one is the output head too.
+    if len(name.rsplit("_", 1)[-1]) > 1 and (name != "embed_VD" or model.tied_head):
+      matmul += used
+    spec = sharding.param_spec(name, len(shape.shape))
+    ways = math.prod(axis_size[a] for a in jax.tree.leaves(tuple(spec)))
+    device_bytes += 4 * size * 4 / ways
+  # Causal attention: a query meets (L+1)/2 keys on average, in two products.
+  attention = 2 * 2 * model.num_layers * model.num_heads * model.head_dim
+  flops = 3 * (2 * matmul + attention * (config.data.seq_len + 1) / 2)
+  return Counts(total, active, flops, device_bytes)
+
+
+def activation_bytes(config: config_lib.Config) -> float:
+  """Per device: what the forward pass keeps for the backward pass, under the remat policy."""
+  model, mesh = config.model, config.mesh
+  if model.moe.grouped_matmul is config_lib.GroupedMatmul.AUTO:  # nothing is measured for a shape
+    moe = dataclasses.replace(model.moe, grouped_matmul=config_lib.GroupedMatmul.BLOCKED)
+    model = dataclasses.replace(model, moe=moe)
+  shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
+  batch = config.data.batch_size // config.train.accumulation // shards
+  tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
+  graph, params = abstract(model)
+
+  def residuals(params, tokens):
+    def forward(params):
+      segments, key = jnp.ones_like(tokens), jax.random.key(0)
+      bias_ZE = jnp.zeros(bias_shape(model))
+      return nnx.merge(graph, params)(tokens, segments, tokens, bias_ZE, key, train=True)[0]
+
+    return jax.vjp(forward, params)[1]
+
+  axes = sharding.AXES
+  one = jax.sharding.AbstractMesh(
+    (1,) * len(axes), axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes)
+  )
+  with jax.sharding.use_abstract_mesh(one):
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
+  # Weights are among what the backward pass reads, but are counted elsewhere.
+  weights = {(p.shape, p.dtype) for p in jax.tree.leaves(params)}
+  kept = [k for k in kept if k.dtype != jax.dtypes.float0 and (k.shape, k.dtype) not in weights]
+  return sum(math.prod(k.shape) * k.dtype.itemsize for k in kept)
+
+
+def report(config: config_lib.Config) -> str:
+  counts, model, mesh = count(config), config.model, config.mesh
+  devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
+  layers = moe_layers(model)
+  kind = (
+    f"{len(layers)} of {model.num_layers} layers with {model.moe.num_experts} experts, "
+    f"top-{model.moe.top_k}"
+    if layers
+    else f"dense, {model.num_layers} layers"
+  )
+  lines = [
+    f"model              {kind}",
+    f"parameters         {si(counts.total)} total, {si(counts.active)} active per token "
+    f"({100 * counts.active / counts.total:.1f}%)",
+    f"FLOPs per token    {si(counts.flops_per_token)} in training "
+    f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
+    f"memory per device  {gib(counts.state_bytes)} weights, gradients and Adam in float32, "
+    f"+ {gib(activation_bytes(config))} activations kept (remat={model.remat.value}), "
+    f"on {devices} device(s)",
+  ]
+  for phase in ("training", "evaluation"):
+    leak = validation.future_leak(model.moe, train=phase == "training")
+    if leak:
+      lines.append(f"not causal         in {phase}, so its loss looks too good: {leak}")
+  return "\n".join(lines)
+
+
+def table(config: config_lib.Config) -> str:
+  """The resolved config, one section a paragraph, fields in columns."""
+  sections: dict[str, list[str]] = {}
+  for name, value in config_lib.flatten(config).items():
+    section, field = name.rsplit(".", 1)
+    sections.setdefault(section, []).append(f"{field}={value}")
+  lines = []
+  for section, fields in sections.items():
+    text = f"{section:<10}"
+    for field in fields:
+      if len(text) + len(field) + 2 > 100:
+        lines.append(text)
+        text = " " * 10
+      text += "  " + field
+    lines.append(text)
+  return "\n".join(lines)
+
+
+def si(number: float) -> str:
+  for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    if number >= size:
+      return f"{number / size:.2f}{unit}"
+  return f"{number:.0f}"
+
+
+def gib(number: float) -> str:
+  return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

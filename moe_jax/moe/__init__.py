@@ -1,0 +1,1 @@
+"""The Mixture-of-Experts layer: layer, routers, dispatch, exchange, counts."""

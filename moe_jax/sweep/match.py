@@ -1,0 +1,283 @@
+"""Fair opponents: a config's dense twin, or its experts cut finer, at equal size, FLOPs or time.
+
+Counts come from the parameters' shapes (cost.count). They are linear in the width of a
+feed-forward, so the width that matches is found by a division, and it is checked.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from moe_jax import config as config_lib
+from moe_jax import validation
+from moe_jax.config import Config, UserError
+from moe_jax.model import cost
+
+_COUNTS = {  # by: (field of cost.Counts, what one is called)
+  "active_params": ("active", "active parameters"),
+  "flops_per_token": ("flops_per_token", "FLOPs per token"),
+  "total_params": ("total", "parameters"),
+}
+_BY = (*_COUNTS, "wall_clock")
+_COUNT_TOLERANCE = 0.01
+_TIME_TOLERANCE = 0.05  # what noise allows
+_TIME_GOAL = 0.02  # near enough to stop measuring
+_TRIES = 6  # widths that are measured, each compiled anew
+_ROUNDS = 7
+_ROUND_SECONDS = 0.5
+_TAKES_TIME = ("model.", "data.seq_len", "data.batch_size", "train.accumulation", "mesh.")
+
+Measured = dict[str, dict[str, Any]]  # what was measured for each match; JSON
+
+
+class Matched(NamedTuple):
+  config: Config
+  note: str  # one line: the width and what it matches
+
+
+class Times(NamedTuple):
+  reference: float  # seconds of a training step, median
+  twin: float
+  ratio: float  # twin / reference, median over the rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """A transform Config -> Config; see `match`."""
+
+  kind: str
+  by: str
+  multiple_of: int
+  fields: tuple[tuple[str, Any], ...]
+
+  def __call__(self, config: Config) -> Config:
+    return self.solve(config).config
+
+  def solve(self, reference: Config, measured: Measured | None = None) -> Matched:
+    """The twin of `reference`, and what was solved.
+
+    Args:
+      reference: what it shall equal.
+      measured: results of earlier measurements, which stand; new ones are added.
+
+    Raises:
+      UserError: no width comes within 1% (wall_clock: 5%), or the twin is not a valid config.
+    """
+    twin, field = self._start(reference)
+    measured = {} if measured is None else measured
+    step = math.lcm(self.multiple_of, reference.mesh.tensor)
+    if self.by == "wall_clock":
+      width, what = self._by_time(reference, twin, field, step, measured)
+    else:
+      width, what = self._by_count(reference, twin, field, step)
+    twin = override(twin, {field: width}, str(self))
+    validation.validate(twin)
+    note = f"{self.kind} twin by {self.by}: {field}={width}, {what}"
+    moe, layers = reference.model.moe, reference.model.num_layers
+    if self.kind == "dense" and (moe.first_dense or moe.every > 1):
+      dense = layers - (layers - moe.first_dense) // moe.every
+      note += (
+        f"; one ffn_dim for all {layers} layers, where {dense} of the reference are dense with "
+        f"ffn_dim={reference.model.ffn_dim}"
+      )
+    return Matched(twin, note)
+
+  def _start(self, reference: Config) -> tuple[Config, str]:
+    """The twin but for one width, and the field of that width."""
+    if self.kind == "moe":
+      fields = {f"model.moe.{name}": value for name, value in self.fields}
+      twin = override(reference, fields, str(self))
+      if not twin.model.moe.num_experts:
+        raise UserError(f"{self}: the config is dense; say how many experts, num_experts=8")
+      return twin, "model.moe.expert_dim"
+    if not reference.model.moe.num_experts:
+      raise UserError(f"{self}: config.model.moe.num_experts=0 is dense already; match an MoE")
+    model = dataclasses.replace(reference.model, moe=config_lib.MoE())
+    loss = config_lib.Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
+    return dataclasses.replace(reference, model=model, loss=loss), "model.ffn_dim"
+
+  def _by_count(self, reference, twin, field, step) -> tuple[int, str]:
+    name, unit = _COUNTS[self.by]
+    width, reached, target = _nearest(name, reference, twin, field, step)
+    error = reached / target - 1
+    what = f"{reached:,.0f} {unit} against {target:,.0f} ({100 * error:+.2f}%)"
+    if abs(error) > _COUNT_TOLERANCE:
+      raise UserError(
+        f"{self}: no width matches within 1%; the nearest, config.{field}={width}, has {what}; "
+        "compare larger models, or match by another count"
+      )
+    return width, what
+
+  def _by_time(self, reference, twin, field, step, measured) -> tuple[int, str]:
+    about = {n: v for n, v in config_lib.flatten(reference).items() if n.startswith(_TAKES_TIME)}
+    key = json.dumps([str(self), step, about])
+    if key not in measured:
+      start, *_ = _nearest("flops_per_token", reference, twin, field, step)
+      measured[key] = _measure_elsewhere({
+        "reference": config_lib.to_json(reference), "twin": config_lib.to_json(twin),
+        "field": field, "step": step, "start": start, "tries": _TRIES,
+      })  # fmt: skip
+    found = measured[key]
+    times = Times(*found["times"])
+    what = (
+      f"{1e3 * times.twin:.3g} ms per training step against {1e3 * times.reference:.3g} "
+      f"({100 * (times.ratio - 1):+.1f}%), medians of {_ROUNDS} rounds on {found['device']}"
+    )
+    if abs(times.ratio - 1) > _TIME_TOLERANCE:
+      del measured[key]
+      raise UserError(
+        f"{self}: no width measured within {100 * _TIME_TOLERANCE:.0f}%; the nearest, "
+        f"config.{field}={found['width']}, takes {what}; try again when the machine is idle"
+      )
+    return found["width"], what
+
+  def __str__(self) -> str:
+    more = "".join(f", {name}={getattr(v, 'value', v)!r}" for name, v in self.fields)
+    return f"match({self.kind!r}, by={self.by!r}{more})"
+
+
+def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
+  """A transform of a config into another model that costs the same, for an arm of a sweep.
+
+  `match("dense", by="flops_per_token")` has a dense feed-forward in every layer in place of the
+  experts, and no auxiliary loss. `match("moe", by="flops_per_token", num_experts=64, top_k=8)` has
+  other experts, whose width is solved. All else stays: data and their order, initial scales,
+  activation, optimizer, schedule.
+
+  Args:
+    kind: "dense" or "moe".
+    by: what shall be equal: "active_params", "flops_per_token" (of training), "total_params", or
+      "wall_clock", the time of a training step, measured on this machine.
+    multiple_of: of the solved width; 1 matches most closely, accelerators like 128.
+    **moe: fields of config.model.moe to change, for kind="moe".
+  """
+  transform = Match(kind, by, multiple_of, tuple(moe.items()))
+  if kind not in ("dense", "moe"):
+    raise UserError(f"{transform}: the kind is not one of: dense, moe")
+  if by not in _BY:
+    raise UserError(f"{transform}: `by` is not one of: {', '.join(_BY)}")
+  if multiple_of < 1:
+    raise UserError(f"{transform}: multiple_of={multiple_of} must be at least 1")
+  if kind == "dense" and moe:
+    raise UserError(f"{transform}: a dense twin has no experts to set; drop {', '.join(moe)}")
+  if "expert_dim" in moe:
+    raise UserError(f"{transform}: expert_dim is what is solved; drop it")
+  return transform
+
+
+def override(config: Config, fields: dict[str, Any], where: str) -> Config:
+  """A copy with {"model.moe.top_k": 1, ...} set; enums by member or value. Not validated.
+
+  Args:
+    where: begins the UserError about a field that there is not.
+  """
+  values = json.loads(config_lib.to_json(config))
+  for name, value in fields.items():
+    if name not in config_lib.field_names():
+      raise UserError(config_lib.unknown_field(name, where))
+    *path, leaf = name.split(".")
+    section = values
+    for part in path:
+      section = section[part]
+    section[leaf] = getattr(value, "value", value)
+  return config_lib.from_json(json.dumps(values))
+
+
+def count(config: Config) -> cost.Counts:
+  """describe.count for one device; quick for a size that was counted before."""
+  sized = Config(model=config.model, data=config_lib.Data(seq_len=config.data.seq_len))
+  return _count_json(config_lib.to_json(sized))
+
+
+@functools.cache
+def _count_json(text: str) -> cost.Counts:
+  return cost.count(config_lib.from_json(text))
+
+
+def sizes(config: Config) -> str:
+  counts = count(config)
+  return (
+    f"{cost.si(counts.total)} parameters, {cost.si(counts.active)} active, "
+    f"{cost.si(counts.flops_per_token)} FLOPs per token"
+  )
+
+
+def _nearest(name, reference, twin, field, step) -> tuple[int, float, float]:
+  """(width, its count, the reference's) of the multiple of `step` with the nearest count."""
+
+  def at(width: int) -> float:
+    return getattr(count(override(twin, {field: width}, "match")), name)
+
+  target, first, second = getattr(count(reference), name), at(step), at(2 * step)
+  width = step * max(1, round(1 + (target - first) / (second - first)))
+  return width, at(width), target
+
+
+def solve_by_time(
+  measure: Callable[[int], Times], start: int, step: int, tries: int
+) -> tuple[int, Times]:
+  """The multiple of `step` whose measured time is nearest to the reference's, by secant."""
+  tried: dict[int, Times] = {}
+  width = start
+  while len(tried) < tries and width not in tried:
+    tried[width] = measure(width)
+    near = sorted(tried, key=lambda w: abs(tried[w].ratio - 1))
+    if abs(tried[near[0]].ratio - 1) <= _TIME_GOAL:
+      break
+    best = tried[near[0]].ratio
+    width = near[0] / best  # as if all the time were the feed-forward's
+    if len(near) > 1:
+      slope = (tried[near[1]].ratio - best) / (near[1] - near[0])
+      if slope > 0:  # else it is noise
+        width = near[0] + (1 - best) / slope
+    width = min(max(width, near[0] / 4), near[0] * 4)
+    width = max(1, round(width / step)) * step
+  return near[0], tried[near[0]]
+
+
+def _measure_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
+  """In a process of its own, which ends and leaves the accelerator to the runs."""
+  print(f"measuring training steps to match {job['field']} ...", file=sys.stderr, flush=True)
+  command = [sys.executable, "-m", "moe_jax.sweep.match"]
+  done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
+  if done.returncode:
+    said = done.stderr.strip().splitlines() or ["it said nothing"]
+    raise UserError(f"measuring {job['field']} ended with code {done.returncode}: {said[-1]}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_here(job: dict[str, Any]) -> dict[str, Any]:
+  """{"width", "times", "device"} of a job of `_measure_elsewhere`, in real training steps."""
+  import jax
+
+  from moe_jax import startup
+  from moe_jax.training import timing
+
+  def trainer(config: Config) -> timing.Trainer:
+    worker = timing.Trainer(validation.resolve_mesh(config, jax.device_count()), bare=False)
+    worker.measure(timing.WARMUP_STEPS)
+    return worker
+
+  reference, twin = (config_lib.from_json(job[name]) for name in ("reference", "twin"))
+  startup.start(reference.data)
+  opponent = trainer(reference)
+
+  def measure(width: int) -> Times:
+    candidate = trainer(override(twin, {job["field"]: width}, "match"))
+    thunks = {"reference": lambda: opponent.measure(1), "twin": lambda: candidate.measure(1)}
+    taken = timing.in_turns(thunks, _ROUNDS, _ROUND_SECONDS)
+    medians = [timing.median(taken, name) for name in thunks]
+    return Times(*medians, timing.ratio(taken, "twin", "reference"))
+
+  width, times = solve_by_time(measure, job["start"], job["step"], job["tries"])
+  device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  return {"width": width, "times": list(times), "device": device}
+
+
+if __name__ == "__main__":
+  print(json.dumps(measure_here(json.load(sys.stdin))))

@@ -1,0 +1,117 @@
+"""Alarms of a training run: collapse, dead experts, drops, loss spikes, values that are not finite.
+
+They watch what every step reports anyway, on the host, one step behind the device.
+"""
+
+import collections
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax.config import OnAlarm
+from moe_jax.training import metrics
+
+
+class Alarm(NamedTuple):
+  step: int
+  alarm: str  # collapse, dead_experts, drop_rate, loss_spike or nonfinite
+  layer: int  # of the network, from 0; -1 where it is the whole model's
+  value: float
+  limit: float
+  message: str
+
+
+class Monitor:
+  """Looks at every step's metrics. Its memory of past steps begins anew when a run is resumed."""
+
+  def __init__(
+    self, config: config_lib.Config, layers: list[int], workdir: pathlib.Path, resume_step: int
+  ):
+    """`layers`: the network's index of each MoE layer."""
+    self._health, self._moe, self._layers = config.health, config.model.moe, layers
+    self._path = workdir / "alarms.jsonl"
+    self._writes = jax.process_index() == 0  # all processes look, as all have to stop
+    if self._writes:
+      metrics.keep_lines(self._path, resume_step)
+    self._losses: collections.deque[float] = collections.deque(maxlen=self._health.window)
+    self._steps_over: collections.Counter[tuple[str, int]] = collections.Counter()
+    self._nonfinite = False
+
+  def __call__(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
+    """Alarms that this step raised, also written to alarms.jsonl; UserError if one is to stop."""
+    alarms = self._not_finite(step, values)
+    if not alarms and not self._nonfinite:
+      alarms = self._balance(step, values) + self._spike(step, float(values["loss"]))
+    for alarm in alarms:
+      action = self._health.on_nonfinite if alarm.alarm == "nonfinite" else self._health.on_alarm
+      if action is OnAlarm.OFF:
+        continue
+      if self._writes:
+        with self._path.open("a") as file:
+          file.write(json.dumps(alarm._asdict()) + "\n")
+        print(f"alarm: {alarm.message}", flush=True)
+      if action is OnAlarm.STOP:
+        raise config_lib.UserError(alarm.message)
+    return alarms
+
+  def _not_finite(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
+    was, self._nonfinite = self._nonfinite, False
+    broken = [name for name, value in values.items() if not np.all(np.isfinite(value))]
+    if not broken:
+      return []
+    self._nonfinite = True
+    if was:  # said already
+      return []
+    layer, where = -1, ""
+    if "router_z_Z" in broken:
+      layer = self._layers[int(np.argmin(np.isfinite(values["router_z_Z"])))]
+      where = f"; first in the router of layer {layer}"
+    # The loss first, as it is what one looks for.
+    names = sorted(broken, key=lambda name: (name != "loss", name))
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    message = f"not finite at step {step}: {', '.join(names[:6])}{more}{where}"
+    return [Alarm(step, "nonfinite", layer, float(values["loss"]), 0.0, message)]
+
+  def _balance(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
+    if "window_load_ZE" not in values:
+      return []
+    health, moe = self._health, self._moe
+    share_Z = np.minimum(values["load_ZE"].max(axis=-1) * moe.top_k, 1)
+    always = moe.top_k / moe.num_experts >= health.token_share  # of a balanced layer too
+    alarms = []
+    for name, value_Z, limit, what in (
+      ("collapse", share_Z, 0 if always else health.token_share, "of the tokens go to one expert"),
+      ("dead_experts", values["window_dead_experts_Z"] / moe.num_experts, health.dead_fraction,
+       "of the experts are dead"),
+      ("drop_rate", values["drop_fraction_Z"], health.drop_fraction,
+       "of the assignments are dropped"),
+    ):  # fmt: skip
+      for layer, value in zip(self._layers, value_Z, strict=True):
+        over = self._steps_over
+        over[name, layer] = over[name, layer] + 1 if limit and value > limit else 0
+        if over[name, layer] == health.patience:  # once, until it has been below again
+          message = (
+            f"{name} in layer {layer} at step {step}: {100 * value:.0f}% {what}, over "
+            f"{100 * limit:.0f}% for {health.patience} steps"
+          )
+          alarms.append(Alarm(step, name, layer, float(value), limit, message))
+    return alarms
+
+  def _spike(self, step: int, loss: float) -> list[Alarm]:
+    limit, losses, alarms = self._health.loss_spike, self._losses, []
+    if limit and len(losses) == losses.maxlen:
+      rise = loss - float(np.mean(losses))
+      over = self._steps_over
+      over["loss_spike", -1] = over["loss_spike", -1] + 1 if rise > limit else 0
+      if over["loss_spike", -1] == 1:
+        message = (
+          f"loss_spike at step {step}: {loss:.3f} is {rise:.2f} nats above the mean of the last "
+          f"{len(losses)} steps"
+        )
+        alarms.append(Alarm(step, "loss_spike", -1, rise, limit, message))
+    losses.append(loss)
+    return alarms

@@ -1,0 +1,144 @@
+"""What is measured of a run, and where it is written."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from moe_jax import sharding
+from moe_jax.moe.counts import MoeStats
+
+# Dense bfloat16 FLOP/s of one device, by a part of jax's device_kind, from the vendors' sheets.
+_PEAK_FLOPS = {
+  "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "TPU v4": 275e12,
+  "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
+  "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+}  # fmt: skip
+
+DEAD_SHARE = 0.05  # an expert is dead below this part of its fair share, 1/E
+
+
+def peak_flops(device_kind: str) -> float:
+  """0.0 for a device whose peak is not known (a CPU): no MFU is reported there."""
+  return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_kind), 0.0)
+
+
+def moe_metrics(moe: MoeStats) -> dict[str, jax.Array]:
+  """Per-layer balance of the experts, from global sums; works on jax and NumPy arrays.
+
+  Returns, with Z MoE layers:
+    load_ZE: shares of the routed assignments that sum to 1.
+    load_entropy_Z: nats; log E is balanced.
+    max_vio_Z: max load / mean load - 1 (2408.15664).
+    dead_experts_Z: how many get under 5% of a fair share.
+    router_entropy_Z: nats per token.
+    router_z_Z: mean logsumexp(logits)^2.
+    drop_fraction_Z: of the assignments; drop_by_rank_ZK of the first, second, ... choices,
+      drop_by_position_ZP in each eighth of the sequence.
+    gate_drop_fraction_Z: of the gates' sum, what was dropped.
+    overflow_fraction_Z: of the assignments, those that a full exchange buffer lost (counted as
+      dropped too).
+  """
+  num_experts, ranks = moe.routed_E.shape[-1], moe.kept_K.shape[-1]
+  routed_Z1 = jnp.maximum(jnp.sum(moe.routed_E, axis=-1, keepdims=True), 1)
+  tokens_Z = jnp.maximum(moe.tokens, 1)
+  load_ZE = moe.routed_E / routed_Z1
+  gate_Z = jnp.maximum(jnp.sum(moe.importance_E, axis=-1), 1e-20)
+  return {
+    "load_ZE": load_ZE,
+    "load_entropy_Z": -jnp.sum(jax.scipy.special.xlogy(load_ZE, load_ZE), axis=-1),
+    "max_vio_Z": jnp.max(load_ZE, axis=-1) * num_experts - 1,
+    "dead_experts_Z": count_dead(load_ZE),
+    "router_entropy_Z": moe.entropy / tokens_Z,
+    "router_z_Z": moe.z / tokens_Z,
+    "drop_fraction_Z": 1 - jnp.sum(moe.kept_E, axis=-1) / routed_Z1[:, 0],
+    "drop_by_rank_ZK": 1 - moe.kept_K * ranks / routed_Z1,
+    "drop_by_position_ZP": 1 - moe.kept_P / jnp.maximum(moe.routed_P, 1),
+    "gate_drop_fraction_Z": jnp.maximum(1 - moe.gate_kept / gate_Z, 0),  # rounding
+    "overflow_fraction_Z": moe.overflow / routed_Z1[:, 0],
+  }
+
+
+def count_dead(load_ZE: jax.Array) -> jax.Array:
+  """Experts of each layer below 5% of a fair share, int [Z]."""
+  return jnp.sum(load_ZE * load_ZE.shape[-1] < DEAD_SHARE, axis=-1)
+
+
+def device_overload(load_ZE: np.ndarray, expert_devices: int) -> np.ndarray:
+  """Max / mean assignments per device of the `expert` axis, float [Z]: what the slowest one does.
+
+  Without drops; each device holds E / expert_devices experts in a row.
+  """
+  by_device_ZX = load_ZE.reshape(len(load_ZE), expert_devices, -1).sum(axis=-1)
+  return by_device_ZX.max(axis=-1) * expert_devices
+
+
+_GROUPS = {"embed": "embed", "head": "head", "router": "router", "noise": "router"}
+
+
+def parameter_group(name: str) -> str:
+  """embed, head, router, experts, attention, ffn or norm, of a parameter's name."""
+  prefix, letters = name.split("_")[0], name.rsplit("_", 1)[-1]
+  if len(letters) == 1:
+    return "norm"
+  kind = "experts" if letters[0] == "E" else "attention" if set(letters) & set("HG") else "ffn"
+  return _GROUPS.get(prefix, kind)
+
+
+def gradient_norms(grads: Any) -> dict[str, jax.Array]:
+  """{"grad_norm": of all, "grad_norm_experts": of one parameter_group, ...}, float32."""
+  squares: dict[str, jax.Array] = {}
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    group = parameter_group(sharding.param_name(path))
+    squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(grad))
+  norms = {f"grad_norm_{group}": jnp.sqrt(square) for group, square in squares.items()}
+  return {"grad_norm": jnp.sqrt(sum(squares.values()))} | norms
+
+
+class Writer:
+  """metrics.jsonl (one line a logged step; arrays as lists) and TensorBoard events (not tables)."""
+
+  def __init__(self, workdir: pathlib.Path, resume_step: int):
+    self._path = workdir / "metrics.jsonl"
+    keep_lines(self._path, resume_step)
+    self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+  def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
+    plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, **plain}) + "\n")
+    for name, value in plain.items():
+      if isinstance(value, (int, float)):
+        self._events.add_scalar(name, value, step)
+      elif name.endswith("_Z"):
+        for layer, number in enumerate(value):
+          self._events.add_scalar(f"{name}/{layer}", number, step)
+
+  def last(self, name: str) -> float:
+    """The newest value of a metric before this start of the run; 0.0 if there is none."""
+    lines = self._path.read_text().splitlines() if self._path.exists() else []
+    return next((v[name] for v in map(json.loads, reversed(lines)) if name in v), 0.0)
+
+  def close(self) -> None:
+    self._events.close()
+
+
+def keep_lines(path: pathlib.Path, resume_step: int) -> None:
+  """Drops the lines of later steps from a .jsonl file of a run, which may not be there yet.
+
+  A run killed after its last checkpoint has logged steps that are about to be taken again.
+  """
+  if path.exists():
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> int:
+  try:
+    return json.loads(line)["step"]
+  except ValueError:  # the last line of a killed run can be cut short
+    return 1 << 62

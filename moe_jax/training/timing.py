@@ -1,0 +1,85 @@
+"""Times in turns: every round runs every candidate, so a slow minute falls on all of them alike."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax import data, sharding
+from moe_jax.training import train
+
+WARMUP_STEPS = 2  # of a Trainer, before its steps are even
+Times = dict[str, list[float]]  # seconds of one call in each round
+
+
+def in_turns(thunks: dict[str, Callable[[], Any]], rounds: int, min_seconds: float) -> Times:
+  """Seconds of one call of each thunk, by the clock, in each round.
+
+  Args:
+    thunks: return jax arrays; they have run once, so that nothing compiles here.
+    rounds: more give a steadier median.
+    min_seconds: a short thunk repeats until it has worked that long in a round.
+  """
+  repeats = {}
+  for name, thunk in thunks.items():
+    repeats[name] = max(1, round(min_seconds / _seconds(thunk, 1)))
+  times: Times = {name: [] for name in thunks}
+  for _ in range(rounds):
+    for name, thunk in thunks.items():
+      times[name].append(_seconds(thunk, repeats[name]))
+  return times
+
+
+def _seconds(thunk, repeats) -> float:
+  start = time.perf_counter()
+  for _ in range(repeats):
+    result = thunk()
+    if jax.default_backend() == "cpu":  # whose calls could run side by side
+      jax.block_until_ready(result)
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / repeats
+
+
+def median(times: Times, name: str) -> float:
+  return float(np.median(times[name]))
+
+
+def ratio(times: Times, name: str, base: str) -> float:
+  """The median over the rounds of time / time of `base` in the same round."""
+  return float(np.median(np.divide(times[name], times[base])))
+
+
+class Trainer:
+  """The state, one batch of random tokens, and the compiled step."""
+
+  def __init__(self, config: config_lib.Config, bare: bool):
+    self.mesh = sharding.make_mesh(config.mesh)
+    B, L = config.data.batch_size, config.data.seq_len
+    rng = np.random.default_rng(config.train.seed)
+    tokens = rng.integers(config.model.vocab_size, size=(B, L + 1), dtype=np.int32)
+    positions_BL = np.tile(np.arange(L, dtype=np.int32), (B, 1))
+    batch = data.Batch(
+      tokens_BL=tokens[:, :-1], targets_BL=tokens[:, 1:], segments_BL=np.ones_like(positions_BL),
+      positions_BL=positions_BL,
+    )  # fmt: skip
+    with jax.set_mesh(self.mesh):
+      self.batch = sharding.to_global(batch, self.mesh)
+      graph, init, _, shardings = train.init_state(config, self.mesh)
+      self.state = init()
+      self.step = train.compile_step(config, graph, shardings, only=("loss",) if bare else ())
+
+  def measure(self, steps: int) -> dict[str, Any]:
+    with jax.set_mesh(self.mesh):
+      cpu, wall = time.process_time(), time.perf_counter()
+      for _ in range(steps):
+        self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+      cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    took = {"cpu_s": cpu / steps, "wall_s": wall / steps, "loss": float(metrics["loss"])}
+    for name in ("drop_fraction", "max_vio"):
+      if f"{name}_Z" in metrics:
+        took[name] = float(metrics[f"{name}_Z"].mean())
+    return took

@@ -1,0 +1,218 @@
+"""Training: one pure step, how it starts, and what a resumed run may change."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_jax import checkpoint, data, sharding, startup, validation
+from moe_jax import config as config_lib
+from moe_jax.model import cost
+from moe_jax.model.transformer import Transformer, abstract, bias_shape, moe_layers
+from moe_jax.training import losses, metrics, optimizers
+from moe_jax.training.evaluator import Evaluator, check_same_data
+from moe_jax.training.loop import Loop
+
+
+class TrainState(NamedTuple):
+  """All that training carries from step to step; with the data iterator, all that is saved."""
+
+  step: jax.Array  # int32 [], steps taken
+  params: Any
+  opt_state: Any
+  bias_ZE: jax.Array  # float32, loss-free balancing bias of each MoE layer; zeros when it is off
+  load_ZE: jax.Array  # float32, running mean of each expert's share of its layer's assignments
+
+
+def train_step(
+  state: TrainState,
+  batch: data.Batch,
+  *,
+  graph: Any,
+  config: config_lib.Config,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer step. Pure: the same state and batch give the same result on any mesh."""
+  key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+
+  def loss_fn(params):
+    sums = batch_sums(params, state.bias_ZE, batch, key, graph=graph, config=config)
+    all_losses = losses.total(sums, config.loss, len(moe_layers(config.model)))
+    return all_losses.total, (all_losses, sums)
+
+  grads, (all_losses, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  bias_ZE = optimizers.updated_bias(
+    state.bias_ZE, sums.moe.routed_E, config.model.moe.bias_update_rate
+  )
+  step_metrics = {
+    "loss": all_losses.cross_entropy,
+    "total_loss": all_losses.total,
+    "load_balance": all_losses.load_balance,
+    "router_z": all_losses.router_z,
+    "z": all_losses.z,
+    "param_norm": optax.tree.norm(params),
+    "learning_rate": optimizers.schedule(config.optimizer, config.train.steps)(state.step),
+    "tokens": sums.targets,
+  } | metrics.gradient_norms(grads)
+  load_ZE = state.load_ZE
+  if config.model.moe.num_experts:
+    step_metrics["importance"] = all_losses.importance
+    if config.model.moe.router is config_lib.Router.NOISY_TOPK:
+      step_metrics["load_loss"] = all_losses.load
+    step_metrics |= metrics.moe_metrics(sums.moe)
+    load_ZE = load_ZE + (step_metrics["load_ZE"] - load_ZE) / config.health.window
+    step_metrics["window_load_ZE"] = load_ZE
+    step_metrics["window_dead_experts_Z"] = metrics.count_dead(load_ZE)
+  return TrainState(state.step + 1, params, opt_state, bias_ZE, load_ZE), step_metrics
+
+
+def batch_sums(
+  params: Any,
+  bias_ZE: jax.Array,
+  batch: data.Batch,
+  key: jax.Array,
+  *,
+  graph: Any,
+  config: config_lib.Config,
+) -> losses.Sums:
+  """Loss sums of the batch, forward through one microbatch at a time.
+
+  Balance losses multiply two batch means, so gradients of microbatches do not add up to the
+  batch's. Here the sums add up, and the loss is taken of the total: exact, for the price of
+  running each microbatch's forward pass again on the way back.
+  """
+
+  def forward(params, batch, key):
+    logits_BLV, stats = nnx.merge(graph, params)(
+      batch.tokens_BL, batch.segments_BL, batch.positions_BL, bias_ZE, key, train=True
+    )
+    return losses.sums(logits_BLV, batch.targets_BL, batch.segments_BL > 0, stats)
+
+  accumulation = config.train.accumulation
+  if accumulation == 1:
+    return forward(params, batch, key)
+
+  def split(x_BL):
+    # Every device keeps its own rows: microbatch a is each a-th row of each device's shard.
+    x = x_BL.reshape(x_BL.shape[0] // accumulation, accumulation, -1).swapaxes(0, 1)
+    spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+  micro = jax.tree.map(split, batch)
+  keys = jax.random.split(key, accumulation)
+  first = jax.tree.map(lambda x: x[0], (micro, keys))
+  shapes = jax.eval_shape(forward, params, *first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  @jax.checkpoint
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, forward(params, *microbatch)), None
+
+  return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def init_state(
+  config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any, TrainState, TrainState]:
+  """(graph, init function, abstract state, shardings); weights do not depend on the mesh."""
+  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
+
+  def init() -> TrainState:
+    model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
+    params = nnx.state(model, nnx.Param)
+    bias_ZE = jnp.zeros(bias_shape(config.model))
+    load_ZE = jnp.full_like(bias_ZE, 1 / bias_ZE.shape[1])
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE, load_ZE)
+
+  graph, _ = abstract(config.model)
+  shapes = jax.eval_shape(init)
+  shardings = sharding.param_shardings(shapes, mesh)
+  return graph, jax.jit(init, out_shardings=shardings), shapes, shardings
+
+
+def compile_step(
+  config: config_lib.Config, graph: Any, shardings: TrainState, only: tuple[str, ...] = ()
+) -> Any:
+  """`train_step` under jit: state donated, shardings pinned so that it compiles once.
+
+  `only` names the metrics to compute, to measure what they cost; () is all.
+  """
+  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
+
+  def step(state, batch):
+    state, values = train_step(state, batch, graph=graph, config=config, optimizer=optimizer)
+    return state, {name: values[name] for name in only or values}
+
+  replicated = jax.sharding.NamedSharding(shardings.step.mesh, jax.sharding.PartitionSpec())
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> None:
+  """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one."""
+  startup.start(config.data, multihost=multihost)
+  config = validation.resolve_mesh(config, jax.device_count())
+  path = pathlib.Path(workdir)
+  check_same_config(config, path)
+  train_rows = data.load_rows(config.data, "train")
+  validation_rows = data.load_rows(config.data, "validation")
+  if train_rows.tokenizer.vocab_size > config.model.vocab_size:
+    raise config_lib.UserError(
+      f"config.model.vocab_size={config.model.vocab_size} is less than the "
+      f"{train_rows.tokenizer.vocab_size} of config.data.tokenizer={config.data.tokenizer}"
+    )
+  batches = data.train_iterator(train_rows, config.data, jax.process_index(), jax.process_count())
+  digests = {"train": train_rows.digest, "validation": validation_rows.digest}
+  check_same_data(path, digests)
+  path.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    (path / "data.json").write_text(json.dumps(digests, indent=2) + "\n")
+    (path / "config.json").write_text(config_lib.to_json(config) + "\n")
+    device = jax.devices()[0]
+    print(f"{cost.table(config)}\n{cost.report(config)}")
+    print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    graph, init, shapes, shardings = init_state(config, mesh)
+    saver = checkpoint.Checkpointer(path, config.train)
+    start = saver.latest_step() or 0
+    if start >= config.train.steps:
+      print(f"{workdir} is finished: step {start} of {config.train.steps}")
+      saver.close()
+      return
+    if start:
+      state, batches = saver.restore(start, checkpoint.abstract(shapes, shardings), batches)
+      print(f"resuming {workdir} at step {start}")
+    else:
+      state = init()
+    loop = Loop(config, path, saver, start)
+    evaluator = Evaluator(config, validation_rows, mesh, graph, config.eval.batches)
+    loop.run(state, batches, compile_step(config, graph, shardings), evaluator, mesh)
+
+
+# What may differ when a run goes on: where it runs, how long, and what is watched.
+_MAY_CHANGE = (
+  "mesh.", "eval.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
+  "train.keep_", "data.threads", "data.cache_dir",
+)  # fmt: skip
+
+
+def check_same_config(config: config_lib.Config, path: pathlib.Path) -> None:
+  """Refuses to go on with a run under a config that would make it another run."""
+  if not (path / "config.json").exists():
+    return
+  old = config_lib.flatten(config_lib.from_json((path / "config.json").read_text()))
+  new = config_lib.flatten(config)
+  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE)]
+  if changed:
+    what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
+    raise config_lib.UserError(
+      f"--workdir={path} holds a run with another config: {what}; name a new workdir, or drop the "
+      "change to go on with that run"
+    )
