@@ -64,30 +64,31 @@ def peer_config(model: Any) -> dict[str, Any]:
 
 
 def peer_weights(weights: Any) -> dict[str, np.ndarray]:
-  """inference.Weights of one CPU by the names of transformers' Mixtral."""
+  """decoding.unstacked weights by the names of transformers' Mixtral, which are [outer, inner]."""
   named = {
-    "model.embed_tokens.weight": weights.embed_VD, "lm_head.weight": weights.head_VD,
+    "model.embed_tokens.weight": weights.embed_VD, "lm_head.weight": weights.head_DV.T,
     "model.norm.weight": weights.final_norm_D,
   }  # fmt: skip
   for number, layer in enumerate(weights.layers):
-    heads, experts = layer.attention, layer.ffn.experts
+    heads, moe = layer.attention, layer.ffn.moe
+    gate_EDF, up_EDF, down_EFD = moe.experts
     D = layer.ffn_norm_D.shape[0]
-    up = (np.concatenate(pair) for pair in zip(experts.gate_EDF, experts.up_EDF, strict=True))
+    gate_up_EDF = np.concatenate([gate_EDF, up_EDF], axis=2)
     named |= {
       f"model.layers.{number}.{name}": array
       for name, array in {
         "input_layernorm.weight": layer.attention_norm_D,
-        "self_attn.q_proj.weight": heads.q_HAD.reshape(-1, D),
-        "self_attn.k_proj.weight": heads.k_GAD.reshape(-1, D),
-        "self_attn.v_proj.weight": heads.v_GAD.reshape(-1, D),
-        "self_attn.o_proj.weight": heads.out_DHA.reshape(D, -1),
+        "self_attn.q_proj.weight": heads.q_DHA.reshape(D, -1).T,
+        "self_attn.k_proj.weight": heads.k_DGA.reshape(D, -1).T,
+        "self_attn.v_proj.weight": heads.v_DGA.reshape(D, -1).T,
+        "self_attn.o_proj.weight": heads.out_HAD.reshape(-1, D).T,
         "post_attention_layernorm.weight": layer.ffn_norm_D,
-        "mlp.gate.weight": layer.ffn.router_DE.T,
-        "mlp.experts.gate_up_proj": np.stack(list(up)),
-        "mlp.experts.down_proj": np.stack(experts.down_EFD),
+        "mlp.gate.weight": moe.router["router_DE"].T,
+        "mlp.experts.gate_up_proj": gate_up_EDF.swapaxes(1, 2),
+        "mlp.experts.down_proj": np.swapaxes(down_EFD, 1, 2),
       }.items()
     }
-  return {name: np.asarray(array) for name, array in named.items()}
+  return {name: np.ascontiguousarray(array) for name, array in named.items()}
 
 
 def main() -> None:
@@ -97,6 +98,7 @@ def main() -> None:
 
   from benchmarks import inference
   from moe_jax import startup
+  from moe_jax.inference import decoding
   from moe_jax.model import cost
 
   config = train_worker.make_config(args)
@@ -106,7 +108,10 @@ def main() -> None:
   prompts_BL = rng.integers(1, args.vocab_size, (args.rows, PROMPT))
   prompts_BL[:, 0] = _BEGIN
   if args.weights:
-    for name, array in peer_weights(model.weights).items():
+    with jax.set_mesh(model.mesh):
+      trained = inference.parameters(config, args.seed, never=_BEGIN)
+      unpacked = decoding.unstacked(model.model, *trained)
+    for name, array in peer_weights(unpacked).items():
       np.save(args.weights / f"{name}.npy", array)
     np.save(args.weights / "prompts.npy", prompts_BL)
     (args.weights / "config.json").write_text(json.dumps(peer_config(config.model)))

@@ -18,6 +18,7 @@ from moe_jax import sharding
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
 from moe_jax.model import transformer
+from moe_jax.model.feedforward import FFNWeights
 from moe_jax.sweep import match as matching
 from moe_jax.training import timing
 
@@ -47,28 +48,29 @@ def models(config: config_lib.Config) -> dict[str, config_lib.Config]:
   return {MOE: config} | twins
 
 
+def parameters(config: config_lib.Config, seed: int, never: int = -1) -> tuple[Any, jax.Array]:
+  """(random parameters of this config's model, zero balancing biases), on the mesh in force.
+
+  With `never`, no greedy decoding draws that token, so that no row ends before its time.
+  """
+  model = config.model
+  params = jax.jit(lambda key: nnx.state(transformer.Transformer(model, nnx.Rngs(key)), nnx.Param))(
+    jax.random.key(seed)
+  )
+  if never >= 0:  # the others' logits have a positive maximum; a tied head is the embedding too
+    params["head_DV"] = params["head_DV"].replace(params["head_DV"][...].at[:, never].set(0))
+  return params, jnp.zeros(transformer.bias_shape(model))
+
+
 def build(
   config: config_lib.Config, seed: int = 0, tokenizer: tokenizers.Tokenizer | None = None,
   never: int = -1,
 ) -> generate.Model:  # fmt: skip
-  """Random weights of this config on one device.
-
-  Args:
-    config: its model.
-    seed: of the weights.
-    tokenizer: bytes without one.
-    never: a token that no greedy decoding draws, so that no row ends before its time.
-  """
+  """`parameters` on one device, ready to generate; tokens are bytes if no tokenizer is given."""
   mesh = sharding.make_mesh(config_lib.Mesh(data=1))
   with jax.set_mesh(mesh):
     model = decoding.for_inference(config.model)
-    params = jax.jit(
-      lambda key: nnx.state(transformer.Transformer(model, nnx.Rngs(key)), nnx.Param)
-    )(jax.random.key(seed))
-    bias_ZE = jnp.zeros(transformer.bias_shape(model))
-    weights = decoding.weights(model, params, bias_ZE)
-    if never >= 0:
-      weights = weights._replace(head_VD=weights.head_VD.at[never].set(0))  # others are positive
+    weights = decoding.weights(model, *parameters(config, seed, never))
     jax.block_until_ready(weights)
   return generate.Model(model, weights, mesh, tokenizer or tokenizers.Bytes())
 
@@ -90,7 +92,7 @@ class Decoder:
 
   def _prefill(self, weights, start_B, tokens_BL):
     cache = decoding.empty_cache(self._model, start_B, _SLOTS)
-    return decoding.forward(weights, self._model, cache, tokens_BL, all_logits=False)[1]
+    return decoding.forward(weights, self._model, cache, tokens_BL, all_logits=False).cache
 
   def _decode(self, weights, cache, token_B, key):
     """Tokens are drawn at random, so that rows do not run into the same words."""
@@ -98,7 +100,7 @@ class Decoder:
     def step(number, carry):
       cache, token_B, total = carry
       cache = cache._replace(length=jnp.full((), _PROMPT, jnp.int32) + number)
-      logits_BLV, cache = decoding.forward(
+      logits_BLV, cache, _ = decoding.forward(
         weights, self._model, cache, token_B[:, None], all_logits=False
       )
       key_number = jax.random.fold_in(key, number)
@@ -119,9 +121,11 @@ class Decoder:
   def distinct_experts(self) -> float:
     """Different experts that one step of random tokens chooses, mean over layers and 8 draws."""
     trace = jax.jit(
-      lambda weights, cache, tokens_B1: decoding.forward(
-        weights, self._model, cache, tokens_B1, all_logits=False, trace=True
-      )[2]
+      lambda weights, cache, tokens_B1: (
+        decoding.forward(
+          weights, self._model, cache, tokens_B1, all_logits=False, trace=True
+        ).choices
+      )
     )
     counts = []
     rng = np.random.default_rng(1)
@@ -178,10 +182,10 @@ def work(weights: decoding.Weights, model: config_lib.Model, batch: int, experts
   def size(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
-  of_experts = [w.ffn.experts for w in weights.layers if isinstance(w.ffn, decoding.MoEWeights)]
+  of_experts = [w.ffn.moe.experts for w in weights.layers if not isinstance(w.ffn, FFNWeights)]
   one = size(of_experts[0]) / model.moe.num_experts if of_experts else 0.0
   # A tied head is read whole; of an embedding that is only looked up, B rows.
-  always = size(weights.layers) - size(of_experts) + size(weights[2:])
+  always = size(weights.layers) - size(of_experts) + size((weights.final_norm_D, weights.head_DV))
   item = weights.embed_VD.dtype.itemsize
   slots = batch * _SLOTS * 2 * model.num_kv_heads * model.head_dim * model.num_layers
   used = always + len(of_experts) * one * model.moe.top_k
@@ -248,7 +252,7 @@ def _prefill_rows(built, length, rounds, seconds):
 
     def prefill(weights, tokens_BL, model=model):
       cache = decoding.empty_cache(model.model, jnp.zeros((1,), jnp.int32), length)
-      return decoding.forward(weights, model.model, cache, tokens_BL, all_logits=False)[0]
+      return decoding.forward(weights, model.model, cache, tokens_BL, all_logits=False).logits_BLV
 
     compiled = jax.jit(prefill)
 

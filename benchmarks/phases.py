@@ -14,7 +14,8 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch
-from moe_jax.kernels.experts import Experts, grouped_swiglu, slots_swiglu
+from moe_jax.kernels.experts import Experts
+from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import counts, dispatch, exchange, routers
 from moe_jax.training import timing
 
@@ -44,10 +45,10 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
   def pack(x_TD, routing, slots):
     return dispatch.gather_pack(x_TD, routing, slots, layout)
 
-  def experts(x_SD, experts, sizes_E):
-    if grouped:
-      return grouped_swiglu(x_SD, *experts, sizes_E, moe.grouped_matmul)
-    return slots_swiglu(x_SD.reshape(E, -1, D), experts).reshape(-1, D)
+  def experts(x_SD, weights, sizes_E):
+    if not grouped:
+      x_SD = x_SD.reshape(E, -1, D)
+    return run_experts(x_SD, sizes_E, weights, moe.grouped_matmul).reshape(-1, D)
 
   def combine(y_SD, gate_N, routing, slots):
     return dispatch.gather_combine(y_SD, routing._replace(gate_N=gate_N), slots, layout)

@@ -59,10 +59,24 @@ class Exchange(enum.Enum):
 
 
 class GroupedMatmul(enum.Enum):
-  AUTO = "auto"  # the fastest here, measured once per shape and device
-  RAGGED_DOT = "ragged_dot"  # XLA's
-  TOKAMAX = "tokamax"  # its kernels for TPU and GPU
+  """The kernel of the grouped dispatch's experts; kernels/experts.py has a record for each."""
+
+  AUTO = "auto"  # the fastest that gives the reference's answer here, chosen when a run starts
+  RAGGED_DOT = "ragged_dot"  # XLA's, the reference
   BLOCKED = "blocked"  # a loop of plain matmuls: for CPUs
+  MOSAIC = "mosaic"  # tokamax, GPU and TPU
+  MOSAIC_TPU_V2 = "mosaic_tpu_v2"  # tokamax, TPU
+  TRITON = "triton"  # tokamax, GPU
+
+
+class Attention(enum.Enum):
+  """The kernel of attention over segments; kernels/attention.py has a record for each."""
+
+  AUTO = "auto"  # the platform's, chosen when a run starts
+  REFERENCE = "reference"  # a few lines, for every platform and size
+  BLOCKS = "blocks"  # blocks of queries: for CPUs
+  CUDNN = "cudnn"  # cuDNN's flash attention: NVIDIA
+  SPLASH = "splash"  # Pallas splash attention: TPU
 
 
 class BalanceScope(enum.Enum):
@@ -142,7 +156,13 @@ class Model:
   tied_head: bool = True
   compute_dtype: Dtype = Dtype.FLOAT32  # parameters stay float32
   remat: Remat = Remat.NONE
+  attention: Attention = Attention.AUTO
   moe: MoE = dataclasses.field(default_factory=MoE)
+
+  @property
+  def residual_scale(self) -> float:
+    """Of the initial weights that write to the residual stream: its variance stays near 1."""
+    return (2 * self.num_layers) ** -0.5
 
 
 @_section()

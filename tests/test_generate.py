@@ -17,6 +17,7 @@ from moe_jax.config import Dispatch, Router, Score, UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate, sampling
 from moe_jax.kernels import per_expert
+from moe_jax.kernels.activation import gated
 from moe_jax.model import transformer
 
 MODELS = {
@@ -77,8 +78,9 @@ def full_forward(model, trained, rows):
     positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
     segments_BL = jnp.ones_like(tokens_BL)
     key = jax.random.key(0)
+    tokens = transformer.Tokens(tokens_BL, segments_BL, positions_BL)
     whole = nnx.merge(graph, params)
-    return whole(tokens_BL, segments_BL, positions_BL, bias_ZE, key, train=False)[0]
+    return whole(tokens, bias_ZE, key, train=False).logits_BLV
 
   longest = max(map(len, rows))
   found = []
@@ -123,7 +125,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
   )
   with jax.set_mesh(mesh_of()):
     cache = empty_cache(ours.model, start_B, 32)
-    logits, cache = forward(
+    logits, cache, _ = forward(
       ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True
     )
     for b, length in enumerate(prompts):
@@ -131,7 +133,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
     for step in range(6):
       at = [length + step for length in prompts]
       token_B1 = [[rows[b][at[b]]] for b in range(3)] + [[0]]
-      logits, cache = forward(
+      logits, cache, _ = forward(
         ours.weights, cache=cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
       )
       for b in range(3):
@@ -195,8 +197,8 @@ def test_every_mesh_draws_the_same_tokens(name, model):
   options = dict(max_new_tokens=10, seed=3, temperature=0.8)
   one, _ = model_of(model)
   other, _ = model_of(model, mesh=mesh_of(**MESHES[name]))
-  assert isinstance(one.weights.layers[0].ffn.experts.gate_EDF, tuple)
-  assert other.weights.layers[0].ffn.experts.gate_EDF.ndim == 3
+  assert isinstance(one.weights.layers[0].ffn.moe.experts, per_expert.PerExpert)
+  assert other.weights.layers[0].ffn.moe.experts.gate_EDF.ndim == 3
   drawn = [[c.tokens for c in m.generate(prompts, **options)] for m in (one, other)]
   assert drawn[0] == drawn[1] and len({token for row in drawn[0] for token in row}) > 5
 
@@ -311,7 +313,7 @@ def test_one_program_for_a_bucket_and_a_cache_in_place():
     arguments = (ours.weights, cache, token, done, 0, 1, 1, draw)
     program = ours._decode.lower(*arguments, kind=kind).compile().as_text()
     after, *_ = ours._decode(*arguments, kind=kind)
-  assert cache.k_BGSA[0].is_deleted() and int(after.length) == 1
+  assert cache.layers[0].keys.is_deleted() and int(after.length) == 1
   assert re.search(r"f32\[2,96,6\]\S* dynamic-update-slice", program)
   assert not re.search(r"= f32\[(1,)?2,96,6\]\S* copy", program)
 
@@ -330,8 +332,9 @@ def test_experts_of_their_own_arrays_by_hand(rows):
       down[e] @ ((g := gate[e] @ x) / (1 + np.exp(-g)) * (up[e] @ x))
       for e, x in zip(expert_N, x_ND, strict=True)
     ])  # fmt: skip
-    weights = (tuple(np.float32(w)) for w in (gate, up, down))
-    got = jax.jit(per_expert.swiglu)(np.float32(x_ND), *weights, np.int32(sizes_E))
+    weights = per_expert.PerExpert(*(tuple(np.float32(w)) for w in (gate, up, down)))
+    experts = jax.jit(per_expert.experts, static_argnums=3)
+    got = experts(np.float32(x_ND), weights, np.int32(sizes_E), gated)
     # float32, sums of 6 terms, values up to some tens
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 

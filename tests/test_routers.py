@@ -12,7 +12,7 @@ from moe_jax import config as config_lib
 from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Priority, Router, Score
 from moe_jax.model import cost
-from moe_jax.model.transformer import Transformer
+from moe_jax.model.transformer import Tokens, Transformer
 from moe_jax.moe import counts, dispatch, routers
 from moe_jax.training import losses, optimizers
 
@@ -197,8 +197,8 @@ def test_causality_is_as_documented(name, one_device):
     @jax.jit
     def logits(tokens_BL, train_mode=train_mode):
       model = nnx.merge(graph, params)
-      key = jax.random.key(3)
-      return model(tokens_BL, ones, positions, bias_ZE, key, train=train_mode)[0]
+      tokens = Tokens(tokens_BL, ones, positions)
+      return model(tokens, bias_ZE, jax.random.key(3), train=train_mode).logits_BLV
 
     before, after = (np.asarray(logits(t))[:, :-1] for t in (tokens_BL, changed_BL))
     assert np.array_equal(before, after) == promised

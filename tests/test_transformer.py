@@ -11,6 +11,7 @@ from conftest import toy_config
 from flax import nnx
 
 from moe_jax import config as config_lib
+from moe_jax.kernels.attention_blocks import causal_attention as reference
 from moe_jax.model import attention, transformer
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -39,7 +40,9 @@ def build(config, seed=0):
 def forward(graph, params, tokens, segments, positions, train=True):
   model = nnx.merge(graph, params)
   bias_ZE = jnp.zeros(transformer.bias_shape(model.model))
-  return model(tokens, segments, positions, bias_ZE, jax.random.key(0), train=train)
+  tokens = transformer.Tokens(tokens, segments, positions)
+  out = model(tokens, bias_ZE, jax.random.key(0), train=train)
+  return out.logits_BLV, out.stats
 
 
 def test_attention_equals_numpy():
@@ -73,8 +76,14 @@ def test_attention_equals_numpy():
     p /= p.sum()
     value = sum(w * (x_BLD[b, s] @ weights[2][:, group]) for w, s in zip(p, keys, strict=True))
     want[b, query] += value @ weights[3][head]
-  arrays = (jnp.asarray(positions), jnp.asarray(segments))
-  got = jax.jit(layer)(jnp.asarray(x_BLD, jnp.float32), *arrays)
+
+  def attend(q_BLHA, k_BLGA, v_BLGA):
+    return reference(q_BLHA, k_BLGA, v_BLGA, jnp.asarray(segments)), None
+
+  weights = layer.weights(jnp.float32)
+  got, _ = attention.attention(
+    jnp.asarray(x_BLD, jnp.float32), weights, jnp.asarray(positions), attend, model
+  )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # float32 against float64
 
 
@@ -205,7 +214,7 @@ def test_attention_in_blocks_is_attention_at_once():
   mask = (segments[:, :, None] == segments[:, None]) & jnp.tril(jnp.ones((1, L, L), bool))
   results = []
   for attend in (
-    lambda q, k, v: attention.causal_attention(q, k, v, segments),
+    lambda q, k, v: reference(q, k, v, segments),
     lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]),
   ):
     y, vjp = jax.vjp(jax.jit(attend), q, k, v)

@@ -11,6 +11,7 @@ from flax import nnx
 from moe_jax import config as config_lib
 from moe_jax import data, sharding
 from moe_jax.analysis.specialisation import Trace
+from moe_jax.model.transformer import Tokens
 from moe_jax.training import losses
 
 _SECONDS = 10  # between lines of progress
@@ -27,10 +28,8 @@ class Model(NamedTuple):
 def forward(model: Model, batch: data.Batch, **options: Any) -> tuple[Any, ...]:
   """What Transformer returns in evaluation."""
   transformer = nnx.merge(model.graph, model.params)
-  return transformer(
-    batch.tokens_BL, batch.segments_BL, batch.positions_BL, model.bias_ZE, jax.random.key(0),
-    train=False, **options,
-  )  # fmt: skip
+  tokens = Tokens(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+  return transformer(tokens, model.bias_ZE, jax.random.key(0), train=False, **options)
 
 
 def spread(available: int, count: int) -> list[int]:
@@ -41,7 +40,7 @@ def spread(available: int, count: int) -> list[int]:
 def compile_choices(graph: Any) -> Callable[..., Any]:
   """(params, bias_ZE, batch) -> Choices."""
   return jax.jit(
-    lambda params, bias_ZE, batch: forward(Model(graph, params, bias_ZE), batch, trace=True)[2]
+    lambda params, bias_ZE, batch: forward(Model(graph, params, bias_ZE), batch, trace=True).choices
   )
 
 
@@ -116,7 +115,8 @@ def causal_losses(
     group_rows: rows in a routing group; the other rows of a group stay as they are.
   """
   step = jax.jit(lambda params, bias_ZE, batch: losses.token_nll(
-    forward(Model(model.graph, params, bias_ZE), batch)[0], batch.targets_BL)[0])  # fmt: skip
+    forward(Model(model.graph, params, bias_ZE), batch).logits_BLV, batch.targets_BL
+  )[0])  # fmt: skip
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
   def nll(batch):

@@ -229,14 +229,14 @@ def _check_prompts(prompts, max_new_tokens, num_samples):
 
 def _all_logits(weights: Weights, tokens_BL, start_B, *, model):
   cache = decoding.empty_cache(model, start_B, tokens_BL.shape[1])
-  return decoding.forward(weights, model, cache, tokens_BL, all_logits=True)[0]
+  return decoding.forward(weights, model, cache, tokens_BL, all_logits=True).logits_BLV
 
 
 def _prefill(weights, tokens_BL, start_B, done_B, seed, draw, *, model, known, end, slots, kind):
   cache = decoding.empty_cache(model, start_B, slots)
-  logits_BLV, cache = decoding.forward(weights, model, cache, tokens_BL, all_logits=False)
-  token_B = sampling.sample(logits_BLV[:, 0], seed, 0, draw, kind, known)
-  return cache, token_B, done_B | (token_B == end)
+  out = decoding.forward(weights, model, cache, tokens_BL, all_logits=False)
+  token_B = sampling.sample(out.logits_BLV[:, 0], seed, 0, draw, kind, known)
+  return out.cache, token_B, done_B | (token_B == end)
 
 
 def _decode(
@@ -254,11 +254,11 @@ def _decode(
     number, cache, token_B, done_B, out_BN = carry
     # A finished row is padding from here on: no expert is read for it.
     cache = cache._replace(start_B=jnp.where(done_B, never, cache.start_B))
-    logits_BLV, cache = decoding.forward(weights, model, cache, token_B[:, None], all_logits=False)
-    drawn_B = sampling.sample(logits_BLV[:, 0], seed, drawn + number, draw, kind, known)
+    out = decoding.forward(weights, model, cache, token_B[:, None], all_logits=False)
+    drawn_B = sampling.sample(out.logits_BLV[:, 0], seed, drawn + number, draw, kind, known)
     token_B = jnp.where(done_B, end, drawn_B)
     out_BN = jax.lax.dynamic_update_slice(out_BN, token_B[:, None], (0, number))
-    return number + 1, cache, token_B, done_B | (token_B == end), out_BN
+    return number + 1, out.cache, token_B, done_B | (token_B == end), out_BN
 
   carry = (jnp.zeros((), jnp.int32), cache, token_B, done_B, out_BN)
   number, cache, token_B, done_B, out_BN = jax.lax.while_loop(unfinished, step, carry)

@@ -1,8 +1,10 @@
-"""Grouped matmul and grouped SwiGLU as a loop of plain matmuls over blocks of rows.
+"""Experts as a loop of plain matmuls over blocks of rows.
 
 For CPUs: the number of blocks follows the load at run time, and a block's activations stay in the
-cache between its three matmuls. The loops' lengths are not known when tracing, so each operation
-brings its own gradient.
+processor's cache between its three matmuls. The loops' lengths are not known when tracing, so the
+operation brings its own gradient.
+
+R: rows of one block.
 """
 
 import functools
@@ -13,38 +15,81 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.autodiff import KEPT, vary, varying
+
 # An expert's rows are full blocks of the last size, then one block of the smallest size that holds
 # the rest. More sizes waste fewer rows and take longer to compile.
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
-KEPT = "grouped_activations"  # checkpoint_name of what the backward pass reads
+Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
 
 
-def matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """y_NF; see grouped_matmul.grouped_matmul."""
-  return _matmul(x_ND, w_EDF, sizes_E)
-
-
-def swiglu(
-  x_ND: jax.Array,
-  gate_EDF: jax.Array,
-  up_EDF: jax.Array,
-  down_EFD: jax.Array,
-  sizes_E: jax.Array,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def experts(
+  x_ND: jax.Array, weights: Weights, sizes_E: jax.Array, activation: Activation
 ) -> jax.Array:
-  """y_ND; see grouped_matmul.grouped_swiglu."""
-  return _swiglu(x_ND, (gate_EDF, up_EDF, down_EFD), sizes_E)
+  """y_ND; see experts.experts."""
+  down_EFD = weights[2]
+
+  def body(block: "_Block", y_ND: jax.Array) -> jax.Array:
+    h_RF = activation(*block.gate_and_up(x_ND, weights))
+    return block.put(y_ND, jnp.dot(h_RF, block.weights(down_EFD)))
+
+  return _for_each_block(sizes_E, x_ND.shape[0], _unset(x_ND, x_ND.shape[1]), body)
 
 
-def varying(x: jax.Array) -> frozenset[str]:
-  """The mesh axes along which shard_map knows x to differ; none outside of it."""
-  return jax.typeof(x).manual_axis_type.varying
+Kept = tuple[jax.Array, jax.Array, jax.Array, Weights, jax.Array]
 
 
-def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-  """x, seen by shard_map as differing along all of `axes`."""
-  missing = tuple(sorted(axes - varying(x)))
-  return jax.lax.pcast(x, missing, to="varying") if missing else x
+def _forward(
+  x_ND: jax.Array, weights: Weights, sizes_E: jax.Array, activation: Activation
+) -> tuple[jax.Array, Kept]:
+  down_EFD = weights[2]
+
+  def body(block: "_Block", carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    y_ND, gate_NF, up_NF = carry
+    gate_RF, up_RF = block.gate_and_up(x_ND, weights)
+    y_RD = jnp.dot(activation(gate_RF, up_RF), block.weights(down_EFD))
+    return block.put(y_ND, y_RD), block.put(gate_NF, gate_RF), block.put(up_NF, up_RF)
+
+  D, F = down_EFD.shape[2], down_EFD.shape[1]
+  unset = (_unset(x_ND, D), _unset(x_ND, F), _unset(x_ND, F))
+  y_ND, gate_NF, up_NF = _for_each_block(sizes_E, x_ND.shape[0], unset, body)
+  gate_NF, up_NF = checkpoint_name((gate_NF, up_NF), KEPT)
+  return checkpoint_name(y_ND, KEPT), (x_ND, gate_NF, up_NF, weights, sizes_E)
+
+
+def _backward(
+  activation: Activation, kept: Kept, dy_ND: jax.Array
+) -> tuple[jax.Array, Weights, None]:
+  x_ND, gate_NF, up_NF, weights, sizes_E = kept
+  gate_EDF, up_EDF, down_EFD = weights
+
+  def body(block: "_Block", carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    dx_ND, dgate_EDF, dup_EDF, ddown_EFD = carry
+    x_RD = block.rows(x_ND)
+    gate_RF, up_RF, dy_RD = map(block.valid_rows, (gate_NF, up_NF, dy_ND))
+    dh_RF = jnp.dot(dy_RD, block.weights(down_EFD).T)
+    h_RF, elementwise = jax.vjp(activation, gate_RF, up_RF)
+    da_RF, db_RF = elementwise(dh_RF)
+    dx_RD = jnp.dot(da_RF, block.weights(gate_EDF).T) + jnp.dot(db_RF, block.weights(up_EDF).T)
+    return (
+      block.put(dx_ND, dx_RD),
+      block.add(dgate_EDF, x_RD, da_RF),
+      block.add(dup_EDF, x_RD, db_RF),
+      block.add(ddown_EFD, h_RF, dy_RD),
+    )
+
+  init = (_zeros(x_ND, x_ND.dtype), *(_zeros(w, jnp.float32) for w in weights))
+  dx_ND, *dweights = _for_each_block(sizes_E, x_ND.shape[0], init, body)
+  dgate_EDF, dup_EDF, ddown_EFD = (
+    dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True)
+  )
+  return dx_ND, (dgate_EDF, dup_EDF, ddown_EFD), None
+
+
+experts.defvjp(_forward, _backward)
 
 
 class _Block:
@@ -62,6 +107,10 @@ class _Block:
 
   def weights(self, w_EDF: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(w_EDF, self.expert, keepdims=False)
+
+  def gate_and_up(self, x_ND: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
+    x_RD = self.rows(x_ND)
+    return jnp.dot(x_RD, self.weights(weights[0])), jnp.dot(x_RD, self.weights(weights[1]))
 
   def put(self, y_ND: jax.Array, y_RD: jax.Array) -> jax.Array:
     y_RD = jnp.where(self.valid_R1, y_RD, self.rows(y_ND))
@@ -87,8 +136,14 @@ def _for_each_block(
   by_kind_E = jnp.argsort(kind_E)
   first_of_kind = jnp.searchsorted(kind_E[by_kind_E], jnp.arange(len(rows) + 1))
 
-  def run(size, number, expert_of, first_of, carry):
-    def step(j, carry):
+  def run(
+    size: int,
+    number: jax.Array,
+    expert_of: Callable[[jax.Array], jax.Array],
+    first_of: Callable[[jax.Array, jax.Array], jax.Array],
+    carry: Any,
+  ) -> Any:
+    def step(j: jax.Array, carry: Any) -> Any:
       expert = expert_of(j)
       first = first_of(expert, j)
       moved = jnp.minimum(first, num_rows - size)  # so as not to pass the end
@@ -98,10 +153,10 @@ def _for_each_block(
 
     return jax.lax.fori_loop(jnp.zeros_like(number), number, step, carry)
 
-  def full_expert(j):
+  def full_expert(j: jax.Array) -> jax.Array:
     return jnp.searchsorted(full_end_E, j, side="right")
 
-  def full_first(expert, j):
+  def full_first(expert: jax.Array, j: jax.Array) -> jax.Array:
     return start_E[expert] + (j - full_end_E[expert] + full_E[expert]) * rows[-1]
 
   carry = run(rows[-1], full_end_E[-1], full_expert, full_first, init)
@@ -123,94 +178,3 @@ def _unset(x_ND: jax.Array, columns: int) -> jax.Array:
 
 def _zeros(like: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return vary(jnp.zeros(like.shape, dtype), varying(like))
-
-
-@jax.custom_vjp
-def _matmul(x_ND, w_EDF, sizes_E):
-  def body(block, y_NF):
-    return block.put(y_NF, jnp.dot(block.rows(x_ND), block.weights(w_EDF)))
-
-  return _for_each_block(sizes_E, x_ND.shape[0], _unset(x_ND, w_EDF.shape[2]), body)
-
-
-def _matmul_forward(x_ND, w_EDF, sizes_E):
-  return _matmul(x_ND, w_EDF, sizes_E), (x_ND, w_EDF, sizes_E)
-
-
-def _matmul_backward(kept, dy_NF):
-  x_ND, w_EDF, sizes_E = kept
-
-  def body(block, carry):
-    dx_ND, dw_EDF = carry
-    dy_RF = block.valid_rows(dy_NF)
-    dx_RD = jnp.dot(dy_RF, block.weights(w_EDF).T)
-    return block.put(dx_ND, dx_RD), block.add(dw_EDF, block.rows(x_ND), dy_RF)
-
-  init = (_zeros(x_ND, x_ND.dtype), _zeros(w_EDF, jnp.float32))
-  dx_ND, dw_EDF = _for_each_block(sizes_E, x_ND.shape[0], init, body)
-  return dx_ND, dw_EDF.astype(w_EDF.dtype), None
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def _swiglu(x_ND, weights, sizes_E):
-  down_EFD = weights[2]
-
-  def body(block, y_ND):
-    h_RF = functools.reduce(jnp.multiply, _hidden(block, x_ND, weights)[2:])
-    return block.put(y_ND, jnp.dot(h_RF, block.weights(down_EFD)))
-
-  return _for_each_block(sizes_E, x_ND.shape[0], _unset(x_ND, x_ND.shape[1]), body)
-
-
-def _hidden(block, x_ND, weights):
-  """gate_RF, up_RF, silu(gate_RF), up_RF of a block."""
-  x_RD = block.rows(x_ND)
-  gate_RF, up_RF = (jnp.dot(x_RD, block.weights(w_EDF)) for w_EDF in weights[:2])
-  return gate_RF, up_RF, jax.nn.silu(gate_RF), up_RF
-
-
-def _swiglu_forward(x_ND, weights, sizes_E):
-  down_EFD = weights[2]
-
-  def body(block, carry):
-    y_ND, gate_NF, up_NF = carry
-    gate_RF, up_RF, silu_RF, _ = _hidden(block, x_ND, weights)
-    y_RD = jnp.dot(silu_RF * up_RF, block.weights(down_EFD))
-    return block.put(y_ND, y_RD), block.put(gate_NF, gate_RF), block.put(up_NF, up_RF)
-
-  D, F = down_EFD.shape[2], down_EFD.shape[1]
-  unset = (_unset(x_ND, D), _unset(x_ND, F), _unset(x_ND, F))
-  y_ND, gate_NF, up_NF = _for_each_block(sizes_E, x_ND.shape[0], unset, body)
-  kept = checkpoint_name((gate_NF, up_NF), KEPT)
-  return checkpoint_name(y_ND, KEPT), (x_ND, *kept, weights, sizes_E)
-
-
-def _swiglu_backward(kept, dy_ND):
-  x_ND, gate_NF, up_NF, weights, sizes_E = kept
-  gate_EDF, up_EDF, down_EFD = weights
-
-  def body(block, carry):
-    dx_ND, dgate_EDF, dup_EDF, ddown_EFD = carry
-    x_RD = block.rows(x_ND)
-    gate_RF, up_RF, dy_RD = map(block.valid_rows, (gate_NF, up_NF, dy_ND))
-    dh_RF = jnp.dot(dy_RD, block.weights(down_EFD).T)
-    h_RF, elementwise = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_RF, up_RF)
-    da_RF, db_RF = elementwise(dh_RF)
-    dx_RD = jnp.dot(da_RF, block.weights(gate_EDF).T) + jnp.dot(db_RF, block.weights(up_EDF).T)
-    return (
-      block.put(dx_ND, dx_RD),
-      block.add(dgate_EDF, x_RD, da_RF),
-      block.add(dup_EDF, x_RD, db_RF),
-      block.add(ddown_EFD, h_RF, dy_RD),
-    )
-
-  init = (_zeros(x_ND, x_ND.dtype), *(_zeros(w, jnp.float32) for w in weights))
-  dx_ND, *dweights = _for_each_block(sizes_E, x_ND.shape[0], init, body)
-  dweights = tuple(dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True))
-  return dx_ND, dweights, None
-
-
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

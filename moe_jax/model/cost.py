@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
-from moe_jax.model.transformer import abstract, bias_shape, moe_layers
+from moe_jax.model.transformer import Tokens, abstract, bias_shape, moe_layers
 
 
 class Counts(NamedTuple):
@@ -66,7 +66,8 @@ def activation_bytes(config: config_lib.Config) -> float:
     def forward(params):
       segments, key = jnp.ones_like(tokens), jax.random.key(0)
       bias_ZE = jnp.zeros(bias_shape(model))
-      return nnx.merge(graph, params)(tokens, segments, tokens, bias_ZE, key, train=True)[0]
+      batch = Tokens(tokens, segments, tokens)
+      return nnx.merge(graph, params)(batch, bias_ZE, key, train=True).logits_BLV
 
     return jax.vjp(forward, params)[1]
 

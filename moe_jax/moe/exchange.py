@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange
-from moe_jax.kernels.experts import Experts, grouped_swiglu, slots_swiglu
+from moe_jax.kernels.experts import Experts
+from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe.counts import Choices, MoeStats
 from moe_jax.moe.routers import RouterInputs, Routing
@@ -121,7 +122,7 @@ def _with_capacity(x_TD, routing, experts, layout, capacity, how):
     x_SD = dispatcher.pack(x_TD, routing, slots, layout)
     x_ERD = _to_experts(x_SD.reshape(E, -1, x_SD.shape[-1]))
   with jax.named_scope("experts"):
-    y_ERD = slots_swiglu(x_ERD, experts)
+    y_ERD = run_experts(x_ERD, None, experts, config_lib.GroupedMatmul.AUTO)
   with jax.named_scope("combine"):
     y_SD = _from_experts(y_ERD).reshape(x_SD.shape)
     # Each `tensor` device holds a part of F, so a partial sum; y is smaller than the slots.
@@ -161,7 +162,7 @@ def _grouped(x_TD, routing, experts, layout, backend):
     slots, sizes_E = dispatch.sorted_slots(routing, layout.num_experts)
     x_ND = dispatch.gather_pack(x_TD, routing, slots, layout)
   with jax.named_scope("experts"):
-    y_ND = grouped_swiglu(x_ND, *experts, sizes_E, backend)
+    y_ND = run_experts(x_ND, sizes_E, experts, backend)
   with jax.named_scope("combine"):
     return dispatch.gather_combine(y_ND, routing, slots, layout)
 

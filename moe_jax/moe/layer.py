@@ -1,5 +1,7 @@
 """The MoE layer: owns the router and the experts, and returns its statistics as a value."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,18 @@ from moe_jax.moe.counts import Choices, MoeStats
 from moe_jax.moe.routers import RouterInputs
 
 
+class MoEWeights(NamedTuple):
+  router: dict[str, jax.Array]
+  bias_E: jax.Array
+  experts: Experts
+
+
+class MoEOutput(NamedTuple):
+  y_BLD: jax.Array
+  stats: MoeStats
+  choices: Choices | None
+
+
 class MoELayer(nnx.Module):
   """A router and E experts, some of which each token uses."""
 
@@ -20,7 +34,6 @@ class MoELayer(nnx.Module):
     moe = model.moe
     D, E, F = model.dim, moe.num_experts, moe.expert_dim
     self.moe = moe
-    self.dtype = jnp.dtype(model.compute_dtype.value)
     residual = (2 * model.num_layers) ** -0.5  # keeps the residual stream's variance near 1
     init = jax.random.normal
     self.router_DE = nnx.Param(0.02 * init(rngs.params(), (D, E)))
@@ -30,56 +43,47 @@ class MoELayer(nnx.Module):
     if moe.router is Router.NOISY_TOPK:  # zero, as in Shazeer et al. appendix A: noise of 0.69
       self.noise_DE = nnx.Param(jnp.zeros((D, E)))
 
-  def __call__(
-    self,
-    x_BLD: jax.Array,
-    real_BL: jax.Array,
-    ids_BL: jax.Array,
-    bias_E: jax.Array,
-    key: jax.Array,
-    *,
-    train: bool,
-    trace: bool = False,
-  ) -> tuple[jax.Array, MoeStats, Choices | None]:
-    """y_BLD, the statistics of its real tokens, and with `trace` what became of each token.
+  def weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> MoEWeights:
+    stacked = (w[...].astype(dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
+    router = {"router_DE": self.router_DE[...]}
+    if self.moe.router is Router.NOISY_TOPK:
+      router["noise_DE"] = self.noise_DE[...]
+    return MoEWeights(router, bias_E, Experts(*stacked))
 
-    Args:
-      x_BLD: compute dtype.
-      real_BL: False at padding.
-      ids_BL: int32 token ids, for hash routing.
-      bias_E: float32 balancing bias of the selection, zeros without loss-free balancing.
-      key: for jitter and the routers' noise.
-      train: capacity factor, jitter and noise of training.
-      trace: see the return value.
-    """
-    with jax.named_scope("router"):
-      inputs = self.router_inputs(x_BLD, real_BL, ids_BL, bias_E, key, train=train)
-    experts = Experts(
-      *(w[...].astype(self.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
-    )
-    return exchange.moe_ffn(x_BLD, inputs, experts, self.moe, train=train, trace=trace)
 
-  def router_inputs(self, x_BLD, real_BL, ids_BL, bias_E, key, *, train: bool) -> RouterInputs:
-    """In router_dtype whatever the compute dtype (Switch 2101.03961 section 2.4), with noise.
+def moe_layer(
+  x_BLD: jax.Array,
+  real_BL: jax.Array,
+  ids_BL: jax.Array,
+  weights: MoEWeights,
+  moe: config_lib.MoE,
+  key: jax.Array | None,
+  *,
+  train: bool,
+  trace: bool = False,
+) -> MoEOutput:
+  with jax.named_scope("router"):
+    inputs = router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, train=train)
+  return MoEOutput(*exchange.moe_ffn(x_BLD, inputs, weights.experts, moe, train=train, trace=trace))
 
-    What is drawn is drawn for the global array, so it does not depend on the mesh.
-    """
-    moe = self.moe
+
+def router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, *, train: bool) -> RouterInputs:
+  x_BLD = x_BLD.astype(jnp.float32)
+  if key is not None:
     jitter_key, noise_key = jax.random.split(key)
-    x_BLD = x_BLD.astype(jnp.float32)
-    if train and moe.jitter:
-      low, high = 1 - moe.jitter, 1 + moe.jitter
-      jitter_BLD = jax.random.uniform(jitter_key, x_BLD.shape, jnp.float32, low, high)
-      x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
+  if train and moe.jitter:
+    low, high = 1 - moe.jitter, 1 + moe.jitter
+    jitter_BLD = jax.random.uniform(jitter_key, x_BLD.shape, jnp.float32, low, high)
+    x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
 
-    logits_BLE = router_logits(x_BLD, self.router_DE[...], moe)
-    noise_BLE = scale_BLE = None
-    if moe.router is Router.RANDOM:
-      noise_BLE = _by_batch(jax.random.uniform(noise_key, logits_BLE.shape))
-    elif moe.router is Router.NOISY_TOPK and train:
-      noise_BLE = _by_batch(jax.random.normal(noise_key, logits_BLE.shape))
-      scale_BLE = jax.nn.softplus(router_logits(x_BLD, self.noise_DE[...], moe)) + 1e-2
-    return RouterInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, scale_BLE)
+  logits_BLE = router_logits(x_BLD, weights.router["router_DE"], moe)
+  noise_BLE = scale_BLE = None
+  if moe.router is Router.RANDOM:
+    noise_BLE = _by_batch(jax.random.uniform(noise_key, logits_BLE.shape))
+  elif moe.router is Router.NOISY_TOPK and train:
+    noise_BLE = _by_batch(jax.random.normal(noise_key, logits_BLE.shape))
+    scale_BLE = jax.nn.softplus(router_logits(x_BLD, weights.router["noise_DE"], moe)) + 1e-2
+  return RouterInputs(logits_BLE, real_BL, ids_BL, weights.bias_E, noise_BLE, scale_BLE)
 
 
 def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: config_lib.MoE) -> jax.Array:

@@ -42,7 +42,7 @@ def eval_step(
   num_domains: int = 0,
 ) -> EvalSums:
   """Sums of one batch with the evaluation capacity factor and no jitter."""
-  logits_BLV, stats = probe.forward(probe.Model(graph, params, bias_ZE), batch)
+  logits_BLV, stats, _ = probe.forward(probe.Model(graph, params, bias_ZE), batch)
   real_BL = batch.segments_BL > 0
   bytes_BL = jnp.where(real_BL, bytes_V[batch.targets_BL], 0)
   domains = None

@@ -12,7 +12,7 @@ from flax import nnx
 from moe_jax import checkpoint, data, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax.model import cost
-from moe_jax.model.transformer import Transformer, abstract, bias_shape, moe_layers
+from moe_jax.model.transformer import Tokens, Transformer, abstract, bias_shape, moe_layers
 from moe_jax.training import losses, metrics, optimizers
 from moe_jax.training.evaluator import Evaluator, check_same_data
 from moe_jax.training.loop import Loop
@@ -89,10 +89,9 @@ def batch_sums(
   """
 
   def forward(params, batch, key):
-    logits_BLV, stats = nnx.merge(graph, params)(
-      batch.tokens_BL, batch.segments_BL, batch.positions_BL, bias_ZE, key, train=True
-    )
-    return losses.sums(logits_BLV, batch.targets_BL, batch.segments_BL > 0, stats)
+    tokens = Tokens(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+    out = nnx.merge(graph, params)(tokens, bias_ZE, key, train=True)
+    return losses.sums(out.logits_BLV, batch.targets_BL, batch.segments_BL > 0, out.stats)
 
   accumulation = config.train.accumulation
   if accumulation == 1:

@@ -1,0 +1,234 @@
+"""Which kernels a run takes: decided once, before anything is traced, printed and written down.
+
+`auto` becomes the platform's attention and the fastest experts that give the reference's answer,
+values and gradients, at the run's own sizes (fewer rows, where the reference could not hold them).
+A resumed run takes what its workdir recorded, so no two parts of a run differ by a kernel. Of
+several processes the first decides for all: they must compile the same program.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moe_jax import config as config_lib
+from moe_jax.config import Attention, Config, Dispatch, Exchange, GroupedMatmul, UserError
+from moe_jax.kernels import platform
+from moe_jax.kernels.activation import gated
+from moe_jax.kernels.attention import ATTENTION
+from moe_jax.kernels.attention import choose as choose_attention
+from moe_jax.kernels.experts import KERNELS
+
+_ROWS = 512  # of a comparison; the reference may do E times the arithmetic
+_ROUNDS = 3
+# Of the largest element of a value or gradient: rounding, and sums in another order.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+Function = Callable[..., jax.Array]
+
+
+def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str, str], list[str]]:
+  """Replaces every `auto` of a kernel.
+
+  Args:
+    config: of the run; its mesh is resolved.
+    recorded: what an earlier start of this run returned second, {} for none. It holds on the same
+      kind of device; on another one the choice is made anew.
+
+  Returns:
+    The config; what to record; lines to print.
+
+  Raises:
+    UserError: a kernel that the config names cannot run here.
+  """
+  device = jax.devices()[0].device_kind
+  model, moe, lines = config.model, config.model.moe, []
+  if recorded and recorded["device"] != device:
+    lines.append(f"kernels            chosen anew: the run began on {recorded['device']}")
+    recorded = {}
+  attention, line = _attention(config, recorded.get("attention", ""))
+  lines.append(f"attention          {line}")
+  grouped_matmul, exchange = moe.grouped_matmul, moe.exchange
+  if moe.num_experts and moe.dispatch is Dispatch.GROUPED:
+    grouped_matmul, line = _experts(config, recorded.get("grouped_matmul", ""))
+    lines.append(f"grouped matmul     {line}")
+    if exchange is Exchange.AUTO:
+      exchange = Exchange(recorded.get("exchange", default_exchange().value))
+      lines.append(f"exchange           {exchange.value}")
+  moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul, exchange=exchange)
+  model = dataclasses.replace(model, attention=attention, moe=moe)
+  names = {"attention": attention, "grouped_matmul": grouped_matmul, "exchange": exchange}
+  record = {"device": device} | {name: kernel.value for name, kernel in names.items()}
+  return dataclasses.replace(config, model=model), record, lines
+
+
+def default_exchange() -> Exchange:
+  """What `auto` is: only a TPU moves rows of different numbers at speed."""
+  return Exchange.RAGGED if platform.name() == "tpu" else Exchange.ALL_GATHER
+
+
+def portable(model: config_lib.Model) -> config_lib.Model:
+  """The model with `auto` in place of another platform's kernels: to evaluate it or to generate."""
+  here, moe = platform.name(), model.moe
+  if model.attention in ATTENTION and here not in ATTENTION[model.attention].platforms:
+    model = dataclasses.replace(model, attention=Attention.AUTO)
+  if moe.grouped_matmul in KERNELS and here not in KERNELS[moe.grouped_matmul].platforms:
+    moe = dataclasses.replace(moe, grouped_matmul=GroupedMatmul.AUTO)
+  return dataclasses.replace(model, moe=moe)
+
+
+def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
+  model, dtype = config.model, jnp.dtype(config.model.compute_dtype.value)
+  batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
+  q_shape = (batch, length, model.num_heads, model.head_dim)
+  k_shape = (batch, length, model.num_kv_heads, model.head_dim)
+  if model.attention is not Attention.AUTO:
+    reason = ATTENTION[model.attention].refuses(q_shape, k_shape, dtype)
+    if reason:
+      raise UserError(
+        f"config.model.attention={model.attention.value} refuses {reason}; set it to auto"
+      )
+    return model.attention, f"{model.attention.value}, as the config says"
+  if recorded:
+    return Attention(recorded), f"{recorded}, as when the run began"
+  name, line = choose_attention(platform.name(), q_shape, k_shape, dtype)
+  if name is Attention.REFERENCE:
+    return name, line
+  rng = np.random.default_rng(0)
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = mesh.size if mesh.shape else 1
+  q, k, v, dy = (
+    jnp.asarray(rng.normal(size=(rows, *shape[1:])), dtype)
+    for shape in (q_shape, k_shape, k_shape, q_shape)
+  )
+  cuts = np.sort(rng.integers(0, length, (rows, 2)), axis=1)
+  segments_BL = jnp.asarray(1 + (np.arange(length) >= cuts[..., None]).sum(1), jnp.int32)
+
+  def wrong(kernel: Attention) -> float:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+      return ATTENTION[kernel].function(q, k, v, segments_BL)
+
+    return _compare(attend, reference, (q, k, v), dy)
+
+  def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return ATTENTION[Attention.REFERENCE].function(q, k, v, segments_BL)
+
+  difference = wrong(name)
+  if difference > _TOLERANCE[dtype.name]:
+    return Attention.REFERENCE, f"reference, as {name.value} differs from it by {difference:.1e}"
+  return name, f"{line}; differs from the reference by {difference:.0e}"
+
+
+def _experts(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
+  moe = config.model.moe
+  if moe.grouped_matmul is not GroupedMatmul.AUTO:
+    reason = KERNELS[moe.grouped_matmul].available()
+    if reason:
+      raise UserError(f"config.model.moe.grouped_matmul={moe.grouped_matmul.value}: {reason}")
+    return moe.grouped_matmul, f"{moe.grouped_matmul.value}, as the config says"
+  if recorded:
+    return GroupedMatmul(recorded), f"{recorded}, as when the run began"
+  names = list(GroupedMatmul)
+  line = ""
+
+  def fastest() -> int:
+    nonlocal line
+    kernel, line = _fastest_experts(config)
+    return names.index(kernel)
+
+  kernel = names[_first_process_decides(fastest)]
+  return kernel, line or f"{kernel.value}, as the first process chose"
+
+
+def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
+  """The fastest, and how it compares; the reference where nothing else is right."""
+  model, moe, mesh = config.model, config.model.moe, config.mesh
+  dtype, D = jnp.dtype(model.compute_dtype.value), model.dim
+  E, F = moe.num_experts // mesh.expert, moe.expert_dim // mesh.tensor
+  tokens = config.data.batch_size // config.train.accumulation * config.data.seq_len
+  rows = max(tokens * moe.top_k // (mesh.data * mesh.fsdp * mesh.expert), 1)
+  here = [k for k, r in KERNELS.items() if platform.name() in r.tried_on and not r.available()]
+  seconds: dict[GroupedMatmul, float] = {}
+  notes = []
+  few, many = (_expert_arrays(n, D, F, E, dtype) for n in (min(rows, _ROWS), rows))
+  for kernel in here:
+    try:
+      difference = _compare(_bound(kernel, few[1]), _bound(_REFERENCE, few[1]), few[0], few[2])
+      if not difference <= _TOLERANCE[dtype.name]:
+        notes.append(f"{kernel.value} differs from the reference by {difference:.1e}")
+      elif len(here) == 1:
+        return kernel, f"{kernel.value}; differs from the reference by {difference:.0e}"
+      else:
+        seconds[kernel] = _seconds(_bound(kernel, many[1]), many[0], many[2])
+        notes.append(f"{kernel.value} {1e3 * seconds[kernel]:.2f} ms")
+    except Exception as error:  # a kernel that does not know this device or these sizes
+      notes.append(f"{kernel.value} does not run here: {str(error).splitlines()[0]}")
+  best = min(seconds, key=seconds.__getitem__, default=_REFERENCE)
+  return best, f"{best.value} ({', '.join(notes)}; {rows} rows)"
+
+
+_REFERENCE = GroupedMatmul.RAGGED_DOT
+
+
+def _expert_arrays(
+  N: int, D: int, F: int, E: int, dtype: jnp.dtype
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+  """((x_ND and the weights), sizes_E of uneven loads, dy_ND)."""
+  rng = np.random.default_rng(0)
+  shapes = ((N, D), (E, D, F), (E, D, F), (E, F, D))
+  arrays = tuple(jnp.asarray(rng.normal(size=s) * s[-2] ** -0.5, dtype) for s in shapes)
+  sizes_E = jnp.asarray(rng.multinomial(N, rng.dirichlet(np.full(E, 10.0))), jnp.int32)
+  return arrays, sizes_E, jnp.asarray(rng.normal(size=(N, D)), dtype)
+
+
+def _bound(kernel: GroupedMatmul, sizes_E: jax.Array) -> Function:
+  def experts(x_ND: jax.Array, *weights: jax.Array) -> jax.Array:
+    return KERNELS[kernel].function(x_ND, weights, sizes_E, gated)
+
+  return experts
+
+
+def _with_gradients(function: Function) -> Function:
+  def both(dy: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    y, vjp = jax.vjp(function, *arrays)
+    return (y, *vjp(dy))
+
+  return jax.jit(both)
+
+
+def _compare(
+  function: Function, reference: Function, arrays: tuple[jax.Array, ...], dy: jax.Array
+) -> float:
+  """The largest difference of a value or gradient, of that array's largest element."""
+  ours, theirs = (
+    [np.asarray(x, np.float32) for x in _with_gradients(f)(dy, *arrays)]
+    for f in (function, reference)
+  )
+  return max(
+    float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-9))
+    for a, b in zip(ours, theirs, strict=True)
+  )
+
+
+def _seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Array) -> float:
+  """Of one forward and backward pass, the best of some."""
+  step = _with_gradients(function)
+  jax.block_until_ready(step(dy, *arrays))
+  seconds = []
+  for _ in range(_ROUNDS):
+    start = time.perf_counter()
+    jax.block_until_ready(step(dy, *arrays))
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
+
+
+def _first_process_decides(decide: Callable[[], int]) -> int:
+  """The first process's answer, in every process."""
+  answer = decide() if jax.process_index() == 0 else 0
+  if jax.process_count() == 1:
+    return answer
+  return int(multihost_utils.broadcast_one_to_all(np.int32(answer)))

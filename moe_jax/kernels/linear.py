@@ -1,0 +1,33 @@
+"""A product of activations with a weight matrix."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.kernels.output_first import OutputFirst
+
+Weight = jax.Array | OutputFirst  # as it is trained, or packed for inference (packing.py)
+
+
+def linear(
+  x: jax.Array, weight: Weight, inner: int = 1, dtype: jnp.dtype | None = None
+) -> jax.Array:
+  """x[..., *inner] times weight[*inner, *outer], summed over the inner dimensions: [..., *outer].
+
+  Args:
+    x: activations; all but the last `inner` dimensions are rows.
+    weight: of the same dtype.
+    inner: how many dimensions are summed over.
+    dtype: of the result, and of the sums; by default that of x.
+  """
+  rows, summed = x.shape[: x.ndim - inner], x.shape[x.ndim - inner :]
+  assert weight.shape[:inner] == summed, (x.shape, weight.shape)
+  outer = weight.shape[inner:]
+  # Rows are one dimension and so is the result: of more, XLA is slow at the input's gradient.
+  x_RI = x.reshape(-1, math.prod(summed))
+  if isinstance(weight, OutputFirst):
+    y_RO = weight.product(x_RI, dtype)
+  else:
+    y_RO = jnp.dot(x_RI, weight.reshape(x_RI.shape[1], -1), preferred_element_type=dtype)
+  return y_RO.reshape(*rows, *outer)

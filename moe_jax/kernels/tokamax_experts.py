@@ -1,0 +1,53 @@
+"""Tokamax's grouped matmuls, each of its implementations a kernel of its own.
+
+Its default order is never taken: on a GPU it puts `mosaic` first, whose weight gradient is the slow
+one, and on a TPU it does not try `mosaic_tpu_v2`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from moe_jax.config import UserError
+from moe_jax.kernels.activation import Activation
+
+_OLDEST = (0, 0, 17)  # earlier ones give NaN weight gradients on a GPU to experts without rows
+
+
+def missing() -> str:
+  """Why tokamax cannot be used, or "" if it can."""
+  try:
+    import tokamax
+  except ImportError:
+    return "tokamax is not installed: pip install 'moe_jax[cuda]' or 'moe_jax[tpu]', Python 3.12"
+  version = tokamax.__version__
+  if tuple(int(part) for part in version.split(".")[:3]) < _OLDEST:
+    return f"tokamax {version} is too old: pip install 'tokamax>=0.0.17', which needs Python 3.12"
+  return ""
+
+
+def implementation(name: str) -> Callable[..., jax.Array]:
+  """The experts by tokamax's implementation of that name; see experts.experts."""
+  return functools.partial(_experts, name)
+
+
+def _experts(
+  name: str,
+  x_ND: jax.Array,
+  weights: tuple[jax.Array, jax.Array, jax.Array],
+  sizes_E: jax.Array,
+  activation: Activation,
+) -> jax.Array:
+  if missing():
+    raise UserError(f"config.model.moe.grouped_matmul={name}: {missing()}; or set it to auto")
+  import tokamax
+
+  def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    varies = jax.typeof(x).manual_axis_type  # its kernels do not infer it
+    return tokamax.ragged_dot(
+      x, w, group_sizes=sizes_E, implementation=name, manual_axis_type=varies
+    )
+
+  gate_EDF, up_EDF, down_EFD = weights
+  return product(activation(product(x_ND, gate_EDF), product(x_ND, up_EDF)), down_EFD)
