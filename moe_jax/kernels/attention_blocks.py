@@ -1,0 +1,49 @@
+"""Attention for XLA:CPU: blocks of queries, and no reduction over the last dimension.
+
+R query heads of one key/value head
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(
+  q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, segments_BL: jax.Array
+) -> jax.Array:
+  """y_BLHA; see attention.reference.
+
+  Queries go in up to 8 blocks, each with the keys up to its own end: near half the work and memory
+  of a full mask.
+  """
+  B, L, H, A = q_BLHA.shape
+  G = k_BLGA.shape[2]
+  q_BGRLA = q_BLHA.reshape(B, L, G, H // G, A).transpose(0, 2, 3, 1, 4) * A**-0.5
+  k_BGSA, v_BGSA = k_BLGA.swapaxes(1, 2), v_BLGA.swapaxes(1, 2)
+  blocks = max(n for n in range(1, 9) if L % n == 0 and (n == 1 or L // n >= 32))
+  out = []
+  for end in range(L // blocks, L + 1, L // blocks):
+    rows, seen = slice(end - L // blocks, end), slice(0, end)
+    scores_BGRLS = jnp.einsum(
+      "BGRLA,BGSA->BGRLS", q_BGRLA[:, :, :, rows], k_BGSA[:, :, seen],
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    visible_BLS = _visible(segments_BL, rows, seen)
+    scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, -jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.max(scores_BGRLS, axis=-1, keepdims=True))
+    weights_BGRLS = jnp.exp(scores_BGRLS - highest).astype(v_BGSA.dtype)
+    # Normalised after the product with V, the sum as a product with ones: XLA:CPU is slow at
+    # reductions over the last dimension, and this leaves none in the backward pass.
+    ones_S = jnp.ones((end,), weights_BGRLS.dtype)
+    total_BGRL, y_BGRLA = (
+      jnp.einsum(f"BGRLS,{v}", weights_BGRLS, values, preferred_element_type=jnp.float32)
+      for v, values in (("S->BGRL", ones_S), ("BGSA->BGRLA", v_BGSA[:, :, seen]))
+    )
+    out.append((y_BGRLA / total_BGRL[..., None]).astype(v_BGSA.dtype))
+  return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
+
+
+def _visible(segments_BL: jax.Array, rows: slice, seen: slice) -> jax.Array:
+  """visible_BLS, bool, of the queries `rows` and the keys `seen`."""
+  same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, seen]
+  index_L = jnp.arange(segments_BL.shape[1])
+  return same_BLS & (index_L[rows, None] >= index_L[None, seen])[None]

@@ -1,0 +1,63 @@
+"""Attention for TPU: the splash kernel that comes with jax (Pallas), forward and backward.
+
+It skips the blocks of keys later than the queries. Documents are compared inside the kernel, by
+their numbers, so nothing of size [L, L] is in memory.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.kernels import attention_local
+
+_LANES = 128  # numbers in a vector register's row; blocks are multiples of it
+
+
+def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+  """See attention.AttentionKernel."""
+  if q_shape[1] % _LANES:
+    return f"a sequence of {q_shape[1]} tokens: its blocks are multiples of {_LANES}"
+  return ""
+
+
+def attend(
+  q_BLHA: jax.Array,
+  k_BLGA: jax.Array,
+  v_BLGA: jax.Array,
+  segments_BL: jax.Array,
+  interpret: bool = False,
+) -> jax.Array:
+  """y_BLHA; see attention.reference. Several devices: each its own sequences and heads.
+
+  Args:
+    interpret: whether Pallas interprets the kernel, slowly, on a CPU.
+  """
+  local = functools.partial(_attend, interpret=interpret)
+  return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+
+
+def _attend(
+  q_BLHA: jax.Array,
+  k_BLGA: jax.Array,
+  v_BLGA: jax.Array,
+  segments_BL: jax.Array,
+  interpret: bool,
+) -> jax.Array:
+  # Here, because other platforms need not wait for it, nor have it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  L, H, A = q_BLHA.shape[1:]
+  size = next(n for n in (512, 384, 256, _LANES) if L % n == 0)  # the largest that divides L
+  kernel = splash.make_splash_mha_single_device(
+    # A rule, not numbers: no [L, L] array is built.
+    splash.MultiHeadMask([splash.CausalMask((L, L)) for _ in range(H)]),
+    block_sizes=splash.BlockSizes(
+      block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
+      block_kv_dq=size,
+    ),
+    interpret=interpret,
+  )  # fmt: skip
+  q_BHLA, k_BGLA, v_BGLA = (x.swapaxes(1, 2) for x in (q_BLHA * A**-0.5, k_BLGA, v_BLGA))
+  y_BHLA = jax.vmap(kernel)(q_BHLA, k_BGLA, v_BGLA, splash.SegmentIds(segments_BL, segments_BL))
+  return y_BHLA.swapaxes(1, 2)
