@@ -10,12 +10,13 @@ import pytest
 from conftest import mesh_of
 
 from moe_jax import sharding
+from moe_jax.config import Attention
 from moe_jax.kernels import attention, attention_cudnn, attention_splash
 
 # What a kernel is on a CPU: the library's own code where it is interpreted, and for cuDNN
 # everything but cuDNN itself.
 KERNELS = {
-  "blocks": attention.ATTENTION["blocks"].function,
+  "blocks": attention.ATTENTION[Attention.BLOCKS].function,
   "splash": functools.partial(attention_splash.attend, interpret=True),
   "cudnn": functools.partial(attention_cudnn.attend, implementation="xla"),
 }
@@ -128,21 +129,23 @@ def test_refuses():
   q, k = (2, 256, 8, 64), (2, 256, 4, 64)
   for name in attention.ATTENTION:
     assert refusal[name](q, k, jnp.bfloat16) == "", name
-  assert "37 tokens" in refusal["splash"]((2, 37, 8, 64), (2, 37, 4, 64), jnp.bfloat16)
-  assert "float32" in refusal["cudnn"](q, k, jnp.float32)
-  assert "head_dim=60" in refusal["cudnn"]((2, 256, 8, 60), (2, 256, 4, 60), jnp.bfloat16)
-  assert "head_dim=256" in refusal["cudnn"]((2, 256, 8, 256), (2, 256, 4, 256), jnp.bfloat16)
+  assert "37 tokens" in refusal[Attention.SPLASH]((2, 37, 8, 64), (2, 37, 4, 64), jnp.bfloat16)
+  assert "float32" in refusal[Attention.CUDNN](q, k, jnp.float32)
+  assert "head_dim=60" in refusal[Attention.CUDNN]((2, 256, 8, 60), (2, 256, 4, 60), jnp.bfloat16)
+  assert "head_dim=256" in refusal[Attention.CUDNN](
+    (2, 256, 8, 256), (2, 256, 4, 256), jnp.bfloat16
+  )
 
 
 @pytest.mark.parametrize(
   ("platform", "length", "dtype", "name", "says"),
   [
-    ("cpu", 37, jnp.float32, "blocks", "blocks"),
-    ("tpu", 256, jnp.bfloat16, "splash", "splash"),
-    ("tpu", 37, jnp.bfloat16, "reference", "splash refuses a sequence of 37 tokens"),
-    ("gpu", 256, jnp.bfloat16, "cudnn", "cudnn"),
-    ("gpu", 256, jnp.float32, "reference", "cudnn refuses float32"),
-    ("abacus", 256, jnp.float32, "reference", "no kernel is for abacus"),
+    ("cpu", 37, jnp.float32, Attention.BLOCKS, "blocks"),
+    ("tpu", 256, jnp.bfloat16, Attention.SPLASH, "splash"),
+    ("tpu", 37, jnp.bfloat16, Attention.REFERENCE, "splash refuses a sequence of 37 tokens"),
+    ("gpu", 256, jnp.bfloat16, Attention.CUDNN, "cudnn"),
+    ("gpu", 256, jnp.float32, Attention.REFERENCE, "cudnn refuses float32"),
+    ("abacus", 256, jnp.float32, Attention.REFERENCE, "no kernel is for abacus"),
   ],
 )
 def test_choose(platform, length, dtype, name, says):

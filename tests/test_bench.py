@@ -10,9 +10,7 @@ import pytest
 from conftest import toy_config
 
 from benchmarks import inference, inference_report, layer, layer_report, plots, results, train
-from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Dtype, UserError
-from moe_jax.kernels import experts as expert_kernels
 from moe_jax.moe import dispatch
 
 TOY = layer.Setting(8, 12, 2, (8,), 2, 8, phases=True)
@@ -22,15 +20,8 @@ TOY_SIZES = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_choice_of_backend():
-  with pytest.MonkeyPatch.context() as patch:  # which compiles two programs for each shape
-    patch.setattr(expert_kernels, "fastest", lambda *_: config_lib.GroupedMatmul.BLOCKED)
-    yield
-
-
 @pytest.fixture(scope="module")
-def measured(no_choice_of_backend):
+def measured():
   # The second is the accelerators' kind.
   return layer.run([TOY, TOY._replace(dtype=Dtype.BFLOAT16, phases=False)], 1, min_seconds=0.0)
 

@@ -11,7 +11,7 @@ from conftest import toy_config
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax.kernels.attention_blocks import causal_attention as reference
+from moe_jax.kernels.attention import reference
 from moe_jax.model import attention, transformer
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -202,21 +202,3 @@ def test_bfloat16_follows_float32():
   error = np.abs(np.asarray(rounded - exact))
   assert np.median(error) < 0.02 * np.abs(exact).max()
   assert np.median(error) > 0
-
-
-def test_attention_in_blocks_is_attention_at_once():
-  """L=256 in 8 blocks against the library's softmax under a whole mask, gradients too."""
-  B, L, H, G, A = 2, 256, 4, 2, 6
-  keys = jax.random.split(jax.random.key(0), 4)
-  q = jax.random.normal(keys[0], (B, L, H, A))
-  k, v = (jax.random.normal(key, (B, L, G, A)) for key in keys[1:3])
-  segments = jnp.where(jnp.arange(L)[None] < jnp.array([[100], [201]]), 1, 2)
-  mask = (segments[:, :, None] == segments[:, None]) & jnp.tril(jnp.ones((1, L, L), bool))
-  results = []
-  for attend in (
-    lambda q, k, v: reference(q, k, v, segments),
-    lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]),
-  ):
-    y, vjp = jax.vjp(jax.jit(attend), q, k, v)
-    results.append((y, vjp(jax.random.normal(keys[3], y.shape))))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)

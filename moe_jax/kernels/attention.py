@@ -12,10 +12,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels import attention_blocks, attention_cudnn, attention_splash
+from moe_jax.config import Attention
+from moe_jax.kernels import attention_blocks, attention_cudnn, attention_splash, platform
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Shape = tuple[int, ...]
+
+
+def attention(
+  q_BLHA: jax.Array,
+  k_BLGA: jax.Array,
+  v_BLGA: jax.Array,
+  segments_BL: jax.Array,
+  kernel: Attention,
+) -> jax.Array:
+  """`reference`, by the kernel named; by the one of `choose` if it is auto or refuses the sizes."""
+  shapes = (q_BLHA.shape, k_BLGA.shape, q_BLHA.dtype)
+  if kernel is Attention.AUTO or ATTENTION[kernel].refuses(*shapes):
+    kernel, _ = choose(platform.name(), *shapes)
+  return ATTENTION[kernel].function(q_BLHA, k_BLGA, v_BLGA, segments_BL)
 
 
 def reference(
@@ -53,23 +68,32 @@ class AttentionKernel(NamedTuple):
   function: Attend
   # (shape of q_BLHA, shape of k_BLGA, dtype) -> why the kernel cannot take them, or "".
   refuses: Callable[[Shape, Shape, jnp.dtype], str]
-  platforms: tuple[str, ...]  # where `choose` takes it; one may be named in the config anywhere
+  platforms: tuple[str, ...]  # where it runs
+  tried_on: tuple[str, ...]  # where `auto` considers it
 
 
 def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
   return ""
 
 
-ATTENTION = {
-  "reference": AttentionKernel(reference, _takes_all, ()),
-  "blocks": AttentionKernel(attention_blocks.attend, _takes_all, ("cpu",)),
-  "cudnn": AttentionKernel(attention_cudnn.attend, attention_cudnn.refuses, ("gpu", "cuda")),
-  "splash": AttentionKernel(attention_splash.attend, attention_splash.refuses, ("tpu",)),
+ATTENTION: dict[Attention, AttentionKernel] = {
+  Attention.REFERENCE: AttentionKernel(reference, _takes_all, ("cpu", "gpu", "tpu"), ()),
+  Attention.BLOCKS: AttentionKernel(
+    attention_blocks.attend, _takes_all, ("cpu", "gpu", "tpu"), ("cpu",)
+  ),
+  Attention.CUDNN: AttentionKernel(
+    attention_cudnn.attend, attention_cudnn.refuses, ("gpu",), ("gpu",)
+  ),
+  Attention.SPLASH: AttentionKernel(
+    attention_splash.attend, attention_splash.refuses, ("tpu",), ("tpu",)
+  ),
 }
 
 
-def choose(platform: str, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> tuple[str, str]:
-  """(name in ATTENTION, a line that says so and why): what `auto` means here.
+def choose(
+  platform: str, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype
+) -> tuple[Attention, str]:
+  """(the kernel, a line that says so and why): what `auto` means here.
 
   Nothing is measured: several processes must choose the same, and a resumed run again.
 
@@ -79,12 +103,12 @@ def choose(platform: str, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> t
     k_shape: of k_BLGA, likewise.
     dtype: of both.
   """
-  own = [name for name, kernel in ATTENTION.items() if platform in kernel.platforms]
+  own = [name for name, kernel in ATTENTION.items() if platform in kernel.tried_on]
   if not own:
-    return "reference", f"attention: reference, as no kernel is for {platform}"
+    return Attention.REFERENCE, f"reference, as no kernel is for {platform}"
   reasons = {name: ATTENTION[name].refuses(q_shape, k_shape, dtype) for name in own}
   for name, reason in reasons.items():
     if not reason:
-      return name, f"attention: {name}"
-  why = "; ".join(f"{name} refuses {reason}" for name, reason in reasons.items())
-  return "reference", f"attention: reference, which holds [L, L] scores in memory, as {why}"
+      return name, name.value
+  why = "; ".join(f"{name.value} refuses {reason}" for name, reason in reasons.items())
+  return Attention.REFERENCE, f"reference, which holds [L, L] scores in memory, as {why}"

@@ -1,0 +1,54 @@
+"""A run made before the package had rooms: it evaluates, generates and goes on to the same numbers.
+
+tests/golden_run is its workdir after 4 steps, without plots, and expected.json what that version
+then said: its evaluation, logits after the ids, and the losses of two more steps. It may change
+when checkpoints change on purpose; then say in CHANGELOG.md how to convert older ones.
+"""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax import workdir
+from moe_jax.analysis import evaluation
+from moe_jax.training import train
+
+GOLDEN = pathlib.Path(__file__).parent / "golden_run"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+  """A copy of the run, beside the text that it was trained on."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "text").mkdir()
+  for n in range(40):
+    text = f"document {n} is about the number {n}. " * 40
+    (tmp_path / "text" / f"{n}.txt").write_text(text)
+  shutil.copytree(GOLDEN, tmp_path / "run")
+  return tmp_path / "run"
+
+
+def test_it_evaluates_and_generates(run):
+  result, _ = evaluation.run(str(run), 0, "validation")
+  # float32 on another processor
+  assert result["loss"] == pytest.approx(EXPECTED["eval_loss"], rel=1e-5)
+  np.testing.assert_allclose(result["max_vio_Z"], EXPECTED["max_vio_Z"], rtol=1e-3)
+  model = moe_jax.load(run)
+  logits_LV = model.logits(EXPECTED["ids"])
+  np.testing.assert_allclose(logits_LV[-1, :12], EXPECTED["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_it_goes_on(run):
+  """Optimizer, balancing bias, data order and router state are all read from the old files."""
+  config = workdir.read_config(run)
+  config.train.steps = 6
+  train.run(config, str(run))
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  losses = {str(line["step"]): line["train/loss"] for line in lines if "train/loss" in line}
+  for step, loss in EXPECTED["train_loss"].items():
+    assert losses[step] == pytest.approx(loss, rel=1e-5), step

@@ -1,0 +1,105 @@
+"""The letters of names are true in training, evaluation and decoding; a planted lie is found."""
+
+import importlib.util
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+import routings
+import shape_names
+from conftest import toy_config
+from test_expert_parallel import set_up, toy_batch
+
+from moe_jax import sharding
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul
+from moe_jax.inference import decoding
+
+
+def grouped(exchange=Exchange.AUTO, kernel=GroupedMatmul.BLOCKED):
+  return dict(
+    dispatch=Dispatch.GROUPED, exchange=exchange, grouped_matmul=kernel, capacity_factor=0.0,
+    eval_capacity_factor=0.0,
+  )  # fmt: skip
+
+
+PATHS = {
+  "gather": ({}, {}),
+  "gather, expert 2, data 2": ({}, dict(expert=2, data=2)),
+  "einsum": (dict(dispatch=Dispatch.EINSUM), {}),
+  "dense": (dict(dispatch=Dispatch.DENSE, capacity_factor=0.0, eval_capacity_factor=0.0), {}),
+  "blocked": (grouped(), {}),
+  "ragged dot": (grouped(kernel=GroupedMatmul.RAGGED_DOT), {}),
+  "all_gather": (grouped(Exchange.ALL_GATHER), dict(expert=2, tensor=2)),
+  "all_to_all": (grouped(Exchange.ALL_TO_ALL), dict(expert=4, data=2)),
+  "ragged": (grouped(Exchange.RAGGED), dict(expert=2, fsdp=2)),
+}
+ROUTERS = {f"router {name}": (fields, {}) for name, (fields, *_) in routings.ROUTINGS.items()}
+
+
+@pytest.mark.parametrize("name", PATHS | ROUTERS)
+def test_a_training_step(name):
+  fields, axes = (PATHS | ROUTERS)[name]
+  config = toy_config(shared_experts=1, **dict(num_experts=8) | fields)
+  config.model.qk_norm = True
+  config.train.accumulation, config.data.batch_size = 2, 16
+  config.loss = config_lib.Loss(load_balance=0.0)  # which some routers do not take
+  mesh, state, step, *_ = set_up(config, axes)
+  with jax.set_mesh(mesh), shape_names.checked() as lies:
+    step.lower(state, sharding.to_global(toy_batch(config), mesh))
+  assert not lies, "\n".join(sorted(lies))
+
+
+@pytest.mark.parametrize("axes", [{}, dict(expert=2, tensor=2)], ids=str)
+def test_evaluation_prefill_and_decoding(axes):
+  config = toy_config(shared_experts=1)
+  mesh, state, *_ = set_up(config, axes)
+  model = decoding.for_inference(config.model)
+  start_B, tokens_BL = jnp.array([0, 3, 1, 9]), jnp.zeros((4, 8), jnp.int32)
+  with jax.set_mesh(mesh), shape_names.checked() as lies:
+    weights = decoding.weights(model, state.params, state.bias_ZE)
+
+    def generate(weights):
+      cache = decoding.empty_cache(model, start_B, 16)
+      cache = decoding.forward(weights, model, cache, tokens_BL, all_logits=True).cache
+      out = decoding.forward(weights, model, cache, tokens_BL[:, :1], all_logits=False, trace=True)
+      return out.logits_BLV, out.choices
+
+    jax.jit(generate).lower(weights)
+  assert not lies, "\n".join(sorted(lies))
+
+
+def test_a_planted_lie_is_found(tmp_path, monkeypatch):
+  """A wrong rank and a letter of two sizes; arrays that are true, and other values, are passed."""
+  (tmp_path / "lying.py").write_text(
+    textwrap.dedent("""
+    import numpy as np
+
+    def rank():
+      x_BLD = np.zeros((2, 3))
+      return x_BLD
+
+    def size():
+      x_BD, y_DF = np.zeros((2, 3)), np.zeros((4, 5))
+      return x_BD, y_DF
+
+    def true():
+      x_BD, total_B1, E, gate_EDF = np.zeros((2, 3)), np.zeros((2, 1)), 3, (np.zeros(1),)
+      return x_BD, total_B1, E, gate_EDF
+    """)
+  )
+  monkeypatch.setattr(shape_names, "PACKAGE", str(tmp_path))
+  spec = importlib.util.spec_from_file_location("lying", tmp_path / "lying.py")
+  lying = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(lying)
+  for function, says in (
+    (lying.rank, "x_BLD has the shape (2, 3)"),
+    (lying.size, "D is 3 in x_BD"),
+  ):
+    with shape_names.checked() as lies:
+      function()
+    (lie,) = lies
+    assert says in lie and function.__name__ in lie
+  with shape_names.checked() as lies:
+    lying.true()
+  assert not lies
