@@ -1,7 +1,9 @@
-"""The expert-parallel layer compiles for TPU, forward and backward, and exchanges what it should.
+"""The expert-parallel layer compiles for TPU and exchanges what it should; so does a train step,
+with its flash attention.
 
 libtpu compiles for a described topology, so this needs no TPU. It says nothing of run time, nor of
-numbers: test_ragged_exchange.py checks those of the one exchange that a CPU does not have.
+numbers: test_ragged_exchange.py checks those of the one exchange that a CPU does not have, and
+test_attention_kernels.py those of attention.
 """
 
 import importlib.util
@@ -15,12 +17,13 @@ import sys
 
 import jax
 import pytest
+from train_step_case import square_arrays
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORKER = ROOT / "tests" / "tpu_compile_worker.py"
 
 # The worker's sizes: 128 tokens on each of 4 devices of `expert`, 2 choices.
-E, D, F, MATMUL_ROWS = 8, 256, 384, 2048
+E, D, F, SORTED_ROWS = 8, 256, 384, 2048
 TOKENS, ROWS = 4 * 128, 4 * 128 * 2
 # jax 0.10.2's libtpu computes a weight gradient for all rows and each expert: E times the work.
 LEAN_GRADIENT = jax.__version_info__ >= (0, 12)
@@ -34,7 +37,7 @@ pytestmark = [
 
 
 def compile_for_tpu(case, tmp_path):
-  """{hlo, flops} of the forward pass, and of forward and backward."""
+  """What the worker writes: see there."""
   out = tmp_path / "compiled.json"
   env = {**os.environ, "PYTHONPATH": str(ROOT)}
   subprocess.run([sys.executable, WORKER, case, out], cwd=ROOT, env=env, check=True, timeout=500)
@@ -80,8 +83,9 @@ def test_ragged_exchange_compiles(tmp_path):
   importlib.util.find_spec("tokamax") is None,
   reason="needs tokamax: pip install tokamax (Python 3.12, jax 0.11.1)",
 )
-def test_tokamax_compiles(tmp_path):
-  forward, both = compile_for_tpu("tokamax", tmp_path)
+@pytest.mark.parametrize("implementation", ["mosaic", "mosaic_tpu_v2"])
+def test_tokamax_compiles(implementation, tmp_path):
+  forward, both = compile_for_tpu(implementation, tmp_path)
   check_ragged(forward, both)
   # Its own kernels, not XLA's: y of three matmuls, then dx and dw of each.
   kernels = re.findall(r"%(\w+?)[.\d]* = .*tpu_custom_call", both["hlo"])
@@ -113,4 +117,21 @@ def test_all_to_all_with_capacity_compiles(tmp_path):
 
 
 def test_ragged_dot_does_the_work_once(tmp_path):
-  check_flops(*compile_for_tpu("matmul", tmp_path), 2 * MATMUL_ROWS * D * F)
+  check_flops(*compile_for_tpu("experts", tmp_path), 3 * 2 * SORTED_ROWS * D * F)
+
+
+def test_train_step_has_flash_attention(tmp_path):
+  """Its kernels, forward and backward; in memory no array of queries by keys."""
+  hlo = compile_for_tpu("splash", tmp_path)
+  kernels = re.findall(r"%splash_mha_(\w+?)[.\d]* = .*tpu_custom_call", hlo)
+  assert sorted(kernels) == [
+    "dkv_segmented_no_residuals", "dq_segmented_no_residuals", "fwd_segmented_residuals",
+  ]  # fmt: skip
+  assert not square_arrays(hlo)
+
+
+def test_train_step_with_the_reference_has_scores_in_memory(tmp_path):
+  """So the search for them finds them."""
+  hlo = compile_for_tpu("reference", tmp_path)
+  assert "splash" not in hlo
+  assert square_arrays(hlo)

@@ -1,5 +1,7 @@
-"""Compiles one case for a TPU that need not be there; writes [forward, forward and backward]:
-optimized HLO and flops of each. test_tpu_compile.py runs it, in a process of its own.
+"""Compiles one case for a TPU that need not be there.
+
+Writes [forward, forward and backward], {hlo, flops} of each; of a train step its optimized HLO.
+test_tpu_compile.py runs it, in a process of its own.
 """
 
 import json
@@ -20,21 +22,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from train_step_case import compile_step
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
-from moe_jax.kernels.experts import Experts, grouped_matmul
+from moe_jax.kernels.experts import Experts
+from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import exchange
 from moe_jax.moe.routers import RouterInputs
 
 B, L, D, F, E, K = 8, 128, 256, 384, 8, 2
-N = 2048  # rows of the grouped matmul alone
+N = 2048  # rows of the experts alone
 
 _RAGGED = dict(dispatch=Dispatch.GROUPED, exchange=Exchange.RAGGED)
 _LAYERS = {
   "ragged": dict(_RAGGED, grouped_matmul=GroupedMatmul.RAGGED_DOT),
-  "tokamax": dict(_RAGGED, grouped_matmul=GroupedMatmul.TOKAMAX),
+  "mosaic": dict(_RAGGED, grouped_matmul=GroupedMatmul.MOSAIC),
+  "mosaic_tpu_v2": dict(_RAGGED, grouped_matmul=GroupedMatmul.MOSAIC_TPU_V2),
   "all_gather": dict(
     dispatch=Dispatch.GROUPED,
     exchange=Exchange.ALL_GATHER,
@@ -86,32 +91,38 @@ def layer(devices, **options):
     )  # fmt: skip
 
 
-def matmul(devices):
-  """One grouped matmul, on one device."""
+def sorted_experts(devices):
+  """The experts of rows sorted by expert, on one device."""
   mesh = mesh_of(devices, data=1, expert=1)
 
-  def loss(x_ND, w_EDF, sizes_E):
-    y_NF = grouped_matmul(x_ND, w_EDF, sizes_E, GroupedMatmul.RAGGED_DOT)
-    return jnp.sum(y_NF.astype(jnp.float32) ** 2), y_NF
+  def loss(x_ND, experts, sizes_E):
+    y_ND = run_experts(x_ND, sizes_E, experts, GroupedMatmul.RAGGED_DOT)
+    return jnp.sum(y_ND.astype(jnp.float32) ** 2), y_ND
 
+  experts = Experts(*(array(mesh, s, jnp.bfloat16) for s in ((E, D, F), (E, D, F), (E, F, D))))
   with jax.set_mesh(mesh):
     return compile_both(
-      loss, (0, 1), array(mesh, (N, D), jnp.bfloat16), array(mesh, (E, D, F), jnp.bfloat16),
-      array(mesh, (E,), jnp.int32),
-    )  # fmt: skip
+      loss, (0, 1), array(mesh, (N, D), jnp.bfloat16), experts, array(mesh, (E,), jnp.int32)
+    )
 
 
 def main():
   case, out = sys.argv[1:]
-  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-  if case == "tokamax":
-    import tokamax
-
-    # Otherwise it sees a CPU, and quietly takes XLA's ragged_dot instead of its own kernels.
-    with tokamax.config.cross_compile(True):
-      result = layer(devices, **_LAYERS[case])
+  if case in ("splash", "reference"):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    result = compile_step(devices, case)
   else:
-    result = matmul(devices) if case == "matmul" else layer(devices, **_LAYERS[case])
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    if case == "experts":
+      result = sorted_experts(devices)
+    elif case.startswith("mosaic"):
+      import tokamax
+
+      # Otherwise it sees a CPU, and quietly takes XLA's ragged_dot instead of its own kernels.
+      with tokamax.config.cross_compile(True):
+        result = layer(devices, **_LAYERS[case])
+    else:
+      result = layer(devices, **_LAYERS[case])
   pathlib.Path(out).write_text(json.dumps(result))
 
 
