@@ -14,6 +14,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax import workdir as workdir_lib
 from moe_jax.model import transformer
 
 
@@ -42,7 +43,7 @@ class Checkpointer:
         "enable_async_checkpointing": True,
       }
     self._manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(),
+      (workdir / workdir_lib.CHECKPOINTS).absolute(),
       options=ocp.CheckpointManagerOptions(**options),
       item_names=("state", "data"),
     )

@@ -4,7 +4,6 @@ Needs nothing but the workdir.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 
 from moe_jax import checkpoint, data, sharding, startup, validation
 from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import probe, specialisation
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.model import cost
 from moe_jax.model.transformer import abstract, moe_layers
-from moe_jax.training.evaluator import Evaluator, batch_size, check_same_data, fit_mesh, read_config
+from moe_jax.training.evaluator import Evaluator, batch_size, fit_mesh
 
 # What routing and causal evaluation look at, spread over the split.
 _TRACED_TOKENS = 16_384
@@ -54,10 +54,12 @@ def run(
     if causal:
       result["causal"] = run.causal(model)
     if routing:
-      traced = _write(run.path / "routing.json", run.routing(model), None)
+      traced = workdir_lib.write_object(
+        run.path / workdir_lib.ROUTING, run.routing(model), indent=None
+      )
   run.close()
   # Last, since it says that the evaluation is done.
-  return _write(run.path / "eval.json", result, 2), traced
+  return workdir_lib.write_object(run.path / workdir_lib.EVAL, result), traced
 
 
 class Run:
@@ -66,13 +68,13 @@ class Run:
   def __init__(self, workdir: str, step: int, split: str):
     """step: the checkpoint to evaluate; 0 is the newest."""
     self.path = pathlib.Path(workdir)
-    config = read_config(self.path)
+    config = workdir_lib.read_config(self.path)
     startup.start(config.data)
     self.config, self.split = fit_mesh(config), split
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = data.load_rows(config.data, split)
-    check_same_data(self.path, {split: self.rows.digest})
+    workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 
   def restore(self, step: int) -> probe.Model:
@@ -184,13 +186,6 @@ def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
   return dataclasses.replace(
     moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0
   )
-
-
-def _write(path: pathlib.Path, values: dict[str, Any], indent: int | None) -> dict[str, Any]:
-  """Returns what the file holds: lists in place of arrays."""
-  text = json.dumps(values, indent=indent, default=lambda array: array.tolist())
-  path.write_text(text + "\n")
-  return json.loads(text)
 
 
 def summary(result: dict[str, Any]) -> str:

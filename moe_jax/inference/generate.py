@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_jax import checkpoint, sharding, startup
 from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, sampling
@@ -47,7 +48,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
     UserError: no run or checkpoint there, or its router cannot generate.
   """
   path = pathlib.Path(workdir)
-  config = evaluator.read_config(path)
+  config = workdir_lib.read_config(path)
   model = decoding.for_inference(config.model)
   startup.start(config.data)
   reader = checkpoint.Checkpointer(path)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding, validation
+from moe_jax import data, sharding
 from moe_jax.analysis import probe
 from moe_jax.training import losses, metrics
 
@@ -127,34 +125,6 @@ class Evaluator:
       for name, nll, targets, num_bytes in zip(self._rows.domains, *domains, strict=True)
       if targets
     }
-
-
-def read_config(workdir: pathlib.Path) -> config_lib.Config:
-  path = workdir / "config.json"
-  if not path.is_file():
-    raise config_lib.UserError(
-      f"--workdir={workdir}: no config.json there, so no run; train one first with train.py"
-    )
-  config = config_lib.from_json(path.read_text())
-  validation.validate(config)
-  return config
-
-
-def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
-  """Refuses text other than the run's own: another Python's standard library, changed files.
-
-  Args:
-    workdir: of the run; its data.json has the digests that it was started with.
-    digests: {split: digest of its token stream}.
-  """
-  path = workdir / "data.json"
-  recorded = json.loads(path.read_text()) if path.exists() else {}
-  changed = [split for split, digest in digests.items() if recorded.get(split, digest) != digest]
-  if changed:
-    raise config_lib.UserError(
-      f"--workdir={workdir}: the {' and '.join(changed)} text is not the one this run was trained "
-      "with (another Python version, or changed files?); use the same text, or a new workdir"
-    )
 
 
 def fits(mesh: config_lib.Mesh) -> bool:
