@@ -23,7 +23,7 @@ from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, sampling
 from moe_jax.inference.decoding import Weights
-from moe_jax.training import evaluator
+from moe_jax.model import transformer
 
 _SLOTS = 32  # caches are multiples of it
 _CHUNK = 32  # tokens of a row that the device draws before it answers, at most
@@ -54,17 +54,13 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
   reader = checkpoint.Checkpointer(path)
   try:
     step = reader.find(step)
-    mesh = fit_mesh(config.mesh)
+    mesh = sharding.make_mesh(sharding.fit_mesh(config.mesh, batch_size=1))
     with jax.set_mesh(mesh):
-      weights = decoding.weights(model, **reader.restore_model(step, model, mesh))
+      stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
+      weights = decoding.weights(model, **stored)
   finally:
     reader.close()
   return Model(model, weights, mesh, tokenizers.load(config.data), step)
-
-
-def fit_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
-  """The run's own mesh where the devices match, otherwise one device."""
-  return sharding.make_mesh(mesh if evaluator.fits(mesh) else config_lib.Mesh(data=1))
 
 
 class Model:

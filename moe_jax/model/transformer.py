@@ -171,3 +171,19 @@ class Transformer(nnx.Module):
       jax.tree.map(lambda *zs: jnp.concatenate(zs), *zs) for zs in (stats, choices) if zs
     )
     return logits_BLV, stats, *choices
+
+
+def abstract_weights(model: config_lib.Model) -> dict[str, Any]:
+  """{"params", "bias_ZE"} as shapes: what a model needs of a checkpoint."""
+  bias_ZE = jax.ShapeDtypeStruct(bias_shape(model), jnp.float32)
+  return {"params": abstract(model)[1], "bias_ZE": bias_ZE}
+
+
+def evaluate(
+  graph: Any, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
+) -> tuple[Any, ...]:
+  """What Transformer returns of a data.Batch in evaluation: no jitter and no noise."""
+  return nnx.merge(graph, params)(
+    batch.tokens_BL, batch.segments_BL, batch.positions_BL, bias_ZE, jax.random.key(0),
+    train=False, trace=trace,
+  )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.sweep import plan as plan_lib
-from moe_jax.sweep.match import Measured
+from moe_jax.sweep.matching import Measured
 from moe_jax.sweep.plan import Plan, Run
 
 

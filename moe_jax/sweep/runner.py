@@ -18,13 +18,13 @@ from typing import IO, Any
 
 import jax
 
+from moe_jax import command_line
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
 from moe_jax.sweep.plan import Plan, Run
 from moe_jax.sweep.slots import Slots
-from moe_jax.training.loop import clock
 
 _POLL_SECONDS = 0.2
 _PROGRESS_SECONDS = 30.0
@@ -172,7 +172,7 @@ class Runner:
     if code == 0 and job.evaluating:
       self._set(job.run, "finished")
       loss = workdir_lib.read_object(job.workdir / workdir_lib.EVAL)["loss"]
-      say(f"{name} finished after {clock(job.seconds)}, loss {loss:.4f}")
+      say(f"{name} finished after {command_line.clock(job.seconds)}, loss {loss:.4f}")
     elif self._asked or code == 0:  # train.py saves and ends with 0 when told to stop
       self._set(job.run, "stopped")
       say(f"{name} stopped: {tail[-1] if tail else ''}")
@@ -218,7 +218,8 @@ class Runner:
       typical = sum(took) / len(took)
       left = [typical] * statuses.count("waiting")
       left += [max(typical - job.seconds, 0.0) for job in running]
-      parts.append(f"all done in {clock(sum(left) / min(self._slots.number, len(left)))}")
+      seconds = sum(left) / min(self._slots.number, len(left))
+      parts.append(f"all done in {command_line.clock(seconds)}")
     say("; ".join(parts))
 
 
@@ -245,7 +246,7 @@ def run(
   measured = old.get("measured", {})
   with Slots(jobs).as_first():
     plan = plan_lib.make(
-      path, out, arms=arms, seeds=seeds, overrides=plan_lib.parse_overrides(overrides),
+      path, out, arms=arms, seeds=seeds, overrides=command_line.parse_overrides(overrides),
       measured=measured,
     )  # fmt: skip
   if dry_run:
