@@ -83,7 +83,7 @@ class Model:
     self._rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     self._all_logits = jax.jit(functools.partial(_all_logits, model=model))
     known = min(tokenizer.vocab_size, model.vocab_size)
-    options = dict(model=model, known=known, end=tokenizer.separator)
+    options: dict[str, Any] = dict(model=model, known=known, end=tokenizer.separator)
     self._prefill = jax.jit(
       functools.partial(_prefill, **options), static_argnames=("slots", "kind")
     )
@@ -193,7 +193,7 @@ class Model:
     )
     return "; ".join(rates)
 
-  def _new(self, out_BN, finished, took, rows):
+  def _new(self, out_BN: np.ndarray, finished: np.ndarray, took: int, rows: int) -> list[list[int]]:
     """Each row's ids of a chunk, up to the separator and with it; none of a finished row."""
     found = []
     for ids, done in zip(out_BN[:rows, :took].tolist(), finished, strict=False):
@@ -202,7 +202,7 @@ class Model:
       found.append([] if done else ids)
     return found
 
-  def _padded(self, rows):
+  def _padded(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows aligned at their ends, in a bucket of sizes; padding rows start after their end."""
     length = max(16, 1 << (max(map(len, rows)) - 1).bit_length())
     batch = self._rows * (1 << (-(-len(rows) // self._rows) - 1).bit_length())
@@ -213,23 +213,39 @@ class Model:
       start_B[number] = length - len(ids)
     return tokens_BL, start_B
 
-  def _put(self, *arrays):
+  def _put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
     return sharding.to_global(arrays, self.mesh)
 
 
-def _check_prompts(prompts, max_new_tokens, num_samples):
+def _check_prompts(prompts: Sequence[str], max_new_tokens: int, num_samples: int) -> None:
   if not prompts:
     raise UserError("no prompt: give at least one, which may be empty")
   sampling.check_least("max_new_tokens", max_new_tokens, 1)
   sampling.check_least("num_samples", num_samples, 1)
 
 
-def _all_logits(weights: Weights, tokens_BL, start_B, *, model):
+def _all_logits(
+  weights: Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: config_lib.Model
+) -> jax.Array:
   cache = decoding.empty_cache(model, start_B, tokens_BL.shape[1])
   return decoding.forward(weights, model, cache, tokens_BL, all_logits=True).logits_BLV
 
 
-def _prefill(weights, tokens_BL, start_B, done_B, seed, draw, *, model, known, end, slots, kind):
+def _prefill(
+  weights: Weights,
+  tokens_BL: jax.Array,
+  start_B: jax.Array,
+  done_B: jax.Array,
+  seed: jax.Array,
+  draw: sampling.Sampling,
+  *,
+  model: config_lib.Model,
+  known: int,
+  end: int,
+  slots: int,
+  kind: sampling.Kind,
+) -> tuple[decoding.Cache, jax.Array, jax.Array]:
+  """(the cache of the prompts, the first token drawn of each row, whether it ended the row)."""
   cache = decoding.empty_cache(model, start_B, slots)
   out = decoding.forward(weights, model, cache, tokens_BL, all_logits=False)
   token_B = sampling.sample(out.logits_BLV[:, 0], seed, 0, draw, kind, known)
@@ -237,17 +253,29 @@ def _prefill(weights, tokens_BL, start_B, done_B, seed, draw, *, model, known, e
 
 
 def _decode(
-  weights, cache, token_B, done_B, seed, drawn, steps, draw, *, model, known, end, kind
-):  # fmt: skip
+  weights: Weights,
+  cache: decoding.Cache,
+  token_B: jax.Array,
+  done_B: jax.Array,
+  seed: jax.Array,
+  drawn: jax.Array,
+  steps: jax.Array,
+  draw: sampling.Sampling,
+  *,
+  model: config_lib.Model,
+  known: int,
+  end: int,
+  kind: sampling.Kind,
+) -> tuple[decoding.Cache, jax.Array, jax.Array, jax.Array, jax.Array]:
   """(cache, last token_B, done_B, out_BN, how many of its columns): up to `steps` more tokens."""
   out_BN = jnp.full((token_B.shape[0], _CHUNK), end, jnp.int32)
   never = jnp.iinfo(jnp.int32).max // 2
 
-  def unfinished(carry):
+  def unfinished(carry: Any) -> jax.Array:
     number, _, _, done_B, _ = carry
     return (number < steps) & ~jnp.all(done_B)
 
-  def step(carry):
+  def step(carry: Any) -> Any:
     number, cache, token_B, done_B, out_BN = carry
     # A finished row is padding from here on: no expert is read for it.
     cache = cache._replace(start_B=jnp.where(done_B, never, cache.start_B))

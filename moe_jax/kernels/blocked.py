@@ -159,13 +159,19 @@ def _for_each_block(
   def full_first(expert: jax.Array, j: jax.Array) -> jax.Array:
     return start_E[expert] + (j - full_end_E[expert] + full_E[expert]) * rows[-1]
 
+  def rest_expert(kind: int, j: jax.Array) -> jax.Array:
+    return by_kind_E[first_of_kind[kind] + j]
+
+  def rest_first(expert: jax.Array, j: jax.Array) -> jax.Array:
+    return start_E[expert] + full_E[expert] * rows[-1]
+
   carry = run(rows[-1], full_end_E[-1], full_expert, full_first, init)
   for kind, size in enumerate(rows):
     carry = run(
       size,
       first_of_kind[kind + 1] - first_of_kind[kind],
-      lambda j, kind=kind: by_kind_E[first_of_kind[kind] + j],
-      lambda expert, j: start_E[expert] + full_E[expert] * rows[-1],
+      functools.partial(rest_expert, kind),
+      rest_first,
       carry,
     )
   return carry

@@ -37,7 +37,7 @@ def write(cache: KeysValues, k_BLGA: jax.Array, v_BLGA: jax.Array, slot: jax.Arr
   def put(kept: jax.Array, new_BLGA: jax.Array) -> jax.Array:
     new_BGLA = new_BLGA.swapaxes(1, 2)
     new = new_BGLA.reshape(*kept.shape[:-2], *new_BGLA.shape[2:])
-    start = (0,) * (kept.ndim - 2) + (slot, 0)
+    start: tuple[jax.Array | int, ...] = (*(0,) * (kept.ndim - 2), slot, 0)
     return _sharded(jax.lax.dynamic_update_slice(kept, new, start))
 
   return KeysValues(put(cache.keys, k_BLGA), put(cache.values, v_BLGA))

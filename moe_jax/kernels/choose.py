@@ -186,8 +186,10 @@ def _expert_arrays(
 
 
 def _bound(kernel: GroupedMatmul, sizes_E: jax.Array) -> Function:
-  def experts(x_ND: jax.Array, *weights: jax.Array) -> jax.Array:
-    return KERNELS[kernel].function(x_ND, weights, sizes_E, gated)
+  def experts(
+    x_ND: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
+  ) -> jax.Array:
+    return KERNELS[kernel].function(x_ND, (gate_EDF, up_EDF, down_EFD), sizes_E, gated)
 
   return experts
 

@@ -28,10 +28,13 @@ class Experts(NamedTuple):
   down_EFD: jax.Array
 
 
+ExpertWeights = Experts | PerExpert  # as they are trained, or packed for inference (packing.py)
+
+
 def experts(
   x: jax.Array,
   sizes_E: jax.Array | None,
-  weights: Experts | PerExpert,
+  weights: ExpertWeights,
   kernel: GroupedMatmul,
   activation: Activation = gated,
 ) -> jax.Array:
@@ -46,14 +49,15 @@ def experts(
     kernel: for sorted rows; `auto` is the platform's default (kernels/choose.py measures).
     activation: (gate, up) -> h.
   """
+  if isinstance(weights, PerExpert):
+    assert sizes_E is not None, "inference sorts rows by expert"
+    return per_expert.experts(x, weights, sizes_E, activation)
   if sizes_E is None:
     return _slots(x, weights, activation)
-  if isinstance(weights, PerExpert):
-    return per_expert.experts(x, weights, sizes_E, activation)
-  x, *matrices, sizes_E = vary_alike(x, *weights, sizes_E)
+  x, gate_EDF, up_EDF, down_EFD, sizes_E = vary_alike(x, *weights, sizes_E)
   if kernel is GroupedMatmul.AUTO:
     kernel = default(platform.name())
-  return KERNELS[kernel].function(x, tuple(matrices), sizes_E, activation)
+  return KERNELS[kernel].function(x, (gate_EDF, up_EDF, down_EFD), sizes_E, activation)
 
 
 def _slots(x_ERD: jax.Array, weights: Experts, activation: Activation) -> jax.Array:

@@ -4,12 +4,10 @@ On one CPU device a matrix lies with its output first and each expert is an arra
 everywhere else weights stay as they are trained. `linear` and `experts` take both.
 """
 
-import jax
-
 from moe_jax.kernels import output_first, per_expert, platform
-from moe_jax.kernels.experts import Experts
+from moe_jax.kernels.experts import Experts, ExpertWeights
 from moe_jax.kernels.linear import Weight
-from moe_jax.kernels.per_expert import PerExpert
+from moe_jax.kernels.output_first import OutputFirst
 
 
 def packs() -> bool:
@@ -17,11 +15,13 @@ def packs() -> bool:
   return platform.one_cpu()
 
 
-def matrix(weight: jax.Array, inner: int = 1) -> Weight:
+def matrix(weight: Weight, inner: int = 1) -> Weight:
   """A weight [*inner, *outer] for `linear`, of which `inner` dimensions are summed over."""
-  return output_first.pack(weight, inner) if packs() else weight
+  if not packs() or isinstance(weight, OutputFirst):
+    return weight
+  return output_first.pack(weight, inner)
 
 
-def experts(weights: Experts) -> Experts | PerExpert:
+def experts(weights: ExpertWeights) -> ExpertWeights:
   """Stacked experts for `experts`; packed ones have no gradient."""
-  return per_expert.pack(*weights) if packs() else weights
+  return per_expert.pack(*weights) if packs() and isinstance(weights, Experts) else weights
