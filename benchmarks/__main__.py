@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks import results
+from moe_jax import command_line
 from moe_jax.config import UserError
 
 
@@ -66,12 +67,10 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 
 def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   from benchmarks import inference, inference_report, plots
-  from moe_jax import command_line, validation
-  from moe_jax.sweep import match as matching
-  from moe_jax.sweep import plan
+  from moe_jax import validation
 
   config = command_line.load_file(args.config)
-  config = matching.override(config, plan.parse_overrides(args.override), args.config)
+  config = command_line.override(config, command_line.parse_overrides(args.override), args.config)
   validation.validate(config)
   if not config.model.moe.num_experts:
     raise UserError(f"--config={args.config}: a dense model; name one with experts")
@@ -123,8 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  command_line.one_line_errors(main)

@@ -19,7 +19,7 @@ from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
 from moe_jax.model import transformer
 from moe_jax.model.feedforward import FFNWeights
-from moe_jax.sweep import match as matching
+from moe_jax.sweep import matching
 from moe_jax.training import timing
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

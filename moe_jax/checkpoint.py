@@ -8,13 +8,12 @@ from typing import Any
 
 import grain.checkpoint
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.model import transformer
+from moe_jax import workdir as workdir_lib
 
 
 class Checkpointer:
@@ -42,7 +41,7 @@ class Checkpointer:
         "enable_async_checkpointing": True,
       }
     self._manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(),
+      (workdir / workdir_lib.CHECKPOINTS).absolute(),
       options=ocp.CheckpointManagerOptions(**options),
       item_names=("state", "data"),
     )
@@ -91,12 +90,10 @@ class Checkpointer:
     )
     return restored["state"], restored["data"]
 
-  def restore_model(
-    self, step: int, model: config_lib.Model, mesh: jax.sharding.Mesh
+  def restore_part(
+    self, step: int, needed: dict[str, Any], mesh: jax.sharding.Mesh
   ) -> dict[str, Any]:
-    """{"params", "bias_ZE"}: what a model needs, without the optimizer's moments."""
-    bias_ZE = jax.ShapeDtypeStruct(transformer.bias_shape(model), jnp.float32)
-    needed = {"params": transformer.abstract(model)[1], "bias_ZE": bias_ZE}
+    """The arrays of `needed`, {field of the state: shapes}: a model needs no moments."""
     abstract_state = abstract(needed, sharding.param_shardings(needed, mesh))
     args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     restored = self._manager.restore(

@@ -1,14 +1,19 @@
-"""From sys.argv to a Config, with one line for whatever is wrong with either."""
+"""From sys.argv to a Config, with one line for whatever is wrong with either, and back to text."""
 
+import enum
 import importlib.util
+import json
+import operator
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
+from moe_jax import config as config_lib
 from moe_jax.config import Config, UserError, field_names, sections, unknown_field
 
 
@@ -24,8 +29,13 @@ def run(main: Callable[[], None]) -> None:
       logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     return rest
 
+  one_line_errors(lambda: app.run(lambda _: main(), flags_parser=parse))
+
+
+def one_line_errors(main: Callable[[], None]) -> None:
+  """Calls `main`; a mistake of the user becomes one line on stderr and exit code 2."""
   try:
-    app.run(lambda _: main(), flags_parser=parse)
+    main()
   except (UserError, flags.Error) as error:
     message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)
@@ -82,3 +92,48 @@ def _explain(error: Exception, path: str) -> str:
   if found and found[1] in paths:
     return unknown_field(paths[found[1]] + found[2], where)
   return f"{where}: {type(error).__name__}: {message}"
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+  """{"train.steps": 20} of --override=train.steps=20."""
+  found: dict[str, Any] = {}
+  for text in texts:
+    flag = f"--override={text}"
+    name, equals, value = text.partition("=")
+    if name not in field_names():
+      raise UserError(unknown_field(name, flag))
+    kind = type(operator.attrgetter(name)(Config()))
+    if not equals or (kind is bool and value not in ("true", "false")):
+      raise UserError(f"{flag}: write --override={name}={'true' if kind is bool else 'VALUE'}")
+    if name in found:
+      raise UserError(f"{flag}: config.{name} is overridden twice")
+    try:
+      found[name] = value == "true" if kind is bool else kind(value)
+    except ValueError:
+      choices = ", ".join(m.value for m in kind) if issubclass(kind, enum.Enum) else kind.__name__
+      raise UserError(f"{flag}: {value!r} is not of {choices}") from None
+  return found
+
+
+def override(config: Config, fields: dict[str, Any], where: str) -> Config:
+  """A copy with {"model.moe.top_k": 1, ...} set; enums by member or value. Not validated.
+
+  Args:
+    where: begins the UserError about a field that there is not.
+  """
+  values = json.loads(config_lib.to_json(config))
+  for name, value in fields.items():
+    if name not in field_names():
+      raise UserError(unknown_field(name, where))
+    *path, leaf = name.split(".")
+    section = values
+    for part in path:
+      section = section[part]
+    section[leaf] = getattr(value, "value", value)
+  return config_lib.from_json(json.dumps(values))
+
+
+def clock(seconds: float) -> str:
+  """3661.2 -> '1:01:01'."""
+  seconds = round(seconds)
+  return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

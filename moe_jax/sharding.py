@@ -39,6 +39,17 @@ def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:
+  """A run's own mesh where it takes all devices of this machine, otherwise one over the batch.
+
+  Results do not depend on the mesh, so a checkpoint of 64 devices serves on one. The other mesh has
+  as many devices as divide `batch_size` sequences.
+  """
+  if mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count():
+    return mesh
+  return config_lib.Mesh(data=math.gcd(batch_size, jax.device_count()))
+
+
 def spec(letters: str) -> PartitionSpec:
   """The PartitionSpec of an activation, 'BLD' -> P(('data', 'fsdp', 'expert'), None, None)."""
   return _to_spec(letters, _ACTIVATION_AXES)

@@ -13,9 +13,10 @@ from conftest import mesh_of, toy_config
 from flax import nnx
 
 from moe_jax import data
-from moe_jax.analysis import evaluation, probe
+from moe_jax.analysis import causal, evaluation, trace
 from moe_jax.config import Dispatch, Exchange, Priority, Router, UserError
 from moe_jax.data import tokenizers
+from moe_jax.model import transformer
 from moe_jax.model.transformer import Transformer
 from moe_jax.training import evaluator, losses, train
 
@@ -48,14 +49,13 @@ def weights():
 
 def toy_model(config, weights):
   graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
-  return probe.Model(graph, weights, np.zeros((2, 4), np.float32))
+  return trace.Model(graph, weights, np.zeros((2, 4), np.float32))
 
 
 def read(model, batch):
   """Logits and statistics."""
-  return jax.jit(lambda weights, batch: probe.forward(model._replace(params=weights), batch))(
-    model.params, batch
-  )
+  read = jax.jit(lambda *arrays: transformer.evaluate(model.graph, *arrays))
+  return read(model.params, model.bias_ZE, batch)
 
 
 def test_cut_by_hand():
@@ -64,7 +64,7 @@ def test_cut_by_hand():
   other = row._replace(tokens_BL=np.array([[11, 12, 13, 14, S, 15]], np.int32))
   both = data.Batch(*(np.concatenate([x, x, x]) for x in row))
   others = data.Batch(*(np.concatenate([x, x, x]) for x in other))
-  cut = probe.cut(both, others, np.array([2, 0, 5]), S)
+  cut = causal.cut(both, others, np.array([2, 0, 5]), S)
   assert cut.tokens_BL.tolist() == [
     [9, S, 1, 14, S, 15], [9, 12, 13, 14, S, 15], [9, S, 1, 2, 3, 4]
   ]  # fmt: skip
@@ -97,7 +97,7 @@ def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, weights
   config.model.moe = evaluation.with_slots(config.model.moe)
   model, rows = toy_model(config, weights), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
   group_rows = max(config.model.moe.group_size // 9, 1)
-  hidden_RL, forced_RL = probe.causal_losses(model, rows, [0, 2, 4, 6], 8, group_rows, mesh_of())
+  hidden_RL, forced_RL = causal.causal_losses(model, rows, [0, 2, 4, 6], 8, group_rows, mesh_of())
   np.testing.assert_array_equal(hidden_RL[:, -1], forced_RL[:, -1])  # nothing is left to hide
   assert (hidden_RL == forced_RL).all() == is_causal
   if not is_causal:
@@ -108,7 +108,7 @@ def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, weights
 def test_a_hidden_future_is_another_rows_text(weights, one_device):
   """One token's loss from one row that is put together by hand; experts choose, so it counts."""
   model, rows = toy_model(toy_config(**CHOOSING), weights), toy_rows([30, 30, 17], [0, 1, 0])
-  hidden_RL, forced_RL = probe.causal_losses(model, rows, [1, 5], 8, 1, mesh_of())
+  hidden_RL, forced_RL = causal.causal_losses(model, rows, [1, 5], 8, 1, mesh_of())
   mine, other, t = rows.batch([1]), rows.batch([5]), 4
   assert (mine.segments_BL == 1).all() and (other.segments_BL == 1).all()  # no border inside
   column_L = np.arange(9)[None]
@@ -129,11 +129,11 @@ def test_causal_numbers_and_too_little_text(weights, one_device):
   config, mesh = toy_config(), mesh_of()
   model = toy_model(config, weights)
   rows = toy_rows([30, 20], [0, 1])
-  found = probe.causal(model, rows, config.model.moe, 3, 8, mesh)
+  found = causal.measure(model, rows, config.model.moe, 3, 8, mesh)
   assert found["tokens"] == 3 * 9 and found["gap"] == 0.0
   assert found["loss"] == found["teacher_forced_loss"] > 0
   with pytest.raises(UserError, match="2 rows at least"):
-    probe.causal(model, toy_rows([12], [0]), config.model.moe, 3, 8, mesh)
+    causal.measure(model, toy_rows([12], [0]), config.model.moe, 3, 8, mesh)
 
 
 def test_loss_of_each_domain(weights, one_device):
@@ -179,18 +179,18 @@ def test_trace_agrees_with_the_counters(axes, weights):
     stats = read(model, batches[0])[1]
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
-    choices = probe.compile_choices(model.graph)
-    trace = probe.trace(choices, model, rows, list(range(len(rows))), 8, mesh)  # two batches
-  assert trace.token_T.tolist() == rows.stream_N[:-1].tolist()
-  assert trace.place_T.tolist() == [i % 9 for i in range(len(rows.stream_N) - 1)]
-  assert trace.row_T.tolist() == [i // 9 for i in range(len(rows.stream_N) - 1)]
+    choices = trace.compile_choices(model.graph)
+    found = trace.collect(choices, model, rows, list(range(len(rows))), 8, mesh)  # two batches
+  assert found.token_T.tolist() == rows.stream_N[:-1].tolist()
+  assert found.place_T.tolist() == [i % 9 for i in range(len(rows.stream_N) - 1)]
+  assert found.row_T.tolist() == [i // 9 for i in range(len(rows.stream_N) - 1)]
   labels = np.repeat([0, 1, 0, 1, 1, 0], [31, 4, 18, 26, 10, 9])
-  assert trace.domain_T.tolist() == labels.tolist()
-  np.testing.assert_array_equal(trace.routed_ZTE.sum(axis=1), stats.routed_E)
-  np.testing.assert_array_equal(trace.kept_ZTE.sum(axis=1), stats.kept_E)
-  np.testing.assert_allclose(trace.gate_ZTE.sum(axis=1), stats.importance_E, rtol=1e-5)
-  assert not trace.kept_ZTE[~trace.routed_ZTE].any()
-  assert trace.kept_ZTE.sum() < trace.routed_ZTE.sum()
+  assert found.domain_T.tolist() == labels.tolist()
+  np.testing.assert_array_equal(found.routed_ZTE.sum(axis=1), stats.routed_E)
+  np.testing.assert_array_equal(found.kept_ZTE.sum(axis=1), stats.kept_E)
+  np.testing.assert_allclose(found.gate_ZTE.sum(axis=1), stats.importance_E, rtol=1e-5)
+  assert not found.kept_ZTE[~found.routed_ZTE].any()
+  assert found.kept_ZTE.sum() < found.routed_ZTE.sum()
 
 
 def test_other_capacities():
@@ -220,9 +220,9 @@ def test_what_has_no_meaning_is_refused():
 
 
 def test_rows_are_spread_over_the_split():
-  assert probe.spread(9, 3) == [0, 4, 8]
-  assert probe.spread(3, 9) == [0, 1, 2]
-  assert probe.spread(1, 4) == [0]
+  assert trace.spread(9, 3) == [0, 4, 8]
+  assert trace.spread(3, 9) == [0, 1, 2]
+  assert trace.spread(1, 4) == [0]
 
 
 def run(script, workdir, *arguments):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import workdir
+from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import evaluation
 from moe_jax.training import train
 

@@ -1,22 +1,47 @@
-"""The flow of the package: a module imports only what stands before it."""
+"""The house: which folder may import which, and what only one place may know."""
 
 import ast
 import pathlib
 import re
 
+from moe_jax import workdir
+
 ROOT = pathlib.Path(__file__).parent.parent
-# What each group may import, besides itself; first what stands alone.
+PACKAGE = ROOT / "moe_jax"
+_CORE = {"config", "validation", "workdir", "sharding", "startup", "data"}
+_CORE |= {"kernels", "moe", "model"}
+# What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {
   "config": set(),
   "validation": {"config"},
   "command_line": {"config"},
+  "workdir": {"config", "validation"},
   "data": {"config"},
   "sharding": {"config"},
   "startup": {"config", "data"},
+  # The core can be read and taken alone: no decoder, and below the layer no experts' router.
   "kernels": {"config", "sharding"},
   "moe": {"config", "sharding", "kernels"},
   "model": {"config", "validation", "sharding", "kernels", "moe"},
+  "checkpoint": {"config", "sharding", "workdir"},
+  # The everyday loss does not depend on the microscope.
+  "training": _CORE | {"checkpoint", "command_line"},
+  # load() pulls no optimizer and no TensorBoard.
+  "inference": _CORE | {"checkpoint"},
+  "analysis": _CORE | {"checkpoint", "training"},
+  # They run anywhere: a plan starts no trainer, and a report needs no jax.
+  "sweep": {"config", "validation", "workdir", "command_line", "model", "report"},
+  "report": {"config", "workdir", "command_line"},
 }
+# A process of its own that sweep/matching.py starts; nobody imports it.
+WORKER = PACKAGE / "sweep/match_worker.py"
+# Files that still ask which platform they run on, though only kernels/ and startup.py should.
+ASKS_FOR_THE_PLATFORM = {
+  "training/timing.py": "a stopwatch has to know whether calls can run side by side",
+  "moe/exchange.py": "`auto` is ragged on TPU alone",
+  "inference/decoding.py": "weights are packed for one CPU",
+}
+COLLECTIVES = r"lax\.(p(sum|max|min|mean|permute|shuffle)|(ragged_)?all_to_all|all_gather)"
 
 
 def imports(path):
@@ -33,30 +58,61 @@ def imports(path):
 
 
 def modules():
-  for path in sorted((ROOT / "moe_jax").rglob("*.py")):
-    name = path.relative_to(ROOT / "moe_jax").parts[0].removesuffix(".py")
+  for path in sorted(PACKAGE.rglob("*.py")):
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if name != "__init__":
       yield name, path
 
 
-def test_imports_point_back():
+def test_folders_import_only_what_they_may():
   for name, path in modules():
-    if name in GROUPS:
-      wrong = imports(path) - GROUPS[name] - {name}
-      assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+    wrong = imports(path) - GROUPS[name] - {name}
+    if path == WORKER:
+      wrong -= {"startup", "training"}
+    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+    assert path == WORKER or not re.search(r"import.*match_worker", path.read_text()), path
+
+
+def test_the_package_knows_no_benchmark():
+  for _, path in modules():
+    assert not re.search(r"^\s*(?:import|from) benchmarks\b", path.read_text(), re.M), path
 
 
 def test_reports_need_no_model():
-  for path in (ROOT / "moe_jax/report").glob("*.py"):
-    # config.py has UserError, and imports no jax.
-    model = r"^\s*(?:import|from) (jax|flax|moe_jax)\b(?!\.(?:report|config)\b)"
-    assert not re.search(model, path.read_text(), re.M), path
+  for path in (PACKAGE / "report").glob("*.py"):
+    assert not re.search(r"^\s*(?:import|from) (jax|flax)\b", path.read_text(), re.M), path
 
 
 def test_one_file_names_collectives():
   for _, path in modules():
     if path.name != "exchange.py":
-      assert not re.search(r"lax\.(psum|all_to_all|all_gather|ppermute)", path.read_text()), path
+      assert not re.search(COLLECTIVES, path.read_text()), path
+
+
+def test_only_kernels_know_the_platform():
+  for name, path in modules():
+    asks = re.search(r"default_backend|\.platform\b", path.read_text())
+    known = name in ("kernels", "startup")
+    assert known or not asks or str(path.relative_to(PACKAGE)) in ASKS_FOR_THE_PLATFORM, path
+
+
+def test_one_module_names_the_files_of_a_run():
+  """Text for people may name them; a literal that is nothing but the name builds a path."""
+  names = {v for k, v in vars(workdir).items() if k.isupper() and isinstance(v, str)}
+  assert {"config.json", "metrics.jsonl", "checkpoints", "kernels.json"} <= names
+  allowed = {"config.py": {"config.json"}}  # of a message
+  for _, path in modules():
+    tree = ast.parse(path.read_text())
+    found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} & names
+    assert path.name == "workdir.py" or found <= allowed.get(path.name, set()), (path, found)
+
+
+def test_the_readme_maps_the_folders():
+  section = (ROOT / "README.md").read_text().split("\n## The code")[1]
+  rows = re.findall(r"^\| `([^`]+)` \|", section, re.M)
+  mapped = sorted(row.removeprefix("../") for row in rows)
+  real = {p.name + "/" * p.is_dir() for p in PACKAGE.iterdir() if p.name[0] not in "_."}
+  assert mapped == sorted(real | {"benchmarks/"})
 
 
 def test_files_stay_readable():

@@ -8,12 +8,13 @@ import pytest
 from conftest import toy_config
 from flax import nnx
 
+from moe_jax import command_line
 from moe_jax import config as config_lib
 from moe_jax.config import Router, UserError
 from moe_jax.model import cost, feedforward
 from moe_jax.moe import layer
-from moe_jax.sweep import match as matching
-from moe_jax.sweep.match import Times, match
+from moe_jax.sweep import matching
+from moe_jax.sweep.matching import Times, match
 
 BY = {"active_params": "active", "flops_per_token": "flops_per_token", "total_params": "total"}
 
@@ -117,7 +118,7 @@ def test_finer_experts_by_hand(by):
   assert twin.model.moe.expert_dim == round((before * 192 + (8 - 16) / 3) / used)
   assert twin.model.moe.num_experts == 16 and twin.model.moe.shared_experts == 1
   assert "moe twin by" in note
-  rest = matching.override(twin, {f"model.moe.{n}": v for n, v in config_lib.flatten(
+  rest = command_line.override(twin, {f"model.moe.{n}": v for n, v in config_lib.flatten(
     config.model.moe).items()}, "")  # fmt: skip
   assert rest == config
 
@@ -155,13 +156,13 @@ def test_what_cannot_be_matched_says_why():
 def test_override_takes_members_and_values():
   config = toy_config()
   for router in (Router.SINKHORN, "sinkhorn"):
-    changed = matching.override(config, {"model.moe.router": router, "train.steps": 3}, "here")
+    changed = command_line.override(config, {"model.moe.router": router, "train.steps": 3}, "here")
     assert changed.model.moe.router is Router.SINKHORN and changed.train.steps == 3
   assert config.model.moe.router is Router.TOPK
   with pytest.raises(UserError, match=r"here: .*train.step; the nearest is config.train.steps"):
-    matching.override(config, {"train.step": 3}, "here")
+    command_line.override(config, {"train.step": 3}, "here")
   with pytest.raises(UserError, match="router='best' is not one of: switch"):
-    matching.override(config, {"model.moe.router": "best"}, "here")
+    command_line.override(config, {"model.moe.router": "best"}, "here")
 
 
 def clock(reference_s, fixed, per_width, noise=0.0):
@@ -217,7 +218,7 @@ def test_real_steps_are_measured(monkeypatch, tmp_path):
   monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
   config = toy_config()
   config.mesh.data, config.data.cache_dir = -1, str(tmp_path)
-  twin = matching.override(config, {"model.moe.num_experts": 0}, "")
+  twin = command_line.override(config, {"model.moe.num_experts": 0}, "")
   job = {"reference": config_lib.to_json(config), "twin": config_lib.to_json(twin),
          "field": "model.ffn_dim", "step": 4, "start": 40}  # fmt: skip
   found = matching._measure_elsewhere(job | {"tries": 1})

@@ -11,6 +11,7 @@ import shape_names
 from conftest import toy_config
 from test_expert_parallel import set_up, toy_batch
 
+from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
 from moe_jax.inference import decoding

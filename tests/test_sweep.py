@@ -44,7 +44,7 @@ def write_sweep(folder, arms, **more):
 
 
 def make(path, out="runs/x", *, arms=(), seeds=(), overrides=(), measured=None):
-  overrides = plan_lib.parse_overrides(overrides)
+  overrides = command_line.parse_overrides(overrides)
   return plan_lib.make(
     path, pathlib.Path(out), arms=arms, seeds=seeds, overrides=overrides, measured=measured or {}
   )
@@ -124,7 +124,7 @@ def test_overrides_win_over_the_arms_and_come_before_the_match(tmp_path):
   plan = make(write_sweep(tmp_path, arms), overrides=["train.steps=20", "model.moe.expert_dim=90"])
   assert [a.config.train.steps for a in plan.arms] == [20, 20]
   assert plan.arms[1].config.model.ffn_dim == 181  # 2 * 90 + 4 / 3
-  assert plan_lib.parse_overrides(
+  assert command_line.parse_overrides(
     ["model.qk_norm=true", "model.moe.router=hash", "loss.z=1", "data.path=a=b"]
   ) == {"model.qk_norm": True, "model.moe.router": config_lib.Router.HASH, "loss.z": 1.0,
         "data.path": "a=b"}  # fmt: skip
@@ -134,7 +134,7 @@ def test_overrides_win_over_the_arms_and_come_before_the_match(tmp_path):
     "train.steps": "write --override=train.steps=VALUE",
   }.items():  # fmt: skip
     with pytest.raises(UserError, match=why):
-      plan_lib.parse_overrides([text])
+      command_line.parse_overrides([text])
 
 
 SAME = "[arm('a', {'train.steps': 30}), arm('b')]"  # 30 is the base's

@@ -4,7 +4,6 @@ Needs nothing but the workdir.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 
 from moe_jax import checkpoint, data, sharding, startup, validation
 from moe_jax import config as config_lib
-from moe_jax.analysis import probe, specialisation
+from moe_jax import workdir as workdir_lib
+from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.model import cost
-from moe_jax.model.transformer import abstract, moe_layers
-from moe_jax.training.evaluator import Evaluator, batch_size, check_same_data, fit_mesh, read_config
+from moe_jax.model.transformer import abstract, abstract_weights, moe_layers
+from moe_jax.training.evaluator import Evaluator, batch_size
 
 # What routing and causal evaluation look at, spread over the split.
 _TRACED_TOKENS = 16_384
@@ -54,10 +54,12 @@ def run(
     if causal:
       result["causal"] = run.causal(model)
     if routing:
-      traced = _write(run.path / "routing.json", run.routing(model), None)
+      traced = workdir_lib.write_object(
+        run.path / workdir_lib.ROUTING, run.routing(model), indent=None
+      )
   run.close()
   # Last, since it says that the evaluation is done.
-  return _write(run.path / "eval.json", result, 2), traced
+  return workdir_lib.write_object(run.path / workdir_lib.EVAL, result), traced
 
 
 class Run:
@@ -66,23 +68,25 @@ class Run:
   def __init__(self, workdir: str, step: int, split: str):
     """step: the checkpoint to evaluate; 0 is the newest."""
     self.path = pathlib.Path(workdir)
-    config = read_config(self.path)
+    config = workdir_lib.read_config(self.path)
     startup.start(config.data)
-    self.config, self.split = fit_mesh(config), split
+    mesh = sharding.fit_mesh(config.mesh, batch_size(config))
+    self.config, self.split = dataclasses.replace(config, mesh=mesh), split
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = data.load_rows(config.data, split)
-    check_same_data(self.path, {split: self.rows.digest})
+    workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 
-  def restore(self, step: int) -> probe.Model:
+  def restore(self, step: int) -> trace.Model:
     model = self.config.model
-    return probe.Model(abstract(model)[0], **self._reader.restore_model(step, model, self.mesh))
+    stored = self._reader.restore_part(step, abstract_weights(model), self.mesh)
+    return trace.Model(abstract(model)[0], **stored)
 
   def close(self) -> None:
     self._reader.close()
 
-  def loss(self, model: probe.Model) -> dict[str, Any]:
+  def loss(self, model: trace.Model) -> dict[str, Any]:
     """What eval.json has in any case."""
     config, rows = self.config, self.rows
     evaluator = Evaluator(config, rows, self.mesh, model.graph, config.eval.final_batches)
@@ -103,7 +107,7 @@ class Run:
       "device": jax.devices()[0].device_kind,
     }
 
-  def capacity(self, model: probe.Model, factors: Sequence[float]) -> list[dict[str, Any]]:
+  def capacity(self, model: trace.Model, factors: Sequence[float]) -> list[dict[str, Any]]:
     """The same weights on the same text with other capacities in evaluation (`at_capacity`)."""
     points = []
     for factor in factors:
@@ -119,30 +123,30 @@ class Run:
       )
     return points
 
-  def causal(self, model: probe.Model) -> dict[str, Any]:
-    """The loss with every token's future hidden (probe.causal_losses)."""
+  def causal(self, model: trace.Model) -> dict[str, Any]:
+    """The loss with every token's future hidden (causal.causal_losses)."""
     # Slots of earlier tokens stay where they are whatever follows; rows sorted by expert move, and
     # round differently.
     moe = with_slots(self.config.model.moe)
     graph, _ = abstract(dataclasses.replace(self.config.model, moe=moe))
     model = model._replace(graph=graph)
-    return probe.causal(model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
+    return causal.measure(model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
 
-  def routing(self, model: probe.Model) -> dict[str, Any]:
+  def routing(self, model: trace.Model) -> dict[str, Any]:
     """routing.json: of this checkpoint, beside the others that the workdir keeps."""
     rows = self.rows
-    numbers = probe.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
+    numbers = trace.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
 
-    choices = probe.compile_choices(model.graph)
+    choices = trace.compile_choices(model.graph)
 
-    def trace(model):
-      return probe.trace(choices, model, rows, numbers, batch_size(self.config), self.mesh)
+    def of(model: trace.Model) -> specialisation.Trace:
+      return trace.collect(choices, model, rows, numbers, batch_size(self.config), self.mesh)
 
-    traced, saturation = trace(model), []
+    traced, saturation = of(model), []
     for step in self.steps:
       if step != self.step:
         print(f"routing of step {step}", flush=True)
-        other = trace(self.restore(step))
+        other = of(self.restore(step))
         overlap_Z = specialisation.overlap(other.routed_ZTE, traced.routed_ZTE)
         saturation.append({"step": step, "overlap_Z": np.round(overlap_Z, 6)})
     pieces = {i: rows.tokenizer.decode_bytes([i]) for i in np.unique(traced.token_T).tolist()}
@@ -184,13 +188,6 @@ def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
   return dataclasses.replace(
     moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0
   )
-
-
-def _write(path: pathlib.Path, values: dict[str, Any], indent: int | None) -> dict[str, Any]:
-  """Returns what the file holds: lists in place of arrays."""
-  text = json.dumps(values, indent=indent, default=lambda array: array.tolist())
-  path.write_text(text + "\n")
-  return json.loads(text)
 
 
 def summary(result: dict[str, Any]) -> str:

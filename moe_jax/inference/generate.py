@@ -18,11 +18,12 @@ import numpy as np
 
 from moe_jax import checkpoint, sharding, startup
 from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, sampling
 from moe_jax.inference.decoding import Weights
-from moe_jax.training import evaluator
+from moe_jax.model import transformer
 
 _SLOTS = 32  # caches are multiples of it
 _CHUNK = 32  # tokens of a row that the device draws before it answers, at most
@@ -47,23 +48,19 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
     UserError: no run or checkpoint there, or its router cannot generate.
   """
   path = pathlib.Path(workdir)
-  config = evaluator.read_config(path)
+  config = workdir_lib.read_config(path)
   model = decoding.for_inference(config.model)
   startup.start(config.data)
   reader = checkpoint.Checkpointer(path)
   try:
     step = reader.find(step)
-    mesh = fit_mesh(config.mesh)
+    mesh = sharding.make_mesh(sharding.fit_mesh(config.mesh, batch_size=1))
     with jax.set_mesh(mesh):
-      weights = decoding.weights(model, **reader.restore_model(step, model, mesh))
+      stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
+      weights = decoding.weights(model, **stored)
   finally:
     reader.close()
   return Model(model, weights, mesh, tokenizers.load(config.data), step)
-
-
-def fit_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
-  """The run's own mesh where the devices match, otherwise one device."""
-  return sharding.make_mesh(mesh if evaluator.fits(mesh) else config_lib.Mesh(data=1))
 
 
 class Model:

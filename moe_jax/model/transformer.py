@@ -267,3 +267,18 @@ def bias_shape(model: config_lib.Model) -> tuple[int, int]:
   """Of the balancing biases, [Z, E]; a dense model has one that nobody reads, as Orbax saves no
   empty array."""
   return max(len(moe_layers(model)), 1), max(model.moe.num_experts, 1)
+
+
+def abstract_weights(model: config_lib.Model) -> dict[str, Any]:
+  """{"params", "bias_ZE"} as shapes: what a model needs of a checkpoint."""
+  bias_ZE = jax.ShapeDtypeStruct(bias_shape(model), jnp.float32)
+  return {"params": abstract(model)[1], "bias_ZE": bias_ZE}
+
+
+def evaluate(
+  graph: Any, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
+) -> ModelOutput:
+  """What Transformer returns of a data.Batch in evaluation: no jitter and no noise."""
+  tokens = Tokens(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+  key = jax.random.key(0)
+  return nnx.merge(graph, params)(tokens, bias_ZE, key, train=False, trace=trace)

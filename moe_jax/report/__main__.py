@@ -6,8 +6,8 @@ arm; the folder of the report is the one that holds the workdirs, or --out.
 
 import argparse
 import pathlib
-import sys
 
+from moe_jax import command_line
 from moe_jax.config import UserError
 
 
@@ -35,8 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  command_line.one_line_errors(main)

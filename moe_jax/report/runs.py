@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import SEEDS, UserError
+from moe_jax.workdir import read_lines, read_object
 
 _TAIL = 20  # lines of log.txt that explain a failure
 
@@ -90,34 +92,10 @@ def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]
   return [step for step, _ in found], [value for _, value in found]
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects of a .jsonl file. A cut-off line, the last of a run being written, is left out."""
-  if not path.is_file():
-    return []
-  lines = []
-  for text in path.read_text(errors="replace").splitlines():
-    try:
-      line = json.loads(text)
-    except ValueError:
-      continue
-    if isinstance(line, dict) and "step" in line:
-      lines.append(line)
-  return lines
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """A .json file's object; empty where it is missing or half written."""
-  try:
-    value = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
-
-
 def read_run(workdir: pathlib.Path, name: str, **known: Any) -> Run:
   """Reads a workdir; `known` are fields of Run that a sweep knows better than its files."""
-  lines = read_lines(workdir / "metrics.jsonl")
-  config = flat(read_object(workdir / "config.json"))
+  lines = read_lines(workdir / workdir_lib.METRICS)
+  config = flat(read_object(workdir / workdir_lib.CONFIG))
   run = Run(
     name=name,
     seed=config.get("train.seed", 0),
@@ -125,9 +103,9 @@ def read_run(workdir: pathlib.Path, name: str, **known: Any) -> Run:
     config=config,
     train=_with_prefix(lines, "train/"),
     validation=_with_prefix(lines, "validation/"),
-    eval=read_object(workdir / "eval.json"),
-    routing=read_object(workdir / "routing.json"),
-    alarms=read_lines(workdir / "alarms.jsonl"),
+    eval=read_object(workdir / workdir_lib.EVAL),
+    routing=read_object(workdir / workdir_lib.ROUTING),
+    alarms=read_lines(workdir / workdir_lib.ALARMS),
   )
   run = dataclasses.replace(run, **known)
   if not run.status:
@@ -166,7 +144,7 @@ def read_sweep(out: pathlib.Path) -> Study:
 def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
   """The study of any workdirs: one arm for all that differ in nothing but their seeds."""
   for path in workdirs:
-    if not (path / "config.json").is_file():
+    if not (path / workdir_lib.CONFIG).is_file():
       raise UserError(f"{path}: neither a run (config.json) nor a sweep (sweep.json) is there")
   paths = list(dict.fromkeys(path.resolve() for path in workdirs))
   root = parent(paths)
@@ -201,7 +179,7 @@ def common_name(names: list[str]) -> str:
 
 def log_tail(workdir: pathlib.Path) -> str:
   """The last lines of the run's log.txt."""
-  path = workdir / "log.txt"
+  path = workdir / workdir_lib.LOG
   if not path.is_file():
     return ""
   return "\n".join(path.read_text(errors="replace").splitlines()[-_TAIL:])

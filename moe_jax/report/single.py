@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_jax import workdir as workdir_lib
 from moe_jax.report import runs
 
 
@@ -17,7 +18,7 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   path = pathlib.Path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
-  measured = runs.read_lines(path / "metrics.jsonl")
+  measured = workdir_lib.read_lines(path / workdir_lib.METRICS)
   rates = runs.series(measured, "train/tokens_per_s")[1]
   lines = [
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "

@@ -4,6 +4,6 @@ A sweep file imports from here what it is written in.
 """
 
 from moe_jax.sweep.language import Arm, Sweep, arm, product, zipped
-from moe_jax.sweep.match import match
+from moe_jax.sweep.matching import match
 
 __all__ = ["Arm", "Sweep", "arm", "match", "product", "zipped"]

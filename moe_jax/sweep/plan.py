@@ -1,8 +1,6 @@
 """From a Sweep to its runs: every arm's config, checked, and every run's command line."""
 
 import difflib
-import enum
-import operator
 import pathlib
 import shlex
 from collections.abc import Sequence
@@ -11,10 +9,9 @@ from typing import Any, NamedTuple
 from moe_jax import command_line, validation
 from moe_jax import config as config_lib
 from moe_jax.config import SEEDS, Config, UserError
-from moe_jax.sweep import language
-from moe_jax.sweep import match as matching
+from moe_jax.sweep import language, matching
 from moe_jax.sweep.language import Arm, Sweep
-from moe_jax.sweep.match import Measured
+from moe_jax.sweep.matching import Measured
 
 _OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 
@@ -118,7 +115,7 @@ def _planned(
   seeded = [name for name in SEEDS if name in a.fields]
   if seeded:
     raise UserError(f"{where}: config.{seeded[0]} is the sweep's to set; use its seeds")
-  config = matching.override(base, a.fields | overrides, where)
+  config = command_line.override(base, a.fields | overrides, where)
   try:
     validation.validate(config)
     for transform in a.transforms:
@@ -140,7 +137,7 @@ def changes(base: Config, config: Config) -> dict[str, Any]:
 
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> Run:
-  config = matching.override(a.config, dict.fromkeys(SEEDS, seed), a.name)
+  config = command_line.override(a.config, dict.fromkeys(SEEDS, seed), a.name)
   workdir = f"{a.name}/seed{seed}"
   where = f"--workdir={plan.out / workdir}"
   fields = [f"--config.{n}={_text(v)}" for n, v in changes(plan.base, config).items()]
@@ -154,27 +151,6 @@ def make_run(plan: Plan, a: PlannedArm, seed: int) -> Run:
 
 def _text(value: Any) -> str:
   return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-  """{"train.steps": 20} of --override=train.steps=20."""
-  found: dict[str, Any] = {}
-  for text in texts:
-    flag = f"--override={text}"
-    name, equals, value = text.partition("=")
-    if name not in config_lib.field_names():
-      raise UserError(config_lib.unknown_field(name, flag))
-    kind = type(operator.attrgetter(name)(Config()))
-    if not equals or (kind is bool and value not in ("true", "false")):
-      raise UserError(f"{flag}: write --override={name}={'true' if kind is bool else 'VALUE'}")
-    if name in found:
-      raise UserError(f"{flag}: config.{name} is overridden twice")
-    try:
-      found[name] = value == "true" if kind is bool else kind(value)
-    except ValueError:
-      choices = ", ".join(m.value for m in kind) if issubclass(kind, enum.Enum) else kind.__name__
-      raise UserError(f"{flag}: {value!r} is not of {choices}") from None
-  return found
 
 
 def text(plan: Plan) -> str:

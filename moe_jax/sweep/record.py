@@ -6,11 +6,11 @@ import pathlib
 import shlex
 from typing import Any
 
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.sweep import plan as plan_lib
-from moe_jax.sweep.match import Measured
+from moe_jax.sweep.matching import Measured
 from moe_jax.sweep.plan import Plan, Run
-from moe_jax.training import train
 
 
 def read(out: pathlib.Path) -> dict[str, Any]:
@@ -72,15 +72,15 @@ def _is_finished(run: Run, out: pathlib.Path, known: dict[str, Any] | None) -> b
 
   If nothing is known of who made it, that was the line of --dry-run.
   """
-  path = out / run.workdir / "eval.json"
-  if not path.exists() or json.loads(path.read_text())["step"] != run.config.train.steps:
+  evaluated = workdir_lib.read_object(out / run.workdir / workdir_lib.EVAL)
+  if evaluated.get("step") != run.config.train.steps:
     return False
   if known and known["status"] != "waiting":
     same = _options(known["evaluate"]) == _options(run.evaluate)
     if known["status"] != "finished" or not same:
       return False
   try:
-    train.check_same_config(run.config, out / run.workdir)
+    workdir_lib.check_same_config(out / run.workdir, run.config)
   except UserError:
     return False  # train.py will refuse it, too, and say why
   return True

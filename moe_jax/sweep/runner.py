@@ -5,7 +5,6 @@ Each run is train.py and then eval.py, as subprocesses that write to log.txt in 
 
 import contextlib
 import datetime
-import json
 import os
 import pathlib
 import re
@@ -19,12 +18,13 @@ from typing import IO, Any
 
 import jax
 
+from moe_jax import command_line
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
 from moe_jax.sweep.plan import Plan, Run
 from moe_jax.sweep.slots import Slots
-from moe_jax.training.loop import clock
 
 _POLL_SECONDS = 0.2
 _PROGRESS_SECONDS = 30.0
@@ -41,7 +41,7 @@ class Job:
     self.started = time.monotonic()
     self.workdir = out / run.workdir
     self.workdir.mkdir(parents=True, exist_ok=True)
-    self._log: IO[str] = (self.workdir / "log.txt").open("a+")
+    self._log: IO[str] = (self.workdir / workdir_lib.LOG).open("a+")
     self._begin = self._log.seek(0, os.SEEK_END)
     self.evaluating = False
     self._start(run.command)
@@ -73,8 +73,7 @@ class Job:
     return self._log.read().splitlines()[-_TAIL_LINES:]
 
   def is_trained(self) -> bool:
-    # Orbax names the folder when all of it is written.
-    return (self.workdir / "checkpoints" / str(self.run.config.train.steps)).is_dir()
+    return workdir_lib.is_trained(self.workdir, self.run.config.train.steps)
 
   def where(self) -> str:
     """How far it is, in a few words."""
@@ -156,7 +155,7 @@ class Runner:
   def _begin(self, run: Run, slot: int) -> Job:
     job = Job(run, slot, self._out, self._slots, self._lock)
     self._set(run, "running")
-    say(f"{run.arm}/seed{run.seed} begins: {job.workdir / 'log.txt'}")
+    say(f"{run.arm}/seed{run.seed} begins: {job.workdir / workdir_lib.LOG}")
     return job
 
   def _ended(self, job: Job) -> bool:
@@ -172,8 +171,8 @@ class Runner:
     self._entries[job.run.arm, job.run.seed]["seconds"] += job.seconds
     if code == 0 and job.evaluating:
       self._set(job.run, "finished")
-      loss = json.loads((job.workdir / "eval.json").read_text())["loss"]
-      say(f"{name} finished after {clock(job.seconds)}, loss {loss:.4f}")
+      loss = workdir_lib.read_object(job.workdir / workdir_lib.EVAL)["loss"]
+      say(f"{name} finished after {command_line.clock(job.seconds)}, loss {loss:.4f}")
     elif self._asked or code == 0:  # train.py saves and ends with 0 when told to stop
       self._set(job.run, "stopped")
       say(f"{name} stopped: {tail[-1] if tail else ''}")
@@ -219,7 +218,8 @@ class Runner:
       typical = sum(took) / len(took)
       left = [typical] * statuses.count("waiting")
       left += [max(typical - job.seconds, 0.0) for job in running]
-      parts.append(f"all done in {clock(sum(left) / min(self._slots.number, len(left)))}")
+      seconds = sum(left) / min(self._slots.number, len(left))
+      parts.append(f"all done in {command_line.clock(seconds)}")
     say("; ".join(parts))
 
 
@@ -246,7 +246,7 @@ def run(
   measured = old.get("measured", {})
   with Slots(jobs).as_first():
     plan = plan_lib.make(
-      path, out, arms=arms, seeds=seeds, overrides=plan_lib.parse_overrides(overrides),
+      path, out, arms=arms, seeds=seeds, overrides=command_line.parse_overrides(overrides),
       measured=measured,
     )  # fmt: skip
   if dry_run:

@@ -1,10 +1,7 @@
-"""Held-out loss over a fixed set of batches, and what a workdir has to be to have one."""
+"""Held-out loss over a fixed set of batches. The letter G counts domains of documents here."""
 
-import dataclasses
 import functools
-import json
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding, validation
-from moe_jax.analysis import probe
+from moe_jax import data, sharding
+from moe_jax.model import transformer
 from moe_jax.training import losses, metrics
 
 
@@ -42,7 +39,7 @@ def eval_step(
   num_domains: int = 0,
 ) -> EvalSums:
   """Sums of one batch with the evaluation capacity factor and no jitter."""
-  logits_BLV, stats, _ = probe.forward(probe.Model(graph, params, bias_ZE), batch)
+  logits_BLV, stats, _ = transformer.evaluate(graph, params, bias_ZE, batch)
   real_BL = batch.segments_BL > 0
   bytes_BL = jnp.where(real_BL, bytes_V[batch.targets_BL], 0)
   domains = None
@@ -127,47 +124,3 @@ class Evaluator:
       for name, nll, targets, num_bytes in zip(self._rows.domains, *domains, strict=True)
       if targets
     }
-
-
-def read_config(workdir: pathlib.Path) -> config_lib.Config:
-  path = workdir / "config.json"
-  if not path.is_file():
-    raise config_lib.UserError(
-      f"--workdir={workdir}: no config.json there, so no run; train one first with train.py"
-    )
-  config = config_lib.from_json(path.read_text())
-  validation.validate(config)
-  return config
-
-
-def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
-  """Refuses text other than the run's own: another Python's standard library, changed files.
-
-  Args:
-    workdir: of the run; its data.json has the digests that it was started with.
-    digests: {split: digest of its token stream}.
-  """
-  path = workdir / "data.json"
-  recorded = json.loads(path.read_text()) if path.exists() else {}
-  changed = [split for split, digest in digests.items() if recorded.get(split, digest) != digest]
-  if changed:
-    raise config_lib.UserError(
-      f"--workdir={workdir}: the {' and '.join(changed)} text is not the one this run was trained "
-      "with (another Python version, or changed files?); use the same text, or a new workdir"
-    )
-
-
-def fits(mesh: config_lib.Mesh) -> bool:
-  """Whether a run's mesh takes all devices of this machine, no more and no fewer."""
-  return mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count()
-
-
-def fit_mesh(config: config_lib.Config) -> config_lib.Config:
-  """The run's own mesh where the devices match, otherwise the batch over as many as divide it.
-
-  Results do not depend on the mesh, so a checkpoint of 64 devices evaluates on one.
-  """
-  if fits(config.mesh):
-    return config
-  mesh = config_lib.Mesh(data=math.gcd(batch_size(config), jax.device_count()))
-  return dataclasses.replace(config, mesh=mesh)

@@ -4,7 +4,6 @@ They watch what every step reports anyway, on the host, one step behind the devi
 """
 
 import collections
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -12,8 +11,8 @@ import jax
 import numpy as np
 
 from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import OnAlarm
-from moe_jax.training import metrics
 
 
 class Alarm(NamedTuple):
@@ -33,10 +32,10 @@ class Monitor:
   ):
     """`layers`: the network's index of each MoE layer."""
     self._health, self._moe, self._layers = config.health, config.model.moe, layers
-    self._path = workdir / "alarms.jsonl"
+    self._path = workdir / workdir_lib.ALARMS
     self._writes = jax.process_index() == 0  # all processes look, as all have to stop
     if self._writes:
-      metrics.keep_lines(self._path, resume_step)
+      workdir_lib.keep_lines(self._path, resume_step)
     self._losses: collections.deque[float] = collections.deque(maxlen=self._health.window)
     self._steps_over: collections.Counter[tuple[str, int]] = collections.Counter()
     self._nonfinite = False
@@ -51,8 +50,7 @@ class Monitor:
       if action is OnAlarm.OFF:
         continue
       if self._writes:
-        with self._path.open("a") as file:
-          file.write(json.dumps(alarm._asdict()) + "\n")
+        workdir_lib.append_line(self._path, alarm._asdict())
         print(f"alarm: {alarm.message}", flush=True)
       if action is OnAlarm.STOP:
         raise config_lib.UserError(alarm.message)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, sharding
+from moe_jax import checkpoint, command_line, sharding
 from moe_jax import config as config_lib
 from moe_jax.model import cost
 from moe_jax.model.transformer import moe_layers
@@ -146,13 +146,7 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     parts.append(f"{values['tokens_per_s'] / 1e3:.1f}k tokens/s")
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.1f}%")
-    parts.append(f"ETA {clock((steps - step) / values['steps_per_s'])}")
+    parts.append(f"ETA {command_line.clock((steps - step) / values['steps_per_s'])}")
   else:
     parts.append("(compiled)")
   return "  ".join(parts)
-
-
-def clock(seconds: float) -> str:
-  """3661.2 -> '1:01:01'."""
-  seconds = round(seconds)
-  return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,6 +1,5 @@
 """What is measured of a run, and where it is written."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from moe_jax import sharding
+from moe_jax import workdir as workdir_lib
 from moe_jax.moe.counts import MoeStats
 
 # Dense bfloat16 FLOP/s of one device, by a part of jax's device_kind, from the vendors' sheets.
@@ -103,14 +103,14 @@ class Writer:
   """metrics.jsonl (one line a logged step; arrays as lists) and TensorBoard events (not tables)."""
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
-    self._path = workdir / "metrics.jsonl"
-    keep_lines(self._path, resume_step)
-    self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+    self._path = workdir / workdir_lib.METRICS
+    workdir_lib.keep_lines(self._path, resume_step)
+    events = workdir / workdir_lib.TENSORBOARD
+    self._events = SummaryWriter(str(events), purge_step=resume_step + 1)
 
   def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
     plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
-    with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **plain}) + "\n")
+    workdir_lib.append_line(self._path, {"step": step, **plain})
     for name, value in plain.items():
       if isinstance(value, (int, float)):
         self._events.add_scalar(name, value, step)
@@ -120,25 +120,8 @@ class Writer:
 
   def last(self, name: str) -> float:
     """The newest value of a metric before this start of the run; 0.0 if there is none."""
-    lines = self._path.read_text().splitlines() if self._path.exists() else []
-    return next((v[name] for v in map(json.loads, reversed(lines)) if name in v), 0.0)
+    lines = workdir_lib.read_lines(self._path)
+    return next((line[name] for line in reversed(lines) if name in line), 0.0)
 
   def close(self) -> None:
     self._events.close()
-
-
-def keep_lines(path: pathlib.Path, resume_step: int) -> None:
-  """Drops the lines of later steps from a .jsonl file of a run, which may not be there yet.
-
-  A run killed after its last checkpoint has logged steps that are about to be taken again.
-  """
-  if path.exists():
-    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-    path.write_text("".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> int:
-  try:
-    return json.loads(line)["step"]
-  except ValueError:  # the last line of a killed run can be cut short
-    return 1 << 62

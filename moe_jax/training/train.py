@@ -1,6 +1,5 @@
 """Training: one pure step, how it starts, and what a resumed run may change."""
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -11,10 +10,11 @@ from flax import nnx
 
 from moe_jax import checkpoint, data, sharding, startup, validation
 from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
 from moe_jax.model import cost
 from moe_jax.model.transformer import Tokens, Transformer, abstract, bias_shape, moe_layers
 from moe_jax.training import losses, metrics, optimizers
-from moe_jax.training.evaluator import Evaluator, check_same_data
+from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.loop import Loop
 
 
@@ -157,7 +157,7 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
   startup.start(config.data, multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
   path = pathlib.Path(workdir)
-  check_same_config(config, path)
+  workdir_lib.check_same_config(path, config)
   train_rows = data.load_rows(config.data, "train")
   validation_rows = data.load_rows(config.data, "validation")
   if train_rows.tokenizer.vocab_size > config.model.vocab_size:
@@ -167,11 +167,11 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     )
   batches = data.train_iterator(train_rows, config.data, jax.process_index(), jax.process_count())
   digests = {"train": train_rows.digest, "validation": validation_rows.digest}
-  check_same_data(path, digests)
+  workdir_lib.check_same_data(path, digests)
   path.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
-    (path / "data.json").write_text(json.dumps(digests, indent=2) + "\n")
-    (path / "config.json").write_text(config_lib.to_json(config) + "\n")
+    workdir_lib.write_object(path / workdir_lib.DATA, digests)
+    workdir_lib.write_config(path, config)
     device = jax.devices()[0]
     print(f"{cost.table(config)}\n{cost.report(config)}")
     print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
@@ -193,25 +193,3 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     loop = Loop(config, path, saver, start)
     evaluator = Evaluator(config, validation_rows, mesh, graph, config.eval.batches)
     loop.run(state, batches, compile_step(config, graph, shardings), evaluator, mesh)
-
-
-# What may differ when a run goes on: where it runs, how long, and what is watched.
-_MAY_CHANGE = (
-  "mesh.", "eval.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-  "train.keep_", "data.threads", "data.cache_dir",
-)  # fmt: skip
-
-
-def check_same_config(config: config_lib.Config, path: pathlib.Path) -> None:
-  """Refuses to go on with a run under a config that would make it another run."""
-  if not (path / "config.json").exists():
-    return
-  old = config_lib.flatten(config_lib.from_json((path / "config.json").read_text()))
-  new = config_lib.flatten(config)
-  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE)]
-  if changed:
-    what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
-    raise config_lib.UserError(
-      f"--workdir={path} holds a run with another config: {what}; name a new workdir, or drop the "
-      "change to go on with that run"
-    )

@@ -1,78 +1,22 @@
-"""Looks into a checkpoint with a few rows: who took each token, what hiding the future costs."""
+"""What a model's loss is when every token's future is hidden from its routers.
+
+The letter R counts rows.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import data, sharding
-from moe_jax.analysis.specialisation import Trace
-from moe_jax.model.transformer import Tokens
+from moe_jax.analysis import trace
+from moe_jax.model import transformer
 from moe_jax.training import losses
 
 _SECONDS = 10  # between lines of progress
-
-
-class Model(NamedTuple):
-  """A checkpoint on the mesh in force."""
-
-  graph: Any
-  params: Any
-  bias_ZE: jax.Array
-
-
-def forward(model: Model, batch: data.Batch, **options: Any) -> tuple[Any, ...]:
-  """What Transformer returns in evaluation."""
-  transformer = nnx.merge(model.graph, model.params)
-  tokens = Tokens(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
-  return transformer(tokens, model.bias_ZE, jax.random.key(0), train=False, **options)
-
-
-def spread(available: int, count: int) -> list[int]:
-  """At most `count` of the numbers below `available`, evenly spaced: neighbours share documents."""
-  return np.unique(np.linspace(0, available - 1, min(count, available)).astype(int)).tolist()
-
-
-def compile_choices(graph: Any) -> Callable[..., Any]:
-  """(params, bias_ZE, batch) -> Choices."""
-  return jax.jit(
-    lambda params, bias_ZE, batch: forward(Model(graph, params, bias_ZE), batch, trace=True).choices
-  )
-
-
-def trace(
-  choices: Callable[..., Any],
-  model: Model,
-  rows: data.Rows,
-  numbers: Sequence[int],
-  batch_size: int,
-  mesh: jax.sharding.Mesh,
-) -> Trace:
-  """What became of every token of these rows; `choices` is compile_choices of the model's graph."""
-  found = []
-  for rows_B in _batches(numbers, batch_size):
-    batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
-    chosen = choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
-    real_BL = batch.segments_BL > 0
-    row_BL, place_BL = np.indices(real_BL.shape)
-    row_BL += len(found) * batch_size
-    of_tokens = (batch.tokens_BL, row_BL, batch.segments_BL, place_BL, domain_BL)
-    of_layers = [np.asarray(jax.device_get(x))[:, real_BL] for x in chosen]
-    found.append((*(x[real_BL] for x in of_tokens), *of_layers))
-  *tokens, routed, kept, gate = zip(*found, strict=True)
-  layers = (np.concatenate(x, axis=1) for x in (routed, kept, gate))
-  return Trace(*(np.concatenate(x) for x in tokens), *layers)
-
-
-def _batches(numbers: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-  """The last one is filled up with -1, rows of padding."""
-  for first in range(0, len(numbers), batch_size):
-    rows_B = list(numbers[first : first + batch_size])
-    yield rows_B + [-1] * (batch_size - len(rows_B))
 
 
 def cut(batch: data.Batch, other: data.Batch, last_B: np.ndarray, separator: int) -> data.Batch:
@@ -95,7 +39,7 @@ def cut(batch: data.Batch, other: data.Batch, last_B: np.ndarray, separator: int
 
 
 def causal_losses(
-  model: Model,
+  model: trace.Model,
   rows: data.Rows,
   numbers: Sequence[int],
   batch_size: int,
@@ -115,7 +59,7 @@ def causal_losses(
     group_rows: rows in a routing group; the other rows of a group stay as they are.
   """
   step = jax.jit(lambda params, bias_ZE, batch: losses.token_nll(
-    forward(Model(model.graph, params, bias_ZE), batch).logits_BLV, batch.targets_BL
+    transformer.evaluate(model.graph, params, bias_ZE, batch).logits_BLV, batch.targets_BL
   )[0])  # fmt: skip
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
@@ -144,8 +88,8 @@ def causal_losses(
   return hidden_RL, forced_RL
 
 
-def causal(
-  model: Model,
+def measure(
+  model: trace.Model,
   rows: data.Rows,
   moe: config_lib.MoE,
   num_rows: int,
@@ -154,7 +98,7 @@ def causal(
 ) -> dict[str, Any]:
   """`causal` of eval.json: mean losses of `causal_losses`, nats per token, and their difference."""
   group_rows = max(moe.group_size // rows.seq_len, 1) if moe.num_experts else 1
-  numbers = spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
+  numbers = trace.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
   numbers = numbers[: len(numbers) - len(numbers) % group_rows]
   if len(numbers) < 2 * group_rows:
     raise config_lib.UserError(

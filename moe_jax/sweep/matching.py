@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from moe_jax import command_line, validation
 from moe_jax import config as config_lib
-from moe_jax import validation
 from moe_jax.config import Config, UserError
 from moe_jax.model import cost
 
@@ -28,8 +28,8 @@ _COUNT_TOLERANCE = 0.01
 _TIME_TOLERANCE = 0.05  # what noise allows
 _TIME_GOAL = 0.02  # near enough to stop measuring
 _TRIES = 6  # widths that are measured, each compiled anew
-_ROUNDS = 7
-_ROUND_SECONDS = 0.5
+ROUNDS = 7
+ROUND_SECONDS = 0.5
 _TAKES_TIME = ("model.", "data.seq_len", "data.batch_size", "train.accumulation", "mesh.")
 
 Measured = dict[str, dict[str, Any]]  # what was measured for each match; JSON
@@ -75,7 +75,7 @@ class Match:
       width, what = self._by_time(reference, twin, field, step, measured)
     else:
       width, what = self._by_count(reference, twin, field, step)
-    twin = override(twin, {field: width}, str(self))
+    twin = command_line.override(twin, {field: width}, str(self))
     validation.validate(twin)
     note = f"{self.kind} twin by {self.by}: {field}={width}, {what}"
     moe, layers = reference.model.moe, reference.model.num_layers
@@ -91,7 +91,7 @@ class Match:
     """The twin but for one width, and the field of that width."""
     if self.kind == "moe":
       fields = {f"model.moe.{name}": value for name, value in self.fields}
-      twin = override(reference, fields, str(self))
+      twin = command_line.override(reference, fields, str(self))
       if not twin.model.moe.num_experts:
         raise UserError(f"{self}: the config is dense; say how many experts, num_experts=8")
       return twin, "model.moe.expert_dim"
@@ -126,7 +126,7 @@ class Match:
     times = Times(*found["times"])
     what = (
       f"{1e3 * times.twin:.3g} ms per training step against {1e3 * times.reference:.3g} "
-      f"({100 * (times.ratio - 1):+.1f}%), medians of {_ROUNDS} rounds on {found['device']}"
+      f"({100 * (times.ratio - 1):+.1f}%), medians of {ROUNDS} rounds on {found['device']}"
     )
     if abs(times.ratio - 1) > _TIME_TOLERANCE:
       del measured[key]
@@ -170,26 +170,8 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   return transform
 
 
-def override(config: Config, fields: dict[str, Any], where: str) -> Config:
-  """A copy with {"model.moe.top_k": 1, ...} set; enums by member or value. Not validated.
-
-  Args:
-    where: begins the UserError about a field that there is not.
-  """
-  values = json.loads(config_lib.to_json(config))
-  for name, value in fields.items():
-    if name not in config_lib.field_names():
-      raise UserError(config_lib.unknown_field(name, where))
-    *path, leaf = name.split(".")
-    section = values
-    for part in path:
-      section = section[part]
-    section[leaf] = getattr(value, "value", value)
-  return config_lib.from_json(json.dumps(values))
-
-
 def count(config: Config) -> cost.Counts:
-  """describe.count for one device; quick for a size that was counted before."""
+  """cost.count for one device; quick for a size that was counted before."""
   sized = Config(model=config.model, data=config_lib.Data(seq_len=config.data.seq_len))
   return _count_json(config_lib.to_json(sized))
 
@@ -211,7 +193,7 @@ def _nearest(name, reference, twin, field, step) -> tuple[int, float, float]:
   """(width, its count, the reference's) of the multiple of `step` with the nearest count."""
 
   def at(width: int) -> float:
-    return getattr(count(override(twin, {field: width}, "match")), name)
+    return getattr(count(command_line.override(twin, {field: width}, "match")), name)
 
   target, first, second = getattr(count(reference), name), at(step), at(2 * step)
   width = step * max(1, round(1 + (target - first) / (second - first)))
@@ -243,41 +225,9 @@ def solve_by_time(
 def _measure_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
   """In a process of its own, which ends and leaves the accelerator to the runs."""
   print(f"measuring training steps to match {job['field']} ...", file=sys.stderr, flush=True)
-  command = [sys.executable, "-m", "moe_jax.sweep.match"]
+  command = [sys.executable, "-m", "moe_jax.sweep.match_worker"]
   done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
   if done.returncode:
     said = done.stderr.strip().splitlines() or ["it said nothing"]
     raise UserError(f"measuring {job['field']} ended with code {done.returncode}: {said[-1]}")
   return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_here(job: dict[str, Any]) -> dict[str, Any]:
-  """{"width", "times", "device"} of a job of `_measure_elsewhere`, in real training steps."""
-  import jax
-
-  from moe_jax import startup
-  from moe_jax.training import timing
-
-  def trainer(config: Config) -> timing.Trainer:
-    worker = timing.Trainer(validation.resolve_mesh(config, jax.device_count()), bare=False)
-    worker.measure(timing.WARMUP_STEPS)
-    return worker
-
-  reference, twin = (config_lib.from_json(job[name]) for name in ("reference", "twin"))
-  startup.start(reference.data)
-  opponent = trainer(reference)
-
-  def measure(width: int) -> Times:
-    candidate = trainer(override(twin, {job["field"]: width}, "match"))
-    thunks = {"reference": lambda: opponent.measure(1), "twin": lambda: candidate.measure(1)}
-    taken = timing.in_turns(thunks, _ROUNDS, _ROUND_SECONDS)
-    medians = [timing.median(taken, name) for name in thunks]
-    return Times(*medians, timing.ratio(taken, "twin", "reference"))
-
-  width, times = solve_by_time(measure, job["start"], job["step"], job["tries"])
-  device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-  return {"width": width, "times": list(times), "device": device}
-
-
-if __name__ == "__main__":
-  print(json.dumps(measure_here(json.load(sys.stdin))))

@@ -1,0 +1,64 @@
+"""Follows a few rows through a checkpoint: which experts took each token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax import data, sharding
+from moe_jax.analysis.specialisation import Trace
+from moe_jax.model import transformer
+
+
+class Model(NamedTuple):
+  """A checkpoint on the mesh in force."""
+
+  graph: Any
+  params: Any
+  bias_ZE: jax.Array
+
+
+def spread(available: int, count: int) -> list[int]:
+  """At most `count` of the numbers below `available`, evenly spaced: neighbours share documents."""
+  return np.unique(np.linspace(0, available - 1, min(count, available)).astype(int)).tolist()
+
+
+def compile_choices(graph: Any) -> Callable[..., Any]:
+  """(params, bias_ZE, batch) -> Choices."""
+
+  def choices(params: Any, bias_ZE: jax.Array, batch: data.Batch) -> Any:
+    return transformer.evaluate(graph, params, bias_ZE, batch, trace=True).choices
+
+  return jax.jit(choices)
+
+
+def collect(
+  choices: Callable[..., Any],
+  model: Model,
+  rows: data.Rows,
+  numbers: Sequence[int],
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> Trace:
+  """What became of every token of these rows; `choices` is compile_choices of the model's graph."""
+  found = []
+  for rows_B in _batches(numbers, batch_size):
+    batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
+    chosen = choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
+    real_BL = batch.segments_BL > 0
+    row_BL, place_BL = np.indices(real_BL.shape)
+    row_BL += len(found) * batch_size
+    of_tokens = (batch.tokens_BL, row_BL, batch.segments_BL, place_BL, domain_BL)
+    of_layers = [np.asarray(jax.device_get(x))[:, real_BL] for x in chosen]
+    found.append((*(x[real_BL] for x in of_tokens), *of_layers))
+  *tokens, routed, kept, gate = zip(*found, strict=True)
+  layers = (np.concatenate(x, axis=1) for x in (routed, kept, gate))
+  return Trace(*(np.concatenate(x) for x in tokens), *layers)
+
+
+def _batches(numbers: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+  """The last one is filled up with -1, rows of padding."""
+  for first in range(0, len(numbers), batch_size):
+    rows_B = list(numbers[first : first + batch_size])
+    yield rows_B + [-1] * (batch_size - len(rows_B))

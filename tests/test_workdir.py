@@ -1,0 +1,73 @@
+"""The files of a run: what is kept when it goes on, and what may not differ."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import workdir
+
+
+def test_lines_after_the_resumed_step_go_and_so_does_a_cut_one(tmp_path):
+  path = tmp_path / workdir.METRICS
+  workdir.keep_lines(path, 3)  # of a run that has logged nothing
+  for step in (1, 3, 4):
+    workdir.append_line(path, {"step": step, "train/loss": step / 2})
+  with path.open("a") as file:
+    file.write('{"step": 2, "train/lo')
+  assert [line["step"] for line in workdir.read_lines(path)] == [1, 3, 4]
+  workdir.keep_lines(path, 3)
+  kept = [json.loads(line) for line in path.read_text().splitlines()]
+  assert kept == [{"step": 1, "train/loss": 0.5}, {"step": 3, "train/loss": 1.5}]
+
+
+def test_an_object_comes_back_as_the_file_has_it(tmp_path):
+  path = tmp_path / workdir.EVAL
+  assert workdir.read_object(path) == {}
+  written = workdir.write_object(path, {"loss": 1.5, "load_ZE": np.array([[1, 2]])})
+  assert written == workdir.read_object(path) == {"loss": 1.5, "load_ZE": [[1, 2]]}
+  path.write_text('{"loss": 1')
+  assert workdir.read_object(path) == {}
+
+
+def test_kernels_are_remembered(tmp_path):
+  assert workdir.read_kernels(tmp_path) == {}
+  workdir.write_kernels(tmp_path, {"experts": "blocked"})
+  assert workdir.read_kernels(tmp_path) == {"experts": "blocked"}
+  assert (tmp_path / "kernels.json").is_file()
+
+
+def test_a_run_goes_on_with_its_own_text_alone(tmp_path):
+  workdir.check_same_data(tmp_path, {"train": "a"})  # a new run
+  workdir.write_object(tmp_path / workdir.DATA, {"train": "a", "validation": "b"})
+  workdir.check_same_data(tmp_path, {"validation": "b"})
+  with pytest.raises(config_lib.UserError, match="the validation text is not the one"):
+    workdir.check_same_data(tmp_path, {"train": "a", "validation": "c"})
+
+
+def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
+  config = config_lib.Config()
+  workdir.check_same_config(tmp_path, config)  # a new run
+  workdir.write_config(tmp_path, config)
+  longer = dataclasses.replace(config, train=config_lib.Train(steps=7))
+  workdir.check_same_config(tmp_path, longer)
+  other = dataclasses.replace(config, loss=config_lib.Loss(z=1.0))
+  with pytest.raises(config_lib.UserError, match=r"config.loss.z=1.0 \(was 0.0\)"):
+    workdir.check_same_config(tmp_path, other)
+
+
+def test_an_older_config_takes_defaults(tmp_path):
+  values = json.loads(config_lib.to_json(config_lib.Config()))
+  del values["optimizer"]["b1"], values["health"]
+  (tmp_path / workdir.CONFIG).write_text(json.dumps(values))
+  assert workdir.read_config(tmp_path) == config_lib.Config()
+  workdir.check_same_config(tmp_path, config_lib.Config())
+
+
+def test_reading_a_run_needs_no_jax():
+  code = "import sys, moe_jax.workdir, moe_jax.report; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
