@@ -4,6 +4,7 @@ Writes [forward, forward and backward], {hlo, flops} of each; of a train step it
 test_tpu_compile.py runs it, in a process of its own.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -39,7 +40,6 @@ _RAGGED = dict(dispatch=Dispatch.GROUPED, exchange=Exchange.RAGGED)
 _LAYERS = {
   "ragged": dict(_RAGGED, grouped_matmul=GroupedMatmul.RAGGED_DOT),
   "mosaic": dict(_RAGGED, grouped_matmul=GroupedMatmul.MOSAIC),
-  "mosaic_tpu_v2": dict(_RAGGED, grouped_matmul=GroupedMatmul.MOSAIC_TPU_V2),
   "all_gather": dict(
     dispatch=Dispatch.GROUPED,
     exchange=Exchange.ALL_GATHER,
@@ -91,12 +91,12 @@ def layer(devices, **options):
     )  # fmt: skip
 
 
-def sorted_experts(devices):
+def sorted_experts(devices, kernel):
   """The experts of rows sorted by expert, on one device."""
   mesh = mesh_of(devices, data=1, expert=1)
 
   def loss(x_ND, experts, sizes_E):
-    y_ND = run_experts(x_ND, sizes_E, experts, GroupedMatmul.RAGGED_DOT)
+    y_ND = run_experts(x_ND, sizes_E, experts, kernel)
     return jnp.sum(y_ND.astype(jnp.float32) ** 2), y_ND
 
   experts = Experts(*(array(mesh, s, jnp.bfloat16) for s in ((E, D, F), (E, D, F), (E, F, D))))
@@ -106,6 +106,12 @@ def sorted_experts(devices):
     )
 
 
+def cross_compile():
+  import tokamax
+
+  return tokamax.config.cross_compile(True)
+
+
 def main():
   case, out = sys.argv[1:]
   if case in ("splash", "reference"):
@@ -113,16 +119,12 @@ def main():
     result = compile_step(devices, case)
   else:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    if case == "experts":
-      result = sorted_experts(devices)
-    elif case.startswith("mosaic"):
-      import tokamax
-
-      # Otherwise it sees a CPU, and quietly takes XLA's ragged_dot instead of its own kernels.
-      with tokamax.config.cross_compile(True):
+    # Tokamax otherwise sees a CPU, and quietly takes XLA's ragged_dot instead of its own kernels.
+    with cross_compile() if case.startswith("mosaic") else contextlib.nullcontext():
+      if case in _LAYERS:
         result = layer(devices, **_LAYERS[case])
-    else:
-      result = layer(devices, **_LAYERS[case])
+      else:
+        result = sorted_experts(devices, GroupedMatmul(case))
   pathlib.Path(out).write_text(json.dumps(result))
 
 

@@ -94,7 +94,7 @@ def _code_size(L: int) -> int:
 
 
 def _longest_head() -> int:
-  """The longest head of the device that is here; of a Hopper GPU where none is."""
+  """That cuDNN takes backward, on the device that is here; on a Hopper GPU where none is."""
   device = jax.local_devices()[0]
   capability = float(getattr(device, "compute_capability", None) or 9.0)
-  return 256 if capability >= 9.0 else 128
+  return 256 if 9.0 <= capability < 10.0 else 128
