@@ -96,6 +96,14 @@ class Schedule(enum.Enum):
   CONSTANT = "constant"
 
 
+class OptimizerName(enum.Enum):
+  """docs/guide.md compares them; optimizers.py has one record for each."""
+
+  ADAMW = "adamw"
+  ADAFACTOR = "adafactor"
+  MUON = "muon"
+
+
 def _section():
   return dataclasses.dataclass(slots=True, kw_only=True)
 
@@ -173,12 +181,13 @@ class Loss:
 
 @_section()
 class Optimizer:
+  name: OptimizerName = OptimizerName.ADAMW
   learning_rate: float = 3e-3  # peak
   schedule: Schedule = Schedule.COSINE
   warmup_steps: int = 100
   decay_fraction: float = 0.2  # of the steps, for wsd
   final_fraction: float = 0.1  # of the peak, where cosine and wsd end
-  b1: float = 0.9
+  b1: float = 0.9  # of Adam's moments, as b2 and eps are
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1  # matrices only: not norms, embeddings or routers

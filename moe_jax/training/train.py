@@ -132,7 +132,7 @@ def init_state(
 
   graph, _ = abstract(config.model)
   shapes = jax.eval_shape(init)
-  shardings = sharding.param_shardings(shapes, mesh)
+  shardings = sharding.param_shardings(shapes, mesh, shapes.params)
   return graph, jax.jit(init, out_shardings=shardings), shapes, shardings
 
 
@@ -174,7 +174,7 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     workdir_lib.write_object(path / workdir_lib.DATA, digests)
     workdir_lib.write_config(path, config)
     device = jax.devices()[0]
-    print(f"{cost.table(config)}\n{cost.report(config)}")
+    print(f"{cost.table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
     print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
 
   mesh = sharding.make_mesh(config.mesh)
