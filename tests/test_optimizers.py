@@ -83,6 +83,20 @@ def test_muon_updates_each_expert_as_if_it_were_alone(axes):
     assert np.abs(first[name] - second[name]).max() > 1e-5
 
 
+def test_muon_gathers_no_experts():
+  """Each device orthogonalises its own: 2 layers of 8 experts over 4 devices."""
+  params, mesh = {"up_EDF": jax.ShapeDtypeStruct((2, 8, 16, 32), np.float32)}, mesh_of(expert=4)
+  transform = optimizers.make_optimizer(settings(OptimizerName.MUON), 10)
+  shapes = jax.eval_shape(transform.init, params)
+  places = [sharding.param_shardings(tree, mesh, params) for tree in (params, shapes)]
+  updated = jax.jit(
+    transform.update, in_shardings=(*places, places[0]), out_shardings=tuple(places)
+  )
+  text = updated.lower(params, shapes, params).compile().as_text()
+  assert "all-gather" not in text and "all-to-all" not in text
+  assert "f32[4,16,16]" in text and "f32[16,16,16]" not in text
+
+
 def test_muon_reads_its_matrices_from_the_letters():
   axes = optimizers.muon_axes
   assert axes("q_DHA", 4) == ((-3,), (-2, -1)) and axes("out_HAD", 4) == ((-3, -2), (-1,))

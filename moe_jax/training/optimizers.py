@@ -82,8 +82,30 @@ def _muon(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.Gradie
   )  # fmt: skip
   # Its own Adam is Nesterov's and takes no mask of weight decay, so the rest is left to AdamW.
   return optax.partition(
-    {"muon": muon, "adamw": _adamw(optimizer, rate)}, lambda params: _by_name(params, kind)
+    {"muon": _experts_first(muon), "adamw": _adamw(optimizer, rate)},
+    lambda params: _by_name(params, kind),
   )
+
+
+def _experts_first(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The same transformation, which sees stacks of experts as [E, Z, ...] in place of [Z, E, ...].
+
+  optax makes one dimension of the two, and only where E is the first of them do experts stay split
+  over devices; otherwise every device gathers all experts and orthogonalises each of them.
+  """
+
+  def swap(tree: Any) -> Any:
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+      letters = sharding.param_name(path).rsplit("_", 1)[-1]
+      stacked = letters.startswith("E") and leaf.ndim == len(letters) + 1
+      return leaf.swapaxes(0, 1) if stacked else leaf
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+  def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    return swap(inner.update(swap(updates), swap(state), swap(params)))
+
+  return optax.GradientTransformation(inner.init, update)
 
 
 def muon_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
