@@ -348,6 +348,28 @@ def test_one_folder_or_none_is_no_domain(text, stdlib):
   assert text_files.first_folders([f"{i}/a" for i in range(40)]) == ()  # too many to compare
 
 
+def test_a_data_set_is_one_record(tmp_path, monkeypatch):
+  def documents(split):
+    yield from ((f"{word}/{i}", f"{word} {split} {i}") for i in range(3) for word in "ab")
+
+  def read(config):
+    return builders.Corpus("counting", lambda: documents, ("a", "b"))
+
+  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
+  rows = load(Data(name="counting", cache_dir=str(tmp_path)))
+  for split in SPLITS:
+    want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
+    assert sorted(everything(rows[split])) == sorted(want)
+    assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
+  assert "near: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
+
+
+def test_the_guide_shows_every_data_set():
+  guide = (pathlib.Path(__file__).parents[1] / "docs/guide.md").read_text()
+  for name, record in builders.DATASETS.items():
+    assert f"| `{name}` | {record.about} |" in guide
+
+
 @pytest.fixture
 def catalog(tmp_path, monkeypatch):
   """$TFDS_DATA_DIR with TFDS's own tiny_shakespeare, prepared from a text of ours."""
