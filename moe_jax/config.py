@@ -104,11 +104,7 @@ class OptimizerName(enum.Enum):
   MUON = "muon"
 
 
-def _section():
-  return dataclasses.dataclass(slots=True, kw_only=True)
-
-
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class MoE:
   num_experts: int = 0  # E; 0 is a dense model
   top_k: int = 2  # K, experts per token
@@ -135,7 +131,7 @@ class MoE:
   first_dense: int = 0  # leading dense layers
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Model:
   vocab_size: int = 264  # V; bytes need 257, the rest pads to a multiple of 8
   num_layers: int = 4
@@ -153,7 +149,7 @@ class Model:
   moe: MoE = dataclasses.field(default_factory=MoE)
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Data:
   name: str = "python_stdlib"  # or "python_domains", "text" for your own files, a TFDS name
   path: str = ""  # a .txt/.jsonl file or a folder of them, for name="text"
@@ -169,7 +165,7 @@ class Data:
   cache_dir: str = ""  # "" is $MOE_JAX_CACHE, or moe_jax in the user's cache directory
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Loss:
   load_balance: float = 0.01  # Switch eq. 4, normalised: 1.0 is perfect balance
   balance_scope: BalanceScope = BalanceScope.GLOBAL
@@ -179,7 +175,7 @@ class Loss:
   z: float = 0.0  # the same on the output logits (PaLM uses 1e-4)
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Optimizer:
   name: OptimizerName = OptimizerName.ADAMW
   learning_rate: float = 3e-3  # peak
@@ -194,7 +190,7 @@ class Optimizer:
   clip_norm: float = 1.0  # global gradient norm; 0 is off
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Train:
   steps: int = 1000
   seed: int = 0  # initial weights and router noise
@@ -206,7 +202,7 @@ class Train:
   keep_best: int = 1  # by validation loss
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Health:
   """When training raises an alarm. A limit of 0 never does."""
 
@@ -220,14 +216,14 @@ class Health:
   on_nonfinite: OnAlarm = OnAlarm.STOP  # the loss, a gradient, or a router's logits
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Eval:
   batch_size: int = 0  # sequences; 0 is the training microbatch
   batches: int = 16  # of the validation set, from its start, while training; 0 is all of it
   final_batches: int = 0  # the same for eval.py, of any split
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Mesh:
   data: int = -1  # -1 is all devices that the other axes leave
   fsdp: int = 1
@@ -235,7 +231,7 @@ class Mesh:
   tensor: int = 1
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
   model: Model = dataclasses.field(default_factory=Model)
   data: Data = dataclasses.field(default_factory=Data)
