@@ -23,8 +23,9 @@ def main() -> None:
   validation.validate(config)
   if _DESCRIBE.value:
     from moe_jax.model import cost
+    from moe_jax.training import optimizers
 
-    print(cost.report(config))
+    print(cost.report(config, optimizers.abstract_state(config)))
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: say where the run lives, --workdir=runs/NAME")

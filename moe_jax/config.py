@@ -110,11 +110,15 @@ class Schedule(enum.Enum):
   CONSTANT = "constant"
 
 
-def _section():
-  return dataclasses.dataclass(slots=True, kw_only=True)
+class OptimizerName(enum.Enum):
+  """docs/guide.md compares them; optimizers.py has one record for each."""
+
+  ADAMW = "adamw"
+  ADAFACTOR = "adafactor"
+  MUON = "muon"
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class MoE:
   num_experts: int = 0  # E; 0 is a dense model
   top_k: int = 2  # K, experts per token
@@ -141,7 +145,7 @@ class MoE:
   first_dense: int = 0  # leading dense layers
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Model:
   vocab_size: int = 264  # V; bytes need 257, the rest pads to a multiple of 8
   num_layers: int = 4
@@ -165,7 +169,7 @@ class Model:
     return (2 * self.num_layers) ** -0.5
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Data:
   name: str = "python_stdlib"  # or "python_domains", "text" for your own files, a TFDS name
   path: str = ""  # a .txt/.jsonl file or a folder of them, for name="text"
@@ -181,7 +185,7 @@ class Data:
   cache_dir: str = ""  # "" is $MOE_JAX_CACHE, or moe_jax in the user's cache directory
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Loss:
   load_balance: float = 0.01  # Switch eq. 4, normalised: 1.0 is perfect balance
   balance_scope: BalanceScope = BalanceScope.GLOBAL
@@ -191,21 +195,22 @@ class Loss:
   z: float = 0.0  # the same on the output logits (PaLM uses 1e-4)
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Optimizer:
+  name: OptimizerName = OptimizerName.ADAMW
   learning_rate: float = 3e-3  # peak
   schedule: Schedule = Schedule.COSINE
   warmup_steps: int = 100
   decay_fraction: float = 0.2  # of the steps, for wsd
   final_fraction: float = 0.1  # of the peak, where cosine and wsd end
-  b1: float = 0.9
+  b1: float = 0.9  # of Adam's moments, as b2 and eps are
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1  # matrices only: not norms, embeddings or routers
   clip_norm: float = 1.0  # global gradient norm; 0 is off
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Train:
   steps: int = 1000
   seed: int = 0  # initial weights and router noise
@@ -217,7 +222,7 @@ class Train:
   keep_best: int = 1  # by validation loss
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Health:
   """When training raises an alarm. A limit of 0 never does."""
 
@@ -231,14 +236,14 @@ class Health:
   on_nonfinite: OnAlarm = OnAlarm.STOP  # the loss, a gradient, or a router's logits
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Eval:
   batch_size: int = 0  # sequences; 0 is the training microbatch
   batches: int = 16  # of the validation set, from its start, while training; 0 is all of it
   final_batches: int = 0  # the same for eval.py, of any split
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Mesh:
   data: int = -1  # -1 is all devices that the other axes leave
   fsdp: int = 1
@@ -246,7 +251,7 @@ class Mesh:
   tensor: int = 1
 
 
-@_section()
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
   model: Model = dataclasses.field(default_factory=Model)
   data: Data = dataclasses.field(default_factory=Data)

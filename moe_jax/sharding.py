@@ -83,19 +83,39 @@ def param_name(path: tuple[Any, ...]) -> str:
   return next((n for n in reversed(names) if "_" in n and n.rsplit("_", 1)[-1].isupper()), "")
 
 
-def param_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
+def param_shardings(
+  tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, params: Any = ()
+) -> Any:
   """A NamedSharding for every leaf, found by the last name on its path.
 
-  Serves params and any tree that holds copies of them (Adam's moments); scalars are replicated.
+  Args:
+    tree: parameters, or what holds copies of them and more, as a train state does.
+    mesh: to be sharded over.
+    params: whose copies the tree holds, so that a leaf under a parameter's path may lack one of its
+      dimensions (Adafactor's rows and columns). Any other leaf, such as a count, is replicated.
   """
+  shapes = {path: p.shape for path, p in jax.tree_util.tree_leaves_with_path(params)}
 
-  def one(path, leaf):
-    name = param_name(path)
-    if not name or leaf.ndim == 0:
-      return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, param_spec(name, leaf.ndim))
+  def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    name, spec = param_name(path), PartitionSpec()
+    if name and leaf.ndim:
+      ends = (path[start:] for start in range(len(path)))
+      shape = next((shapes[end] for end in ends if end in shapes), leaf.shape)
+      spec = _without_an_axis(param_spec(name, len(shape)), shape, leaf.shape)
+    return NamedSharding(mesh, spec)
 
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _without_an_axis(
+  full: PartitionSpec, shape: tuple[int, ...], left: tuple[int, ...]
+) -> PartitionSpec:
+  """`full`, of `shape`, for what is `left` of it; where two axes are equal, either may be gone."""
+  if left == shape:
+    return full
+  axes = [*full, *[None] * (len(shape) - len(full))]
+  gone = (a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == left)
+  return next((PartitionSpec(*axes[:a], *axes[a + 1 :]) for a in gone), PartitionSpec())
 
 
 def to_global(batch: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 
-from moe_jax import data
 from moe_jax.config import Data, UserError
 from moe_jax.data import builders, cache, domains, pipeline, text_files, tokenizers
 from moe_jax.data.text_files import split_of
@@ -41,7 +40,7 @@ def text(tmp_path):
 
 
 def load(config):
-  return {split: data.load_rows(config, split) for split in SPLITS}
+  return {split: pipeline.load_rows(config, split) for split in SPLITS}
 
 
 def documents_of(texts):
@@ -60,7 +59,7 @@ def numbered_rows(num_rows, seq_len=4):
   """Rows whose first token divided by seq_len is the row's number."""
   stream_N = 1000 + np.arange(num_rows * seq_len + 1)
   about = dict(num_documents=1, num_bytes=1, digest="")
-  return data.Rows(stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizers.Bytes(), **about)
+  return pipeline.Rows(stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizers.Bytes(), **about)
 
 
 def numbers(batch):
@@ -68,7 +67,7 @@ def numbers(batch):
 
 
 def assert_equal(first, second):
-  for a, b, name in zip(first, second, data.Batch._fields, strict=True):
+  for a, b, name in zip(first, second, pipeline.Batch._fields, strict=True):
     np.testing.assert_array_equal(a, b, err_msg=name)
     assert a.dtype == b.dtype == np.int32, name
 
@@ -88,7 +87,7 @@ def test_python_stdlib_holds_each_file_in_the_split_of_its_hash(stdlib):
     if content:
       expected[split_of(name)].append(content)
   for split in SPLITS:
-    documents = data.prepare(stdlib, split)
+    documents = builders.prepare(stdlib, split)
     found = [documents[i] for i in range(len(documents))]
     assert sorted(found) == sorted(expected[split]), split
   assert len(expected["train"]) > 400
@@ -107,9 +106,9 @@ def test_split_hash_is_fixed():
 
 _CHILD = """
 import sys
-from moe_jax import data
+from moe_jax.data import pipeline
 from moe_jax.config import Data
-rows = data.load_rows(Data(cache_dir=sys.argv[1]), "train")
+rows = pipeline.load_rows(Data(cache_dir=sys.argv[1]), "train")
 print(rows.digest, len(rows))
 assert "tensorflow" not in sys.modules
 """
@@ -124,7 +123,7 @@ def test_two_processes_prepare_at_once_without_tensorflow(stdlib, tmp_path):
   ]
   results = [child.communicate(timeout=120) for child in children]
   assert [child.returncode for child in children] == [0, 0], results
-  rows = data.load_rows(stdlib, "train")
+  rows = pipeline.load_rows(stdlib, "train")
   assert [out for out, _ in results] == [f"{rows.digest} {len(rows)}\n"] * 2
   # The work was done once, and these two lines are all that reached the terminal.
   said = "".join(err for _, err in results).splitlines()
@@ -146,14 +145,14 @@ def test_sub_splits_of_almost_one_name(text):
   lines = "\n".join(json.dumps({"text": f"{i}"}) for i in range(300))
   (pathlib.Path(text.path) / "a.jsonl").write_text(lines)
   for split, expected in {"train[:1%]": 3, "train[:1]": 1}.items():
-    rows = data.load_rows(dataclasses.replace(text, train_split=split), "train")
+    rows = pipeline.load_rows(dataclasses.replace(text, train_split=split), "train")
     assert rows.num_documents == expected
 
 
 def test_second_load_is_silent_and_the_same(stdlib, capfd):
-  first = data.load_rows(stdlib, "validation")
+  first = pipeline.load_rows(stdlib, "validation")
   capfd.readouterr()
-  second = data.load_rows(stdlib, "validation")
+  second = pipeline.load_rows(stdlib, "validation")
   assert capfd.readouterr() == ("", "")
   assert first.digest == second.digest
 
@@ -341,11 +340,33 @@ def test_one_folder_or_none_is_no_domain(text, stdlib):
   (root / "only").mkdir()
   for i in range(4):
     (root / "only" / f"{i}.txt").write_text(f"{i}")
-  rows = data.load_rows(text, "train")
+  rows = pipeline.load_rows(text, "train")
   assert rows.domains == () and rows.starts_M is None
   assert (rows.domains_BL([0]) == -1).all()
-  assert data.load_rows(stdlib, "validation").domains == ()
+  assert pipeline.load_rows(stdlib, "validation").domains == ()
   assert text_files.first_folders([f"{i}/a" for i in range(40)]) == ()  # too many to compare
+
+
+def test_a_data_set_is_one_record(tmp_path, monkeypatch):
+  def documents(split):
+    yield from ((f"{word}/{i}", f"{word} {split} {i}") for i in range(3) for word in "ab")
+
+  def read(config):
+    return builders.Corpus("counting", lambda: documents, ("a", "b"))
+
+  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
+  rows = load(Data(name="counting", cache_dir=str(tmp_path)))
+  for split in SPLITS:
+    want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
+    assert sorted(everything(rows[split])) == sorted(want)
+    assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
+  assert "near: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
+
+
+def test_the_guide_shows_every_data_set():
+  guide = (pathlib.Path(__file__).parents[1] / "docs/guide.md").read_text()
+  for name, record in builders.DATASETS.items():
+    assert f"| `{name}` | {record.about} |" in guide
 
 
 @pytest.fixture
@@ -370,7 +391,7 @@ def test_prepared_catalog_set_by_name_and_split(catalog, capfd):
   said = capfd.readouterr()
   assert said.out == "" and len(said.err.splitlines()) == 3
   catalog.train_split = "test+validation"
-  assert sorted(everything(data.load_rows(catalog, "train"))) == [b"To be\n", b"or not\n"]
+  assert sorted(everything(pipeline.load_rows(catalog, "train"))) == [b"To be\n", b"or not\n"]
 
 
 # Errors: one line, soon, naming the field and what to do.
@@ -379,7 +400,7 @@ def test_prepared_catalog_set_by_name_and_split(catalog, capfd):
 def error_of(config, split="train", seconds=20):
   start = time.monotonic()
   with pytest.raises(UserError) as caught:
-    data.load_rows(config, split)
+    pipeline.load_rows(config, split)
   assert time.monotonic() - start < seconds
   message = str(caught.value)
   assert "\n" not in message
@@ -468,7 +489,7 @@ def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
   (tmp_path / "t.json").write_text("{}")
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(UserError, match="pip install tokenizers"):
-    data.load_tokenizer(Data(tokenizer=str(tmp_path / "t.json")))
+    tokenizers.load(Data(tokenizer=str(tmp_path / "t.json")))
 
 
 def test_cache_that_cannot_be_written(tmp_path):
@@ -494,7 +515,7 @@ def train_bpe(path, special=()):
       single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
     )
   model.save(str(path))
-  return data.load_tokenizer(Data(tokenizer=str(path)))
+  return tokenizers.load(Data(tokenizer=str(path)))
 
 
 def train_sentencepiece(path, **options):
@@ -505,14 +526,14 @@ def train_sentencepiece(path, **options):
       byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
       allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2, **options,
     )  # fmt: skip
-  return data.load_tokenizer(Data(tokenizer=str(path)))
+  return tokenizers.load(Data(tokenizer=str(path)))
 
 
 HARD = "def f(x):\n\treturn 'é日本'  # <s> <|endoftext|> 🙂\n\n  end"
 
 
 def test_bytes():
-  bytes_ = data.load_tokenizer(Data())
+  bytes_ = tokenizers.load(Data())
   assert (bytes_.vocab_size, bytes_.separator) == (257, 256)
   ids = bytes_.encode("é")
   assert ids.tolist() == [0xC3, 0xA9] == bytes_.encode("é".encode()).tolist()
@@ -561,10 +582,10 @@ def test_sentencepiece_without_bos_and_eos(tmp_path):
 
 def test_rows_with_another_tokenizer(text, tmp_path):
   (pathlib.Path(text.path) / "a.txt").write_text(PROSE)
-  plain = data.load_rows(text, "train")
+  plain = pipeline.load_rows(text, "train")
   text.tokenizer = str(tmp_path / "t.json")
   bpe = train_bpe(tmp_path / "t.json", ["<s>"])
-  rows = data.load_rows(text, "train")
+  rows = pipeline.load_rows(text, "train")
   assert rows.tokenizer.fingerprint == bpe.fingerprint
   assert rows.digest != plain.digest and rows.num_targets < plain.num_targets / 2
   assert everything(rows) == everything(plain)
@@ -594,15 +615,17 @@ def test_packing_by_hand(tmp_path):
   a, b, c, d, e, f, g = b"abcdefg"
   assert stream_N.dtype == np.uint16
   assert stream_N.tolist() == [S, a, b, S, c, S, d, e, f, g, S]
-  rows = data.Rows(stream_N=stream_N, seq_len=4, tokenizer=tokenizers.Bytes(), **about)
+  rows = pipeline.Rows(stream_N=stream_N, seq_len=4, tokenizer=tokenizers.Bytes(), **about)
   assert (len(rows), rows.num_full, rows.num_documents, rows.num_bytes) == (3, 2, 3, 7)
-  expected = data.Batch(
+  expected = pipeline.Batch(
     tokens_BL=[[S, a, b, S], [c, S, d, e], [f, g, 0, 0], [0, 0, 0, 0]],
     targets_BL=[[a, b, S, c], [S, d, e, f], [g, S, 0, 0], [0, 0, 0, 0]],
     segments_BL=[[1, 1, 1, 2], [1, 2, 2, 2], [1, 1, 0, 0], [0, 0, 0, 0]],
     positions_BL=[[0, 1, 2, 0], [0, 0, 1, 2], [0, 1, 0, 0], [0, 0, 0, 0]],
   )
-  assert_equal(rows.batch([0, 1, 2, -1]), data.Batch(*(np.array(x, np.int32) for x in expected)))
+  assert_equal(
+    rows.batch([0, 1, 2, -1]), pipeline.Batch(*(np.array(x, np.int32) for x in expected))
+  )
   with pytest.raises(IndexError):
     rows.batch([3])
   assert rows.documents(1) == [b"ab", b"c"]
@@ -611,13 +634,13 @@ def test_packing_by_hand(tmp_path):
 
 
 def test_every_target_appears_once(stdlib):
-  rows = data.load_rows(dataclasses.replace(stdlib, seq_len=1000), "test")
-  documents = data.prepare(stdlib, "test")
+  rows = pipeline.load_rows(dataclasses.replace(stdlib, seq_len=1000), "test")
+  documents = builders.prepare(stdlib, "test")
   expected = []
   for index in range(len(documents)):
     expected += [S, *documents[index]]
   targets, inputs = [], []
-  for batch in data.eval_batches(rows, batch_size=7, num_batches=0):
+  for batch in pipeline.eval_batches(rows, batch_size=7, num_batches=0):
     real_BL = batch.segments_BL > 0
     targets += batch.targets_BL[real_BL].tolist()
     inputs += batch.tokens_BL[real_BL].tolist()
@@ -632,18 +655,18 @@ def test_every_target_appears_once(stdlib):
 
 def test_each_epoch_has_every_row_once_in_a_new_order():
   rows = numbered_rows(20)
-  batches = data.train_iterator(rows, Data(batch_size=4, seq_len=4))
+  batches = pipeline.train_iterator(rows, Data(batch_size=4, seq_len=4))
   epochs = [joined(numbers(next(batches)) for _ in range(5)) for _ in range(3)]
   assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
   assert len({tuple(epoch) for epoch in epochs} | {tuple(range(20))}) == 4
-  other = data.train_iterator(rows, Data(batch_size=4, seq_len=4, seed=1))
+  other = pipeline.train_iterator(rows, Data(batch_size=4, seq_len=4, seed=1))
   assert joined(numbers(next(other)) for _ in range(5)) != epochs[0]
 
 
 def test_training_leaves_out_the_padded_row():
   rows = numbered_rows(6)
   rows = dataclasses.replace(rows, stream_N=rows.stream_N[:-1])
-  batches = data.train_iterator(rows, Data(batch_size=5, seq_len=4))
+  batches = pipeline.train_iterator(rows, Data(batch_size=5, seq_len=4))
   assert sorted(numbers(next(batches))) == [0, 1, 2, 3, 4]
 
 
@@ -651,38 +674,38 @@ def test_training_leaves_out_the_padded_row():
 def test_processes_assemble_the_same_batches(processes):
   rows = numbered_rows(21)
   config = Data(batch_size=8, seq_len=4)
-  whole = data.train_iterator(rows, config)
-  parts = [data.train_iterator(rows, config, p, processes) for p in range(processes)]
+  whole = pipeline.train_iterator(rows, config)
+  parts = [pipeline.train_iterator(rows, config, p, processes) for p in range(processes)]
   for _ in range(8):  # three epochs; batches cross their borders
     assembled = [np.concatenate(fields) for fields in zip(*map(next, parts), strict=True)]
-    assert_equal(data.Batch(*assembled), next(whole))
-  whole = list(data.eval_batches(rows, 8, 0))
-  parts = [list(data.eval_batches(rows, 8, 0, p, processes)) for p in range(processes)]
+    assert_equal(pipeline.Batch(*assembled), next(whole))
+  whole = list(pipeline.eval_batches(rows, 8, 0))
+  parts = [list(pipeline.eval_batches(rows, 8, 0, p, processes)) for p in range(processes)]
   assert len(whole) == 3
   for n, batch in enumerate(whole):
     assembled = [np.concatenate(f) for f in zip(*(part[n] for part in parts), strict=True)]
-    assert_equal(data.Batch(*assembled), batch)
+    assert_equal(pipeline.Batch(*assembled), batch)
 
 
 def test_eval_batches_begin_at_the_start_and_end_in_padding():
   rows = numbered_rows(5)
-  batches = list(data.eval_batches(rows, 2, 0))
+  batches = list(pipeline.eval_batches(rows, 2, 0))
   assert [numbers(batch) for batch in batches[:2]] == [[0, 1], [2, 3]]
   assert numbers(batches[2])[0] == 4 and not batches[2].segments_BL[1].any()
-  assert len(list(data.eval_batches(rows, 2, 1))) == 1
-  assert len(list(data.eval_batches(rows, 2, 9))) == 3
+  assert len(list(pipeline.eval_batches(rows, 2, 1))) == 1
+  assert len(list(pipeline.eval_batches(rows, 2, 9))) == 3
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
 def test_resume_is_exact(stdlib, threads):
   config = dataclasses.replace(stdlib, batch_size=3, threads=threads)
-  rows = data.load_rows(config, "validation")
-  batches = data.train_iterator(rows, config)
+  rows = pipeline.load_rows(config, "validation")
+  batches = pipeline.train_iterator(rows, config)
   for _ in range(5):
     next(batches)
   state = json.loads(json.dumps(batches.get_state()))
   expected = [next(batches) for _ in range(5)]
-  fresh = data.train_iterator(rows, config)
+  fresh = pipeline.train_iterator(rows, config)
   next(fresh)
   fresh.set_state(state)
   for batch in expected:
@@ -690,15 +713,15 @@ def test_resume_is_exact(stdlib, threads):
 
 
 def test_resume_through_orbax(stdlib, tmp_path):
-  rows = data.load_rows(stdlib, "validation")
-  batches = data.train_iterator(rows, stdlib)
+  rows = pipeline.load_rows(stdlib, "validation")
+  batches = pipeline.train_iterator(rows, stdlib)
   for _ in range(5):
     next(batches)
   with ocp.CheckpointManager(tmp_path) as manager:
     manager.save(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches)))
     manager.wait_until_finished()
   expected = [next(batches) for _ in range(5)]
-  fresh = data.train_iterator(rows, stdlib)
+  fresh = pipeline.train_iterator(rows, stdlib)
   with ocp.CheckpointManager(tmp_path) as manager:
     manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
   for batch in expected:
@@ -707,14 +730,14 @@ def test_resume_through_orbax(stdlib, tmp_path):
 
 def test_too_few_rows():
   with pytest.raises(UserError) as caught:
-    data.train_iterator(numbered_rows(7), Data(batch_size=8, seq_len=4))
+    pipeline.train_iterator(numbered_rows(7), Data(batch_size=8, seq_len=4))
   for part in ("config.data.batch_size=8", "config.data.seq_len=4", "7 rows"):
     assert part in str(caught.value)
   with pytest.raises(UserError, match="batch_size=8 does not split over 3 processes"):
-    data.train_iterator(numbered_rows(9), Data(batch_size=8, seq_len=4), 0, 3)
+    pipeline.train_iterator(numbered_rows(9), Data(batch_size=8, seq_len=4), 0, 3)
 
 
 def test_gzip_baseline():
   documents = [PROSE.encode(), b"short"]
   size = sum(len(gzip.compress(d, 9)) for d in documents)
-  assert data.gzip_bits_per_byte(documents) == 8 * size / (len(PROSE.encode()) + 5)
+  assert pipeline.gzip_bits_per_byte(documents) == 8 * size / (len(PROSE.encode()) + 5)

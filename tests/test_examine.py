@@ -12,10 +12,9 @@ import pytest
 from conftest import mesh_of, toy_config
 from flax import nnx
 
-from moe_jax import data
 from moe_jax.analysis import causal, evaluation, trace
 from moe_jax.config import Dispatch, Exchange, Priority, Router, UserError
-from moe_jax.data import tokenizers
+from moe_jax.data import pipeline, tokenizers
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Transformer
 from moe_jax.training import evaluator, losses, train
@@ -31,7 +30,7 @@ def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
   documents = [np.array([S, *rng.integers(0, S, length)]) for length in lengths]
   stream_N = np.concatenate([*documents, [S]])
   starts_M = np.cumsum([0, *map(len, documents[:-1])])
-  return data.Rows(
+  return pipeline.Rows(
     stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizer, num_documents=len(documents),
     num_bytes=1, digest="", domains=domains, starts_M=starts_M, domain_M=np.array(labels),
   )  # fmt: skip
@@ -59,11 +58,11 @@ def read(model, batch):
 
 
 def test_cut_by_hand():
-  row = data.Batch(*(np.array([x], np.int32) for x in (
+  row = pipeline.Batch(*(np.array([x], np.int32) for x in (
     [9, S, 1, 2, 3, 4], [S, 1, 2, 3, 4, 5], [1, 2, 2, 2, 2, 2], [0, 0, 1, 2, 3, 4])))  # fmt: skip
   other = row._replace(tokens_BL=np.array([[11, 12, 13, 14, S, 15]], np.int32))
-  both = data.Batch(*(np.concatenate([x, x, x]) for x in row))
-  others = data.Batch(*(np.concatenate([x, x, x]) for x in other))
+  both = pipeline.Batch(*(np.concatenate([x, x, x]) for x in row))
+  others = pipeline.Batch(*(np.concatenate([x, x, x]) for x in other))
   cut = causal.cut(both, others, np.array([2, 0, 5]), S)
   assert cut.tokens_BL.tolist() == [
     [9, S, 1, 14, S, 15], [9, 12, 13, 14, S, 15], [9, S, 1, 2, 3, 4]
@@ -112,12 +111,12 @@ def test_a_hidden_future_is_another_rows_text(weights, one_device):
   mine, other, t = rows.batch([1]), rows.batch([5]), 4
   assert (mine.segments_BL == 1).all() and (other.segments_BL == 1).all()  # no border inside
   column_L = np.arange(9)[None]
-  put_together = data.Batch(
+  put_together = pipeline.Batch(
     np.where(column_L <= t, mine.tokens_BL, other.tokens_BL), mine.targets_BL,
     np.where(column_L <= t, 1, 2).astype(np.int32),
     np.where(column_L <= t, column_L, column_L - t - 1).astype(np.int32),
   )  # fmt: skip
-  both = data.Batch(*(np.concatenate(pair) for pair in zip(put_together, mine, strict=True)))
+  both = pipeline.Batch(*(np.concatenate(pair) for pair in zip(put_together, mine, strict=True)))
   logits_BLV = np.asarray(read(model, both)[0], np.float64)
   for logits_V, found in zip(logits_BLV[:, t], (hidden_RL[0, t], forced_RL[0, t]), strict=True):
     nll = np.log(np.exp(logits_V).sum()) - logits_V[mine.targets_BL[0, t]]
@@ -173,7 +172,7 @@ def test_trace_agrees_with_the_counters(axes, weights):
   """The counters of one device, on any mesh."""
   rows = toy_rows([30, 3, 17, 25, 9, 8], [0, 1, 0, 1, 1, 0])
   model = toy_model(toy_config(eval_capacity_factor=1.0), weights)
-  batches = list(data.eval_batches(rows, 16, 0))
+  batches = list(pipeline.eval_batches(rows, 16, 0))
   assert len(batches) == 1 and not batches[0].segments_BL[-1].any()  # the last rows are padding
   with jax.set_mesh(mesh_of()):
     stats = read(model, batches[0])[1]

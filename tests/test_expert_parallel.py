@@ -11,7 +11,8 @@ from conftest import mesh_of, toy_config
 from flax import nnx
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding, validation
+from moe_jax import sharding, validation
+from moe_jax.data import pipeline
 from moe_jax.training import train
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -34,7 +35,7 @@ def toy_batch(config, seed=0):
   segments = np.where(column < cut, 1, 2) * (column < end)
   positions = np.where(column < cut, column, column - cut)
   fields = (tokens[:, :-1], tokens[:, 1:], segments, positions)
-  return data.Batch(*(np.asarray(f, np.int32) for f in fields))
+  return pipeline.Batch(*(np.asarray(f, np.int32) for f in fields))
 
 
 def set_up(config, axes):

@@ -206,9 +206,9 @@ def test_causality_is_as_documented(name, one_device):
 
 def test_describe_says_what_is_not_causal():
   """Before a run starts: its loss is not a language model's."""
-  report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False))
+  report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False), ())
   assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
-  assert "not causal" not in cost.report(toy_config())
+  assert "not causal" not in cost.report(toy_config(), ())
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
 
 def test_an_older_config_takes_defaults(tmp_path):
   values = json.loads(config_lib.to_json(config_lib.Config()))
-  del values["optimizer"]["b1"], values["health"]
+  del values["optimizer"]["name"], values["health"]
   (tmp_path / workdir.CONFIG).write_text(json.dumps(values))
   assert workdir.read_config(tmp_path) == config_lib.Config()
   workdir.check_same_config(tmp_path, config_lib.Config())

@@ -11,15 +11,18 @@ import jax
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding
+from moe_jax import sharding
 from moe_jax.analysis import trace
+from moe_jax.data import pipeline
 from moe_jax.model import transformer
 from moe_jax.training import losses
 
 _SECONDS = 10  # between lines of progress
 
 
-def cut(batch: data.Batch, other: data.Batch, last_B: np.ndarray, separator: int) -> data.Batch:
+def cut(
+  batch: pipeline.Batch, other: pipeline.Batch, last_B: np.ndarray, separator: int
+) -> pipeline.Batch:
   """Rows up to column `last_B`, and from there on the rows of `other`.
 
   The rest begins a document of its own at position 0, as a row does that begins inside a document;
@@ -35,12 +38,12 @@ def cut(batch: data.Batch, other: data.Batch, last_B: np.ndarray, separator: int
   segments_BL = np.where(past_BL, last_segment_B1 + begun_BL, batch.segments_BL)
   since_BL = column_1L - np.maximum.accumulate(np.where(starts_BL, column_1L, 0), axis=1)
   positions_BL = np.where(past_BL, since_BL, batch.positions_BL)
-  return data.Batch(tokens_BL, batch.targets_BL, segments_BL, positions_BL)
+  return pipeline.Batch(tokens_BL, batch.targets_BL, segments_BL, positions_BL)
 
 
 def causal_losses(
   model: trace.Model,
-  rows: data.Rows,
+  rows: pipeline.Rows,
   numbers: Sequence[int],
   batch_size: int,
   group_rows: int,
@@ -90,7 +93,7 @@ def causal_losses(
 
 def measure(
   model: trace.Model,
-  rows: data.Rows,
+  rows: pipeline.Rows,
   moe: config_lib.MoE,
   num_rows: int,
   batch_size: int,

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, data, sharding, startup, validation
+from moe_jax import checkpoint, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Dispatch, Exchange
+from moe_jax.data import pipeline
 from moe_jax.model import cost
 from moe_jax.model.transformer import abstract, abstract_weights, moe_layers
 from moe_jax.training.evaluator import Evaluator, batch_size
@@ -74,7 +75,7 @@ class Run:
     self.config, self.split = dataclasses.replace(config, mesh=mesh), split
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()
-    self.rows = data.load_rows(config.data, split)
+    self.rows = pipeline.load_rows(config.data, split)
     workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 
@@ -103,7 +104,7 @@ class Run:
       "parameters": counts.total,
       "active_parameters": counts.active,
       "flops_per_token": counts.flops_per_token,
-      "gzip_bits_per_byte": data.gzip_bits_per_byte(rows.documents(evaluated)),
+      "gzip_bits_per_byte": pipeline.gzip_bits_per_byte(rows.documents(evaluated)),
       "device": jax.devices()[0].device_kind,
     }
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import data, sharding
+from moe_jax import sharding
 from moe_jax.analysis.specialisation import Trace
+from moe_jax.data import pipeline
 from moe_jax.model import transformer
 
 
@@ -27,7 +28,7 @@ def spread(available: int, count: int) -> list[int]:
 def compile_choices(graph: Any) -> Callable[..., Any]:
   """(params, bias_ZE, batch) -> Choices."""
 
-  def choices(params: Any, bias_ZE: jax.Array, batch: data.Batch) -> Any:
+  def choices(params: Any, bias_ZE: jax.Array, batch: pipeline.Batch) -> Any:
     return transformer.evaluate(graph, params, bias_ZE, batch, trace=True).choices
 
   return jax.jit(choices)
@@ -36,7 +37,7 @@ def compile_choices(graph: Any) -> Callable[..., Any]:
 def collect(
   choices: Callable[..., Any],
   model: Model,
-  rows: data.Rows,
+  rows: pipeline.Rows,
   numbers: Sequence[int],
   batch_size: int,
   mesh: jax.sharding.Mesh,

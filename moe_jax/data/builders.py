@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -22,8 +22,33 @@ from absl import logging
 from moe_jax.config import Data, UserError
 from moe_jax.data import cache, domains, text_files
 
-_OWN = ("python_stdlib", "python_domains", "text")
 _FORMAT = "array_record"  # the one that can be read at random; TFDS's parquet loses rows
+
+
+_PYTHON = ".".join(map(str, sys.version_info[:3]))
+_OfSplit = Callable[[str], Iterator[text_files.Document]]
+
+
+class Corpus(NamedTuple):
+  """Documents that are read or made on this machine.
+
+  key: names their content, as a folder of the cache.
+  documents: reads them, or says what is wrong, and returns those of a split.
+  labels: the domains that a document can have, each the first folder of its name.
+  """
+
+  key: str
+  documents: Callable[[], _OfSplit]
+  labels: tuple[str, ...] = ()
+
+
+class Dataset(NamedTuple):
+  """All that is known about a data set of ours."""
+
+  read: Callable[[Data], Corpus]
+  version: str  # three numbers, as TFDS wants them
+  about: str  # a cell of docs/guide.md
+  field: str = ""  # where the builder has the text; "" is config.data.text_field
 
 
 class Documents:
@@ -59,12 +84,11 @@ def prepare(config: Data, split: str) -> Documents:
   The order is TFDS's: by a hash of each example's key, the same on every machine.
   """
   field, labels = config.text_field, ()
-  if config.name == "python_stdlib":
-    builder = _python_stdlib(config)
-  elif config.name == "python_domains":
-    builder, labels = _python_domains(config), domains.DOMAINS
-  elif config.name == "text":
-    (builder, labels), field = _text(config), "text"
+  if config.name in DATASETS:
+    record = DATASETS[config.name]
+    corpus = record.read(config)
+    builder, labels = _prepare_corpus(config, record.version, corpus), corpus.labels
+    field = record.field or field
   else:
     builder = _catalog(config)
   if field not in builder.info.features:
@@ -98,9 +122,10 @@ def prepare(config: Data, split: str) -> Documents:
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Writes documents that the caller reads; `documents(split)` yields (name, text)."""
 
-  def __init__(self, documents: Callable[[str], Iterator[text_files.Document]], **kwargs: Any):
+  def __init__(self, name: str, version: str, documents: _OfSplit, data_dir: pathlib.Path):
+    self.name, self.VERSION = name, tfds.core.Version(version)  # of this object, not of the class
     self._documents = documents
-    super().__init__(**kwargs)
+    super().__init__(data_dir=data_dir)
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
@@ -115,43 +140,20 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       yield name, {"text": text, "path": name}
 
 
-class PythonStdlib(_Builder, skip_registration=True):
-  """The .py files of the running interpreter's standard library; the version is Python's."""
-
-  VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
-
-
-class PythonDomains(_Builder, skip_registration=True):
-  """Code, prose and bytecode of the same library, as documents of labelled domains."""
-
-  VERSION = PythonStdlib.VERSION
-
-
-class Text(_Builder, skip_registration=True):
-  """The user's own files."""
-
-  VERSION = tfds.core.Version("1.0.0")
-
-
-def _python_stdlib(config: Data) -> tfds.core.DatasetBuilder:
+def _python_stdlib(config: Data) -> Corpus:
   root, names = text_files.stdlib()
 
-  def documents(split):
+  def documents(split: str) -> Iterator[text_files.Document]:
     chosen = [name for name in names if text_files.split_of(name) == split]
     return text_files.stdlib_documents(root, chosen)
 
-  key = _library_key(config, root, names)
-  return _prepare_files(config, PythonStdlib, key, lambda: documents)
+  return Corpus(_library_key(config, root, names), lambda: documents)
 
 
-def _python_domains(config: Data) -> tfds.core.DatasetBuilder:
+def _python_domains(config: Data) -> Corpus:
   root, names = domains.sources()
-
-  def documents(split):
-    return domains.documents(root, names, split)
-
   key = _library_key(config, root, names, domains.VERSION)
-  return _prepare_files(config, PythonDomains, key, lambda: documents)
+  return Corpus(key, lambda: functools.partial(domains.documents, root, names), domains.DOMAINS)
 
 
 def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: str) -> str:
@@ -161,47 +163,59 @@ def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: s
       "--config.data.name=text --config.data.path=..."
     )
   sizes = [f"{name} {(root / name).stat().st_size}" for name in names]
-  return f"{config.name}-{PythonStdlib.VERSION}-{cache.key(*version, *sizes)}"
+  return f"{config.name}-{_PYTHON}-{cache.key(*version, *sizes)}"
 
 
-def _text(config: Data) -> tuple[tfds.core.DatasetBuilder, tuple[str, ...]]:
+def _text(config: Data) -> Corpus:
   root, names = text_files.user_files(config)
   parts = [str(root), config.text_field]
   for name in names:
     stat = (root / name).stat()
     parts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
 
-  def documents():
+  def documents() -> _OfSplit:
     return text_files.split_user_documents(
       config, lambda: text_files.user_documents(config, root, names)
     )
 
-  builder = _prepare_files(config, Text, f"text-{cache.key(*parts)}", documents)
-  return builder, text_files.first_folders(names)
+  return Corpus(f"text-{cache.key(*parts)}", documents, text_files.first_folders(names))
 
 
-def _prepare_files(
-  config: Data, kind: type[_Builder], name: str, documents: Callable[[], Any]
-) -> tfds.core.DatasetBuilder:
-  place = pathlib.Path(kind.name, str(kind.VERSION))
+# What is made on this machine; any other name is a TFDS set.
+DATASETS = {
+  "python_stdlib": Dataset(
+    _python_stdlib, _PYTHON,
+    "the `.py` files of the running Python's standard library, about 30 MB",
+  ),
+  "python_domains": Dataset(
+    _python_domains, _PYTHON, "11 MB made of it in three labelled domains: code, prose, bytecode"
+  ),
+  "text": Dataset(
+    _text, "1.0.0",
+    "your files: `config.data.path` is a `.txt` or `.jsonl` file or a folder of them",
+    field="text",
+  ),
+}  # fmt: skip
 
+
+def _prepare_corpus(config: Data, version: str, corpus: Corpus) -> tfds.core.DatasetBuilder:
   def build(folder: pathlib.Path) -> None:
     start = time.monotonic()
-    read = documents()
+    documents = corpus.documents()
     with _quiet():
-      builder = kind(read, data_dir=folder)
+      builder = _Builder(config.name, version, documents, folder)
       builder.download_and_prepare(file_format=_FORMAT)
     shutil.rmtree(folder / "downloads", ignore_errors=True)  # empty; TFDS makes it
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     cache.notice(
-      f"prepared {config.name} {config.path or kind.VERSION}: "
+      f"prepared {config.name} {config.path or version}: "
       + ", ".join(f"{count:,} {split}" for split, count in counts.items())
       + f" documents, {builder.info.dataset_size}, {time.monotonic() - start:.1f} s"
     )
 
-  folder = cache.build_once(cache.directory(config) / "tfds" / name, build)
+  folder = cache.build_once(cache.directory(config) / "tfds" / corpus.key, build)
   with _quiet():
-    return tfds.builder_from_directory(folder / place)
+    return tfds.builder_from_directory(folder / config.name / version)
 
 
 def _catalog(config: Data) -> tfds.core.DatasetBuilder:
@@ -237,8 +251,8 @@ def _catalog(config: Data) -> tfds.core.DatasetBuilder:
 def _refusal(name: str, data_dir: str, why: str) -> UserError:
   return UserError(
     f"config.data.name={name!r} (looked in {data_dir}): {why}. Without a network there are "
-    f"python_stdlib, python_domains, text with config.data.path, and any TFDS set prepared as "
-    f"{_FORMAT} in {data_dir} (or TFDS_DATA_DIR)"
+    f"{', '.join(DATASETS)}, and any TFDS set prepared as {_FORMAT} in {data_dir} (or "
+    "TFDS_DATA_DIR)"
   )
 
 
@@ -251,7 +265,7 @@ def _find(name: str, data_dir: str, refuse: Callable[[str], UserError]) -> tfds.
     return tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
     # Not tfds.list_builders(): it asks the network too.
-    known = [*tfds.core.registered.list_imported_builders(), *_OWN]
+    known = [*tfds.core.registered.list_imported_builders(), *DATASETS]
     near = ", ".join(difflib.get_close_matches(base, known, 3))
     raise refuse(f"TFDS knows no such data set{near and '; near: ' + near}") from None
   except (ValueError, AssertionError, RuntimeError) as error:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ class Counts(NamedTuple):
   total: int  # parameters
   active: int  # parameters that one token uses, embedding and head included
   flops_per_token: float  # of training: forward and backward
-  state_bytes: float  # per device: float32 weights, gradients and Adam's two moments
 
 
 def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -27,11 +26,8 @@ def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeS
 
 
 def count(config: config_lib.Config) -> Counts:
-  model, moe, mesh = config.model, config.model.moe, config.mesh
+  model, moe = config.model, config.model.moe
   total = active = matmul = 0
-  device_bytes = 0.0
-  axis_size = {"data": max(mesh.data, 1), "fsdp": mesh.fsdp, "expert": mesh.expert,
-               "tensor": mesh.tensor}  # fmt: skip
   for path, shape in parameters(model).items():
     name, size = path[-1], math.prod(shape.shape)
     used = size
@@ -42,13 +38,28 @@ def count(config: config_lib.Config) -> Counts:
     # An embedding look-up multiplies nothing, but a tied one is the output head too.
     if len(name.rsplit("_", 1)[-1]) > 1 and (name != "embed_VD" or model.tied_head):
       matmul += used
-    spec = sharding.param_spec(name, len(shape.shape))
-    ways = math.prod(axis_size[a] for a in jax.tree.leaves(tuple(spec)))
-    device_bytes += 4 * size * 4 / ways
   # Causal attention: a query meets (L+1)/2 keys on average, in two products.
   attention = 2 * 2 * model.num_layers * model.num_heads * model.head_dim
   flops = 3 * (2 * matmul + attention * (config.data.seq_len + 1) / 2)
-  return Counts(total, active, flops, device_bytes)
+  return Counts(total, active, flops)
+
+
+def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
+  """Per device: of weights, gradients and the optimizer's state, whose shapes the caller has."""
+  params = abstract(config.model)[1]
+  held = (params, params, optimizer_state)
+  shardings = sharding.param_shardings(held, _abstract_mesh(config.mesh), params)
+  return sum(
+    math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf, placed in zip(jax.tree.leaves(held), jax.tree.leaves(shardings), strict=True)
+  )
+
+
+def _abstract_mesh(mesh: config_lib.Mesh) -> jax.sharding.AbstractMesh:
+  """The mesh without its devices; `data` is 1 where it is all that the others leave."""
+  sizes = tuple(max(getattr(mesh, axis), 1) for axis in sharding.AXES)
+  types = (jax.sharding.AxisType.Auto,) * len(sizes)
+  return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=types)
 
 
 def activation_bytes(config: config_lib.Config) -> float:
@@ -71,11 +82,7 @@ def activation_bytes(config: config_lib.Config) -> float:
 
     return jax.vjp(forward, params)[1]
 
-  axes = sharding.AXES
-  one = jax.sharding.AbstractMesh(
-    (1,) * len(axes), axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes)
-  )
-  with jax.sharding.use_abstract_mesh(one):
+  with jax.sharding.use_abstract_mesh(_abstract_mesh(config_lib.Mesh())):
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
   # Weights are among what the backward pass reads, but are counted elsewhere.
   weights = {(p.shape, p.dtype) for p in jax.tree.leaves(params)}
@@ -83,7 +90,8 @@ def activation_bytes(config: config_lib.Config) -> float:
   return sum(math.prod(k.shape) * k.dtype.itemsize for k in kept)
 
 
-def report(config: config_lib.Config) -> str:
+def report(config: config_lib.Config, optimizer_state: Any) -> str:
+  """The size and the cost in a few lines; `optimizer_state` is as of `state_bytes`."""
   counts, model, mesh = count(config), config.model, config.mesh
   devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
   layers = moe_layers(model)
@@ -99,7 +107,8 @@ def report(config: config_lib.Config) -> str:
     f"({100 * counts.active / counts.total:.1f}%)",
     f"FLOPs per token    {si(counts.flops_per_token)} in training "
     f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
-    f"memory per device  {gib(counts.state_bytes)} weights, gradients and Adam in float32, "
+    f"memory per device  {gib(state_bytes(config, optimizer_state))} weights, gradients and "
+    f"{config.optimizer.name.value} in float32, "
     f"+ {gib(activation_bytes(config))} activations kept (remat={model.remat.value}), "
     f"on {devices} device(s)",
   ]

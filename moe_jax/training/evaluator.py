@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding
+from moe_jax import sharding
+from moe_jax.data import pipeline
 from moe_jax.model import transformer
 from moe_jax.training import losses, metrics
 
@@ -31,7 +32,7 @@ class EvalSums(NamedTuple):
 def eval_step(
   params: Any,
   bias_ZE: jax.Array,
-  batch: data.Batch,
+  batch: pipeline.Batch,
   bytes_V: jax.Array,
   domain_BL: jax.Array | None = None,
   *,
@@ -64,7 +65,7 @@ class Evaluator:
   def __init__(
     self,
     config: config_lib.Config,
-    rows: data.Rows,
+    rows: pipeline.Rows,
     mesh: jax.sharding.Mesh,
     graph: Any,
     num_batches: int,
@@ -86,7 +87,7 @@ class Evaluator:
   def total(self, params: Any, bias_ZE: jax.Array) -> EvalSums:
     """On the host."""
     total = None
-    for rows_B in data.eval_rows(
+    for rows_B in pipeline.eval_rows(
       self._rows, self.batch_size, self._num_batches, jax.process_index(), jax.process_count()
     ):
       domain_BL = self._rows.domains_BL(rows_B) if self._rows.domains else None

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding
+from moe_jax import sharding
+from moe_jax.data import pipeline
 from moe_jax.training import train
 
 WARMUP_STEPS = 2  # of a Trainer, before its steps are even
@@ -61,7 +62,7 @@ class Trainer:
     rng = np.random.default_rng(config.train.seed)
     tokens = rng.integers(config.model.vocab_size, size=(B, L + 1), dtype=np.int32)
     positions_BL = np.tile(np.arange(L, dtype=np.int32), (B, 1))
-    batch = data.Batch(
+    batch = pipeline.Batch(
       tokens_BL=tokens[:, :-1], targets_BL=tokens[:, 1:], segments_BL=np.ones_like(positions_BL),
       positions_BL=positions_BL,
     )  # fmt: skip

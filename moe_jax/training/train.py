@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_jax import checkpoint, data, sharding, startup, validation
+from moe_jax import checkpoint, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
+from moe_jax.data import pipeline
 from moe_jax.model import cost
 from moe_jax.model.transformer import Tokens, Transformer, abstract, bias_shape, moe_layers
 from moe_jax.training import losses, metrics, optimizers
@@ -30,7 +31,7 @@ class TrainState(NamedTuple):
 
 def train_step(
   state: TrainState,
-  batch: data.Batch,
+  batch: pipeline.Batch,
   *,
   graph: Any,
   config: config_lib.Config,
@@ -75,7 +76,7 @@ def train_step(
 def batch_sums(
   params: Any,
   bias_ZE: jax.Array,
-  batch: data.Batch,
+  batch: pipeline.Batch,
   key: jax.Array,
   *,
   graph: Any,
@@ -131,7 +132,7 @@ def init_state(
 
   graph, _ = abstract(config.model)
   shapes = jax.eval_shape(init)
-  shardings = sharding.param_shardings(shapes, mesh)
+  shardings = sharding.param_shardings(shapes, mesh, shapes.params)
   return graph, jax.jit(init, out_shardings=shardings), shapes, shardings
 
 
@@ -158,14 +159,16 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
   config = validation.resolve_mesh(config, jax.device_count())
   path = pathlib.Path(workdir)
   workdir_lib.check_same_config(path, config)
-  train_rows = data.load_rows(config.data, "train")
-  validation_rows = data.load_rows(config.data, "validation")
+  train_rows = pipeline.load_rows(config.data, "train")
+  validation_rows = pipeline.load_rows(config.data, "validation")
   if train_rows.tokenizer.vocab_size > config.model.vocab_size:
     raise config_lib.UserError(
       f"config.model.vocab_size={config.model.vocab_size} is less than the "
       f"{train_rows.tokenizer.vocab_size} of config.data.tokenizer={config.data.tokenizer}"
     )
-  batches = data.train_iterator(train_rows, config.data, jax.process_index(), jax.process_count())
+  batches = pipeline.train_iterator(
+    train_rows, config.data, jax.process_index(), jax.process_count()
+  )
   digests = {"train": train_rows.digest, "validation": validation_rows.digest}
   workdir_lib.check_same_data(path, digests)
   path.mkdir(parents=True, exist_ok=True)
@@ -173,7 +176,7 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     workdir_lib.write_object(path / workdir_lib.DATA, digests)
     workdir_lib.write_config(path, config)
     device = jax.devices()[0]
-    print(f"{cost.table(config)}\n{cost.report(config)}")
+    print(f"{cost.table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
     print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
 
   mesh = sharding.make_mesh(config.mesh)
