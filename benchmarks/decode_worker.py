@@ -82,7 +82,7 @@ def peer_weights(weights: Any) -> dict[str, np.ndarray]:
         "self_attn.v_proj.weight": heads.v_GAD.reshape(-1, D),
         "self_attn.o_proj.weight": heads.out_DHA.reshape(D, -1),
         "post_attention_layernorm.weight": layer.ffn_norm_D,
-        "mlp.gate.weight": layer.ffn.router_DE.T,
+        "mlp.gate.weight": layer.ffn.router["router_DE"].T,
         "mlp.experts.gate_up_proj": np.stack(list(up)),
         "mlp.experts.down_proj": np.stack(experts.down_EFD),
       }.items()

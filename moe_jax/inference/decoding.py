@@ -19,9 +19,7 @@ from moe_jax.config import Dispatch, Exchange
 from moe_jax.kernels.experts import Experts
 from moe_jax.model.attention import cached_attention, causal_attention, rms_norm, rope
 from moe_jax.model.transformer import abstract, layer_pattern
-from moe_jax.moe import exchange
-from moe_jax.moe.layer import router_logits
-from moe_jax.moe.routers import RouterInputs
+from moe_jax.moe import layer as moe_lib
 
 _FEW = 64  # tokens, for _linear
 
@@ -33,7 +31,7 @@ class FFNWeights(NamedTuple):
 
 
 class MoEWeights(NamedTuple):
-  router_DE: jax.Array  # float32
+  router: dict[str, jax.Array]  # float32 by name
   bias_E: jax.Array  # float32
   experts: Experts  # stacked; or of each expert its own arrays, with their output first
   shared: FFNWeights | None
@@ -127,7 +125,8 @@ def _weights(model, params, bias_ZE, apart):
     if apart:
       stacked = Experts(*(tuple(w.T for w in by_expert) for by_expert in stacked))
     shared = ffn(module.shared, z) if module.shared is not None else None
-    return MoEWeights(module.router_DE[...][z], bias_E, stacked, shared)
+    router = {name: w[z] for name, w in module.router().items()}
+    return MoEWeights(router, bias_E, stacked, shared)
 
   def attention(module, z):
     inputs = (w[...][z] for w in (module.q_DHA, module.k_DGA, module.v_DGA))
@@ -271,9 +270,9 @@ def _swiglu(x_BLD, ffn):
 
 
 def _experts(x_BLD, layer, moe, ids_BL, real_BL, trace):
-  logits_BLE = router_logits(x_BLD.astype(jnp.float32), layer.router_DE, moe)
-  inputs = RouterInputs(logits_BLE, real_BL, ids_BL, layer.bias_E)
-  y_BLD, _, choices = exchange.moe_ffn(x_BLD, inputs, layer.experts, moe, train=False, trace=trace)
+  weights = moe_lib.MoEWeights(layer.router, layer.bias_E, layer.experts)
+  tokens = moe_lib.Tokens(real_BL, ids_BL)
+  y_BLD, _, choices = moe_lib.moe_layer(x_BLD, tokens, weights, moe, None, train=False, trace=trace)
   if layer.shared is not None:
     y_BLD += _swiglu(x_BLD, layer.shared)
   return y_BLD, choices

@@ -1,4 +1,11 @@
-"""The MoE layer: owns the router and the experts, and returns its statistics as a value."""
+"""The Mixture-of-Experts layer: the algorithm, its entry on a mesh, and the parameters.
+
+Letters: T tokens of one device, all its routing groups together; N their assignments; E all experts
+of the layer, except in `experts`, where it is those that a device holds. Others as in sharding.py.
+"""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +13,184 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import Router
-from moe_jax.kernels.experts import Experts
-from moe_jax.moe import exchange
+from moe_jax.kernels.experts import Experts, grouped_swiglu, slots_swiglu
+from moe_jax.moe import counts, dispatch, exchange, routers
 from moe_jax.moe.counts import Choices, MoeStats
-from moe_jax.moe.routers import RouterInputs
+from moe_jax.moe.dispatch import Rows
+from moe_jax.moe.routing import LayerInputs
+
+
+def moe_on_device(
+  x_BLD: jax.Array,
+  inputs: LayerInputs,
+  experts: Experts,
+  moe: config_lib.MoE,
+  *,
+  train: bool,
+  trace: bool,
+) -> "MoEOutput":
+  """The algorithm, on the tokens and the experts of one device. Arguments as of `on_mesh`."""
+  dispatcher = dispatch.DISPATCHERS[moe.dispatch]
+  mover = exchange.choose(moe.exchange, slots=dispatcher.slots)
+  layout = dispatch.layout_of(moe, x_BLD.shape, train=train)
+  with jax.named_scope("route"):  # 1. Who goes where, in order of priority.
+    routing = routers.route(inputs, moe, layout.groups, capacity=layout.capacity, train=train)
+  with jax.named_scope("dispatch"):  # 2. Tokens to rows.
+    load = mover.prepare(x_BLD.reshape(layout.tokens, -1), routing.assignments, layout)
+    rows = dispatcher.pack(*load)
+  with jax.named_scope("exchange"):  # 3. Rows to the devices that hold their experts.
+    trip = mover.send(rows, routing.assignments, layout)
+  with jax.named_scope("experts"):  # 4. The experts.
+    outputs = apply_experts(trip.received, experts, moe)
+  with jax.named_scope("exchange"):  # 5. Rows back to the devices of their tokens.
+    returned = mover.bring_back(outputs, trip)
+  with jax.named_scope("combine"):  # 6. Rows to tokens: the sum of a token's gated outputs.
+    y_TD = dispatcher.combine(returned, load.assignments, trip.sent.slots, load.layout)
+    y_TD, kept_N = mover.finish(y_TD, routing.assignments, trip)
+    # Each device of `tensor` holds a part of F, so a partial sum. Tokens are fewer than rows.
+    y_TD = exchange.sum_over("tensor", y_TD)
+  with jax.named_scope("statistics"):
+    stats = counts.local_sums(inputs, routing, kept_N, layout, drops=dispatcher.drops)
+    stats = exchange.sum_over(sharding.BATCH_AXES, stats)
+  choices = counts.choices(routing, kept_N, inputs.real_BL.shape) if trace else None
+  return MoEOutput(y_TD.reshape(x_BLD.shape), stats, choices)
+
+
+def apply_experts(rows: Rows, experts: Experts, moe: config_lib.MoE) -> jax.Array:
+  """Each row through its own expert, of those that this device holds; shaped as rows.x."""
+  if rows.sizes_E is None:
+    return slots_swiglu(rows.x, experts)
+  return grouped_swiglu(rows.x, *experts, rows.sizes_E, moe.grouped_matmul)
+
+
+class MoEOutput(NamedTuple):
+  y_BLD: jax.Array  # compute dtype; 0 at padding and at tokens that lost all their assignments
+  stats: MoeStats  # of the whole mesh
+  choices: Choices | None  # of each token, where a trace is asked for
+
+
+class Tokens(NamedTuple):
+  """What the layer must know of the tokens beside their vectors."""
+
+  real_BL: jax.Array  # bool; padding is routed and counted nowhere
+  ids_BL: jax.Array  # int32 token ids, for routers that read them
+
+
+class MoEWeights(NamedTuple):
+  router: dict[str, jax.Array]  # float32 by name: router_DE, and the parameters of the RouterSpec
+  bias_E: jax.Array  # float32, added to the scores for the selection; zeros without balancing
+  experts: Experts  # compute dtype
+
+
+def moe_layer(
+  x_BLD: jax.Array,
+  tokens: Tokens,
+  weights: MoEWeights,
+  moe: config_lib.MoE,
+  key: jax.Array | None,
+  *,
+  train: bool,
+  trace: bool = False,
+) -> MoEOutput:
+  """Routes tokens to experts and adds up the experts' outputs, on the mesh in force.
+
+  Args:
+    x_BLD: compute dtype, of the whole mesh.
+    tokens: which are real, and their ids.
+    weights: of the router and the experts.
+    moe: the configuration of the layer.
+    key: for jitter and noise; None where the router draws nothing.
+    train: selects the capacity factor, jitter, and what the router does in training.
+    trace: also return the choices of each token.
+  """
+  with jax.named_scope("router"):
+    inputs = router_inputs(x_BLD, tokens, weights, moe, key, train=train)
+  return on_mesh(x_BLD, inputs, weights.experts, moe, train=train, trace=trace)
+
+
+def on_mesh(
+  x_BLD: jax.Array,
+  inputs: LayerInputs,
+  experts: Experts,
+  moe: config_lib.MoE,
+  *,
+  train: bool,
+  trace: bool = False,
+) -> MoEOutput:
+  """Runs `moe_on_device` on every device of the mesh in force, on its part of the arguments.
+
+  On one device there is nothing to exchange and nothing to sum, so it is called without shard_map.
+
+  Args:
+    x_BLD: tokens, compute dtype; sequences are split over the batch axes.
+    inputs: of the router, split likewise.
+    experts: split over `expert` and `tensor`. A part on `fsdp` is gathered on entry.
+    moe: router, dispatcher, capacity, group size and exchange.
+    train: selects the capacity factor, and what the router does in training.
+    trace: also return the choices of each token.
+  """
+  local = functools.partial(moe_on_device, moe=moe, train=train, trace=trace)
+  if exchange.one_device():
+    return local(x_BLD, inputs, experts)
+  everywhere, batch = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+  per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=everywhere)
+  of_experts = Experts(*(sharding.spec(letters) for letters in ("EDF", "EDF", "EFD")))
+  return jax.shard_map(
+    local,
+    in_specs=(batch, per_token, of_experts),
+    out_specs=MoEOutput(batch, everywhere, batch),
+  )(x_BLD, inputs, experts)
+
+
+def router_inputs(
+  x_BLD: jax.Array,
+  tokens: Tokens,
+  weights: MoEWeights,
+  moe: config_lib.MoE,
+  key: jax.Array | None,
+  *,
+  train: bool,
+) -> LayerInputs:
+  """What the router reads: logits in router_dtype (Switch 2101.03961 section 2.4), and noise.
+
+  Jitter and noise are drawn for the tokens of the whole mesh, so they do not depend on the mesh.
+  """
+  spec = routers.ROUTERS[moe.router]
+  keys = None if key is None else jax.random.split(key)
+  x_BLD = x_BLD.astype(jnp.float32)
+  if train and moe.jitter:
+    low, high = 1 - moe.jitter, 1 + moe.jitter
+    jitter_BLD = jax.random.uniform(keys[0], x_BLD.shape, jnp.float32, low, high)
+    x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
+
+  def project(x_BLD: jax.Array, w_DE: jax.Array) -> jax.Array:
+    return router_logits(x_BLD, w_DE, moe)
+
+  logits_BLE = project(x_BLD, weights.router[routers.ROUTER_DE.name])
+  noise_BLE, extra = None, {}
+  if spec.runs_own(train=train):
+    if spec.noise is not None:
+      noise_BLE = _by_batch(spec.noise(keys[1], logits_BLE.shape))
+    if spec.extra is not None:
+      extra = spec.extra(x_BLD, weights.router, project)
+  return LayerInputs(logits_BLE, tokens.real_BL, tokens.ids_BL, weights.bias_E, noise_BLE, extra)
+
+
+def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: config_lib.MoE) -> jax.Array:
+  """float32 [B, L, E], computed in router_dtype."""
+  # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
+  x_BLD, w_DE = (a.astype(moe.router_dtype.value) for a in (x_BLD, w_DE))
+  logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, w_DE, precision="highest")
+  return _by_batch(logits_BLE.astype(jnp.float32))
+
+
+def _by_batch(x_BLE: jax.Array) -> jax.Array:
+  # Every device needs the logits of all E experts for its own tokens, so E is not split here.
+  return jax.lax.with_sharding_constraint(x_BLE, jax.sharding.PartitionSpec(sharding.BATCH_AXES))
 
 
 class MoELayer(nnx.Module):
-  """A router and E experts, some of which each token uses."""
+  """The parameters of a router and of E experts, and the layer on them."""
 
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
     moe = model.moe
@@ -23,12 +199,27 @@ class MoELayer(nnx.Module):
     self.dtype = jnp.dtype(model.compute_dtype.value)
     residual = (2 * model.num_layers) ** -0.5  # keeps the residual stream's variance near 1
     init = jax.random.normal
-    self.router_DE = nnx.Param(0.02 * init(rngs.params(), (D, E)))
+    self.router_DE = nnx.Param(routers.ROUTER_DE.initial(rngs, {"D": D, "E": E}))
     self.gate_EDF = nnx.Param(D**-0.5 * init(rngs.params(), (E, D, F)))
     self.up_EDF = nnx.Param(D**-0.5 * init(rngs.params(), (E, D, F)))
     self.down_EFD = nnx.Param(residual * F**-0.5 * init(rngs.params(), (E, F, D)))
-    if moe.router is Router.NOISY_TOPK:  # zero, as in Shazeer et al. appendix A: noise of 0.69
-      self.noise_DE = nnx.Param(jnp.zeros((D, E)))
+    for parameter in routers.ROUTERS[moe.router].parameters:
+      setattr(self, parameter.name, nnx.Param(parameter.initial(rngs, {"D": D, "E": E})))
+
+  def weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> MoEWeights:
+    """The weights as `moe_layer` takes them: of the experts in `dtype`, of the router in float32.
+
+    Args:
+      dtype: the compute dtype.
+      bias_E: float32 balancing bias, which training keeps beside the parameters.
+    """
+    experts = Experts(*(w[...].astype(dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)))
+    return MoEWeights(self.router(), bias_E, experts)
+
+  def router(self) -> dict[str, jax.Array]:
+    """The parameters of the router by name, float32."""
+    parameters = (routers.ROUTER_DE, *routers.ROUTERS[self.moe.router].parameters)
+    return {p.name: getattr(self, p.name)[...] for p in parameters}
 
   def __call__(
     self,
@@ -40,56 +231,8 @@ class MoELayer(nnx.Module):
     *,
     train: bool,
     trace: bool = False,
-  ) -> tuple[jax.Array, MoeStats, Choices | None]:
-    """y_BLD, the statistics of its real tokens, and with `trace` what became of each token.
-
-    Args:
-      x_BLD: compute dtype.
-      real_BL: False at padding.
-      ids_BL: int32 token ids, for hash routing.
-      bias_E: float32 balancing bias of the selection, zeros without loss-free balancing.
-      key: for jitter and the routers' noise.
-      train: capacity factor, jitter and noise of training.
-      trace: see the return value.
-    """
-    with jax.named_scope("router"):
-      inputs = self.router_inputs(x_BLD, real_BL, ids_BL, bias_E, key, train=train)
-    experts = Experts(
-      *(w[...].astype(self.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
-    )
-    return exchange.moe_ffn(x_BLD, inputs, experts, self.moe, train=train, trace=trace)
-
-  def router_inputs(self, x_BLD, real_BL, ids_BL, bias_E, key, *, train: bool) -> RouterInputs:
-    """In router_dtype whatever the compute dtype (Switch 2101.03961 section 2.4), with noise.
-
-    What is drawn is drawn for the global array, so it does not depend on the mesh.
-    """
-    moe = self.moe
-    jitter_key, noise_key = jax.random.split(key)
-    x_BLD = x_BLD.astype(jnp.float32)
-    if train and moe.jitter:
-      low, high = 1 - moe.jitter, 1 + moe.jitter
-      jitter_BLD = jax.random.uniform(jitter_key, x_BLD.shape, jnp.float32, low, high)
-      x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
-
-    logits_BLE = router_logits(x_BLD, self.router_DE[...], moe)
-    noise_BLE = scale_BLE = None
-    if moe.router is Router.RANDOM:
-      noise_BLE = _by_batch(jax.random.uniform(noise_key, logits_BLE.shape))
-    elif moe.router is Router.NOISY_TOPK and train:
-      noise_BLE = _by_batch(jax.random.normal(noise_key, logits_BLE.shape))
-      scale_BLE = jax.nn.softplus(router_logits(x_BLD, self.noise_DE[...], moe)) + 1e-2
-    return RouterInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, scale_BLE)
-
-
-def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: config_lib.MoE) -> jax.Array:
-  """float32 [B, L, E], computed in router_dtype."""
-  # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
-  x, w = (a.astype(moe.router_dtype.value) for a in (x_BLD, w_DE))
-  logits_BLE = jnp.einsum("BLD,DE->BLE", x, w, precision="highest")
-  return _by_batch(logits_BLE.astype(jnp.float32))
-
-
-def _by_batch(x_BLE: jax.Array) -> jax.Array:
-  # E is whole on every device here, unlike the experts' own E.
-  return jax.lax.with_sharding_constraint(x_BLE, jax.sharding.PartitionSpec(sharding.BATCH_AXES))
+  ) -> MoEOutput:
+    """`moe_layer` with these parameters."""
+    weights = self.weights(self.dtype, bias_E)
+    tokens = Tokens(real_BL, ids_BL)
+    return moe_layer(x_BLD, tokens, weights, self.moe, key, train=train, trace=trace)
