@@ -16,7 +16,8 @@ from moe_jax import config as config_lib
 from moe_jax.config import Dispatch
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
-from moe_jax.moe import counts, dispatch, exchange, routers
+from moe_jax.moe import counts, dispatch, routers
+from moe_jax.moe import layer as layer_lib
 from moe_jax.training import timing
 
 SPLIT = (Dispatch.GATHER, Dispatch.GROUPED)
@@ -27,34 +28,30 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
   """{"router forward": ..., "router step": ...}, compiled; of a layer in SPLIT."""
   B, L, D = arrays.x_BLD.shape
   E, grouped = moe.num_experts, moe.dispatch is Dispatch.GROUPED
-  capacity = dispatch.capacity(moe.capacity_factor, L, moe.top_k, E)
-  layout = dispatch.Layout(B * L, B, E, routers.choices(moe), in_token_order=True)
+  layout = dispatch.layout_of(moe, (B, L), train=True)
 
   def router(params, x_BLD, real_BL):
     layer = nnx.merge(graph, params)
-    inputs = layer.router_inputs(
-      x_BLD, real_BL, jnp.zeros((B, L), jnp.int32), jnp.zeros(E), jax.random.key(0), train=True
-    )
-    routing = exchange.route(inputs, moe, B, capacity=capacity, train=True)
-    if grouped:
-      slots, sizes_E = dispatch.sorted_slots(routing, E)
-    else:
-      slots, sizes_E = dispatch.capacity_slots(routing, E, B, capacity), None
+    weights = layer.weights(layer.dtype, jnp.zeros(E))
+    ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
+    inputs = layer_lib.router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, train=True)
+    routing = routers.route(inputs, moe, B, capacity=layout.capacity, train=True)
+    slots, sizes_E = dispatch.place(routing.assignments, layout)
     return routing.gate_N, (inputs, routing, slots, sizes_E)
 
   def pack(x_TD, routing, slots):
-    return dispatch.gather_pack(x_TD, routing, slots, layout)
+    return dispatch.gather_rows(x_TD, routing.assignments, slots, layout)
 
   def experts(x_SD, weights, sizes_E):
-    if not grouped:
-      x_SD = x_SD.reshape(E, -1, D)
-    return run_experts(x_SD, sizes_E, weights, moe.grouped_matmul).reshape(-1, D)
+    x = x_SD if grouped else x_SD.reshape(E, -1, D)
+    return run_experts(x, sizes_E, weights, moe.grouped_matmul).reshape(-1, D)
 
   def combine(y_SD, gate_N, routing, slots):
-    return dispatch.gather_combine(y_SD, routing._replace(gate_N=gate_N), slots, layout)
+    assigned = routing.assignments._replace(gate_N=gate_N)
+    return dispatch.gather_combine(y_SD, assigned, slots, layout)
 
   def count(inputs, routing, slots):
-    return counts.local_sums(inputs, routing, slots.kept_N, jnp.zeros((), jnp.int32), layout)
+    return counts.local_sums(inputs, routing, slots.kept_N, layout, drops=not grouped)
 
   params, x_BLD, real_BL, _ = arrays
   state = nnx.to_pure_dict(params)

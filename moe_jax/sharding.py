@@ -10,8 +10,9 @@ about sharding: `up_EDF` is split over ('expert', 'fsdp', 'tensor').
   P parts of the sequence
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,8 +28,39 @@ _ACTIVATION_AXES = {
   "V": "tensor", "D": None, "L": None, "S": None, "A": None, "K": None, "C": None, "T": None,
 }  # fmt: skip
 _PARAM_AXES = _ACTIVATION_AXES | {"D": "fsdp", "Z": None}
-# The routers are small and every token needs all of one.
-_REPLICATED = ("router_DE", "noise_DE", "bias_ZE", "load_ZE")
+_REPLICATED = ("bias_ZE", "load_ZE")  # beside the parameters that are declared so
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+  """A parameter about which the letters of its name do not say everything.
+
+  To create a record is to declare the name: sharding, weight decay and metrics look it up, and no
+  list elsewhere has to be kept. A parameter is made by its record, so it cannot be undeclared.
+
+  Raises:
+    ValueError: another record has declared the same name otherwise.
+  """
+
+  name: str
+  # (nnx.Rngs, {"D": size of D, ...}) -> float32
+  initial: Callable[..., jax.Array] = dataclasses.field(compare=False)
+  replicated: bool  # whole on every device, in place of split by its letters
+  decays: bool  # under weight decay
+  group: str  # of its gradient norm in the metrics
+
+  def __post_init__(self) -> None:
+    other = _declared.setdefault(self.name, self)
+    if other != self:
+      raise ValueError(f"{self.name} is declared twice: {other} and {self}")
+
+
+_declared: dict[str, Parameter] = {}
+
+
+def declared(name: str) -> Parameter | None:
+  """The record of a parameter, or None where its letters say everything."""
+  return _declared.get(name)
 
 
 def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
@@ -60,7 +92,8 @@ def param_spec(name: str, ndim: int) -> PartitionSpec:
   letters = name.rsplit("_", 1)[-1]
   stacked = ndim - len(letters)
   assert stacked in (0, 1), f"{name} has {ndim} dimensions"
-  if name in _REPLICATED:
+  parameter = declared(name)
+  if name in _REPLICATED or (parameter is not None and parameter.replicated):
     return PartitionSpec()
   return _to_spec("Z" * stacked + letters, _PARAM_AXES)
 

@@ -6,13 +6,10 @@ from typing import Any
 
 from moe_jax.config import (
   Config,
-  Dispatch,
   Exchange,
   Model,
   MoE,
   Priority,
-  Router,
-  Score,
   UserError,
   flatten,
 )
@@ -128,14 +125,10 @@ def _check_moe(config: Config) -> None:
   if moe.top_k > moe.num_experts:
     _refuse(config, "model.moe.top_k", "model.moe.num_experts", "a token can choose each expert "
             "once, so top_k is at most num_experts")  # fmt: skip
-  if moe.router is Router.SWITCH and (moe.top_k != 1 or moe.renormalize):
-    field = "top_k" if moe.top_k != 1 else "renormalize"
-    _refuse(config, "model.moe.router", f"model.moe.{field}", "Switch routing is top_k=1 with "
-            "renormalize=false")  # fmt: skip
+  _check_router(config)
   if moe.top_k == 1 and moe.renormalize:
     _refuse(config, "model.moe.renormalize", "model.moe.top_k", "a single renormalised gate is the "
             "constant 1 and the router would get no gradient; set renormalize=false")  # fmt: skip
-  _check_router(config)
   _check_dispatch(config)
   if moe.first_dense >= config.model.num_layers:
     _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
@@ -149,51 +142,40 @@ def _check_moe(config: Config) -> None:
             "whole multiple of a sequence")  # fmt: skip
 
 
-_SCORED = (Router.TOPK, Router.SWITCH)  # the experts of the highest score
-_NOT_LEARNED = (Router.HASH, Router.RANDOM)
-
-
 def _check_router(config: Config) -> None:
-  moe, loss = config.model.moe, config.loss
+  from moe_jax.moe.routers import ROUTERS  # here, so that `import validation` imports no jax
+
+  moe, loss, spec = config.model.moe, config.loss, ROUTERS[config.model.moe.router]
   router = "model.moe.router"
-  if moe.router is Router.HASH and moe.top_k != 1:
-    _refuse(config, router, "model.moe.top_k", "a token id hashes to one expert; set top_k=1 and "
-            "renormalize=false")  # fmt: skip
-  if moe.router is Router.NOISY_TOPK and moe.top_k == moe.num_experts:
-    _refuse(config, router, "model.moe.top_k", "with every expert chosen there is nothing for the "
-            "noise to choose; lower top_k")  # fmt: skip
-  if moe.router is Router.EXPERT_CHOICE:
-    if moe.renormalize:
-      _refuse(config, router, "model.moe.renormalize", "experts choose, so a token does not know "
-              "its other gates; set renormalize=false")  # fmt: skip
-    for field in ("capacity_factor", "eval_capacity_factor"):
-      if not getattr(moe, field):
-        _refuse(config, router, f"model.moe.{field}", "an expert takes capacity_factor*T*K/E "
-                "tokens: set it above 0")  # fmt: skip
-    if moe.priority is not Priority.TOKEN:
-      _refuse(config, router, "model.moe.priority", "an expert drops none of the tokens that it "
-              "chose; leave priority=token")  # fmt: skip
-  if moe.score is not Score.SOFTMAX and moe.router is not Router.TOPK:
-    _refuse(config, router, "model.moe.score", "this router is defined by its softmax; use "
-            "router=topk")  # fmt: skip
-  if moe.bias_update_rate and moe.router not in _SCORED:
+
+  def others(field: str) -> str:
+    return "use router=" + " or ".join(r.value for r, s in ROUTERS.items() if getattr(s, field))
+
+  for rule in spec.rules:
+    if not rule.holds(moe):
+      _refuse(config, router, f"model.moe.{rule.field}", rule.why)
+  if moe.score not in spec.scores:
+    able = " or ".join(r.value for r, s in ROUTERS.items() if moe.score in s.scores)
+    _refuse(config, router, "model.moe.score", f"this router is not defined for that score; use "
+            f"router={able}")  # fmt: skip
+  if moe.bias_update_rate and not spec.takes_bias:
     _refuse(config, router, "model.moe.bias_update_rate", "a bias balances a choice by score: "
-            "router=topk or switch; or set bias_update_rate=0")  # fmt: skip
+            f"{others('takes_bias')}, or set bias_update_rate=0")  # fmt: skip
   if moe.expert_groups > 1 or moe.top_groups > 1:
+    if not spec.takes_groups:
+      _refuse(config, router, "model.moe.expert_groups", "this router has no groups; set "
+              f"expert_groups=1 and top_groups=1, or {others('takes_groups')}")  # fmt: skip
     _check_groups(config)
-  if loss.load_balance and moe.router in (*_NOT_LEARNED, Router.EXPERT_CHOICE):
+  if loss.load_balance and not spec.load_is_learned:
     _refuse(config, router, "loss.load_balance", "the load is not the router's to change, so the "
             "loss would only distort the gates; set load_balance=0")  # fmt: skip
-  if loss.load and moe.router is not Router.NOISY_TOPK:
-    _refuse(config, router, "loss.load", "the load loss needs noisy_topk's chances to be chosen; "
-            "set loss.load=0")  # fmt: skip
+  if loss.load and not spec.has_load:
+    _refuse(config, router, "loss.load", "this router has no chances to be chosen, which the load "
+            f"loss needs; set loss.load=0, or {others('has_load')}")  # fmt: skip
 
 
 def _check_groups(config: Config) -> None:
   moe = config.model.moe
-  if moe.router is not Router.TOPK:
-    _refuse(config, "model.moe.router", "model.moe.expert_groups", "only router=topk limits a "
-            "token's experts to groups; set expert_groups=1 and top_groups=1")  # fmt: skip
   if moe.num_experts % moe.expert_groups or moe.num_experts < 2 * moe.expert_groups:
     _refuse(config, "model.moe.num_experts", "model.moe.expert_groups", "groups are of equal size, "
             "two experts at least")  # fmt: skip
@@ -206,13 +188,17 @@ def _check_groups(config: Config) -> None:
 
 
 def _check_dispatch(config: Config) -> None:
+  from moe_jax.moe.dispatch import DISPATCHERS
+  from moe_jax.moe.routers import ROUTERS
+
   moe = config.model.moe
-  if moe.dispatch in (Dispatch.DENSE, Dispatch.GROUPED) and moe.router is not Router.EXPERT_CHOICE:
+  dispatcher = DISPATCHERS[moe.dispatch]
+  if not dispatcher.drops and not ROUTERS[moe.router].takes_capacity:
     for field in ("capacity_factor", "eval_capacity_factor"):
       if getattr(moe, field):
         _refuse(config, f"model.moe.{field}", "model.moe.dispatch", "this dispatch is dropless and "
                 f"has no capacity; set {field}=0")  # fmt: skip
-  if moe.exchange is not Exchange.AUTO and moe.dispatch is not Dispatch.GROUPED:
+  if moe.exchange is not Exchange.AUTO and dispatcher.slots:
     _refuse(config, "model.moe.exchange", "model.moe.dispatch", "dispatch with slots always "
             "exchanges them by all_to_all; set exchange=auto")  # fmt: skip
   if moe.exchange_factor and moe.exchange not in (Exchange.ALL_TO_ALL, Exchange.RAGGED):
@@ -224,10 +210,11 @@ def future_leak(moe: MoE, *, train: bool) -> str:
   """Why a token's output depends on later tokens under this routing, or "" if it does not."""
   if not moe.num_experts:
     return ""
-  if moe.router is Router.EXPERT_CHOICE:
-    return "router=expert_choice: an expert compares all tokens of a group"
-  if moe.router is Router.SINKHORN and train:
-    return "router=sinkhorn balances over all tokens of a group in training"
+  from moe_jax.moe.routers import ROUTERS
+
+  spec = ROUTERS[moe.router]
+  if spec.looks_ahead and spec.runs_own(train=train):
+    return f"router={moe.router.value}: {spec.looks_ahead}"
   factor = moe.capacity_factor if train else moe.eval_capacity_factor
   if moe.priority is not Priority.TOKEN and factor:
     return f"priority={moe.priority.value}: a later token can take an earlier one's slot"
@@ -246,10 +233,12 @@ def validate_generation(moe: MoE) -> None:
       f"config.model.moe.{leak}, but generated text has no later tokens yet, so the model would "
       "not be the one that was evaluated; train with a causal router to generate"
     )
-  if moe.num_experts and moe.router is Router.RANDOM:
+  from moe_jax.moe.routers import ROUTERS
+
+  why = ROUTERS[moe.router].cannot_generate
+  if moe.num_experts and why:
     raise UserError(
-      "config.model.moe.router=random: experts are drawn by a token's place in the batch, so a "
-      "generated token would not get those of the evaluation; train with a learned router"
+      f"config.model.moe.router={moe.router.value}: {why}; train with a learned router to generate"
     )
 
 

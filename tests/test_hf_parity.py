@@ -16,6 +16,7 @@ from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Dispatch
 from moe_jax.model.feedforward import MoEFFN
 from moe_jax.moe import dispatch, routers
+from moe_jax.moe.layer import Tokens, router_inputs
 from moe_jax.training import losses
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
@@ -201,7 +202,9 @@ def moe_of(peer, dispatcher):
 def call(layer, x_BLD, bias_E, real_BL=None):
   real_BL = jnp.ones((B, L), bool) if real_BL is None else real_BL
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
-  inputs = layer.router_inputs(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
+  weights = layer.weights(layer.dtype, bias_E)
+  tokens = Tokens(real_BL, ids_BL)
+  inputs = router_inputs(x_BLD, tokens, weights, layer.moe, None, train=False)
   y_BLD, stats, _ = layer(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
   return y_BLD, (stats, inputs)
 
@@ -219,11 +222,7 @@ def test_block(name, path):
       return call(build_layer(weights), x_BLD, bias_E)
 
     y_BLD, vjp, (stats, inputs) = jax.vjp(run, x_BLD, weights, has_aux=True)
-    inputs = inputs._replace(**{  # all tokens as one group
-      f: getattr(inputs, f).reshape(B * L, *getattr(inputs, f).shape[2:])
-      for f in ("logits_TE", "real_T", "ids_T")
-    })  # fmt: skip
-    routing = routers.topk(inputs, moe, capacity=B * L, train=False)
+    routing = routers.route(inputs, moe, 1, capacity=B * L, train=False)
     return y_BLD, stats, routing, vjp(cotangent_BLD)
 
   with jax.set_mesh(mesh_of(**mesh)):
@@ -321,11 +320,8 @@ def test_switch(one_device):
   def step(x_BLD, router_DE):
     layer = build_layer(weights | {"router_DE": router_DE})
     y_BLD, (stats, inputs) = call(layer, x_BLD, jnp.zeros(E))
-    route = functools.partial(routers.switch, moe=moe, capacity=C, train=False)
-    no_bias = inputs._replace(bias_E=None)
-    routing = jax.vmap(lambda row: route(row._replace(bias_E=inputs.bias_E)))(no_bias)
-    routing = dispatch.flatten(routing)
-    slots = dispatch.capacity_slots(routing, E, B, C)
+    routing = routers.route(inputs, moe, B, capacity=C, train=False)
+    slots = dispatch.capacity_slots(routing.assignments, E, B, C)
     sums = sums_of(stats, jnp.ones((B, L), bool))
     # Their balance loss averages over the rows.
     balance = losses.load_balance(sums, BalanceScope.SEQUENCE)[0]

@@ -18,7 +18,9 @@ from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Router
 from moe_jax.kernels import blocked
 from moe_jax.kernels.experts import Experts
 from moe_jax.model.feedforward import DenseFFN, MoEFFN
-from moe_jax.moe import counts, dispatch, exchange, routers
+from moe_jax.moe import counts, dispatch, routers
+from moe_jax.moe import layer as layer_lib
+from moe_jax.moe.routing import Assignments, LayerInputs, RouterInputs
 from moe_jax.training import losses
 
 MESHES = {
@@ -60,13 +62,14 @@ def layer_loss(x_BLD, weights, rest, cotangent_BLD, moe):
   """oracle.loss by the package; `rest` is the oracle's inputs that have no gradient."""
   real_BL, ids_BL, noise_BLE, bias_E = rest
   logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, weights["router_DE"])
-  scale_BLE = None
+  extra = {}
   if moe.router is Router.NOISY_TOPK:
     scale_BLE = jax.nn.softplus(jnp.einsum("BLD,DE->BLE", x_BLD, weights["noise_DE"])) + 0.01
-  inputs = routers.RouterInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, scale_BLE)
+    extra = {"noise_scale": scale_BLE}
+  inputs = LayerInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, extra)
   names = ("gate_EDF", "up_EDF", "down_EFD")
   experts = Experts(*(weights[n] for n in names))
-  y_BLD, stats, choices = exchange.moe_ffn(x_BLD, inputs, experts, moe, train=True, trace=True)
+  y_BLD, stats, choices = layer_lib.on_mesh(x_BLD, inputs, experts, moe, train=True, trace=True)
   stacked = jax.tree.map(lambda s: s[None], stats)
   balance = counts.balance(stacked.routed_E, stacked.prob_E, stacked.tokens)[0]
   loss = jnp.sum(y_BLD * cotangent_BLD) + 3 * balance + stats.z / stats.tokens
@@ -165,15 +168,17 @@ def test_the_set_of_drops_is_the_oracles(routing):
   got = set()
   for start in range(0, len(logits_TE), moe.group_size):
     part = slice(start, start + moe.group_size)
-    inputs = routers.RouterInputs(
+    inputs = RouterInputs(
       jnp.float32(logits_TE[part]), jnp.array(values.real_BL.reshape(-1)[part]),
       jnp.array(values.ids_BL.reshape(-1)[part]), jnp.float32(bias_E),
-      jnp.float32(values.noise_BLE.reshape(-1, E)[part]), jnp.float32(scale_TE[part]),
+      jnp.float32(values.noise_BLE.reshape(-1, E)[part]),
+      {"noise_scale": jnp.float32(scale_TE[part])},
     )  # fmt: skip
-    routing_N = routers.ROUTERS[moe.router](inputs, moe, capacity=capacity, train=True)
-    slots = dispatch.capacity_slots(routing_N, E, 1, capacity)
+    spec = routers.ROUTERS[moe.router]
+    assigned = spec.function(inputs, moe, **dict(capacity=capacity) if spec.takes_capacity else {})
+    slots = dispatch.capacity_slots(assigned, E, 1, capacity)
     for token, expert, real, kept, slot in zip(
-      *map(np.asarray, (routing_N.token_N, routing_N.expert_N, routing_N.real_N, slots.kept_N,
+      *map(np.asarray, (assigned.token_N, assigned.expert_N, assigned.real_N, slots.kept_N,
                         slots.slot_N)), strict=True
     ):  # fmt: skip
       assert kept == (slot < E * capacity) and (not kept or slot // capacity == expert)
@@ -211,16 +216,16 @@ def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_d
 
 def test_drops_by_hand():
   """T=4, E=2, K=1, C=1: the second token of each expert is dropped, padding takes no slot."""
-  routing = by_hand([0, 1, 0, 1], [True, False, True, True])
-  slots = dispatch.capacity_slots(routing, num_experts=2, groups=1, capacity=1)
-  assert slots.kept_N.tolist() == [True, False, False, True]
+  assigned = by_hand([0, 1, 0, 1], [True, False, True, True])
+  layout = layout_by_hand(tokens=4, capacity=1)
+  x_TD = jnp.arange(8.0).reshape(4, 2)
+  rows = dispatch.gather_pack(x_TD, assigned, layout)
+  slots = rows.slots
+  assert rows.kept_N is slots.kept_N and slots.kept_N.tolist() == [True, False, False, True]
   assert slots.slot_N.tolist() == [0, 2, 2, 1]  # 2 = E*C: no slot
   assert slots.assignment_S.tolist() == [0, 3]
-  x_TD = jnp.arange(8.0).reshape(4, 2)
-  layout = dispatch.Layout(4, 1, 2, choices=1, in_token_order=True)
-  packed_SD = dispatch.gather_pack(x_TD, routing, slots, layout)
-  assert packed_SD.tolist() == [[0, 1], [6, 7]]
-  combined_TD = dispatch.gather_combine(packed_SD, routing, slots, layout)
+  assert rows.x.tolist() == [[[0, 1]], [[6, 7]]]  # [E, C, D]
+  combined_TD = dispatch.gather_combine(rows.x, assigned, slots, layout)
   assert combined_TD.tolist() == [[0, 1], [0, 0], [0, 0], [6, 7]]
 
 
@@ -234,23 +239,27 @@ def test_sorted_rows_by_hand():
 
 def by_hand(experts, real):
   T = len(experts)
-  return routers.Routing(
-    jnp.arange(T), jnp.array(experts), jnp.ones(T), jnp.array(real), jnp.ones((T, 2)) / 2,
-    jnp.zeros((T, 2)),
+  return Assignments(jnp.arange(T), jnp.array(experts), jnp.ones(T), jnp.array(real))
+
+
+def layout_by_hand(tokens, capacity):
+  """One group, two experts, K=1."""
+  return dispatch.Layout(
+    tokens=tokens, groups=1, experts=2, capacity=capacity, slots=True, choices=1,
+    in_token_order=True, exchange_factor=0.0,
   )  # fmt: skip
 
 
 @pytest.mark.parametrize("dispatcher", ["gather", "einsum"])
 def test_combine_reads_no_empty_slot(dispatcher):
   """Empty slots hold whatever an expert made of nothing: here NaN, which would show."""
-  routing = by_hand([0, 0, 1], [True, True, True])
-  slots = dispatch.capacity_slots(routing, 2, 1, capacity=3)
+  assigned = by_hand([0, 0, 1], [True, True, True])
+  slots = dispatch.capacity_slots(assigned, 2, 1, capacity=3)
   y_ECD = jnp.full((2, 3, 5), jnp.nan).at[0, :2].set(1.0).at[1, 0].set(2.0)
   if dispatcher == "einsum":  # multiplies by a one-hot, so its experts must make 0 of 0
     y_ECD = jnp.nan_to_num(y_ECD)
-  layout = dispatch.Layout(3, 1, 2, choices=1, in_token_order=True)
   combine = dispatch.DISPATCHERS[Dispatch(dispatcher)].combine
-  y_TD = combine(y_ECD.reshape(6, 5), routing, slots, layout)
+  y_TD = combine(y_ECD, assigned, slots, layout_by_hand(tokens=3, capacity=3))
   np.testing.assert_array_equal(y_TD, [[1.0] * 5, [1.0] * 5, [2.0] * 5])
 
 
@@ -410,8 +419,11 @@ def test_router_stays_float32_under_bfloat16(one_device):
   model.compute_dtype = config_lib.Dtype.BFLOAT16
   layer = MoEFFN(model, nnx.Rngs(0))
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
-  rest = (jnp.ones((2, 9), bool), jnp.zeros((2, 9), int), jnp.zeros(4), jax.random.key(0))
-  logits = layer.router_inputs(x_BLD, *rest, train=False).logits_TE
+  tokens = layer_lib.Tokens(jnp.ones((2, 9), bool), jnp.zeros((2, 9), int))
+  weights = layer.weights(layer.dtype, jnp.zeros(4))
+  assert {w.dtype for w in weights.experts} == {jnp.bfloat16}
+  inputs = layer_lib.router_inputs(x_BLD, tokens, weights, layer.moe, None, train=False)
+  logits = inputs.logits_BLE
   want = np.asarray(x_BLD, np.float64) @ np.asarray(layer.router_DE[...], np.float64)
   assert logits.dtype == jnp.float32
   np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-6)  # bfloat16 would miss by 1e-2

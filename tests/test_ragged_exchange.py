@@ -10,9 +10,9 @@ from jax.sharding import AxisType, PartitionSpec
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Router
-from moe_jax.kernels.experts import Experts, grouped_swiglu
-from moe_jax.moe import exchange
-from moe_jax.moe.routers import RouterInputs
+from moe_jax.kernels.experts import Experts
+from moe_jax.moe import exchange, layer
+from moe_jax.moe.routing import LayerInputs
 
 MESHES = {"expert4-data2": dict(expert=4, data=2), "mixed": dict(expert=2, fsdp=2, tensor=2)}
 B, L, D, F, E, K = 8, 9, 10, 18, 8, 2
@@ -40,16 +40,20 @@ def ragged_all_to_all(
   return result
 
 
-def swiglu_with_undefined_rows(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, backend):
-  """NaN in the rows past the last expert's, which a backend may leave unset."""
-  y_ND = grouped_swiglu(x_ND, gate_EDF, up_EDF, down_EFD, sizes_E, backend)
-  return jnp.where(jnp.arange(x_ND.shape[0])[:, None] < jnp.sum(sizes_E), y_ND, jnp.nan)
+experts_kernel = kernels.experts
+
+
+def experts_with_undefined_rows(x_ND, sizes_E, weights, kernel):
+  """NaN in the rows past the last expert's, which a kernel may leave unset."""
+  y_ND = experts_kernel(x_ND, sizes_E, weights, kernel)
+  filled_N = jnp.arange(y_ND.shape[0]) < jnp.sum(sizes_E)
+  return jnp.where(filled_N[:, None], y_ND, jnp.nan)
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-  monkeypatch.setattr(exchange, "grouped_swiglu", swiglu_with_undefined_rows)
+  monkeypatch.setattr(kernels, "experts", experts_with_undefined_rows)
 
 
 def make_inputs(skew=0.0, seed=0):
@@ -73,8 +77,8 @@ def run(axes, inputs, *, train=True, **options):
 
   def loss(x_BLD, logits_BLE, experts):
     ids_BL = jnp.zeros((B, L), jnp.int32)
-    inputs = RouterInputs(logits_BLE, jnp.asarray(real_BL), ids_BL, jnp.zeros((E,)))
-    y_BLD, stats, _ = exchange.moe_ffn(x_BLD, inputs, experts, moe, train=train)
+    inputs = LayerInputs(logits_BLE, jnp.asarray(real_BL), ids_BL, jnp.zeros((E,)))
+    y_BLD, stats, _ = layer.on_mesh(x_BLD, inputs, experts, moe, train=train)
     return jnp.sum(y_BLD * weights_BLD) + 0.1 * jnp.sum(stats.prob_E**2), (y_BLD, stats)
 
   with jax.set_mesh(mesh_of(**axes)):

@@ -14,6 +14,7 @@ from moe_jax.config import BalanceScope, Priority, Router, Score
 from moe_jax.model import cost
 from moe_jax.model.transformer import Tokens, Transformer
 from moe_jax.moe import counts, dispatch, routers
+from moe_jax.moe.routing import RouterInputs
 from moe_jax.training import losses, optimizers
 
 LOG = np.log
@@ -24,16 +25,17 @@ def route(probs, *, train=True, capacity=1, real=None, ids=None, noise=None, bia
   logits = LOG(np.array(probs, float))
   T, E = logits.shape
   moe = config_lib.MoE(num_experts=E, **dict(top_k=1, renormalize=False) | fields)
-  scale = None if noise is None else jnp.ones((T, E))
-  inputs = routers.RouterInputs(
+  inputs = RouterInputs(
     jnp.array(logits, jnp.float32),
     jnp.array([True] * T if real is None else real),
     jnp.array([0] * T if ids is None else ids, jnp.int32),
     jnp.array([0.0] * E if bias is None else bias),
     None if noise is None else jnp.array(noise, jnp.float32),
-    scale,
+    {"noise_scale": jnp.ones((T, E))},
   )
-  made = routers.ROUTERS[moe.router](inputs, moe, capacity=capacity, train=train)
+  spec = routers.ROUTERS[moe.router]
+  function = spec.function if spec.runs_own(train=train) else spec.evaluation
+  made = function(inputs, moe, **dict(capacity=capacity) if spec.takes_capacity else {})
   columns = (made.token_N, made.expert_N, made.gate_N, made.real_N)
   return [
     (int(t), int(e), round(float(g), 4)) for t, e, g, r in zip(*columns, strict=True) if r

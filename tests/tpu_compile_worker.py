@@ -30,8 +30,8 @@ from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
-from moe_jax.moe import exchange
-from moe_jax.moe.routers import RouterInputs
+from moe_jax.moe.layer import on_mesh
+from moe_jax.moe.routing import LayerInputs
 
 B, L, D, F, E, K = 8, 128, 256, 384, 8, 2
 N = 2048  # rows of the experts alone
@@ -73,8 +73,8 @@ def layer(devices, **options):
   moe = config_lib.MoE(num_experts=E, top_k=K, expert_dim=F, **options)
 
   def loss(x_BLD, logits_BLE, experts, real_BL, ids_BL, bias_E):
-    inputs = RouterInputs(logits_BLE, real_BL, ids_BL, bias_E)
-    y_BLD, stats, _ = exchange.moe_ffn(x_BLD, inputs, experts, moe, train=True)
+    inputs = LayerInputs(logits_BLE, real_BL, ids_BL, bias_E)
+    y_BLD, stats, _ = on_mesh(x_BLD, inputs, experts, moe, train=True)
     return jnp.sum(y_BLD.astype(jnp.float32) ** 2) + jnp.sum(stats.prob_E**2), (y_BLD, stats)
 
   def tokens(shape, dtype):

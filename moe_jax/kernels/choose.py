@@ -57,18 +57,13 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
     grouped_matmul, line = _experts(config, recorded.get("grouped_matmul", ""))
     lines.append(f"grouped matmul     {line}")
     if exchange is Exchange.AUTO:
-      exchange = Exchange(recorded.get("exchange", default_exchange().value))
+      exchange = Exchange(recorded.get("exchange", platform.default_exchange().value))
       lines.append(f"exchange           {exchange.value}")
   moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul, exchange=exchange)
   model = dataclasses.replace(model, attention=attention, moe=moe)
   names = {"attention": attention, "grouped_matmul": grouped_matmul, "exchange": exchange}
   record = {"device": device} | {name: kernel.value for name, kernel in names.items()}
   return dataclasses.replace(config, model=model), record, lines
-
-
-def default_exchange() -> Exchange:
-  """What `auto` is: only a TPU moves rows of different numbers at speed."""
-  return Exchange.RAGGED if platform.name() == "tpu" else Exchange.ALL_GATHER
 
 
 def portable(model: config_lib.Model) -> config_lib.Model:

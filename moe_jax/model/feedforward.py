@@ -10,7 +10,7 @@ from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.linear import Weight, linear
-from moe_jax.moe.layer import MoELayer, MoEWeights
+from moe_jax.moe.layer import MoELayer, MoEOutput, MoEWeights, moe_layer
 
 
 class FFNWeights(NamedTuple):
@@ -55,6 +55,34 @@ class MoEFFN(MoELayer):
     """`bias_E`: float32 balancing bias of the selection, zeros without loss-free balancing."""
     shared = self.shared.weights(dtype) if self.shared is not None else None
     return MoEFFNWeights(self.weights(dtype, bias_E), shared)
+
+  def __call__(
+    self, x_BLD: jax.Array, real_BL: jax.Array, ids_BL: jax.Array, bias_E: jax.Array,
+    key: jax.Array, *, train: bool, trace: bool = False,
+  ) -> MoEOutput:  # fmt: skip
+    """`moe_feedforward` with these parameters."""
+    weights, moe = self.ffn_weights(self.dtype, bias_E), self.moe
+    return moe_feedforward(x_BLD, real_BL, ids_BL, weights, moe, key, train=train, trace=trace)
+
+
+def moe_feedforward(
+  x_BLD: jax.Array,
+  real_BL: jax.Array,
+  ids_BL: jax.Array,
+  weights: MoEFFNWeights,
+  moe: config_lib.MoE,
+  key: jax.Array | None,
+  *,
+  train: bool,
+  trace: bool = False,
+) -> MoEOutput:
+  """moe.layer.moe_layer and, where there are any, the shared experts beside it."""
+  with jax.named_scope("moe"):
+    out = moe_layer(x_BLD, real_BL, ids_BL, weights.moe, moe, key, train=train, trace=trace)
+  if weights.shared is None:
+    return out
+  with jax.named_scope("shared"):
+    return out._replace(y_BLD=out.y_BLD + feedforward(x_BLD, weights.shared))
 
 
 def feedforward(x_BLD: jax.Array, weights: FFNWeights, activation: Activation = gated) -> jax.Array:

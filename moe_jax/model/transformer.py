@@ -16,11 +16,17 @@ from moe_jax.kernels.attention import attention as segment_attention
 from moe_jax.kernels.autodiff import KEPT
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.model.attention import Attend, Attention, AttentionWeights, attention
-from moe_jax.model.feedforward import DenseFFN, FFNWeights, MoEFFN, MoEFFNWeights, feedforward
+from moe_jax.model.feedforward import (
+  DenseFFN,
+  FFNWeights,
+  MoEFFN,
+  MoEFFNWeights,
+  feedforward,
+  moe_feedforward,
+)
 from moe_jax.model.norm import RMSNorm, rms_norm
 from moe_jax.moe import counts, routers
 from moe_jax.moe.counts import Choices, MoeStats
-from moe_jax.moe.layer import moe_layer
 
 
 class Tokens(NamedTuple):
@@ -77,14 +83,10 @@ def decoder_layer(
     with jax.named_scope("ffn"):
       y_BLD = feedforward(h_BLD, weights.ffn)
   else:
-    real_BL, ffn = tokens.segments_BL > 0, weights.ffn
-    with jax.named_scope("moe"):
-      y_BLD, stats, choices = moe_layer(
-        h_BLD, real_BL, tokens.ids_BL, ffn.moe, model.moe, key, train=train, trace=trace
-      )
-    if ffn.shared is not None:
-      with jax.named_scope("shared"):
-        y_BLD += feedforward(h_BLD, ffn.shared)
+    real_BL = tokens.segments_BL > 0
+    y_BLD, stats, choices = moe_feedforward(
+      h_BLD, real_BL, tokens.ids_BL, weights.ffn, model.moe, key, train=train, trace=trace
+    )
   return LayerOutput(sharding.constrain(x_BLD + y_BLD, "BLD"), stats, choices, cache)
 
 

@@ -1,4 +1,8 @@
-"""What an MoE layer counts: sums, so that devices, microbatches and evaluation batches add up."""
+"""What an MoE layer counts: sums, so that devices, microbatches and evaluation batches add up.
+
+Letters: T tokens of one device; N their assignments; P parts of the sequence; Z stacked layers, or
+whatever else leads in `balance`.
+"""
 
 from typing import NamedTuple
 
@@ -6,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.dispatch import Layout, by_token
-from moe_jax.moe.routers import RouterInputs, Routing
+from moe_jax.moe.routing import LayerInputs, Routing
 
 POSITIONS = 8  # P, equal parts of the sequence in which drops are counted apart
 
 
 class MoeStats(NamedTuple):
-  """Sums over the real tokens; of the whole mesh once the layer has returned them.
+  """Sums over the real tokens. The layer returns them summed over the whole mesh.
 
   A stack of layers has a leading Z on every field.
   """
@@ -46,7 +50,7 @@ class Choices(NamedTuple):
 
 
 def zeros(shape: tuple[int, ...], num_experts: int, choices: int) -> MoeStats:
-  """Of `shape`, (Z,) for the stack of Z layers."""
+  """Statistics that are 0, of leading shape `shape`: (Z,) for the stack of Z layers."""
   per_expert = (*shape, num_experts)
   counts, sums = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
   counts_E, sums_E = jnp.zeros(per_expert, jnp.int32), jnp.zeros(per_expert)
@@ -60,19 +64,21 @@ def zeros(shape: tuple[int, ...], num_experts: int, choices: int) -> MoeStats:
 
 
 def local_sums(
-  inputs: RouterInputs, routing: Routing, kept_N: jax.Array, overflow: jax.Array, layout: Layout
+  inputs: LayerInputs, routing: Routing, kept_N: jax.Array, layout: Layout, *, drops: bool
 ) -> MoeStats:
-  """Of this device's tokens.
+  """Counts the tokens of this device.
 
   Args:
-    inputs: with leading B, L.
-    routing: of all those tokens, flattened.
-    kept_N: assignments that an expert computed.
-    overflow: int32, those that a full exchange buffer lost.
+    inputs: of the router.
+    routing: of all those tokens.
+    kept_N: bool, assignments that an expert computed.
     layout: of the dispatch.
+    drops: whether a missing assignment was dropped for want of a slot; if not, a full buffer of
+      the exchange has lost it.
   """
-  B, L, E = inputs.logits_TE.shape
-  real_BL = inputs.real_T
+  B, L, E = inputs.logits_BLE.shape
+  real_BL = inputs.real_BL
+  lost_N = jnp.zeros_like(kept_N) if drops else routing.real_N & ~kept_N
   probs_BLE = routing.probs_TE.reshape(B, L, E)
   prob_BE = jnp.sum(jnp.where(real_BL[..., None], probs_BLE, 0), axis=1)
   sequence_N = routing.token_N // L
@@ -83,15 +89,15 @@ def local_sums(
   part_N = (routing.token_N % L) * POSITIONS // L
   to_part_NP = part_N[:, None] == jnp.arange(POSITIONS)[None]
 
-  def per_expert(x_N, where_N):
+  def per_expert(x_N: jax.Array, where_N: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(to_expert_NE & where_N[:, None], x_N[:, None], 0), axis=0)
 
-  def per_part(where_N):
+  def per_part(where_N: jax.Array) -> jax.Array:
     return jnp.sum(to_part_NP & where_N[:, None], axis=0, dtype=jnp.int32)
 
-  kept_TK = by_token(kept_N, routing, layout) if layout.choices else kept_N[:, None]
-  entropy_TE = jax.scipy.special.xlogy(probs_BLE, probs_BLE)
-  z_BL = jax.nn.logsumexp(inputs.logits_TE, axis=-1) ** 2
+  kept_TK = by_token(kept_N, routing.assignments, layout) if layout.choices else kept_N[:, None]
+  entropy_BLE = jax.scipy.special.xlogy(probs_BLE, probs_BLE)
+  z_BL = jax.nn.logsumexp(inputs.logits_BLE, axis=-1) ** 2
   load_BLE = routing.load_TE.reshape(B, L, E)
   return MoeStats(
     tokens=jnp.sum(real_BL, dtype=jnp.int32),
@@ -101,19 +107,20 @@ def local_sums(
     kept_K=jnp.sum(kept_TK, axis=0, dtype=jnp.int32),
     routed_P=per_part(routing.real_N),
     kept_P=per_part(kept_N),
-    overflow=overflow,
+    overflow=jnp.sum(lost_N, dtype=jnp.int32),
     prob_E=jnp.sum(prob_BE, axis=0),
     sequence_balance=jnp.sum(balance(routed_BE, prob_BE, jnp.sum(real_BL, axis=1))),
     importance_E=per_expert(routing.gate_N, routing.real_N),
     gate_kept=jnp.sum(jnp.where(kept_N, jax.lax.stop_gradient(routing.gate_N), 0)),
     load_E=jnp.sum(jnp.where(real_BL[..., None], load_BLE, 0), axis=(0, 1)),
     z=jnp.sum(jnp.where(real_BL, z_BL, 0)),
-    entropy=-jnp.sum(jnp.where(real_BL[..., None], jax.lax.stop_gradient(entropy_TE), 0)),
+    entropy=-jnp.sum(jnp.where(real_BL[..., None], jax.lax.stop_gradient(entropy_BLE), 0)),
   )
 
 
-def choices(routing: Routing, kept_N: jax.Array, B: int, L: int) -> Choices:
-  """Of this device's tokens: where each was sent, and whether it was computed there."""
+def choices(routing: Routing, kept_N: jax.Array, shape: tuple[int, ...]) -> Choices:
+  """Where each token of this device was sent, and whether it was computed there; shape (B, L)."""
+  B, L = shape
   E = routing.probs_TE.shape[-1]
   index = (routing.token_N, routing.expert_N)
   none_TE = jnp.zeros((B * L, E), bool)

@@ -1,11 +1,15 @@
-"""Dispatch: how tokens reach their experts and come back.
+"""Dispatch: how tokens are laid out in rows for the experts, and how outputs are added up again.
 
-`pack` lays tokens out in rows for the experts, `combine` adds each token's gated outputs; the
-experts, and on a mesh the exchange between devices, go in between. Rows are either C slots for each
-expert and routing group (`capacity_slots`: what does not fit is dropped) or all assignments sorted
-by expert (`sorted_slots`: nothing is dropped). Every dispatcher gives the same answer.
+Rows are either C slots for each expert and routing group, where an assignment that finds no free
+slot is dropped, or all assignments sorted by expert, where nothing is dropped. Every dispatcher
+gives the same answer for the assignments that it keeps.
+
+Letters: T tokens, of all M routing groups; U tokens of one group, T = M * U; N assignments; I those
+of one group, N = M * I; E experts that the rows are for: all of the layer, or those of one device
+after an exchange; Q pairs of an expert and a group; S rows, filled or empty.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,14 +18,55 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config as config_lib
-from moe_jax.moe.routers import Routing
+from moe_jax.moe import routers
+from moe_jax.moe.routing import Assignments
+
+
+class Layout(NamedTuple):
+  """The static sizes of a dispatch."""
+
+  tokens: int  # T
+  groups: int  # M
+  experts: int  # E
+  capacity: int  # C, slots of an expert in each group
+  slots: bool  # rows are slots; otherwise they are sorted by expert
+  choices: int  # K, or 0 where the number of a token's assignments varies
+  in_token_order: bool  # assignments are those of token 0, then of token 1, ...
+  exchange_factor: float  # size of the buffers of an exchange, times the balanced load; 0: any load
+
+
+class Slots(NamedTuple):
+  """Which assignment has which row."""
+
+  slot_N: jax.Array  # int32 row; S, one past the last row, if the assignment is dropped or padding
+  assignment_S: jax.Array  # int32 assignment; N, one past the last, in an empty row
+  kept_N: jax.Array  # bool, the assignment has a row
+
+
+class Rows(NamedTuple):
+  """Tokens laid out for the experts."""
+
+  x: jax.Array  # [E, R, D], R slots of each expert; or [S, D], sorted by expert, empty rows last
+  sizes_E: jax.Array | None  # int32, rows of each expert where they are sorted; None for slots
+  slots: Slots | None  # None where every expert gets every token
+  kept_N: jax.Array  # bool, assignments that an expert will compute
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dispatcher:
+  """One way to lay out rows. In `DISPATCHERS` by its name in the config."""
+
+  pack: Callable[[jax.Array, Assignments, Layout], Rows]  # (x_TD, ...) -> rows
+  combine: Callable[[jax.Array, Assignments, Slots | None, Layout], jax.Array]  # (y, ...) -> y_TD
+  slots: bool  # rows are slots, as many for every expert; otherwise sorted by expert
+  drops: bool  # an assignment beyond the capacity of its expert is dropped
 
 
 def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-  """C = ceil(factor * T*K/E), at most T. Factor 0 drops nothing: a slot for every token.
+  """C = ceil(factor * tokens * K / E), at most tokens. Factor 0 gives a slot for every token.
 
-  T is the size of a routing group, never of a device's shard: what drops does not depend on the
-  mesh.
+  `tokens` is the size of a routing group, never of a device's shard: what drops does not depend on
+  the mesh.
   """
   if factor == 0:
     return tokens
@@ -29,117 +74,127 @@ def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
   return max(1, min(tokens, math.ceil(factor * tokens * top_k / num_experts - 1e-6)))
 
 
-def flatten(routing: Routing) -> Routing:
-  """Routings of M groups of T tokens -> one of M*T tokens, N assignments of each group in turn."""
-  M, T, _ = routing.probs_TE.shape
-  token_MN = routing.token_N + T * jnp.arange(M, dtype=jnp.int32)[:, None]
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routing._replace(token_N=token_MN))
-
-
-class Slots(NamedTuple):
-  """Which assignment sits in which row; S rows, N assignments."""
-
-  slot_N: jax.Array  # int32; S for an assignment without a row: dropped, or padding
-  assignment_S: jax.Array  # int32; N for an empty row
-  kept_N: jax.Array  # bool
-
-
-def capacity_slots(routing: Routing, num_experts: int, groups: int, capacity: int) -> Slots:
-  """Rows [E, M, C], each (expert, group) filled in the order of the group's assignments."""
-  N = routing.token_N.shape[0]
-  group_N = jnp.arange(N, dtype=jnp.int32) // (N // groups)
-  bucket_N = routing.expert_N * groups + group_N
-  order_N, place_N, start_B = _sort(bucket_N, routing.real_N, num_experts * groups)
-  rank_N = place_N - start_B[bucket_N]
-  kept_N = routing.real_N & (rank_N < capacity)
-  slots = num_experts * groups * capacity
-  slot_N = jnp.where(kept_N, bucket_N * capacity + rank_N, slots)
-  place_BC = start_B[:-1, None] + jnp.arange(capacity)[None]
-  filled_BC = place_BC < start_B[1:, None]
-  assignment_BC = order_N.at[place_BC].get(mode="clip")
-  return Slots(slot_N, jnp.where(filled_BC, assignment_BC, N).reshape(-1), kept_N)
-
-
-def sorted_slots(routing: Routing, num_experts: int) -> tuple[Slots, jax.Array]:
-  """(a row for each assignment, sorted by expert, padding last; int32 rows of each expert)."""
-  N = routing.token_N.shape[0]
-  order_N, place_N, start_E = _sort(routing.expert_N, routing.real_N, num_experts)
-  filled_S = jnp.arange(N) < start_E[-1]
-  slots = Slots(
-    slot_N=jnp.where(routing.real_N, place_N, N),
-    assignment_S=jnp.where(filled_S, order_N, N),
-    kept_N=routing.real_N,
+def layout_of(moe: config_lib.MoE, shape: tuple[int, ...], *, train: bool) -> Layout:
+  """The layout of one device's tokens, of shape (B, L, ...)."""
+  B, L = shape[:2]
+  size = moe.group_size or L
+  factor = moe.capacity_factor if train else moe.eval_capacity_factor
+  return Layout(
+    tokens=B * L,
+    groups=B * L // size,
+    experts=moe.num_experts,
+    capacity=capacity(factor, size, moe.top_k, moe.num_experts),
+    slots=DISPATCHERS[moe.dispatch].slots,
+    choices=routers.choices(moe),
+    in_token_order=moe.priority is config_lib.Priority.TOKEN,
+    exchange_factor=moe.exchange_factor,
   )
-  return slots, jnp.diff(start_E)
 
 
-def _sort(bucket_N, real_N, buckets):
-  """Stable, padding last: (order_N, its inverse, each bucket's start and the last one's end)."""
-  bucket_N = jnp.where(real_N, bucket_N, buckets)
-  order_N = jnp.argsort(bucket_N, stable=True).astype(jnp.int32)
+def place(assigned: Assignments, layout: Layout) -> tuple[Slots, jax.Array | None]:
+  """(the row of each assignment, int32 rows of each expert [E] or None where rows are slots)."""
+  if layout.slots:
+    return capacity_slots(assigned, layout.experts, layout.groups, layout.capacity), None
+  return sorted_slots(assigned, layout.experts)
+
+
+def capacity_slots(assigned: Assignments, experts: int, groups: int, capacity: int) -> Slots:
+  """Rows [E, M, C]. Each (expert, group) is filled in the order of the group's assignments."""
+  N = assigned.token_N.shape[0]
+  group_N = jnp.arange(N, dtype=jnp.int32) // (N // groups)
+  pair_N = assigned.expert_N * groups + group_N
+  order_N, place_N, start_Q, end_Q = _sort(pair_N, assigned.real_N, experts * groups)
+  rank_N = place_N - start_Q[pair_N]
+  kept_N = assigned.real_N & (rank_N < capacity)
+  slot_N = jnp.where(kept_N, pair_N * capacity + rank_N, experts * groups * capacity)
+  place_QC = start_Q[:, None] + jnp.arange(capacity)[None]
+  filled_QC = place_QC < end_Q[:, None]
+  assignment_QC = order_N.at[place_QC].get(mode="clip")
+  return Slots(slot_N, jnp.where(filled_QC, assignment_QC, N).reshape(-1), kept_N)
+
+
+def sorted_slots(assigned: Assignments, experts: int) -> tuple[Slots, jax.Array]:
+  """(a row for each assignment, sorted by expert, padding last; int32 rows of each expert)."""
+  N = assigned.token_N.shape[0]
+  order_N, place_N, start_E, end_E = _sort(assigned.expert_N, assigned.real_N, experts)
+  filled_S = jnp.arange(N) < end_E[-1]
+  slots = Slots(
+    slot_N=jnp.where(assigned.real_N, place_N, N),
+    assignment_S=jnp.where(filled_S, order_N, N),
+    kept_N=assigned.real_N,
+  )
+  return slots, end_E - start_E
+
+
+def _sort(
+  pair_N: jax.Array, real_N: jax.Array, pairs: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Stable, padding last: (order_N, its inverse, where each pair starts, where it ends)."""
+  pair_N = jnp.where(real_N, pair_N, pairs)
+  order_N = jnp.argsort(pair_N, stable=True).astype(jnp.int32)
   index_N = jnp.arange(order_N.shape[0], dtype=jnp.int32)
   place_N = jnp.zeros_like(order_N).at[order_N].set(index_N, unique_indices=True)
-  ends = jnp.arange(buckets + 1)
-  start_B = jnp.searchsorted(bucket_N[order_N], ends, method="scan_unrolled")
-  return order_N, place_N, start_B.astype(jnp.int32)
+  bounds = jnp.searchsorted(pair_N[order_N], jnp.arange(pairs + 1), method="scan_unrolled")
+  bounds = bounds.astype(jnp.int32)
+  return order_N, place_N, bounds[:-1], bounds[1:]
 
 
-class Layout(NamedTuple):
-  """The static sizes of a dispatch."""
-
-  tokens: int  # of all groups
-  groups: int  # M
-  num_experts: int
-  choices: int  # K, or 0 where the number of a token's assignments varies
-  in_token_order: bool  # assignments are those of token 0, then of token 1, ...
+def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
+  """Moves each assignment's token to its row by index."""
+  slots, sizes_E = place(assigned, layout)
+  x_SD = gather_rows(x_TD, assigned, slots, layout)
+  x = x_SD.reshape(layout.experts, -1, x_SD.shape[-1]) if layout.slots else x_SD
+  return Rows(x, sizes_E, slots, slots.kept_N)
 
 
-class Dispatcher(NamedTuple):
-  pack: Callable[..., jax.Array]  # (x_TD, Routing, Slots, Layout) -> x_SD
-  combine: Callable[..., jax.Array]  # (y_SD, Routing, Slots, Layout) -> y_TD
-
-
-def gather_pack(x_TD: jax.Array, routing: Routing, slots: Slots, layout: Layout) -> jax.Array:
-  token_S = routing.token_N.at[slots.assignment_S].get(mode="fill", fill_value=layout.tokens)
+def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
+  """x_SD: the token of each row; 0 in an empty row."""
+  token_S = assigned.token_N.at[slots.assignment_S].get(mode="fill", fill_value=layout.tokens)
   if not layout.choices:
     return _rows_or_zero(x_TD, token_S)
-  return _take_rows(x_TD, token_S, by_token(slots.slot_N, routing, layout))
+  return _take_rows(x_TD, token_S, by_token(slots.slot_N, assigned, layout))
 
 
-def gather_combine(y_SD: jax.Array, routing: Routing, slots: Slots, layout: Layout) -> jax.Array:
+def gather_combine(
+  y: jax.Array, assigned: Assignments, slots: Slots | None, layout: Layout
+) -> jax.Array:
+  """y_TD: the sum of each token's rows, each times its gate, in float32; 0 where it has none."""
+  y_SD = y.reshape(-1, y.shape[-1])
   if layout.choices:
-    y_TKD = _rows_or_zero(y_SD, by_token(slots.slot_N, routing, layout))
-    gate_TK = by_token(routing.gate_N, routing, layout)
+    y_TKD = _rows_or_zero(y_SD, by_token(slots.slot_N, assigned, layout))
+    gate_TK = by_token(assigned.gate_N, assigned, layout)
     y_TD = jnp.einsum("TKD,TK->TD", y_TKD, gate_TK, preferred_element_type=jnp.float32)
   else:
-    y_ND = _rows_or_zero(y_SD, slots.slot_N).astype(jnp.float32) * routing.gate_N[:, None]
-    y_TD = jnp.zeros((layout.tokens, y_SD.shape[1]), jnp.float32).at[routing.token_N].add(y_ND)
-  return y_TD.astype(y_SD.dtype)
+    y_ND = _rows_or_zero(y_SD, slots.slot_N).astype(jnp.float32) * assigned.gate_N[:, None]
+    y_TD = jnp.zeros((layout.tokens, y_SD.shape[1]), jnp.float32).at[assigned.token_N].add(y_ND)
+  return y_TD.astype(y.dtype)
 
 
-def _rows_or_zero(x_SD, index):
+def _rows_or_zero(x_SD: jax.Array, index: jax.Array) -> jax.Array:
   # An empty row reads as zeros: experts run on it, and their weight gradients must stay finite.
   return x_SD.at[index].get(mode="fill", fill_value=0)
 
 
-def by_token(x_N: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
-  """[T, K]: of the assignments of each token, whatever their priority."""
+def by_token(x_N: jax.Array, assigned: Assignments, layout: Layout) -> jax.Array:
+  """[T, K]: the values of each token's K assignments, whatever their priority."""
   if not layout.in_token_order:
-    x_N = x_N[jnp.argsort(routing.token_N, stable=True)]
+    x_N = x_N[jnp.argsort(assigned.token_N, stable=True)]
   return x_N.reshape(-1, layout.choices)
 
 
 @jax.custom_vjp
-def _take_rows(x_TD, token_S, slot_TK):
+def _take_rows(x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array) -> jax.Array:
   """x_TD[token_S]; the gradient is a gather too, where autodiff would add rows in any order."""
   return _rows_or_zero(x_TD, token_S)
 
 
-def _take_rows_forward(x_TD, token_S, slot_TK):
+def _take_rows_forward(
+  x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   return _take_rows(x_TD, token_S, slot_TK), slot_TK
 
 
-def _take_rows_backward(slot_TK, dx_SD):
+def _take_rows_backward(slot_TK: jax.Array, dx_SD: jax.Array) -> tuple[jax.Array, None, None]:
   dx_TKD = _rows_or_zero(dx_SD, slot_TK)
   return jnp.sum(dx_TKD.astype(jnp.float32), axis=1).astype(dx_SD.dtype), None, None
 
@@ -147,49 +202,63 @@ def _take_rows_backward(slot_TK, dx_SD):
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-def _one_hots(routing, slots, layout):
-  """[M, N, T] and [M, N, E, C], float32: where an assignment comes from, and its slot."""
-  M, E = layout.groups, layout.num_experts
-  T, C = layout.tokens // M, slots.assignment_S.shape[0] // (E * M)
-  from_NT = jax.nn.one_hot(routing.token_N % T, T, dtype=jnp.float32)
-  to_NE = jax.nn.one_hot(routing.expert_N, E, dtype=jnp.float32)
+def _one_hots(assigned: Assignments, slots: Slots, layout: Layout) -> tuple[jax.Array, jax.Array]:
+  """float32 [M, I, U], the token of each assignment; and [M, I, E, C], its expert and slot."""
+  M, E, C = layout.groups, layout.experts, layout.capacity
+  U = layout.tokens // M
+  from_NU = jax.nn.one_hot(assigned.token_N % U, U, dtype=jnp.float32)
+  to_NE = jax.nn.one_hot(assigned.expert_N, E, dtype=jnp.float32)
   to_NC = jax.nn.one_hot(slots.slot_N % C, C, dtype=jnp.float32) * slots.kept_N[:, None]
   to_NEC = to_NE[:, :, None] * to_NC[:, None]
-  return from_NT.reshape(M, -1, T), to_NEC.reshape(M, -1, E, C)
+  return from_NU.reshape(M, -1, U), to_NEC.reshape(M, -1, E, C)
 
 
-def _einsum_pack(x_TD, routing, slots, layout):
-  from_MNT, to_MNEC = _one_hots(routing, slots, layout)
-  mask_EMCT = jnp.einsum("MNEC,MNT->EMCT", to_MNEC, from_MNT).astype(x_TD.dtype)
-  x_MTD = x_TD.reshape(layout.groups, -1, x_TD.shape[-1])
-  return jnp.einsum("EMCT,MTD->EMCD", mask_EMCT, x_MTD).reshape(-1, x_TD.shape[-1])
+def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
+  slots, sizes_E = place(assigned, layout)
+  from_MIU, to_MIEC = _one_hots(assigned, slots, layout)
+  mask_EMCU = jnp.einsum("MIEC,MIU->EMCU", to_MIEC, from_MIU).astype(x_TD.dtype)
+  x_MUD = x_TD.reshape(layout.groups, -1, x_TD.shape[-1])
+  x_EMCD = jnp.einsum("EMCU,MUD->EMCD", mask_EMCU, x_MUD)
+  return Rows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots, slots.kept_N)
 
 
-def _einsum_combine(y_SD, routing, slots, layout):
-  from_MNT, to_MNEC = _one_hots(routing, slots, layout)
-  gate_MN = routing.gate_N.reshape(layout.groups, -1)
-  gate_MTEC = jnp.einsum("MNT,MNEC,MN->MTEC", from_MNT, to_MNEC, gate_MN)
-  y_EMCD = y_SD.reshape(layout.num_experts, layout.groups, -1, y_SD.shape[-1])
-  y_MTD = jnp.einsum("MTEC,EMCD->MTD", gate_MTEC, y_EMCD.astype(jnp.float32))
-  return y_MTD.reshape(-1, y_SD.shape[-1]).astype(y_SD.dtype)
+def _einsum_combine(
+  y_ERD: jax.Array, assigned: Assignments, slots: Slots | None, layout: Layout
+) -> jax.Array:
+  from_MIU, to_MIEC = _one_hots(assigned, slots, layout)
+  gate_MI = assigned.gate_N.reshape(layout.groups, -1)
+  gate_MUEC = jnp.einsum("MIU,MIEC,MI->MUEC", from_MIU, to_MIEC, gate_MI)
+  y_EMCD = y_ERD.reshape(layout.experts, layout.groups, -1, y_ERD.shape[-1])
+  y_MUD = jnp.einsum("MUEC,EMCD->MUD", gate_MUEC, y_EMCD.astype(jnp.float32))
+  return y_MUD.reshape(-1, y_ERD.shape[-1]).astype(y_ERD.dtype)
 
 
-def _dense_pack(x_TD, routing, slots, layout):
+def _dense_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
   """Every expert gets every token."""
-  return jnp.tile(x_TD, (layout.num_experts, 1))
+  x_ETD = jnp.tile(x_TD, (layout.experts, 1)).reshape(layout.experts, *x_TD.shape)
+  return Rows(x_ETD, None, None, assigned.real_N)
 
 
-def _dense_combine(y_SD, routing, slots, layout):
-  gate_N = jnp.where(routing.real_N, routing.gate_N, 0)
-  gate_TE = jnp.zeros((layout.tokens, layout.num_experts), jnp.float32)
-  gate_TE = gate_TE.at[routing.token_N, routing.expert_N].add(gate_N)
-  y_ETD = y_SD.reshape(layout.num_experts, layout.tokens, -1).astype(jnp.float32)
-  return jnp.einsum("TE,ETD->TD", gate_TE, y_ETD).astype(y_SD.dtype)
+def _dense_combine(
+  y_ETD: jax.Array, assigned: Assignments, slots: Slots | None, layout: Layout
+) -> jax.Array:
+  gate_N = jnp.where(assigned.real_N, assigned.gate_N, 0)
+  gate_TE = jnp.zeros((layout.tokens, layout.experts), jnp.float32)
+  gate_TE = gate_TE.at[assigned.token_N, assigned.expert_N].add(gate_N)
+  return jnp.einsum("TE,ETD->TD", gate_TE, y_ETD.astype(jnp.float32)).astype(y_ETD.dtype)
 
 
 DISPATCHERS = {
-  config_lib.Dispatch.GATHER: Dispatcher(gather_pack, gather_combine),
-  config_lib.Dispatch.GROUPED: Dispatcher(gather_pack, gather_combine),
-  config_lib.Dispatch.EINSUM: Dispatcher(_einsum_pack, _einsum_combine),
-  config_lib.Dispatch.DENSE: Dispatcher(_dense_pack, _dense_combine),
+  config_lib.Dispatch.GATHER: Dispatcher(
+    pack=gather_pack, combine=gather_combine, slots=True, drops=True
+  ),
+  config_lib.Dispatch.EINSUM: Dispatcher(
+    pack=_einsum_pack, combine=_einsum_combine, slots=True, drops=True
+  ),
+  config_lib.Dispatch.GROUPED: Dispatcher(
+    pack=gather_pack, combine=gather_combine, slots=False, drops=False
+  ),
+  config_lib.Dispatch.DENSE: Dispatcher(
+    pack=_dense_pack, combine=_dense_combine, slots=True, drops=False
+  ),
 }

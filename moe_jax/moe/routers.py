@@ -1,48 +1,55 @@
-"""Routers: pure functions from one group's logits to a flat list of assignments.
+"""Routers: pure functions from the logits of one routing group to a flat list of assignments.
 
-A router knows nothing of devices or state: noise, balancing bias and token ids are arguments. To
-add one, write the function, give it a name in `config.Router` and an entry in ROUTERS; every
-dispatcher and mesh then takes it. docs/routing.md compares them.
+A router knows nothing of devices or state: noise, balancing bias and token ids are arguments. All
+that is known about a router stands in one record of `ROUTERS`; validation, the layer, the
+optimizer, the sharding, the metrics and docs/routing.md read it.
+
+Letters: T tokens of one routing group; N assignments.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax.config import Priority, Score
-
-
-class RouterInputs(NamedTuple):
-  """What a routing group brings; a layer's arrays lead with B, L in place of T."""
-
-  logits_TE: jax.Array  # float32
-  real_T: jax.Array  # bool, False at padding
-  ids_T: jax.Array  # int32 token ids
-  bias_E: jax.Array  # float32 balancing bias: for selection, not for gates
-  noise_TE: jax.Array | None = None  # float32: noisy_topk's normal in training, random's uniform
-  noise_scale_TE: jax.Array | None = None  # float32, above 0: noisy_topk's
+from moe_jax import sharding
+from moe_jax.config import MoE, Priority, Router, Score
+from moe_jax.moe.routing import LayerInputs, Project, RouterInputs, RouterSpec, Routing, Rule
 
 
-class Routing(NamedTuple):
-  """Which token goes to which expert, in order of priority: earlier assignments are kept first."""
+def route(inputs: LayerInputs, moe: MoE, groups: int, *, capacity: int, train: bool) -> Routing:
+  """One routing of all tokens of this device; routing groups do not see each other."""
+  spec = ROUTERS[moe.router]
+  function = spec.function if spec.runs_own(train=train) else spec.evaluation
+  if spec.takes_capacity:
+    function = functools.partial(function, capacity=capacity)
 
-  token_N: jax.Array  # int32, index into the group's T tokens
-  expert_N: jax.Array  # int32
-  gate_N: jax.Array  # float32, weight of the expert's output; carries the router's gradient
-  real_N: jax.Array  # bool, False for padding: takes no slot, counts nowhere
-  probs_TE: jax.Array  # float32, each token's distribution over experts, for losses and entropy
-  load_TE: jax.Array  # float32, differentiable chance to be chosen; 0 where a router has none
+  def split(array: jax.Array) -> jax.Array:
+    return array.reshape(groups, -1, *array.shape[2:])
+
+  def route_group(inputs: RouterInputs, first_token: jax.Array) -> Routing:
+    routing = function(inputs, moe)
+    return routing._replace(token_N=routing.token_N + first_token)
+
+  logits, real, ids, noise, extra = jax.tree.map(
+    split, (inputs.logits_BLE, inputs.real_BL, inputs.ids_BL, inputs.noise_BLE, inputs.extra)
+  )
+  first_token = real.shape[1] * jnp.arange(groups, dtype=jnp.int32)
+  by_group = jax.vmap(route_group, in_axes=(RouterInputs(0, 0, 0, None, 0, 0), 0))(
+    RouterInputs(logits, real, ids, inputs.bias_E, noise, extra), first_token
+  )
+  return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), by_group)
 
 
-def topk(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool) -> Routing:
+def topk(inputs: RouterInputs, moe: MoE) -> Routing:
   """The k experts of the highest score (GShard 2006.16668, Mixtral 2401.04088, DeepSeek-V3).
 
   Renormalised softmax gates equal Mixtral's softmax over the k chosen logits. The loss-free bias
-  (2408.15664) and the limit to `top_groups` (DeepSeek-V3 2412.19437 section 2.1.2) change who is
-  chosen and no gate. Causal.
+  (2408.15664) and the limit to `top_groups` (DeepSeek-V3 2412.19437 section 2.1.2) change which
+  experts are selected and never a gate. Causal.
   """
   score_TE = _scores(inputs.logits_TE, moe)
   choice_TE = jax.lax.stop_gradient(score_TE) + inputs.bias_E[None]
@@ -50,44 +57,43 @@ def topk(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: boo
   return _token_choice(inputs, score_TE, expert_TK, moe)
 
 
-def switch(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool) -> Routing:
+def switch(inputs: RouterInputs, moe: MoE) -> Routing:
   """The most probable expert; the gate is its probability (Switch 2101.03961 eq. 2). Causal."""
   assert moe.top_k == 1 and not moe.renormalize
-  return topk(inputs, moe, capacity=capacity, train=train)
+  return topk(inputs, moe)
 
 
 @jax.custom_jvp
-def _normal_cdf(x):
+def _normal_cdf(x: jax.Array) -> jax.Array:
   return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
 
 
 @_normal_cdf.defjvp
-def _normal_cdf_jvp(primals, tangents):
+def _normal_cdf_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
   # By hand: jax 0.12's own derivative of erf does not pass shard_map's check of what varies.
   (x,), (dx,) = primals, tangents
   return _normal_cdf(x), jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi) * dx
 
 
-def noisy_topk(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool) -> Routing:
+def noisy_topk(inputs: RouterInputs, moe: MoE) -> Routing:
   """Top-k of logits with learned noise in training (Shazeer et al. 1701.06538 eq. 3-5). Causal.
 
   load_TE is the chance that an expert would be chosen if its own noise were drawn again (eq. 8-9).
   """
-  if not train:
-    return topk(inputs, moe, capacity=capacity, train=train)
-  noisy_TE = inputs.logits_TE + inputs.noise_TE * inputs.noise_scale_TE
+  scale_TE = inputs.extra["noise_scale"]
+  noisy_TE = inputs.logits_TE + inputs.noise_TE * scale_TE
   best_TK, expert_TK = jax.lax.top_k(noisy_TE, moe.top_k + 1)
   # Without its own entry, an expert of the k competes with the (k+1)-th, any other with the k-th.
   last_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
   threshold_TE = jnp.where(noisy_TE >= last_T1, next_T1, last_T1)
-  distance_TE = (inputs.logits_TE - threshold_TE) / inputs.noise_scale_TE
+  distance_TE = (inputs.logits_TE - threshold_TE) / scale_TE
   routing = _token_choice(inputs, _scores(noisy_TE, moe), expert_TK[:, :-1], moe)
   return routing._replace(load_TE=_normal_cdf(distance_TE))
 
 
-def expert_choice(
-  inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool
-) -> Routing:
+def expert_choice(inputs: RouterInputs, moe: MoE, *, capacity: int) -> Routing:
   """Each expert takes its `capacity` best tokens of the group (Zhou et al. 2202.09368).
 
   Balanced by construction. Not causal: a later token can push an earlier one out of an expert, so
@@ -108,20 +114,18 @@ def expert_choice(
   )
 
 
-def sinkhorn(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool) -> Routing:
+def sinkhorn(inputs: RouterInputs, moe: MoE) -> Routing:
   """Top-k of a balanced transport plan (S-BASE, Clark et al. 2202.01169; BASE 2103.16716).
 
   The plan sums to 1 over each token and to T/E over each expert. It looks at the whole group, so
   training is not causal; evaluation takes the plain top-k. Gates are the softmax of the logits.
   """
   probs_TE = _scores(inputs.logits_TE, moe)
-  if not train:
-    return topk(inputs, moe, capacity=capacity, train=train)
   real_T1 = inputs.real_T[:, None]
   share = jnp.maximum(jnp.sum(inputs.real_T), 1) / moe.num_experts
   log_share = jnp.log(share.astype(jnp.float32))
 
-  def balance(_, plan_TE):
+  def balance(_: int, plan_TE: jax.Array) -> jax.Array:
     column_1E = jax.nn.logsumexp(plan_TE, axis=0, where=real_T1, keepdims=True)
     plan_TE = plan_TE - jnp.where(jnp.isfinite(column_1E), column_1E, 0) + log_share
     return plan_TE - jax.nn.logsumexp(plan_TE, axis=1, keepdims=True)
@@ -131,7 +135,7 @@ def sinkhorn(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train:
   return _token_choice(inputs, probs_TE, jax.lax.top_k(plan_TE, moe.top_k)[1], moe)
 
 
-def hash_ids(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool) -> Routing:
+def hash_ids(inputs: RouterInputs, moe: MoE) -> Routing:
   """The expert is a fixed function of the token's id (Hash Layers, Roller et al. 2106.04426).
 
   The paper has no gate; here it is the learned probability of that expert, so that the router has a
@@ -144,7 +148,7 @@ def hash_ids(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train:
   return _token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
-def random(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: bool) -> Routing:
+def random(inputs: RouterInputs, moe: MoE) -> Routing:
   """k experts drawn uniformly: the baseline that any learned router has to beat. Causal.
 
   Gates are the learned probabilities of the drawn experts. Evaluation repeats its draw.
@@ -153,28 +157,12 @@ def random(inputs: RouterInputs, moe: config_lib.MoE, *, capacity: int, train: b
   return _token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
-ROUTERS = {
-  config_lib.Router.TOPK: topk,
-  config_lib.Router.SWITCH: switch,
-  config_lib.Router.NOISY_TOPK: noisy_topk,
-  config_lib.Router.EXPERT_CHOICE: expert_choice,
-  config_lib.Router.SINKHORN: sinkhorn,
-  config_lib.Router.HASH: hash_ids,
-  config_lib.Router.RANDOM: random,
-}
-
-
-def choices(moe: config_lib.MoE) -> int:
-  """Assignments of each token: K, or 0 where it varies from token to token."""
-  return 0 if moe.router is config_lib.Router.EXPERT_CHOICE else moe.top_k
-
-
-def _scores(logits_TE: jax.Array, moe: config_lib.MoE) -> jax.Array:
+def _scores(logits_TE: jax.Array, moe: MoE) -> jax.Array:
   score = {Score.SOFTMAX: jax.nn.softmax, Score.SIGMOID: jax.nn.sigmoid}[moe.score]
   return score(logits_TE.astype(moe.router_dtype.value)).astype(jnp.float32)
 
 
-def _limit_groups(choice_TE: jax.Array, moe: config_lib.MoE) -> jax.Array:
+def _limit_groups(choice_TE: jax.Array, moe: MoE) -> jax.Array:
   """-inf outside the `top_groups` groups whose two best experts have the highest sum."""
   if moe.top_groups == moe.expert_groups:
     return choice_TE
@@ -187,7 +175,7 @@ def _limit_groups(choice_TE: jax.Array, moe: config_lib.MoE) -> jax.Array:
 
 
 def _token_choice(
-  inputs: RouterInputs, score_TE: jax.Array, expert_TK: jax.Array, moe: config_lib.MoE
+  inputs: RouterInputs, score_TE: jax.Array, expert_TK: jax.Array, moe: MoE
 ) -> Routing:
   """The Routing of tokens that have chosen: gates from the scores, and the order of priority."""
   T, K = expert_TK.shape
@@ -198,7 +186,7 @@ def _token_choice(
   if moe.renormalize:
     gate_TK = gate_TK / (jnp.sum(gate_TK, axis=1, keepdims=True) + 1e-20)
 
-  def flat(x_TK):
+  def flat(x_TK: jax.Array) -> jax.Array:
     if moe.priority is Priority.TOKEN:
       return x_TK.reshape(-1)
     return x_TK[rank_T].T.reshape(-1)
@@ -211,3 +199,128 @@ def _token_choice(
     probs_TE=score_TE / jnp.sum(score_TE, axis=1, keepdims=True),
     load_TE=jnp.zeros_like(score_TE),
   )
+
+
+def _router_matrix(name: str, scale: float) -> sharding.Parameter:
+  """A [D, E] matrix of a router: small, and every token needs all of it."""
+
+  def initial(rngs: nnx.Rngs, sizes: Mapping[str, int]) -> jax.Array:
+    shape = (sizes["D"], sizes["E"])
+    return scale * jax.random.normal(rngs.params(), shape) if scale else jnp.zeros(shape)
+
+  return sharding.Parameter(
+    name=name, initial=initial, replicated=True, decays=False, group="router"
+  )
+
+
+ROUTER_DE = _router_matrix("router_DE", 0.02)
+
+
+def _noise_scale(
+  x_BLD: jax.Array, parameters: Mapping[str, jax.Array], project: Project
+) -> dict[str, jax.Array]:
+  return {"noise_scale": jax.nn.softplus(project(x_BLD, parameters["noise_DE"])) + 1e-2}
+
+
+_NO_SLOTS_LEFT = "an expert takes capacity_factor*T*K/E tokens: set it above 0"
+
+ROUTERS = {
+  Router.SWITCH: RouterSpec(
+    function=switch,
+    takes_bias=True,
+    rules=(
+      Rule("top_k", lambda moe: moe.top_k == 1, "Switch routing is top_k=1 with renormalize=false"),
+      Rule(
+        "renormalize",
+        lambda moe: not moe.renormalize,
+        "Switch routing is top_k=1 with renormalize=false",
+      ),
+    ),
+    papers=("2101.03961",),
+    doc="The most probable expert; its probability is the gate.",
+  ),
+  Router.TOPK: RouterSpec(
+    function=topk,
+    scores=tuple(Score),
+    takes_bias=True,
+    takes_groups=True,
+    papers=("2006.16668", "2401.04088", "2412.19437"),
+    doc="The K experts of the highest score: GShard, Mixtral; with `score=sigmoid`, a bias and "
+    "groups DeepSeek-V3.",
+  ),
+  Router.NOISY_TOPK: RouterSpec(
+    function=noisy_topk,
+    evaluation=topk,
+    noise=jax.random.normal,
+    parameters=(_router_matrix("noise_DE", 0.0),),  # softplus(0): as in the paper's appendix A
+    extra=_noise_scale,
+    has_load=True,
+    rules=(
+      Rule(
+        "top_k",
+        lambda moe: moe.top_k < moe.num_experts,
+        "with every expert chosen there is nothing for the noise to choose; lower top_k",
+      ),
+    ),
+    papers=("1701.06538",),
+    doc="Top-k of logits with learned noise; without noise in evaluation. Made for the importance "
+    "and load losses.",
+  ),
+  Router.EXPERT_CHOICE: RouterSpec(
+    function=expert_choice,
+    takes_capacity=True,
+    fixed_choices=False,
+    looks_ahead="an expert compares all tokens of a group",
+    load_is_learned=False,
+    rules=(
+      Rule(
+        "renormalize",
+        lambda moe: not moe.renormalize,
+        "experts choose, so a token does not know its other gates; set renormalize=false",
+      ),
+      Rule("capacity_factor", lambda moe: moe.capacity_factor > 0, _NO_SLOTS_LEFT),
+      Rule("eval_capacity_factor", lambda moe: moe.eval_capacity_factor > 0, _NO_SLOTS_LEFT),
+      Rule(
+        "priority",
+        lambda moe: moe.priority is Priority.TOKEN,
+        "an expert drops none of the tokens that it chose; leave priority=token",
+      ),
+    ),
+    papers=("2202.09368",),
+    doc="Each expert takes its C best tokens: balanced by construction. Some tokens get no expert.",
+  ),
+  Router.SINKHORN: RouterSpec(
+    function=sinkhorn,
+    evaluation=topk,
+    looks_ahead="it balances over all tokens of a group in training",
+    papers=("2202.01169", "2103.16716"),
+    doc="Top-k of a transport plan that balances the load; the plain top-k in evaluation.",
+  ),
+  Router.HASH: RouterSpec(
+    function=hash_ids,
+    load_is_learned=False,
+    rules=(
+      Rule(
+        "top_k",
+        lambda moe: moe.top_k == 1,
+        "a token id hashes to one expert; set top_k=1 and renormalize=false",
+      ),
+    ),
+    papers=("2106.04426",),
+    doc="A fixed function of the token's id; as balanced as the ids are.",
+  ),
+  Router.RANDOM: RouterSpec(
+    function=random,
+    noise=jax.random.uniform,
+    cannot_generate="experts are drawn by a token's place in the batch, so a generated token would "
+    "not get those of the evaluation",
+    load_is_learned=False,
+    papers=(),
+    doc="K experts drawn uniformly: the baseline that a learned router has to beat.",
+  ),
+}
+
+
+def choices(moe: MoE) -> int:
+  """Assignments of each token: K, or 0 where it varies from token to token."""
+  return moe.top_k if ROUTERS[moe.router].fixed_choices else 0

@@ -77,11 +77,14 @@ def device_overload(load_ZE: np.ndarray, expert_devices: int) -> np.ndarray:
   return by_device_ZX.max(axis=-1) * expert_devices
 
 
-_GROUPS = {"embed": "embed", "head": "head", "router": "router", "noise": "router"}
+_GROUPS = {"embed": "embed", "head": "head"}
 
 
 def parameter_group(name: str) -> str:
   """embed, head, router, experts, attention, ffn or norm, of a parameter's name."""
+  parameter = sharding.declared(name)
+  if parameter is not None:
+    return parameter.group
   prefix, letters = name.split("_")[0], name.rsplit("_", 1)[-1]
   if len(letters) == 1:
     return "norm"

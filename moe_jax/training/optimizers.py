@@ -38,7 +38,10 @@ def decays(name: str) -> bool:
 
   Told by name, since a stack of norm scales has two dimensions as a matrix has.
   """
-  return len(name.rsplit("_", 1)[-1]) > 1 and not name.startswith(("embed_", "router_", "noise_"))
+  parameter = sharding.declared(name)
+  if parameter is not None:
+    return parameter.decays
+  return len(name.rsplit("_", 1)[-1]) > 1 and not name.startswith("embed_")
 
 
 def _by_name(params: Any, value: Callable[[str, int], Any]) -> Any:

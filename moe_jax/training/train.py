@@ -14,6 +14,7 @@ from moe_jax import workdir as workdir_lib
 from moe_jax.data import pipeline
 from moe_jax.model import cost
 from moe_jax.model.transformer import Tokens, Transformer, abstract, bias_shape, moe_layers
+from moe_jax.moe import routers
 from moe_jax.training import losses, metrics, optimizers
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.loop import Loop
@@ -64,7 +65,7 @@ def train_step(
   load_ZE = state.load_ZE
   if config.model.moe.num_experts:
     step_metrics["importance"] = all_losses.importance
-    if config.model.moe.router is config_lib.Router.NOISY_TOPK:
+    if routers.ROUTERS[config.model.moe.router].has_load:
       step_metrics["load_loss"] = all_losses.load
     step_metrics |= metrics.moe_metrics(sums.moe)
     load_ZE = load_ZE + (step_metrics["load_ZE"] - load_ZE) / config.health.window
