@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Router
+from moe_jax.kernels import experts as kernels
 from moe_jax.kernels.experts import Experts
 from moe_jax.moe import exchange, layer
 from moe_jax.moe.routing import LayerInputs
