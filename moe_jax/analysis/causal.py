@@ -65,7 +65,7 @@ def causal_losses(
     transformer.evaluate(model.graph, params, bias_ZE, batch)[0], batch.targets_BL)[0])  # fmt: skip
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
-  def nll(batch):
+  def nll(batch: pipeline.Batch) -> np.ndarray:
     return np.asarray(step(model.params, model.bias_ZE, sharding.to_global(batch, mesh)))
 
   hidden_RL, forced_RL = np.zeros((n, L), np.float32), np.zeros((n, L), np.float32)

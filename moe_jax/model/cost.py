@@ -73,8 +73,8 @@ def activation_bytes(config: config_lib.Config) -> float:
   tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
   graph, params = abstract(model)
 
-  def residuals(params, tokens):
-    def forward(params):
+  def residuals(params: Any, tokens: jax.Array) -> Any:
+    def forward(params: Any) -> jax.Array:
       segments, key = jnp.ones_like(tokens), jax.random.key(0)
       bias_ZE = jnp.zeros(bias_shape(model))
       return nnx.merge(graph, params)(tokens, segments, tokens, bias_ZE, key, train=True)[0]

@@ -34,7 +34,7 @@ def in_turns(thunks: dict[str, Callable[[], Any]], rounds: int, min_seconds: flo
   return times
 
 
-def _seconds(thunk, repeats) -> float:
+def _seconds(thunk: Callable[[], Any], repeats: int) -> float:
   start = time.perf_counter()
   for _ in range(repeats):
     result = thunk()

@@ -40,7 +40,7 @@ def train_step(
   """One optimizer step. Pure: the same state and batch give the same result on any mesh."""
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
-  def loss_fn(params):
+  def loss_fn(params: Any) -> tuple[jax.Array, Any]:
     sums = batch_sums(params, state.bias_ZE, batch, key, graph=graph, config=config)
     all_losses = losses.total(sums, config.loss, len(moe_layers(config.model)))
     return all_losses.total, (all_losses, sums)
@@ -89,7 +89,7 @@ def batch_sums(
   running each microbatch's forward pass again on the way back.
   """
 
-  def forward(params, batch, key):
+  def forward(params: Any, batch: pipeline.Batch, key: jax.Array) -> losses.Sums:
     logits_BLV, stats = nnx.merge(graph, params)(
       batch.tokens_BL, batch.segments_BL, batch.positions_BL, bias_ZE, key, train=True
     )
@@ -99,7 +99,7 @@ def batch_sums(
   if accumulation == 1:
     return forward(params, batch, key)
 
-  def split(x_BL):
+  def split(x_BL: jax.Array) -> jax.Array:
     # Every device keeps its own rows: microbatch a is each a-th row of each device's shard.
     x = x_BL.reshape(x_BL.shape[0] // accumulation, accumulation, -1).swapaxes(0, 1)
     spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
@@ -112,7 +112,7 @@ def batch_sums(
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   @jax.checkpoint
-  def add(total, microbatch):
+  def add(total: losses.Sums, microbatch: Any) -> tuple[losses.Sums, None]:
     return jax.tree.map(jnp.add, total, forward(params, *microbatch)), None
 
   return jax.lax.scan(add, zeros, (micro, keys))[0]
@@ -146,7 +146,7 @@ def compile_step(
   """
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
-  def step(state, batch):
+  def step(state: TrainState, batch: pipeline.Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     state, values = train_step(state, batch, graph=graph, config=config, optimizer=optimizer)
     return state, {name: values[name] for name in only or values}
 
