@@ -20,7 +20,7 @@ from moe_jax.config import Config, UserError, field_names, sections, unknown_fie
 def run(main: Callable[[], None]) -> None:
   """Parses sys.argv into absl flags and calls `main`; a UserError becomes one line and exit 2."""
 
-  def parse(argv):
+  def parse(argv: list[str]) -> list[str]:
     _check_config_arguments(argv)
     rest = flags.FLAGS(argv)
     if len(rest) > 1:

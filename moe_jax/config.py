@@ -277,7 +277,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def to_json(config: Config) -> str:
-  def plain(value):
+  def plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
   return json.dumps(
@@ -288,7 +288,7 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
   """Inverse of `to_json`. An unknown field is an error; a missing one takes its default."""
 
-  def build(cls, values, prefix):
+  def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     built = {}
     for name, value in values.items():

@@ -68,7 +68,7 @@ def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
     workdir: of the run; its data.json has the digests that it was started with.
     digests: {split: digest of its token stream}.
   """
-  recorded = _read(workdir / DATA)
+  recorded = json.loads((workdir / DATA).read_text()) if (workdir / DATA).exists() else {}
   changed = [split for split, digest in digests.items() if recorded.get(split, digest) != digest]
   if changed:
     raise UserError(
@@ -79,7 +79,7 @@ def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
 
 def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
   """The implementations that the run was started with; {} before they were chosen."""
-  return _read(workdir / KERNELS)
+  return read_object(workdir / KERNELS)
 
 
 def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
@@ -89,10 +89,6 @@ def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
 def is_trained(workdir: pathlib.Path, steps: int) -> bool:
   """Whether the checkpoint of the last step is there; Orbax names its folder when it is whole."""
   return (workdir / CHECKPOINTS / str(steps)).is_dir()
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

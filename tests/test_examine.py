@@ -10,13 +10,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import mesh_of, toy_config
-from flax import nnx
 
 from moe_jax.analysis import causal, evaluation, trace
 from moe_jax.config import Dispatch, Exchange, Priority, Router, UserError
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.model import transformer
-from moe_jax.model.transformer import Transformer
 from moe_jax.training import evaluator, losses, train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,13 +45,12 @@ def weights():
 
 
 def toy_model(config, weights):
-  graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0))))
-  return trace.Model(graph, weights, np.zeros((2, 4), np.float32))
+  return trace.Model(config.model, weights, np.zeros((2, 4), np.float32))
 
 
 def read(model, batch):
   """Logits and statistics."""
-  read = jax.jit(lambda *arrays: transformer.evaluate(model.graph, *arrays))
+  read = jax.jit(lambda *arrays: transformer.evaluate(model.config, *arrays))
   return read(model.params, model.bias_ZE, batch)
 
 
@@ -141,7 +138,7 @@ def test_loss_of_each_domain(weights, one_device):
   config.eval.batch_size = 4
   mesh, rows = mesh_of(), toy_rows([20, 3, 9, 14], [0, 1, -1, 0], domains=("a", "b", "never"))
   model = toy_model(config, weights)
-  one = evaluator.Evaluator(config, rows, mesh, model.graph, 0)
+  one = evaluator.Evaluator(config, rows, mesh, 0)
   total = one.total(model.params, model.bias_ZE)
   domains = one.by_domain(total.domains)
   assert list(domains) == ["a", "b"]
@@ -178,7 +175,7 @@ def test_trace_agrees_with_the_counters(axes, weights):
     stats = read(model, batches[0])[1]
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
-    choices = trace.compile_choices(model.graph)
+    choices = trace.compile_choices(model.config)
     found = trace.collect(choices, model, rows, list(range(len(rows))), 8, mesh)  # two batches
   assert found.token_T.tolist() == rows.stream_N[:-1].tolist()
   assert found.place_T.tolist() == [i % 9 for i in range(len(rows.stream_N) - 1)]

@@ -123,7 +123,7 @@ def test_remat_dots_keeps_the_blocked_activations():
       grouped_matmul=GroupedMatmul.BLOCKED,
     )  # fmt: skip
     config.model.remat = remat
-    mesh, state, step, _ = set_up(config, {})
+    mesh, state, step = set_up(config, {})
     with jax.set_mesh(mesh):
       lowered = step.lower(state, sharding.to_global(toy_batch(config), mesh))
     loops[remat.value] = lowered.as_text().count("stablehlo.while")

@@ -39,12 +39,12 @@ def toy_batch(config, seed=0):
 
 
 def set_up(config, axes):
-  """(mesh, state with routers as uneven as learned ones, jitted step, graph)."""
+  """(mesh, state with routers as uneven as learned ones, jitted step)."""
   config.mesh = config_lib.Mesh(**{"data": 1} | axes)
   validation.validate(config)
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
-    graph, init, _, shardings = train.init_state(config, mesh)
+    init, _, shardings = train.init_state(config, mesh)
     state = init()
 
     def scale(path, leaf):
@@ -52,16 +52,16 @@ def set_up(config, axes):
 
     params = jax.tree_util.tree_map_with_path(scale, state.params)
     params = jax.device_put(params, shardings.params)
-    return mesh, state._replace(params=params), train.compile_step(config, graph, shardings), graph
+    return mesh, state._replace(params=params), train.compile_step(config, shardings)
 
 
 def take_step(config, axes):
   """Gradients, metrics and the state after two steps, on the host."""
-  mesh, state, step, graph = set_up(config, axes)
+  mesh, state, step = set_up(config, axes)
   batch = toy_batch(config)
   with jax.set_mesh(mesh):
     batch = sharding.to_global(batch, mesh)
-    grads = jax.jit(lambda s, b: gradients(s, b, graph, config))(state, batch)
+    grads = jax.jit(lambda s, b: gradients(s, b, config))(state, batch)
     grads = jax.device_get(grads)
     state, first = step(state, batch)
     state, second = step(state, batch)
@@ -69,10 +69,10 @@ def take_step(config, axes):
     return grads, jax.device_get(first), jax.device_get(second), jax.device_get(state)
 
 
-def gradients(state, batch, graph, config):
+def gradients(state, batch, config):
   def loss(params):
     key = jax.random.key(0)
-    sums = train.batch_sums(params, state.bias_ZE, batch, key, graph=graph, config=config)
+    sums = train.batch_sums(params, state.bias_ZE, batch, key, config=config)
     return train.losses.total(sums, config.loss, len(train.moe_layers(config.model))).total
 
   return jax.grad(loss)(state.params)
@@ -128,7 +128,7 @@ def test_accumulation_is_the_full_batch(mesh):
 def compiled_text(remat, axes):
   config = toy_config()
   config.model.remat = remat
-  mesh, state, step, _ = set_up(config, axes)
+  mesh, state, step = set_up(config, axes)
   with jax.set_mesh(mesh):
     batch = sharding.to_global(toy_batch(config), mesh)
     return step.lower(state, batch).compile().as_text()
@@ -173,7 +173,7 @@ def shrink(config):
 def test_every_config_takes_a_step_at_toy_size(name):
   config = shrink(importlib.import_module(f"configs.{name}").get_config())
   axes = dict(expert=4, data=2) if config.model.moe.num_experts else dict(data=8)
-  mesh, state, step, _ = set_up(config, axes)
+  mesh, state, step = set_up(config, axes)
   with jax.set_mesh(mesh):
     _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
   # A uniform guess, plus half the variance (1 at most) of a new model's logits.
@@ -183,7 +183,7 @@ def test_every_config_takes_a_step_at_toy_size(name):
 
 
 def test_parameters_are_sharded_by_their_letters():
-  _, state, _, _ = set_up(toy_config(), dict(expert=2, fsdp=2, tensor=2))
+  _, state, _ = set_up(toy_config(), dict(expert=2, fsdp=2, tensor=2))
   leaves = nnx.to_flat_state(state.params)
   shapes = {path[-1]: leaf[...].addressable_shards[0].data.shape for path, leaf in leaves}
   assert shapes["gate_EDF"] == (2, 2, 5, 9) and shapes["down_EFD"] == (2, 2, 9, 5)

@@ -71,7 +71,6 @@ def full_forward(model, trained, rows):
   Rows are padded at their end to one length, which a causal model does not see.
   """
   _, params, bias_ZE = trained
-  graph, _ = transformer.abstract(model)
 
   @jax.jit
   def logits(params, bias_ZE, tokens_BL):
@@ -79,8 +78,7 @@ def full_forward(model, trained, rows):
     segments_BL = jnp.ones_like(tokens_BL)
     key = jax.random.key(0)
     tokens = transformer.Tokens(tokens_BL, segments_BL, positions_BL)
-    whole = nnx.merge(graph, params)
-    return whole(tokens, bias_ZE, key, train=False).logits_BLV
+    return transformer.forward(model, params, bias_ZE, tokens, key, train=False).logits_BLV
 
   longest = max(map(len, rows))
   found = []

@@ -157,8 +157,8 @@ def train_losses(name, axes):
   config, mesh = toy_config(), mesh_of(**axes)
   config.optimizer.name = name
   with jax.set_mesh(mesh):
-    graph, init, _, shardings = train.init_state(config, mesh)
-    step, state = train.compile_step(config, graph, shardings, only=("loss",)), init()
+    init, _, shardings = train.init_state(config, mesh)
+    step, state = train.compile_step(config, shardings, only=("loss",)), init()
     batch = sharding.to_global(toy_batch(config), mesh)
     losses = []
     for _ in range(8):

@@ -259,7 +259,7 @@ def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
   config = biased_config()
   config.train.accumulation = accumulation
   config.model.remat = config_lib.Remat(remat)
-  mesh, state, step, _ = set_up(config, axes)
+  mesh, state, step = set_up(config, axes)
   batch = toy_batch(config)
   with jax.set_mesh(mesh):
     state, metrics = step(state, sharding.to_global(batch, mesh))
@@ -274,7 +274,7 @@ def test_bias_balances_the_load():
   """Loss-free balancing does what it is for: MaxVio falls without any auxiliary loss."""
   config = biased_config(rate=0.005)
   config.optimizer.learning_rate = 1e-6
-  mesh, state, step, _ = set_up(config, {})
+  mesh, state, step = set_up(config, {})
   history = []
   with jax.set_mesh(mesh):
     batch = sharding.to_global(toy_batch(config), mesh)
@@ -288,12 +288,12 @@ def test_bias_is_used_and_not_moved_by_evaluation():
   from moe_jax.training.evaluator import eval_step
 
   config = biased_config()
-  mesh, state, _, graph = set_up(config, {})
+  mesh, state, _ = set_up(config, {})
   batch, bytes_V = toy_batch(config), np.ones(24, np.int32)
   push_ZE = np.zeros((2, 4), np.float32)
   push_ZE[:, 1] = 10  # every token's first choice
   with jax.set_mesh(mesh):
-    run = jax.jit(lambda bias: eval_step(state.params, bias, batch, bytes_V, graph=graph))
+    run = jax.jit(lambda bias: eval_step(state.params, bias, batch, bytes_V, model=config.model))
     plain, pushed = run(state.bias_ZE), run(jnp.array(push_ZE))
   tokens_Z = np.asarray(plain.sums.moe.tokens)
   assert (np.asarray(plain.sums.moe.routed_E)[:, 1] < tokens_Z).all()
@@ -333,7 +333,7 @@ def test_scopes_do_not_depend_on_the_mesh(scope):
     config = toy_config()
     config.loss = config_lib.Loss(load_balance=1.0, balance_scope=scope)
     config.train.accumulation = accumulation
-    mesh, state, step, _ = set_up(config, axes)
+    mesh, state, step = set_up(config, axes)
     with jax.set_mesh(mesh):
       _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
     values.append((float(metrics["load_balance"]), float(metrics["grad_norm"])))
@@ -360,7 +360,7 @@ def test_a_new_router_is_one_function(monkeypatch):
       router=Router.RANDOM, renormalize=False, top_k=1, dispatch=config_lib.Dispatch(how)
     )
     config.loss = config_lib.Loss(load_balance=0.0)
-    mesh, state, step, _ = set_up(config, axes)
+    mesh, state, step = set_up(config, axes)
     with jax.set_mesh(mesh):
       _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
     results.append(metrics)

@@ -45,7 +45,7 @@ def test_a_training_step(name):
   config.model.qk_norm = True
   config.train.accumulation, config.data.batch_size = 2, 16
   config.loss = config_lib.Loss(load_balance=0.0)  # which some routers do not take
-  mesh, state, step, *_ = set_up(config, axes)
+  mesh, state, step = set_up(config, axes)
   with jax.set_mesh(mesh), shape_names.checked() as lies:
     step.lower(state, sharding.to_global(toy_batch(config), mesh))
   assert not lies, "\n".join(sorted(lies))
@@ -54,7 +54,7 @@ def test_a_training_step(name):
 @pytest.mark.parametrize("axes", [{}, dict(expert=2, tensor=2)], ids=str)
 def test_evaluation_prefill_and_decoding(axes):
   config = toy_config(shared_experts=1)
-  mesh, state, *_ = set_up(config, axes)
+  mesh, state, _ = set_up(config, axes)
   model = decoding.for_inference(config.model)
   start_B, tokens_BL = jnp.array([0, 3, 1, 9]), jnp.zeros((4, 8), jnp.int32)
   with jax.set_mesh(mesh), shape_names.checked() as lies:

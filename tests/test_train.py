@@ -47,7 +47,7 @@ def test_golden_first_step():
   ones, put them here, and say why in the commit. If you did not mean to, you have found a bug.
   """
   config = toy_config()
-  mesh, state, step, _ = set_up(config, {})
+  mesh, state, step = set_up(config, {})
   with jax.set_mesh(mesh):
     _, metrics = step(state, toy_batch(config))
   got = {name: float(np.mean(metrics[name])) for name in GOLDEN}

@@ -33,14 +33,14 @@ def compile_step(devices: Sequence[jax.Device], attention: str) -> str:
   axis_types = (AxisType.Auto,) * len(shape)
   mesh = Mesh(np.array(devices[:4]).reshape(shape), sharding.AXES, axis_types=axis_types)
   with jax.set_mesh(mesh):
-    graph, _, shapes, shardings = train.init_state(config, mesh)
+    _, shapes, shardings = train.init_state(config, mesh)
     state = jax.tree.map(
       lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
     )
     rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
     tokens_BL = jax.ShapeDtypeStruct((config.data.batch_size, LENGTH), np.int32, sharding=rows)
     batch = data.Batch(*[tokens_BL] * len(data.Batch._fields))
-    step = train.compile_step(config, graph, shardings)
+    step = train.compile_step(config, shardings)
     return step.lower(state, batch).compile().as_text()
 
 

@@ -62,11 +62,11 @@ def causal_losses(
     group_rows: rows in a routing group; the other rows of a group stay as they are.
   """
   step = jax.jit(lambda params, bias_ZE, batch: losses.token_nll(
-    transformer.evaluate(model.graph, params, bias_ZE, batch).logits_BLV, batch.targets_BL
+    transformer.evaluate(model.config, params, bias_ZE, batch).logits_BLV, batch.targets_BL
   )[0])  # fmt: skip
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
-  def nll(batch):
+  def nll(batch: pipeline.Batch) -> np.ndarray:
     return np.asarray(step(model.params, model.bias_ZE, sharding.to_global(batch, mesh)))
 
   hidden_RL, forced_RL = np.zeros((n, L), np.float32), np.zeros((n, L), np.float32)

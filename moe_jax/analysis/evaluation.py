@@ -18,7 +18,7 @@ from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.data import pipeline
 from moe_jax.model import cost
-from moe_jax.model.transformer import abstract, abstract_weights, moe_layers
+from moe_jax.model.transformer import abstract_weights, moe_layers
 from moe_jax.training.evaluator import Evaluator, batch_size
 
 # What routing and causal evaluation look at, spread over the split.
@@ -82,7 +82,7 @@ class Run:
   def restore(self, step: int) -> trace.Model:
     model = self.config.model
     stored = self._reader.restore_part(step, abstract_weights(model), self.mesh)
-    return trace.Model(abstract(model)[0], **stored)
+    return trace.Model(model, **stored)
 
   def close(self) -> None:
     self._reader.close()
@@ -90,7 +90,7 @@ class Run:
   def loss(self, model: trace.Model) -> dict[str, Any]:
     """What eval.json has in any case."""
     config, rows = self.config, self.rows
-    evaluator = Evaluator(config, rows, self.mesh, model.graph, config.eval.final_batches)
+    evaluator = Evaluator(config, rows, self.mesh, config.eval.final_batches)
     total = evaluator.total(model.params, model.bias_ZE)
     counts = cost.count(config)
     evaluated = min(len(rows), evaluator.batch_size * config.eval.final_batches or len(rows))
@@ -113,8 +113,7 @@ class Run:
     points = []
     for factor in factors:
       config = at_capacity(self.config, factor)
-      graph, _ = abstract(config.model)
-      evaluator = Evaluator(config, self.rows, self.mesh, graph, config.eval.final_batches)
+      evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator(model.params, model.bias_ZE)
       points.append({"capacity_factor": factor} | {name: result[name] for name in _OF_CAPACITY})
       print(
@@ -129,8 +128,7 @@ class Run:
     # Slots of earlier tokens stay where they are whatever follows; rows sorted by expert move, and
     # round differently.
     moe = with_slots(self.config.model.moe)
-    graph, _ = abstract(dataclasses.replace(self.config.model, moe=moe))
-    model = model._replace(graph=graph)
+    model = model._replace(config=dataclasses.replace(self.config.model, moe=moe))
     return causal.measure(model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
 
   def routing(self, model: trace.Model) -> dict[str, Any]:
@@ -138,7 +136,7 @@ class Run:
     rows = self.rows
     numbers = trace.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
 
-    choices = trace.compile_choices(model.graph)
+    choices = trace.compile_choices(model.config)
 
     def of(model: trace.Model) -> specialisation.Trace:
       return trace.collect(choices, model, rows, numbers, batch_size(self.config), self.mesh)

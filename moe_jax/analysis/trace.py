@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.analysis.specialisation import Trace
 from moe_jax.data import pipeline
@@ -15,7 +16,7 @@ from moe_jax.model import transformer
 class Model(NamedTuple):
   """A checkpoint on the mesh in force."""
 
-  graph: Any
+  config: config_lib.Model
   params: Any
   bias_ZE: jax.Array
 
@@ -25,11 +26,11 @@ def spread(available: int, count: int) -> list[int]:
   return np.unique(np.linspace(0, available - 1, min(count, available)).astype(int)).tolist()
 
 
-def compile_choices(graph: Any) -> Callable[..., Any]:
+def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
   """(params, bias_ZE, batch) -> Choices."""
 
   def choices(params: Any, bias_ZE: jax.Array, batch: pipeline.Batch) -> Any:
-    return transformer.evaluate(graph, params, bias_ZE, batch, trace=True).choices
+    return transformer.evaluate(model, params, bias_ZE, batch, trace=True).choices
 
   return jax.jit(choices)
 
@@ -42,7 +43,7 @@ def collect(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Trace:
-  """What became of every token of these rows; `choices` is compile_choices of the model's graph."""
+  """What became of every token of these rows; `choices` is compile_choices of its config."""
   found = []
   for rows_B in _batches(numbers, batch_size):
     batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)

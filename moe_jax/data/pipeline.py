@@ -129,7 +129,7 @@ def _tokenize(
   start = said = time.monotonic()
   with open(folder / "tokens.bin", "wb") as file:
 
-    def write(tokens):
+    def write(tokens: np.ndarray) -> None:
       digest.update(tokens.tobytes())
       file.write(tokens.tobytes())
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
-from moe_jax.model.transformer import Tokens, abstract, bias_shape, moe_layers
+from moe_jax.model.transformer import Tokens, abstract, bias_shape, forward, moe_layers
 
 
 class Counts(NamedTuple):
@@ -21,7 +21,7 @@ class Counts(NamedTuple):
 
 def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
   """{path: shape} of every parameter, named as in the model; nothing is allocated."""
-  leaves = nnx.to_flat_state(abstract(model)[1])
+  leaves = nnx.to_flat_state(abstract(model))
   return {tuple(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in leaves}
 
 
@@ -71,16 +71,16 @@ def activation_bytes(config: config_lib.Config) -> float:
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   batch = config.data.batch_size // config.train.accumulation // shards
   tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
-  graph, params = abstract(model)
+  params = abstract(model)
 
-  def residuals(params, tokens):
-    def forward(params):
+  def residuals(params: Any, tokens: jax.Array) -> Any:
+    def logits(params: Any) -> jax.Array:
       segments, key = jnp.ones_like(tokens), jax.random.key(0)
       bias_ZE = jnp.zeros(bias_shape(model))
       batch = Tokens(tokens, segments, tokens)
-      return nnx.merge(graph, params)(batch, bias_ZE, key, train=True).logits_BLV
+      return forward(model, params, bias_ZE, batch, key, train=True).logits_BLV
 
-    return jax.vjp(forward, params)[1]
+    return jax.vjp(logits, params)[1]
 
   with jax.sharding.use_abstract_mesh(_abstract_mesh(config_lib.Mesh())):
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))

@@ -36,6 +36,11 @@ class Tokens(NamedTuple):
   segments_BL: jax.Array  # int32, the document of each token, from 1; 0 is padding
   positions_BL: jax.Array  # int32, position within the document
 
+  @classmethod
+  def of(cls, batch: Any) -> "Tokens":
+    """Of a data.pipeline.Batch."""
+    return cls(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+
 
 class LayerWeights(NamedTuple):
   attention_norm_D: jax.Array
@@ -239,14 +244,32 @@ def _stack(model: config_lib.Model, pattern: tuple[bool, ...], keys_Z: jax.Array
   return nnx.vmap(lambda key: Period(model, pattern, nnx.Rngs(key)))(keys_Z)
 
 
-def abstract(model: config_lib.Model) -> tuple[Any, Any]:
-  """(graph, shapes of the parameters) of nnx.split; nothing is allocated."""
-  return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
+def abstract(model: config_lib.Model) -> Any:
+  """Shapes of the parameters: nnx state of a Transformer, of which nothing is allocated."""
+  return _split(model)[1]
 
 
 def merge(model: config_lib.Model, params: Any) -> Transformer:
   """The decoder with these parameters (nnx state of a Transformer of the same config)."""
-  return nnx.merge(abstract(model)[0], params)
+  return nnx.merge(_split(model)[0], params)
+
+
+def _split(model: config_lib.Model) -> tuple[Any, Any]:
+  return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
+
+
+def forward(
+  model: config_lib.Model,
+  params: Any,
+  bias_ZE: jax.Array,
+  tokens: Tokens,
+  key: jax.Array,
+  *,
+  train: bool,
+  trace: bool = False,
+) -> ModelOutput:
+  """Transformer.__call__ as a pure function of the parameters."""
+  return merge(model, params)(tokens, bias_ZE, key, train=train, trace=trace)
 
 
 def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]:
@@ -274,13 +297,12 @@ def bias_shape(model: config_lib.Model) -> tuple[int, int]:
 def abstract_weights(model: config_lib.Model) -> dict[str, Any]:
   """{"params", "bias_ZE"} as shapes: what a model needs of a checkpoint."""
   bias_ZE = jax.ShapeDtypeStruct(bias_shape(model), jnp.float32)
-  return {"params": abstract(model)[1], "bias_ZE": bias_ZE}
+  return {"params": abstract(model), "bias_ZE": bias_ZE}
 
 
 def evaluate(
-  graph: Any, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
+  model: config_lib.Model, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
 ) -> ModelOutput:
-  """What Transformer returns of a data.Batch in evaluation: no jitter and no noise."""
-  tokens = Tokens(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
-  key = jax.random.key(0)
-  return nnx.merge(graph, params)(tokens, bias_ZE, key, train=False, trace=trace)
+  """`forward` of a data.pipeline.Batch in evaluation: no jitter and no noise."""
+  tokens, key = Tokens.of(batch), jax.random.key(0)
+  return forward(model, params, bias_ZE, tokens, key, train=False, trace=trace)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -204,7 +205,7 @@ def configs(study: Study) -> Section:
   return Section("Configs and commands", found)
 
 
-def _plain(value) -> str:
+def _plain(value: Any) -> str:
   if isinstance(value, str):
     return value
   if isinstance(value, float) and math.isfinite(value):

@@ -65,13 +65,13 @@ def plot(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]
   return drawn
 
 
-def _save(figure, path: pathlib.Path, name: str) -> str:
+def _save(figure: plt.Figure, path: pathlib.Path, name: str) -> str:
   figure.savefig(path / name, dpi=120)
   plt.close(figure)
   return str(path / name)
 
 
-def _plot_loss(path, lines, result) -> str:
+def _plot_loss(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> str:
   figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
   axes.plot(*runs.series(lines, "train/loss"), color="#9ecae1", lw=1, label="training batch")
   axes.plot(*runs.series(lines, "validation/loss"), "o-", color="#08519c", ms=4, label="validation")
@@ -84,7 +84,7 @@ def _plot_loss(path, lines, result) -> str:
   return _save(figure, path, "loss.png")
 
 
-def _plot_load(path, result) -> str:
+def _plot_load(path: pathlib.Path, result: dict[str, Any]) -> str:
   load_ZE = np.asarray(result["load_ZE"])
   layers, experts = load_ZE.shape
   figure, axes = plt.subplots(
@@ -106,7 +106,7 @@ def _plot_load(path, result) -> str:
   return _save(figure, path, "load.png")
 
 
-def _plot_balance(path, lines, result) -> str:
+def _plot_balance(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> str:
   figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), layout="constrained", sharex=True)
   for axes, name, scale, label in (
     (top, "train/max_vio_Z", 1, "MaxVio (0 is balanced)"),

@@ -130,7 +130,7 @@ def compare(study: Study) -> Comparison:
   return Comparison(rows, target, source)
 
 
-def _own(arm: Arm, curve, target: float | None) -> Reached | None:
+def _own(arm: Arm, curve: tuple[np.ndarray, np.ndarray], target: float | None) -> Reached | None:
   """The target arm's own way to its final loss: on its mean curve, as single seeds may miss it."""
   step = None if target is None else crossing(*curve, target)
   if step is None:
@@ -158,7 +158,11 @@ def reached(arm: Arm, target: float | None, own: Reached | None) -> Reached | No
 
 
 def _row(
-  arm: Arm, last: Callable[[Run], dict], target_arm: Arm | None, target: float | None, own
+  arm: Arm,
+  last: Callable[[Run], dict],
+  target_arm: Arm | None,
+  target: float | None,
+  own: Reached | None,
 ) -> Row:
   runs = arm.finished
 

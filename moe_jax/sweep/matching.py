@@ -101,7 +101,7 @@ class Match:
     loss = config_lib.Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
     return dataclasses.replace(reference, model=model, loss=loss), "model.ffn_dim"
 
-  def _by_count(self, reference, twin, field, step) -> tuple[int, str]:
+  def _by_count(self, reference: Config, twin: Config, field: str, step: int) -> tuple[int, str]:
     name, unit = _COUNTS[self.by]
     width, reached, target = _nearest(name, reference, twin, field, step)
     error = reached / target - 1
@@ -113,7 +113,9 @@ class Match:
       )
     return width, what
 
-  def _by_time(self, reference, twin, field, step, measured) -> tuple[int, str]:
+  def _by_time(
+    self, reference: Config, twin: Config, field: str, step: int, measured: Measured
+  ) -> tuple[int, str]:
     about = {n: v for n, v in config_lib.flatten(reference).items() if n.startswith(_TAKES_TIME)}
     key = json.dumps([str(self), step, about])
     if key not in measured:
@@ -189,7 +191,9 @@ def sizes(config: Config) -> str:
   )
 
 
-def _nearest(name, reference, twin, field, step) -> tuple[int, float, float]:
+def _nearest(
+  name: str, reference: Config, twin: Config, field: str, step: int
+) -> tuple[int, float, float]:
   """(width, its count, the reference's) of the multiple of `step` with the nearest count."""
 
   def at(width: int) -> float:

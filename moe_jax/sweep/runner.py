@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -134,7 +135,7 @@ class Runner:
 
   @contextlib.contextmanager
   def _signals(self) -> Iterator[None]:
-    def ask(number, frame):
+    def ask(number: int, frame: types.FrameType | None) -> None:
       self._asked, self._signal = self._asked + 1, number
 
     # What nohup has set to be ignored stays so.

@@ -36,11 +36,11 @@ def eval_step(
   bytes_V: jax.Array,
   domain_BL: jax.Array | None = None,
   *,
-  graph: Any,
+  model: config_lib.Model,
   num_domains: int = 0,
 ) -> EvalSums:
   """Sums of one batch with the evaluation capacity factor and no jitter."""
-  logits_BLV, stats, _ = transformer.evaluate(graph, params, bias_ZE, batch)
+  logits_BLV, stats, _ = transformer.evaluate(model, params, bias_ZE, batch)
   real_BL = batch.segments_BL > 0
   bytes_BL = jnp.where(real_BL, bytes_V[batch.targets_BL], 0)
   domains = None
@@ -67,7 +67,6 @@ class Evaluator:
     config: config_lib.Config,
     rows: pipeline.Rows,
     mesh: jax.sharding.Mesh,
-    graph: Any,
     num_batches: int,
   ):
     """Reads num_batches of the rows; 0 is the whole split."""
@@ -76,7 +75,7 @@ class Evaluator:
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = batch_size(config)
-    step = functools.partial(eval_step, graph=graph, num_domains=len(rows.domains))
+    step = functools.partial(eval_step, model=config.model, num_domains=len(rows.domains))
     self._step = jax.jit(step)
     self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 

@@ -4,6 +4,7 @@ import pathlib
 import signal
 import sys
 import time
+import types
 from typing import Any
 
 import jax
@@ -35,7 +36,9 @@ class Loop:
     self.window_seconds = self.seconds  # at the last log line
     self.window_steps = 0
 
-  def run(self, state: Any, batches: Any, step_fn: Any, evaluator: Evaluator, mesh) -> None:
+  def run(
+    self, state: Any, batches: Any, step_fn: Any, evaluator: Evaluator, mesh: jax.sharding.Mesh
+  ) -> None:
     train = self.config.train
     handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     pending = None  # the previous step's metrics, still being computed
@@ -72,7 +75,7 @@ class Loop:
       if self.writer:
         self.writer.close()
 
-  def _on_signal(self, number, frame) -> None:
+  def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
     if self.stop_signal:  # asked twice: stop now, the last checkpoint stands
       signal.signal(signal.SIGINT, signal.default_int_handler)
       raise KeyboardInterrupt

@@ -34,7 +34,7 @@ def in_turns(thunks: dict[str, Callable[[], Any]], rounds: int, min_seconds: flo
   return times
 
 
-def _seconds(thunk, repeats) -> float:
+def _seconds(thunk: Callable[[], Any], repeats: int) -> float:
   start = time.perf_counter()
   for _ in range(repeats):
     result = thunk()
@@ -68,9 +68,9 @@ class Trainer:
     )  # fmt: skip
     with jax.set_mesh(self.mesh):
       self.batch = sharding.to_global(batch, self.mesh)
-      graph, init, _, shardings = train.init_state(config, self.mesh)
+      init, _, shardings = train.init_state(config, self.mesh)
       self.state = init()
-      self.step = train.compile_step(config, graph, shardings, only=("loss",) if bare else ())
+      self.step = train.compile_step(config, shardings, only=("loss",) if bare else ())
 
   def measure(self, steps: int) -> dict[str, Any]:
     with jax.set_mesh(self.mesh):

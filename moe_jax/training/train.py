@@ -12,8 +12,8 @@ from moe_jax import checkpoint, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.data import pipeline
-from moe_jax.model import cost
-from moe_jax.model.transformer import Tokens, Transformer, abstract, bias_shape, moe_layers
+from moe_jax.model import cost, transformer
+from moe_jax.model.transformer import Tokens, Transformer, bias_shape, moe_layers
 from moe_jax.moe import routers
 from moe_jax.training import losses, metrics, optimizers
 from moe_jax.training.evaluator import Evaluator
@@ -34,15 +34,14 @@ def train_step(
   state: TrainState,
   batch: pipeline.Batch,
   *,
-  graph: Any,
   config: config_lib.Config,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer step. Pure: the same state and batch give the same result on any mesh."""
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
-  def loss_fn(params):
-    sums = batch_sums(params, state.bias_ZE, batch, key, graph=graph, config=config)
+  def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+    sums = batch_sums(params, state.bias_ZE, batch, key, config=config)
     all_losses = losses.total(sums, config.loss, len(moe_layers(config.model)))
     return all_losses.total, (all_losses, sums)
 
@@ -80,7 +79,6 @@ def batch_sums(
   batch: pipeline.Batch,
   key: jax.Array,
   *,
-  graph: Any,
   config: config_lib.Config,
 ) -> losses.Sums:
   """Loss sums of the batch, forward through one microbatch at a time.
@@ -90,16 +88,15 @@ def batch_sums(
   running each microbatch's forward pass again on the way back.
   """
 
-  def forward(params, batch, key):
-    tokens = Tokens(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
-    out = nnx.merge(graph, params)(tokens, bias_ZE, key, train=True)
+  def forward(params: Any, batch: pipeline.Batch, key: jax.Array) -> losses.Sums:
+    out = transformer.forward(config.model, params, bias_ZE, Tokens.of(batch), key, train=True)
     return losses.sums(out.logits_BLV, batch.targets_BL, batch.segments_BL > 0, out.stats)
 
   accumulation = config.train.accumulation
   if accumulation == 1:
     return forward(params, batch, key)
 
-  def split(x_BL):
+  def split(x_BL: jax.Array) -> jax.Array:
     # Every device keeps its own rows: microbatch a is each a-th row of each device's shard.
     x = x_BL.reshape(x_BL.shape[0] // accumulation, accumulation, -1).swapaxes(0, 1)
     spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
@@ -112,7 +109,7 @@ def batch_sums(
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   @jax.checkpoint
-  def add(total, microbatch):
+  def add(total: losses.Sums, microbatch: Any) -> tuple[losses.Sums, None]:
     return jax.tree.map(jnp.add, total, forward(params, *microbatch)), None
 
   return jax.lax.scan(add, zeros, (micro, keys))[0]
@@ -120,8 +117,8 @@ def batch_sums(
 
 def init_state(
   config: config_lib.Config, mesh: jax.sharding.Mesh
-) -> tuple[Any, Any, TrainState, TrainState]:
-  """(graph, init function, abstract state, shardings); weights do not depend on the mesh."""
+) -> tuple[Any, TrainState, TrainState]:
+  """(init function, abstract state, shardings); weights do not depend on the mesh."""
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
   def init() -> TrainState:
@@ -131,14 +128,13 @@ def init_state(
     load_ZE = jnp.full_like(bias_ZE, 1 / bias_ZE.shape[1])
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE, load_ZE)
 
-  graph, _ = abstract(config.model)
   shapes = jax.eval_shape(init)
   shardings = sharding.param_shardings(shapes, mesh, shapes.params)
-  return graph, jax.jit(init, out_shardings=shardings), shapes, shardings
+  return jax.jit(init, out_shardings=shardings), shapes, shardings
 
 
 def compile_step(
-  config: config_lib.Config, graph: Any, shardings: TrainState, only: tuple[str, ...] = ()
+  config: config_lib.Config, shardings: TrainState, only: tuple[str, ...] = ()
 ) -> Any:
   """`train_step` under jit: state donated, shardings pinned so that it compiles once.
 
@@ -146,8 +142,8 @@ def compile_step(
   """
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
-  def step(state, batch):
-    state, values = train_step(state, batch, graph=graph, config=config, optimizer=optimizer)
+  def step(state: TrainState, batch: pipeline.Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    state, values = train_step(state, batch, config=config, optimizer=optimizer)
     return state, {name: values[name] for name in only or values}
 
   replicated = jax.sharding.NamedSharding(shardings.step.mesh, jax.sharding.PartitionSpec())
@@ -182,7 +178,7 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
 
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    graph, init, shapes, shardings = init_state(config, mesh)
+    init, shapes, shardings = init_state(config, mesh)
     saver = checkpoint.Checkpointer(path, config.train)
     start = saver.latest_step() or 0
     if start >= config.train.steps:
@@ -195,5 +191,5 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     else:
       state = init()
     loop = Loop(config, path, saver, start)
-    evaluator = Evaluator(config, validation_rows, mesh, graph, config.eval.batches)
-    loop.run(state, batches, compile_step(config, graph, shardings), evaluator, mesh)
+    evaluator = Evaluator(config, validation_rows, mesh, config.eval.batches)
+    loop.run(state, batches, compile_step(config, shardings), evaluator, mesh)
