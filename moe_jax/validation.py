@@ -235,10 +235,11 @@ def validate_generation(moe: MoE) -> None:
     )
   from moe_jax.moe.routers import ROUTERS
 
-  why = ROUTERS[moe.router].cannot_generate
-  if moe.num_experts and why:
+  if moe.num_experts and ROUTERS[moe.router].noise_in_evaluation:
     raise UserError(
-      f"config.model.moe.router={moe.router.value}: {why}; train with a learned router to generate"
+      f"config.model.moe.router={moe.router.value}: experts are drawn by a token's place in the "
+      "batch, so a generated token would not get those of the evaluation; train with a learned "
+      "router"
     )
 
 

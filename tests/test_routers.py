@@ -1,12 +1,17 @@
 """Every router on a case worked by hand; who sees the future; how biases and losses balance."""
 
+import dataclasses
+import functools
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import toy_config
 from flax import nnx
-from test_expert_parallel import set_up, toy_batch
+from test_expert_parallel import gradients, set_up, toy_batch
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
@@ -16,7 +21,9 @@ from moe_jax.model.transformer import Tokens, Transformer
 from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe.routing import RouterInputs
 from moe_jax.training import losses, optimizers
+from moe_jax.training import metrics as metrics_lib
 
+ROOT = pathlib.Path(__file__).parent.parent
 LOG = np.log
 
 
@@ -342,27 +349,69 @@ def test_scopes_do_not_depend_on_the_mesh(scope):
   assert accumulated_alike == (scope is not BalanceScope.MICROBATCH)
 
 
-@pytest.mark.slow
-def test_a_new_router_is_one_function(monkeypatch):
-  """docs/routing.md's example, as it stands there, on a mesh and with two dispatchers."""
-  import pathlib
-  import re
+@pytest.fixture
+def gumbel(monkeypatch):
+  """The router of docs/routing.md's example, as it stands there, under a new name."""
+  code = re.search(r"```python\n(.*?)```", (ROOT / "docs/routing.md").read_text(), re.S)[1]
+  assert len(code.splitlines()) <= 32
+  new = object.__new__(Router)
+  new._name_, new._value_ = "GUMBEL", "gumbel"
+  monkeypatch.setattr(Router, "GUMBEL", new, raising=False)
+  monkeypatch.setitem(routers.ROUTERS, new, None)  # so that it is taken out again
+  exec(compile(code, "docs/routing.md", "exec"), {})
+  return new
 
-  page = (pathlib.Path(__file__).parent.parent / "docs/routing.md").read_text()
-  code = re.search(r"```python\n(.*?)```", page, re.S)[1]
-  assert len(code.splitlines()) <= 30
-  names: dict = {}
-  exec(compile(code, "docs/routing.md", "exec"), names)
-  monkeypatch.setitem(routers.ROUTERS, Router.RANDOM, names["parity"])
+
+@pytest.mark.preflight
+def test_a_new_router_is_one_record(gumbel):
+  """With noise and a parameter: a mesh trains it as one device does, and all know the parameter."""
   results = []
-  for axes, how in (({}, "gather"), (dict(expert=4), "einsum")):
-    config = toy_config(
-      router=Router.RANDOM, renormalize=False, top_k=1, dispatch=config_lib.Dispatch(how)
-    )
-    config.loss = config_lib.Loss(load_balance=0.0)
+  for axes, how in (({}, "gather"), (dict(expert=2, data=2), "einsum")):
+    config = toy_config(router=gumbel, dispatch=config_lib.Dispatch(how))
+    config.loss = config_lib.Loss(load_balance=0.01)
     mesh, state, step = set_up(config, axes)
+    batch = toy_batch(config)
     with jax.set_mesh(mesh):
-      _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
-    results.append(metrics)
-  assert (np.asarray(results[0]["load_ZE"])[:, 2:] == 0).all()  # it uses the first two experts
-  np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-5)
+      batch = sharding.to_global(batch, mesh)
+      grads = jax.jit(lambda s, b, c=config: gradients(s, b, c))(state, batch)
+      new, metrics = step(state, batch)
+    results.append(jax.device_get((grads, metrics)))
+  for tree in (new.params, new.opt_state):  # of the mesh; Adam's moments too
+    named = {sharding.param_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    assert named["sharpness_DE"].sharding.is_fully_replicated
+    assert not named["gate_EDF"].sharding.is_fully_replicated
+  leaves = jax.tree_util.tree_leaves_with_path(results[0][0])
+  norms = {sharding.param_name(path): np.sqrt((np.asarray(g) ** 2).sum()) for path, g in leaves}
+  assert norms["sharpness_DE"] > 1e-3
+  router = np.hypot(norms["sharpness_DE"], norms["router_DE"])
+  grouped = metrics_lib.gradient_norms(results[0][0])
+  np.testing.assert_allclose(grouped["grad_norm_router"], router, rtol=1e-5)
+  assert not optimizers.decays("sharpness_DE") and optimizers.decays("gate_EDF")
+  # float32 rounding of gradients of order 0.01 to 1
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, results[1], results[0])
+
+
+def test_a_parameter_is_declared_once():
+  one = routers.router_matrix("noise_DE", 0.5)  # another initial value says nothing else of it
+  assert sharding.declared("noise_DE") == one and sharding.declared("gate_EDF") is None
+  assert sharding.param_spec("noise_DE", 2) == jax.sharding.PartitionSpec()
+  with pytest.raises(ValueError, match="noise_DE is declared twice"):
+    dataclasses.replace(one, decays=True)
+
+
+def test_the_page_lists_the_records():
+  page = (ROOT / "docs/routing.md").read_text()
+  assert set(routers.ROUTERS) == set(Router)
+  for router, spec in routers.ROUTERS.items():
+    papers = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in spec.papers)
+    causal = "yes"
+    if spec.looks_ahead:
+      causal = "**not in training**" if spec.evaluation else "**no**"
+    assert f"| `{router.value}` | {papers} | {causal} | {spec.doc} |\n" in page
+
+
+def test_only_its_record_names_a_router():
+  for path in (ROOT / "moe_jax").rglob("*.py"):
+    if path.name not in ("routers.py", "config.py"):
+      assert not re.search(r"Router\.[A-Z]", path.read_text()), path

@@ -159,11 +159,10 @@ def router_inputs(
 
   logits_BLE = project(x_BLD, weights.router[routers.ROUTER_DE.name])
   noise_BLE, extra = None, {}
-  if spec.runs_own(train=train):
-    if spec.noise is not None:
-      noise_BLE = _by_batch(spec.noise(keys[1], logits_BLE.shape))
-    if spec.extra is not None:
-      extra = spec.extra(x_BLD, weights.router, project)
+  if spec.noise is not None and (train or spec.noise_in_evaluation):
+    noise_BLE = _by_batch(spec.noise(keys[1], logits_BLE.shape))
+  if spec.extra is not None and spec.runs_own(train=train):
+    extra = spec.extra(x_BLD, weights.router, project)
   return LayerInputs(logits_BLE, real_BL, ids_BL, weights.bias_E, noise_BLE, extra)
 
 

@@ -54,7 +54,7 @@ def topk(inputs: RouterInputs, moe: MoE) -> Routing:
   score_TE = _scores(inputs.logits_TE, moe)
   choice_TE = jax.lax.stop_gradient(score_TE) + inputs.bias_E[None]
   expert_TK = jax.lax.top_k(_limit_groups(choice_TE, moe), moe.top_k)[1]
-  return _token_choice(inputs, score_TE, expert_TK, moe)
+  return token_choice(inputs, score_TE, expert_TK, moe)
 
 
 def switch(inputs: RouterInputs, moe: MoE) -> Routing:
@@ -89,7 +89,7 @@ def noisy_topk(inputs: RouterInputs, moe: MoE) -> Routing:
   last_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
   threshold_TE = jnp.where(noisy_TE >= last_T1, next_T1, last_T1)
   distance_TE = (inputs.logits_TE - threshold_TE) / scale_TE
-  routing = _token_choice(inputs, _scores(noisy_TE, moe), expert_TK[:, :-1], moe)
+  routing = token_choice(inputs, _scores(noisy_TE, moe), expert_TK[:, :-1], moe)
   return routing._replace(load_TE=_normal_cdf(distance_TE))
 
 
@@ -132,7 +132,7 @@ def sinkhorn(inputs: RouterInputs, moe: MoE) -> Routing:
 
   # 16 rounds bring learned routing's column sums within some per cent of each other.
   plan_TE = jax.lax.fori_loop(0, 16, balance, jax.lax.stop_gradient(inputs.logits_TE))
-  return _token_choice(inputs, probs_TE, jax.lax.top_k(plan_TE, moe.top_k)[1], moe)
+  return token_choice(inputs, probs_TE, jax.lax.top_k(plan_TE, moe.top_k)[1], moe)
 
 
 def hash_ids(inputs: RouterInputs, moe: MoE) -> Routing:
@@ -145,7 +145,7 @@ def hash_ids(inputs: RouterInputs, moe: MoE) -> Routing:
   mixed_T = (mixed_T ^ (mixed_T >> 15)) * jnp.uint32(0x85EBCA77)
   expert_T = (mixed_T ^ (mixed_T >> 13)) % jnp.uint32(moe.num_experts)
   expert_TK = expert_T.astype(jnp.int32)[:, None]
-  return _token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
+  return token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
 def random(inputs: RouterInputs, moe: MoE) -> Routing:
@@ -154,7 +154,7 @@ def random(inputs: RouterInputs, moe: MoE) -> Routing:
   Gates are the learned probabilities of the drawn experts. Evaluation repeats its draw.
   """
   expert_TK = jax.lax.top_k(inputs.noise_TE, moe.top_k)[1]
-  return _token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
+  return token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
 def _scores(logits_TE: jax.Array, moe: MoE) -> jax.Array:
@@ -174,7 +174,7 @@ def _limit_groups(choice_TE: jax.Array, moe: MoE) -> jax.Array:
   return jnp.where(allowed[..., None], by_group, -jnp.inf).reshape(T, E)
 
 
-def _token_choice(
+def token_choice(
   inputs: RouterInputs, score_TE: jax.Array, expert_TK: jax.Array, moe: MoE
 ) -> Routing:
   """The Routing of tokens that have chosen: gates from the scores, and the order of priority."""
@@ -201,7 +201,7 @@ def _token_choice(
   )
 
 
-def _router_matrix(name: str, scale: float) -> sharding.Parameter:
+def router_matrix(name: str, scale: float) -> sharding.Parameter:
   """A [D, E] matrix of a router: small, and every token needs all of it."""
 
   def initial(rngs: nnx.Rngs, sizes: Mapping[str, int]) -> jax.Array:
@@ -213,7 +213,7 @@ def _router_matrix(name: str, scale: float) -> sharding.Parameter:
   )
 
 
-ROUTER_DE = _router_matrix("router_DE", 0.02)
+ROUTER_DE = router_matrix("router_DE", 0.02)
 
 
 def _noise_scale(
@@ -222,19 +222,21 @@ def _noise_scale(
   return {"noise_scale": jax.nn.softplus(project(x_BLD, parameters["noise_DE"])) + 1e-2}
 
 
-_NO_SLOTS_LEFT = "an expert takes capacity_factor*T*K/E tokens: set it above 0"
+# Why, and what to do about it.
+_SWITCH = "Switch routing is top_k=1 with renormalize=false"
+_ONE_ID = "a token id hashes to one expert; set top_k=1 and renormalize=false"
+_ALL_CHOSEN = "with every expert chosen there is nothing for the noise to choose; lower top_k"
+_NO_OTHER_GATES = "experts choose, so a token does not know its other gates; set renormalize=false"
+_NO_TOKENS = "an expert takes capacity_factor*T*K/E tokens: set it above 0"
+_NO_DROPS = "an expert drops none of the tokens that it chose; leave priority=token"
 
 ROUTERS = {
   Router.SWITCH: RouterSpec(
     function=switch,
     takes_bias=True,
     rules=(
-      Rule("top_k", lambda moe: moe.top_k == 1, "Switch routing is top_k=1 with renormalize=false"),
-      Rule(
-        "renormalize",
-        lambda moe: not moe.renormalize,
-        "Switch routing is top_k=1 with renormalize=false",
-      ),
+      Rule("top_k", lambda moe: moe.top_k == 1, _SWITCH),
+      Rule("renormalize", lambda moe: not moe.renormalize, _SWITCH),
     ),
     papers=("2101.03961",),
     doc="The most probable expert; its probability is the gate.",
@@ -252,16 +254,10 @@ ROUTERS = {
     function=noisy_topk,
     evaluation=topk,
     noise=jax.random.normal,
-    parameters=(_router_matrix("noise_DE", 0.0),),  # softplus(0): as in the paper's appendix A
+    parameters=(router_matrix("noise_DE", 0.0),),  # softplus(0): as in the paper's appendix A
     extra=_noise_scale,
     has_load=True,
-    rules=(
-      Rule(
-        "top_k",
-        lambda moe: moe.top_k < moe.num_experts,
-        "with every expert chosen there is nothing for the noise to choose; lower top_k",
-      ),
-    ),
+    rules=(Rule("top_k", lambda moe: moe.top_k < moe.num_experts, _ALL_CHOSEN),),
     papers=("1701.06538",),
     doc="Top-k of logits with learned noise; without noise in evaluation. Made for the importance "
     "and load losses.",
@@ -273,18 +269,10 @@ ROUTERS = {
     looks_ahead="an expert compares all tokens of a group",
     load_is_learned=False,
     rules=(
-      Rule(
-        "renormalize",
-        lambda moe: not moe.renormalize,
-        "experts choose, so a token does not know its other gates; set renormalize=false",
-      ),
-      Rule("capacity_factor", lambda moe: moe.capacity_factor > 0, _NO_SLOTS_LEFT),
-      Rule("eval_capacity_factor", lambda moe: moe.eval_capacity_factor > 0, _NO_SLOTS_LEFT),
-      Rule(
-        "priority",
-        lambda moe: moe.priority is Priority.TOKEN,
-        "an expert drops none of the tokens that it chose; leave priority=token",
-      ),
+      Rule("renormalize", lambda moe: not moe.renormalize, _NO_OTHER_GATES),
+      Rule("capacity_factor", lambda moe: moe.capacity_factor > 0, _NO_TOKENS),
+      Rule("eval_capacity_factor", lambda moe: moe.eval_capacity_factor > 0, _NO_TOKENS),
+      Rule("priority", lambda moe: moe.priority is Priority.TOKEN, _NO_DROPS),
     ),
     papers=("2202.09368",),
     doc="Each expert takes its C best tokens: balanced by construction. Some tokens get no expert.",
@@ -299,21 +287,14 @@ ROUTERS = {
   Router.HASH: RouterSpec(
     function=hash_ids,
     load_is_learned=False,
-    rules=(
-      Rule(
-        "top_k",
-        lambda moe: moe.top_k == 1,
-        "a token id hashes to one expert; set top_k=1 and renormalize=false",
-      ),
-    ),
+    rules=(Rule("top_k", lambda moe: moe.top_k == 1, _ONE_ID),),
     papers=("2106.04426",),
     doc="A fixed function of the token's id; as balanced as the ids are.",
   ),
   Router.RANDOM: RouterSpec(
     function=random,
     noise=jax.random.uniform,
-    cannot_generate="experts are drawn by a token's place in the batch, so a generated token would "
-    "not get those of the evaluation",
+    noise_in_evaluation=True,
     load_is_learned=False,
     papers=(),
     doc="K experts drawn uniformly: the baseline that a learned router has to beat.",

@@ -22,7 +22,8 @@ class LayerInputs(NamedTuple):
   ids_BL: jax.Array  # int32 token ids
   bias_E: jax.Array  # float32 balancing bias: for the selection, not for gates
   noise_BLE: jax.Array | None = None  # float32, as RouterSpec.noise draws it
-  extra: dict[str, jax.Array] = {}  # noqa: RUF012  # [B, L, ...], as RouterSpec.extra computes it
+  # [B, L, ...], as RouterSpec.extra computes it
+  extra: dict[str, jax.Array] = {}  # noqa: RUF012 (nobody writes to it)
 
 
 class RouterInputs(NamedTuple):
@@ -33,7 +34,7 @@ class RouterInputs(NamedTuple):
   ids_T: jax.Array
   bias_E: jax.Array
   noise_TE: jax.Array | None = None
-  extra: dict[str, jax.Array] = {}  # noqa: RUF012  # [T, ...]
+  extra: dict[str, jax.Array] = {}  # noqa: RUF012 (nobody writes to it)
 
 
 class Assignments(NamedTuple):
@@ -73,10 +74,7 @@ Project = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BLD, w_DE) -> float3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSpec:
-  """All that is known about a router.
-
-  `noise` and `extra` are for `function`. Evaluation by another function has neither.
-  """
+  """All that is known about a router. `noise` and `extra` are for `function` alone."""
 
   # (RouterInputs, MoE) -> Routing of one group; with takes_capacity also capacity=C
   function: Callable[..., Routing]
@@ -85,11 +83,12 @@ class RouterSpec:
   fixed_choices: bool = True  # every token has K assignments
   # (key, (B, L, E)) -> float32 noise_BLE
   noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None
+  # Drawn by a token's place in the batch, so that generation cannot follow.
+  noise_in_evaluation: bool = False
   parameters: tuple[sharding.Parameter, ...] = ()  # besides router_DE, which every router has
   # (float32 x_BLD, parameters by name, project) -> more inputs, [B, L, ...]
   extra: Callable[[jax.Array, Mapping[str, jax.Array], Project], dict[str, jax.Array]] | None = None
   looks_ahead: str = ""  # why an output depends on later tokens under `function`; "" if it does not
-  cannot_generate: str = ""  # why generation cannot follow it, beside looking ahead
   scores: tuple[Score, ...] = (Score.SOFTMAX,)  # that it is defined for
   takes_bias: bool = False  # selects by score, so a balancing bias can change the selection
   takes_groups: bool = False  # can limit a token to `top_groups` of the groups of experts
