@@ -1,5 +1,6 @@
 """From sys.argv to a Config, with one line for whatever is wrong with either, and back to text."""
 
+import dataclasses
 import enum
 import importlib.util
 import json
@@ -8,13 +9,13 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
 from moe_jax import config as config_lib
-from moe_jax.config import Config, UserError, field_names, sections, unknown_field
+from moe_jax.config import Config, UserError, field_names, unknown_field
 
 
 def run(main: Callable[[], None]) -> None:
@@ -137,3 +138,12 @@ def clock(seconds: float) -> str:
   """3661.2 -> '1:01:01'."""
   seconds = round(seconds)
   return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """(name, section) of each section of a config, nested ones too."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield prefix + field.name, value
+      yield from sections(value, f"{prefix}{field.name}.")

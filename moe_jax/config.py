@@ -1,13 +1,9 @@
-"""The whole configuration of a run: typed, validated, saved as JSON beside its results.
-
-Nothing here imports jax, so a mistake is reported before any device is touched.
-"""
+"""The whole configuration of a run: typed, saved as JSON beside its results. Imports no jax."""
 
 import dataclasses
 import difflib
 import enum
 import json
-from collections.abc import Iterator
 from typing import Any
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
@@ -298,17 +294,16 @@ def from_json(text: str) -> Config:
       if dataclasses.is_dataclass(kind):
         built[name] = build(kind, value, f"{prefix}{name}.")
       else:
-        built[name] = _to_enum(kind, prefix + name, value) if _is_enum(kind) else value
+        built[name] = _to_enum(kind, prefix + name, value)
     return cls(**built)
 
   return build(Config, json.loads(text), "")
 
 
-def _is_enum(kind: Any) -> bool:
-  return isinstance(kind, type) and issubclass(kind, enum.Enum)
-
-
-def _to_enum(kind: type[enum.Enum], name: str, value: Any) -> enum.Enum:
+def _to_enum(kind: Any, name: str, value: Any) -> Any:
+  """The member of that value where `kind` is an enum; any other value as it is."""
+  if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
+    return value
   try:
     return kind(value)
   except ValueError:
@@ -331,11 +326,3 @@ def unknown_field(name: str, where: str) -> str:
   ]
   near = f"; the nearest is config.{close[0]}" if close else ""
   return f"{where}: there is no field config.{name}{near}"
-
-
-def sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if dataclasses.is_dataclass(value):
-      yield prefix + field.name, value
-      yield from sections(value, f"{prefix}{field.name}.")

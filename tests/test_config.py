@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import toy_config
 
+from moe_jax import command_line, validation
 from moe_jax import config as config_lib
-from moe_jax import validation
 from moe_jax.config import Dispatch, Exchange, Priority, Router, Score
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -175,14 +175,22 @@ def test_a_wrong_command_is_one_line_and_makes_nothing(arguments, tmp_path):
   assert not workdir.exists() and not done.stdout
 
 
-def test_the_config_needs_no_jax():
-  """So that a mistake is told before a device is touched."""
-  code = "import sys; import moe_jax.config, moe_jax.validation; sys.exit('jax' in sys.modules)"
+@pytest.mark.parametrize("module", ["config", "command_line", "workdir", "report"])
+def test_what_needs_no_jax(module):
+  code = f"import sys; import moe_jax.{module}; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_mistake_is_told_before_a_device_is_touched():
+  code = (
+    "import sys; from moe_jax import config, validation; validation.validate(config.Config()); "
+    "from jax._src import xla_bridge; sys.exit(xla_bridge.backends_are_initialized())"
+  )
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_no_field_is_optional():
-  for section in config_lib.sections(config_lib.Config()):
+  for section in command_line.sections(config_lib.Config()):
     for field in dataclasses.fields(section[1]):
       assert isinstance(field.type, type), field
 

@@ -17,6 +17,7 @@ from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.data import pipeline
+from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.model.transformer import abstract_weights, moe_layers
 from moe_jax.training.evaluator import Evaluator, batch_size
@@ -72,7 +73,8 @@ class Run:
     config = workdir_lib.read_config(self.path)
     startup.start(config.data)
     mesh = sharding.fit_mesh(config.mesh, batch_size(config))
-    self.config, self.split = dataclasses.replace(config, mesh=mesh), split
+    model = choose.portable(config.model)
+    self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = pipeline.load_rows(config.data, split)

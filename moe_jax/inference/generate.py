@@ -23,6 +23,7 @@ from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, sampling
 from moe_jax.inference.decoding import Weights
+from moe_jax.kernels import choose
 from moe_jax.model import transformer
 
 _SLOTS = 32  # caches are multiples of it
@@ -49,8 +50,8 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
   """
   path = pathlib.Path(workdir)
   config = workdir_lib.read_config(path)
-  model = decoding.for_inference(config.model)
   startup.start(config.data)
+  model = choose.portable(decoding.for_inference(config.model))
   reader = checkpoint.Checkpointer(path)
   try:
     step = reader.find(step)

@@ -46,7 +46,7 @@ def count(config: config_lib.Config) -> Counts:
 
 def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
   """Per device: of weights, gradients and the optimizer's state, whose shapes the caller has."""
-  params = abstract(config.model)[1]
+  params = abstract(config.model)
   held = (params, params, optimizer_state)
   shardings = sharding.param_shardings(held, _abstract_mesh(config.mesh), params)
   return sum(

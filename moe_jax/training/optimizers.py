@@ -162,7 +162,7 @@ def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.Gradien
 def abstract_state(config: config_lib.Config) -> Any:
   """The shapes of the optimizer's state; nothing is allocated."""
   optimizer = make_optimizer(config.optimizer, config.train.steps)
-  return jax.eval_shape(optimizer.init, abstract(config.model)[1])
+  return jax.eval_shape(optimizer.init, abstract(config.model))
 
 
 def updated_bias(bias_ZE: jax.Array, routed_ZE: jax.Array, rate: float) -> jax.Array:

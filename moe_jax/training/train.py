@@ -12,6 +12,7 @@ from moe_jax import checkpoint, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.data import pipeline
+from moe_jax.kernels import choose
 from moe_jax.model import cost, transformer
 from moe_jax.model.transformer import Tokens, Transformer, bias_shape, moe_layers
 from moe_jax.moe import routers
@@ -178,13 +179,14 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
 
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    init, shapes, shardings = init_state(config, mesh)
     saver = checkpoint.Checkpointer(path, config.train)
     start = saver.latest_step() or 0
     if start >= config.train.steps:
       print(f"{workdir} is finished: step {start} of {config.train.steps}")
       saver.close()
       return
+    config = choose_kernels(config, path)
+    init, shapes, shardings = init_state(config, mesh)
     if start:
       state, batches = saver.restore(start, checkpoint.abstract(shapes, shardings), batches)
       print(f"resuming {workdir} at step {start}")
@@ -193,3 +195,12 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     loop = Loop(config, path, saver, start)
     evaluator = Evaluator(config, validation_rows, mesh, config.eval.batches)
     loop.run(state, batches, compile_step(config, shardings), evaluator, mesh)
+
+
+def choose_kernels(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Config:
+  """The config with each `auto` of a kernel replaced, as the workdir records it or will."""
+  config, chosen, lines = choose.resolve(config, workdir_lib.read_kernels(workdir))
+  if jax.process_index() == 0:
+    workdir_lib.write_kernels(workdir, chosen)
+    print("\n".join(lines))
+  return config
