@@ -1,6 +1,9 @@
 """Eight simulated CPU devices for every test; set before jax starts its backend."""
 
+import enum
 import os
+import pathlib
+import re
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -42,6 +45,21 @@ def toy_config(**moe) -> config_lib.Config:
     train=config_lib.Train(steps=10, eval_every=5, checkpoint_every=5),
     mesh=config_lib.Mesh(data=1),
   )  # fmt: skip
+
+
+def example(mentions: str) -> str:
+  """The code block of docs/extending.md that mentions something."""
+  page = (pathlib.Path(__file__).parent.parent / "docs/extending.md").read_text()
+  (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if mentions in c)
+  return code
+
+
+def new_name(monkeypatch: pytest.MonkeyPatch, kind: type[enum.Enum], value: str) -> enum.Enum:
+  """A member that is not in an enum of the config, while a test runs."""
+  member = object.__new__(kind)
+  member._name_, member._value_ = value.upper(), value
+  monkeypatch.setattr(kind, value.upper(), member, raising=False)
+  return member
 
 
 @pytest.fixture

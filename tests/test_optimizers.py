@@ -5,7 +5,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of, toy_config
+from conftest import example, mesh_of, new_name, toy_config
 from jax.sharding import PartitionSpec as P
 from test_expert_parallel import toy_batch
 
@@ -217,3 +217,19 @@ def test_the_guide_shows_every_optimizer():
   assert set(optimizers.OPTIMIZERS) == set(OptimizerName)
   for name, record in optimizers.OPTIMIZERS.items():
     assert f"| `{name.value}` | {record.about} |" in guide
+
+
+def test_a_new_optimizer_is_one_record(monkeypatch):
+  """That of docs/extending.md, as it stands there: it trains on a mesh as on one device."""
+  lion = new_name(monkeypatch, OptimizerName, "lion")
+  monkeypatch.setitem(optimizers.OPTIMIZERS, lion, None)  # so that it is taken out again
+  exec(compile(example("OptimizerRecord"), "docs/extending.md", "exec"), {})
+  one = train_losses(lion, {})
+  assert one[-1] < one[0] - 0.05
+  assert train_losses(lion, MESHES[1]) == pytest.approx(
+    one, rel=1e-3
+  )  # the sign of small gradients
+  config = toy_config()
+  config.optimizer.name = lion
+  momentum = sum(leaf.size for leaf in jax.tree.leaves(optimizers.abstract_state(config)))
+  assert momentum == sum(p.size for p in cost.parameters(config.model).values()) + 2  # and counters

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_config
+from conftest import example, new_name, toy_config
 from flax import nnx
 from test_expert_parallel import gradients, set_up, toy_batch
 
@@ -351,14 +351,12 @@ def test_scopes_do_not_depend_on_the_mesh(scope):
 
 @pytest.fixture
 def gumbel(monkeypatch):
-  """The router of docs/routing.md's example, as it stands there, under a new name."""
-  code = re.search(r"```python\n(.*?)```", (ROOT / "docs/routing.md").read_text(), re.S)[1]
+  """The router of docs/extending.md, as it stands there, under a new name."""
+  code = example("RouterSpec")
   assert len(code.splitlines()) <= 32
-  new = object.__new__(Router)
-  new._name_, new._value_ = "GUMBEL", "gumbel"
-  monkeypatch.setattr(Router, "GUMBEL", new, raising=False)
+  new = new_name(monkeypatch, Router, "gumbel")
   monkeypatch.setitem(routers.ROUTERS, new, None)  # so that it is taken out again
-  exec(compile(code, "docs/routing.md", "exec"), {})
+  exec(compile(code, "docs/extending.md", "exec"), {})
   return new
 
 

@@ -51,14 +51,15 @@ def _by_name(params: Any, value: Callable[[str, int], Any]) -> Any:
   )
 
 
-def _decay_mask(params: Any) -> Any:
+def decay_mask(params: Any) -> Any:
+  """`decays` of each parameter, as a tree."""
   return _by_name(params, lambda name, _: decays(name))
 
 
 def _adamw(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
   return optax.adamw(
     rate, b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
-    weight_decay=optimizer.weight_decay, mask=_decay_mask,
+    weight_decay=optimizer.weight_decay, mask=decay_mask,
   )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def _adafactor(
   return optax.chain(
     optax.scale_by_factored_rms(),
     optax.clip_by_block_rms(1.0),
-    optax.add_decayed_weights(optimizer.weight_decay, _decay_mask),
+    optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
     optax.scale_by_learning_rate(rate),
   )
 
