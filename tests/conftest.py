@@ -47,6 +47,13 @@ def toy_config(**moe) -> config_lib.Config:
   )  # fmt: skip
 
 
+def slow_unless(everyday, names):
+  """The names as parameters of a test: those that are not in `everyday` are marked slow."""
+  return [
+    pytest.param(name, marks=[] if name in everyday else [pytest.mark.slow]) for name in names
+  ]
+
+
 def example(mentions: str) -> str:
   """The code block of docs/extending.md that mentions something."""
   page = (pathlib.Path(__file__).parent.parent / "docs/extending.md").read_text()

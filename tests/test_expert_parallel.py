@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of, toy_config
+from conftest import mesh_of, slow_unless, toy_config
 from flax import nnx
 
 from moe_jax import config as config_lib
@@ -97,7 +97,7 @@ def one_device_result():
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_unless(["expert2-fsdp2-tensor2"], MESHES))
 def test_every_mesh_takes_the_same_step(mesh, one_device_result):
   want = one_device_result
   assert 0.05 < want[1]["drop_fraction_Z"].mean() < 0.6 and want[1]["max_vio_Z"].min() > 0.3
@@ -112,7 +112,7 @@ def test_every_mesh_takes_the_same_step(mesh, one_device_result):
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize("mesh", [pytest.param("one", marks=pytest.mark.slow), "expert4"])
+@pytest.mark.parametrize("mesh", slow_unless(["one"], ["one", "expert4"]))
 def test_accumulation_is_the_full_batch(mesh):
   """Loss, balance, drops and gradients of 2 microbatches are those of the batch at once."""
   axes = {} if mesh == "one" else dict(expert=4)
@@ -135,7 +135,8 @@ def compiled_text(remat, axes):
 
 
 @pytest.mark.parametrize(
-  ("remat", "count"), [(config_lib.Remat.NONE, 4), (config_lib.Remat.FULL, 6)]
+  ("remat", "count"),
+  [(config_lib.Remat.NONE, 4), pytest.param(config_lib.Remat.FULL, 6, marks=pytest.mark.slow)],
 )
 def test_all_to_alls_in_the_compiled_step(remat, count):
   """2 forward and 2 backward, 2 more under full remat (the scanned body stands for each layer)."""
@@ -149,6 +150,7 @@ def test_all_to_alls_in_the_compiled_step(remat, count):
     assert not {E, D, F} <= set(sizes), f"all-gather of expert weights: [{shape}]"
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_but_not_over_expert():
   """With an fsdp axis the experts' D is gathered, E is not: 1 of 4 experts on each device."""
   text = compiled_text(config_lib.Remat.NONE, dict(expert=4, fsdp=2))
@@ -169,7 +171,7 @@ def shrink(config):
   return config
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_unless(["debug", "mixtral_8x7b"], CONFIGS))
 def test_every_config_takes_a_step_at_toy_size(name):
   config = shrink(importlib.import_module(f"configs.{name}").get_config())
   axes = dict(expert=4, data=2) if config.model.moe.num_experts else dict(data=8)

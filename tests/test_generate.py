@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, toy_config
+from conftest import mesh_of, slow_unless, toy_config
 from flax import nnx
 from test_transformer import build
 
@@ -98,10 +98,6 @@ def empty_cache(model, start_B, slots):
 def rows_of(lengths, seed=0):
   rng = np.random.default_rng(seed)
   return [rng.integers(0, 24, length) for length in lengths]
-
-
-def slow_unless(everyday, names):
-  return [n if n in everyday else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @pytest.mark.parametrize("name", slow_unless(("deepseek", "dense"), MODELS))

@@ -155,6 +155,7 @@ def test_stop_and_warn(tmp_path):
   assert warned(2, values(loss=np.nan)) == []  # said already
 
 
+@pytest.mark.slow
 def test_a_run_that_blows_up_says_where(tmp_path):
   """A real run at an absurd learning rate, stopped by a spike; the alarm is on disk."""
   done = subprocess.run(

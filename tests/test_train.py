@@ -196,6 +196,7 @@ def test_a_run_leaves_its_contract(whole_run):
   assert 12 in kept and len(kept) <= 2
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(whole_run, tmp_path, cache):
   process = subprocess.Popen(
     command(tmp_path / "run", cache), cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.PIPE, text=True
@@ -254,6 +255,7 @@ def as_read(text):
   return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+@pytest.mark.slow
 def test_a_run_generates(whole_run, tmp_path):
   """The same text from the command line, from stdin, and in Python; without the data."""
   workdir = tmp_path / "moved"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_config
+from conftest import slow_unless, toy_config
 from flax import nnx
 
 from moe_jax import config as config_lib
@@ -95,7 +95,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_unless(["mixtral", "switch"], VARIANTS))
 def test_no_token_sees_the_future(variant):
   """The last token changes; every earlier logit is equal to the last bit, drops included."""
   config = toy_config(capacity_factor=0.8, eval_capacity_factor=0.8, **VARIANTS[variant])
@@ -165,7 +165,9 @@ def loss_and_grads(config, params, tokens):
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize("remat", [config_lib.Remat.DOTS, config_lib.Remat.FULL])
+@pytest.mark.parametrize(
+  "remat", slow_unless([config_lib.Remat.DOTS], [config_lib.Remat.DOTS, config_lib.Remat.FULL])
+)
 def test_remat_changes_no_value(remat):
   config = toy_config(capacity_factor=0.8, every=2)
   _, params = build(config)
