@@ -272,7 +272,8 @@ def _swiglu(x_BLD, ffn):
 def _experts(x_BLD, layer, moe, ids_BL, real_BL, trace):
   weights = moe_lib.MoEWeights(layer.router, layer.bias_E, layer.experts)
   tokens = moe_lib.Tokens(real_BL, ids_BL)
-  y_BLD, _, choices = moe_lib.moe_layer(x_BLD, tokens, weights, moe, None, train=False, trace=trace)
+  key = jax.random.key(0)  # nothing is drawn: validate_generation refuses noise in evaluation
+  y_BLD, _, choices = moe_lib.moe_layer(x_BLD, tokens, weights, moe, key, train=False, trace=trace)
   if layer.shared is not None:
     y_BLD += _swiglu(x_BLD, layer.shared)
   return y_BLD, choices

@@ -95,7 +95,10 @@ def local_sums(
   def per_part(where_N: jax.Array) -> jax.Array:
     return jnp.sum(to_part_NP & where_N[:, None], axis=0, dtype=jnp.int32)
 
-  kept_TK = by_token(kept_N, routing.assignments, layout) if layout.choices else kept_N[:, None]
+  if layout.choices:
+    kept_K = jnp.sum(by_token(kept_N, routing.assignments, layout), axis=0, dtype=jnp.int32)
+  else:
+    kept_K = jnp.sum(kept_N, keepdims=True, dtype=jnp.int32)
   entropy_BLE = jax.scipy.special.xlogy(probs_BLE, probs_BLE)
   z_BL = jax.nn.logsumexp(inputs.logits_BLE, axis=-1) ** 2
   load_BLE = routing.load_TE.reshape(B, L, E)
@@ -104,7 +107,7 @@ def local_sums(
     sequences=jnp.sum(jnp.any(real_BL, axis=1), dtype=jnp.int32),
     routed_E=jnp.sum(routed_BE, axis=0),
     kept_E=per_expert(jnp.ones_like(routing.expert_N), kept_N),
-    kept_K=jnp.sum(kept_TK, axis=0, dtype=jnp.int32),
+    kept_K=kept_K,
     routed_P=per_part(routing.real_N),
     kept_P=per_part(kept_N),
     overflow=jnp.sum(lost_N, dtype=jnp.int32),
