@@ -204,7 +204,7 @@ def call(layer, x_BLD, bias_E, real_BL=None):
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
   weights = layer.weights(layer.dtype, bias_E)
   tokens = Tokens(real_BL, ids_BL)
-  inputs = router_inputs(x_BLD, tokens, weights, layer.moe, None, train=False)
+  inputs = router_inputs(x_BLD, tokens, weights, layer.moe, key, train=False)
   y_BLD, stats, _ = layer(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
   return y_BLD, (stats, inputs)
 

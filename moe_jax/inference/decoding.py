@@ -155,6 +155,7 @@ def forward(
   positions_BL = jnp.maximum(slot_L[None] - cache.start_B[:, None], 0)
   tokens = Tokens(tokens_BL, real_BL.astype(jnp.int32), positions_BL)
   x_BLD = transformer.embed(weights.embed_VD, tokens_BL)
+  key = jax.random.key(0)  # nothing is drawn: validate_generation refuses noise in evaluation
   layers: list[KeysValues] = []
   choices: list[Choices] = []
   for layer, kept in zip(weights.layers, cache.layers, strict=True):
@@ -169,7 +170,7 @@ def forward(
       return y_BLHA, kept
 
     out = transformer.decoder_layer(
-      x_BLD, layer, tokens, attend, model, None, train=False, trace=trace
+      x_BLD, layer, tokens, attend, model, key, train=False, trace=trace
     )
     x_BLD = out.x_BLD
     layers.append(out.cache)

@@ -71,7 +71,7 @@ def moe_feedforward(
   ids_BL: jax.Array,
   weights: MoEFFNWeights,
   moe: config_lib.MoE,
-  key: jax.Array | None,
+  key: jax.Array,
   *,
   train: bool,
   trace: bool = False,

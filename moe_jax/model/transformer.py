@@ -62,7 +62,7 @@ def decoder_layer(
   tokens: Tokens,
   attend: Attend,
   model: config_lib.Model,
-  key: jax.Array | None,
+  key: jax.Array,
   *,
   train: bool,
   trace: bool = False,
@@ -75,7 +75,7 @@ def decoder_layer(
     tokens: ids for hash routing, padding, positions.
     attend: see attention.Attend.
     model: what is not a weight.
-    key: for jitter and the router's noise; None where there is neither.
+    key: for jitter and the router's noise.
     train: capacity factor, jitter and noise of training.
     trace: also say what became of each token.
   """
@@ -183,7 +183,7 @@ class Transformer(nnx.Module):
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
     x_BLD = embed(self.embed_VD[...].astype(dtype), tokens.ids_BL)
-    stats = [counts.zeros((0,), model.moe.num_experts, routers.choices(model.moe))]
+    stats = [counts.of_no_layers(model.moe.num_experts, routers.choices(model.moe))]
     choices, first = [], 0
     for index, stack in enumerate(self.scans):
       repeats, pattern = layer_pattern(model)[index]

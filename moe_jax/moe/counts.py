@@ -49,17 +49,15 @@ class Choices(NamedTuple):
   gate_BLE: jax.Array  # float32, before capacity; 0 where not routed
 
 
-def zeros(shape: tuple[int, ...], num_experts: int, choices: int) -> MoeStats:
-  """Statistics that are 0, of leading shape `shape`: (Z,) for the stack of Z layers."""
-  per_expert = (*shape, num_experts)
-  counts, sums = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
-  counts_E, sums_E = jnp.zeros(per_expert, jnp.int32), jnp.zeros(per_expert)
-  counts_K = jnp.zeros((*shape, max(choices, 1)), jnp.int32)
-  counts_P = jnp.zeros((*shape, POSITIONS), jnp.int32)
+def of_no_layers(num_experts: int, choices: int) -> MoeStats:
+  """A stack of Z = 0 layers' statistics."""
+  count_Z, sum_Z = jnp.zeros((0,), jnp.int32), jnp.zeros((0,))
+  count_ZE, sum_ZE = jnp.zeros((0, num_experts), jnp.int32), jnp.zeros((0, num_experts))
+  count_ZK, count_ZP = (jnp.zeros((0, n), jnp.int32) for n in (max(choices, 1), POSITIONS))
   return MoeStats(
-    tokens=counts, sequences=counts, routed_E=counts_E, kept_E=counts_E, kept_K=counts_K,
-    routed_P=counts_P, kept_P=counts_P, overflow=counts, prob_E=sums_E, sequence_balance=sums,
-    importance_E=sums_E, gate_kept=sums, load_E=sums_E, z=sums, entropy=sums,
+    tokens=count_Z, sequences=count_Z, routed_E=count_ZE, kept_E=count_ZE, kept_K=count_ZK,
+    routed_P=count_ZP, kept_P=count_ZP, overflow=count_Z, prob_E=sum_ZE, sequence_balance=sum_Z,
+    importance_E=sum_ZE, gate_kept=sum_Z, load_E=sum_ZE, z=sum_Z, entropy=sum_Z,
   )  # fmt: skip
 
 
@@ -95,7 +93,10 @@ def local_sums(
   def per_part(where_N: jax.Array) -> jax.Array:
     return jnp.sum(to_part_NP & where_N[:, None], axis=0, dtype=jnp.int32)
 
-  kept_TK = by_token(kept_N, routing.assignments, layout) if layout.choices else kept_N[:, None]
+  if layout.choices:
+    kept_K = jnp.sum(by_token(kept_N, routing.assignments, layout), axis=0, dtype=jnp.int32)
+  else:
+    kept_K = jnp.sum(kept_N, keepdims=True, dtype=jnp.int32)
   entropy_BLE = jax.scipy.special.xlogy(probs_BLE, probs_BLE)
   z_BL = jax.nn.logsumexp(inputs.logits_BLE, axis=-1) ** 2
   load_BLE = routing.load_TE.reshape(B, L, E)
@@ -104,7 +105,7 @@ def local_sums(
     sequences=jnp.sum(jnp.any(real_BL, axis=1), dtype=jnp.int32),
     routed_E=jnp.sum(routed_BE, axis=0),
     kept_E=per_expert(jnp.ones_like(routing.expert_N), kept_N),
-    kept_K=jnp.sum(kept_TK, axis=0, dtype=jnp.int32),
+    kept_K=kept_K,
     routed_P=per_part(routing.real_N),
     kept_P=per_part(kept_N),
     overflow=jnp.sum(lost_N, dtype=jnp.int32),

@@ -48,8 +48,7 @@ class Rows(NamedTuple):
 
   x: jax.Array  # [E, R, D], R slots of each expert; or [S, D], sorted by expert, empty rows last
   sizes_E: jax.Array | None  # int32, rows of each expert where they are sorted; None for slots
-  slots: Slots | None  # None where every expert gets every token
-  kept_N: jax.Array  # bool, assignments that an expert will compute
+  slots: Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class Dispatcher:
   """One way to lay out rows. In `DISPATCHERS` by its name in the config."""
 
   pack: Callable[[jax.Array, Assignments, Layout], Rows]  # (x_TD, ...) -> rows
-  combine: Callable[[jax.Array, Assignments, Slots | None, Layout], jax.Array]  # (y, ...) -> y_TD
+  combine: Callable[[jax.Array, Assignments, Slots, Layout], jax.Array]  # (y, ...) -> y_TD
   slots: bool  # rows are slots, as many for every expert; otherwise sorted by expert
   drops: bool  # an assignment beyond the capacity of its expert is dropped
 
@@ -144,7 +143,7 @@ def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
   slots, sizes_E = place(assigned, layout)
   x_SD = gather_rows(x_TD, assigned, slots, layout)
   x = x_SD.reshape(layout.experts, -1, x_SD.shape[-1]) if layout.slots else x_SD
-  return Rows(x, sizes_E, slots, slots.kept_N)
+  return Rows(x, sizes_E, slots)
 
 
 def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
@@ -155,9 +154,7 @@ def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: La
   return _take_rows(x_TD, token_S, by_token(slots.slot_N, assigned, layout))
 
 
-def gather_combine(
-  y: jax.Array, assigned: Assignments, slots: Slots | None, layout: Layout
-) -> jax.Array:
+def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
   """y_TD: the sum of each token's rows, each times its gate, in float32; 0 where it has none."""
   y_SD = y.reshape(-1, y.shape[-1])
   if layout.choices:
@@ -219,11 +216,11 @@ def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows
   mask_EMCU = jnp.einsum("MIEC,MIU->EMCU", to_MIEC, from_MIU).astype(x_TD.dtype)
   x_MUD = x_TD.reshape(layout.groups, -1, x_TD.shape[-1])
   x_EMCD = jnp.einsum("EMCU,MUD->EMCD", mask_EMCU, x_MUD)
-  return Rows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots, slots.kept_N)
+  return Rows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots)
 
 
 def _einsum_combine(
-  y_ERD: jax.Array, assigned: Assignments, slots: Slots | None, layout: Layout
+  y_ERD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout
 ) -> jax.Array:
   from_MIU, to_MIEC = _one_hots(assigned, slots, layout)
   gate_MI = assigned.gate_N.reshape(layout.groups, -1)
@@ -236,11 +233,15 @@ def _einsum_combine(
 def _dense_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
   """Every expert gets every token."""
   x_ETD = jnp.tile(x_TD, (layout.experts, 1)).reshape(layout.experts, *x_TD.shape)
-  return Rows(x_ETD, None, None, assigned.real_N)
+  T, N = layout.tokens, assigned.token_N.shape[0]
+  S = layout.experts * T
+  slot_N = jnp.where(assigned.real_N, assigned.expert_N * T + assigned.token_N, S)
+  assignment_S = jnp.full_like(slot_N, N, shape=(S,)).at[slot_N].set(jnp.arange(N), mode="drop")
+  return Rows(x_ETD, None, Slots(slot_N, assignment_S, assigned.real_N))
 
 
 def _dense_combine(
-  y_ETD: jax.Array, assigned: Assignments, slots: Slots | None, layout: Layout
+  y_ETD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout
 ) -> jax.Array:
   gate_N = jnp.where(assigned.real_N, assigned.gate_N, 0)
   gate_TE = jnp.zeros((layout.tokens, layout.experts), jnp.float32)

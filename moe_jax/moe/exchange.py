@@ -41,10 +41,6 @@ class Trip(NamedTuple):
   plan: Any  # what bring_back must know
 
 
-def _as_they_are(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
-  return Load(x_TD, assigned, layout)
-
-
 def _stay(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
   return Trip(rows, rows, None)
 
@@ -56,7 +52,7 @@ def _stayed(y: jax.Array, trip: Trip) -> jax.Array:
 def _what_was_sent(
   y_TD: jax.Array, assigned: Assignments, trip: Trip
 ) -> tuple[jax.Array, jax.Array]:
-  return y_TD, trip.sent.kept_N
+  return y_TD, trip.sent.slots.kept_N
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +64,7 @@ class ExchangeSpec:
   """
 
   # (x_TD, assignments, layout) of a device -> what it packs
-  prepare: Callable[[jax.Array, Assignments, Layout], Load] = _as_they_are
+  prepare: Callable[[jax.Array, Assignments, Layout], Load] = Load
   # (packed rows, assignments, layout) -> rows at their experts; arguments as of prepare
   send: Callable[[Rows, Assignments, Layout], Trip] = _stay
   # (outputs, shaped as received.x) -> outputs, shaped as sent.x
@@ -257,6 +253,7 @@ def _send_ragged(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
 
   [N, D] -> [R, D]; then sorted by expert. R = exchange_factor * N, or X*N where the factor is 0.
   """
+  assert rows.sizes_E is not None
   X, N = _expert_devices(), assigned.token_N.shape[0]
   own_experts = layout.experts // X
   counts_XXJ = jax.lax.all_gather(rows.sizes_E.reshape(X, own_experts), "expert")
@@ -270,8 +267,8 @@ def _send_ragged(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
   device_N = assigned.expert_N // own_experts
   fits_N = rows.slots.slot_N - plan.send_start_X[device_N] < plan.send_X[device_N]
   kept_N = assigned.real_N & fits_N
-  slots = rows.slots._replace(slot_N=jnp.where(kept_N, rows.slots.slot_N, N))
-  return Trip(rows._replace(slots=slots, kept_N=kept_N), received, (plan, order))
+  slots = rows.slots._replace(slot_N=jnp.where(kept_N, rows.slots.slot_N, N), kept_N=kept_N)
+  return Trip(rows._replace(slots=slots), received, (plan, order))
 
 
 def _bring_back_ragged(y_RD: jax.Array, trip: Trip) -> jax.Array:

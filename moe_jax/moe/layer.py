@@ -76,7 +76,7 @@ def moe_layer(
   ids_BL: jax.Array,
   weights: MoEWeights,
   moe: config_lib.MoE,
-  key: jax.Array | None,
+  key: jax.Array,
   *,
   train: bool,
   trace: bool = False,
@@ -89,7 +89,7 @@ def moe_layer(
     ids_BL: int32 token ids, for routers that read them.
     weights: of the router and the experts.
     moe: the configuration of the layer.
-    key: for jitter and noise; None where the router draws nothing.
+    key: for jitter and noise.
     train: selects the capacity factor, jitter, and what the router does in training.
     trace: also return the choices of each token.
   """
@@ -124,11 +124,13 @@ def on_mesh(
     return local(x_BLD, inputs, experts)
   everywhere, batch = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=everywhere)
-  of_experts = Experts(*(sharding.spec(letters) for letters in ("EDF", "EDF", "EFD")))
+  # Trees of specs, shaped as the arguments and the results are.
+  of_experts = Experts(*map(sharding.spec, ("EDF", "EDF", "EFD")))  # type: ignore[arg-type]
+  outputs = MoEOutput(batch, everywhere, batch)  # type: ignore[arg-type]
   return jax.shard_map(
     local,
     in_specs=(batch, per_token, of_experts),
-    out_specs=MoEOutput(batch, everywhere, batch),
+    out_specs=outputs,
   )(x_BLD, inputs, experts)
 
 
@@ -138,7 +140,7 @@ def router_inputs(
   ids_BL: jax.Array,
   weights: MoEWeights,
   moe: config_lib.MoE,
-  key: jax.Array | None,
+  key: jax.Array,
   *,
   train: bool,
 ) -> LayerInputs:
@@ -147,11 +149,11 @@ def router_inputs(
   Jitter and noise are drawn for the tokens of the whole mesh, so they do not depend on the mesh.
   """
   spec = routers.ROUTERS[moe.router]
-  keys = None if key is None else jax.random.split(key)
+  jitter_key, noise_key = jax.random.split(key)
   x_BLD = x_BLD.astype(jnp.float32)
   if train and moe.jitter:
     low, high = 1 - moe.jitter, 1 + moe.jitter
-    jitter_BLD = jax.random.uniform(keys[0], x_BLD.shape, jnp.float32, low, high)
+    jitter_BLD = jax.random.uniform(jitter_key, x_BLD.shape, jnp.float32, low, high)
     x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
 
   def project(x_BLD: jax.Array, w_DE: jax.Array) -> jax.Array:
@@ -160,7 +162,7 @@ def router_inputs(
   logits_BLE = project(x_BLD, weights.router[routers.ROUTER_DE.name])
   noise_BLE, extra = None, {}
   if spec.noise is not None and (train or spec.noise_in_evaluation):
-    noise_BLE = _by_batch(spec.noise(keys[1], logits_BLE.shape))
+    noise_BLE = _by_batch(spec.noise(noise_key, logits_BLE.shape))
   if spec.extra is not None and spec.runs_own(train=train):
     extra = spec.extra(x_BLD, weights.router, project)
   return LayerInputs(logits_BLE, real_BL, ids_BL, weights.bias_E, noise_BLE, extra)

@@ -23,24 +23,23 @@ from moe_jax.moe.routing import LayerInputs, Project, RouterInputs, RouterSpec, 
 def route(inputs: LayerInputs, moe: MoE, groups: int, *, capacity: int, train: bool) -> Routing:
   """One routing of all tokens of this device; routing groups do not see each other."""
   spec = ROUTERS[moe.router]
-  function = spec.function if spec.runs_own(train=train) else spec.evaluation
+  function = spec.function if train or spec.evaluation is None else spec.evaluation
   if spec.takes_capacity:
     function = functools.partial(function, capacity=capacity)
 
   def split(array: jax.Array) -> jax.Array:
     return array.reshape(groups, -1, *array.shape[2:])
 
-  def route_group(inputs: RouterInputs, first_token: jax.Array) -> Routing:
-    routing = function(inputs, moe)
+  def route_group(first_token: jax.Array, per_token: RouterInputs) -> Routing:
+    routing = function(per_token._replace(bias_E=inputs.bias_E), moe)
     return routing._replace(token_N=routing.token_N + first_token)
 
-  logits, real, ids, noise, extra = jax.tree.map(
-    split, (inputs.logits_BLE, inputs.real_BL, inputs.ids_BL, inputs.noise_BLE, inputs.extra)
-  )
-  first_token = real.shape[1] * jnp.arange(groups, dtype=jnp.int32)
-  by_group = jax.vmap(route_group, in_axes=(RouterInputs(0, 0, 0, None, 0, 0), 0))(
-    RouterInputs(logits, real, ids, inputs.bias_E, noise, extra), first_token
-  )
+  # Both structs have the same fields in the same order; the bias is not of a token.
+  without_bias = inputs._replace(bias_E=None)  # type: ignore[arg-type]
+  per_token = RouterInputs(*jax.tree.map(split, without_bias))
+  tokens = inputs.real_BL.size // groups
+  first_token = tokens * jnp.arange(groups, dtype=jnp.int32)
+  by_group = jax.vmap(route_group)(first_token, per_token)
   return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), by_group)
 
 
@@ -82,6 +81,7 @@ def noisy_topk(inputs: RouterInputs, moe: MoE) -> Routing:
 
   load_TE is the chance that an expert would be chosen if its own noise were drawn again (eq. 8-9).
   """
+  assert inputs.noise_TE is not None
   scale_TE = inputs.extra["noise_scale"]
   noisy_TE = inputs.logits_TE + inputs.noise_TE * scale_TE
   best_TK, expert_TK = jax.lax.top_k(noisy_TE, moe.top_k + 1)
@@ -153,6 +153,7 @@ def random(inputs: RouterInputs, moe: MoE) -> Routing:
 
   Gates are the learned probabilities of the drawn experts. Evaluation repeats its draw.
   """
+  assert inputs.noise_TE is not None
   expert_TK = jax.lax.top_k(inputs.noise_TE, moe.top_k)[1]
   return token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
 
