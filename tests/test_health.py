@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def test_moe_metrics_by_hand():
   """Two layers, four experts, top-2 of 10 tokens; the second layer lost a quarter."""
-  stats = counts.zeros((2,), 4, 2)._replace(
+  stats = counts.zeros(2, 4, 2)._replace(
     tokens=jnp.array([10, 10]),
     routed_E=jnp.array([[5, 5, 5, 5], [10, 9, 1, 0]]),
     kept_E=jnp.array([[5, 5, 5, 5], [7, 7, 1, 0]]),

@@ -304,7 +304,7 @@ def test_balance_loss_is_one_when_balanced_for_every_k():
 
 
 def test_a_lost_statistic_raises():
-  stats = counts.zeros((1,), 4, 1)
+  stats = counts.zeros(1, 4, 1)
   sums = losses.sums(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), stats)
   with pytest.raises(ValueError, match="1 of 2 MoE layers"):
     losses.total(sums, config_lib.Loss(), num_moe_layers=2)

@@ -312,7 +312,7 @@ def test_balance_scopes():
   """Two rows that prefer opposite experts: balanced together, unbalanced one by one."""
   routed = np.array([[4, 0], [0, 4]])
   prob = np.array([[3.0, 1.0], [1.0, 3.0]])
-  stats = counts.zeros((1,), 2, 1)._replace(
+  stats = counts.zeros(1, 2, 1)._replace(
     tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
     prob_E=jnp.array(prob.sum(0))[None],
     sequence_balance=jnp.sum(counts.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))

@@ -59,7 +59,7 @@ def test_cross_entropy_by_hand():
   logits_BLV = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]]))
   targets_BL = jnp.array([[0, 1, 2]])
   real_BL = jnp.array([[True, True, False]])
-  no_experts = counts.zeros((0,), 4, 1)
+  no_experts = counts.zeros(0, 4, 1)
   sums = losses.sums(logits_BLV + 2.0, targets_BL, real_BL, no_experts)
   np.testing.assert_allclose(sums.nll, -np.log(0.5) - np.log(0.8), rtol=1e-6)
   np.testing.assert_allclose(sums.z, 2 * 2.0**2, rtol=1e-6)  # logsumexp of each is 2
@@ -70,7 +70,7 @@ def test_cross_entropy_by_hand():
 
 
 def test_loss_weights_add_up():
-  stats = counts.zeros((1,), 2, 1)._replace(
+  stats = counts.zeros(1, 2, 1)._replace(
     tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), kept_E=jnp.array([[4, 0]]),
     prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
   )  # fmt: skip

@@ -49,11 +49,12 @@ class Choices(NamedTuple):
   gate_BLE: jax.Array  # float32, before capacity; 0 where not routed
 
 
-def of_no_layers(num_experts: int, choices: int) -> MoeStats:
-  """A stack of Z = 0 layers' statistics."""
-  count_Z, sum_Z = jnp.zeros((0,), jnp.int32), jnp.zeros((0,))
-  count_ZE, sum_ZE = jnp.zeros((0, num_experts), jnp.int32), jnp.zeros((0, num_experts))
-  count_ZK, count_ZP = (jnp.zeros((0, n), jnp.int32) for n in (max(choices, 1), POSITIONS))
+def zeros(num_layers: int, num_experts: int, choices: int) -> MoeStats:
+  """Of a stack of layers that counted nothing."""
+  Z, E, K = num_layers, num_experts, max(choices, 1)
+  count_Z, sum_Z = jnp.zeros((Z,), jnp.int32), jnp.zeros((Z,))
+  count_ZE, sum_ZE = jnp.zeros((Z, E), jnp.int32), jnp.zeros((Z, E))
+  count_ZK, count_ZP = (jnp.zeros((Z, n), jnp.int32) for n in (K, POSITIONS))
   return MoeStats(
     tokens=count_Z, sequences=count_Z, routed_E=count_ZE, kept_E=count_ZE, kept_K=count_ZK,
     routed_P=count_ZP, kept_P=count_ZP, overflow=count_Z, prob_E=sum_ZE, sequence_balance=sum_Z,
