@@ -38,7 +38,7 @@ def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
 def weights():
   """Of toy_config, with routers as uneven as learned ones; any routing can use them."""
   with jax.set_mesh(mesh_of()):
-    _, init, _, _ = train.init_state(toy_config(), mesh_of())
+    init, _, _ = train.init_state(toy_config(), mesh_of())
     return jax.tree_util.tree_map_with_path(
       lambda path, leaf: np.asarray(leaf) * (30 if "router_DE" in str(path) else 1), init().params
     )

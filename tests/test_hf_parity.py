@@ -16,7 +16,7 @@ from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Dispatch
 from moe_jax.model.feedforward import MoEFFN
 from moe_jax.moe import dispatch, routers
-from moe_jax.moe.layer import Tokens, router_inputs
+from moe_jax.moe.layer import router_inputs
 from moe_jax.training import losses
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
@@ -203,8 +203,7 @@ def call(layer, x_BLD, bias_E, real_BL=None):
   real_BL = jnp.ones((B, L), bool) if real_BL is None else real_BL
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
   weights = layer.weights(layer.dtype, bias_E)
-  tokens = Tokens(real_BL, ids_BL)
-  inputs = router_inputs(x_BLD, tokens, weights, layer.moe, key, train=False)
+  inputs = router_inputs(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=False)
   y_BLD, stats, _ = layer(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
   return y_BLD, (stats, inputs)
 

@@ -419,11 +419,11 @@ def test_router_stays_float32_under_bfloat16(one_device):
   model.compute_dtype = config_lib.Dtype.BFLOAT16
   layer = MoEFFN(model, nnx.Rngs(0))
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
-  tokens = layer_lib.Tokens(jnp.ones((2, 9), bool), jnp.zeros((2, 9), int))
+  real_BL, ids_BL = jnp.ones((2, 9), bool), jnp.zeros((2, 9), int)
   weights = layer.weights(layer.dtype, jnp.zeros(4))
   assert all(w.dtype == jnp.bfloat16 for w in weights.experts)
   inputs = layer_lib.router_inputs(
-    x_BLD, tokens, weights, layer.moe, jax.random.key(0), train=False
+    x_BLD, real_BL, ids_BL, weights, layer.moe, jax.random.key(0), train=False
   )
   logits = inputs.logits_BLE
   want = np.asarray(x_BLD, np.float64) @ np.asarray(layer.router_DE[...], np.float64)

@@ -39,6 +39,10 @@ class DenseFFN(nnx.Module):
   def weights(self, dtype: jnp.dtype) -> FFNWeights:
     return FFNWeights(*(w[...].astype(dtype) for w in (self.gate_DF, self.up_DF, self.down_FD)))
 
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    """`feedforward` with these parameters."""
+    return feedforward(x_BLD, self.weights(x_BLD.dtype))
+
 
 class MoEFFN(MoELayer):
   """The parameters of a router, its experts, and the shared experts that every token uses.
