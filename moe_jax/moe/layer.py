@@ -125,12 +125,11 @@ def on_mesh(
   everywhere, batch = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=everywhere)
   # Trees of specs, shaped as the arguments and the results are.
-  of_experts = Experts(*map(sharding.spec, ("EDF", "EDF", "EFD")))  # type: ignore[arg-type]
-  outputs = MoEOutput(batch, everywhere, batch)  # type: ignore[arg-type]
+  of_experts = Experts._make(map(sharding.spec, ("EDF", "EDF", "EFD")))
   return jax.shard_map(
     local,
     in_specs=(batch, per_token, of_experts),
-    out_specs=outputs,
+    out_specs=MoEOutput._make((batch, everywhere, batch)),
   )(x_BLD, inputs, experts)
 
 

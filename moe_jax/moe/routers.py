@@ -30,16 +30,21 @@ def route(inputs: LayerInputs, moe: MoE, groups: int, *, capacity: int, train: b
   def split(array: jax.Array) -> jax.Array:
     return array.reshape(groups, -1, *array.shape[2:])
 
-  def route_group(first_token: jax.Array, per_token: RouterInputs) -> Routing:
-    routing = function(per_token._replace(bias_E=inputs.bias_E), moe)
+  def route_group(
+    first_token: jax.Array,
+    logits_TE: jax.Array,
+    real_T: jax.Array,
+    ids_T: jax.Array,
+    noise_TE: jax.Array | None,
+    extra: dict[str, jax.Array],
+  ) -> Routing:
+    group = RouterInputs(logits_TE, real_T, ids_T, inputs.bias_E, noise_TE, extra)
+    routing = function(group, moe)
     return routing._replace(token_N=routing.token_N + first_token)
 
-  # Both structs have the same fields in the same order; the bias is not of a token.
-  without_bias = inputs._replace(bias_E=None)  # type: ignore[arg-type]
-  per_token = RouterInputs(*jax.tree.map(split, without_bias))
-  tokens = inputs.real_BL.size // groups
-  first_token = tokens * jnp.arange(groups, dtype=jnp.int32)
-  by_group = jax.vmap(route_group)(first_token, per_token)
+  per_token = (inputs.logits_BLE, inputs.real_BL, inputs.ids_BL, inputs.noise_BLE, inputs.extra)
+  first_token = inputs.real_BL.size // groups * jnp.arange(groups, dtype=jnp.int32)
+  by_group = jax.vmap(route_group)(first_token, *jax.tree.map(split, per_token))
   return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), by_group)
 
 
