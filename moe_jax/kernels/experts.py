@@ -7,6 +7,7 @@ arithmetic on a CPU and has no fast lowering on CUDA.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ class ExpertsKernel:
   function: Callable[[jax.Array, Matrices, jax.Array, Activation], jax.Array]
   platforms: tuple[str, ...]  # where it runs
   tried_on: tuple[str, ...]  # where `auto` considers it
-  available: Callable[[], str] = lambda: ""  # why it cannot run here, or ""
+  available: Callable[[], str] = lambda: ""  # why it cannot run on the mesh in force, or ""
 
 
 def _tokamax(implementation: str, *platforms: str) -> ExpertsKernel:
@@ -94,7 +95,7 @@ def _tokamax(implementation: str, *platforms: str) -> ExpertsKernel:
     function=tokamax_experts.implementation(implementation),
     platforms=platforms,
     tried_on=platforms,
-    available=tokamax_experts.missing,
+    available=functools.partial(tokamax_experts.missing, implementation),
   )
 
 

@@ -15,8 +15,8 @@ from moe_jax.kernels.activation import Activation
 _OLDEST = (0, 0, 17)  # earlier ones give NaN weight gradients on a GPU to experts without rows
 
 
-def missing() -> str:
-  """Why tokamax cannot be used, or "" if it can."""
+def missing(name: str) -> str:
+  """Why tokamax's implementation of that name cannot be used on the mesh in force, or ""."""
   try:
     import tokamax
   except ImportError:
@@ -24,6 +24,9 @@ def missing() -> str:
   version = tokamax.__version__
   if tuple(int(part) for part in version.split(".")[:3]) < _OLDEST:
     return f"tokamax {version} is too old: pip install 'tokamax>=0.0.17', which needs Python 3.12"
+  mesh = jax.sharding.get_abstract_mesh()
+  if name == "mosaic_tpu_v2" and not mesh.empty and mesh.size > 1:
+    return "it does not run under shard_map, so on one device only"
   return ""
 
 
@@ -39,8 +42,9 @@ def _experts(
   sizes_E: jax.Array,
   activation: Activation,
 ) -> jax.Array:
-  if missing():
-    raise UserError(f"config.model.moe.grouped_matmul={name}: {missing()}; or set it to auto")
+  reason = missing(name)
+  if reason:
+    raise UserError(f"config.model.moe.grouped_matmul={name}: {reason}; or set it to auto")
   import tokamax
 
   def product(x: jax.Array, w: jax.Array) -> jax.Array:
