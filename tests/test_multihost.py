@@ -17,6 +17,8 @@ def command(workdir, cache, *arguments):
   return [
     sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
     f"--config.data.cache_dir={cache}", "--config.train.steps=6", "--config.train.log_every=1",
+    "--config.model.moe.dispatch=grouped", "--config.model.moe.capacity_factor=0",
+    "--config.model.moe.eval_capacity_factor=0",
     "--config.train.eval_every=6", "--config.train.checkpoint_every=6", "--config.mesh.expert=2",
     *arguments,
   ]  # fmt: skip
@@ -48,6 +50,8 @@ def test_two_processes_train_as_one(tmp_path):
     processes.append(subprocess.Popen(arguments, cwd=ROOT, env=env))
   assert [process.wait(timeout=500) for process in processes] == [0, 0]
 
+  chosen = [json.loads((tmp_path / run / "kernels.json").read_text()) for run in ("one", "two")]
+  assert chosen[0] == chosen[1] and chosen[0]["grouped_matmul"] == "blocked"
   for name in ("train/loss", "train/load_balance", "validation/loss", "validation/tokens"):
     got, want = values(tmp_path / "two", name), values(tmp_path / "one", name)
     assert len(got) == len(want) > 0

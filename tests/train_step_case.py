@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import config as config_lib
-from moe_jax import data, sharding
+from moe_jax import sharding
 from moe_jax.config import Attention, Dtype
+from moe_jax.data import pipeline
 from moe_jax.training import train
 
 LENGTH = 1152  # a multiple of 128 that nothing else has for a size, nor by chance as a product
@@ -39,7 +40,7 @@ def compile_step(devices: Sequence[jax.Device], attention: str) -> str:
     )
     rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
     tokens_BL = jax.ShapeDtypeStruct((config.data.batch_size, LENGTH), np.int32, sharding=rows)
-    batch = data.Batch(*[tokens_BL] * len(data.Batch._fields))
+    batch = pipeline.Batch(*[tokens_BL] * len(pipeline.Batch._fields))
     step = train.compile_step(config, shardings)
     return step.lower(state, batch).compile().as_text()
 

@@ -9,6 +9,7 @@ several processes the first decides for all: they must compile the same program.
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax import config as config_lib
+from moe_jax import sharding
 from moe_jax.config import Attention, Config, Dispatch, Exchange, GroupedMatmul, UserError
 from moe_jax.kernels import platform
 from moe_jax.kernels.activation import gated
@@ -29,6 +31,7 @@ _ROUNDS = 3
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 Function = Callable[..., jax.Array]
+Name = TypeVar("Name")
 
 
 def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str, str], list[str]]:
@@ -90,36 +93,39 @@ def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
     return model.attention, f"{model.attention.value}, as the config says"
   if recorded:
     return Attention(recorded), f"{recorded}, as when the run began"
-  name, line = choose_attention(platform.name(), q_shape, k_shape, dtype)
-  if name is Attention.REFERENCE:
-    return name, line
+
+  def decide() -> tuple[Attention, str]:
+    name, line = choose_attention(platform.name(), q_shape, k_shape, dtype)
+    if name is Attention.REFERENCE:
+      return name, line
+    try:
+      difference = _attention_difference(name, (1, *q_shape[1:]), (1, *k_shape[1:]), dtype)
+    except Exception as error:  # a library that is missing, or does not know this device
+      why = str(error).splitlines()[0]
+      return Attention.REFERENCE, f"reference, as {name.value} does not run here: {why}"
+    if not difference <= _TOLERANCE[dtype.name]:
+      why = f"{name.value} differs from it by {difference:.1e}"
+      return Attention.REFERENCE, f"reference, as {why}"
+    return name, f"{line}; differs from the reference by {difference:.0e}"
+
+  return _first_process_decides(decide, list(Attention))
+
+
+def _attention_difference(
+  kernel: Attention, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype
+) -> float:
+  """From the reference, on a row of three documents."""
   rng = np.random.default_rng(0)
-  mesh = jax.sharding.get_abstract_mesh()
-  rows = mesh.size if mesh.shape else 1
-  q, k, v, dy = (
-    jnp.asarray(rng.normal(size=(rows, *shape[1:])), dtype)
-    for shape in (q_shape, k_shape, k_shape, q_shape)
-  )
-  cuts = np.sort(rng.integers(0, length, (rows, 2)), axis=1)
-  segments_BL = jnp.asarray(1 + (np.arange(length) >= cuts[..., None]).sum(1), jnp.int32)
+  cuts = np.sort(rng.integers(0, q_shape[1], 2))
+  with _one_device():
+    segments_BL = jnp.asarray(1 + np.searchsorted(cuts, np.arange(q_shape[1]))[None], jnp.int32)
+    shapes = (q_shape, k_shape, k_shape, q_shape)
+    q, k, v, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
-  def wrong(kernel: Attention) -> float:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-      return ATTENTION[kernel].function(q, k, v, segments_BL)
+    def bound(name: Attention) -> Function:
+      return lambda q, k, v: ATTENTION[name].function(q, k, v, segments_BL)
 
-    return _compare(attend, reference, (q, k, v), dy)
-
-  def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return ATTENTION[Attention.REFERENCE].function(q, k, v, segments_BL)
-
-  try:
-    difference = wrong(name)
-  except Exception as error:  # a library that is missing, or does not know this device
-    why = str(error).splitlines()[0]
-    return Attention.REFERENCE, f"reference, as {name.value} does not run here: {why}"
-  if not difference <= _TOLERANCE[dtype.name]:
-    return Attention.REFERENCE, f"reference, as {name.value} differs from it by {difference:.1e}"
-  return name, f"{line}; differs from the reference by {difference:.0e}"
+    return _compare(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
 
 
 def _experts(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
@@ -131,16 +137,7 @@ def _experts(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
     return moe.grouped_matmul, f"{moe.grouped_matmul.value}, as the config says"
   if recorded:
     return GroupedMatmul(recorded), f"{recorded}, as when the run began"
-  names = list(GroupedMatmul)
-  line = ""
-
-  def fastest() -> int:
-    nonlocal line
-    kernel, line = _fastest_experts(config)
-    return names.index(kernel)
-
-  kernel = names[_first_process_decides(fastest)]
-  return kernel, line or f"{kernel.value}, as the first process chose"
+  return _first_process_decides(lambda: _fastest_experts(config), list(GroupedMatmul))
 
 
 def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
@@ -153,19 +150,20 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
   here = [k for k, r in KERNELS.items() if platform.name() in r.tried_on and not r.available()]
   seconds: dict[GroupedMatmul, float] = {}
   notes = []
-  few, many = (_expert_arrays(n, D, F, E, dtype) for n in (min(rows, _ROWS), rows))
-  for kernel in here:
-    try:
-      difference = _compare(_bound(kernel, few[1]), _bound(_REFERENCE, few[1]), few[0], few[2])
-      if not difference <= _TOLERANCE[dtype.name]:
-        notes.append(f"{kernel.value} differs from the reference by {difference:.1e}")
-      elif len(here) == 1:
-        return kernel, f"{kernel.value}; differs from the reference by {difference:.0e}"
-      else:
-        seconds[kernel] = _seconds(_bound(kernel, many[1]), many[0], many[2])
-        notes.append(f"{kernel.value} {1e3 * seconds[kernel]:.2f} ms")
-    except Exception as error:  # a kernel that does not know this device or these sizes
-      notes.append(f"{kernel.value} does not run here: {str(error).splitlines()[0]}")
+  with _one_device():
+    few, many = (_expert_arrays(n, D, F, E, dtype) for n in (min(rows, _ROWS), rows))
+    for kernel in here:
+      try:
+        difference = _compare(_bound(kernel, few[1]), _bound(_REFERENCE, few[1]), few[0], few[2])
+        if not difference <= _TOLERANCE[dtype.name]:
+          notes.append(f"{kernel.value} differs from the reference by {difference:.1e}")
+        elif len(here) == 1:
+          return kernel, f"{kernel.value}; differs from the reference by {difference:.0e}"
+        else:
+          seconds[kernel] = _seconds(_bound(kernel, many[1]), many[0], many[2])
+          notes.append(f"{kernel.value} {1e3 * seconds[kernel]:.2f} ms")
+      except Exception as error:  # a kernel that does not know this device or these sizes
+        notes.append(f"{kernel.value} does not run here: {str(error).splitlines()[0]}")
   best = min(seconds, key=seconds.__getitem__, default=_REFERENCE)
   return best, f"{best.value} ({', '.join(notes)}; {rows} rows)"
 
@@ -227,9 +225,21 @@ def _seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Array) -
   return min(seconds)
 
 
-def _first_process_decides(decide: Callable[[], int]) -> int:
-  """The first process's answer, in every process."""
-  answer = decide() if jax.process_index() == 0 else 0
+def _one_device() -> Any:
+  """A context in which this process's first device is the mesh: trials need no other process."""
+  mesh = jax.make_mesh(
+    (1,) * len(sharding.AXES), sharding.AXES, devices=jax.local_devices()[:1],
+    axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
+  )  # fmt: skip
+  return jax.set_mesh(mesh)
+
+
+def _first_process_decides(
+  decide: Callable[[], tuple[Name, str]], names: list[Name]
+) -> tuple[Name, str]:
+  """What `decide` says in the first process, which prints its line; of the name all processes."""
   if jax.process_count() == 1:
-    return answer
-  return int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+    return decide()
+  name, line = decide() if jax.process_index() == 0 else (names[0], "")
+  chosen = multihost_utils.broadcast_one_to_all(np.int32(names.index(name)))
+  return names[int(chosen)], line
