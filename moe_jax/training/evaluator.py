@@ -117,7 +117,7 @@ class Evaluator:
     return {
       name: {
         "loss": float(nll / targets),
-        "bits_per_byte": float(nll / math.log(2) / max(num_bytes, 1)),
+        "bits_per_byte": float(nll / math.log(2)) / max(int(num_bytes), 1),
         "tokens": int(targets),
         "bytes": int(num_bytes),
       }
