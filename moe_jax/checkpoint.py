@@ -23,7 +23,7 @@ class Checkpointer:
     """With `train`, keeps its latest and best steps and deletes the others; without, only reads."""
     self._workdir = workdir
     # The other two follow from it, but Orbax says so each time.
-    options = {"read_only": True, "create": False, "save_interval_steps": 0}
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     if train is not None:
       # Orbax's own max_to_keep with best_fn would delete the newest checkpoint.
       keep = [policies.LatestN(train.keep_latest)]
@@ -34,15 +34,15 @@ class Checkpointer:
           n=train.keep_best,
         )
         keep.append(best)
-      options = {
-        "preservation_policy": policies.AnyPreservationPolicy(keep),
-        "best_fn": lambda metrics: metrics["loss"],  # without it the metrics are not written
-        "best_mode": "min",
-        "enable_async_checkpointing": True,
-      }
+      options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        best_fn=lambda metrics: metrics["loss"],  # without it the metrics are not written
+        best_mode="min",
+        enable_async_checkpointing=True,
+      )
     self._manager = ocp.CheckpointManager(
       (workdir / workdir_lib.CHECKPOINTS).absolute(),
-      options=ocp.CheckpointManagerOptions(**options),
+      options=options,
       item_names=("state", "data"),
     )
 

@@ -65,6 +65,8 @@ def load_file(path: str) -> Config:
     shipped = sorted(p.stem for p in pathlib.Path("configs").glob("*.py"))
     raise UserError(f"--config={path}: no such file (in configs/: {', '.join(shipped)})")
   spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
+  if spec is None or spec.loader is None:
+    raise UserError(f"--config={path}: not a Python file; name one that ends in .py")
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)

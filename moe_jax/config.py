@@ -261,7 +261,7 @@ class Config:
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
   """{"model.moe.top_k": 2, ...}, with enums as their values."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     name = prefix + field.name
@@ -291,7 +291,7 @@ def from_json(text: str) -> Config:
       if name not in fields:
         raise UserError(unknown_field(prefix + name, "config.json"))
       kind = fields[name].type
-      if dataclasses.is_dataclass(kind):
+      if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         built[name] = build(kind, value, f"{prefix}{name}.")
       else:
         built[name] = _to_enum(kind, prefix + name, value)

@@ -21,9 +21,9 @@ def start(data: config_lib.Data, *, multihost: bool = False) -> None:
     # With fewer threads than a collective has participants, XLA's CPU collectives deadlock.
     os.environ.setdefault("PJRT_NPROC", "32")
   if multihost:
-    named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    given = {name: int(os.environ[key]) for name, key in named.items() if key in os.environ}
-    jax.distributed.initialize(**given)
+    given = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    count, index = (None if number is None else int(number) for number in given)
+    jax.distributed.initialize(num_processes=count, process_id=index)
   _keep_freed_memory()
   jax.config.update("jax_compilation_cache_dir", str(cache.directory(data) / "xla"))
 

@@ -56,6 +56,7 @@ def _check_types(config: Any, prefix: str = "config.") -> None:
     if kind is float and type(value) is int:
       value = float(value)
       setattr(config, field.name, value)
+    assert isinstance(kind, type)
     if type(value) is not kind:
       raise UserError(
         f"{prefix}{field.name}={value!r} is of type {type(value).__name__}, not {kind.__name__}"

@@ -150,6 +150,7 @@ COMMANDS = {
   "--config=configs/debug.py --workdri=x": "workdri",
   "--config=configs/debug.py stray": "stray",
   "--config=configs/none.py": "no such file",
+  "--config=README.md": "README.md: not a Python file",
   "--config={tmp}/typo.py": "typo.py:5: there is no field config.model.moe.num_expert;",
   "--config={tmp}/broken.py": "broken.py:3: ZeroDivisionError",
   "--config.train.steps=1": "--config is missing before it",

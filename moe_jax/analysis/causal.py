@@ -21,8 +21,11 @@ _SECONDS = 10  # between lines of progress
 
 
 def cut(
-  batch: pipeline.Batch, other: pipeline.Batch, last_B: np.ndarray, separator: int
-) -> pipeline.Batch:
+  batch: pipeline.Batch[np.ndarray],
+  other: pipeline.Batch[np.ndarray],
+  last_B: np.ndarray,
+  separator: int,
+) -> pipeline.Batch[np.ndarray]:
   """Rows up to column `last_B`, and from there on the rows of `other`.
 
   The rest begins a document of its own at position 0, as a row does that begins inside a document;
@@ -66,7 +69,7 @@ def causal_losses(
   )[0])  # fmt: skip
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
-  def nll(batch: pipeline.Batch) -> np.ndarray:
+  def nll(batch: pipeline.Batch[np.ndarray]) -> np.ndarray:
     return np.asarray(step(model.params, model.bias_ZE, sharding.to_global(batch, mesh)))
 
   hidden_RL, forced_RL = np.zeros((n, L), np.float32), np.zeros((n, L), np.float32)

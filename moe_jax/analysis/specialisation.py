@@ -74,7 +74,7 @@ def top_tokens(
   experts, flat_N = routed_TE.shape[1], index_T[where_N] * routed_TE.shape[1] + expert_N
   counts_UE = np.bincount(flat_N, minlength=len(ids_U) * experts).reshape(-1, experts)
   share_UE = counts_UE / np.maximum(counts_UE.sum(axis=0), 1)
-  base_U = counts_UE.sum(axis=1) / max(counts_UE.sum(), 1)
+  base_U = counts_UE.sum(axis=1) / max(int(counts_UE.sum()), 1)
   found = []
   for e in range(experts):
     excess_U = share_UE[:, e] - base_U

@@ -29,7 +29,7 @@ def spread(available: int, count: int) -> list[int]:
 def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
   """(params, bias_ZE, batch) -> Choices."""
 
-  def choices(params: Any, bias_ZE: jax.Array, batch: pipeline.Batch) -> Any:
+  def choices(params: Any, bias_ZE: jax.Array, batch: pipeline.Batch[jax.Array]) -> Any:
     return transformer.evaluate(model, params, bias_ZE, batch, trace=True).choices
 
   return jax.jit(choices)
@@ -44,13 +44,13 @@ def collect(
   mesh: jax.sharding.Mesh,
 ) -> Trace:
   """What became of every token of these rows; `choices` is compile_choices of its config."""
-  found = []
+  found: list[tuple[np.ndarray, ...]] = []
   for rows_B in _batches(numbers, batch_size):
     batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
     chosen = choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
     real_BL = batch.segments_BL > 0
-    row_BL, place_BL = np.indices(real_BL.shape)
-    row_BL += len(found) * batch_size
+    indices = np.indices(real_BL.shape)
+    row_BL, place_BL = indices[0] + len(found) * batch_size, indices[1]
     of_tokens = (batch.tokens_BL, row_BL, batch.segments_BL, place_BL, domain_BL)
     of_layers = [np.asarray(jax.device_get(x))[:, real_BL] for x in chosen]
     found.append((*(x[real_BL] for x in of_tokens), *of_layers))

@@ -83,7 +83,8 @@ def prepare(config: Data, split: str) -> Documents:
 
   The order is TFDS's: by a hash of each example's key, the same on every machine.
   """
-  field, labels = config.text_field, ()
+  field = config.text_field
+  labels: tuple[str, ...] = ()
   if config.name in DATASETS:
     record = DATASETS[config.name]
     corpus = record.read(config)
@@ -119,7 +120,7 @@ def prepare(config: Data, split: str) -> Documents:
   return Documents(source, field, json.dumps([str(folder), info, made, name, field]), labels)
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # tfds adds it
   """Writes documents that the caller reads; `documents(split)` yields (name, text)."""
 
   def __init__(self, name: str, version: str, documents: _OfSplit, data_dir: pathlib.Path):

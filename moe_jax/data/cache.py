@@ -13,9 +13,8 @@ from moe_jax.config import Data, UserError
 
 
 def directory(config: Data) -> pathlib.Path:
-  chosen = config.cache_dir or os.environ.get("MOE_JAX_CACHE")
-  if not chosen:
-    chosen = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moe_jax")
+  usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moe_jax")
+  chosen = config.cache_dir or os.environ.get("MOE_JAX_CACHE") or usual
   return pathlib.Path(chosen).expanduser().absolute()
 
 

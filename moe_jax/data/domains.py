@@ -71,14 +71,15 @@ def _texts(root: pathlib.Path, names: list[str], split: str) -> Iterator[text_fi
 
 def pages(text: str, longest: int) -> Iterator[str]:
   """The first `longest` characters in pages that end at ends of lines; empty ones are left out."""
-  page, length = [], 0
+  page = ""
   for line in text[:longest].splitlines(keepends=True):
-    if length + len(line) > _PAGE and page:
-      yield from filter(str.strip, ["".join(page)])
-      page, length = [], 0
-    page.append(line)
-    length += len(line)
-  yield from filter(str.strip, ["".join(page)])
+    if page and len(page) + len(line) > _PAGE:
+      if page.strip():
+        yield page
+      page = ""
+    page += line
+  if page.strip():
+    yield page
 
 
 def topics(source: str) -> dict[str, str]:

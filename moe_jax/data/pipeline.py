@@ -12,7 +12,7 @@ import pathlib
 import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -22,15 +22,16 @@ from moe_jax.data import builders, cache, tokenizers
 
 _VERSION = "2"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
+Array = TypeVar("Array")  # np.ndarray as the rows are read, jax.Array in a step
 
 
-class Batch(NamedTuple):
+class Batch(NamedTuple, Generic[Array]):
   """int32. Where segments are 0 there is padding, and the rest is 0 too."""
 
-  tokens_BL: np.ndarray
-  targets_BL: np.ndarray  # the next token; after a document's last one, the separator
-  segments_BL: np.ndarray  # documents of a row, from 1
-  positions_BL: np.ndarray  # within the document, from 0; or from the row's start
+  tokens_BL: Array
+  targets_BL: Array  # the next token; after a document's last one, the separator
+  segments_BL: Array  # documents of a row, from 1
+  positions_BL: Array  # within the document, from 0; or from the row's start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +60,7 @@ class Rows:
     """Rows without padding: all, or all but the last."""
     return self.num_targets // self.seq_len
 
-  def batch(self, rows_B: Sequence[int]) -> Batch:
+  def batch(self, rows_B: Sequence[int]) -> Batch[np.ndarray]:
     """The rows of these numbers; -1 makes a row of padding."""
     tokens_BM = np.zeros((len(rows_B), self.seq_len + 1), np.int32)
     length_B = np.zeros(len(rows_B), np.int32)
@@ -84,7 +85,7 @@ class Rows:
     """int32, the domain of each position's document; -1 at padding and outside of all domains."""
     index_BL = np.array(rows_B)[:, None] * self.seq_len + np.arange(self.seq_len)
     real_BL = (index_BL >= 0) & (index_BL < self.num_targets)
-    if not self.domains:
+    if self.starts_M is None or self.domain_M is None:
       return np.full(index_BL.shape, -1, np.int32)
     document_BL = np.searchsorted(self.starts_M, index_BL, side="right") - 1
     return np.where(real_BL, self.domain_M[document_BL], -1).astype(np.int32)
@@ -187,7 +188,7 @@ def train_iterator(
 
 def eval_batches(
   rows: Rows, batch_size: int, num_batches: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+) -> Iterator[Batch[np.ndarray]]:
   """The first num_batches batches in the stream's order, or all (also if it is 0).
 
   The last one is filled up with rows of padding.

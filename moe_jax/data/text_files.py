@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 from moe_jax.config import Data, UserError
@@ -51,7 +51,7 @@ def stdlib() -> tuple[pathlib.Path, list[str]]:
   return root, [name for name in list_files(root, skip) if name.endswith(".py")]
 
 
-def stdlib_documents(root: pathlib.Path, names: list[str]) -> Iterator[Document]:
+def stdlib_documents(root: pathlib.Path, names: Iterable[str]) -> Iterator[Document]:
   for name in names:
     try:
       text = (root / name).read_bytes().decode()

@@ -66,7 +66,7 @@ class Tokenizer:
 
 
 class Bytes(Tokenizer):
-  def __init__(self):
+  def __init__(self) -> None:
     super().__init__([bytes([i]) for i in range(256)] + [b""], 256, "bytes")
 
   def encode(self, text: bytes | str) -> np.ndarray:

@@ -155,13 +155,13 @@ class Model:
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
     one = [np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(p)]) for p in prompts]
     rows = [ids for ids in one for _ in range(num_samples)]
-    tokens_BL, start_B = self._padded(rows)
-    B, L = tokens_BL.shape
+    padded_BL, first_B = self._padded(rows)
+    B, L = padded_BL.shape
     slots = -(-(L + max_new_tokens) // _SLOTS) * _SLOTS
     done = np.arange(B) >= len(rows)
     with jax.set_mesh(self.mesh):
       started = time.perf_counter()
-      tokens_BL, start_B, done_B = self._put(tokens_BL, start_B, done)
+      tokens_BL, start_B, done_B = self._put(padded_BL, first_B, done)
       cache, token_B, done_B = self._prefill(
         self.weights, tokens_BL, start_B, done_B, seed, draw, kind=kind, slots=slots
       )

@@ -182,5 +182,5 @@ def _unset(x_ND: jax.Array, columns: int) -> jax.Array:
   return vary(jax.lax.empty((x_ND.shape[0], columns), x_ND.dtype), varying(x_ND))
 
 
-def _zeros(like: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _zeros(like: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   return vary(jnp.zeros(like.shape, dtype), varying(like))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import Any
+from collections.abc import Sequence
 
 from moe_jax.report.table import Spread
 
@@ -18,6 +18,9 @@ class ArmName:
   colour: int
 
 
+Cell = str | ArmName
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
   """Paragraphs, from a user or from us; blank lines part them."""
@@ -30,7 +33,7 @@ class Text:
 class Table:
   title: str  # may be empty
   head: list[str]
-  rows: list[list[str | ArmName]]
+  rows: Sequence[Sequence[Cell]]
   left: tuple[int, ...] = (0,)  # columns of words; the others are numbers, to the right
 
 
@@ -48,10 +51,13 @@ class Code:
   text: str
 
 
+Block = Text | Table | Chart | Code
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
   title: str
-  blocks: list[Any]
+  blocks: Sequence[Block]
 
 
 _LABELLED = re.compile(r"([A-Z]\w*) {2,}(\S.*)")
@@ -65,7 +71,7 @@ def paragraphs(text: str) -> list[list[tuple[str, str]]]:
     for line in filter(None, map(str.strip, paragraph.splitlines())):
       labelled = _LABELLED.match(line)
       if labelled or not lines:
-        lines.append(labelled.groups() if labelled else ("", line))
+        lines.append((labelled[1], labelled[2]) if labelled else ("", line))
       else:
         lines[-1] = (lines[-1][0], f"{lines[-1][1]} {line}")
     if lines:

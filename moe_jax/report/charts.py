@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+from collections.abc import Sequence
 
 from matplotlib.ticker import MaxNLocator
 
@@ -44,7 +45,7 @@ class Axes:
   x: str
   y: str
   guide: tuple[float, str] | None = None  # a level to mark, and what it is
-  ticks: list[tuple[float, str]] | None = None  # of x, where they are not plain numbers
+  ticks: Sequence[tuple[float, str]] | None = None  # of x, where they are not plain numbers
   from_zero: bool = False
   skip: float = 0.0  # the part at the left, of the width, that may leave the picture at the top
 

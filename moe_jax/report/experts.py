@@ -1,12 +1,11 @@
 """The report's sections on experts: balance, drops, capacity, domains, specialisation."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from moe_jax.report import blocks, charts, table
-from moe_jax.report.blocks import UNKNOWN, ArmName, Section, Table, Text
+from moe_jax.report.blocks import UNKNOWN, ArmName, Block, Cell, Section, Table, Text
 from moe_jax.report.runs import Arm, Run, Study, series
 from moe_jax.report.sections import arm_names, drawn, pairs
 
@@ -32,24 +31,25 @@ def binned(points: charts.Points, bins: int = _BINS) -> charts.Points:
 
 def balance(study: Study) -> Section:
   names = arm_names(study)
-  found: list[Any] = []
+  found: list[Block] = []
   for metric, title, unit, scale in (
     ("max_vio_Z", "MaxVio in training", "largest load / fair share - 1", 1),
     ("drop_fraction_Z", "Dropped in training", "% of assignments", 100),
   ):
     lines = []
     for arm in study.arms:
-      each = [series(run.train, metric) for run in drawn(arm)]
-      each = [(np.array(x, float), scale * np.mean(y, axis=1)) for x, y in each if x]
-      lines.append(charts.Line(names[arm.name], binned(pairs(*table.mean_curve(each)))))
+      each = (series(run.train, metric) for run in drawn(arm))
+      curves = [(np.array(x, float), scale * np.mean(y, axis=1)) for x, y in each if x]
+      lines.append(charts.Line(names[arm.name], binned(pairs(*table.mean_curve(curves)))))
     axes = charts.Axes(x="step", y=f"{unit}, mean of layers", from_zero=True)
     found += charts.chart(metric.removesuffix("_Z"), title, lines, axes)
-  return Section("Balance", found + _late(study) + _shares(study))
+  return Section("Balance", [*found, *_late(study), *_shares(study)])
 
 
 def _late(study: Study) -> list[Table]:
   """A row for each arm and layer."""
-  names, rows = arm_names(study), []
+  names = arm_names(study)
+  rows: list[list[Cell]] = []
   for arm in study.arms:
     means = {name: table.mean_of(table.late(r, name) for r in drawn(arm)) for name, _, _ in _LATE}
     layers = next((run.layers() for run in drawn(arm) if run.layers()), [])
@@ -78,7 +78,8 @@ def _shares(study: Study) -> list[Table]:
     ("drop_by_rank_ZK", "Dropped late in training by choice, %", "choice"),
     ("drop_by_position_ZP", "Dropped late in training by eighth of the sequence, %", "part"),
   ):
-    names, rows = arm_names(study), []
+    names = arm_names(study)
+    rows: list[list[Cell]] = []
     for arm in study.arms:
       means = table.mean_of(table.late(run, metric) for run in drawn(arm))
       if means is not None and np.any(means > 0):
@@ -122,7 +123,7 @@ def capacity(study: Study) -> Section:
     ]
     axes = charts.Axes(x="capacity factor in evaluation", y=unit, ticks=ticks)
     pictures += charts.chart(name, title, lines, axes)
-  rows = [
+  rows: list[list[Cell]] = [
     [arm, *(f"{blocks.spread(p[f][0])} / {p[f][1]:.1f}" if f in p else UNKNOWN for f in factors)]
     for arm, p in found.items()
   ]
@@ -164,7 +165,7 @@ def by_domain(study: Study) -> Section:
   return Section("Domains and causality", found)
 
 
-def _rows(study: Study, cells: Callable[[Arm], list[table.Spread | None]]) -> list[list]:
+def _rows(study: Study, cells: Callable[[Arm], list[table.Spread | None]]) -> list[list[Cell]]:
   """A row for each arm that has anything."""
   names = arm_names(study)
   made = [(arm, cells(arm)) for arm in study.arms]
@@ -172,7 +173,8 @@ def _rows(study: Study, cells: Callable[[Arm], list[table.Spread | None]]) -> li
 
 
 def specialisation(study: Study) -> Section:
-  names, rows, lines = arm_names(study), [], []
+  names, lines = arm_names(study), []
+  rows: list[list[Cell]] = []
   for arm in study.arms:
     runs = [run for run in arm.finished if run.routing]
     if not runs:
@@ -187,10 +189,11 @@ def specialisation(study: Study) -> Section:
       points = [
         (p["step"], 100 * np.mean(p["overlap_Z"])) for p in run.routing.get("saturation", [])
       ]
-      curves.append(tuple(np.array(sorted(points), float).reshape(-1, 2).T))
+      steps, overlaps = np.array(sorted(points), float).reshape(-1, 2).T
+      curves.append((steps, overlaps))
     lines.append(charts.Line(names[arm.name], pairs(*table.mean_curve(curves))))
   axes = charts.Axes(x="step", y="% of the last checkpoint's choices made already")
-  found: list[Any] = charts.chart("saturation", "Router saturation", lines, axes)
+  found: list[Block] = [*charts.chart("saturation", "Router saturation", lines, axes)]
   if rows:
     head = [
       "arm", "layer", "domain separation", "repeats first choice, %", "at random, %",

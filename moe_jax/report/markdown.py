@@ -3,9 +3,10 @@
 import html
 import pathlib
 import re
+from collections.abc import Callable
 
 from moe_jax.report import blocks, charts
-from moe_jax.report.blocks import ArmName, Chart, Code, Section, Table, Text
+from moe_jax.report.blocks import ArmName, Cell, Chart, Code, Section, Table, Text
 
 FOLDER = "report_files"
 
@@ -16,7 +17,7 @@ def escape(text: str) -> str:
   return re.sub(r"([|*_`\[\]#])", r"\\\1", text)
 
 
-def cell(value: str | ArmName) -> str:
+def cell(value: Cell) -> str:
   text = value.name if isinstance(value, ArmName) else value
   return escape(" ".join(text.split()))
 
@@ -43,6 +44,9 @@ def code(block: Code) -> str:
   return f"{escape(block.title)}:\n\n{fence}text\n{block.text}\n{fence}"
 
 
+_WRITERS: dict[type, Callable[..., str]] = {Table: table, Text: text, Code: code}
+
+
 def write(out: pathlib.Path, title: str, sections: list[Section], picture: str) -> pathlib.Path:
   """Writes out/report.md; `picture` is the heat map's file in the folder, or ''."""
   folder = out / FOLDER
@@ -55,7 +59,7 @@ def write(out: pathlib.Path, title: str, sections: list[Section], picture: str) 
         title = escape(block.title)
         parts.append(f"**{title}**\n\n![{title}]({FOLDER}/{block.name}.svg)")
       else:
-        parts.append({Table: table, Text: text, Code: code}[type(block)](block))
+        parts.append(_WRITERS[type(block)](block))
     if section.title == "Balance" and picture:
       parts.append(f"![Load of the experts over the steps]({FOLDER}/{picture})")
   path = out / "report.md"

@@ -4,10 +4,11 @@ import html
 import json
 import math
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.report import blocks, charts
-from moe_jax.report.blocks import ArmName, Chart, Code, Section, Table, Text
+from moe_jax.report.blocks import ArmName, Cell, Chart, Code, Section, Table, Text
 
 _HERE = pathlib.Path(__file__).parent
 _SWATCHES = "".join(f".b{i}{{color:var(--s{i})}}" for i in range(charts.COLOURS))
@@ -58,7 +59,7 @@ _INSIDE = """\
 """
 
 
-def cell(value: str | ArmName) -> str:
+def cell(value: Cell) -> str:
   if isinstance(value, ArmName):
     kind = f"b{value.colour % charts.COLOURS}" + " hollow" * (value.colour >= charts.COLOURS)
     return f'<i class="swatch {kind}"></i>{html.escape(value.name)}'
@@ -66,7 +67,7 @@ def cell(value: str | ArmName) -> str:
 
 
 def table(block: Table) -> str:
-  def row(cells: list[Any], tag: str) -> str:
+  def row(cells: Sequence[Cell], tag: str) -> str:
     marks = [
       ' class="arm"' if isinstance(c, ArmName) else "" if i in block.left else ' class="n"'
       for i, c in enumerate(cells)
@@ -98,6 +99,9 @@ def code(block: Code) -> str:
   )
 
 
+_WRITERS: dict[type, Callable[..., str]] = {Table: table, Text: text, Code: code}
+
+
 def chart_row(found: list[Chart]) -> str:
   """Charts side by side, under one legend of all their arms."""
   arms = dict.fromkeys(arm for chart in found for arm in chart.legend)
@@ -115,7 +119,7 @@ def section(found: Section, anchor: str) -> str:
     parts.append(chart_row(drawn))
   for block in found.blocks:
     if not isinstance(block, Chart):
-      parts.append({Table: table, Text: text, Code: code}[type(block)](block))
+      parts.append(_WRITERS[type(block)](block))
   return "\n".join([*parts, "</section>"])
 
 

@@ -186,7 +186,7 @@ def log_tail(workdir: pathlib.Path) -> str:
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  found = {}
+  found: dict[str, Any] = {}
   for name, value in nested.items():
     found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
   return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.report import blocks, charts, table
-from moe_jax.report.blocks import UNKNOWN, ArmName, Code, Section, Table, Text
+from moe_jax.report.blocks import UNKNOWN, ArmName, Block, Cell, Code, Section, Table, Text
 from moe_jax.report.runs import Arm, Run, Study
 from moe_jax.report.table import Comparison, Row
 
@@ -58,10 +58,10 @@ def results(study: Study, compared: Comparison) -> Section:
   return Section("Results", [Table("", head, rows), *notes])
 
 
-def _cells(row: Row, name: ArmName, compared: Comparison, target_arm: str) -> list[str | ArmName]:
+def _cells(row: Row, name: ArmName, compared: Comparison, target_arm: str) -> list[Cell]:
   in_training = "" if row.train_drop is None else f" ({blocks.percent(row.train_drop)})"
   planned, done = len(row.arm.runs), len(row.arm.finished)
-  cells = [
+  cells: list[Cell] = [
     name,
     f"{done}" if done == planned else f"{done} of {planned}",
     blocks.spread(row.loss),
@@ -153,7 +153,8 @@ def pairs(x: np.ndarray, y: np.ndarray) -> charts.Points:
 
 def failures(study: Study) -> Section:
   names = arm_names(study)
-  found = []
+  found: list[Block] = []
+  rows: list[list[Cell]]
   bad = [(arm, run) for arm, run in study.runs if run.status not in ("finished", "waiting")]
   if bad:
     rows = [[names[arm.name], str(run.seed), run.status, f"{run.step:,}"] for arm, run in bad]
@@ -181,7 +182,7 @@ def failures(study: Study) -> Section:
 
 
 def configs(study: Study) -> Section:
-  found: list = []
+  found: list[Block] = []
   fields = table.differing(study)
   if fields:
     arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
@@ -190,7 +191,8 @@ def configs(study: Study) -> Section:
       for field, values in fields.items()
     ]
     found.append(Table("Fields that differ", ["field", *(arm.name for arm in arms)], rows))
-  notes = [[arm_names(study)[arm.name], note] for arm in study.arms for note in arm.notes]
+  names = arm_names(study)
+  notes: list[list[Cell]] = [[names[a.name], note] for a in study.arms for note in a.notes]
   if notes:
     found.append(Table("Notes", ["arm", "note"], notes, left=(0, 1)))
   if study.base:

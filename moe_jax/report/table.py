@@ -29,7 +29,7 @@ class Spread:
     return None if self.std is None else self.std / math.sqrt(self.n)
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
+def spread(values: Iterable[float | np.ndarray | None]) -> Spread | None:
   """None of no values. A value that is not finite makes the mean so too: it is not left out."""
   found = [float(v) for v in values if v is not None]
   if not found:
@@ -151,10 +151,10 @@ def reached(arm: Arm, target: float | None, own: Reached | None) -> Reached | No
     return None
   if count.n < len(arm.finished) or own is None or not count.mean:
     return Reached(count, time)
-  known = time and own.seconds and time.mean
-  return Reached(
-    count, time, own.steps.mean / count.mean, own.seconds.mean / time.mean if known else None
-  )
+  speedup = own.steps.mean / count.mean
+  if not (time and own.seconds and time.mean):
+    return Reached(count, time, speedup)
+  return Reached(count, time, speedup, own.seconds.mean / time.mean)
 
 
 def _row(
@@ -166,7 +166,7 @@ def _row(
 ) -> Row:
   runs = arm.finished
 
-  def number(name: str) -> float | None:
+  def number(name: str) -> Any:
     return next((run.eval[name] for run in arm.runs if name in run.eval), None)
 
   def over(name: str, reduce: Callable) -> float | None:
@@ -185,7 +185,7 @@ def _row(
     parameters=number("parameters"),
     active_parameters=number("active_parameters"),
     drop=over("drop_fraction_Z", np.mean),
-    train_drop=mean_of(v.mean() for run in runs if (v := late(run, "drop_fraction_Z")) is not None),
+    train_drop=mean_of(d.mean() for run in runs if (d := late(run, "drop_fraction_Z")) is not None),
     max_vio=over("max_vio_Z", np.mean),
     dead_experts=over("dead_experts_Z", np.sum),
     alarms=sum(len(run.alarms) for run in arm.runs),

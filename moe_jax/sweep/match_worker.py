@@ -32,8 +32,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     candidate = trainer(command_line.override(twin, {job["field"]: width}, "match"))
     thunks = {"reference": lambda: opponent.measure(1), "twin": lambda: candidate.measure(1)}
     taken = timing.in_turns(thunks, matching.ROUNDS, matching.ROUND_SECONDS)
-    medians = [timing.median(taken, name) for name in thunks]
-    return matching.Times(*medians, timing.ratio(taken, "twin", "reference"))
+    seconds, twin_seconds = (timing.median(taken, name) for name in thunks)
+    return matching.Times(seconds, twin_seconds, timing.ratio(taken, "twin", "reference"))
 
   width, times = matching.solve_by_time(time_of, job["start"], job["step"], job["tries"])
   device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -216,13 +216,13 @@ def solve_by_time(
     if abs(tried[near[0]].ratio - 1) <= _TIME_GOAL:
       break
     best = tried[near[0]].ratio
-    width = near[0] / best  # as if all the time were the feed-forward's
+    aim = near[0] / best  # as if all the time were the feed-forward's
     if len(near) > 1:
       slope = (tried[near[1]].ratio - best) / (near[1] - near[0])
       if slope > 0:  # else it is noise
-        width = near[0] + (1 - best) / slope
-    width = min(max(width, near[0] / 4), near[0] * 4)
-    width = max(1, round(width / step)) * step
+        aim = near[0] + (1 - best) / slope
+    aim = min(max(aim, near[0] / 4), near[0] * 4)
+    width = max(1, round(aim / step)) * step
   return near[0], tried[near[0]]
 
 

@@ -32,7 +32,7 @@ class EvalSums(NamedTuple):
 def eval_step(
   params: Any,
   bias_ZE: jax.Array,
-  batch: pipeline.Batch,
+  batch: pipeline.Batch[jax.Array],
   bytes_V: jax.Array,
   domain_BL: jax.Array | None = None,
   *,
@@ -44,7 +44,7 @@ def eval_step(
   real_BL = batch.segments_BL > 0
   bytes_BL = jnp.where(real_BL, bytes_V[batch.targets_BL], 0)
   domains = None
-  if num_domains:
+  if domain_BL is not None:
     of_domain_GBL = domain_BL[None] == jnp.arange(num_domains)[:, None, None]
     nll_BL, _ = losses.token_nll(logits_BLV, batch.targets_BL)
     values = (nll_BL, real_BL.astype(jnp.int32), bytes_BL)
@@ -98,11 +98,11 @@ class Evaluator:
   def result(self, total: EvalSums) -> dict[str, Any]:
     sums = total.sums
     loss = float(sums.nll / sums.targets)
-    result = {
+    result: dict[str, float | np.ndarray] = {
       "loss": loss,
       "perplexity": math.exp(min(loss, 100.0)),
       # The cost of every target, document ends included, over the bytes of text.
-      "bits_per_byte": float(sums.nll / math.log(2) / max(total.num_bytes, 1)),
+      "bits_per_byte": float(sums.nll / math.log(2)) / max(int(total.num_bytes), 1),
       "tokens": int(sums.targets),
       "bytes": int(total.num_bytes),
     }
@@ -117,7 +117,7 @@ class Evaluator:
     return {
       name: {
         "loss": float(nll / targets),
-        "bits_per_byte": float(nll / math.log(2) / max(num_bytes, 1)),
+        "bits_per_byte": float(nll / math.log(2)) / max(int(num_bytes), 1),
         "tokens": int(targets),
         "bytes": int(num_bytes),
       }

@@ -99,22 +99,22 @@ class Loop:
     train = self.config.train
     if step % train.log_every and step not in (self.start + 1, train.steps):
       return
-    values["seconds"] = self.seconds
+    times = {"seconds": self.seconds}
     if self.window_steps:
       steps_per_s = self.window_steps / (self.seconds - self.window_seconds)
-      values["steps_per_s"] = steps_per_s
+      times["steps_per_s"] = steps_per_s
       # Positions, padding included: the hardware's rate.
-      values["tokens_per_s"] = steps_per_s * self.config.data.batch_size * self.config.data.seq_len
+      times["tokens_per_s"] = steps_per_s * self.config.data.batch_size * self.config.data.seq_len
       if self.flops_fraction:
-        values["mfu"] = values["tokens_per_s"] * self.flops_fraction
+        times["mfu"] = times["tokens_per_s"] * self.flops_fraction
       self.window_steps, self.window_seconds = 0, self.seconds
     if "load_ZE" in values:
       values["device_overload_Z"] = metrics.device_overload(
         values["load_ZE"], self.config.mesh.expert
       )
     if self.writer:
-      self.writer.write(step, values, "train")
-      print(progress_line(step, train.steps, values), flush=True)
+      self.writer.write(step, values | times, "train")
+      print(progress_line(step, train.steps, values | times), flush=True)
 
   def _alarm(self, step: int, values: dict[str, np.ndarray]) -> None:
     try:

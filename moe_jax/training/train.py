@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 def train_step(
   state: TrainState,
-  batch: pipeline.Batch,
+  batch: pipeline.Batch[jax.Array],
   *,
   config: config_lib.Config,
   optimizer: optax.GradientTransformation,
@@ -77,7 +77,7 @@ def train_step(
 def batch_sums(
   params: Any,
   bias_ZE: jax.Array,
-  batch: pipeline.Batch,
+  batch: pipeline.Batch[jax.Array],
   key: jax.Array,
   *,
   config: config_lib.Config,
@@ -89,7 +89,7 @@ def batch_sums(
   running each microbatch's forward pass again on the way back.
   """
 
-  def forward(params: Any, batch: pipeline.Batch, key: jax.Array) -> losses.Sums:
+  def forward(params: Any, batch: pipeline.Batch[jax.Array], key: jax.Array) -> losses.Sums:
     out = transformer.forward(config.model, params, bias_ZE, Tokens.of(batch), key, train=True)
     return losses.sums(out.logits_BLV, batch.targets_BL, batch.segments_BL > 0, out.stats)
 
@@ -143,11 +143,14 @@ def compile_step(
   """
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
-  def step(state: TrainState, batch: pipeline.Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+  def step(
+    state: TrainState, batch: pipeline.Batch[jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
     state, values = train_step(state, batch, config=config, optimizer=optimizer)
     return state, {name: values[name] for name in only or values}
 
-  replicated = jax.sharding.NamedSharding(shardings.step.mesh, jax.sharding.PartitionSpec())
+  mesh = jax.tree.leaves(shardings)[0].mesh
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
