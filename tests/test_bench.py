@@ -71,7 +71,9 @@ def test_layer_writes_what_it_measured(measured, tmp_path):
   assert (tmp_path / "layer.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("how", [Dispatch.GATHER, Dispatch.GROUPED])
+@pytest.mark.parametrize(
+  "how", [Dispatch.GATHER, pytest.param(Dispatch.GROUPED, marks=pytest.mark.slow)]
+)
 def test_wrong_program_is_not_timed(monkeypatch, how):
   def forgets_the_gates(y, assigned, slots, layout):
     rows = slots.slot_N.reshape(-1, layout.choices)
@@ -107,6 +109,7 @@ def test_train_compares_rounds():
   )
 
 
+@pytest.mark.slow
 def test_worker(tmp_path, monkeypatch):
   """Speaks the peer's protocol, on one CPU, and stops when told a thing that it does not know."""
   monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
@@ -131,6 +134,7 @@ def test_worker(tmp_path, monkeypatch):
     worker.close()
 
 
+@pytest.mark.slow
 def test_decoding_worker(tmp_path, monkeypatch):
   """Weights by transformers' names and in its shapes; the same tokens whatever the batch."""
   monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))

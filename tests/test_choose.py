@@ -117,10 +117,13 @@ def test_another_platforms_kernels_become_auto(monkeypatch):
   """To evaluate on a laptop what was trained on a pod."""
   model = config_lib.Model(attention=Attention.SPLASH)
   model.moe.grouped_matmul = GroupedMatmul.MOSAIC
-  here = choose.portable(model)
+  there = {"device": "TPU v9", "attention": "splash", "grouped_matmul": "mosaic"}
+  here = choose.for_reading(model, there)
   assert here.attention is Attention.AUTO and here.moe.grouped_matmul is GroupedMatmul.AUTO
+  same = there | {"device": jax.devices()[0].device_kind, "attention": "reference"}
+  assert choose.for_reading(config_lib.Model(), same).attention is Attention.REFERENCE
   monkeypatch.setattr(platform, "name", lambda: "tpu")
-  assert choose.portable(model) == model
+  assert choose.for_reading(model, there) == model
 
 
 def test_attention_of_no_length_falls_back(monkeypatch):

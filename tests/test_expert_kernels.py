@@ -25,7 +25,10 @@ SIZES = {
 N, D, F, E = 91, 6, 4, 5
 
 
-@pytest.fixture(params=[(4, 12), blocked._ROWS], ids=["small blocks", "blocks"], autouse=True)
+@pytest.fixture(
+  params=[(4, 12), pytest.param(blocked._ROWS, marks=pytest.mark.slow)],
+  ids=["small blocks", "blocks"], autouse=True,
+)  # fmt: skip
 def rows(request, monkeypatch):
   monkeypatch.setattr(blocked, "_ROWS", request.param)
 

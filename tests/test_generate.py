@@ -179,7 +179,7 @@ def test_greedy_is_the_argmax_of_the_full_forward():
 
 
 ON_MESHES = [
-  pytest.param("topk", "expert2-tensor2"),
+  pytest.param("topk", "expert2-tensor2", marks=pytest.mark.slow),
   *(pytest.param("topk", name, marks=pytest.mark.slow) for name in list(MESHES)[:-1]),
   pytest.param("deepseek", "expert2-tensor2", marks=pytest.mark.slow),
 ]
@@ -247,6 +247,7 @@ def test_a_row_does_not_depend_on_its_batch():
   assert ours.generate(["abc"], **options | dict(seed=6))[0] != alone
 
 
+@pytest.mark.slow
 def test_rows_end_at_the_separator_and_draw_from_the_full_forward():
   ours, trained = model_of()
   prompts = ["abc", "d", "efgh", "ijkl"]

@@ -219,6 +219,7 @@ def test_the_guide_shows_every_optimizer():
     assert f"| `{name.value}` | {record.about} |" in guide
 
 
+@pytest.mark.slow
 def test_a_new_optimizer_is_one_record(monkeypatch):
   """That of docs/extending.md, as it stands there: it trains on a mesh as on one device."""
   lion = new_name(monkeypatch, OptimizerName, "lion")

@@ -254,10 +254,10 @@ def biased_config(rate=0.05):
 @pytest.mark.parametrize(
   ("axes", "accumulation", "remat"),
   [
-    ({}, 1, "full"),
+    pytest.param({}, 1, "full", marks=pytest.mark.slow),
     (dict(expert=4, data=2), 1, "none"),
-    (dict(fsdp=2, tensor=2), 1, "none"),
-    ({}, 4, "none"),
+    pytest.param(dict(fsdp=2, tensor=2), 1, "none", marks=pytest.mark.slow),
+    pytest.param({}, 4, "none", marks=pytest.mark.slow),
   ],
 )
 @pytest.mark.preflight
@@ -277,6 +277,7 @@ def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
   assert np.abs(want).max() > 0.01
 
 
+@pytest.mark.slow
 def test_bias_balances_the_load():
   """Loss-free balancing does what it is for: MaxVio falls without any auxiliary loss."""
   config = biased_config(rate=0.005)
@@ -360,6 +361,7 @@ def gumbel(monkeypatch):
   return new
 
 
+@pytest.mark.slow
 @pytest.mark.preflight
 def test_a_new_router_is_one_record(gumbel):
   """With noise and a parameter: a mesh trains it as one device does, and all know the parameter."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import routings
 import shape_names
-from conftest import mesh_of, toy_config
+from conftest import mesh_of, slow_unless, toy_config
 from test_expert_parallel import set_up, toy_batch
 
 from moe_jax import checkpoint, sharding
@@ -39,7 +39,10 @@ PATHS = {
 ROUTERS = {f"router {name}": (fields, {}) for name, (fields, *_) in routings.ROUTINGS.items()}
 
 
-@pytest.mark.parametrize("name", PATHS | ROUTERS)
+EVERYDAY = [*PATHS, "router expert-choice", "router noisy", "router priority-score"]
+
+
+@pytest.mark.parametrize("name", slow_unless(EVERYDAY, PATHS | ROUTERS))
 def test_a_training_step(name):
   fields, axes = (PATHS | ROUTERS)[name]
   config = toy_config(shared_experts=1, **dict(num_experts=8) | fields)

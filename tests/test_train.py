@@ -190,6 +190,8 @@ def test_a_run_leaves_its_contract(whole_run):
   line = next(line for line in output.splitlines() if line.startswith("step     10/12"))
   for part in ("loss", "balance", "dropped", "tokens/s", "ETA"):
     assert part in line
+  assert "\nattention          blocks; differs from the reference by" in output
+  assert json.loads((workdir / "kernels.json").read_text())["attention"] == "blocks"
   steps = losses_of(workdir)
   assert steps[12] < steps[1] - 0.5, "it does not learn"
   kept = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
@@ -223,7 +225,8 @@ def test_sigkill_loses_only_the_steps_since_the_checkpoint(whole_run, tmp_path, 
       process.kill()
       break
   process.communicate(timeout=100)
-  assert "resuming" in train(tmp_path / "run", cache)
+  output = train(tmp_path / "run", cache)
+  assert "resuming" in output and "attention          blocks, as when the run began" in output
   assert_same_run(tmp_path / "run", whole_run[0])
 
 
@@ -297,6 +300,7 @@ def test_generate_refuses_in_one_line(whole_run, arguments, said):
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
 
 
+@pytest.mark.slow
 def test_other_text_is_refused(whole_run, cache):
   """As when another Python's standard library stands behind the same name."""
   path = whole_run[0] / "data.json"

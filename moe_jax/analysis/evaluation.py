@@ -73,7 +73,7 @@ class Run:
     config = workdir_lib.read_config(self.path)
     startup.start(config.data)
     mesh = sharding.fit_mesh(config.mesh, batch_size(config))
-    model = choose.portable(config.model)
+    model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()

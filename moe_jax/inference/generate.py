@@ -51,7 +51,8 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
   path = pathlib.Path(workdir)
   config = workdir_lib.read_config(path)
   startup.start(config.data)
-  model = choose.portable(decoding.for_inference(config.model))
+  model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
+  model = decoding.for_inference(model)
   reader = checkpoint.Checkpointer(path)
   try:
     step = reader.find(step)

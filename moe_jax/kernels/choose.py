@@ -69,14 +69,22 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
   return dataclasses.replace(config, model=model), record, lines
 
 
-def portable(model: config_lib.Model) -> config_lib.Model:
-  """The model with `auto` in place of another platform's kernels: to evaluate it or to generate."""
+def for_reading(model: config_lib.Model, recorded: dict[str, str]) -> config_lib.Model:
+  """The model with the kernels that its run recorded, to evaluate it or to generate.
+
+  On another kind of device `auto` stays, and stands in place of another platform's kernels.
+  """
   here, moe = platform.name(), model.moe
-  if model.attention in ATTENTION and here not in ATTENTION[model.attention].platforms:
-    model = dataclasses.replace(model, attention=Attention.AUTO)
-  if moe.grouped_matmul in KERNELS and here not in KERNELS[moe.grouped_matmul].platforms:
-    moe = dataclasses.replace(moe, grouped_matmul=GroupedMatmul.AUTO)
-  return dataclasses.replace(model, moe=moe)
+  attention, grouped_matmul = model.attention, moe.grouped_matmul
+  if recorded.get("device") == jax.devices()[0].device_kind:
+    attention = Attention(recorded["attention"])
+    grouped_matmul = GroupedMatmul(recorded["grouped_matmul"])
+  if attention in ATTENTION and here not in ATTENTION[attention].platforms:
+    attention = Attention.AUTO
+  if grouped_matmul in KERNELS and here not in KERNELS[grouped_matmul].platforms:
+    grouped_matmul = GroupedMatmul.AUTO
+  moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul)
+  return dataclasses.replace(model, attention=attention, moe=moe)
 
 
 def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
