@@ -2,18 +2,16 @@
 
 import dataclasses
 import importlib
-import pathlib
 import subprocess
 import sys
 
 import pytest
-from conftest import toy_config
 
 from moe_jax import command_line, validation
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Exchange, Priority, Router, Score
+from tests.support.toys import ROOT, toy_config
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 

@@ -1,12 +1,11 @@
 """The house: which folder may import which, and what only one place may know."""
 
 import ast
-import pathlib
 import re
 
 from moe_jax import workdir
+from tests.support.toys import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "moe_jax"
 _CORE = {"config", "validation", "workdir", "sharding", "startup", "data"}
 _CORE |= {"kernels", "moe", "model"}

@@ -1,14 +1,14 @@
 """Every command of the README runs; only steps and sizes are cut."""
 
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.support.toys import ROOT
+
 FEW = (
   "train.steps=2", "optimizer.warmup_steps=1", "eval.batches=1", "train.eval_every=2",
   "train.checkpoint_every=2", "eval.final_batches=2",

@@ -6,16 +6,14 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import pytest
-import routings
-import shape_names
-from conftest import mesh_of, slow_unless, toy_config
-from test_expert_parallel import set_up, toy_batch
 
 from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
 from moe_jax.inference import decoding
 from moe_jax.training import train
+from tests.support import routings, shape_names
+from tests.support.toys import mesh_of, set_up, slow_unless, toy_batch, toy_config
 
 
 def grouped(exchange=Exchange.AUTO, kernel=GroupedMatmul.BLOCKED):

@@ -6,7 +6,7 @@ the tokens after t are another row's while t is predicted. For a causal router t
 
 Honest failure: so small a model at so short a training need not have learnt to use the leak, and
 then hiding the future costs nothing; that the leak is there is shown exactly by perturbing the last
-token (test_routers.py).
+token (tests/moe/test_routers.py).
 """
 
 from configs.sweeps import parts, tuned

@@ -1,0 +1,133 @@
+"""Kernels are chosen once, compared with the reference, recorded, and taken from the record."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax.config import Attention, Dispatch, Exchange, GroupedMatmul, UserError
+from moe_jax.kernels import attention, choose, experts, platform
+from tests.support.toys import mesh_of, toy_config
+
+
+def dropless(**fields):
+  config = toy_config(
+    dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0, **fields
+  )
+  config.data.seq_len = 64  # at which attention goes in blocks
+  return config
+
+
+def test_a_cpu_takes_its_own_kernels():
+  with jax.set_mesh(mesh_of()):
+    config, record, lines = choose.resolve(dropless(), {})
+  assert config.model.attention is Attention.BLOCKS
+  assert config.model.moe.grouped_matmul is GroupedMatmul.BLOCKED
+  assert config.model.moe.exchange is Exchange.ALL_GATHER
+  assert record == {
+    "device": jax.devices()[0].device_kind, "attention": "blocks", "grouped_matmul": "blocked",
+    "exchange": "all_gather",
+  }  # fmt: skip
+  for line, name in zip(lines, ("attention", "grouped matmul", "exchange"), strict=True):
+    assert line.startswith(name)
+  assert "differs from the reference by" in lines[0] and "differs" in lines[1]
+
+
+def test_what_does_not_give_the_references_answer_is_not_taken(monkeypatch):
+  """A gradient that is wrong, a kernel that raises: the reference instead, and a line says why."""
+
+  @jax.custom_jvp
+  def identity(x):
+    return x
+
+  identity.defjvp(lambda primals, tangents: (primals[0], 1.01 * tangents[0]))
+  blocks, blocked = attention.ATTENTION[Attention.BLOCKS], experts.KERNELS[GroupedMatmul.BLOCKED]
+
+  def wrong_gradient(q, k, v, segments):
+    return identity(blocks.function(q, k, v, segments))
+
+  def raises(*_):
+    raise NotImplementedError("not on this device")
+
+  monkeypatch.setitem(
+    attention.ATTENTION, Attention.BLOCKS, blocks._replace(function=wrong_gradient)
+  )
+  monkeypatch.setitem(
+    experts.KERNELS, GroupedMatmul.BLOCKED, dataclasses.replace(blocked, function=raises)
+  )
+  with jax.set_mesh(mesh_of()):
+    config, record, lines = choose.resolve(dropless(), {})
+  assert config.model.attention is Attention.REFERENCE
+  assert config.model.moe.grouped_matmul is GroupedMatmul.RAGGED_DOT
+  assert "blocks differs from it by 1.0e-02" in lines[0] and "not on this device" in lines[1]
+  assert (record["attention"], record["grouped_matmul"]) == ("reference", "ragged_dot")
+
+
+def test_the_fastest_of_several_is_taken(monkeypatch):
+  monkeypatch.setitem(
+    experts.KERNELS, GroupedMatmul.RAGGED_DOT,
+    dataclasses.replace(experts.KERNELS[GroupedMatmul.RAGGED_DOT], tried_on=("cpu",)),
+  )  # fmt: skip
+  seconds = iter([3.0, 2.0])
+  monkeypatch.setattr(choose, "_seconds", lambda *_: next(seconds))
+  with jax.set_mesh(mesh_of()):
+    config, _, lines = choose.resolve(dropless(), {})
+  assert config.model.moe.grouped_matmul is GroupedMatmul.BLOCKED
+  assert "ragged_dot 3000.00 ms, blocked 2000.00 ms" in lines[1]
+
+
+def test_the_record_decides_on_the_same_device(monkeypatch):
+  """Nothing is compiled or compared; on another device the choice is made anew."""
+  record = {
+    "device": jax.devices()[0].device_kind, "attention": "reference",
+    "grouped_matmul": "ragged_dot", "exchange": "all_to_all",
+  }  # fmt: skip
+  with jax.set_mesh(mesh_of()), monkeypatch.context() as patch:
+    patch.setattr(choose, "_compare", None)
+    config, again, _ = choose.resolve(dropless(), record)
+    assert again == record
+    assert config.model.attention is Attention.REFERENCE
+    assert config.model.moe.grouped_matmul is GroupedMatmul.RAGGED_DOT
+    assert config.model.moe.exchange is Exchange.ALL_TO_ALL
+  with jax.set_mesh(mesh_of()):
+    config, _, lines = choose.resolve(dropless(), record | {"device": "TPU v9"})
+  assert config.model.attention is Attention.BLOCKS
+  assert "the run began on TPU v9" in lines[0]
+
+
+def test_a_kernel_that_is_named_is_taken_or_refused():
+  config = dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT)
+  config.model.attention = Attention.REFERENCE
+  with jax.set_mesh(mesh_of()):
+    same, _, lines = choose.resolve(config, {})
+    assert same.model == dataclasses.replace(
+      config.model, moe=dataclasses.replace(config.model.moe, exchange=Exchange.ALL_GATHER)
+    )
+    assert all("as the config says" in line for line in lines[:2])
+    config.model.attention = Attention.SPLASH
+    config.data.seq_len = 100
+    with pytest.raises(UserError, match=r"attention=splash refuses a sequence of 100 tokens"):
+      choose.resolve(config, {})
+
+
+def test_another_platforms_kernels_become_auto(monkeypatch):
+  """To evaluate on a laptop what was trained on a pod."""
+  model = config_lib.Model(attention=Attention.SPLASH)
+  model.moe.grouped_matmul = GroupedMatmul.MOSAIC
+  there = {"device": "TPU v9", "attention": "splash", "grouped_matmul": "mosaic"}
+  here = choose.for_reading(model, there)
+  assert here.attention is Attention.AUTO and here.moe.grouped_matmul is GroupedMatmul.AUTO
+  same = there | {"device": jax.devices()[0].device_kind, "attention": "reference"}
+  assert choose.for_reading(config_lib.Model(), same).attention is Attention.REFERENCE
+  monkeypatch.setattr(platform, "name", lambda: "tpu")
+  assert choose.for_reading(model, there) == model
+
+
+def test_attention_of_no_length_falls_back(monkeypatch):
+  """A prompt whose length the run's kernel refuses takes the reference."""
+  q, k = jnp.ones((1, 7, 2, 4)), jnp.ones((1, 7, 1, 4))
+  y = attention.attention(q, k, k, jnp.ones((1, 7), jnp.int32), Attention.SPLASH)
+  assert json.dumps(y.shape) == "[1, 7, 2, 4]"

@@ -1,0 +1,57 @@
+"""A train step compiles for an H200, with cuDNN's flash attention and no array of queries by keys.
+
+XLA compiles for a described GPU, so this needs none, nor a driver. It says nothing of run time, nor
+whether cuDNN has an engine for these sizes: it looks for one on the device.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.toys import ROOT
+from tests.support.train_step_case import square_arrays
+
+WORKER = ROOT / "tests/support/gpu_compile_worker.py"
+NEEDS = ("jax_plugins.xla_cuda13", "nvidia.cudnn")
+
+
+def missing(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is None
+  except ModuleNotFoundError:  # of the package that it is in
+    return True
+
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    any(map(missing, NEEDS)),
+    reason="needs jax's CUDA 13 plugin and cuDNN: pip install -e '.[cuda]'",
+  ),
+]
+
+
+def compile_for_h200(attention, tmp_path):
+  out = tmp_path / "step.hlo"
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, WORKER, attention, out]
+  subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=500)
+  return out.read_text()
+
+
+def test_train_step_has_flash_attention(tmp_path):
+  hlo = compile_for_h200("cudnn", tmp_path)
+  kernels = re.findall(r'custom_call_target="(__cudnn\$\w+)"', hlo)
+  assert sorted(kernels) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+  assert not square_arrays(hlo)
+
+
+def test_train_step_with_the_reference_has_scores_in_memory(tmp_path):
+  """So the search for them finds them."""
+  hlo = compile_for_h200("reference", tmp_path)
+  assert "__cudnn$fmha" not in hlo
+  assert square_arrays(hlo)

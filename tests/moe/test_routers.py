@@ -1,0 +1,414 @@
+"""Every router on a case worked by hand; who sees the future; how biases and losses balance."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import config as config_lib
+from moe_jax import sharding, validation
+from moe_jax.config import BalanceScope, Priority, Router, Score
+from moe_jax.model import cost
+from moe_jax.model.transformer import Tokens, Transformer
+from moe_jax.moe import counts, dispatch, routers
+from moe_jax.moe.routing import RouterInputs
+from moe_jax.training import losses, optimizers
+from moe_jax.training import metrics as metrics_lib
+from tests.support.toys import ROOT, example, gradients, new_name, set_up, toy_batch, toy_config
+
+LOG = np.log
+
+
+def route(probs, *, train=True, capacity=1, real=None, ids=None, noise=None, bias=None, **fields):
+  """[(token, expert, gate)] in order of priority, for softmax probabilities [T, E]."""
+  logits = LOG(np.array(probs, float))
+  T, E = logits.shape
+  moe = config_lib.MoE(num_experts=E, **dict(top_k=1, renormalize=False) | fields)
+  inputs = RouterInputs(
+    jnp.array(logits, jnp.float32),
+    jnp.array([True] * T if real is None else real),
+    jnp.array([0] * T if ids is None else ids, jnp.int32),
+    jnp.array([0.0] * E if bias is None else bias),
+    None if noise is None else jnp.array(noise, jnp.float32),
+    {"noise_scale": jnp.ones((T, E))},
+  )
+  spec = routers.ROUTERS[moe.router]
+  function = spec.function if spec.runs_own(train=train) else spec.evaluation
+  made = function(inputs, moe, **dict(capacity=capacity) if spec.takes_capacity else {})
+  columns = (made.token_N, made.expert_N, made.gate_N, made.real_N)
+  return [
+    (int(t), int(e), round(float(g), 4)) for t, e, g, r in zip(*columns, strict=True) if r
+  ], made
+
+
+P = [[0.5, 0.1, 0.4], [0.2, 0.7, 0.1]]
+
+
+def test_switch():
+  assert route(P, router=Router.SWITCH)[0] == [(0, 0, 0.5), (1, 1, 0.7)]
+
+
+def test_topk_with_and_without_renormalisation():
+  """Renormalised: Mixtral's softmax over the chosen logits, 5/9 and 4/9."""
+  raw = route(P, top_k=2)[0]
+  assert raw == [(0, 0, 0.5), (0, 2, 0.4), (1, 1, 0.7), (1, 0, 0.2)]
+  got = [g for _, _, g in route(P, top_k=2, renormalize=True)[0]]
+  np.testing.assert_allclose(got, [5 / 9, 4 / 9, 7 / 9, 2 / 9], atol=1e-4)
+  assert [g for _, _, g in route(P, top_k=2, gate_scale=2.5)[0]] == [1.25, 1.0, 1.75, 0.5]
+
+
+def test_sigmoid_scores():
+  """logits log(p): sigmoid = p / (1 + p)."""
+  got = route(P, score=Score.SIGMOID)[0]
+  assert got == [(0, 0, round(0.5 / 1.5, 4)), (1, 1, round(0.7 / 1.7, 4))]
+
+
+@pytest.mark.parametrize("score", list(Score))
+def test_a_bias_changes_the_choice_and_no_gate(score):
+  """Token 0 is pushed from expert 0 to 2; the gate is expert 2's own score."""
+  plain = 0.4 if score is Score.SOFTMAX else round(0.4 / 1.4, 4)
+  assert route(P, score=score, bias=[-0.3, 0, 0])[0][0] == (0, 2, plain)
+
+
+def test_groups_limit_the_choice():
+  """Groups {0,1}, {2,3}: 0.3+0.2 beats 0.4+0.05, so expert 2, the best alone, is not chosen."""
+  probs = [[0.3, 0.2, 0.4, 0.05]]
+  fields = dict(top_k=2, expert_groups=2, top_groups=1)
+  assert route(probs, **fields)[0] == [(0, 0, pytest.approx(0.3158)), (0, 1, pytest.approx(0.2105))]
+
+
+def test_noisy_topk():
+  """Noise turns token 0 from expert 0 to 2; the chances are normal ones of the clean logits."""
+  noise = [[-3.0, 0, 0.5], [0, 0, 0]]
+  got, made = route(P, router=Router.NOISY_TOPK, noise=noise)
+  assert [(t, e) for t, e, _ in got] == [(0, 2), (1, 1)]
+  noisy = LOG(P[0]) + noise[0]
+  softmax = np.exp(noisy) / np.exp(noisy).sum()
+  assert got[0][2] == pytest.approx(softmax[2], abs=1e-4)
+  # Expert 2 was chosen: it competes with the runner-up, expert 1; the others with expert 2.
+  thresholds = [noisy[2], noisy[2], noisy[1]]
+  cdf = [float(jax.scipy.stats.norm.cdf(LOG(P[0][e]) - thresholds[e])) for e in range(3)]
+  np.testing.assert_allclose(made.load_TE[0], cdf, rtol=1e-4)
+  assert [e for _, e, _ in route(P, router=Router.NOISY_TOPK, train=False)[0]] == [0, 1]
+
+
+def test_expert_choice():
+  """C=1: each expert takes its best token; token 0 is taken twice, padding never."""
+  probs = [[0.5, 0.1, 0.4], [0.2, 0.7, 0.1], [0.8, 0.1, 0.1]]
+  fields = dict(router=Router.EXPERT_CHOICE, real=[True, True, False])
+  assert route(probs, **fields)[0] == [(0, 0, 0.5), (1, 1, 0.7), (0, 2, 0.4)]
+  two = route(probs, capacity=3, **fields)[0]  # only two real tokens to take
+  assert sorted(two) == sorted((t, e, probs[t][e]) for t in range(2) for e in range(3))
+
+
+def test_sinkhorn_balances_in_training_only():
+  """All tokens prefer expert 0; the balanced plan gives it the two that want it most."""
+  probs = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]
+  got = route(probs, router=Router.SINKHORN)[0]
+  assert got == [(0, 0, 0.9), (1, 0, 0.8), (2, 1, 0.3), (3, 1, 0.4)]
+  assert [e for _, e, _ in route(probs, router=Router.SINKHORN, train=False)[0]] == [0, 0, 0, 0]
+  # Padding that wants expert 0 too changes nothing.
+  padded = route([*probs, [0.99, 0.01]], router=Router.SINKHORN, real=[True] * 4 + [False])[0]
+  assert padded == got
+
+
+def test_hash_by_token_id():
+  """Same id, same expert, whatever the logits; the gate is that expert's probability."""
+  got = route([P[0], P[1], P[0]], router=Router.HASH, ids=[7, 8, 7])[0]
+  assert got[0][1:] == got[2][1:] and got[0][2] == P[0][got[0][1]]
+  every = route([[0.25] * 4] * 4000, router=Router.HASH, ids=range(4000))[0]
+  assert np.bincount([e for _, e, _ in every]).min() > 900  # a fair draw: 1000 +- 27
+
+
+def test_random_follows_the_noise():
+  noise = [[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]]
+  got = route(P, router=Router.RANDOM, noise=noise, top_k=2)[0]
+  assert got == [(0, 1, 0.1), (0, 2, 0.4), (1, 0, 0.2), (1, 2, 0.1)]
+
+
+def test_priorities_order_the_assignments():
+  """Two choices each; token 1 is surer (0.7) than token 0 (0.5)."""
+  order = {
+    priority: [(t, e) for t, e, _ in route(P, top_k=2, priority=priority)[0]]
+    for priority in Priority
+  }
+  assert order[Priority.TOKEN] == [(0, 0), (0, 2), (1, 1), (1, 0)]
+  assert order[Priority.CHOICE] == [(0, 0), (1, 1), (0, 2), (1, 0)]
+  assert order[Priority.SCORE] == [(1, 1), (0, 0), (1, 0), (0, 2)]
+
+
+def test_priorities_drop_by_hand():
+  """Both tokens choose expert 0 first and 1 second, one slot each."""
+  probs = [[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]
+  kept = {}
+  for priority in Priority:
+    made = route(probs, top_k=2, priority=priority)[1]
+    slots = dispatch.capacity_slots(made, 3, 1, capacity=1)
+    columns = (made.token_N, made.expert_N, slots.kept_N)
+    kept[priority] = {(int(t), int(e)) for t, e, k in zip(*columns, strict=True) if k}
+  assert kept[Priority.TOKEN] == kept[Priority.CHOICE] == {(0, 0), (0, 1)}
+  assert kept[Priority.SCORE] == {(1, 0), (1, 1)}
+
+
+# Which routings promise that a token's output does not depend on later ones: (training, evaluation)
+CAUSAL = {
+  "topk": (dict(), True, True),
+  "switch": (dict(router=Router.SWITCH, top_k=1, renormalize=False), True, True),
+  "deepseek": (
+    dict(score=Score.SIGMOID, expert_groups=2, top_groups=1, bias_update_rate=1e-3), True, True,
+  ),
+  "noisy": (dict(router=Router.NOISY_TOPK), True, True),
+  "hash": (dict(router=Router.HASH, top_k=1, renormalize=False), True, True),
+  "random": (dict(router=Router.RANDOM, renormalize=False), True, True),
+  "choice": (dict(priority=Priority.CHOICE), False, False),
+  "score": (dict(priority=Priority.SCORE), False, False),
+  "score, dropless evaluation": (
+    dict(priority=Priority.SCORE, eval_capacity_factor=0.0), False, True,
+  ),
+  "sinkhorn": (dict(router=Router.SINKHORN), False, True),
+  "expert choice": (dict(router=Router.EXPERT_CHOICE, renormalize=False), False, False),
+}  # fmt: skip
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causality_is_as_documented(name, one_device):
+  """The last token changed: earlier logits bit-equal where that is promised, and not elsewhere."""
+  fields, in_training, in_evaluation = CAUSAL[name]
+  fields = dict(capacity_factor=0.7, eval_capacity_factor=0.7) | fields
+  config = toy_config(**fields)
+  config.loss = config_lib.Loss(load_balance=0.0)
+  validation.validate(config)
+  graph, params = nnx.split(Transformer(config.model, nnx.Rngs(0)))
+
+  def scale(path, leaf):
+    return leaf * 60 if sharding.param_name(path) == "router_DE" else leaf
+
+  params = jax.tree_util.tree_map_with_path(scale, params)
+  B, L = 64, config.data.seq_len
+  rng = np.random.default_rng(0)
+  tokens_BL = rng.integers(0, 24, (B, L)).astype(np.int32)
+  changed_BL = tokens_BL.copy()
+  changed_BL[:, -1] = (changed_BL[:, -1] + rng.integers(1, 24, B)) % 24
+  ones, positions = np.ones((B, L), np.int32), np.tile(np.arange(L, dtype=np.int32), (B, 1))
+  bias_ZE = jnp.array(rng.normal(size=(2, 4)) * 0.01, jnp.float32)
+  for train_mode, promised in ((True, in_training), (False, in_evaluation)):
+    assert promised == (not validation.future_leak(config.model.moe, train=train_mode))
+
+    @jax.jit
+    def logits(tokens_BL, train_mode=train_mode):
+      model = nnx.merge(graph, params)
+      tokens = Tokens(tokens_BL, ones, positions)
+      return model(tokens, bias_ZE, jax.random.key(3), train=train_mode).logits_BLV
+
+    before, after = (np.asarray(logits(t))[:, :-1] for t in (tokens_BL, changed_BL))
+    assert np.array_equal(before, after) == promised
+
+
+def test_describe_says_what_is_not_causal():
+  """Before a run starts: its loss is not a language model's."""
+  report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False), ())
+  assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
+  assert "not causal" not in cost.report(toy_config(), ())
+
+
+@pytest.mark.parametrize(
+  ("router", "why"),
+  [(Router.EXPERT_CHOICE, "compares all tokens.*causal router"), (Router.RANDOM, "place in")],
+)
+def test_generation_refuses_what_it_cannot_follow(router, why):
+  moe = toy_config(router=router, renormalize=False).model.moe
+  with pytest.raises(config_lib.UserError, match=rf"router={router.value}.*{why}"):
+    validation.validate_generation(moe)
+  for fits in (dict(router=Router.SINKHORN), dict(priority=Priority.SCORE), dict(num_experts=0)):
+    validation.validate_generation(toy_config(**fits).model.moe)
+
+
+def test_bias_update_by_hand():
+  """Total 10 over 4 experts, mean 2.5: above it down, below it up by u; then centred."""
+  bias = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[7, 2, 1, 0]]), 0.001)
+  want = np.array([-1, 1, 1, 1]) * 0.001
+  np.testing.assert_allclose(bias, [want - want.mean()], atol=1e-9)
+  even = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[3, 3, 3, 3]]), 0.001)
+  np.testing.assert_array_equal(even, np.zeros((1, 4)))
+  # Counts beyond float32's integers still have the right sign.
+  big = jnp.array([[2**28 + 1, 2**28 - 1, 2**28, 2**28]])
+  moved = optimizers.updated_bias(jnp.zeros((1, 4)), big, 1.0)
+  assert np.sign(moved).tolist() == [[-1, 1, 0, 0]]
+
+
+def biased_config(rate=0.05):
+  config = toy_config(bias_update_rate=rate, capacity_factor=0.0)
+  config.loss = config_lib.Loss(load_balance=0.0)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("axes", "accumulation", "remat"),
+  [
+    pytest.param({}, 1, "full", marks=pytest.mark.slow),
+    (dict(expert=4, data=2), 1, "none"),
+    pytest.param(dict(fsdp=2, tensor=2), 1, "none", marks=pytest.mark.slow),
+    pytest.param({}, 4, "none", marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.preflight
+def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
+  """From the loads of all devices and microbatches, once, also under rematerialisation."""
+  config = biased_config()
+  config.train.accumulation = accumulation
+  config.model.remat = config_lib.Remat(remat)
+  mesh, state, step = set_up(config, axes)
+  batch = toy_batch(config)
+  with jax.set_mesh(mesh):
+    state, metrics = step(state, sharding.to_global(batch, mesh))
+  load_ZE = np.asarray(metrics["load_ZE"])
+  sign_ZE = np.sign(np.round(0.25 - load_ZE, 7))
+  want = 0.05 * (sign_ZE - sign_ZE.mean(axis=1, keepdims=True))
+  np.testing.assert_allclose(state.bias_ZE, want, atol=1e-7)
+  assert np.abs(want).max() > 0.01
+
+
+@pytest.mark.slow
+def test_bias_balances_the_load():
+  """Loss-free balancing does what it is for: MaxVio falls without any auxiliary loss."""
+  config = biased_config(rate=0.005)
+  config.optimizer.learning_rate = 1e-6
+  mesh, state, step = set_up(config, {})
+  history = []
+  with jax.set_mesh(mesh):
+    batch = sharding.to_global(toy_batch(config), mesh)
+    for _ in range(60):
+      state, metrics = step(state, batch)
+      history.append(float(metrics["max_vio_Z"].mean()))
+  assert history[0] > 0.3 and np.mean(history[-5:]) < 0.5 * history[0]
+
+
+def test_bias_is_used_and_not_moved_by_evaluation():
+  from moe_jax.training.evaluator import eval_step
+
+  config = biased_config()
+  mesh, state, _ = set_up(config, {})
+  batch, bytes_V = toy_batch(config), np.ones(24, np.int32)
+  push_ZE = np.zeros((2, 4), np.float32)
+  push_ZE[:, 1] = 10  # every token's first choice
+  with jax.set_mesh(mesh):
+    run = jax.jit(lambda bias: eval_step(state.params, bias, batch, bytes_V, model=config.model))
+    plain, pushed = run(state.bias_ZE), run(jnp.array(push_ZE))
+  tokens_Z = np.asarray(plain.sums.moe.tokens)
+  assert (np.asarray(plain.sums.moe.routed_E)[:, 1] < tokens_Z).all()
+  np.testing.assert_array_equal(np.asarray(pushed.sums.moe.routed_E)[:, 1], tokens_Z)
+
+
+@pytest.mark.preflight
+def test_balance_scopes():
+  """Two rows that prefer opposite experts: balanced together, unbalanced one by one."""
+  routed = np.array([[4, 0], [0, 4]])
+  prob = np.array([[3.0, 1.0], [1.0, 3.0]])
+  stats = counts.zeros(1, 2, 1)._replace(
+    tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
+    prob_E=jnp.array(prob.sum(0))[None],
+    sequence_balance=jnp.sum(counts.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
+    [None],
+  )  # fmt: skip
+  ones = jnp.ones((1, 1))
+  sums = losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats)
+  assert losses.load_balance(sums, BalanceScope.GLOBAL).tolist() == [1.0]
+  assert losses.load_balance(sums, BalanceScope.SEQUENCE).tolist() == [1.5]  # 2 * 1 * 3/4
+  halves = [
+    losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats._replace(
+      tokens=jnp.array([4]), routed_E=jnp.array(routed[i])[None], prob_E=jnp.array(prob[i])[None]))
+    for i in range(2)
+  ]  # fmt: skip
+  both = jax.tree.map(jnp.add, *halves)
+  assert losses.load_balance(both, BalanceScope.MICROBATCH).tolist() == [1.5]
+  assert losses.load_balance(both, BalanceScope.GLOBAL).tolist() == [1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", [BalanceScope.SEQUENCE, BalanceScope.MICROBATCH])
+def test_scopes_do_not_depend_on_the_mesh(scope):
+  values = []
+  for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):
+    config = toy_config()
+    config.loss = config_lib.Loss(load_balance=1.0, balance_scope=scope)
+    config.train.accumulation = accumulation
+    mesh, state, step = set_up(config, axes)
+    with jax.set_mesh(mesh):
+      _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
+    values.append((float(metrics["load_balance"]), float(metrics["grad_norm"])))
+  np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+  accumulated_alike = np.allclose(values[2], values[0], rtol=1e-4)
+  assert accumulated_alike == (scope is not BalanceScope.MICROBATCH)
+
+
+@pytest.fixture
+def gumbel(monkeypatch):
+  """The router of docs/extending.md, as it stands there, under a new name."""
+  code = example("RouterSpec")
+  assert len(code.splitlines()) <= 32
+  new = new_name(monkeypatch, Router, "gumbel")
+  monkeypatch.setitem(routers.ROUTERS, new, None)  # so that it is taken out again
+  exec(compile(code, "docs/extending.md", "exec"), {})
+  return new
+
+
+@pytest.mark.slow
+@pytest.mark.preflight
+def test_a_new_router_is_one_record(gumbel):
+  """With noise and a parameter: a mesh trains it as one device does, and all know the parameter."""
+  results = []
+  for axes, how in (({}, "gather"), (dict(expert=2, data=2), "einsum")):
+    config = toy_config(router=gumbel, dispatch=config_lib.Dispatch(how))
+    config.loss = config_lib.Loss(load_balance=0.01)
+    mesh, state, step = set_up(config, axes)
+    batch = toy_batch(config)
+    with jax.set_mesh(mesh):
+      batch = sharding.to_global(batch, mesh)
+      grads = jax.jit(lambda s, b, c=config: gradients(s, b, c))(state, batch)
+      new, metrics = step(state, batch)
+    results.append(jax.device_get((grads, metrics)))
+  for tree in (new.params, new.opt_state):  # of the mesh; Adam's moments too
+    named = {sharding.param_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    assert named["sharpness_DE"].sharding.is_fully_replicated
+    assert not named["gate_EDF"].sharding.is_fully_replicated
+  leaves = jax.tree_util.tree_leaves_with_path(results[0][0])
+  norms = {sharding.param_name(path): np.sqrt((np.asarray(g) ** 2).sum()) for path, g in leaves}
+  assert norms["sharpness_DE"] > 1e-3
+  router = np.hypot(norms["sharpness_DE"], norms["router_DE"])
+  grouped = metrics_lib.gradient_norms(results[0][0])
+  np.testing.assert_allclose(grouped["grad_norm_router"], router, rtol=1e-5)
+  assert not optimizers.decays("sharpness_DE") and optimizers.decays("gate_EDF")
+  # float32 rounding of gradients of order 0.01 to 1
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, results[1], results[0])
+
+
+def test_a_parameter_is_declared_once():
+  one = routers.router_matrix("noise_DE", 0.5)  # another initial value says nothing else of it
+  assert sharding.declared("noise_DE") == one and sharding.declared("gate_EDF") is None
+  assert sharding.param_spec("noise_DE", 2) == jax.sharding.PartitionSpec()
+  with pytest.raises(ValueError, match="noise_DE is declared twice"):
+    dataclasses.replace(one, decays=True)
+
+
+def test_the_page_lists_the_records():
+  page = (ROOT / "docs/routing.md").read_text()
+  assert set(routers.ROUTERS) == set(Router)
+  for router, spec in routers.ROUTERS.items():
+    papers = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in spec.papers)
+    causal = "yes"
+    if spec.looks_ahead:
+      causal = "**not in training**" if spec.evaluation else "**no**"
+    assert f"| `{router.value}` | {papers} | {causal} | {spec.doc} |\n" in page
+
+
+def test_only_its_record_names_a_router():
+  for path in (ROOT / "moe_jax").rglob("*.py"):
+    if path.name not in ("routers.py", "config.py"):
+      assert not re.search(r"Router\.[A-Z]", path.read_text()), path

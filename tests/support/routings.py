@@ -1,0 +1,84 @@
+"""The routings that the grid tests run: config fields, and the same in the oracle's terms."""
+
+import functools
+
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax.config import Priority, Router, Score
+from tests.support import oracle
+
+B, L, D, E, F = 8, 9, 6, 8, 4
+
+DEEPSEEK = dict(
+  top_k=3, score=Score.SIGMOID, gate_scale=2.5, expert_groups=4, top_groups=2, bias_update_rate=1e-3
+)
+# name: config fields, capacity factor, routing group
+ROUTINGS = {
+  "switch": (dict(router=Router.SWITCH, top_k=1, renormalize=False), 1.3, 9),
+  "mixtral": (dict(top_k=2), 0.9, 9),
+  "raw-short-groups": (dict(top_k=3, renormalize=False), 0.7, 3),
+  "softmax-bias": (dict(top_k=2, bias_update_rate=1e-3), 0.9, 9),
+  "deepseek": (DEEPSEEK, 0.8, 9),
+  "noisy": (dict(router=Router.NOISY_TOPK, top_k=2), 0.6, 9),
+  "expert-choice": (dict(router=Router.EXPERT_CHOICE, top_k=2, renormalize=False), 0.9, 9),
+  "sinkhorn": (dict(router=Router.SINKHORN, top_k=2), 0.7, 9),
+  "hash": (dict(router=Router.HASH, top_k=1, renormalize=False), 1.0, 9),
+  "random": (dict(router=Router.RANDOM, top_k=2, renormalize=False), 0.6, 9),
+  "priority-choice": (dict(top_k=2, priority=Priority.CHOICE), 0.8, 9),
+  "priority-score": (dict(top_k=2, priority=Priority.SCORE), 0.8, 9),
+}
+
+
+def moe_config(name: str, *, dropless: bool = False, **fields) -> config_lib.MoE:
+  """The routing as a config; expert choice has a capacity with every dispatcher."""
+  routing, factor, group = ROUTINGS[name]
+  factor = 0.0 if dropless and name != "expert-choice" else factor
+  return config_lib.MoE(
+    num_experts=E, expert_dim=F, capacity_factor=factor, eval_capacity_factor=factor,
+    group_size=group, **routing | fields,
+  )  # fmt: skip
+
+
+def spec(moe: config_lib.MoE) -> oracle.Spec:
+  return oracle.Spec(
+    router="topk" if moe.router is Router.SWITCH else moe.router.value,
+    top_k=moe.top_k, renormalize=moe.renormalize, score=moe.score.value, scale=moe.gate_scale,
+    groups=moe.expert_groups, top_groups=moe.top_groups, priority=moe.priority.value,
+    factor=moe.capacity_factor, group=moe.group_size, biased=bool(moe.bias_update_rate),
+  )  # fmt: skip
+
+
+@functools.cache
+def inputs() -> tuple[oracle.Inputs, np.ndarray]:
+  """(float32 values held in float64, cotangent): a skewed router, as a learned one is; padding."""
+  rng = np.random.default_rng(0)
+  offset_D = rng.normal(size=D)
+
+  def float32(array):
+    return np.float32(array).astype(np.float64)
+
+  shapes = {"noise_DE": (D, E), "gate_EDF": (E, D, F), "up_EDF": (E, D, F), "down_EFD": (E, F, D)}
+  x_BLD = rng.normal(size=(B, L, D)) + offset_D
+  router_DE = 0.5 * rng.normal(size=(D, E)) + np.outer(offset_D, np.linspace(0.6, -0.2, E))
+  weights = {"router_DE": router_DE} | {n: rng.normal(size=s) for n, s in shapes.items()}
+  made = oracle.Inputs(
+    x_BLD=float32(x_BLD),
+    real_BL=np.arange(L)[None] < rng.integers(4, L + 1, B)[:, None],
+    # Few ids, as in text: some are much more frequent.
+    ids_BL=np.minimum(rng.geometric(0.25, (B, L)), 20).astype(np.int32),
+    noise_BLE=float32(rng.normal(size=(B, L, E))),
+    bias_E=float32(0.1 * rng.normal(size=E)),
+    weights={n: float32(w) for n, w in weights.items()},
+  )
+  return made, float32(rng.normal(size=(B, L, D)))
+
+
+@functools.cache
+def expected(name: str, dropless: bool) -> tuple[list, oracle.Result, dict[str, np.ndarray]]:
+  """(chosen, result, gradients) of the oracle."""
+  values, cotangent_BLD = inputs()
+  routing = spec(moe_config(name, dropless=dropless))
+  chosen = oracle.select(values, routing)
+  gradients = oracle.gradients(values, routing, chosen, cotangent_BLD)
+  return chosen, oracle.evaluate(values, routing, chosen), gradients

@@ -1,0 +1,109 @@
+"""What many tests start from: toy configs, meshes of simulated devices, states and batches."""
+
+import enum
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import config as config_lib
+from moe_jax import sharding, validation
+from moe_jax.data import pipeline
+from moe_jax.model import transformer
+from moe_jax.training import train
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def mesh_of(**axes: int) -> jax.sharding.Mesh:
+  """A mesh of the first devices: mesh_of(expert=4, data=2)."""
+  return sharding.make_mesh(config_lib.Mesh(**{"data": 1} | axes))
+
+
+def toy_config(**moe) -> config_lib.Config:
+  """A few thousand parameters in odd sizes; every mesh axis can be 2, data and expert 4."""
+  moe = {"num_experts": 4, "top_k": 2, "expert_dim": 18} | moe
+  return config_lib.Config(
+    model=config_lib.Model(
+      vocab_size=24, num_layers=2, dim=10, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=14,
+      moe=config_lib.MoE(**moe),
+    ),
+    data=config_lib.Data(seq_len=9, batch_size=8),
+    optimizer=config_lib.Optimizer(warmup_steps=1, learning_rate=0.01),
+    train=config_lib.Train(steps=10, eval_every=5, checkpoint_every=5),
+    mesh=config_lib.Mesh(data=1),
+  )  # fmt: skip
+
+
+def slow_unless(everyday, names):
+  """The names as parameters of a test: those that are not in `everyday` are marked slow."""
+  return [
+    pytest.param(name, marks=[] if name in everyday else [pytest.mark.slow]) for name in names
+  ]
+
+
+def example(mentions: str) -> str:
+  """The code block of docs/extending.md that mentions something."""
+  page = (ROOT / "docs/extending.md").read_text()
+  (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if mentions in c)
+  return code
+
+
+def new_name(monkeypatch: pytest.MonkeyPatch, kind: type[enum.Enum], value: str) -> enum.Enum:
+  """A member that is not in an enum of the config, while a test runs."""
+  member = object.__new__(kind)
+  member._name_, member._value_ = value.upper(), value
+  monkeypatch.setattr(kind, value.upper(), member, raising=False)
+  return member
+
+
+def toy_batch(config, seed=0):
+  """Rows of two documents and ragged padding, each row different."""
+  rng = np.random.default_rng(seed)
+  B, L = config.data.batch_size, config.data.seq_len
+  tokens = rng.integers(0, config.model.vocab_size, (B, L + 1)).astype(np.int32)
+  cut, end = rng.integers(1, L - 1, (B, 1)), rng.integers(L - 3, L + 1, (B, 1))
+  column = np.arange(L)[None]
+  segments = np.where(column < cut, 1, 2) * (column < end)
+  positions = np.where(column < cut, column, column - cut)
+  fields = (tokens[:, :-1], tokens[:, 1:], segments, positions)
+  return pipeline.Batch(*(np.asarray(f, np.int32) for f in fields))
+
+
+def set_up(config, axes):
+  """(mesh, state with routers as uneven as learned ones, jitted step)."""
+  config.mesh = config_lib.Mesh(**{"data": 1} | axes)
+  validation.validate(config)
+  mesh = mesh_of(**axes)
+  with jax.set_mesh(mesh):
+    init, _, shardings = train.init_state(config, mesh)
+    state = init()
+
+    def scale(path, leaf):
+      return leaf * 30 if "router_DE" in jax.tree_util.keystr(path) else leaf
+
+    params = jax.tree_util.tree_map_with_path(scale, state.params)
+    params = jax.device_put(params, shardings.params)
+    return mesh, state._replace(params=params), train.compile_step(config, shardings)
+
+
+def gradients(state, batch, config):
+  def loss(params):
+    key = jax.random.key(0)
+    sums = train.batch_sums(params, state.bias_ZE, batch, key, config=config)
+    return train.losses.total(sums, config.loss, len(train.moe_layers(config.model))).total
+
+  return jax.grad(loss)(state.params)
+
+
+def build(config, seed=0):
+  """(graph, params) with routers scaled up, so that routing is as uneven as a learned one."""
+  graph, params = nnx.split(transformer.Transformer(config.model, nnx.Rngs(seed)))
+  flat = [
+    (path, v.replace(v[...] * 30) if path[-1] == "router_DE" else v)
+    for path, v in nnx.to_flat_state(params)
+  ]
+  return graph, nnx.from_flat_state(flat)

@@ -1,0 +1,232 @@
+"""Every optimizer: by NumPy or by hand, on meshes, what it decays, what its state takes."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import config as config_lib
+from moe_jax import sharding
+from moe_jax.config import OptimizerName
+from moe_jax.model import cost
+from moe_jax.training import optimizers, train
+from tests.support.toys import ROOT, example, mesh_of, new_name, toy_batch, toy_config
+
+MESHES = [{}, dict(expert=2, fsdp=2)]
+STACKED = {  # name: shape, with the layers Z before the letters
+  "up_EDF": (2, 4, 6, 10), "down_EFD": (2, 4, 10, 6), "q_DHA": (2, 6, 4, 3),
+  "out_HAD": (2, 4, 3, 6),
+}  # fmt: skip
+
+
+def settings(name, **more):
+  return config_lib.Optimizer(name=name, warmup_steps=1, clip_norm=0.0, **more)
+
+
+def draw(shapes, seed):
+  rng = np.random.default_rng(seed)
+  return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def updates_of(optimizer, params, steps_of_grads, axes):
+  """The updates of each step, computed under jit with the state sharded over the mesh."""
+  transform, mesh = optimizers.make_optimizer(optimizer, 10), mesh_of(**axes)
+  placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+  shapes = jax.eval_shape(transform.init, placed)
+  shardings = sharding.param_shardings(shapes, mesh, params)
+  state, found = jax.jit(transform.init, out_shardings=shardings)(placed), []
+  update = jax.jit(transform.update, out_shardings=(None, shardings))
+  for grads in steps_of_grads:
+    grads = jax.device_put(grads, sharding.param_shardings(grads, mesh))
+    updates, state = update(grads, state, placed)
+    found.append(jax.device_get(updates))
+  return found
+
+
+def orthogonal(matrix):
+  """Five steps of Newton-Schulz, as in https://github.com/KellerJordan/Muon."""
+  x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+  return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def matrices(name, stack):
+  """Each layer's, and each expert's, [inputs, outputs]: written without the shape letters."""
+  if name == "q_DHA":
+    return stack.reshape(2, 6, 12)
+  if name == "out_HAD":
+    return stack.reshape(2, 12, 6)
+  return stack.reshape(8, *stack.shape[2:])
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_muon_updates_each_expert_as_if_it_were_alone(axes):
+  optimizer = settings(OptimizerName.MUON, weight_decay=0.0, schedule=config_lib.Schedule.CONSTANT)
+  steps = [draw(STACKED, 1), draw(STACKED, 2)]
+  first, second = updates_of(optimizer, draw(STACKED, 0), steps, axes)
+  beta, rate = 0.95, optimizer.learning_rate
+  for name in STACKED:
+    for number, got in enumerate(matrices(name, second[name])):
+      one, two = (matrices(name, grads[name])[number].astype(float) for grads in steps)
+      momentum = beta * (1 - beta) * one + (1 - beta) * two
+      ahead = beta * momentum / (1 - beta**3) + (1 - beta) * two / (1 - beta**2)
+      scale = 0.2 * max(one.shape) ** 0.5
+      # Five steps in float32, each of which grows a small singular value threefold.
+      np.testing.assert_allclose(got, -rate * scale * orthogonal(ahead), rtol=1e-3, atol=1e-6)
+    assert np.abs(first[name] - second[name]).max() > 1e-5
+
+
+def test_muon_gathers_no_experts():
+  """Each device orthogonalises its own: 2 layers of 8 experts over 4 devices."""
+  params, mesh = {"up_EDF": jax.ShapeDtypeStruct((2, 8, 16, 32), np.float32)}, mesh_of(expert=4)
+  transform = optimizers.make_optimizer(settings(OptimizerName.MUON), 10)
+  shapes = jax.eval_shape(transform.init, params)
+  places = [sharding.param_shardings(tree, mesh, params) for tree in (params, shapes)]
+  updated = jax.jit(
+    transform.update, in_shardings=(*places, places[0]), out_shardings=tuple(places)
+  )
+  text = updated.lower(params, shapes, params).compile().as_text()
+  assert "all-gather" not in text and "all-to-all" not in text
+  assert "f32[4,16,16]" in text and "f32[16,16,16]" not in text
+
+
+def test_muon_reads_its_matrices_from_the_letters():
+  axes = optimizers.muon_axes
+  assert axes("q_DHA", 4) == ((-3,), (-2, -1)) and axes("out_HAD", 4) == ((-3, -2), (-1,))
+  assert axes("up_EDF", 4) == ((-2,), (-1,)) and axes("down_EFD", 3) == ((-2,), (-1,))
+  assert axes("up_DF", 2) == ((-2,), (-1,)) and axes("down_FD", 3) == ((-2,), (-1,))
+  for name in ("embed_VD", "head_DV", "router_DE", "noise_DE", "norm_D", "norm_A"):
+    assert axes(name, 3) is None
+
+
+WIDE = {"up_EDF": (2, 4, 128, 256), "down_EFD": (2, 4, 256, 128), "q_DHA": (2, 6, 4, 3)}
+
+
+def test_adafactors_rows_and_columns_lie_where_their_weights_do():
+  params = draw(WIDE, 0)
+  transform = optimizers.make_optimizer(settings(OptimizerName.ADAFACTOR), 10)
+  state = jax.eval_shape(transform.init, params)
+  found = sharding.param_shardings(state, mesh_of(expert=2, fsdp=2), params)[0]
+  shapes = {name: leaf.shape for name, leaf in state[0].v_row.items()}
+  assert shapes == {"up_EDF": (2, 4, 128), "down_EFD": (2, 4, 128), "q_DHA": (1,)}
+  row = {name: placed.spec for name, placed in found.v_row.items()}
+  column = {name: placed.spec for name, placed in found.v_col.items()}
+  assert row["up_EDF"] == row["down_EFD"] == P(None, "expert", "fsdp")
+  assert column["up_EDF"] == column["down_EFD"] == P(None, "expert", "tensor")
+  assert row["q_DHA"] == found.v["up_EDF"].spec == found.count.spec == P()
+  assert found.v["q_DHA"].spec == P(None, "fsdp", "tensor", None)
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_adafactor_by_numpy(axes):
+  grads, params = draw(WIDE, 1), draw(WIDE, 0)
+  optimizer = settings(OptimizerName.ADAFACTOR)
+  (got,) = updates_of(optimizer, params, [grads], axes)
+  square = grads["up_EDF"].astype(float) ** 2
+  row, column = square.mean(axis=3, keepdims=True), square.mean(axis=2, keepdims=True)
+  want = grads["up_EDF"] / np.sqrt(row * column / row.mean(axis=2, keepdims=True))
+  want /= max(1, np.sqrt(np.mean(want**2)))
+  want = -optimizer.learning_rate * (want + optimizer.weight_decay * params["up_EDF"])
+  np.testing.assert_allclose(got["up_EDF"], want, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_schedule_and_weight_decay_mean_the_same(name):
+  """Without a gradient a weight moves by rate * decay, or not at all."""
+  shapes = STACKED | {"embed_VD": (8, 6), "head_DV": (6, 8), "router_DE": (2, 6, 4),
+                      "norm_D": (2, 6)}  # fmt: skip
+  params, zeros = draw(shapes, 0), {name: np.zeros(s, np.float32) for name, s in shapes.items()}
+  optimizer = settings(name)
+  found = updates_of(optimizer, params, [zeros] * 5, {})
+  for step, updates in enumerate(found):
+    rate = float(optimizers.schedule(optimizer, 10)(step))
+    for which, update in updates.items():
+      decays = which not in ("embed_VD", "router_DE", "norm_D")
+      want = -rate * optimizer.weight_decay * params[which] * decays
+      np.testing.assert_allclose(update, want, rtol=1e-5, atol=1e-9, err_msg=which)
+
+
+def train_losses(name, axes):
+  config, mesh = toy_config(), mesh_of(**axes)
+  config.optimizer.name = name
+  with jax.set_mesh(mesh):
+    init, _, shardings = train.init_state(config, mesh)
+    step, state = train.compile_step(config, shardings, only=("loss",)), init()
+    batch = sharding.to_global(toy_batch(config), mesh)
+    losses = []
+    for _ in range(8):
+      state, values = step(state, batch)
+      losses.append(float(values["loss"]))
+  return losses
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_training_lowers_the_loss(name):
+  losses = train_losses(name, {})
+  assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [OptimizerName.ADAFACTOR, OptimizerName.MUON])
+def test_training_is_the_same_on_a_mesh(name):
+  # Rounding in Newton-Schulz, and from there on in every step.
+  assert train_losses(name, MESHES[1]) == pytest.approx(train_losses(name, {}), rel=1e-3)
+
+
+def test_an_old_checkpoint_fits():
+  """AdamW's state has the structure that checkpoints of all versions have."""
+  paths = {
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(optimizers.abstract_state(toy_config()))
+  }
+  for path in ("[1][0].count", "[1][0].mu['embed_VD'].value", "[1][0].nu['embed_VD'].value",
+               "[1][2].count"):  # fmt: skip
+    assert any(p.startswith(path) for p in paths), path
+  assert len(paths) == 2 * len(cost.parameters(toy_config().model)) + 2
+
+
+def test_state_is_counted_from_its_shapes():
+  config = toy_config()
+  sizes = {path[-1]: 0 for path in cost.parameters(config.model)}
+  for path, leaf in cost.parameters(config.model).items():
+    sizes[path[-1]] += leaf.size
+  matrices = sum(size for name, size in sizes.items() if optimizers.muon_axes(name, 9))
+  total = sum(sizes.values())
+  counted = {}
+  for name in OptimizerName:
+    config.optimizer.name = name
+    counted[name] = cost.state_bytes(config, optimizers.abstract_state(config))
+  # Weights, gradients and moments of 4 bytes; a few counts beside them.
+  assert 0 < counted[OptimizerName.ADAMW] - 16 * total <= 16
+  assert 0 < counted[OptimizerName.MUON] - 16 * total + 4 * matrices <= 64
+  config.optimizer.name, config.mesh.expert = OptimizerName.ADAMW, 2
+  experts = sum(size for name, size in sizes.items() if "_E" in name)
+  halved = cost.state_bytes(config, optimizers.abstract_state(config))
+  assert counted[OptimizerName.ADAMW] - halved == 16 * experts // 2
+
+
+def test_the_guide_shows_every_optimizer():
+  guide = " ".join((ROOT / "docs/guide.md").read_text().split())
+  assert set(optimizers.OPTIMIZERS) == set(OptimizerName)
+  for name, record in optimizers.OPTIMIZERS.items():
+    assert f"| `{name.value}` | {record.about} |" in guide
+
+
+@pytest.mark.slow
+def test_a_new_optimizer_is_one_record(monkeypatch):
+  """That of docs/extending.md, as it stands there: it trains on a mesh as on one device."""
+  lion = new_name(monkeypatch, OptimizerName, "lion")
+  monkeypatch.setitem(optimizers.OPTIMIZERS, lion, None)  # so that it is taken out again
+  exec(compile(example("OptimizerRecord"), "docs/extending.md", "exec"), {})
+  one = train_losses(lion, {})
+  assert one[-1] < one[0] - 0.05
+  assert train_losses(lion, MESHES[1]) == pytest.approx(
+    one, rel=1e-3
+  )  # the sign of small gradients
+  config = toy_config()
+  config.optimizer.name = lion
+  momentum = sum(leaf.size for leaf in jax.tree.leaves(optimizers.abstract_state(config)))
+  assert momentum == sum(p.size for p in cost.parameters(config.model).values()) + 2  # and counters
