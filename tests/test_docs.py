@@ -41,13 +41,15 @@ def missing(page):
   for script, arguments in COMMAND.findall(text):
     found += missing_of_command(script, arguments)
   targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-  found += [f"make {t}" for t in re.findall(r"(?:`|^|    )make ([a-z-]+)", text) if t not in targets]
+  found += [
+    f"make {t}" for t in re.findall(r"(?:`|^|    )make ([a-z-]+)", text) if t not in targets
+  ]
   fields = re.findall(r"--?config\.([a-z_0-9.]*\w)", text)
   return found + [f"field config.{name}" for name in fields if name not in field_names()]
 
 
 def missing_of_command(script, arguments):
-  """`python train.py --describe`: the script and its flags. Other people's modules are not asked."""
+  """The script and its flags, of `python train.py --describe`; nothing for modules from elsewhere."""
   if script == "benchmarks":
     source = ROOT / "benchmarks/__main__.py"
   elif script.endswith(".py"):
