@@ -49,7 +49,7 @@ def missing(page):
 
 
 def missing_of_command(script, arguments):
-  """The script and its flags, of `python train.py --describe`; nothing for modules from elsewhere."""
+  """A script or flags that are not there; other modules, such as pip, are not looked at."""
   if script == "benchmarks":
     source = ROOT / "benchmarks/__main__.py"
   elif script.endswith(".py"):
