@@ -166,6 +166,18 @@ def abstract_state(config: config_lib.Config) -> Any:
   return jax.eval_shape(optimizer.init, abstract(config.model))
 
 
+def restart_schedule(state: Any, new: Any) -> Any:
+  """Returns an optimizer's state with the schedule's step counts of a new state.
+
+  Moments, and the counts by which Adam corrects their bias, stay as they are in `state`.
+  """
+  counts = optax.ScaleByScheduleState
+  return jax.tree.map(
+    lambda old, start: start if isinstance(start, counts) else old,
+    state, new, is_leaf=lambda node: isinstance(node, counts),
+  )  # fmt: skip
+
+
 def updated_bias(bias_ZE: jax.Array, routed_ZE: jax.Array, rate: float) -> jax.Array:
   """Loss-free balancing (2408.15664): +rate below the mean load, -rate above it, then centred.
 
