@@ -58,12 +58,14 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
     return
   before = config_lib.from_json((workdir / CONFIG).read_text())
   old, new = config_lib.flatten(before), config_lib.flatten(config)
-  may_change = list(_MAY_CHANGE)
-  if not config.model.moe.exchange_factor:  # otherwise each exchange drops other assignments
-    may_change.append("model.moe.exchange")
-  if _drop_alike(before.model.moe, config.model.moe):
-    may_change.append("model.moe.dispatch")
-  changed = [n for n in new if new[n] != old[n] and not n.startswith(tuple(may_change))]
+  same = {
+    # With a factor, each exchange drops other assignments.
+    "model.moe.exchange": not config.model.moe.exchange_factor,
+    "model.moe.dispatch": _drop_alike(before.model.moe, config.model.moe),
+  }
+  changed = [
+    n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and not same.get(n)
+  ]
   if changed:
     what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
     raise UserError(
