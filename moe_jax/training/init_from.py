@@ -87,8 +87,11 @@ def _check(source: Source, config: config_lib.Config) -> None:
     raise UserError(
       f"{flag}: the parameters have other shapes: {differing}; set config.model as that run has it"
     )
-  states = (optimizers.abstract_state(other), optimizers.abstract_state(config))
-  if source.optimizer and jax.tree.structure(states[0]) != jax.tree.structure(states[1]):
+  there, here = (
+    [path for path, _ in jax.tree_util.tree_leaves_with_path(optimizers.abstract_state(c))]
+    for c in (other, config)
+  )
+  if source.optimizer and there != here:
     raise UserError(
       f"{flag} with --init_optimizer: config.optimizer.name={config.optimizer.name.value} and "
       f"clip_norm={config.optimizer.clip_norm} do not fit the state of that run's "
@@ -120,18 +123,18 @@ def load(source: Source, state: Any, shardings: Any) -> Any:
 
   Args:
     source: as `find` returned it.
-    state: a new train.TrainState.
+    state: a new train.TrainState; the memory of the arrays that are replaced is freed.
     shardings: of that state.
   """
   names = ("params", "bias_ZE", *(("opt_state",) if source.optimizer else ()))
   wanted = {
     name: checkpoint.abstract(getattr(state, name), getattr(shardings, name)) for name in names
   }
-  new_optimizer_state = state.opt_state
-  state = state._replace(params=None, bias_ZE=None)  # frees their memory for what is read
+  for array in jax.tree.leaves([getattr(state, name) for name in names]):
+    array.delete()  # frees the memory for the array that is read in its place
   reader = checkpoint.Checkpointer(pathlib.Path(source.workdir))
   arrays = reader.restore_fields(source.step, wanted)
   reader.close()
   if source.optimizer:
-    arrays["opt_state"] = optimizers.restart_schedule(arrays["opt_state"], new_optimizer_state)
+    arrays["opt_state"] = optimizers.restart_schedule(arrays["opt_state"])
   return state._replace(**arrays)
