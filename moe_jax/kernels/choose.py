@@ -39,8 +39,8 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
 
   Args:
     config: of the run; its mesh is resolved.
-    recorded: what an earlier start of this run returned second, {} for none. It holds on the same
-      kind of device; on another one the choice is made anew.
+    recorded: what an earlier start of this run returned second, {} for none. It decides what the
+      config leaves at `auto`, on the same kind of device; on another one the choice is made anew.
 
   Returns:
     The config; what to record; lines to print.
@@ -53,15 +53,19 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
   if recorded and recorded["device"] != device:
     lines.append(f"kernels            chosen anew: the run began on {recorded['device']}")
     recorded = {}
+  recorded = {operation: name for operation, name in recorded.items() if name != "auto"}
   attention, line = _attention(config, recorded.get("attention", ""))
   lines.append(f"attention          {line}")
   grouped_matmul, exchange = moe.grouped_matmul, moe.exchange
   if moe.num_experts and moe.dispatch is Dispatch.GROUPED:
     grouped_matmul, line = _experts(config, recorded.get("grouped_matmul", ""))
     lines.append(f"grouped matmul     {line}")
+    before = recorded.get("exchange", "")
+    line = _named(exchange.value, before)
     if exchange is Exchange.AUTO:
-      exchange = Exchange(recorded.get("exchange", platform.default_exchange().value))
-      lines.append(f"exchange           {exchange.value}")
+      exchange = Exchange(before or platform.default_exchange().value)
+      line = exchange.value
+    lines.append(f"exchange           {line}")
   moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul, exchange=exchange)
   model = dataclasses.replace(model, attention=attention, moe=moe)
   names = {"attention": attention, "grouped_matmul": grouped_matmul, "exchange": exchange}
@@ -87,6 +91,12 @@ def for_reading(model: config_lib.Model, recorded: dict[str, str]) -> config_lib
   return dataclasses.replace(model, attention=attention, moe=moe)
 
 
+def _named(name: str, recorded: str) -> str:
+  """The line to print of a choice that the config names."""
+  before = f"; until now the run used {recorded}" if recorded not in ("", name) else ""
+  return f"{name}, as the config says{before}"
+
+
 def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
   model, dtype = config.model, jnp.dtype(config.model.compute_dtype.value)
   batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
@@ -98,7 +108,7 @@ def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
       raise UserError(
         f"config.model.attention={model.attention.value} refuses {reason}; set it to auto"
       )
-    return model.attention, f"{model.attention.value}, as the config says"
+    return model.attention, _named(model.attention.value, recorded)
   if recorded:
     return Attention(recorded), f"{recorded}, as when the run began"
 
@@ -142,7 +152,7 @@ def _experts(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
     reason = KERNELS[moe.grouped_matmul].available()
     if reason:
       raise UserError(f"config.model.moe.grouped_matmul={moe.grouped_matmul.value}: {reason}")
-    return moe.grouped_matmul, f"{moe.grouped_matmul.value}, as the config says"
+    return moe.grouped_matmul, _named(moe.grouped_matmul.value, recorded)
   if recorded:
     return GroupedMatmul(recorded), f"{recorded}, as when the run began"
   return _first_process_decides(lambda: _fastest_experts(config), list(GroupedMatmul))

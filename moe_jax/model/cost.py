@@ -15,8 +15,9 @@ from moe_jax.model.transformer import Tokens, abstract, bias_shape, forward, moe
 
 class Counts(NamedTuple):
   total: int  # parameters
-  active: int  # parameters that one token uses, embedding and head included
+  active: int  # parameters that one token uses, embedding and output head included
   flops_per_token: float  # of training: forward and backward
+  embedding: int  # parameters of the embedding and the output head alone
 
 
 def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -27,7 +28,7 @@ def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeS
 
 def count(config: config_lib.Config) -> Counts:
   model, moe = config.model, config.model.moe
-  total = active = matmul = 0
+  total = active = embedding = matmul = 0
   for path, shape in parameters(model).items():
     name, size = path[-1], math.prod(shape.shape)
     used = size
@@ -35,13 +36,14 @@ def count(config: config_lib.Config) -> Counts:
       used = size * moe.top_k // moe.num_experts
     total += size
     active += used
+    embedding += size if name in ("embed_VD", "head_DV") else 0
     # An embedding look-up multiplies nothing, but a tied one is the output head too.
     if len(name.rsplit("_", 1)[-1]) > 1 and (name != "embed_VD" or model.tied_head):
       matmul += used
   # Causal attention: a query meets (L+1)/2 keys on average, in two products.
   attention = 2 * 2 * model.num_layers * model.num_heads * model.head_dim
   flops = 3 * (2 * matmul + attention * (config.data.seq_len + 1) / 2)
-  return Counts(total, active, flops)
+  return Counts(total, active, flops, embedding)
 
 
 def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
@@ -104,7 +106,9 @@ def report(config: config_lib.Config, optimizer_state: Any) -> str:
   lines = [
     f"model              {kind}",
     f"parameters         {si(counts.total)} total, {si(counts.active)} active per token "
-    f"({100 * counts.active / counts.total:.1f}%)",
+    f"({100 * counts.active / counts.total:.1f}%) with embedding and head, as Mixtral counts",
+    f"                   {si(counts.total - counts.embedding)} total, "
+    f"{si(counts.active - counts.embedding)} active without both, as Qwen counts (non-embedding)",
     f"FLOPs per token    {si(counts.flops_per_token)} in training "
     f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
     f"memory per device  {gib(state_bytes(config, optimizer_state))} weights, gradients and "

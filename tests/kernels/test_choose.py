@@ -98,6 +98,37 @@ def test_the_record_decides_on_the_same_device(monkeypatch):
   assert "the run began on TPU v9" in lines[0]
 
 
+def test_a_kernel_that_a_resumed_run_names_replaces_the_recorded_one():
+  """It is printed and recorded, and from then on `auto` is that one."""
+  with jax.set_mesh(mesh_of()):
+    _, record, _ = choose.resolve(dropless(), {})
+    named = dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT, exchange=Exchange.ALL_TO_ALL)
+    named.model.attention = Attention.REFERENCE
+    _, changed, lines = choose.resolve(named, record)
+    assert [line.split(" ", 1)[1].strip() for line in lines] == [
+      "reference, as the config says; until now the run used blocks",
+      "matmul     ragged_dot, as the config says; until now the run used blocked",
+      "all_to_all, as the config says; until now the run used all_gather",
+    ]
+    assert changed == record | {
+      "attention": "reference", "grouped_matmul": "ragged_dot", "exchange": "all_to_all"
+    }  # fmt: skip
+    config, again, _ = choose.resolve(dropless(), changed)
+    assert again == changed and config.model.moe.exchange is Exchange.ALL_TO_ALL
+
+
+def test_a_kernel_that_the_run_did_not_need_is_chosen_when_it_does():
+  """A run that dispatched into slots recorded no kernel of the grouped dispatch."""
+  slots = toy_config()
+  slots.data.seq_len = 64
+  with jax.set_mesh(mesh_of()):
+    _, record, _ = choose.resolve(slots, {})
+    assert record["grouped_matmul"] == record["exchange"] == "auto"
+    config, record, _ = choose.resolve(dropless(), record)
+  assert config.model.moe.grouped_matmul is GroupedMatmul.BLOCKED
+  assert config.model.moe.exchange is Exchange.ALL_GATHER and record["exchange"] == "all_gather"
+
+
 def test_a_kernel_that_is_named_is_taken_or_refused():
   config = dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT)
   config.model.attention = Attention.REFERENCE
