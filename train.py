@@ -1,7 +1,8 @@
 """Trains a model: python train.py --config=configs/tiny_moe.py --workdir=runs/tiny
 
 Any field can be overridden, --config.model.moe.num_experts=16. The same command resumes a run that
-was cut off. --describe prints parameters, FLOPs and memory and trains nothing.
+was cut off. --describe prints parameters, FLOPs and memory and trains nothing; --diff prints what
+differs from the defaults.
 """
 
 from absl import flags
@@ -13,6 +14,7 @@ from moe_jax.config import UserError
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config file")
 _WORKDIR = flags.DEFINE_string("workdir", "", "where the run lives; created if need be")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
+_DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "one of several processes of this run")
 
 
@@ -20,6 +22,10 @@ def main() -> None:
   config = _CONFIG.value
   if config is None:
     raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
+  if _DIFF.value:
+    validation.check_fields(config)  # the rest of validate() imports jax
+    print(command_line.difference(config))
+    return
   validation.validate(config)
   if _DESCRIBE.value:
     from moe_jax.model import cost

@@ -50,9 +50,12 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
   """Refuses to go on with a run under a config that would make it another run."""
   if not (workdir / CONFIG).exists():
     return
-  old = config_lib.flatten(config_lib.from_json((workdir / CONFIG).read_text()))
-  new = config_lib.flatten(config)
-  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE)]
+  from moe_jax import validation
+
+  stored = config_lib.from_json((workdir / CONFIG).read_text())
+  old, new = config_lib.flatten(stored), config_lib.flatten(config)
+  idle = validation.without_effect(stored) & validation.without_effect(config)
+  changed = [n for n in new if new[n] != old[n] and n not in idle and not n.startswith(_MAY_CHANGE)]
   if changed:
     what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
     raise UserError(

@@ -4,6 +4,7 @@ Needs nothing but the workdir.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -117,7 +118,8 @@ class Run:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator(model.params, model.bias_ZE)
-      points.append({"capacity_factor": factor} | {name: result[name] for name in _OF_CAPACITY})
+      point = {"capacity_factor": config_lib.plain(factor)}
+      points.append(point | {name: result[name] for name in _OF_CAPACITY})
       print(
         f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
         f"dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%",
@@ -169,13 +171,13 @@ def check(config: config_lib.Config, factors: Sequence[float], routing: bool) ->
 
 
 def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
-  """The same model with another capacity in evaluation; 0 drops nothing.
+  """The same model with another capacity in evaluation; inf drops nothing.
 
   A dropless dispatch has no slots, so it gives way to `gather`: what a model trained without drops
   loses where it has to run with them. With expert_choice nothing is dropped, and the factor is how
   many tokens each expert takes.
   """
-  moe = with_slots(config.model.moe) if factor else config.model.moe
+  moe = with_slots(config.model.moe) if factor < math.inf else config.model.moe
   moe = dataclasses.replace(moe, eval_capacity_factor=factor)
   changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
   validation.validate(changed)
