@@ -306,6 +306,15 @@ def test_capacity_by_hand(factor, expected_capacity):
   assert dispatch.capacity(factor, tokens=16, top_k=2, num_experts=8) == expected_capacity
 
 
+@pytest.mark.parametrize("how", list(Dispatch))
+@pytest.mark.parametrize("router", [Router.TOPK, Router.EXPERT_CHOICE])
+def test_a_dispatch_that_never_drops_ignores_the_capacity_factor(how, router):
+  """Unless the router takes the capacity: expert choice has one with every dispatcher."""
+  moe = config_lib.MoE(num_experts=8, router=router, dispatch=how, capacity_factor=0.5)
+  dropless = how in (Dispatch.GROUPED, Dispatch.DENSE) and router is Router.TOPK
+  assert dispatch.layout_of(moe, (3, 16), train=True).capacity == (16 if dropless else 2)
+
+
 def test_balance_loss_is_one_when_balanced_for_every_k():
   for experts, K in ((4, 1), (8, 2), (64, 8)):
     even = counts.balance(jnp.full((1, experts), K), jnp.ones((1, experts)), jnp.array([experts]))
