@@ -32,7 +32,7 @@ from moe_jax.options import (
 )
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
-_FORMAT = 1  # of config.json; from_json says what older ones had
+_FORMAT = 1  # of config.json; `upgraded` says what older ones had
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -82,7 +82,9 @@ class MoE(Section):
   jitter: float = option(
     0.0, "In training the router's input is times U(1-jitter, 1+jitter).", at_least=0, below=1
   )
-  every: int = option(1, "Of the layers after first_dense, each every-th is an MoE.", at_least=1)
+  every: int = option(
+    1, "Of the layers after first_dense, each every-th is an MoE layer.", at_least=1
+  )
   first_dense: int = option(0, "Dense layers before the first MoE layer.", at_least=0)
 
   @property
@@ -130,16 +132,16 @@ class Data(Section):
   )
   path: str = option("", "For name=text: a .txt or .jsonl file, or a folder of them.")
   text_field: str = option("text", "Key of the text in a TFDS example or a JSON line.")
-  train_split: str = option("train", "In TFDS's syntax, so train[:1%] works.")
-  validation_split: str = option("validation", "The same for validation.")
-  test_split: str = option("test", "The same for eval.py --split=test.")
+  train_split: str = option("train", "Text to train on, in TFDS's syntax: train[:1%] works.")
+  validation_split: str = option("validation", "Text of the evaluations while training.")
+  test_split: str = option("test", "Text of eval.py --split=test.")
   tokenizer: str = option("bytes", "bytes, or the path of a tokenizer.json or SentencePiece model.")
   seq_len: int = option(256, "Tokens of a row (L).", at_least=1)
   batch_size: int = option(32, "Rows of an optimizer step (B), over all devices.", at_least=1)
   seed: int = option(0, "Sets the order of the training rows.", at_least=0)
   threads: int = option(4, "Threads of each process that read rows.", at_least=1)
   cache_dir: str = option(
-    "", 'Tokens and compiled programs; "" is $MOE_JAX_CACHE, or moe_jax in the user\'s cache.'
+    "", "Folder of tokens and compiled programs; empty is $MOE_JAX_CACHE or the user's cache."
   )
 
 
@@ -184,17 +186,17 @@ class Optimizer(Section):
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Train(Section):
-  """How long a run is, and how often it says and saves something. All intervals are in steps."""
+  """How long a run is, and how often it says and saves something."""
 
   steps: int = option(1000, "Optimizer steps of the run.", at_least=1)
   seed: int = option(0, "Draws the initial weights and the routers' noise.", at_least=0)
   accumulation: int = option(
     1, "Microbatches of an optimizer step; losses equal the full batch's.", at_least=1
   )
-  log_every: int = option(10, "From one line of metrics to the next.", at_least=1)
-  eval_every: int = option(250, "From one evaluation to the next.", at_least=1)
+  log_every: int = option(10, "Steps from one line of metrics to the next.", at_least=1)
+  eval_every: int = option(250, "Steps from one evaluation to the next.", at_least=1)
   checkpoint_every: int = option(
-    250, "From one checkpoint to the next, each with an evaluation.", at_least=1
+    250, "Steps from one checkpoint to the next, each with an evaluation.", at_least=1
   )
   keep_latest: int = option(1, "Newest checkpoints that are kept.", at_least=1)
   keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
@@ -216,9 +218,11 @@ class Health(Section):
   drop_fraction: float = option(
     0.5, "Share of a layer's assignments that are dropped.", at_least=0, at_most=1
   )
-  patience: int = option(20, "Steps in a row before one of these three is an alarm.", at_least=1)
-  loss_spike: float = option(1.0, "Nats of a loss above the mean of the window.", at_least=0)
-  on_alarm: OnAlarm = option(OnAlarm.WARN, "What an alarm of these does.")
+  patience: int = option(
+    20, "Steps in a row over one of these three before it is an alarm.", at_least=1
+  )
+  loss_spike: float = option(1.0, "Nats of a step's loss above the window's mean.", at_least=0)
+  on_alarm: OnAlarm = option(OnAlarm.WARN, "What any of the alarms above does.")
   on_nonfinite: OnAlarm = option(
     OnAlarm.STOP, "The same where the loss, a gradient or a router's logits are not finite."
   )
@@ -230,7 +234,7 @@ class Eval(Section):
 
   batch_size: int = option(0, "Rows of a batch; 0 is the training microbatch.", at_least=0)
   batches: int = option(
-    16, "While training, batches from the validation set's start; 0 is all of it.", at_least=0
+    16, "Batches of an evaluation while training, from the split's start; 0 is all.", at_least=0
   )
   final_batches: int = option(0, "The same for eval.py, of any split.", at_least=0)
 
