@@ -21,6 +21,7 @@ from moe_jax.data import pipeline
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.model.transformer import abstract_weights, moe_layers
+from moe_jax.moe import dispatch
 from moe_jax.training.evaluator import Evaluator, batch_size
 
 # What routing and causal evaluation look at, spread over the split.
@@ -185,12 +186,14 @@ def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
 
 
 def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
-  """The same experts; a dropless dispatch gives way to `gather`."""
+  """The same function of a token; a dropless dispatch gives way to `gather` without drops."""
   if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
     return moe
   return dataclasses.replace(
-    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0
-  )
+    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0,
+    capacity_factor=dispatch.capacity_factor(moe, train=True),
+    eval_capacity_factor=dispatch.capacity_factor(moe, train=False),
+  )  # fmt: skip
 
 
 def summary(result: dict[str, Any]) -> str:

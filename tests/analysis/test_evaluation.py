@@ -198,6 +198,7 @@ def test_other_capacities():
   moe = evaluation.at_capacity(toy_config(dispatch=Dispatch.EINSUM), 0.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.EINSUM, 0.5)
   assert dropless.model.moe.dispatch is Dispatch.GROUPED  # the run's own config stays
+  assert evaluation.with_slots(dropless.model.moe).eval_capacity_factor == math.inf
 
 
 def test_what_has_no_meaning_is_refused():
@@ -209,8 +210,10 @@ def test_what_has_no_meaning_is_refused():
   chosen = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
   chosen.loss.load_balance = 0.0
   evaluation.check(chosen, [0.5, 2.0], True)
-  with pytest.raises(UserError, match="set it above 0"):
-    evaluation.check(chosen, [0.0], True)
+  with pytest.raises(UserError, match="set a finite number"):
+    evaluation.check(chosen, [math.inf], True)
+  with pytest.raises(UserError, match="must be above 0; inf is no limit"):
+    evaluation.check(toy_config(), [0.0], True)
 
 
 def test_rows_are_spread_over_the_split():
