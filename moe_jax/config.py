@@ -234,7 +234,7 @@ class Eval(Section):
 
   batch_size: int = option(0, "Rows of a batch; 0 is the training microbatch.", at_least=0)
   batches: int = option(
-    16, "Batches of an evaluation while training, from the split's start; 0 is all.", at_least=0
+    16, "Batches of an evaluation in training, of rows spread over the split; 0 is all.", at_least=0
   )
   final_batches: int = option(0, "The same for eval.py, of any split.", at_least=0)
 
