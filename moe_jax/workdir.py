@@ -4,12 +4,11 @@ Nothing here imports jax, so that a report can read a run on a machine without i
 """
 
 import json
-import math
 import pathlib
 from typing import Any
 
 from moe_jax import config as config_lib
-from moe_jax.config import Config, Dispatch, MoE, UserError
+from moe_jax.config import Config, UserError
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream}
@@ -31,7 +30,6 @@ _MAY_CHANGE = (
   "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir", "model.remat",
   "model.attention", "model.moe.grouped_matmul",
 )  # fmt: skip
-_DROPPING = (Dispatch.GATHER, Dispatch.EINSUM)  # drop the same assignments; the others drop none
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -56,29 +54,18 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
   """Raises a UserError if the workdir holds a run whose values this config would change."""
   if not (workdir / CONFIG).exists():
     return
+  from moe_jax import validation  # not at the top, since a report does not need it
+
   before = config_lib.from_json((workdir / CONFIG).read_text())
   old, new = config_lib.flatten(before), config_lib.flatten(config)
-  same = {
-    # With a factor, each exchange drops other assignments.
-    "model.moe.exchange": not config.model.moe.exchange_factor,
-    "model.moe.dispatch": _drop_alike(before.model.moe, config.model.moe),
-  }
-  changed = [
-    n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and not same.get(n)
-  ]
+  same = validation.without_consequence(before, config)
+  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and n not in same]
   if changed:
     what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
     raise UserError(
       f"--workdir={workdir} holds a run with another config: {what}; drop the change to go on with "
       f"that run, or name a new workdir, which --init_from={workdir} gives that run's parameters"
     )
-
-
-def _drop_alike(old: MoE, new: MoE) -> bool:
-  """Returns whether the two dispatchers drop the same assignments, so that all values are equal."""
-  factors = (old.capacity_factor, old.eval_capacity_factor)
-  unlimited = all(factor in (0, math.inf) for factor in factors)
-  return unlimited or (old.dispatch in _DROPPING) == (new.dispatch in _DROPPING)
 
 
 def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
