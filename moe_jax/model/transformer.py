@@ -183,7 +183,7 @@ class Transformer(nnx.Module):
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
     x_BLD = embed(self.embed_VD[...].astype(dtype), tokens.ids_BL)
-    stats = [counts.zeros(0, model.moe.num_experts, routers.choices(model.moe))]
+    stats = [counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))]
     choices, first = [], 0
     for index, stack in enumerate(self.scans):
       repeats, pattern = layer_pattern(model)[index]
