@@ -65,20 +65,20 @@ def parameters(config: config_lib.Config, seed: int, never: int = -1) -> tuple[A
 def build(
   config: config_lib.Config, seed: int = 0, tokenizer: tokenizers.Tokenizer | None = None,
   never: int = -1,
-) -> generate.Model:  # fmt: skip
+) -> generate.TextGenerator:  # fmt: skip
   """`parameters` on one device, ready to generate; tokens are bytes if no tokenizer is given."""
   mesh = sharding.make_mesh(config_lib.Mesh(data=1))
   with jax.set_mesh(mesh):
     model = decoding.for_inference(config.model)
     weights = decoding.weights(model, *parameters(config, seed, never))
     jax.block_until_ready(weights)
-  return generate.Model(model, weights, mesh, tokenizer or tokenizers.Bytes())
+  return generate.TextGenerator(model, weights, mesh, tokenizer or tokenizers.Bytes())
 
 
 class Decoder:
   """A model in the middle of decoding `batch` rows, at random tokens."""
 
-  def __init__(self, model: generate.Model, batch: int, seed: int = 0):
+  def __init__(self, model: generate.TextGenerator, batch: int, seed: int = 0):
     self._model = model.model
     self._weights, self._mesh = model.weights, model.mesh
     rng = np.random.default_rng(seed)
@@ -92,7 +92,9 @@ class Decoder:
 
   def _prefill(self, weights, start_B, tokens_BL):
     cache = decoding.empty_cache(self._model, start_B, _SLOTS)
-    return decoding.forward(weights, self._model, cache, tokens_BL, all_logits=False).cache
+    return decoding.forward_with_cache(
+      weights, self._model, cache, tokens_BL, all_logits=False
+    ).cache
 
   def _decode(self, weights, cache, token_B, key):
     """Tokens are drawn at random, so that rows do not run into the same words."""
@@ -100,7 +102,7 @@ class Decoder:
     def step(number, carry):
       cache, token_B, total = carry
       cache = cache._replace(length=jnp.full((), _PROMPT, jnp.int32) + number)
-      logits_BLV, cache, _ = decoding.forward(
+      logits_BLV, cache, _ = decoding.forward_with_cache(
         weights, self._model, cache, token_B[:, None], all_logits=False
       )
       key_number = jax.random.fold_in(key, number)
@@ -122,7 +124,7 @@ class Decoder:
     """Different experts that one step of random tokens chooses, mean over layers and 8 draws."""
     trace = jax.jit(
       lambda weights, cache, tokens_B1: (
-        decoding.forward(
+        decoding.forward_with_cache(
           weights, self._model, cache, tokens_B1, all_logits=False, trace=True
         ).choices
       )
@@ -252,7 +254,9 @@ def _prefill_rows(built, length, rounds, seconds):
 
     def prefill(weights, tokens_BL, model=model):
       cache = decoding.empty_cache(model.model, jnp.zeros((1,), jnp.int32), length)
-      return decoding.forward(weights, model.model, cache, tokens_BL, all_logits=False).logits_BLV
+      return decoding.forward_with_cache(
+        weights, model.model, cache, tokens_BL, all_logits=False
+      ).logits_BLV
 
     compiled = jax.jit(prefill)
 

@@ -6,7 +6,7 @@ holds. sharding.py lists the others.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,14 +130,14 @@ def on_mesh(
   local = functools.partial(moe_on_device, moe=moe, train=train, trace=trace)
   if exchange.one_device():
     return local(x_BLD, inputs, experts)
-  everywhere, batch = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+  # Any, because the trees of specs have the types of the arrays that the specs are for.
+  everywhere: Any = jax.sharding.PartitionSpec()
+  batch: Any = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=everywhere)
-  expert_specs = Experts(
-    gate_EDF=sharding.spec("EDF"), up_EDF=sharding.spec("EDF"), down_EFD=sharding.spec("EFD")
-  )
+  expert_specs: Any = {name: sharding.spec(name.split("_")[1]) for name in Experts._fields}
   return jax.shard_map(
     local,
-    in_specs=(batch, per_token, expert_specs),
+    in_specs=(batch, per_token, Experts(**expert_specs)),
     out_specs=MoEOutput(y_BLD=batch, stats=everywhere, choices=batch),
   )(x_BLD, inputs, experts)
 
