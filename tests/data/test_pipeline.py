@@ -490,7 +490,7 @@ def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
   (tmp_path / "t.json").write_text("{}")
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(UserError, match="pip install tokenizers"):
-    tokenizers.load(Data(tokenizer=str(tmp_path / "t.json")))
+    tokenizers.load_tokenizer(Data(tokenizer=str(tmp_path / "t.json")))
 
 
 def test_cache_that_cannot_be_written(tmp_path):
@@ -516,7 +516,7 @@ def train_bpe(path, special=()):
       single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
     )
   model.save(str(path))
-  return tokenizers.load(Data(tokenizer=str(path)))
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
 
 
 def train_sentencepiece(path, **options):
@@ -527,14 +527,14 @@ def train_sentencepiece(path, **options):
       byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
       allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2, **options,
     )  # fmt: skip
-  return tokenizers.load(Data(tokenizer=str(path)))
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
 
 
 HARD = "def f(x):\n\treturn 'é日本'  # <s> <|endoftext|> 🙂\n\n  end"
 
 
 def test_bytes():
-  bytes_ = tokenizers.load(Data())
+  bytes_ = tokenizers.load_tokenizer(Data())
   assert (bytes_.vocab_size, bytes_.separator) == (257, 256)
   ids = bytes_.encode("é")
   assert ids.tolist() == [0xC3, 0xA9] == bytes_.encode("é".encode()).tolist()
