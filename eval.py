@@ -31,9 +31,9 @@ def main() -> None:
     _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=capacity_factors(),
     causal=_CAUSAL.value, routing=_ROUTING.value,
   )  # fmt: skip
-  said = [report.summary(_WORKDIR.value, result), evaluation.summary(result)]
+  said = [report.summary(_WORKDIR.value, result), evaluation.describe(result)]
   if routing:
-    said.append(specialisation.table(routing))
+    said.append(specialisation.specialisation_table(routing))
   print("\n".join(filter(None, said)))
 
 

@@ -128,7 +128,7 @@ def report(config: config_lib.Config, optimizer_state: Any) -> str:
   return "\n".join(lines)
 
 
-def table(config: config_lib.Config) -> str:
+def config_table(config: config_lib.Config) -> str:
   """Lists the fields of the resolved config, wrapped at 100 columns, each section on new lines."""
   sections: dict[str, list[str]] = {}
   for name, value in config_lib.flatten(config).items():

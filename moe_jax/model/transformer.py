@@ -119,7 +119,7 @@ def next_token_logits(
     return sharding.constrain(linear(x_BLD, head_DV, dtype=jnp.dtype(jnp.float32)), "BLV")
 
 
-class Block(nnx.Module):
+class DecoderLayer(nnx.Module):
   """The parameters of one layer."""
 
   def __init__(self, model: config_lib.Model, is_moe: bool, rngs: nnx.Rngs):
@@ -143,7 +143,7 @@ class Period(nnx.Module):
   """The layers that the pattern repeats, at most one of them MoE; one step of the scan."""
 
   def __init__(self, model: config_lib.Model, pattern: tuple[bool, ...], rngs: nnx.Rngs):
-    self.blocks = nnx.List([Block(model, is_moe, rngs) for is_moe in pattern])
+    self.blocks = nnx.List([DecoderLayer(model, is_moe, rngs) for is_moe in pattern])
 
 
 class ModelOutput(NamedTuple):

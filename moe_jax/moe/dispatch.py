@@ -43,7 +43,7 @@ class Slots(NamedTuple):
   kept_N: jax.Array  # bool, the assignment has a row
 
 
-class Rows(NamedTuple):
+class ExpertRows(NamedTuple):
   """Tokens laid out for the experts."""
 
   x: jax.Array  # [E, R, D], R slots of each expert; or [S, D], sorted by expert, empty rows last
@@ -55,8 +55,8 @@ class Rows(NamedTuple):
 class Dispatcher:
   """One way to lay out rows; `DISPATCHERS` holds each under its name in the config."""
 
-  pack: Callable[[jax.Array, Assignments, Layout], Rows]  # (x_TD, ...) -> rows
-  # (outputs in the shape of Rows.x, ...) -> y_TD
+  pack: Callable[[jax.Array, Assignments, Layout], ExpertRows]  # (x_TD, ...) -> rows
+  # (outputs in the shape of ExpertRows.x, ...) -> y_TD
   combine: Callable[[jax.Array, Assignments, Slots, Layout], jax.Array]
   slots: bool  # rows are slots, equally many for every expert; otherwise sorted by expert
   drops: bool  # an assignment beyond the capacity of its expert is dropped
@@ -160,12 +160,12 @@ def _sort(
   return order_N, place_N, bounds[:-1], bounds[1:]
 
 
-def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
+def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
   """Copies each assignment's token to its row by index."""
   slots, sizes_E = place(assigned, layout)
   x_SD = gather_rows(x_TD, assigned, slots, layout)
   x = x_SD.reshape(layout.experts, -1, x_SD.shape[-1]) if layout.slots else x_SD
-  return Rows(x, sizes_E, slots)
+  return ExpertRows(x, sizes_E, slots)
 
 
 def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
@@ -180,7 +180,7 @@ def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: La
   """Returns y_TD, the gated sum of each token's rows, in the dtype of y; 0 without a row.
 
   Args:
-    y: outputs of the experts, in the shape of Rows.x. Products and sums are float32.
+    y: outputs of the experts, in the shape of ExpertRows.x. Products and sums are float32.
     assigned: assignments as they were packed.
     slots: the rows of the assignments.
     layout: as it was packed.
@@ -239,13 +239,13 @@ def _one_hots(assigned: Assignments, slots: Slots, layout: Layout) -> tuple[jax.
   return from_NU.reshape(M, -1, U), to_NEC.reshape(M, -1, E, C)
 
 
-def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
+def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
   slots, sizes_E = place(assigned, layout)
   from_MIU, to_MIEC = _one_hots(assigned, slots, layout)
   mask_EMCU = jnp.einsum("MIEC,MIU->EMCU", to_MIEC, from_MIU).astype(x_TD.dtype)
   x_MUD = x_TD.reshape(layout.groups, -1, x_TD.shape[-1])
   x_EMCD = jnp.einsum("EMCU,MUD->EMCD", mask_EMCU, x_MUD)
-  return Rows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots)
+  return ExpertRows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots)
 
 
 def _einsum_combine(
@@ -259,14 +259,14 @@ def _einsum_combine(
   return y_MUD.reshape(-1, y_ERD.shape[-1]).astype(y_ERD.dtype)
 
 
-def _dense_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
+def _dense_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
   """Gives every expert every token."""
   x_ETD = jnp.tile(x_TD, (layout.experts, 1)).reshape(layout.experts, *x_TD.shape)
   T, N = layout.tokens, assigned.token_N.shape[0]
   S = layout.experts * T
   slot_N = jnp.where(assigned.real_N, assigned.expert_N * T + assigned.token_N, S)
   assignment_S = jnp.full_like(slot_N, N, shape=(S,)).at[slot_N].set(jnp.arange(N), mode="drop")
-  return Rows(x_ETD, None, Slots(slot_N, assignment_S, assigned.real_N))
+  return ExpertRows(x_ETD, None, Slots(slot_N, assignment_S, assigned.real_N))
 
 
 def _dense_combine(

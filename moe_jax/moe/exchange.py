@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from moe_jax import config as config_lib
 from moe_jax.kernels import platform
 from moe_jax.moe import dispatch
-from moe_jax.moe.dispatch import Layout, Rows
+from moe_jax.moe.dispatch import ExpertRows, Layout
 from moe_jax.moe.routing import Assignments
 
 
@@ -36,12 +36,12 @@ class Load(NamedTuple):
 class Trip(NamedTuple):
   """The rows of one device before and after they were sent."""
 
-  sent: Rows  # as packed; an assignment that did not fit the exchange's buffer has lost its slot
-  received: Rows  # for the J experts of this device
+  sent: ExpertRows  # as packed; an assignment that did not fit the buffer has lost its slot
+  received: ExpertRows  # for the J experts of this device
   plan: Any  # what `bring_back` needs to reverse `send`; each exchange has its own type
 
 
-def _stay(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
+def _stay(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
   return Trip(rows, rows, None)
 
 
@@ -66,7 +66,7 @@ class ExchangeSpec:
   # (x_TD, assignments, layout) of a device -> the tokens that the device packs
   prepare: Callable[[jax.Array, Assignments, Layout], Load] = Load
   # (packed rows, and the assignments and layout that prepare took) -> rows at their experts
-  send: Callable[[Rows, Assignments, Layout], Trip] = _stay
+  send: Callable[[ExpertRows, Assignments, Layout], Trip] = _stay
   # (outputs, shaped as received.x) -> outputs, shaped as sent.x
   bring_back: Callable[[jax.Array, Trip], jax.Array] = _stayed
   # (gated sums for the tokens of prepare, assignments) -> (y_TD, bool kept_N) of the device's own
@@ -104,7 +104,7 @@ def _expert_devices() -> int:
   return jax.sharding.get_abstract_mesh().shape["expert"]
 
 
-def _send_slots(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
+def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
   """Sends every device equally many slots, in one all_to_all of fixed size.
 
       device 0  [a0 b0 c0 d0]            [a0 a1 b0 b1]
@@ -160,7 +160,7 @@ def _by_device(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
   return Load(x_TD, assigned._replace(expert_N=device_N), buffers)
 
 
-def _send_buffers(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
+def _send_buffers(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
   """Sends every device a buffer of fixed size; rows that do not fit it are lost and counted.
 
       device 0  [a0 b0 a0 .][d0 . . .]            [a0 b0 a0 .][b1 . . .]
@@ -185,7 +185,7 @@ def _bring_back_buffers(y_RD: jax.Array, trip: Trip) -> jax.Array:
 
 def _sort_received(
   x_RD: jax.Array, expert_R: jax.Array, own_experts: int
-) -> tuple[Rows, tuple[Assignments, Layout]]:
+) -> tuple[ExpertRows, tuple[Assignments, Layout]]:
   """Sorts received rows by this device's experts; an expert of -1 marks an empty row.
 
   Returns:
@@ -205,7 +205,7 @@ def _sort_received(
   return dispatch.gather_pack(x_RD, arrived, layout), (arrived, layout)
 
 
-def _unsort(y_RD: jax.Array, received: Rows, order: tuple[Assignments, Layout]) -> jax.Array:
+def _unsort(y_RD: jax.Array, received: ExpertRows, order: tuple[Assignments, Layout]) -> jax.Array:
   arrived, layout = order
   return dispatch.gather_combine(y_RD, arrived, received.slots, layout)
 
@@ -255,7 +255,7 @@ def ragged_plan(counts_XXJ: jax.Array, here: jax.Array | int, rows: int) -> Ragg
   )
 
 
-def _send_ragged(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
+def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
   """Sends only filled rows, into a buffer of fixed size; rows that do not fit are lost and counted.
 
       device 0  [a0 a0 b0 d0]                     [a0 a0 b0 b1 . . .]

@@ -177,7 +177,7 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     workdir_lib.write_object(path / workdir_lib.DATA, digests)
     workdir_lib.write_config(path, config)
     device = jax.devices()[0]
-    print(f"{cost.table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
+    print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
     print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
 
   mesh = sharding.make_mesh(config.mesh)
