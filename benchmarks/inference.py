@@ -207,7 +207,7 @@ def run(
   found = machine(reader, seconds)
   progress(f"memory reads {found.read / 1e9:.1f} GB/s, copies {found.copy / 1e9:.1f} GB/s; "
            f"matmuls {found.flops / 1e9:.0f} GFLOP/s")  # fmt: skip
-  counts = {name: matching.count(of) for name, of in configs.items()}
+  counts = {name: matching.cached_count(config) for name, config in configs.items()}
   rows = []
   for batch in batches:
     rows += _decode_rows(built, batch, rounds, seconds, found, reader)

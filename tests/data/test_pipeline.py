@@ -361,7 +361,7 @@ def test_a_data_set_is_one_record(tmp_path, monkeypatch):
     want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
     assert sorted(everything(rows[split])) == sorted(want)
     assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
-  assert "near: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
+  assert "similar names: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
 
 
 def test_the_guide_shows_every_data_set():
@@ -425,8 +425,8 @@ def test_catalog_errors(catalog, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, hint", [
-  ("tiny_shakespear", "near: tiny_shakespeare"),
-  ("pyton_stdlib", "near: python_stdlib"),
+  ("tiny_shakespear", "similar names: tiny_shakespeare"),
+  ("pyton_stdlib", "similar names: python_stdlib"),
   ("my data", "Parsing"),
   ("lm1b:9.9.9", "1.1.0"),
   ("huggingface:foo", "community"),
