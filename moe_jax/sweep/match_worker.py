@@ -16,7 +16,7 @@ from moe_jax.sweep import matching
 from moe_jax.training import timing
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
   """Returns {"width", "times", "device"} for a job of matching.py, measured in training steps."""
 
   def trainer(config: config_lib.Config) -> timing.Trainer:
@@ -44,4 +44,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  print(json.dumps(measure(json.load(sys.stdin))))
+  print(json.dumps(run_job(json.load(sys.stdin))))
