@@ -194,14 +194,14 @@ def report(
   }
   if domains:
     load_ZGE = load_by_group(routed_ZTE, trace.domain_T, len(domains))
-    result["domain_load_ZGE"] = _plain(load_ZGE)
+    result["domain_load_ZGE"] = _to_lists(load_ZGE)
     distance_Z = separation(load_ZGE)
     if np.isfinite(distance_Z).all():
-      result["domain_separation_Z"] = _plain(distance_Z)
+      result["domain_separation_Z"] = _to_lists(distance_Z)
   return result | {
-    "position_load_ZPE": _plain(load_by_group(routed_ZTE, part_T, POSITIONS)),
+    "position_load_ZPE": _to_lists(load_by_group(routed_ZTE, part_T, POSITIONS)),
     "class_names": list(CLASSES),
-    "class_load_ZCE": _plain(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
+    "class_load_ZCE": _to_lists(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
     "top_tokens_ZE": [
       [
         [[texts[i], round(share, 5), round(lift, 3)] for i, share, lift in tokens]
@@ -209,16 +209,16 @@ def report(
       ]
       for routed_TE in routed_ZTE
     ],
-    "repeat_rate_Z": _plain(repeated.first_Z),
-    "repeat_any_Z": _plain(repeated.any_Z),
+    "repeat_rate_Z": _to_lists(repeated.first_Z),
+    "repeat_any_Z": _to_lists(repeated.any_Z),
     "repeat_random": repeated.random,
     "repeat_any_random": repeated.any_random,
-    "coactivation_ZEE": _plain(coactivation(routed_ZTE)),
+    "coactivation_ZEE": _to_lists(coactivation(routed_ZTE)),
     "text": excerpt(trace, texts, domains),
   }
 
 
-def _plain(x: np.ndarray) -> list:
+def _to_lists(x: np.ndarray) -> list:
   return np.round(np.asarray(x, np.float64), 6).tolist()
 
 

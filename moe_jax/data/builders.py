@@ -173,7 +173,7 @@ def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: s
   return f"{config.name}-{_PYTHON}-{cache.key(*version, *sizes)}"
 
 
-def _text(config: Data) -> Corpus:
+def _user_text(config: Data) -> Corpus:
   root, names = text_files.user_files(config)
   parts = [str(root), config.text_field]
   for name in names:
@@ -198,7 +198,7 @@ DATASETS = {
     _python_domains, _PYTHON, "11 MB made of it in three labelled domains: code, prose, bytecode"
   ),
   "text": Dataset(
-    _text, "1.0.0",
+    _user_text, "1.0.0",
     "your files: `config.data.path` is a `.txt` or `.jsonl` file or a folder of them",
     field="text",
   ),

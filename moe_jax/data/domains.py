@@ -23,7 +23,7 @@ DOMAINS = ("code", "prose", "bytecode")
 VERSION = "1"  # of the code that makes the texts; part of their cache key
 # The most characters of a file's text, chosen so that the domains have about the same size.
 _LONGEST = {"code": 20_000, "prose": 40_000, "bytecode": 8_000}
-_PAGE = 2_000  # the most characters of a page, which is one document
+_PAGE_LENGTH = 2_000  # the most characters of a page, which is one document
 _TOPICS = "pydoc_data/topics.py"  # the language reference, in one dict
 
 
@@ -77,7 +77,7 @@ def pages(text: str, longest: int) -> Iterator[str]:
   """Cuts the first `longest` characters into pages at ends of lines; leaves out blank pages."""
   page = ""
   for line in text[:longest].splitlines(keepends=True):
-    if page and len(page) + len(line) > _PAGE:
+    if page and len(page) + len(line) > _PAGE_LENGTH:
       if page.strip():
         yield page
       page = ""

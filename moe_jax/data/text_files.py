@@ -113,7 +113,7 @@ def user_documents(config: Data, root: pathlib.Path, names: list[str]) -> Iterat
           "files, or into lines of a .jsonl file"
         )
       with _open(config, root / name) as file:
-        text = _decode(config, file.read(), str(root / name))
+        text = _decode_text(config, file.read(), str(root / name))
       if text.strip():
         yield name, text
 
@@ -125,7 +125,7 @@ def _lines(config: Data, path: pathlib.Path, name: str) -> Iterator[Document]:
       if not line.strip():
         continue
       try:
-        example = json.loads(_decode(config, line, f"{path}:{number}"))
+        example = json.loads(_decode_text(config, line, f"{path}:{number}"))
       except json.JSONDecodeError as error:
         raise UserError(
           f"config.data.path={config.path!r}: {path}:{number} is not JSON: {error}"
@@ -152,7 +152,7 @@ def _open(config: Data, path: pathlib.Path) -> BinaryIO:
     ) from None
 
 
-def _decode(config: Data, data: bytes, where: str) -> str:
+def _decode_text(config: Data, data: bytes, where: str) -> str:
   try:
     if b"\0" not in data:
       return data.decode()

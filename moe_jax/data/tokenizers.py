@@ -100,7 +100,7 @@ class HuggingFace(Tokenizer):
     super().__init__(pieces_V, separator, _fingerprint(path))
 
   def encode(self, text: bytes | str) -> np.ndarray:
-    return np.array(self._model.encode(_text(text), add_special_tokens=False).ids, np.int64)
+    return np.array(self._model.encode(_to_str(text), add_special_tokens=False).ids, np.int64)
 
   def decode(self, ids: Iterable[int]) -> str:
     if self._byte_level:
@@ -125,7 +125,7 @@ class SentencePiece(Tokenizer):
     super().__init__(pieces_V + [b""] * (separator == size), separator, _fingerprint(path))
 
   def encode(self, text: bytes | str) -> np.ndarray:
-    return np.array(self._model.encode(_text(text)), np.int64)
+    return np.array(self._model.encode(_to_str(text)), np.int64)
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._model.decode(self._text_ids(ids))
@@ -169,7 +169,7 @@ def _import(package: str, path: str) -> Any:
     ) from None
 
 
-def _text(text: bytes | str) -> str:
+def _to_str(text: bytes | str) -> str:
   return text if isinstance(text, str) else text.decode(errors="replace")
 
 

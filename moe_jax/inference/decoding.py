@@ -178,7 +178,7 @@ def forward_with_cache(
     def attend(
       q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, old: KeysValues = layer_cache
     ) -> tuple[jax.Array, KeysValues]:
-      new = kv_cache.write(old, k_BLGA, v_BLGA, cache.length)
+      new = kv_cache.insert(old, k_BLGA, v_BLGA, cache.length)
       if L == 1:
         return kv_cache.attend_to_cache(q_BLHA, new, cache.start_B, cache.length), new
       y_BLHA = segment_attention(q_BLHA, k_BLGA, v_BLGA, tokens.segments_BL, model.attention)

@@ -26,7 +26,7 @@ from moe_jax.inference.decoding import Weights
 from moe_jax.kernels import choose
 from moe_jax.model import transformer
 
-_SLOTS = 32  # the number of slots of a cache is a multiple of this
+_SLOT_MULTIPLE = 32  # the number of slots of a cache is a multiple of this
 _CHUNK = 32  # the most tokens of a row that the device draws before it returns them
 _CHUNK_SECONDS = 0.1  # the time of a chunk that `stream` aims at
 
@@ -166,7 +166,7 @@ class TextGenerator:
     rows = [ids for ids in encoded for _ in range(num_samples)]
     padded_BL, first_B = self._padded(rows)
     B, L = padded_BL.shape
-    slots = -(-(L + max_new_tokens) // _SLOTS) * _SLOTS
+    slots = -(-(L + max_new_tokens) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     done = np.arange(B) >= len(rows)
     with jax.set_mesh(self.mesh):
       start = time.perf_counter()

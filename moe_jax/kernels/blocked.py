@@ -21,7 +21,7 @@ from moe_jax.kernels.autodiff import SAVED_BY_KERNEL, vary, varying
 # Sizes of a block, in rows. An expert's rows are cut into full blocks of the last size, then one
 # block of the smallest size that holds the rest. More sizes waste fewer rows and take longer to
 # compile.
-_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_BLOCK_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
 
@@ -129,7 +129,7 @@ def _for_each_block(
   sizes_E: jax.Array, num_rows: int, init: Any, body: Callable[[_Block, Any], Any]
 ) -> Any:
   """Applies carry = body(block, carry) to blocks that together hold every expert's rows."""
-  rows = [*(r for r in _ROWS if r < num_rows), num_rows][: len(_ROWS)]
+  rows = [*(r for r in _BLOCK_ROWS if r < num_rows), num_rows][: len(_BLOCK_ROWS)]
   start_E = jnp.cumsum(sizes_E) - sizes_E
   full_E = sizes_E // rows[-1]
   full_end_E = jnp.cumsum(full_E)

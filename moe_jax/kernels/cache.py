@@ -31,7 +31,7 @@ def empty(B: int, G: int, S: int, A: int, dtype: jnp.dtype) -> KeysValues:
   return KeysValues(keys, values)
 
 
-def write(cache: KeysValues, k_BLGA: jax.Array, v_BLGA: jax.Array, slot: jax.Array) -> KeysValues:
+def insert(cache: KeysValues, k_BLGA: jax.Array, v_BLGA: jax.Array, slot: jax.Array) -> KeysValues:
   """Returns the cache with L more tokens, written from `slot` on; slot + L must be at most S."""
 
   def put(stored: jax.Array, new_BLGA: jax.Array) -> jax.Array:

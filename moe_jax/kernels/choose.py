@@ -26,7 +26,7 @@ from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.attention import choose as choose_attention
 from moe_jax.kernels.experts import EXPERT_KERNELS
 
-_ROWS = 512  # of a comparison with the reference
+_COMPARED_ROWS = 512  # of a comparison with the reference
 _ROUNDS = 3
 # Allowed difference as a part of the array's largest element: kernels round and sum differently.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -54,11 +54,11 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
   if recorded and recorded["device"] != device:
     lines.append(f"kernels            chosen anew, because the run began on {recorded['device']}")
     recorded = {}
-  attention, line = _attention(config, recorded.get("attention", ""))
+  attention, line = _attention_of_run(config, recorded.get("attention", ""))
   lines.append(f"attention          {line}")
   grouped_matmul, exchange = moe.grouped_matmul, moe.exchange
   if moe.num_experts and moe.dispatch is Dispatch.GROUPED:
-    grouped_matmul, line = _experts(config, recorded.get("grouped_matmul", ""))
+    grouped_matmul, line = _experts_of_run(config, recorded.get("grouped_matmul", ""))
     lines.append(f"grouped matmul     {line}")
     if exchange is Exchange.AUTO:
       exchange = Exchange(recorded.get("exchange", platform.default_exchange().value))
@@ -89,7 +89,7 @@ def for_reading(model: config_lib.Model, recorded: dict[str, str]) -> config_lib
   return dataclasses.replace(model, attention=attention, moe=moe)
 
 
-def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
+def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
   model, dtype = config.model, jnp.dtype(config.model.compute_dtype.value)
   batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
   q_shape = (batch, length, model.num_heads, model.head_dim)
@@ -135,10 +135,10 @@ def _attention_difference(
     def bound(name: Attention) -> Function:
       return lambda q, k, v: ATTENTION_KERNELS[name].function(q, k, v, segments_BL)
 
-    return _compare(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
+    return _difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
 
 
-def _experts(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
+def _experts_of_run(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
   moe = config.model.moe
   if moe.grouped_matmul is not GroupedMatmul.AUTO:
     reason = EXPERT_KERNELS[moe.grouped_matmul].available()
@@ -165,18 +165,18 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
   seconds: dict[GroupedMatmul, float] = {}
   notes = []
   with _one_device():
-    few, many = (_trial(n, D, F, E, dtype) for n in (min(rows, _ROWS), rows))
+    few, many = (_trial(n, D, F, E, dtype) for n in (min(rows, _COMPARED_ROWS), rows))
     for kernel in candidates:
       try:
         ours, theirs = (_bound(name, few.sizes_E) for name in (kernel, _REFERENCE))
-        difference = _compare(ours, theirs, few.arrays, few.dy_ND)
+        difference = _difference(ours, theirs, few.arrays, few.dy_ND)
         if not difference <= _TOLERANCE[dtype.name]:
           notes.append(f"{kernel.value} differs from the reference by {difference:.1e}")
         elif len(candidates) == 1:
           return kernel, f"{kernel.value}; differs from the reference by {difference:.0e}"
         else:
           function = _bound(kernel, many.sizes_E)
-          seconds[kernel] = _seconds(function, many.arrays, many.dy_ND)
+          seconds[kernel] = _step_seconds(function, many.arrays, many.dy_ND)
           notes.append(f"{kernel.value} {1e3 * seconds[kernel]:.2f} ms")
       except Exception as error:  # a kernel that does not know this device or these sizes
         notes.append(f"{kernel.value} does not run here: {str(error).splitlines()[0]}")
@@ -220,7 +220,7 @@ def _with_gradients(function: Function) -> Function:
   return jax.jit(both)
 
 
-def _compare(
+def _difference(
   function: Function, reference: Function, arrays: tuple[jax.Array, ...], dy: jax.Array
 ) -> float:
   """Returns the largest difference of values or gradients, as a part of the largest element."""
@@ -234,7 +234,7 @@ def _compare(
   )
 
 
-def _seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Array) -> float:
+def _step_seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Array) -> float:
   """Returns the seconds of one forward and backward pass, the least of `_ROUNDS`."""
   step = _with_gradients(function)
   jax.block_until_ready(step(dy, *arrays))

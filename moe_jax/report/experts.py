@@ -147,7 +147,7 @@ def domain_section(study: Study) -> Section:
   tables = []
   domains = dict.fromkeys(d for _, run in study.runs for d in run.eval.get("domains", {}))
   if domains:
-    rows = _rows(
+    rows = _arm_rows(
       study,
       lambda arm: [
         table.spread(
@@ -159,7 +159,7 @@ def domain_section(study: Study) -> Section:
     tables.append(Table("Bits per byte by domain", ["arm", *domains], rows))
   if any("causal" in run.eval for _, run in study.runs):
     kinds = ("teacher_forced_loss", "loss", "gap")
-    rows = _rows(
+    rows = _arm_rows(
       study,
       lambda arm: [
         table.spread(run.eval.get("causal", {}).get(kind) for run in arm.finished) for kind in kinds
@@ -171,7 +171,9 @@ def domain_section(study: Study) -> Section:
   return Section("Domains and causality", tables)
 
 
-def _rows(study: Study, cells: Callable[[ArmRuns], list[table.Spread | None]]) -> list[list[Cell]]:
+def _arm_rows(
+  study: Study, cells: Callable[[ArmRuns], list[table.Spread | None]]
+) -> list[list[Cell]]:
   """Returns a row of cells for each arm that has any value."""
   names = arm_names(study)
   rows = [(arm, cells(arm)) for arm in study.arms]

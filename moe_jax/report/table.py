@@ -140,7 +140,7 @@ def compare_arms(study: Study) -> Comparison:
     finals = spread(run.curve()[1][-1] for run in target_arm.finished if run.validation)
     target = finals.mean if finals and math.isfinite(finals.mean) else None
     own = _own(target_arm, curve, target)
-  rows = [_row(arm, last, target_arm, target, own) for arm in study.arms]
+  rows = [_arm_row(arm, last, target_arm, target, own) for arm in study.arms]
   source = f"eval.json: {kind}" if kind else "the last validation in training"
   return Comparison(rows, target, source)
 
@@ -179,7 +179,7 @@ def reached(arm: ArmRuns, target: float | None, own: Reached | None) -> Reached 
   return Reached(count, time, speedup, own.seconds.mean / time.mean)
 
 
-def _row(
+def _arm_row(
   arm: ArmRuns,
   last: Callable[[Run], dict],
   target_arm: ArmRuns | None,

@@ -147,7 +147,7 @@ def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:
   config = command_line.override(a.config, dict.fromkeys(SEEDS, seed), a.name)
   workdir = f"{a.name}/seed{seed}"
   where = f"--workdir={plan.out / workdir}"
-  fields = [f"--config.{n}={_text(v)}" for n, v in changes(plan.base, config).items()]
+  fields = [f"--config.{n}={_flag_text(v)}" for n, v in changes(plan.base, config).items()]
   train = ["python", "train.py", f"--config={plan.sweep.base}", *fields, where]
   flags = plan.sweep.evaluate
   if not config.model.moe.num_experts:
@@ -163,11 +163,11 @@ def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:
   )
 
 
-def _text(value: Any) -> str:
+def _flag_text(value: Any) -> str:
   return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def text(plan: Plan) -> str:
+def describe_plan(plan: Plan) -> str:
   """Describes the plan for people: the question, the arms and their sizes."""
   selected = {run.arm for run in plan.runs}
   seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in plan.runs))
@@ -178,12 +178,12 @@ def text(plan: Plan) -> str:
   ]  # fmt: skip
   for a in plan.arms:
     if a.name in selected:
-      changed = " ".join(f"{name}={_text(value)}" for name, value in a.overrides.items())
+      changed = " ".join(f"{name}={_flag_text(value)}" for name, value in a.overrides.items())
       lines += [f"{a.name}: {changed or 'the base'}", *(f"    {note}" for note in a.notes)]
   return "\n".join(lines)
 
 
 def dry_run(plan: Plan) -> str:
-  """Returns `text` as comments, then a shell's command line for each run."""
-  comments = [f"# {line}".rstrip() for line in text(plan).splitlines()]
+  """Returns `describe_plan` as comments, then a shell's command line for each run."""
+  comments = [f"# {line}".rstrip() for line in describe_plan(plan).splitlines()]
   return "\n".join([*comments, *(f"{run.command} && {run.evaluate}" for run in plan.runs)])

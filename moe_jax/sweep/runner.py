@@ -277,7 +277,7 @@ def run(
   if dry_run:
     print(plan_lib.dry_run(plan))
     return 0
-  print(plan_lib.text(plan), flush=True)
+  print(plan_lib.describe_plan(plan), flush=True)
   out.mkdir(parents=True, exist_ok=True)
   with locked(out) as lock:
     return Runner(plan, record_lib.make_record(plan, old, measured), jobs, lock).run()
