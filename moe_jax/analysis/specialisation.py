@@ -127,7 +127,12 @@ def repeats(trace: Trace) -> Repeats:
     )
     chances = [1 - math.comb(E - a, b) / math.comb(E, b) for a, b in sizes.T.tolist()]
     by_chance.append(np.dot(chances, times) / max(times.sum(), 1))
-  return Repeats(np.array(first), np.array(either), 1 / E, float(np.mean(by_chance)))
+  return Repeats(
+    first_Z=np.array(first),
+    any_Z=np.array(either),
+    random=1 / E,
+    any_random=float(np.mean(by_chance)),
+  )
 
 
 def _mean(x: np.ndarray) -> float:

@@ -132,7 +132,8 @@ class TextGenerator:
     """Decodes the ids drawn after a prompt, without the separator at their end."""
     finished = bool(ids) and ids[-1] == self.tokenizer.separator
     ids = ids[:-1] if finished else ids
-    return Completion(prompt, self.tokenizer.decode(ids), ids, finished)
+    text = self.tokenizer.decode(ids)
+    return Completion(prompt=prompt, text=text, tokens=ids, finished=finished)
 
   def stream(
     self,

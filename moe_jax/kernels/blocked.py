@@ -101,25 +101,31 @@ class _Block:
     self.size, self.expert, self.first, self.valid_R1 = size, expert, first, valid_R[:, None]
 
   def rows(self, x_ND: jax.Array) -> jax.Array:
+    """Returns the block's rows of x_ND, those of other experts included."""
     return jax.lax.dynamic_slice_in_dim(x_ND, self.first, self.size)
 
   def valid_rows(self, x_ND: jax.Array) -> jax.Array:
+    """Returns the block's rows of x_ND, with 0 in place of rows of other experts."""
     # Rows of other experts, and rows that were never written, must not enter this expert's sums.
     return jnp.where(self.valid_R1, self.rows(x_ND), 0)
 
   def weights(self, w_EDF: jax.Array) -> jax.Array:
+    """Returns the matrix of the block's expert."""
     return jax.lax.dynamic_index_in_dim(w_EDF, self.expert, keepdims=False)
 
   def gate_and_up(self, x_ND: jax.Array, weights: Matrices) -> tuple[jax.Array, jax.Array]:
+    """Returns the block's gate_RF and up_RF."""
     gate_EDF, up_EDF, _ = weights
     x_RD = self.rows(x_ND)
     return jnp.dot(x_RD, self.weights(gate_EDF)), jnp.dot(x_RD, self.weights(up_EDF))
 
   def put(self, y_ND: jax.Array, y_RD: jax.Array) -> jax.Array:
+    """Returns y_ND with the expert's rows of the block replaced by those of y_RD."""
     y_RD = jnp.where(self.valid_R1, y_RD, self.rows(y_ND))
     return jax.lax.dynamic_update_slice_in_dim(y_ND, y_RD, self.first, 0)
 
   def add(self, dw_EDF: jax.Array, a_RD: jax.Array, b_RF: jax.Array) -> jax.Array:
+    """Returns dw_EDF with the product of a_RD, transposed, and b_RF added to the expert's part."""
     dw_DF = jnp.dot(a_RD.T, b_RF, preferred_element_type=dw_EDF.dtype)
     dw_DF += self.weights(dw_EDF)
     return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, self.expert, 0)

@@ -100,7 +100,8 @@ def decoder_layer(
       h_BLD, real_BL, tokens.ids_BL, weights.ffn, model.moe, key, train=train, trace=trace
     )
     y_BLD, stats, choices = out.y_BLD, out.stats, out.choices
-  return LayerOutput(sharding.constrain(x_BLD + y_BLD, "BLD"), stats, choices, cache)
+  x_BLD = sharding.constrain(x_BLD + y_BLD, "BLD")
+  return LayerOutput(x_BLD=x_BLD, stats=stats, choices=choices, cache=cache)
 
 
 def embed(embed_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
@@ -135,7 +136,10 @@ class DecoderLayer(nnx.Module):
     else:
       ffn = self.ffn.weights(dtype)
     return LayerWeights(
-      self.attention_norm.weights(), self.attention.weights(dtype), self.ffn_norm.weights(), ffn
+      attention_norm_D=self.attention_norm.weights(),
+      attention=self.attention.weights(dtype),
+      ffn_norm_D=self.ffn_norm.weights(),
+      ffn=ffn,
     )
 
 

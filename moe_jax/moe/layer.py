@@ -174,7 +174,14 @@ def router_inputs(
     noise_BLE = _by_batch(spec.noise(noise_key, logits_BLE.shape))
   if spec.extra is not None and spec.runs_own(train=train):
     extra = spec.extra(x_BLD, weights.router, project)
-  return LayerInputs(logits_BLE, real_BL, ids_BL, weights.bias_E, noise_BLE, extra)
+  return LayerInputs(
+    logits_BLE=logits_BLE,
+    real_BL=real_BL,
+    ids_BL=ids_BL,
+    bias_E=weights.bias_E,
+    noise_BLE=noise_BLE,
+    extra=extra,
+  )
 
 
 def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: config_lib.MoE) -> jax.Array:

@@ -191,7 +191,8 @@ def specialisation_section(study: Study) -> Section:
     columns = [table.mean_of(_by_layer(run, name) for run in runs) for name in _ROUTING]
     for z, layer in enumerate(runs[0].layers()):
       values = [None if column is None else float(column[z]) for column in columns]
-      cells = [blocks.number(values[0], 3), *map(blocks.percent, values[1:])]
+      separation, *shares = values  # domain_separation_Z is the first of _ROUTING
+      cells = [blocks.number(separation, 3), *map(blocks.percent, shares)]
       rows.append([names[arm.name], str(layer), *cells])
     curves = []
     for run in runs:

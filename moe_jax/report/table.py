@@ -172,11 +172,12 @@ def reached(arm: ArmRuns, target: float | None, own: Reached | None) -> Reached 
   if count is None:
     return None
   if count.n < len(arm.finished) or own is None or not count.mean:
-    return Reached(count, time)
+    return Reached(steps=count, seconds=time)
   speedup = own.steps.mean / count.mean
   if not (time and own.seconds and time.mean):
-    return Reached(count, time, speedup)
-  return Reached(count, time, speedup, own.seconds.mean / time.mean)
+    return Reached(steps=count, seconds=time, speedup=speedup)
+  time_speedup = own.seconds.mean / time.mean
+  return Reached(steps=count, seconds=time, speedup=speedup, time_speedup=time_speedup)
 
 
 def _arm_row(
