@@ -1,8 +1,7 @@
 """The decoder: one layer for training, prefill and decoding, and the parameters of the stack.
 
-Training scans over the stacked parameters of the layers; inference (inference/decoding.py) unrolls
-the layers. Both call `decoder_layer`, training with an `attend` over the segments of a batch,
-decoding with an `attend` over a cache.
+Training scans over the layers' stacked parameters, with an `attend` over the segments of a batch.
+Inference (inference/decoding.py) unrolls the layers, with an `attend` over a cache.
 """
 
 from typing import Any, NamedTuple
@@ -106,8 +105,7 @@ def decoder_layer(
 
 def embed(embed_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
   """Looks up the embeddings x_BLD of ids_BL, in the dtype of the table embed_VD."""
-  # The table is made whole along D before the look-up: otherwise each token's row would have to be
-  # gathered from several devices.
+  # Gathers the table along D first; otherwise each token's row is gathered from several devices.
   return sharding.constrain(sharding.constrain(embed_VD, "VD")[ids_BL], "BLD")
 
 
@@ -250,8 +248,7 @@ class Transformer(nnx.Module):
       return x_BLD, moe_outputs
 
     if model.remat is not config_lib.Remat.NONE:
-      # prevent_cse is not needed: inside a scan XLA cannot merge the recomputation with the forward
-      # pass.
+      # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=_REMAT_POLICIES[model.remat], prevent_cse=False)
     return jax.lax.scan(body, x_BLD, (params, bias_ZE, keys_Z))
 
@@ -311,10 +308,7 @@ def moe_layers(model: config_lib.Model) -> list[int]:
 
 
 def bias_shape(model: config_lib.Model) -> tuple[int, int]:
-  """Returns the shape [Z, E] of the balancing biases.
-
-  It is [1, 1] for a dense model, which reads no bias, because Orbax saves no empty array.
-  """
+  """Returns the biases' shape [Z, E]; [1, 1] if dense, because Orbax saves no empty array."""
   return max(len(moe_layers(model)), 1), max(model.moe.num_experts, 1)
 
 
