@@ -11,7 +11,7 @@ interleave. The protocol, in lines (-> stdout, which has no other lines; <- stdi
 
   ->           {"ready": true, "name", "parameters", "active_parameters", "versions"}, after warm-up
   <- step N
-  ->           {"cpu_s": CPU-seconds per step, "wall_s": the same by the clock, "loss"}
+  ->           {"cpu_s": CPU-seconds per step, "wall_s": seconds per step, "loss"}
   <- (end of file ends it)
 """
 

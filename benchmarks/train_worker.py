@@ -4,7 +4,7 @@ Its protocol is that of peer_train.py, in lines (-> stdout, <- stdin):
 
   ->           {"ready": true, "name", "parameters", "active_parameters", "versions"}, after warm-up
   <- step N
-  ->           {"cpu_s": CPU-seconds per step, "wall_s": the same by the clock, "loss", ...}
+  ->           {"cpu_s": CPU-seconds per step, "wall_s": seconds per step, "loss", ...}
   <- (end of file ends it)
 """
 

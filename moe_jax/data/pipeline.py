@@ -23,7 +23,7 @@ from moe_jax.data import builders, cache, tokenizers
 
 _VERSION = "2"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
-Array = TypeVar("Array")  # np.ndarray as the rows are read, jax.Array in a step
+Array = TypeVar("Array")  # np.ndarray when rows are read, jax.Array inside a step
 
 
 class Batch(NamedTuple, Generic[Array]):

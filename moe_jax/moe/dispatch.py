@@ -31,7 +31,7 @@ class Layout(NamedTuple):
   capacity: int  # C, slots of an expert in each group
   slots: bool  # rows are slots; otherwise they are sorted by expert
   choices: int  # K, or 0 if tokens differ in their number of assignments
-  in_token_order: bool  # assignments are those of token 0, then of token 1, ...
+  in_token_order: bool  # all assignments of token 0 come first, then those of token 1, ...
   exchange_factor: float  # size of the buffers of an exchange, times the balanced load; 0: any load
 
 
@@ -181,9 +181,9 @@ def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: La
 
   Args:
     y: outputs of the experts, in the shape of ExpertRows.x. Products and sums are float32.
-    assigned: assignments as they were packed.
+    assigned: the assignments that were packed.
     slots: the rows of the assignments.
-    layout: as it was packed.
+    layout: the layout that they were packed in.
   """
   y_SD = y.reshape(-1, y.shape[-1])
   if layout.choices:

@@ -90,7 +90,7 @@ class Row:
   parameters: int | None
   active_parameters: int | None
   drop: float | None  # share of assignments in the evaluation, mean of layers and seeds
-  train_drop: float | None  # the same late in training
+  train_drop: float | None  # share of assignments late in training, mean of layers and seeds
   max_vio: float | None  # mean of layers and seeds
   dead_experts: float | None  # of all layers, mean of seeds
   alarms: int
