@@ -75,7 +75,7 @@ def test_the_fastest_of_several_is_taken(monkeypatch):
     dataclasses.replace(experts.EXPERT_KERNELS[GroupedMatmul.RAGGED_DOT], tried_on=("cpu",)),
   )  # fmt: skip
   seconds = iter([3.0, 2.0])
-  monkeypatch.setattr(choose, "_seconds", lambda *_: next(seconds))
+  monkeypatch.setattr(choose, "_step_seconds", lambda *_: next(seconds))
   with jax.set_mesh(mesh_of()):
     config, _, lines = choose.resolve(dropless(), {})
   assert config.model.moe.grouped_matmul is GroupedMatmul.BLOCKED
@@ -89,7 +89,7 @@ def test_the_record_decides_on_the_same_device(monkeypatch):
     "grouped_matmul": "ragged_dot", "exchange": "all_to_all",
   }  # fmt: skip
   with jax.set_mesh(mesh_of()), monkeypatch.context() as patch:
-    patch.setattr(choose, "_compare", None)
+    patch.setattr(choose, "_difference", None)
     config, again, _ = choose.resolve(dropless(), record)
     assert again == record
     assert config.model.attention is Attention.REFERENCE
