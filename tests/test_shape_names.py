@@ -65,8 +65,10 @@ def test_evaluation_prefill_and_decoding(axes):
 
     def generate(weights):
       cache = decoding.empty_cache(model, start_B, 16)
-      cache = decoding.forward(weights, model, cache, tokens_BL, all_logits=True).cache
-      out = decoding.forward(weights, model, cache, tokens_BL[:, :1], all_logits=False, trace=True)
+      cache = decoding.forward_with_cache(weights, model, cache, tokens_BL, all_logits=True).cache
+      out = decoding.forward_with_cache(
+        weights, model, cache, tokens_BL[:, :1], all_logits=False, trace=True
+      )
       return out.logits_BLV, out.choices
 
     jax.jit(generate).lower(weights)

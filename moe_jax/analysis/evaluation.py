@@ -1,6 +1,6 @@
-"""What eval.py says of a run: its losses, other capacities, causal evaluation, routing.
+"""Evaluates a run for eval.py: its losses, other capacities, causal evaluation, routing.
 
-Needs nothing but the workdir.
+Everything is read from the run's workdir.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from moe_jax.moe import dispatch
 from moe_jax.training import evaluator as evaluator_lib
 from moe_jax.training.evaluator import Evaluator, batch_size
 
-# What routing and causal evaluation look at, spread over the split.
+# How much text, spread over the split, routing and causal evaluation take.
 _TRACED_TOKENS = 16_384
 _CAUSAL_ROWS = 16
-# Of the evaluation's numbers, those that depend on the capacity.
-_OF_CAPACITY = (
+# The numbers of an evaluation that depend on the capacity.
+_CAPACITY_METRICS = (
   "loss", "bits_per_byte", "drop_fraction_Z", "gate_drop_fraction_Z", "drop_by_rank_ZK",
   "drop_by_position_ZP", "max_vio_Z",
 )  # fmt: skip
@@ -45,19 +45,22 @@ def run(
   documents: int = 0,
   routing: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Evaluates a checkpoint (step 0: the newest); writes eval.json, and routing.json if asked to.
+  """Evaluates a checkpoint and writes eval.json and, with `routing`, routing.json.
 
   Args:
-    capacity_factors: also the loss and the drops with each of these in evaluation.
-    causal: also the loss with every token's future hidden.
-    documents: also the losses of this many documents, the largest ones.
-    routing: also which expert takes what.
+    workdir: of the run.
+    step: of the checkpoint; 0 is the newest.
+    split: train, validation or test.
+    capacity_factors: capacity factors to evaluate besides the run's own.
+    causal: whether to measure the loss with the future hidden.
+    documents: how many documents to give the loss of, the largest ones.
+    routing: whether to trace which experts took which tokens.
 
   Returns:
-    What the two files hold, {} for routing.json if it was not asked for.
+    The contents of eval.json and of routing.json; {} for the latter without `routing`.
   """
-  run = Run(workdir, step, split)
-  check(run.config, capacity_factors, routing)
+  run = LoadedRun(workdir, step, split)
+  check_options(run.config, capacity_factors, routing)
   traced = {}
   with jax.set_mesh(run.mesh):
     model = run.restore(run.step)
@@ -71,15 +74,15 @@ def run(
         run.path / workdir_lib.ROUTING, run.routing(model), indent=None
       )
   run.close()
-  # Last, since it says that the evaluation is done.
+  # Written last, because this file shows that the evaluation is complete.
   return workdir_lib.write_object(run.path / workdir_lib.EVAL, result), traced
 
 
-class Run:
-  """A workdir open for evaluation of one split, on this machine's devices."""
+class LoadedRun:
+  """A run whose workdir is open, and one split of its data, on this machine's devices."""
 
   def __init__(self, workdir: str, step: int, split: str):
-    """step: the checkpoint to evaluate; 0 is the newest."""
+    """Opens a workdir; `step` is that of the checkpoint to evaluate, 0 for the newest."""
     self.path = pathlib.Path(workdir)
     config = workdir_lib.read_config(self.path)
     startup.start(config.data)
@@ -92,16 +95,18 @@ class Run:
     workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 
-  def restore(self, step: int) -> trace.Model:
+  def restore(self, step: int) -> trace.RestoredModel:
+    """Reads the checkpoint of a step."""
     model = self.config.model
     stored = self._reader.restore_part(step, abstract_weights(model), self.mesh)
-    return trace.Model(model, **stored)
+    return trace.RestoredModel(model, **stored)
 
   def close(self) -> None:
+    """Closes the checkpoints."""
     self._reader.close()
 
-  def loss(self, model: trace.Model, documents: int) -> dict[str, Any]:
-    """What eval.json has in any case, and the losses of that many documents."""
+  def loss(self, model: trace.RestoredModel, documents: int) -> dict[str, Any]:
+    """Returns the numbers that every eval.json has, and the losses of that many documents."""
     config, rows = self.config, self.rows
     evaluator = Evaluator(config, rows, self.mesh, config.eval.final_batches)
     total = evaluator.total(model.params, model.bias_ZE, by_document=True)
@@ -129,15 +134,15 @@ class Run:
       "device": jax.devices()[0].device_kind,
     }
 
-  def capacity(self, model: trace.Model, factors: Sequence[float]) -> list[dict[str, Any]]:
-    """The same weights on the same text with other capacities in evaluation (`at_capacity`)."""
+  def capacity(self, model: trace.RestoredModel, factors: Sequence[float]) -> list[dict[str, Any]]:
+    """Evaluates the same weights on the same text with other capacity factors (`at_capacity`)."""
     points = []
     for factor in factors:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator(model.params, model.bias_ZE)
       point = {"capacity_factor": config_lib.plain(factor)}
-      points.append(point | {name: result[name] for name in _OF_CAPACITY})
+      points.append(point | {name: result[name] for name in _CAPACITY_METRICS})
       print(
         f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
         f"dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%",
@@ -145,42 +150,44 @@ class Run:
       )
     return points
 
-  def causal(self, model: trace.Model) -> dict[str, Any]:
-    """The loss with every token's future hidden (causal.causal_losses)."""
-    # Slots of earlier tokens stay where they are whatever follows; rows sorted by expert move, and
-    # round differently.
+  def causal(self, model: trace.RestoredModel) -> dict[str, Any]:
+    """Measures the loss with every token's future hidden (causal.causal_losses)."""
+    # With slots a token's row does not depend on later tokens. Rows sorted by expert do, and a
+    # kernel rounds differently in another row.
     moe = with_slots(self.config.model.moe)
     model = model._replace(config=dataclasses.replace(self.config.model, moe=moe))
-    return causal.measure(model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
+    return causal.measure_losses(
+      model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh
+    )
 
-  def routing(self, model: trace.Model) -> dict[str, Any]:
-    """routing.json: of this checkpoint, beside the others that the workdir keeps."""
+  def routing(self, model: trace.RestoredModel) -> dict[str, Any]:
+    """Returns the contents of routing.json: the checkpoint's routing, compared with the others'."""
     rows = self.rows
     numbers = pipeline.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
 
     choices = trace.compile_choices(model.config)
 
-    def of(model: trace.Model) -> specialisation.Trace:
+    def collect(model: trace.RestoredModel) -> specialisation.Trace:
       return trace.collect(choices, model, rows, numbers, batch_size(self.config), self.mesh)
 
-    traced, saturation = of(model), []
+    traced, saturation = collect(model), []
     for step in self.steps:
       if step != self.step:
         print(f"routing of step {step}", flush=True)
-        other = of(self.restore(step))
+        other = collect(self.restore(step))
         overlap_Z = specialisation.overlap(other.routed_ZTE, traced.routed_ZTE)
         saturation.append({"step": step, "overlap_Z": np.round(overlap_Z, 6)})
     pieces = {i: rows.tokenizer.decode_bytes([i]) for i in np.unique(traced.token_T).tolist()}
     about = {"step": self.step, "split": self.split, "layers": moe_layers(self.config.model)}
     top_k = self.config.model.moe.top_k
-    found = specialisation.report(traced, pieces, rows.domains, rows.seq_len, top_k)
-    return about | found | {"saturation": saturation}
+    report = specialisation.report(traced, pieces, rows.domains, rows.seq_len, top_k)
+    return about | report | {"saturation": saturation}
 
 
-def check(config: config_lib.Config, factors: Sequence[float], routing: bool) -> None:
-  """Refuses what has no meaning for this model."""
-  for flag, given in (("--capacity_factors", factors), ("--routing", routing)):
-    if given and not config.model.moe.num_experts:
+def check_options(config: config_lib.Config, factors: Sequence[float], routing: bool) -> None:
+  """Raises UserError for an option that has no meaning for this model."""
+  for flag, value in (("--capacity_factors", factors), ("--routing", routing)):
+    if value and not config.model.moe.num_experts:
       raise config_lib.UserError(
         f"{flag}: config.model.moe.num_experts=0, a dense model, routes nothing; leave it out"
       )
@@ -203,7 +210,7 @@ def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
 
 
 def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
-  """The same function of a token; a dropless dispatch gives way to `gather` without drops."""
+  """Returns a config of the same values: a dispatch without slots gives way to `gather`."""
   if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
     return moe
   return dataclasses.replace(
@@ -213,8 +220,8 @@ def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
   )  # fmt: skip
 
 
-def summary(result: dict[str, Any]) -> str:
-  """What eval.json says beyond the loss and the load, a line for each domain and so on."""
+def describe(result: dict[str, Any]) -> str:
+  """Formats the numbers of eval.json by domain and document, and those of --causal."""
   parts = result.get("domains", {}) | {d["name"]: d for d in result.get("largest_documents", [])}
   width = max([18, *map(len, parts)])
   lines = [
@@ -225,7 +232,7 @@ def summary(result: dict[str, Any]) -> str:
   if "causal" in result:
     causal = result["causal"]
     lines.append(
-      f"causal loss        {causal['loss']:.4f} without sight of the future, "
+      f"causal loss        {causal['loss']:.4f} with the future hidden, "
       f"{causal['teacher_forced_loss']:.4f} with it: a gap of {causal['gap']:.4f} "
       f"({causal['tokens']:,} tokens)"
     )

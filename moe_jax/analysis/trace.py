@@ -1,4 +1,4 @@
-"""Follows a few rows through a checkpoint: which experts took each token."""
+"""Runs some rows through a checkpoint and records the experts of each token."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from moe_jax.data import pipeline
 from moe_jax.model import transformer
 
 
-class Model(NamedTuple):
-  """A checkpoint on the mesh in force."""
+class RestoredModel(NamedTuple):
+  """The weights of a checkpoint, on the mesh in force."""
 
   config: config_lib.Model
   params: Any
@@ -22,7 +22,7 @@ class Model(NamedTuple):
 
 
 def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
-  """(params, bias_ZE, batch) -> Choices."""
+  """Returns a compiled function (params, bias_ZE, batch) -> Choices."""
 
   def choices(params: Any, bias_ZE: jax.Array, batch: pipeline.Batch[jax.Array]) -> Any:
     return transformer.evaluate(model, params, bias_ZE, batch, trace=True).choices
@@ -32,23 +32,36 @@ def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
 
 def collect(
   choices: Callable[..., Any],
-  model: Model,
+  model: RestoredModel,
   rows: pipeline.Rows,
   numbers: pipeline.Numbers,
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Trace:
-  """What became of every token of these rows; `choices` is compile_choices of its config."""
-  found: list[tuple[np.ndarray, ...]] = []
+  """Traces the tokens of the rows with these numbers.
+
+  `choices` is the function that `compile_choices` made for the model's config.
+  """
+  parts: list[Trace] = []
   for rows_B in pipeline.eval_batches(numbers, batch_size):
     batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
-    chosen = choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
+    batch_choices = jax.device_get(
+      choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
+    )
     real_BL = batch.segments_BL > 0
     indices = np.indices(real_BL.shape)
-    row_BL, place_BL = indices[0] + len(found) * batch_size, indices[1]
-    of_tokens = (batch.tokens_BL, row_BL, batch.segments_BL, place_BL, domain_BL)
-    of_layers = [np.asarray(jax.device_get(x))[:, real_BL] for x in chosen]
-    found.append((*(x[real_BL] for x in of_tokens), *of_layers))
-  *tokens, routed, kept, gate = zip(*found, strict=True)
-  layers = (np.concatenate(x, axis=1) for x in (routed, kept, gate))
-  return Trace(*(np.concatenate(x) for x in tokens), *layers)
+    row_BL, place_BL = indices[0] + len(parts) * batch_size, indices[1]
+    parts.append(
+      Trace(
+        token_T=batch.tokens_BL[real_BL],
+        row_T=row_BL[real_BL],
+        segment_T=batch.segments_BL[real_BL],
+        place_T=place_BL[real_BL],
+        domain_T=domain_BL[real_BL],
+        routed_ZTE=np.asarray(batch_choices.routed_BLE)[:, real_BL],
+        kept_ZTE=np.asarray(batch_choices.kept_BLE)[:, real_BL],
+        gate_ZTE=np.asarray(batch_choices.gate_BLE)[:, real_BL],
+      )
+    )
+  # T is the first dimension of the tokens' arrays and the second of the layers'.
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=arrays[0].ndim // 2), *parts)

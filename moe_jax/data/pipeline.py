@@ -1,7 +1,8 @@
-"""Documents to batches: tokenise once into a memory map, then serve rows of it in any order.
+"""Turns documents into batches: tokenises them once into a memory map and reads rows of the map.
 
-The stream is [separator] + tokens of every document and one last separator. Row i reads the inputs
-stream[i*L : i*L+L] and the targets one further, so every token after the first is a target once.
+The stream is a separator and the tokens of each document, and one last separator. Row i has the
+inputs stream[i*L : i*L+L] and the targets one place later, so every token but the first is a target
+once.
 """
 
 import array
@@ -25,16 +26,16 @@ _VERSION = "3"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
 _GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
 Numbers = Sequence[int] | np.ndarray  # of rows
-Array = TypeVar("Array")  # np.ndarray as the rows are read, jax.Array in a step
+Array = TypeVar("Array")  # np.ndarray when rows are read, jax.Array inside a step
 
 
 class Batch(NamedTuple, Generic[Array]):
-  """int32. Where segments are 0 there is padding, and the rest is 0 too."""
+  """Rows of tokens, int32. At padding the segment is 0, and so are the other fields."""
 
   tokens_BL: Array
-  targets_BL: Array  # the next token; after a document's last one, the separator
-  segments_BL: Array  # documents of a row, from 1
-  positions_BL: Array  # within the document, from 0; or from the row's start
+  targets_BL: Array  # the next token; after a document's last token, the separator
+  segments_BL: Array  # the number of the document in its row, from 1
+  positions_BL: Array  # the place within the document's part of this row, from 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +47,7 @@ class Rows:
   tokenizer: tokenizers.Tokenizer
   num_documents: int
   num_bytes: int  # UTF-8 bytes of all documents
-  digest: str  # of the stream: equal data, split and tokenizer
+  digest: str  # of the stream: the same for equal data, split and tokenizer
   domains: tuple[str, ...] = ()  # labels of documents, the same in every split; () if unlabelled
   # Of each document, int64: where in the stream its separator stands, its index in `domains` or -1,
   # and its number in the builder's split.
@@ -59,15 +60,16 @@ class Rows:
 
   @property
   def num_targets(self) -> int:
+    """The number of targets in all rows."""
     return len(self.stream_N) - 1
 
   @property
   def num_full(self) -> int:
-    """Rows without padding: all, or all but the last."""
+    """The number of rows without padding: all rows, or all but the last."""
     return self.num_targets // self.seq_len
 
   def batch(self, rows_B: Numbers) -> Batch[np.ndarray]:
-    """The rows of these numbers; -1 makes a row of padding."""
+    """Returns the rows with these numbers; -1 stands for a row of padding."""
     tokens_BM = np.zeros((len(rows_B), self.seq_len + 1), np.int32)
     length_B = np.zeros(len(rows_B), np.int32)
     for b, row in enumerate(rows_B):
@@ -84,8 +86,12 @@ class Rows:
     starts_BL[:, 0] = True  # a row may begin inside a document
     segments_BL = np.cumsum(starts_BL, axis=1, dtype=np.int32)
     positions_BL = column_L - np.maximum.accumulate(np.where(starts_BL, column_L, 0), axis=1)
-    fields = (tokens_BM[:, :-1], tokens_BM[:, 1:], segments_BL, positions_BL)
-    return Batch(*(field_BL * real_BL for field_BL in fields))
+    return Batch(
+      tokens_BL=tokens_BM[:, :-1] * real_BL,
+      targets_BL=tokens_BM[:, 1:] * real_BL,
+      segments_BL=segments_BL * real_BL,
+      positions_BL=positions_BL * real_BL,
+    )
 
   def documents_BL(self, rows_B: Numbers) -> np.ndarray:
     """int32, the number of each target's document; -1 at padding.
@@ -130,11 +136,15 @@ class Rows:
 
 
 def load_rows(config: Data, split: str) -> Rows:
-  """Rows of `split`: train, validation or test. The first call prepares and tokenises the data.
+  """Returns the rows of `split`: train, validation or test.
 
-  The caller checks that rows.tokenizer.vocab_size fits the model.
+  The first call prepares and tokenises the data. The caller must check that the tokenizer's
+  vocab_size fits the model.
+
+  Raises:
+    UserError: the config's data set, split or tokenizer cannot be read.
   """
-  tokenizer = tokenizers.load(config)
+  tokenizer = tokenizers.load_tokenizer(config)
   documents = builders.prepare(config, split)
   label = f"{config.name} {getattr(config, split + '_split')}"
   key = cache.key(_VERSION, documents.identity, tokenizer.fingerprint)
@@ -159,7 +169,7 @@ def _tokenize(
   digest = hashlib.sha256()
   num_documents = num_bytes = num_tokens = counted = 0
   starts, domains, sources = (array.array("q") for _ in range(3))  # as in Rows
-  start = said = time.monotonic()
+  start = last_notice = time.monotonic()
   with open(folder / "tokens.bin", "wb") as file:
 
     def write(tokens: np.ndarray) -> None:
@@ -180,11 +190,11 @@ def _tokenize(
       num_bytes += len(text)
       num_tokens += len(ids)
       counted += int(tokenizer.bytes_V[ids].sum())
-      if time.monotonic() - said > _SECONDS:
-        said = time.monotonic()
+      if time.monotonic() - last_notice > _SECONDS:
+        last_notice = time.monotonic()
         cache.notice(f"tokenizing {label}: {index + 1:,} of {len(documents):,} documents")
     write(separator)
-  # Each row contiguous, so that a search reads a few pages of the map and copies nothing.
+  # Stored as contiguous rows, so that a search reads few pages of the map and copies nothing.
   np.save(folder / "documents.npy", np.array([starts, domains, sources], np.int64))
   about = dict(num_documents=num_documents, num_bytes=num_bytes, digest=digest.hexdigest())
   (folder / "about.json").write_text(json.dumps(about | {"dtype": dtype.name}))
@@ -199,10 +209,14 @@ def _tokenize(
 def train_iterator(
   rows: Rows, config: Data, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-  """Endless batches of this process's batch_size / process_count rows, in a new order each epoch.
+  """Returns endless batches of this process's rows, in a new order each epoch.
 
-  Global batch n is the same rows in the same places for any process_count. get_state/set_state
-  are exact; the state is the number of batches taken, so it does not depend on process_count.
+  A batch has batch_size / process_count rows. Global batch n has the same rows in the same places
+  for any process_count. get_state and set_state resume exactly; the state is the number of batches
+  taken, so it does not depend on process_count.
+
+  Raises:
+    UserError: the split has fewer full rows than a batch, or a batch does not split over processes.
   """
   local = _local(config.batch_size, process_count)
   if rows.num_full < config.batch_size:

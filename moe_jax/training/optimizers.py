@@ -10,7 +10,7 @@ import optax
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import OptimizerName
-from moe_jax.model.transformer import abstract
+from moe_jax.model.transformer import abstract_params
 from moe_jax.training.metrics import parameter_group
 
 _MUON_BETA = 0.95  # decay of the momentum, as in 2502.16982
@@ -180,7 +180,7 @@ def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.Gradien
 def abstract_state(config: config_lib.Config) -> Any:
   """Returns the shapes of the optimizer's state; no memory is allocated."""
   optimizer = make_optimizer(config.optimizer, config.train.steps)
-  return jax.eval_shape(optimizer.init, abstract(config.model))
+  return jax.eval_shape(optimizer.init, abstract_params(config.model))
 
 
 def restart_schedule(state: Any) -> Any:

@@ -239,7 +239,7 @@ def _record(config: config_lib.Config, workdir: pathlib.Path, digests: dict[str,
   workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
   workdir_lib.write_config(workdir, config)
   device = jax.devices()[0]
-  print(f"{cost.table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
+  print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
   print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
 
 

@@ -45,7 +45,7 @@ def weights():
 
 
 def toy_model(config, weights):
-  return trace.Model(config.model, weights, np.zeros((2, 4), np.float32))
+  return trace.RestoredModel(config.model, weights, np.zeros((2, 4), np.float32))
 
 
 def read(model, batch):
@@ -125,11 +125,11 @@ def test_causal_numbers_and_too_little_text(weights, one_device):
   config, mesh = toy_config(), mesh_of()
   model = toy_model(config, weights)
   rows = toy_rows([30, 20], [0, 1])
-  found = causal.measure(model, rows, config.model.moe, 3, 8, mesh)
+  found = causal.measure_losses(model, rows, config.model.moe, 3, 8, mesh)
   assert found["tokens"] == 3 * 9 and found["gap"] == 0.0
   assert found["loss"] == found["teacher_forced_loss"] > 0
-  with pytest.raises(UserError, match="2 rows at least"):
-    causal.measure(model, toy_rows([12], [0]), config.model.moe, 3, 8, mesh)
+  with pytest.raises(UserError, match="needs at least 2"):
+    causal.measure_losses(model, toy_rows([12], [0]), config.model.moe, 3, 8, mesh)
 
 
 def test_loss_of_each_domain(weights, one_device):
@@ -204,17 +204,17 @@ def test_other_capacities():
 
 def test_what_has_no_meaning_is_refused():
   dense = toy_config(num_experts=0)
-  evaluation.check(dense, [], False)
+  evaluation.check_options(dense, [], False)
   for factors, routing, flag in (([1.0], False, "--capacity_factors"), ([], True, "--routing")):
     with pytest.raises(UserError, match=f"{flag}: config.model.moe.num_experts=0"):
-      evaluation.check(dense, factors, routing)
+      evaluation.check_options(dense, factors, routing)
   chosen = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
   chosen.loss.load_balance = 0.0
-  evaluation.check(chosen, [0.5, 2.0], True)
+  evaluation.check_options(chosen, [0.5, 2.0], True)
   with pytest.raises(UserError, match="set a finite number"):
-    evaluation.check(chosen, [math.inf], True)
+    evaluation.check_options(chosen, [math.inf], True)
   with pytest.raises(UserError, match="must be above 0; inf is no limit"):
-    evaluation.check(toy_config(), [0.0], True)
+    evaluation.check_options(toy_config(), [0.0], True)
 
 
 def run(script, workdir, *arguments):

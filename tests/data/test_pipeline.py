@@ -368,7 +368,7 @@ def test_a_data_set_is_one_record(tmp_path, monkeypatch):
     want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
     assert sorted(everything(rows[split])) == sorted(want)
     assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
-  assert "near: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
+  assert "similar names: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
 
 
 def test_the_guide_shows_every_data_set():
@@ -432,8 +432,8 @@ def test_catalog_errors(catalog, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, hint", [
-  ("tiny_shakespear", "near: tiny_shakespeare"),
-  ("pyton_stdlib", "near: python_stdlib"),
+  ("tiny_shakespear", "similar names: tiny_shakespeare"),
+  ("pyton_stdlib", "similar names: python_stdlib"),
   ("my data", "Parsing"),
   ("lm1b:9.9.9", "1.1.0"),
   ("huggingface:foo", "community"),
@@ -497,7 +497,7 @@ def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
   (tmp_path / "t.json").write_text("{}")
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(UserError, match="pip install tokenizers"):
-    tokenizers.load(Data(tokenizer=str(tmp_path / "t.json")))
+    tokenizers.load_tokenizer(Data(tokenizer=str(tmp_path / "t.json")))
 
 
 def test_cache_that_cannot_be_written(tmp_path):
@@ -523,7 +523,7 @@ def train_bpe(path, special=()):
       single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
     )
   model.save(str(path))
-  return tokenizers.load(Data(tokenizer=str(path)))
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
 
 
 def train_sentencepiece(path, **options):
@@ -534,14 +534,14 @@ def train_sentencepiece(path, **options):
       byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
       allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2, **options,
     )  # fmt: skip
-  return tokenizers.load(Data(tokenizer=str(path)))
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
 
 
 HARD = "def f(x):\n\treturn 'é日本'  # <s> <|endoftext|> 🙂\n\n  end"
 
 
 def test_bytes():
-  bytes_ = tokenizers.load(Data())
+  bytes_ = tokenizers.load_tokenizer(Data())
   assert (bytes_.vocab_size, bytes_.separator) == (257, 256)
   ids = bytes_.encode("é")
   assert ids.tolist() == [0xC3, 0xA9] == bytes_.encode("é".encode()).tolist()

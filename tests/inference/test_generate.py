@@ -52,7 +52,7 @@ class Letters(tokenizers.Tokenizer):
 
 
 def model_of(name="topk", mesh=None, **changes):
-  """A generate.Model of random weights with uneven routers, and its (graph, params, bias_ZE)."""
+  """A TextGenerator of random weights with uneven routers, and its (graph, params, bias_ZE)."""
   model = dataclasses.replace(toy_config(**MODELS[name]).model, **changes)
   config = dataclasses.replace(toy_config(), model=model)
   graph, params = build(config, 0)
@@ -61,7 +61,7 @@ def model_of(name="topk", mesh=None, **changes):
   with jax.set_mesh(mesh):
     ours = decoding.for_inference(model)
     weights = decoding.weights(ours, params, bias_ZE)
-  return generate.Model(ours, weights, mesh, Letters()), (graph, params, bias_ZE)
+  return generate.TextGenerator(ours, weights, mesh, Letters()), (graph, params, bias_ZE)
 
 
 def full_forward(model, trained, rows):
@@ -114,7 +114,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
   for b, length in enumerate(prompts):
     tokens_BL[b, 8 - length :] = rows[b][:length]
   forward = jax.jit(
-    functools.partial(decoding.forward, model=ours.model), static_argnames="all_logits"
+    functools.partial(decoding.forward_with_cache, model=ours.model), static_argnames="all_logits"
   )
   with jax.set_mesh(mesh_of()):
     cache = empty_cache(ours.model, start_B, 32)

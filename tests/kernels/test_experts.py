@@ -25,11 +25,11 @@ N, D, F, E = 91, 6, 4, 5
 
 
 @pytest.fixture(
-  params=[(4, 12), pytest.param(blocked._ROWS, marks=pytest.mark.slow)],
+  params=[(4, 12), pytest.param(blocked._BLOCK_ROWS, marks=pytest.mark.slow)],
   ids=["small blocks", "blocks"], autouse=True,
 )  # fmt: skip
 def rows(request, monkeypatch):
-  monkeypatch.setattr(blocked, "_ROWS", request.param)
+  monkeypatch.setattr(blocked, "_BLOCK_ROWS", request.param)
 
 
 def arrays(*shapes):

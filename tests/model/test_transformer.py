@@ -39,7 +39,7 @@ def forward(graph, params, tokens, segments, positions, train=True):
 def test_attention_equals_numpy():
   """RoPE, grouped keys, causal and segment mask, in float64, head by head."""
   model = toy_config().model
-  layer = attention.Attention(model, nnx.Rngs(0))
+  layer = attention.AttentionLayer(model, nnx.Rngs(0))
   rng = np.random.default_rng(0)
   B, L, A, H, G = 2, 7, model.head_dim, model.num_heads, model.num_kv_heads
   x_BLD = rng.normal(size=(B, L, model.dim))
@@ -72,7 +72,7 @@ def test_attention_equals_numpy():
     return reference(q_BLHA, k_BLGA, v_BLGA, jnp.asarray(segments)), None
 
   weights = layer.weights(jnp.float32)
-  got, _ = attention.attention(
+  got, _ = attention.attention_layer(
     jnp.asarray(x_BLD, jnp.float32), weights, jnp.asarray(positions), attend, model
   )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # float32 against float64

@@ -127,7 +127,7 @@ def grid():
 @pytest.fixture
 def small_blocks(monkeypatch):
   """So that a few rows make several full blocks and a rest; fewer sizes compile sooner."""
-  monkeypatch.setattr(blocked, "_ROWS", (4, 12))
+  monkeypatch.setattr(blocked, "_BLOCK_ROWS", (4, 12))
 
 
 @pytest.mark.parametrize(("routing", "dispatch_name", "mesh"), list(grid()))

@@ -45,7 +45,7 @@ def row(text, arm):
 
 
 def test_statistics_by_hand(tmp_path):
-  compared = table.compare(runs.read_sweep(sweep(tmp_path)))
+  compared = table.compare_arms(runs.read_sweep(sweep(tmp_path)))
   dense, moe, bad = compared.rows
   assert compared.target == pytest.approx(2.1)
   assert moe.loss.mean == pytest.approx(1.75) and moe.loss.n == 2
@@ -86,7 +86,7 @@ def test_the_table_is_written(tmp_path):
 
 def test_missing_seeds_are_said(tmp_path):
   report_runs.write_run(sweep(tmp_path) / "moe/seed1", "bad", 1, 4)
-  found = table.compare(runs.read_sweep(tmp_path)).rows[1].reached
+  found = table.compare_arms(runs.read_sweep(tmp_path)).rows[1].reached
   assert found.steps.mean == pytest.approx(250) and found.steps.n == 1 and found.speedup is None
   report.compare(tmp_path)
   assert row((tmp_path / "report.md").read_text(), "moe")[5] == "250 (1 of 2)"
@@ -112,9 +112,9 @@ def test_crossing(losses, target, expected):
 
 def test_spread():
   assert table.spread([]) is None and table.spread([None]) is None
-  assert blocks.spread(table.spread([1.5])) == "1.5000"  # one seed has no spread
-  assert blocks.spread(table.spread([1.0, 2.0, 6.0])) == "3.0000 ± 2.6458"  # sqrt((4+1+9)/2)
-  assert blocks.spread(table.spread([1.0, math.nan])) == "nan"  # a divergence is not left out
+  assert blocks.plus_minus(table.spread([1.5])) == "1.5000"  # one seed has no spread
+  assert blocks.plus_minus(table.spread([1.0, 2.0, 6.0])) == "3.0000 ± 2.6458"  # sqrt((4+1+9)/2)
+  assert blocks.plus_minus(table.spread([1.0, math.nan])) == "nan"  # a divergence is not left out
 
 
 def test_runs_that_did_not_finish(tmp_path):
@@ -145,12 +145,12 @@ def test_losses_of_one_source(tmp_path):
   sweep(tmp_path)
   for arm, seed in FINISHED:
     report_runs.write_eval(tmp_path / arm / f"seed{seed}", 1.0 + seed, drop_fraction_Z=[0.2, 0.4])
-  compared = table.compare(runs.read_sweep(tmp_path))
+  compared = table.compare_arms(runs.read_sweep(tmp_path))
   assert compared.rows[1].loss.mean == pytest.approx(1.5) and "1,000 tokens" in compared.source
   assert compared.rows[1].drop == pytest.approx(0.3)
   assert compared.target == pytest.approx(2.1)  # of the curves, which are what reaches it
   report_runs.write_eval(tmp_path / "bad/seed0", 1.0, step=300)
-  compared = table.compare(runs.read_sweep(tmp_path))
+  compared = table.compare_arms(runs.read_sweep(tmp_path))
   assert compared.rows[1].loss.mean == pytest.approx(1.75) and "eval.json" not in compared.source
 
 

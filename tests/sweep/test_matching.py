@@ -13,7 +13,7 @@ from moe_jax.config import Router, UserError
 from moe_jax.model import cost, feedforward
 from moe_jax.moe import layer
 from moe_jax.sweep import matching
-from moe_jax.sweep.matching import Times, match
+from moe_jax.sweep.matching import StepTimes, match
 from tests.support.toys import toy_config
 
 BY = {"active_params": "active", "flops_per_token": "flops_per_token", "total_params": "total"}
@@ -136,7 +136,7 @@ def test_what_cannot_be_matched_says_why():
     match("dense", by="flops_per_token", multiple_of=512)(config)
   with pytest.raises(UserError, match=r"is dense already"):
     match("dense", by="total_params")(reference("tiny_dense"))
-  with pytest.raises(UserError, match=r"say how many experts"):
+  with pytest.raises(UserError, match=r"give the number of experts"):
     match("moe", by="total_params")(reference("tiny_dense"))
   with pytest.raises(UserError, match=r"num_expert; the nearest is config.model.moe.num_experts"):
     match("moe", by="total_params", num_expert=4)(config)
@@ -146,7 +146,7 @@ def test_what_cannot_be_matched_says_why():
     (dict(kind="sparse", by="total_params"), "not one of: dense, moe"),
     (dict(kind="dense", by="params"), "active_params, flops_per_token, total_params, wall_clock"),
     (dict(kind="dense", by="total_params", top_k=1), "drop top_k"),
-    (dict(kind="moe", by="total_params", expert_dim=1), "expert_dim is what is solved"),
+    (dict(kind="moe", by="total_params", expert_dim=1), "expert_dim is the width that is solved"),
     (dict(kind="dense", by="total_params", multiple_of=0), "at least 1"),
   ]:
     with pytest.raises(UserError, match=text):
@@ -172,7 +172,7 @@ def clock(reference_s, fixed, per_width, noise=0.0):
   def measure(width):
     asked.append(width)
     taken = (fixed + per_width * width) * (1 + noise * rng.standard_normal())
-    return Times(reference_s, taken, taken / reference_s)
+    return StepTimes(reference_s, taken, taken / reference_s)
 
   return measure, asked
 

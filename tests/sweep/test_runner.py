@@ -22,7 +22,7 @@ from moe_jax.sweep import arm, match, product, runner, slots, zipped
 from moe_jax.sweep import plan as plan_lib
 from tests.support.toys import ROOT
 
-SWEEPS = [p.stem for p in (ROOT / "configs/sweeps").glob("*.py") if "get_sweep" in p.read_text()]
+SWEEPS = [p.stem for p in (ROOT / "configs/sweeps").glob("*.py")]
 
 
 def write_sweep(folder, arms, **more):
@@ -44,7 +44,7 @@ def write_sweep(folder, arms, **more):
 
 
 def make(path, out="runs/x", *, arms=(), seeds=(), overrides=None, measured=None):
-  return plan_lib.make(
+  return plan_lib.make_plan(
     path,
     pathlib.Path(out),
     arms=arms,
@@ -74,7 +74,7 @@ def test_wrong_lists():
     product(steps, [arm("c", {"train.steps": 3})])
   with pytest.raises(UserError, match=r"2 and 1 arms; give each the same number"):
     zipped(steps, steps[:1])
-  with pytest.raises(UserError, match=r"'a/b': a name is a folder"):
+  with pytest.raises(UserError, match=r"'a/b': the name is also a folder"):
     arm("a/b")
   with pytest.raises(UserError, match=r"arm a: 3 is neither"):
     arm("a", 3)
@@ -140,7 +140,7 @@ WRONG = {
   SAME: "the arms a and b are the same config",
   "[arm('a', {'loss.load_balanc': 0.0})]": "arm a: there is no field config.loss.load_balanc; the "
   "nearest is config.loss.load_balance",
-  "[arm('a', {'train.seed': 3})]": "arm a: config.train.seed is the sweep's to set",
+  "[arm('a', {'train.seed': 3})]": "arm a: the sweep sets config.train.seed",
   "[arm('a', {'model.moe.top_k': 5})]": "arm a: config.model.moe.top_k=5 with",
   "[arm('a', {'train.steps': 'x'})]": "arm a: config.train.steps='x' is of type str, not int",
   "[arm('a', match('dense', by='size'))]": "sweep_file.py:9: match('dense', by='size'): `by` is",
@@ -216,20 +216,20 @@ def test_shares():
 
 def test_slots_have_their_own_gpus_and_cores(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc,5")
-  two = slots.Slots(2)
+  two = slots.MachineSlots(2)
   assert two.environment(0) == {"CUDA_VISIBLE_DEVICES": "2"}
   assert two.environment(1) == {"CUDA_VISIBLE_DEVICES": "GPU-abc,5"}
-  assert slots.Slots(1).environment(0) == {}
+  assert slots.MachineSlots(1).environment(0) == {}
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
   shared = {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
-  assert slots.Slots(2).environment(1) == shared
+  assert slots.MachineSlots(2).environment(1) == shared
   usable = slots.cpus()
   if len(usable) > 1:
     code = "import os, time; time.sleep(0.3); print(sorted(os.sched_getaffinity(0)), os.environ["
     command = [sys.executable, "-c", code + "'CUDA_VISIBLE_DEVICES'])"]
-    process = slots.Slots(2).start(command, 1, stdout=subprocess.PIPE, text=True)
+    process = slots.MachineSlots(2).start(command, 1, stdout=subprocess.PIPE, text=True)
     assert process.communicate(timeout=60)[0] == f"{usable[len(usable) // 2 :]} 0\n"
-    with slots.Slots(2).as_first():
+    with slots.MachineSlots(2).as_first():
       assert slots.cpus() == usable[: len(usable) // 2]
     assert slots.cpus() == usable
 
@@ -373,7 +373,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(fake, capsys):
   assert code == 128 + signal.SIGINT
   assert statuses == {"base": "stopped", "none": "stopped", "later": "waiting"}
   assert "SIGTERM: saved step 5" in log_of("base") and not reports
-  assert "stopped; the same command goes on" in capsys.readouterr().out
+  assert "stopped; the same command continues" in capsys.readouterr().out
   slow.unlink()
   code, _, statuses = sweep(arms, jobs=2)
   assert code == 0 and set(statuses.values()) == {"finished"}
@@ -384,7 +384,7 @@ def test_one_sweep_at_a_time(fake, tmp_path):
   sweep, _ = fake
   out = tmp_path / "out"
   out.mkdir()
-  with runner.locked(out), pytest.raises(UserError, match="another sweep works there"):
+  with runner.locked(out), pytest.raises(UserError, match="another sweep runs there"):
     sweep("[arm('a')]")
   assert sweep("[arm('a')]")[0] == 0
 

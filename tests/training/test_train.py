@@ -221,7 +221,7 @@ def test_sigkill_loses_only_the_steps_since_the_checkpoint(whole_run, tmp_path, 
       break
   process.communicate(timeout=100)
   output = train(tmp_path / "run", cache)
-  assert "resuming" in output and "attention          blocks, as when the run began" in output
+  assert "resuming" in output and "attention          blocks, which the run began with" in output
   assert_same_run(tmp_path / "run", whole_run[0])
 
 

@@ -1,4 +1,4 @@
-"""Changes of configs/lab_moe.py that several sweeps share."""
+"""Changes of configs/lab_moe.py that the arms of several sweeps in configs/sweeps/ share."""
 
 from moe_jax.sweep import match
 
