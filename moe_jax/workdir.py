@@ -49,6 +49,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
+  """Writes config.json, from which `read_config` reads the same config."""
   (workdir / CONFIG).write_text(config_lib.to_json(config) + "\n")
 
 
@@ -105,6 +106,7 @@ def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
+  """Writes the object that `read_kernels` returns."""
   write_object(workdir / KERNELS, chosen)
 
 
@@ -152,6 +154,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Appends an object to a .jsonl file."""
   with path.open("a") as file:
     file.write(json.dumps(values) + "\n")
 
@@ -169,6 +172,7 @@ def keep_lines(path: pathlib.Path, resume_step: int) -> None:
 
 
 def _line(text: str) -> dict[str, Any]:
+  """Returns the object of a line; {} where the line is incomplete."""
   try:
     value = json.loads(text)
   except ValueError:
