@@ -31,7 +31,7 @@ _MAY_CHANGE = (
   "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir", "model.remat",
   "model.attention", "model.moe.grouped_matmul",
 )  # fmt: skip
-_DROPPING = (Dispatch.GATHER, Dispatch.EINSUM)  # drop the same assignments; the others drop none
+_DROPPING = (Dispatch.GATHER, Dispatch.EINSUM)  # drop above the capacity; the others never drop
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -62,7 +62,7 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
   same = {
     # With a factor, each exchange drops other assignments.
     "model.moe.exchange": not config.model.moe.exchange_factor,
-    "model.moe.dispatch": _drop_alike(before.model.moe, config.model.moe),
+    "model.moe.dispatch": _limits(before.model.moe) == _limits(config.model.moe),
   }
   changed = [
     n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and not same.get(n)
@@ -75,11 +75,14 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
     )
 
 
-def _drop_alike(old: MoE, new: MoE) -> bool:
-  """Returns whether the two dispatchers drop the same assignments, so that all values are equal."""
-  factors = (old.capacity_factor, old.eval_capacity_factor)
-  unlimited = all(factor in (0, math.inf) for factor in factors)
-  return unlimited or (old.dispatch in _DROPPING) == (new.dispatch in _DROPPING)
+def _limits(moe: MoE) -> tuple[float, float]:
+  """Returns the capacity factors of training and evaluation; inf where nothing is dropped.
+
+  Dispatchers under equal limits drop the same assignments, so they compute the same values.
+  """
+  if moe.dispatch not in _DROPPING:
+    return math.inf, math.inf
+  return moe.capacity_factor or math.inf, moe.eval_capacity_factor or math.inf
 
 
 def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
