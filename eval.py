@@ -6,6 +6,7 @@ and the routing report; writes eval.json and the plots. More on request (docs/sp
   --routing                       which expert takes what: routing.json
   --capacity_factors=0.5,1,2,0    the loss and drops with other evaluation capacities (0: no drops)
   --causal                        the loss without any sight of the future
+  --documents=10                  the losses of the ten largest documents
 """
 
 from absl import flags
@@ -19,6 +20,7 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"
 _ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: what each expert takes")
 _CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; 0: no drops")
 _CAUSAL = flags.DEFINE_bool("causal", False, "also the loss with every token's future hidden")
+_DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
 
   result, routing = evaluation.run(
     _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=capacity_factors(),
-    causal=_CAUSAL.value, routing=_ROUTING.value,
+    causal=_CAUSAL.value, documents=_DOCUMENTS.value, routing=_ROUTING.value,
   )  # fmt: skip
   said = [report.summary(_WORKDIR.value, result), evaluation.summary(result)]
   if routing:

@@ -235,7 +235,7 @@ class Health:
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Eval:
   batch_size: int = 0  # sequences; 0 is the training microbatch
-  batches: int = 16  # of the validation set, from its start, while training; 0 is all of it
+  batches: int = 16  # while training: rows spread evenly over the validation set; 0 is all of it
   final_batches: int = 0  # the same for eval.py, of any split
 
 

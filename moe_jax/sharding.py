@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax import config as config_lib
@@ -72,7 +73,26 @@ def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
   # The axes have to be Auto: shard_map's in_specs do not take Explicit, make_mesh's default.
   shape = tuple(getattr(mesh, axis) for axis in AXES)
   devices = jax.devices()[: math.prod(shape)]
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  made = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  check_processes(np.vectorize(lambda device: device.process_index)(made.devices))
+  return made
+
+
+def check_processes(processes: np.ndarray) -> None:
+  """Refuses a mesh on which processes would feed different sequences to the same place.
+
+  Args:
+    processes: the process of each device, int [data, fsdp, expert, tensor].
+
+  Raises:
+    UserError: the devices of one place on the batch axes belong to several processes.
+  """
+  if (processes != processes[..., :1]).any():
+    raise config_lib.UserError(
+      f"config.mesh.tensor={processes.shape[-1]}: every process feeds sequences of its own, and on "
+      "this mesh some sequences are on devices of several processes; choose a tensor axis that "
+      f"divides the {np.sum(processes == processes.flat[0])} device(s) of a process"
+    )
 
 
 def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:

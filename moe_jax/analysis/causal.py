@@ -4,7 +4,6 @@ The letter R counts rows.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,7 +46,7 @@ def cut(
 def causal_losses(
   model: trace.Model,
   rows: pipeline.Rows,
-  numbers: Sequence[int],
+  numbers: pipeline.Numbers,
   batch_size: int,
   group_rows: int,
   mesh: jax.sharding.Mesh,
@@ -104,7 +103,7 @@ def measure(
 ) -> dict[str, Any]:
   """`causal` of eval.json: mean losses of `causal_losses`, nats per token, and their difference."""
   group_rows = max(moe.group_size // rows.seq_len, 1) if moe.num_experts else 1
-  numbers = trace.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
+  numbers = pipeline.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
   numbers = numbers[: len(numbers) - len(numbers) % group_rows]
   if len(numbers) < 2 * group_rows:
     raise config_lib.UserError(

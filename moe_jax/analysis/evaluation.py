@@ -16,10 +16,11 @@ from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Dispatch, Exchange
-from moe_jax.data import pipeline
+from moe_jax.data import builders, pipeline
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.model.transformer import abstract_weights, moe_layers
+from moe_jax.training import evaluator as evaluator_lib
 from moe_jax.training.evaluator import Evaluator, batch_size
 
 # What routing and causal evaluation look at, spread over the split.
@@ -39,18 +40,26 @@ def run(
   *,
   capacity_factors: Sequence[float] = (),
   causal: bool = False,
+  documents: int = 0,
   routing: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Evaluates a checkpoint (step 0: the newest); writes eval.json, and routing.json if asked to.
 
-  Returns what the two hold, {} for routing.json if it was not asked for.
+  Args:
+    capacity_factors: also the loss and the drops with each of these in evaluation.
+    causal: also the loss with every token's future hidden.
+    documents: also the losses of this many documents, the largest ones.
+    routing: also which expert takes what.
+
+  Returns:
+    What the two files hold, {} for routing.json if it was not asked for.
   """
   run = Run(workdir, step, split)
   check(run.config, capacity_factors, routing)
   traced = {}
   with jax.set_mesh(run.mesh):
     model = run.restore(run.step)
-    result = run.loss(model)
+    result = run.loss(model, documents)
     if capacity_factors:
       result["capacity"] = run.capacity(model, capacity_factors)
     if causal:
@@ -89,16 +98,25 @@ class Run:
   def close(self) -> None:
     self._reader.close()
 
-  def loss(self, model: trace.Model) -> dict[str, Any]:
-    """What eval.json has in any case."""
+  def loss(self, model: trace.Model, documents: int) -> dict[str, Any]:
+    """What eval.json has in any case, and the losses of that many documents."""
     config, rows = self.config, self.rows
     evaluator = Evaluator(config, rows, self.mesh, config.eval.final_batches)
-    total = evaluator.total(model.params, model.bias_ZE)
+    total = evaluator.total(model.params, model.bias_ZE, by_document=True)
+    assert total.documents is not None
     counts = cost.count(config)
-    evaluated = min(len(rows), evaluator.batch_size * config.eval.final_batches or len(rows))
     result = evaluator.result(total)
-    if total.domains is not None:
-      result["domains"] = evaluator.by_domain(total.domains)
+    result["documents"] = evaluator_lib.num_documents(total.documents)
+    if result["documents"] > 1:
+      result["bits_per_byte_error"] = evaluator_lib.standard_error(total.documents)
+    if rows.domains:
+      result["domains"] = evaluator.by_domain(total.documents)
+    if documents:
+      source = builders.prepare(config.data, self.split)
+      result["largest_documents"] = [
+        {"name": source.name(number)} | numbers
+        for number, numbers in evaluator_lib.largest(rows, total.documents, documents)
+      ]
     return result | {
       "step": self.step,
       "split": self.split,
@@ -106,7 +124,6 @@ class Run:
       "parameters": counts.total,
       "active_parameters": counts.active,
       "flops_per_token": counts.flops_per_token,
-      "gzip_bits_per_byte": pipeline.gzip_bits_per_byte(rows.documents(evaluated)),
       "device": jax.devices()[0].device_kind,
     }
 
@@ -136,7 +153,7 @@ class Run:
   def routing(self, model: trace.Model) -> dict[str, Any]:
     """routing.json: of this checkpoint, beside the others that the workdir keeps."""
     rows = self.rows
-    numbers = trace.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
+    numbers = pipeline.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
 
     choices = trace.compile_choices(model.config)
 
@@ -193,10 +210,12 @@ def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
 
 def summary(result: dict[str, Any]) -> str:
   """What eval.json says beyond the loss and the load, a line for each domain and so on."""
+  parts = result.get("domains", {}) | {d["name"]: d for d in result.get("largest_documents", [])}
+  width = max([18, *map(len, parts)])
   lines = [
-    f"{name:<19}{found['bits_per_byte']:.4f} bits per byte, loss {found['loss']:.4f}, "
-    f"{found['tokens']:,} tokens"
-    for name, found in result.get("domains", {}).items()
+    f"{name:<{width}} {part['bits_per_byte']:.4f} bits per byte, loss {part['loss']:.4f}, "
+    f"{part['tokens']:,} tokens"
+    for name, part in parts.items()
   ]
   if "causal" in result:
     causal = result["causal"]

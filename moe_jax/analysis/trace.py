@@ -1,6 +1,6 @@
 """Follows a few rows through a checkpoint: which experts took each token."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +21,6 @@ class Model(NamedTuple):
   bias_ZE: jax.Array
 
 
-def spread(available: int, count: int) -> list[int]:
-  """At most `count` of the numbers below `available`, evenly spaced: neighbours share documents."""
-  return np.unique(np.linspace(0, available - 1, min(count, available)).astype(int)).tolist()
-
-
 def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
   """(params, bias_ZE, batch) -> Choices."""
 
@@ -39,13 +34,13 @@ def collect(
   choices: Callable[..., Any],
   model: Model,
   rows: pipeline.Rows,
-  numbers: Sequence[int],
+  numbers: pipeline.Numbers,
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Trace:
   """What became of every token of these rows; `choices` is compile_choices of its config."""
   found: list[tuple[np.ndarray, ...]] = []
-  for rows_B in _batches(numbers, batch_size):
+  for rows_B in pipeline.eval_batches(numbers, batch_size):
     batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
     chosen = choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
     real_BL = batch.segments_BL > 0
@@ -57,10 +52,3 @@ def collect(
   *tokens, routed, kept, gate = zip(*found, strict=True)
   layers = (np.concatenate(x, axis=1) for x in (routed, kept, gate))
   return Trace(*(np.concatenate(x) for x in tokens), *layers)
-
-
-def _batches(numbers: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-  """The last one is filled up with -1, rows of padding."""
-  for first in range(0, len(numbers), batch_size):
-    rows_B = list(numbers[first : first + batch_size])
-    yield rows_B + [-1] * (batch_size - len(rows_B))

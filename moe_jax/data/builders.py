@@ -71,10 +71,14 @@ class Documents:
     text = self._source[index][self._field]
     return text.encode() if isinstance(text, str) else text
 
+  def name(self, index: int) -> str:
+    """The document's path, or its number in the split where the data set names none."""
+    path = self._source[index].get("path", f"document {index}")
+    return path if isinstance(path, str) else path.decode()
+
   def domain(self, index: int) -> int:
     """Index in `domains` of the first folder of the document's path; -1 if it is none of them."""
-    path = self._source[index]["path"]
-    folder = (path if isinstance(path, str) else path.decode()).split("/")[0]
+    folder = self.name(index).split("/")[0]
     return self.domains.index(folder) if folder in self.domains else -1
 
 

@@ -78,7 +78,9 @@ class Loop:
       mesh: that the state is on.
     """
     train = self.config.train
-    handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    # Of several processes, jax handles SIGTERM: it tells all of them at which step to stop.
+    ours = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, self._on_signal) for number in ours}
     pending = None  # (step, its metrics, which the device may still be computing)
     step = self.start
     try:
@@ -123,6 +125,8 @@ class Loop:
       signal.signal(signal.SIGINT, signal.default_int_handler)
       raise KeyboardInterrupt
     self.stop_signal = number
+    if jax.process_count() > 1:
+      signal.raise_signal(signal.SIGTERM)
     print(
       "\nstopping after this step, which is saved; a second signal stops without saving",
       file=sys.stderr,

@@ -29,6 +29,7 @@ def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
   return pipeline.Rows(
     stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizer, num_documents=len(documents),
     num_bytes=1, digest="", domains=domains, starts_M=starts_M, domain_M=np.array(labels),
+    source_M=np.arange(len(labels)),
   )  # fmt: skip
 
 
@@ -137,8 +138,8 @@ def test_loss_of_each_domain(weights, one_device):
   mesh, rows = mesh_of(), toy_rows([20, 3, 9, 14], [0, 1, -1, 0], domains=("a", "b", "never"))
   model = toy_model(config, weights)
   one = evaluator.Evaluator(config, rows, mesh, 0)
-  total = one.total(model.params, model.bias_ZE)
-  domains = one.by_domain(total.domains)
+  total = one.total(model.params, model.bias_ZE, by_document=True)
+  domains = one.by_domain(total.documents)
   assert list(domains) == ["a", "b"]
   # Nats of each target in the order of the stream; document d has lengths[d] + 1 of them.
   batch = rows.batch(range(len(rows)))
@@ -167,7 +168,7 @@ def test_trace_agrees_with_the_counters(axes, weights):
   """The counters of one device, on any mesh."""
   rows = toy_rows([30, 3, 17, 25, 9, 8], [0, 1, 0, 1, 1, 0])
   model = toy_model(toy_config(eval_capacity_factor=1.0), weights)
-  batches = list(pipeline.eval_batches(rows, 16, 0))
+  batches = [rows.batch(numbers) for numbers in pipeline.eval_batches(range(len(rows)), 16)]
   assert len(batches) == 1 and not batches[0].segments_BL[-1].any()  # the last rows are padding
   with jax.set_mesh(mesh_of()):
     stats = read(model, batches[0])[1]
@@ -211,12 +212,6 @@ def test_what_has_no_meaning_is_refused():
   evaluation.check(chosen, [0.5, 2.0], True)
   with pytest.raises(UserError, match="set it above 0"):
     evaluation.check(chosen, [0.0], True)
-
-
-def test_rows_are_spread_over_the_split():
-  assert trace.spread(9, 3) == [0, 4, 8]
-  assert trace.spread(3, 9) == [0, 1, 2]
-  assert trace.spread(1, 4) == [0]
 
 
 def run(script, workdir, *arguments):
