@@ -4,7 +4,7 @@ Needs nothing but the workdir. Prints the held-out loss, perplexity, bits per by
 and the routing report; writes eval.json and the plots. More on request (docs/specialisation.md):
 
   --routing                       which expert takes what: routing.json
-  --capacity_factors=0.5,1,2,0    the loss and drops with other evaluation capacities (0: no drops)
+  --capacity_factors=0.5,1,2,inf  loss and drops with other evaluation capacities (inf: no drops)
   --causal                        the loss without any sight of the future
   --documents=10                  the losses of the ten largest documents
 """
@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "data split")
 _ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: what each expert takes")
-_CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; 0: no drops")
+_CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; inf: no drops")
 _CAUSAL = flags.DEFINE_bool("causal", False, "also the loss with every token's future hidden")
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
 
@@ -41,11 +41,15 @@ def main() -> None:
 
 def capacity_factors() -> list[float]:
   try:
-    return [float(factor) for factor in _CAPACITY.value]
+    factors = [float(factor) for factor in _CAPACITY.value]
   except ValueError:
+    factors = [0.0]
+  if not all(factor > 0 for factor in factors):
     raise UserError(
-      f"--capacity_factors={','.join(_CAPACITY.value)}: not a list of numbers, as in 0.5,1,2,0"
-    ) from None
+      f"--capacity_factors={','.join(_CAPACITY.value)}: not a list of numbers above 0, as in "
+      "0.5,1,2,inf (inf: no drops)"
+    )
+  return factors
 
 
 if __name__ == "__main__":

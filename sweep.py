@@ -2,10 +2,12 @@
 
 Every arm and seed of the sweep file is trained and evaluated in a workdir of its own; the same
 command goes on with what was cut off. --dry-run prints the commands, for a cluster's scheduler.
+--config.train.steps=20 changes a field in every arm.
 """
 
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -18,10 +20,9 @@ _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "print the commands and do nothing")
 _ARMS = flags.DEFINE_list("arms", [], "only these")
 _SEEDS = flags.DEFINE_list("seeds", [], "these in place of the sweep's")
-_OVERRIDE = flags.DEFINE_multi_string("override", [], "train.steps=20: a field, for every arm")
 
 
-def main() -> None:
+def main(overrides: dict[str, Any]) -> None:
   for flag in (_SWEEP, _OUT):
     if not flag.value:
       raise UserError(f"--{flag.name} is missing: --sweep=configs/sweeps/NAME.py --out=runs/NAME")
@@ -36,10 +37,10 @@ def main() -> None:
     dry_run=_DRY_RUN.value,
     arms=_ARMS.value,
     seeds=[int(seed) for seed in _SEEDS.value],
-    overrides=_OVERRIDE.value,
+    overrides=overrides,
   )
   sys.exit(code)
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, overrides=True)

@@ -1,7 +1,8 @@
 """Trains a model: python train.py --config=configs/tiny_moe.py --workdir=runs/tiny
 
 Any field can be overridden, as in --config.model.moe.num_experts=16. The same command resumes a run
-that was interrupted. --describe prints parameters, FLOPs and memory and trains nothing.
+that was interrupted. --describe prints parameters, FLOPs and memory and trains nothing; --diff
+prints what differs from the defaults.
 """
 
 from absl import flags
@@ -13,6 +14,7 @@ from moe_jax.config import UserError
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config file")
 _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it is missing")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
+_DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes of the run")
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "begin a new run with another run's parameters: WORKDIR or WORKDIR:STEP"
@@ -29,6 +31,10 @@ def main() -> None:
   config = _CONFIG.value
   if config is None:
     raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
+  if _DIFF.value:
+    validation.check_fields(config)  # the rest of validate() imports jax
+    print(command_line.difference(config))
+    return
   validation.validate(config)
   if _DESCRIBE.value:
     from moe_jax.model import cost

@@ -7,6 +7,7 @@ decode     decoding on one CPU against Hugging Face transformers: same weights, 
 all        what suits the device: `layer`, a part of it on a CPU, and there `train`
 
 prints tables with targets and whether they are met, and writes DIR/NAME.json and NAME.png.
+`inference` takes overrides of its config as train.py does, --config.model.num_layers=4.
 """
 
 import argparse
@@ -34,9 +35,9 @@ def parse_arguments() -> argparse.Namespace:
   add("--peer_python", default=sys.executable, help="train, decode: a Python with torch")
   add("--peer_compile", action="store_true", help="also the peer under torch.compile")
   add("--config", default="configs/mixtral_small.py", help="inference: the model's config file")
-  add("--override", action="append", default=[], help="inference: a field, model.num_layers=4")
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
-  args = parser.parse_args()
+  overrides, rest = command_line.take_overrides(sys.argv[1:])
+  args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
   for name, least in (("rounds", 1), ("steps", 1), ("tokens", 2)):
     if getattr(args, name) < least:
       parser.error(f"--{name}={getattr(args, name)}: it must be at least {least}")
@@ -70,7 +71,7 @@ def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]
   from moe_jax import validation
 
   config = command_line.load_file(args.config)
-  config = command_line.override(config, command_line.parse_overrides(args.override), args.config)
+  config = command_line.override(config, args.overrides, args.config)
   validation.validate(config)
   if not config.model.moe.num_experts:
     raise UserError(f"--config={args.config}: a dense model; name one with experts")

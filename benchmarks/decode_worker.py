@@ -11,6 +11,7 @@ line protocol it speaks:
 
 import argparse
 import json
+import math
 import pathlib
 import sys
 import time
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     add(f"--{name}", type=int, default=default)
   args = parser.parse_args()
   args.head_dim = args.dim // args.heads
-  args.model, args.remat, args.capacity_factor = "grouped", "none", 0.0
+  args.model, args.remat, args.capacity_factor = "grouped", "none", math.inf
   return args
 
 

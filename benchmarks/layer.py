@@ -7,6 +7,7 @@ but the first use in a step. Seconds are by the clock, of forward and of forward
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class Candidate(NamedTuple):
 def make_moe(setting: Setting, dispatch: Dispatch, experts: int) -> config_lib.MoE:
   return config_lib.MoE(
     num_experts=experts, top_k=setting.top_k, expert_dim=setting.expert_dim, dispatch=dispatch,
-    renormalize=setting.top_k > 1, capacity_factor=1.0,
+    capacity_factor=1.0,
   )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def check(
   few = Arrays(arrays.params, *map(some, arrays[1:]))
 
   def small(dispatch):
-    moe = dataclasses.replace(candidate.moe, dispatch=dispatch, capacity_factor=0.0)
+    moe = dataclasses.replace(candidate.moe, dispatch=dispatch, capacity_factor=math.inf)
     model = config_lib.Model(dim=setting.dim, compute_dtype=setting.dtype, moe=moe)
     layer = nnx.eval_shape(lambda: MoEFFN(model, nnx.Rngs(0)))
     return _programs(nnx.split(layer)[0])[1](*few)

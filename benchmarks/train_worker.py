@@ -40,8 +40,7 @@ def make_config(args: argparse.Namespace) -> config_lib.Config:
   if args.model != "ffn":
     moe = config_lib.MoE(
       num_experts=args.experts_count, top_k=args.top_k, expert_dim=args.expert_dim,
-      renormalize=args.top_k > 1, dispatch=config_lib.Dispatch(args.model),
-      capacity_factor=args.capacity_factor,
+      dispatch=config_lib.Dispatch(args.model), capacity_factor=args.capacity_factor,
     )  # fmt: skip
   return config_lib.Config(
     model=config_lib.Model(

@@ -39,7 +39,6 @@ def get_config() -> Config:
         num_experts=64,
         top_k=1,
         router=Router.SWITCH,
-        renormalize=False,
         expert_dim=1536,
         capacity_factor=1.25,
         eval_capacity_factor=2.0,

@@ -26,8 +26,6 @@ def get_config() -> Config:
     top_groups=2,
     bias_update_rate=1e-3,
     dispatch=Dispatch.GROUPED,
-    capacity_factor=0.0,
-    eval_capacity_factor=0.0,
   )
   config.loss = Loss(load_balance=0.0, router_z=1e-3)
   return config

@@ -4,12 +4,11 @@ Nothing here imports jax, so that a report can read a run on a machine without i
 """
 
 import json
-import math
 import pathlib
 from typing import Any
 
 from moe_jax import config as config_lib
-from moe_jax.config import Config, Dispatch, MoE, UserError
+from moe_jax.config import Config, UserError
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream}
@@ -31,7 +30,6 @@ _MAY_CHANGE = (
   "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir", "model.remat",
   "model.attention", "model.moe.grouped_matmul",
 )  # fmt: skip
-_DROPPING = (Dispatch.GATHER, Dispatch.EINSUM)  # drop above the capacity; the others never drop
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -49,7 +47,6 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-  """Writes config.json, from which `read_config` reads the same config."""
   (workdir / CONFIG).write_text(config_lib.to_json(config) + "\n")
 
 
@@ -57,32 +54,18 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
   """Raises a UserError if the workdir holds a run whose values this config would change."""
   if not (workdir / CONFIG).exists():
     return
+  from moe_jax import validation  # not at the top, since a report does not need it
+
   before = config_lib.from_json((workdir / CONFIG).read_text())
   old, new = config_lib.flatten(before), config_lib.flatten(config)
-  same = {
-    # With a factor, each exchange drops other assignments.
-    "model.moe.exchange": not config.model.moe.exchange_factor,
-    "model.moe.dispatch": _limits(before.model.moe) == _limits(config.model.moe),
-  }
-  changed = [
-    n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and not same.get(n)
-  ]
+  same = validation.without_consequence(before, config)
+  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and n not in same]
   if changed:
     what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
     raise UserError(
       f"--workdir={workdir} holds a run with another config: {what}; drop the change to go on with "
       f"that run, or name a new workdir, which --init_from={workdir} gives that run's parameters"
     )
-
-
-def _limits(moe: MoE) -> tuple[float, float]:
-  """Returns the capacity factors of training and evaluation; inf where nothing is dropped.
-
-  Dispatchers under equal limits drop the same assignments, so they compute the same values.
-  """
-  if moe.dispatch not in _DROPPING:
-    return math.inf, math.inf
-  return moe.capacity_factor or math.inf, moe.eval_capacity_factor or math.inf
 
 
 def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
@@ -109,7 +92,6 @@ def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
-  """Writes the object that `read_kernels` returns."""
   write_object(workdir / KERNELS, chosen)
 
 
@@ -157,7 +139,6 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Appends an object to a .jsonl file."""
   with path.open("a") as file:
     file.write(json.dumps(values) + "\n")
 
@@ -175,7 +156,6 @@ def keep_lines(path: pathlib.Path, resume_step: int) -> None:
 
 
 def _line(text: str) -> dict[str, Any]:
-  """Returns the object of a line; {} where the line is incomplete."""
   try:
     value = json.loads(text)
   except ValueError:

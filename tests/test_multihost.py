@@ -19,9 +19,8 @@ def command(workdir, cache, *arguments):
   return [
     sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
     f"--config.data.cache_dir={cache}", "--config.train.steps=6", "--config.train.log_every=1",
-    "--config.model.moe.dispatch=grouped", "--config.model.moe.capacity_factor=0",
-    "--config.model.moe.eval_capacity_factor=0",
-    "--config.train.eval_every=6", "--config.train.checkpoint_every=6", "--config.mesh.expert=2",
+    "--config.model.moe.dispatch=grouped", "--config.train.eval_every=6",
+    "--config.train.checkpoint_every=6", "--config.mesh.expert=2",
     *arguments,
   ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from moe_jax import config as config_lib
 from moe_jax import workdir
 from moe_jax.config import Dispatch
 
-UNLIMITED = 0.0  # capacity factor
+UNLIMITED = math.inf  # capacity factor
 
 
 def test_lines_after_the_resumed_step_go_and_so_does_a_cut_one(tmp_path):
@@ -127,6 +128,31 @@ def test_an_older_config_takes_defaults(tmp_path):
   (tmp_path / workdir.CONFIG).write_text(json.dumps(values))
   assert workdir.read_config(tmp_path) == config_lib.Config()
   workdir.check_same_config(tmp_path, config_lib.Config())
+
+
+OF_BEFORE = {  # a run's fields in a config.json without a format: how its command is spelled now
+  "dropless": (
+    dict(dispatch="grouped", capacity_factor=0.0, eval_capacity_factor=0.0),
+    dict(dispatch=config_lib.Dispatch.GROUPED),
+  ),
+  "no limit": (dict(capacity_factor=0.0), dict(capacity_factor=math.inf)),
+  "top-1": (dict(top_k=1, renormalize=False), dict(top_k=1)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_BEFORE)
+def test_a_run_of_before_goes_on(kind, tmp_path):
+  before, now = OF_BEFORE[kind]
+  text = json.dumps({"model": {"moe": {"num_experts": 4} | before}})
+  (tmp_path / workdir.CONFIG).write_text(text)
+  workdir.read_config(tmp_path)
+  config = config_lib.Config()
+  config.model.moe = config_lib.MoE(num_experts=4, **now)
+  workdir.check_same_config(tmp_path, config)
+  config.model.moe.dispatch = config_lib.Dispatch.EINSUM
+  config.model.moe.capacity_factor = 1.5
+  with pytest.raises(config_lib.UserError, match=r"dispatch=einsum .*capacity_factor=1.5 \(was"):
+    workdir.check_same_config(tmp_path, config)
 
 
 def test_reading_a_run_needs_no_jax():

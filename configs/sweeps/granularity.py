@@ -22,7 +22,7 @@ def get_sweep() -> Sweep:
       arm("dense", tuned.DENSE, parts.DENSE),
       arm("top1", tuned.TOP1, parts.TOP1),
       arm("top2", tuned.TOP2),
-      arm("top1-shared", tuned.TOP1, moe(top_k=1, renormalize=False, shared_experts=1)),
+      arm("top1-shared", tuned.TOP1, moe(top_k=1, shared_experts=1)),
       arm("fine", tuned.FINE, parts.FINE),
       arm("fine-shared", tuned.FINE, moe(num_experts=64, top_k=7, shared_experts=1)),
     ],

@@ -4,6 +4,7 @@ Needs nothing but the workdir.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from moe_jax.data import builders, pipeline
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.model.transformer import abstract_weights, moe_layers
+from moe_jax.moe import dispatch
 from moe_jax.training import evaluator as evaluator_lib
 from moe_jax.training.evaluator import Evaluator, batch_size
 
@@ -134,7 +136,8 @@ class Run:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator(model.params, model.bias_ZE)
-      points.append({"capacity_factor": factor} | {name: result[name] for name in _OF_CAPACITY})
+      point = {"capacity_factor": config_lib.plain(factor)}
+      points.append(point | {name: result[name] for name in _OF_CAPACITY})
       print(
         f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
         f"dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%",
@@ -186,13 +189,13 @@ def check(config: config_lib.Config, factors: Sequence[float], routing: bool) ->
 
 
 def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
-  """The same model with another capacity in evaluation; 0 drops nothing.
+  """The same model with another capacity in evaluation; inf drops nothing.
 
   A dropless dispatch has no slots, so it gives way to `gather`: what a model trained without drops
   loses where it has to run with them. With expert_choice nothing is dropped, and the factor is how
   many tokens each expert takes.
   """
-  moe = with_slots(config.model.moe) if factor else config.model.moe
+  moe = with_slots(config.model.moe) if factor < math.inf else config.model.moe
   moe = dataclasses.replace(moe, eval_capacity_factor=factor)
   changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
   validation.validate(changed)
@@ -200,12 +203,14 @@ def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
 
 
 def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
-  """The same experts; a dropless dispatch gives way to `gather`."""
+  """The same function of a token; a dropless dispatch gives way to `gather` without drops."""
   if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
     return moe
   return dataclasses.replace(
-    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0
-  )
+    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0,
+    capacity_factor=dispatch.capacity_factor(moe, train=True),
+    eval_capacity_factor=dispatch.capacity_factor(moe, train=False),
+  )  # fmt: skip
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -52,9 +52,8 @@ def for_inference(model: config_lib.Model) -> config_lib.Model:
   """The model without drops; UserError for routers that a generator cannot follow."""
   validation.validate_generation(model.moe)
   moe = dataclasses.replace(
-    model.moe, dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0,
-    group_size=0, exchange=Exchange.AUTO, exchange_factor=0.0,
-  )  # fmt: skip
+    model.moe, dispatch=Dispatch.GROUPED, group_size=0, exchange=Exchange.AUTO, exchange_factor=0.0
+  )
   return dataclasses.replace(model, moe=moe)
 
 

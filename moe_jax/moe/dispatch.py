@@ -62,22 +62,34 @@ class Dispatcher:
 
 
 def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-  """C = ceil(factor * tokens * K / E), at most tokens. Factor 0 gives a slot for every token.
+  """C = ceil(factor * tokens * K / E), at most tokens. Factor inf gives a slot for every token.
 
   `tokens` is the size of a routing group, never of a device's shard: what drops does not depend on
   the mesh.
   """
-  if factor == 0:
+  if factor == math.inf:
     return tokens
   # The small term keeps 1.1 * 10 = 11.000000000000002 from becoming 12.
   return max(1, min(tokens, math.ceil(factor * tokens * top_k / num_experts - 1e-6)))
+
+
+def has_capacity(moe: config_lib.MoE) -> bool:
+  """Whether the capacity factors have a meaning: something drops, or experts choose."""
+  return DISPATCHERS[moe.dispatch].drops or routers.ROUTERS[moe.router].takes_capacity
+
+
+def capacity_factor(moe: config_lib.MoE, *, train: bool) -> float:
+  """The factor in force; inf where nothing can be dropped."""
+  if not has_capacity(moe):
+    return math.inf
+  return moe.capacity_factor if train else moe.eval_capacity_factor
 
 
 def layout_of(moe: config_lib.MoE, shape: tuple[int, ...], *, train: bool) -> Layout:
   """The layout of one device's tokens, of shape (B, L, ...)."""
   B, L = shape[:2]
   size = moe.group_size or L
-  factor = moe.capacity_factor if train else moe.eval_capacity_factor
+  factor = capacity_factor(moe, train=train)
   return Layout(
     tokens=B * L,
     groups=B * L // size,

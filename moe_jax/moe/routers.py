@@ -63,7 +63,7 @@ def topk(inputs: RouterInputs, moe: MoE) -> Routing:
 
 def switch(inputs: RouterInputs, moe: MoE) -> Routing:
   """The most probable expert; the gate is its probability (Switch 2101.03961 eq. 2). Causal."""
-  assert moe.top_k == 1 and not moe.renormalize
+  assert moe.top_k == 1
   return topk(inputs, moe)
 
 
@@ -189,7 +189,7 @@ def token_choice(
   rank_T = jnp.arange(T)
   if moe.priority is Priority.SCORE:  # Batch Prioritized Routing, V-MoE 2106.05974 section 3.3
     rank_T = jnp.argsort(-jnp.max(gate_TK, axis=1), stable=True)
-  if moe.renormalize:
+  if moe.renormalizes:
     gate_TK = gate_TK / (jnp.sum(gate_TK, axis=1, keepdims=True) + 1e-20)
 
   def flat(x_TK: jax.Array) -> jax.Array:
@@ -229,21 +229,18 @@ def _noise_scale(
 
 
 # Why, and what to do about it.
-_SWITCH = "Switch routing is top_k=1 with renormalize=false"
-_ONE_ID = "a token id hashes to one expert; set top_k=1 and renormalize=false"
+_SWITCH = "Switch routing is top_k=1"
+_ONE_ID = "a token id hashes to one expert; set top_k=1"
 _ALL_CHOSEN = "with every expert chosen there is nothing for the noise to choose; lower top_k"
 _NO_OTHER_GATES = "experts choose, so a token does not know its other gates; set renormalize=false"
-_NO_TOKENS = "an expert takes capacity_factor*T*K/E tokens: set it above 0"
+_NO_LIMIT = "an expert takes capacity_factor*T*K/E tokens; set a finite number, such as 1"
 _NO_DROPS = "an expert drops none of the tokens that it chose; leave priority=token"
 
 ROUTERS = {
   Router.SWITCH: RouterSpec(
     function=switch,
     takes_bias=True,
-    rules=(
-      Rule("top_k", lambda moe: moe.top_k == 1, _SWITCH),
-      Rule("renormalize", lambda moe: not moe.renormalize, _SWITCH),
-    ),
+    rules=(Rule("top_k", lambda moe: moe.top_k == 1, _SWITCH),),
     papers=("2101.03961",),
     doc="The most probable expert; its probability is the gate.",
   ),
@@ -275,9 +272,9 @@ ROUTERS = {
     looks_ahead="an expert compares all tokens of a group",
     load_is_learned=False,
     rules=(
-      Rule("renormalize", lambda moe: not moe.renormalize, _NO_OTHER_GATES),
-      Rule("capacity_factor", lambda moe: moe.capacity_factor > 0, _NO_TOKENS),
-      Rule("eval_capacity_factor", lambda moe: moe.eval_capacity_factor > 0, _NO_TOKENS),
+      Rule("renormalize", lambda moe: not moe.renormalizes, _NO_OTHER_GATES),
+      Rule("capacity_factor", lambda moe: moe.capacity_factor < math.inf, _NO_LIMIT),
+      Rule("eval_capacity_factor", lambda moe: moe.eval_capacity_factor < math.inf, _NO_LIMIT),
       Rule("priority", lambda moe: moe.priority is Priority.TOKEN, _NO_DROPS),
     ),
     papers=("2202.09368",),

@@ -99,7 +99,7 @@ def capacity(study: Study) -> Section:
     points: dict[float, list[dict]] = {}
     for run in arm.finished:
       for point in run.eval.get("capacity", []):
-        points.setdefault(point["capacity_factor"] or float("inf"), []).append(point)
+        points.setdefault(float(point["capacity_factor"]), []).append(point)
     if points:
       found[names[arm.name]] = {
         factor: (

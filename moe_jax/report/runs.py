@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import SEEDS, UserError
 from moe_jax.workdir import read_lines, read_object
@@ -95,7 +96,12 @@ def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]
 def read_run(workdir: pathlib.Path, name: str, **known: Any) -> Run:
   """Reads a workdir; `known` are fields of Run that a sweep knows better than its files."""
   lines = read_lines(workdir / workdir_lib.METRICS)
-  config = flat(read_object(workdir / workdir_lib.CONFIG))
+  stored = read_object(workdir / workdir_lib.CONFIG)
+  config = flat(config_lib.upgraded(stored))
+  evaluated = read_object(workdir / workdir_lib.EVAL)
+  if "format" not in stored:  # as config_lib.upgraded does
+    for point in evaluated.get("capacity", []):
+      point["capacity_factor"] = point["capacity_factor"] or "inf"
   run = Run(
     name=name,
     seed=config.get("train.seed", 0),
@@ -103,7 +109,7 @@ def read_run(workdir: pathlib.Path, name: str, **known: Any) -> Run:
     config=config,
     train=_with_prefix(lines, "train/"),
     validation=_with_prefix(lines, "validation/"),
-    eval=read_object(workdir / workdir_lib.EVAL),
+    eval=evaluated,
     routing=read_object(workdir / workdir_lib.ROUTING),
     alarms=read_lines(workdir / workdir_lib.ALARMS),
   )

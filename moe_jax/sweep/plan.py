@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from moe_jax import command_line, validation
 from moe_jax import config as config_lib
 from moe_jax.config import SEEDS, Config, UserError
+from moe_jax.options import spelled
 from moe_jax.sweep import language, matching
 from moe_jax.sweep.language import Arm, Sweep
 from moe_jax.sweep.matching import Measured
@@ -70,7 +71,7 @@ def make(
   for name in arms:
     _check_name(f"--arms={name}", name, names)
   base = command_line.load_file(sweep.base)
-  validation.validate(base)  # as train.py does, before it is compared with
+  validation.validate(base)
   planned = [_planned(path, a, base, overrides, measured) for a in sweep.arms]
   same: dict[str, str] = {}
   for a in planned:
@@ -127,30 +128,22 @@ def _planned(
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
-  return PlannedArm(a.name, changes(base, config), [*notes, matching.sizes(config)], config)
-
-
-def changes(base: Config, config: Config) -> dict[str, Any]:
-  """{field: value} of `config`, where it differs; enums as their values."""
-  before = config_lib.flatten(base)
-  return {n: v for n, v in config_lib.flatten(config).items() if v != before[n]}
+  return PlannedArm(
+    a.name, config_lib.changes(base, config), [*notes, matching.sizes(config)], config
+  )
 
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> Run:
   config = command_line.override(a.config, dict.fromkeys(SEEDS, seed), a.name)
   workdir = f"{a.name}/seed{seed}"
   where = f"--workdir={plan.out / workdir}"
-  fields = [f"--config.{n}={_text(v)}" for n, v in changes(plan.base, config).items()]
+  fields = command_line.words(plan.base, config)
   train = ["python", "train.py", f"--config={plan.sweep.base}", *fields, where]
   asked = plan.sweep.evaluate
   if not config.model.moe.num_experts:
     asked = [flag for flag in asked if flag.partition("=")[0] not in _OF_EXPERTS]
   evaluate = ["python", "eval.py", where, *asked]
   return Run(a.name, seed, workdir, shlex.join(train), shlex.join(evaluate), config)
-
-
-def _text(value: Any) -> str:
-  return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def text(plan: Plan) -> str:
@@ -164,7 +157,7 @@ def text(plan: Plan) -> str:
   ]  # fmt: skip
   for a in plan.arms:
     if a.name in chosen:
-      changed = " ".join(f"{name}={_text(value)}" for name, value in a.overrides.items())
+      changed = " ".join(f"{name}={spelled(value)}" for name, value in a.overrides.items())
       lines += [f"{a.name}: {changed or 'as it is'}", *(f"    {note}" for note in a.notes)]
   return "\n".join(lines)
 

@@ -232,7 +232,7 @@ def run(
   dry_run: bool,
   arms: Sequence[str],
   seeds: Sequence[int],
-  overrides: Sequence[str],
+  overrides: dict[str, Any],
 ) -> int:
   """Expands a sweep file, checks all of it, then runs what is not finished, or prints it.
 
@@ -246,10 +246,7 @@ def run(
   old = record_lib.read(out)
   measured = old.get("measured", {})
   with Slots(jobs).as_first():
-    plan = plan_lib.make(
-      path, out, arms=arms, seeds=seeds, overrides=command_line.parse_overrides(overrides),
-      measured=measured,
-    )  # fmt: skip
+    plan = plan_lib.make(path, out, arms=arms, seeds=seeds, overrides=overrides, measured=measured)
   if dry_run:
     print(plan_lib.dry_run(plan))
     return 0

@@ -1,6 +1,7 @@
 """What eval.py says beyond the loss: domains, other capacities, the price of not seeing ahead."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_cut_by_hand():
   np.testing.assert_array_equal(cut.targets_BL, both.targets_BL)
 
 
-DROPLESS = dict(dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0)
+DROPLESS = dict(dispatch=Dispatch.GROUPED)
 CHOOSING = dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_factor=1.0)
 
 
@@ -190,15 +191,15 @@ def test_trace_agrees_with_the_counters(axes, weights):
 
 def test_other_capacities():
   dropless = toy_config(
-    dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0,
-    capacity_factor=0.0, eval_capacity_factor=0.0,
-  )  # fmt: skip
+    dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0
+  )
   moe = evaluation.at_capacity(dropless, 1.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.GATHER, 1.5)
-  assert evaluation.at_capacity(dropless, 0.0).model.moe == dropless.model.moe
+  assert evaluation.at_capacity(dropless, math.inf).model.moe.dispatch is Dispatch.GROUPED
   moe = evaluation.at_capacity(toy_config(dispatch=Dispatch.EINSUM), 0.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.EINSUM, 0.5)
   assert dropless.model.moe.dispatch is Dispatch.GROUPED  # the run's own config stays
+  assert evaluation.with_slots(dropless.model.moe).eval_capacity_factor == math.inf
 
 
 def test_what_has_no_meaning_is_refused():
@@ -210,8 +211,10 @@ def test_what_has_no_meaning_is_refused():
   chosen = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
   chosen.loss.load_balance = 0.0
   evaluation.check(chosen, [0.5, 2.0], True)
-  with pytest.raises(UserError, match="set it above 0"):
-    evaluation.check(chosen, [0.0], True)
+  with pytest.raises(UserError, match="set a finite number"):
+    evaluation.check(chosen, [math.inf], True)
+  with pytest.raises(UserError, match="must be above 0; inf is no limit"):
+    evaluation.check(toy_config(), [0.0], True)
 
 
 def run(script, workdir, *arguments):
@@ -231,7 +234,7 @@ def test_a_trained_run_says_all_of_it(tmp_path):
     "--config.eval.final_batches=40",
   ]  # fmt: skip
   assert run("train.py", tmp_path / "run", *arguments)[0] == 0
-  flags = ("--routing", "--causal", "--capacity_factors=0.5,1,2,0")
+  flags = ("--routing", "--causal", "--capacity_factors=0.5,1,2,inf")
   code, said, error = run("eval.py", tmp_path / "run", *flags)
   assert code == 0, error
   for words in ("causal loss", "capacity factor 0.5", "repeats first", "domains apart", "bytecode"):
@@ -244,7 +247,7 @@ def test_a_trained_run_says_all_of_it(tmp_path):
   assert weighted / result["tokens"] == pytest.approx(result["loss"], rel=1e-5)
   points = {point["capacity_factor"]: point for point in result["capacity"]}
   drops = [np.mean(points[factor]["drop_fraction_Z"]) for factor in (0.5, 1, 2)]
-  assert drops[0] > drops[1] > drops[2] and np.mean(points[0]["drop_fraction_Z"]) == 0
+  assert drops[0] > drops[1] > drops[2] and np.mean(points["inf"]["drop_fraction_Z"]) == 0
   assert points[2]["loss"] == result["loss"]  # the run's own factor
   assert result["causal"]["gap"] == 0.0 and result["causal"]["tokens"] == 16 * 64
   assert result["flops_per_token"] > 6 * 10_000

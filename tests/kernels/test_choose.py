@@ -14,9 +14,7 @@ from tests.support.toys import mesh_of, toy_config
 
 
 def dropless(**fields):
-  config = toy_config(
-    dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0, **fields
-  )
+  config = toy_config(dispatch=Dispatch.GROUPED, **fields)
   config.data.seq_len = 64  # at which attention goes in blocks
   return config
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def test_no_token_sees_the_future(variant):
 
 def test_packed_documents_do_not_see_each_other():
   """Two documents in a row give the logits that each has alone (nothing dropped)."""
-  config = toy_config(capacity_factor=0.0)
+  config = toy_config(capacity_factor=math.inf)
   graph, params = build(config)
   tokens, _, _ = tokens_of(config, batch=1)
   segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
@@ -183,7 +184,7 @@ def test_tied_and_untied_heads_and_qk_norm():
 
 
 def test_bfloat16_follows_float32():
-  config = toy_config(capacity_factor=0.0)
+  config = toy_config(capacity_factor=math.inf)
   graph, params = build(config)
   exact, _ = forward(graph, params, *tokens_of(config))
   config.model.compute_dtype = config_lib.Dtype.BFLOAT16

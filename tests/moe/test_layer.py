@@ -1,6 +1,7 @@
 """Any router, any dispatcher, any mesh: one answer, the NumPy oracle's."""
 
 import functools
+import math
 import os
 import zlib
 
@@ -207,7 +208,7 @@ def test_the_set_of_drops_is_the_oracles(routing):
 @pytest.mark.parametrize(("top_k", "renormalize"), [(1, False), (1, True), (2, True), (2, False)])
 def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_device):
   """Through the gates alone, in every combination that validate() allows."""
-  factor = 2.0 if how is Dispatch.GATHER or router is Router.EXPERT_CHOICE else 0.0
+  factor = 2.0 if how is Dispatch.GATHER or router is Router.EXPERT_CHOICE else math.inf
   config = toy_config(
     top_k=top_k, renormalize=renormalize, score=score, router=router, dispatch=how,
     capacity_factor=factor, eval_capacity_factor=factor, grouped_matmul=GroupedMatmul.RAGGED_DOT,
@@ -299,10 +300,19 @@ def test_unset_memory_does_not_show(monkeypatch, small_blocks):
 
 @pytest.mark.parametrize(
   ("factor", "expected_capacity"),
-  [(1.0, 4), (1.25, 5), (1.3, 6), (1.1, 5), (0, 16), (9.0, 16), (0.01, 1)],
+  [(1.0, 4), (1.25, 5), (1.3, 6), (1.1, 5), (math.inf, 16), (9.0, 16), (0.01, 1)],
 )
 def test_capacity_by_hand(factor, expected_capacity):
   assert dispatch.capacity(factor, tokens=16, top_k=2, num_experts=8) == expected_capacity
+
+
+@pytest.mark.parametrize("how", list(Dispatch))
+@pytest.mark.parametrize("router", [Router.TOPK, Router.EXPERT_CHOICE])
+def test_a_dispatch_that_never_drops_ignores_the_capacity_factor(how, router):
+  """Unless the router takes the capacity: expert choice has one with every dispatcher."""
+  moe = config_lib.MoE(num_experts=8, router=router, dispatch=how, capacity_factor=0.5)
+  dropless = how in (Dispatch.GROUPED, Dispatch.DENSE) and router is Router.TOPK
+  assert dispatch.layout_of(moe, (3, 16), train=True).capacity == (16 if dropless else 2)
 
 
 def test_balance_loss_is_one_when_balanced_for_every_k():
@@ -337,7 +347,7 @@ def call_layer(layer, x_BLD, *, train=True, seed=0):
 def test_one_expert_equals_the_dense_layer(how, one_device):
   """E=1, K=1: outputs and gradients of the dense FFN with the same weights."""
   model = toy_config(
-    num_experts=1, top_k=1, renormalize=False, capacity_factor=0.0, expert_dim=14,
+    num_experts=1, top_k=1, capacity_factor=math.inf, expert_dim=14,
     dispatch=Dispatch(how), grouped_matmul=GroupedMatmul.BLOCKED,
   ).model  # fmt: skip
   moe_graph, moe_params = nnx.split(MoEFFN(model, nnx.Rngs(0)))
@@ -367,7 +377,7 @@ def test_one_expert_equals_the_dense_layer(how, one_device):
 @pytest.mark.parametrize("how", list(Dispatch))
 def test_identical_experts_equal_any_one_of_them(how, one_device):
   """With gates that sum to 1 the routing is not to be seen; dropless, or with room for all."""
-  model = toy_config(top_k=2, capacity_factor=0.0, eval_capacity_factor=0.0, dispatch=how).model
+  model = toy_config(capacity_factor=math.inf, eval_capacity_factor=math.inf, dispatch=how).model
   layer = MoEFFN(model, nnx.Rngs(0))
   layer.router_DE[...] = 30 * layer.router_DE[...]
   for weight in (layer.gate_EDF, layer.up_EDF, layer.down_EFD):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -168,7 +169,7 @@ CAUSAL = {
   "choice": (dict(priority=Priority.CHOICE), False, False),
   "score": (dict(priority=Priority.SCORE), False, False),
   "score, dropless evaluation": (
-    dict(priority=Priority.SCORE, eval_capacity_factor=0.0), False, True,
+    dict(priority=Priority.SCORE, eval_capacity_factor=math.inf), False, True,
   ),
   "sinkhorn": (dict(router=Router.SINKHORN), False, True),
   "expert choice": (dict(router=Router.EXPERT_CHOICE, renormalize=False), False, False),
@@ -243,7 +244,7 @@ def test_bias_update_by_hand():
 
 
 def biased_config(rate=0.05):
-  config = toy_config(bias_update_rate=rate, capacity_factor=0.0)
+  config = toy_config(bias_update_rate=rate, capacity_factor=math.inf)
   config.loss = config_lib.Loss(load_balance=0.0)
   return config
 

@@ -160,7 +160,7 @@ def test_sections_of_eval_and_routing(tmp_path):
     workdir = tmp_path / arm / f"seed{seed}"
     capacity = [
       {"capacity_factor": 1.0, "loss": 2.0 + seed, "drop_fraction_Z": [0.1, 0.3]},
-      {"capacity_factor": 0, "loss": 1.5, "drop_fraction_Z": [0.0, 0.0]},
+      {"capacity_factor": "inf", "loss": 1.5, "drop_fraction_Z": [0.0, 0.0]},
     ]
     more = {"domains": {"prose": {"bits_per_byte": 1.25 + seed}}}
     more |= {"causal": {"loss": 2.5, "teacher_forced_loss": 2.25, "gap": 0.25}}

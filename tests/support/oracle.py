@@ -22,7 +22,7 @@ class Spec:
   groups: int = 1
   top_groups: int = 1
   priority: str = "token"
-  factor: float = 0.0  # 0: nothing is dropped
+  factor: float = math.inf  # nothing is dropped
   group: int = 0  # tokens that compete
   biased: bool = False
 
@@ -60,7 +60,7 @@ def routed_logits(x_TD, noise_TE, weights, spec):
 
 
 def capacity(spec, num_experts):
-  if not spec.factor:
+  if spec.factor == math.inf:
     return spec.group
   return min(spec.group, math.ceil(round(spec.factor * spec.group * spec.top_k / num_experts, 9)))
 

@@ -1,6 +1,7 @@
 """The routings that the grid tests run: config fields, and the same in the oracle's terms."""
 
 import functools
+import math
 
 import numpy as np
 
@@ -33,7 +34,7 @@ ROUTINGS = {
 def moe_config(name: str, *, dropless: bool = False, **fields) -> config_lib.MoE:
   """The routing as a config; expert choice has a capacity with every dispatcher."""
   routing, factor, group = ROUTINGS[name]
-  factor = 0.0 if dropless and name != "expert-choice" else factor
+  factor = math.inf if dropless and name != "expert-choice" else factor
   return config_lib.MoE(
     num_experts=E, expert_dim=F, capacity_factor=factor, eval_capacity_factor=factor,
     group_size=group, **routing | fields,
