@@ -57,6 +57,7 @@ class Checkpointer:
     )
 
   def latest_step(self) -> int | None:
+    """Returns the newest saved step; None where nothing is saved."""
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
@@ -148,9 +149,11 @@ class Checkpointer:
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
+    """Waits until all files are written."""
     self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Ends Orbax's threads; the object cannot be used any more."""
     self._manager.close()
 
 

@@ -92,13 +92,13 @@ class Loop:
         step += 1
         self.mark += self.profiler.after(step, state)
         if pending is not None:
-          self._look(*pending)
+          self._finish(*pending)
         pending = (step, step_metrics)
         stop = self._should_stop(step)
         last = step == train.steps
         save = step % train.checkpoint_every == 0 or last
         if step % train.eval_every == 0 or save or stop:
-          self._look(*pending)
+          self._finish(*pending)
           pending = None
           # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
           loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
@@ -120,6 +120,7 @@ class Loop:
         self.writer.close()
 
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+    """Remembers a first signal until the step ends; raises KeyboardInterrupt at a second one."""
     if self.stop_signal:  # the second signal: stop at once; the last checkpoint remains
       signal.signal(signal.SIGINT, signal.default_int_handler)
       raise KeyboardInterrupt
@@ -132,12 +133,13 @@ class Loop:
     )
 
   def _should_stop(self, step: int) -> bool:
+    """Returns whether the run is to end after this step."""
     if jax.process_count() == 1:
       return bool(self.stop_signal)
     return self.saver.reached_preemption(step)  # all processes agree on the step
 
-  def _look(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
-    """Handles the metrics of a step, for which it waits."""
+  def _finish(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
+    """Waits for a step's metrics; counts the step's time, raises its alarms, and may log it."""
     values = {name: np.asarray(v) for name, v in jax.device_get(step_metrics).items()}
     self._count_time(step)
     self._raise_alarms(step, values)

@@ -226,8 +226,8 @@ def run(
       state = init()
       if source:
         state = init_from.load(source, state, shardings)
-        print(f"{workdir} begins with {source}")
         if jax.process_index() == 0:
+          print(f"{workdir} begins with {source}")
           workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
     loop = Loop(config, path, saver, start, profiler)
     evaluator = Evaluator(config, validation_rows, mesh, config.eval.batches)

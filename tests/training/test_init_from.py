@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 
+import grain
 import jax
 import numpy as np
 import optax
 import pytest
 
+from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
-from moe_jax import sharding
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import OptimizerName, UserError
 from moe_jax.training import init_from, train
@@ -180,6 +181,28 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
   refused(r"down_EFD is \[2, 4, 16, 16\] there and \[2, 8, 16, 16\] here, .*, 1 more; set")
   config.model.moe.num_experts, config.model.moe.bias_update_rate = 0, 0.0
   refused(r"router_DE is .* there and absent here|.*\d more; set config.model as that run has it")
+
+
+@pytest.mark.parametrize(
+  ("losses", "kept", "best"),
+  [
+    ((np.nan, 2.0, np.nan, np.inf), [2, 4], 2),
+    ((np.nan, np.inf), [2], 2),
+    ((3.0, 2.0, 2.5), [2, 3], 2),
+    ((np.nan, np.nan), [2], None),
+  ],
+)
+def test_the_best_step_has_a_loss_that_is_a_number(tmp_path, losses, kept, best):
+  """inf is the loss of a step that was saved without an evaluation; nan that of a broken model."""
+  saver = checkpoint.Checkpointer(tmp_path, config_lib.Train(keep_latest=1, keep_best=1))
+  data = iter(grain.MapDataset.range(4).to_iter_dataset())
+  assert saver.best_step() is None
+  for step, loss in enumerate(losses, 1):
+    saver.save(step, {"weights_D": np.ones(2)}, data, loss)
+    saver.wait()
+  assert saver.best_step() == best
+  assert set(saver.steps()) == set(kept)
+  saver.close()
 
 
 @pytest.mark.slow
