@@ -1,190 +1,16 @@
-"""What eval.py says beyond the loss: domains, other capacities, the price of not seeing ahead."""
+"""eval.py's options: other capacities, what is refused, and all that it writes of a trained run."""
 
 import json
 import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from moe_jax.analysis import causal, evaluation, trace
-from moe_jax.config import Dispatch, Exchange, Priority, Router, UserError
-from moe_jax.data import pipeline, tokenizers
-from moe_jax.model import transformer
-from moe_jax.training import evaluator, losses, train
-from tests.support.toys import ROOT, mesh_of, toy_config
-
-S = 23  # the separator of a vocabulary of 24
-
-
-def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
-  """Documents of random ids, of these lengths and domains; an id i stands for i % 3 bytes."""
-  rng = np.random.default_rng(1)
-  tokenizer = tokenizers.Tokenizer([b"xx"[: i % 3] for i in range(S)] + [b""], S, "toy")
-  documents = [np.array([S, *rng.integers(0, S, length)]) for length in lengths]
-  stream_N = np.concatenate([*documents, [S]])
-  starts_M = np.cumsum([0, *map(len, documents[:-1])])
-  return pipeline.Rows(
-    stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizer, num_documents=len(documents),
-    num_bytes=1, digest="", domains=domains, starts_M=starts_M, domain_M=np.array(labels),
-  )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def weights():
-  """Of toy_config, with routers as uneven as learned ones; any routing can use them."""
-  with jax.set_mesh(mesh_of()):
-    init, _, _ = train.init_state(toy_config(), mesh_of())
-    return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.asarray(leaf) * (30 if "router_DE" in str(path) else 1), init().params
-    )
-
-
-def toy_model(config, weights):
-  return trace.Model(config.model, weights, np.zeros((2, 4), np.float32))
-
-
-def read(model, batch):
-  """Logits and statistics."""
-  read = jax.jit(lambda *arrays: transformer.evaluate(model.config, *arrays))
-  return read(model.params, model.bias_ZE, batch)
-
-
-def test_cut_by_hand():
-  row = pipeline.Batch(*(np.array([x], np.int32) for x in (
-    [9, S, 1, 2, 3, 4], [S, 1, 2, 3, 4, 5], [1, 2, 2, 2, 2, 2], [0, 0, 1, 2, 3, 4])))  # fmt: skip
-  other = row._replace(tokens_BL=np.array([[11, 12, 13, 14, S, 15]], np.int32))
-  both = pipeline.Batch(*(np.concatenate([x, x, x]) for x in row))
-  others = pipeline.Batch(*(np.concatenate([x, x, x]) for x in other))
-  cut = causal.cut(both, others, np.array([2, 0, 5]), S)
-  assert cut.tokens_BL.tolist() == [
-    [9, S, 1, 14, S, 15], [9, 12, 13, 14, S, 15], [9, S, 1, 2, 3, 4]
-  ]  # fmt: skip
-  assert cut.segments_BL.tolist() == [
-    [1, 2, 2, 3, 4, 4], [1, 2, 2, 2, 3, 3], [1, 2, 2, 2, 2, 2]
-  ]  # fmt: skip
-  assert cut.positions_BL.tolist() == [
-    [0, 0, 1, 0, 0, 1], [0, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4]
-  ]  # fmt: skip
-  np.testing.assert_array_equal(cut.targets_BL, both.targets_BL)
-
-
-DROPLESS = dict(dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0)
-CHOOSING = dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_factor=1.0)
-
-
-@pytest.mark.parametrize(
-  ("fields", "is_causal"),
-  [
-    (dict(eval_capacity_factor=1.0), True),
-    (dict(priority=Priority.CHOICE, eval_capacity_factor=1.0), False),
-    pytest.param(DROPLESS, True, marks=pytest.mark.slow),
-    pytest.param(dict(group_size=18, eval_capacity_factor=1.0), True, marks=pytest.mark.slow),
-    pytest.param(CHOOSING | dict(group_size=18), False, marks=pytest.mark.slow),
-  ],
-)
-def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, weights, one_device):
-  """Bit for bit nothing where routing is causal."""
-  config = toy_config(**fields)
-  config.model.moe = evaluation.with_slots(config.model.moe)
-  model, rows = toy_model(config, weights), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
-  group_rows = max(config.model.moe.group_size // 9, 1)
-  hidden_RL, forced_RL = causal.causal_losses(model, rows, [0, 2, 4, 6], 8, group_rows, mesh_of())
-  np.testing.assert_array_equal(hidden_RL[:, -1], forced_RL[:, -1])  # nothing is left to hide
-  assert (hidden_RL == forced_RL).all() == is_causal
-  if not is_causal:
-    assert np.abs(hidden_RL - forced_RL).max() > 1e-3
-  assert forced_RL.min() > 0 and hidden_RL.min() > 0
-
-
-def test_a_hidden_future_is_another_rows_text(weights, one_device):
-  """One token's loss from one row that is put together by hand; experts choose, so it counts."""
-  model, rows = toy_model(toy_config(**CHOOSING), weights), toy_rows([30, 30, 17], [0, 1, 0])
-  hidden_RL, forced_RL = causal.causal_losses(model, rows, [1, 5], 8, 1, mesh_of())
-  mine, other, t = rows.batch([1]), rows.batch([5]), 4
-  assert (mine.segments_BL == 1).all() and (other.segments_BL == 1).all()  # no border inside
-  column_L = np.arange(9)[None]
-  put_together = pipeline.Batch(
-    np.where(column_L <= t, mine.tokens_BL, other.tokens_BL), mine.targets_BL,
-    np.where(column_L <= t, 1, 2).astype(np.int32),
-    np.where(column_L <= t, column_L, column_L - t - 1).astype(np.int32),
-  )  # fmt: skip
-  both = pipeline.Batch(*(np.concatenate(pair) for pair in zip(put_together, mine, strict=True)))
-  logits_BLV = np.asarray(read(model, both)[0], np.float64)
-  for logits_V, found in zip(logits_BLV[:, t], (hidden_RL[0, t], forced_RL[0, t]), strict=True):
-    nll = np.log(np.exp(logits_V).sum()) - logits_V[mine.targets_BL[0, t]]
-    assert found == pytest.approx(nll, abs=1e-5)  # float32 rounding
-  assert abs(hidden_RL[0, t] - forced_RL[0, t]) > 1e-3
-
-
-def test_causal_numbers_and_too_little_text(weights, one_device):
-  config, mesh = toy_config(), mesh_of()
-  model = toy_model(config, weights)
-  rows = toy_rows([30, 20], [0, 1])
-  found = causal.measure(model, rows, config.model.moe, 3, 8, mesh)
-  assert found["tokens"] == 3 * 9 and found["gap"] == 0.0
-  assert found["loss"] == found["teacher_forced_loss"] > 0
-  with pytest.raises(UserError, match="2 rows at least"):
-    causal.measure(model, toy_rows([12], [0]), config.model.moe, 3, 8, mesh)
-
-
-def test_loss_of_each_domain(weights, one_device):
-  """Against sums over documents in Python; a document of no domain is in the whole alone."""
-  config = toy_config()
-  config.eval.batch_size = 4
-  mesh, rows = mesh_of(), toy_rows([20, 3, 9, 14], [0, 1, -1, 0], domains=("a", "b", "never"))
-  model = toy_model(config, weights)
-  one = evaluator.Evaluator(config, rows, mesh, 0)
-  total = one.total(model.params, model.bias_ZE)
-  domains = one.by_domain(total.domains)
-  assert list(domains) == ["a", "b"]
-  # Nats of each target in the order of the stream; document d has lengths[d] + 1 of them.
-  batch = rows.batch(range(len(rows)))
-  logits_BLV = read(model, batch)[0]
-  nll_N = np.asarray(losses.token_nll(logits_BLV, batch.targets_BL)[0])[batch.segments_BL > 0]
-  targets_N = rows.stream_N[1:]
-  pieces = np.split(np.arange(len(targets_N)), np.cumsum([21, 4, 10]))
-  for name, members in {"a": [0, 3], "b": [1]}.items():
-    where = np.concatenate([pieces[d] for d in members])
-    num_bytes = sum(int(i) % 3 if i != S else 0 for i in targets_N[where])
-    found = domains[name]
-    assert (found["tokens"], found["bytes"]) == (len(where), num_bytes)
-    assert found["loss"] == pytest.approx(nll_N[where].mean(), rel=1e-5)
-    bits = nll_N[where].sum() / np.log(2) / num_bytes
-    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-  assert (
-    total.sums.targets == len(targets_N) == domains["a"]["tokens"] + domains["b"]["tokens"] + 10
-  )
-
-
-MESHES = [{}, pytest.param(dict(expert=4, data=2), marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("axes", MESHES)
-def test_trace_agrees_with_the_counters(axes, weights):
-  """The counters of one device, on any mesh."""
-  rows = toy_rows([30, 3, 17, 25, 9, 8], [0, 1, 0, 1, 1, 0])
-  model = toy_model(toy_config(eval_capacity_factor=1.0), weights)
-  batches = list(pipeline.eval_batches(rows, 16, 0))
-  assert len(batches) == 1 and not batches[0].segments_BL[-1].any()  # the last rows are padding
-  with jax.set_mesh(mesh_of()):
-    stats = read(model, batches[0])[1]
-  mesh = mesh_of(**axes)
-  with jax.set_mesh(mesh):
-    choices = trace.compile_choices(model.config)
-    found = trace.collect(choices, model, rows, list(range(len(rows))), 8, mesh)  # two batches
-  assert found.token_T.tolist() == rows.stream_N[:-1].tolist()
-  assert found.place_T.tolist() == [i % 9 for i in range(len(rows.stream_N) - 1)]
-  assert found.row_T.tolist() == [i // 9 for i in range(len(rows.stream_N) - 1)]
-  labels = np.repeat([0, 1, 0, 1, 1, 0], [31, 4, 18, 26, 10, 9])
-  assert found.domain_T.tolist() == labels.tolist()
-  np.testing.assert_array_equal(found.routed_ZTE.sum(axis=1), stats.routed_E)
-  np.testing.assert_array_equal(found.kept_ZTE.sum(axis=1), stats.kept_E)
-  np.testing.assert_allclose(found.gate_ZTE.sum(axis=1), stats.importance_E, rtol=1e-5)
-  assert not found.kept_ZTE[~found.routed_ZTE].any()
-  assert found.kept_ZTE.sum() < found.routed_ZTE.sum()
+from moe_jax.analysis import evaluation
+from moe_jax.config import Dispatch, Exchange, Router, UserError
+from tests.support.toys import ROOT, toy_config
 
 
 def test_other_capacities():
@@ -211,12 +37,6 @@ def test_what_has_no_meaning_is_refused():
   evaluation.check(chosen, [0.5, 2.0], True)
   with pytest.raises(UserError, match="set it above 0"):
     evaluation.check(chosen, [0.0], True)
-
-
-def test_rows_are_spread_over_the_split():
-  assert trace.spread(9, 3) == [0, 4, 8]
-  assert trace.spread(3, 9) == [0, 1, 2]
-  assert trace.spread(1, 4) == [0]
 
 
 def run(script, workdir, *arguments):

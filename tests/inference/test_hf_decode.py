@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import decode
 from moe_jax.config import UserError
-from tests.benchmarks.test_benchmarks import TOY_SIZES
+from tests.support.toys import TOY_SIZES
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
 pytest.importorskip("torch", reason=MISSING)

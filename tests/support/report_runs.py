@@ -87,3 +87,21 @@ def write_sweep(out, runs, **more):
   arms = dict.fromkeys(arm for arm, _ in runs)
   sweep["arms"] = [{"name": arm, "overrides": {}, "notes": [f"note of {arm}"]} for arm in arms]
   write_json(out / "sweep.json", sweep | more)
+
+
+FINISHED = {(arm, seed): "finished" for arm in LOSSES for seed in (0, 1)}
+
+
+def sweep(out, statuses=FINISHED, **more):
+  for (arm, seed), status in statuses.items():
+    if status != "waiting":
+      write_run(out / arm / f"seed{seed}", arm, seed, 0 if arm == "dense" else 4)
+  write_sweep(out, statuses, **more)
+  return out
+
+
+def row(text, arm):
+  """Cells of the results table."""
+  return next(
+    line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {arm} |")
+  )

@@ -1,0 +1,137 @@
+"""Data sets by name: Python's sources, the TFDS catalog, records; and their error messages."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import time
+
+import pytest
+import tensorflow_datasets as tfds
+
+from moe_jax.config import Data
+from moe_jax.data import builders, pipeline, text_files
+from moe_jax.data.text_files import split_of
+from tests.support.texts import PROSE, SPLITS, error_of, everything, load
+from tests.support.toys import ROOT
+
+
+def test_python_stdlib_holds_each_file_in_the_split_of_its_hash(stdlib):
+  root, names = text_files.stdlib()
+  expected = collections.defaultdict(list)
+  for name in names:
+    content = (root / name).read_bytes()
+    try:
+      content.decode()
+    except UnicodeDecodeError:
+      continue
+    if content:
+      expected[split_of(name)].append(content)
+  for split in SPLITS:
+    documents = builders.prepare(stdlib, split)
+    found = [documents[i] for i in range(len(documents))]
+    assert sorted(found) == sorted(expected[split]), split
+  assert len(expected["train"]) > 400
+  assert len(expected["validation"]) >= 10 and len(expected["test"]) >= 10
+  assert not any("site-packages" in name for name in names)
+
+
+def test_sub_splits_of_almost_one_name(text):
+  lines = "\n".join(json.dumps({"text": f"{i}"}) for i in range(300))
+  (pathlib.Path(text.path) / "a.jsonl").write_text(lines)
+  for split, expected in {"train[:1%]": 3, "train[:1]": 1}.items():
+    rows = pipeline.load_rows(dataclasses.replace(text, train_split=split), "train")
+    assert rows.num_documents == expected
+
+
+def test_a_data_set_is_one_record(tmp_path, monkeypatch):
+  def documents(split):
+    yield from ((f"{word}/{i}", f"{word} {split} {i}") for i in range(3) for word in "ab")
+
+  def read(config):
+    return builders.Corpus("counting", lambda: documents, ("a", "b"))
+
+  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
+  rows = load(Data(name="counting", cache_dir=str(tmp_path)))
+  for split in SPLITS:
+    want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
+    assert sorted(everything(rows[split])) == sorted(want)
+    assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
+  assert "near: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
+
+
+def test_the_guide_shows_every_data_set():
+  guide = (ROOT / "docs/guide.md").read_text()
+  for name, record in builders.DATASETS.items():
+    assert f"| `{name}` | {record.about} |" in guide
+
+
+@pytest.fixture
+def catalog(tmp_path, monkeypatch):
+  """$TFDS_DATA_DIR with TFDS's own tiny_shakespeare, prepared from a text of ours."""
+  cls = tfds.builder_cls("tiny_shakespeare")
+  splits = {"train": PROSE, "validation": "To be\n", "test": "or not\n"}
+  with monkeypatch.context() as patch, builders._quiet():
+    patch.setattr(
+      cls, "_split_generators", lambda self, _: {k: self._generate_examples(k, v)
+                                                 for k, v in splits.items()}
+    )  # fmt: skip
+    builder = cls(data_dir=tmp_path / "tfds")
+    builder.download_and_prepare(file_format="array_record")
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  return Data(name="tiny_shakespeare", cache_dir=str(tmp_path / "cache"))
+
+
+def test_prepared_catalog_set_by_name_and_split(catalog, capfd):
+  rows = load(catalog)
+  assert [everything(rows[s]) for s in SPLITS] == [[PROSE.encode()], [b"To be\n"], [b"or not\n"]]
+  said = capfd.readouterr()
+  assert said.out == "" and len(said.err.splitlines()) == 3
+  catalog.train_split = "test+validation"
+  assert sorted(everything(pipeline.load_rows(catalog, "train"))) == [b"To be\n", b"or not\n"]
+
+
+def test_catalog_errors(catalog, monkeypatch, tmp_path):
+  catalog.test_split = "tset"
+  message = error_of(catalog, "test")
+  assert "config.data.test_split='tset'" in message and "train, validation, test" in message
+  catalog.test_split = "test[:0%]"
+  assert "config.data.test_split='test[:0%]'" in error_of(catalog, "test")
+  catalog.text_field = "body"
+  message = error_of(catalog)
+  assert "config.data.text_field='body'" in message and "has: text" in message
+  catalog.text_field = "text"
+  info = tmp_path / "tfds/tiny_shakespeare/1.0.0/dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  message = error_of(catalog)
+  assert "prepared as tfrecord" in message and "array_record" in message
+
+
+@pytest.mark.parametrize("name, hint", [
+  ("tiny_shakespear", "near: tiny_shakespeare"),
+  ("pyton_stdlib", "near: python_stdlib"),
+  ("my data", "Parsing"),
+  ("lm1b:9.9.9", "1.1.0"),
+  ("huggingface:foo", "community"),
+])  # fmt: skip
+def test_unknown_names(name, hint, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  assert f"config.data.name={name!r}" in message and hint in message
+
+
+@pytest.mark.parametrize("name", ["tiny_shakespeare", "lm1b", "c4/en", "wikipedia/20230601.en"])
+def test_known_name_without_network(name, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  for scheme in ("HTTP_PROXY", "HTTPS_PROXY", "https_proxy", "http_proxy"):
+    monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nobody listens there
+  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  for part in (f"config.data.name={name!r}", "no network", "python_stdlib", str(tmp_path)):
+    assert part in message
+
+
+def test_lookup_that_hangs_counts_as_offline():
+  start = time.monotonic()
+  assert not builders._online(lambda *_, **__: time.sleep(3), seconds=0.2)
+  assert time.monotonic() - start < 2
+  assert builders._online(lambda *_, **__: None)
