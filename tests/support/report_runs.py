@@ -1,6 +1,10 @@
 """Workdirs as train.py and eval.py leave them, with numbers that can be worked by hand."""
 
 import json
+import pathlib
+from typing import NamedTuple
+
+from moe_jax import report
 
 STEPS = (100, 200, 300, 400)
 # Validation losses at STEPS of seeds 0 and 1. The dense runs end at 2.1 in the mean: the target.
@@ -98,6 +102,19 @@ def sweep(out, statuses=FINISHED, **more):
       write_run(out / arm / f"seed{seed}", arm, seed, 0 if arm == "dense" else 4)
   write_sweep(out, statuses, **more)
   return out
+
+
+class Written(NamedTuple):
+  """What report.compare() wrote of a sweep."""
+
+  folder: pathlib.Path
+  markdown: str
+  html: str
+
+
+def write_report(out) -> Written:
+  report.compare(out)
+  return Written(out, (out / "report.md").read_text(), (out / "report.html").read_text())
 
 
 def row(text, arm):
