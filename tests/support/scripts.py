@@ -2,13 +2,17 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax.data import cache as cache_lib
 from tests.support.toys import ROOT
 
 # As in a user's shell: the package itself must set the threads that collectives need.
@@ -62,3 +66,38 @@ def evaluate(workdir, *arguments, env=ONE_DEVICE):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return done.stdout, json.loads((workdir / "eval.json").read_text())
+
+
+class Run(NamedTuple):
+  workdir: pathlib.Path
+  output: str  # of the command that made it
+
+
+class Built(NamedTuple):
+  path: pathlib.Path
+  said: dict[str, Any]  # what the function that built it returned
+
+
+def built(path: pathlib.Path, build: Callable[[pathlib.Path], dict[str, Any]]) -> Built:
+  """A folder that `build` fills once, whichever of the workers asks first; the others wait."""
+
+  def run(partial):
+    (partial / "said.json").write_text(json.dumps(build(partial)))
+
+  cache_lib.build_once(path, run)
+  return Built(path, json.loads((path / "said.json").read_text()))
+
+
+def validation_of(workdir, step):
+  """The line of metrics.jsonl that the evaluation in training wrote at a step."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return next(v for v in lines if v["step"] == step and "validation/loss" in v)
+
+
+def refused(script):
+  """The one line that a process says which ends with code 2."""
+  done = subprocess.run(
+    script, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=300
+  )
+  assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+  return done.stderr
