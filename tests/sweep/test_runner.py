@@ -1,5 +1,7 @@
 """The runner with made-up runs: past a failure, stopped and gone on, and what it records."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -7,6 +9,7 @@ import signal
 import textwrap
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -49,134 +52,263 @@ FAKE_EVAL = """
 """
 
 
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-  """A folder with a train.py and an eval.py that need no jax; returns (run the sweep, reports)."""
-  for name, text in (("train", FAKE_TRAIN), ("eval", FAKE_EVAL)):
-    (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
-  (tmp_path / "configs").mkdir()
-  (tmp_path / "configs/debug.py").write_text((ROOT / "configs/debug.py").read_text())
-  monkeypatch.chdir(tmp_path)
-  reports = []
-  monkeypatch.setattr(report, "compare", reports.append)
+class Swept(NamedTuple):
+  """What a sweep left: its code, record and output, and the logs of its runs."""
 
-  def sweep(arms, jobs=1, overrides=(), names=(), **more):
-    path = write_sweep(tmp_path, arms, seeds=(0,), **more)
-    code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
-                      overrides=overrides)  # fmt: skip
+  code: int
+  record: dict
+  output: str
+  logs: dict[str, str]  # by arm
+
+  @property
+  def statuses(self):
+    return {run["arm"]: run["status"] for run in self.record["runs"]}
+
+
+class Fakes:
+  """A folder with a train.py and an eval.py that need no jax."""
+
+  def __init__(self, folder):
+    for name, text in (("train", FAKE_TRAIN), ("eval", FAKE_EVAL)):
+      (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    (folder / "configs").mkdir()
+    (folder / "configs/debug.py").write_text((ROOT / "configs/debug.py").read_text())
+    self.folder, self.reports = folder, []
+
+  def sweep(self, arms, jobs=1, overrides=(), names=(), **more):
+    path = write_sweep(self.folder, arms, seeds=(0,), **more)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+      code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
+                        overrides=overrides)  # fmt: skip
     record = json.loads(pathlib.Path("out/sweep.json").read_text())
-    return code, record, {r["arm"]: r["status"] for r in record["runs"]}
-
-  return sweep, reports
-
-
-def log_of(name):
-  return pathlib.Path(f"out/{name}/seed0/log.txt").read_text()
+    logs = {log.parent.parent.name: log.read_text() for log in pathlib.Path("out").rglob("log.txt")}
+    return Swept(code, record, output.getvalue(), logs)
 
 
-def test_runs_to_the_end_past_a_failure(fake, capsys):
-  sweep, reports = fake
+@contextlib.contextmanager
+def fakes_in(folder):
+  """While it lasts, the fakes' folder is the current one, and reports are only noted down."""
+  made = Fakes(folder)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    patch.setattr(report, "compare", made.reports.append)
+    yield made
+
+
+@pytest.fixture
+def fake(tmp_path):
+  with fakes_in(tmp_path) as made:
+    yield made
+
+
+class History(NamedTuple):
+  """Four sweeps in one folder, one after the other."""
+
+  first: Swept  # of two arms and one that fails, evaluated with --routing
+  again: Swept  # the same
+  causal: Swept  # evaluated with --causal, one arm alone
+  longer: Swept  # with more steps, one arm alone
+  reports: list[pathlib.Path]  # made of the first
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
   arms = "[arm('bad', {'loss.z': 0.5}, notes='why'), *" + TWO + "]"
-  code, record, statuses = sweep(arms, jobs=2, target="base", evaluate=("--routing",), band="b")
-  assert code == 1 and statuses == {"bad": "failed", "base": "finished", "none": "finished"}
-  failed, finished, _ = record["runs"]
+  with fakes_in(tmp_path_factory.mktemp("fakes")) as fakes:
+    first = fakes.sweep(arms, jobs=2, target="base", evaluate=("--routing",), band="b")
+    reports = list(fakes.reports)
+    return History(
+      first,
+      fakes.sweep(arms, evaluate=("--routing",)),
+      fakes.sweep(arms, evaluate=("--causal",), names=["base"]),
+      fakes.sweep(arms, names=["base"], overrides=["train.steps=40"]),
+      reports,
+    )
+
+
+def test_a_failed_run_does_not_stop_the_others(history):
+  statuses = {"bad": "failed", "base": "finished", "none": "finished"}
+  assert history.first.code == 1 and history.first.statuses == statuses
+
+
+def test_the_record_holds_the_error_of_a_failed_run(history):
+  failed, finished, _ = history.first.record["runs"]
   assert failed["error"].endswith("error: z is broken") and finished["error"] == ""
+
+
+def test_the_record_holds_the_time_and_the_workdir_of_a_run(history):
+  finished = history.first.record["runs"][1]
   assert finished["seconds"] > 0 and finished["workdir"] == "base/seed0"
+
+
+def test_the_record_holds_the_commands_of_a_run(history):
+  finished = history.first.record["runs"][1]
   assert finished["command"] == (
     "python train.py --config=configs/debug.py --workdir=out/base/seed0"
   )
   assert finished["evaluate"] == "python eval.py --workdir=out/base/seed0 --routing"
+
+
+def test_the_record_holds_the_question_and_what_counts_as_an_answer(history):
+  record = history.first.record
   assert record["question"].startswith("Is it so?") and record["base"] == "configs/debug.py"
   assert record["target_arm"] == "base" and record["band"] == "b" and record["published"] == ""
-  assert record["arms"][0]["overrides"] == {"loss.z": 0.5} and "why" in record["arms"][0]["notes"]
-  assert "step     30/30" in log_of("base") and "evaluated --routing" in log_of("base")
-  assert reports[-1] == pathlib.Path("out")
-  said = capsys.readouterr().out
-  assert "bad/seed0 FAILED with code 1: error: z is broken" in said
-  assert "base/seed0 finished after 0:00:" in said and "loss 1.5000" in said
-  assert "2 of 3 finished; 1 failed" in said
-
-  # Again: what is finished stays, what failed is tried once more, and other flags evaluate again.
-  before = log_of("base")
-  code, _, statuses = sweep(arms, evaluate=("--routing",))
-  assert code == 1 and log_of("base") == before and log_of("bad").count("z is broken") == 2
-  assert "2 of 3 runs were finished before" in capsys.readouterr().out
-  code, record, _ = sweep(arms, evaluate=("--causal",), names=["base"])
-  assert code == 0 and "resuming at step 30" in log_of("base")
-  assert log_of("base").count("evaluated") == 2 and log_of("base").endswith("--causal\n")
-  # The runs that were not chosen stay in the record, unless the sweep has changed since.
-  assert [r["arm"] for r in record["runs"]] == ["bad", "base", "none"]
-  code, record, _ = sweep(arms, names=["base"], overrides=["train.steps=40"])
-  assert code == 0 and [r["arm"] for r in record["runs"]] == ["base"]
-  assert "step     40/40" in log_of("base")
 
 
-def test_a_run_that_somebody_else_stopped(fake):
-  """train.py then saves and ends with 0, but the run is not finished."""
-  code, record, statuses = fake[0]("[arm('told', {'loss.router_z': 0.5})]")
-  assert code == 1 and statuses == {"told": "stopped"} and "evaluated" not in log_of("told")
-  assert record["runs"][0]["seconds"] > 0
+def test_the_record_holds_overrides_and_notes_of_an_arm(history):
+  arm = history.first.record["arms"][0]
+  assert arm["overrides"] == {"loss.z": 0.5} and "why" in arm["notes"]
 
 
-def test_a_changed_config_or_lost_record_is_seen(fake):
-  sweep, _ = fake
-  assert sweep("[arm('a')]")[0] == 0
+def test_the_log_of_a_run_holds_training_and_evaluation(history):
+  log = history.first.logs["base"]
+  assert "step     30/30" in log and "evaluated --routing" in log
+
+
+def test_a_sweep_ends_with_a_report(history):
+  assert history.reports[-1] == pathlib.Path("out")
+
+
+@pytest.mark.parametrize("words", [
+  "bad/seed0 FAILED with code 1: error: z is broken", "base/seed0 finished after 0:00:",
+  "loss 1.5000", "2 of 3 finished; 1 failed",
+])  # fmt: skip
+def test_a_sweep_prints(words, history):
+  assert words in history.first.output
+
+
+def test_finished_runs_are_left_alone(history):
+  assert history.again.logs["base"] == history.first.logs["base"]
+  assert "2 of 3 runs were finished before" in history.again.output
+
+
+def test_a_failed_run_is_tried_again(history):
+  assert history.again.code == 1 and history.again.logs["bad"].count("z is broken") == 2
+
+
+def test_other_flags_evaluate_a_finished_run_again(history):
+  log = history.causal.logs["base"]
+  assert history.causal.code == 0 and "resuming at step 30" in log
+  assert log.count("evaluated") == 2 and log.endswith("--causal\n")
+
+
+def test_runs_that_were_not_chosen_stay_in_the_record(history):
+  assert [r["arm"] for r in history.causal.record["runs"]] == ["bad", "base", "none"]
+
+
+def test_runs_of_a_changed_sweep_leave_the_record(history):
+  longer = history.longer
+  assert longer.code == 0 and [r["arm"] for r in longer.record["runs"]] == ["base"]
+
+
+def test_more_steps_are_trained(history):
+  assert "step     40/40" in history.longer.logs["base"]
+
+
+def test_a_run_that_somebody_else_stopped_is_not_finished(fake):
+  """train.py saves and ends with 0."""
+  swept = fake.sweep("[arm('told', {'loss.router_z': 0.5})]")
+  assert swept.code == 1 and swept.statuses == {"told": "stopped"}
+  assert "evaluated" not in swept.logs["told"] and swept.record["runs"][0]["seconds"] > 0
+
+
+@pytest.fixture
+def finished_elsewhere(fake):
+  """A finished run without a record, as if a scheduler had run the lines of --dry-run."""
+  swept = fake.sweep("[arm('a')]")
+  assert swept.code == 0
   config = command_line.load_file("configs/debug.py")
-  workdir = pathlib.Path("out/a/seed0")
-  (workdir / "config.json").write_text(config_lib.to_json(config))
-  before = log_of("a")
-  pathlib.Path("out/sweep.json").unlink()  # as if a scheduler had run the lines of --dry-run
-  assert sweep("[arm('a')]")[0] == 0 and log_of("a") == before
-  # Not skipped, so that train.py says what has changed.
-  assert sweep("[arm('a', {'optimizer.b2': 0.9})]")[0] == 0
-  assert log_of("a").startswith(before) and "optimizer.b2=0.9" in log_of("a")
+  pathlib.Path("out/a/seed0/config.json").write_text(config_lib.to_json(config))
+  pathlib.Path("out/sweep.json").unlink()
+  return swept
 
 
-def test_a_signal_stops_and_the_same_command_goes_on(fake, capsys):
-  sweep, reports = fake
-  slow = pathlib.Path("slow")
-  slow.write_text("")
+def test_a_finished_run_without_a_record_is_left_alone(fake, finished_elsewhere):
+  swept = fake.sweep("[arm('a')]")
+  assert swept.code == 0 and swept.logs == finished_elsewhere.logs
 
-  def interrupt():
-    deadline = time.time() + 180
-    while time.time() < deadline:
-      logs = [pathlib.Path(f"out/{name}/seed0/log.txt") for name in ("base", "none")]
-      if all(log.exists() and "step      5/30" in log.read_text() for log in logs):
-        return os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(0.02)
 
+def test_a_run_whose_config_has_changed_is_not_skipped(fake, finished_elsewhere):
+  """So that train.py says what has changed."""
+  swept = fake.sweep("[arm('a', {'optimizer.b2': 0.9})]")
+  assert swept.code == 0
+  assert swept.logs["a"].startswith(finished_elsewhere.logs["a"])
+  assert "optimizer.b2=0.9" in swept.logs["a"]
+
+
+class Interrupted(NamedTuple):
+  stopped: Swept
+  resumed: Swept  # by the same command
+  reports: list[pathlib.Path]  # when it was stopped
+
+
+def interrupt_at_step_5():
+  deadline = time.time() + 180
+  while time.time() < deadline:
+    logs = [pathlib.Path(f"out/{name}/seed0/log.txt") for name in ("base", "none")]
+    if all(log.exists() and "step      5/30" in log.read_text() for log in logs):
+      return os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
   arms = TWO[:-1] + ", arm('later', {'train.steps': 20})]"
-  # A shell starts background jobs with SIGINT ignored, and a sweep leaves it so.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    threading.Thread(target=interrupt, daemon=True).start()
-    code, _, statuses = sweep(arms, jobs=2)
-  finally:
-    signal.signal(signal.SIGINT, before)
-  assert code == 128 + signal.SIGINT
-  assert statuses == {"base": "stopped", "none": "stopped", "later": "waiting"}
-  assert "SIGTERM: saved step 5" in log_of("base") and not reports
-  assert "stopped; the same command goes on" in capsys.readouterr().out
-  slow.unlink()
-  code, _, statuses = sweep(arms, jobs=2)
-  assert code == 0 and set(statuses.values()) == {"finished"}
-  assert "resuming at step 5" in log_of("none") and log_of("none").count("step      5/30") == 1
+  with fakes_in(tmp_path_factory.mktemp("fakes")) as fakes:
+    slow = pathlib.Path("slow")
+    slow.write_text("")
+    # A shell starts background jobs with SIGINT ignored, and a sweep leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+      threading.Thread(target=interrupt_at_step_5, daemon=True).start()
+      stopped = fakes.sweep(arms, jobs=2)
+    finally:
+      signal.signal(signal.SIGINT, before)
+    reports = list(fakes.reports)
+    slow.unlink()
+    return Interrupted(stopped, fakes.sweep(arms, jobs=2), reports)
 
 
-def test_one_sweep_at_a_time(fake, tmp_path):
-  sweep, _ = fake
-  out = tmp_path / "out"
+def test_a_signal_is_the_code_of_the_sweep(interrupted):
+  assert interrupted.stopped.code == 128 + signal.SIGINT
+
+
+def test_a_signal_stops_what_runs_and_starts_nothing_more(interrupted):
+  statuses = {"base": "stopped", "none": "stopped", "later": "waiting"}
+  assert interrupted.stopped.statuses == statuses
+
+
+def test_runs_save_their_step_at_a_signal_and_no_report_is_made(interrupted):
+  assert "SIGTERM: saved step 5" in interrupted.stopped.logs["base"] and not interrupted.reports
+
+
+def test_a_stopped_sweep_says_how_to_go_on(interrupted):
+  assert "stopped; the same command goes on" in interrupted.stopped.output
+
+
+def test_the_same_command_finishes_a_stopped_sweep(interrupted):
+  resumed = interrupted.resumed
+  assert resumed.code == 0 and set(resumed.statuses.values()) == {"finished"}
+
+
+def test_a_stopped_run_goes_on_and_repeats_no_step(interrupted):
+  log = interrupted.resumed.logs["none"]
+  assert "resuming at step 5" in log and log.count("step      5/30") == 1
+
+
+def test_one_sweep_at_a_time_works_in_a_folder(fake):
+  out = fake.folder / "out"
   out.mkdir()
   with runner.locked(out), pytest.raises(UserError, match="another sweep works there"):
-    sweep("[arm('a')]")
-  assert sweep("[arm('a')]")[0] == 0
+    fake.sweep("[arm('a')]")
+  assert fake.sweep("[arm('a')]").code == 0
 
 
-def test_a_broken_report_loses_no_run(fake, monkeypatch, capsys):
+def test_a_broken_report_loses_no_run(fake, monkeypatch):
   def broken(out):
     raise KeyError("load_ZE")
 
   monkeypatch.setattr(report, "compare", broken)
-  code, _, statuses = fake[0]("[arm('a')]")
-  assert code == 1 and statuses == {"a": "finished"}
-  assert "no report: KeyError: 'load_ZE'" in capsys.readouterr().out
+  swept = fake.sweep("[arm('a')]")
+  assert swept.code == 1 and swept.statuses == {"a": "finished"}
+  assert "no report: KeyError: 'load_ZE'" in swept.output
