@@ -36,7 +36,7 @@ def test_python_stdlib_holds_each_file_in_the_split_of_its_hash(stdlib):
   assert not any("site-packages" in name for name in names)
 
 
-def test_sub_splits_of_almost_one_name(text):
+def test_parts_of_a_split_with_almost_one_name_stay_apart(text):
   lines = "\n".join(json.dumps({"text": f"{i}"}) for i in range(300))
   (pathlib.Path(text.path) / "a.jsonl").write_text(lines)
   for split, expected in {"train[:1%]": 3, "train[:1]": 1}.items():
@@ -44,7 +44,10 @@ def test_sub_splits_of_almost_one_name(text):
     assert rows.num_documents == expected
 
 
-def test_a_data_set_is_one_record(tmp_path, monkeypatch):
+@pytest.fixture
+def counting(tmp_path, monkeypatch):
+  """A data set of three documents in each of two domains, under a new name."""
+
   def documents(split):
     yield from ((f"{word}/{i}", f"{word} {split} {i}") for i in range(3) for word in "ab")
 
@@ -52,12 +55,19 @@ def test_a_data_set_is_one_record(tmp_path, monkeypatch):
     return builders.Corpus("counting", lambda: documents, ("a", "b"))
 
   monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
-  rows = load(Data(name="counting", cache_dir=str(tmp_path)))
+  return Data(name="counting", cache_dir=str(tmp_path))
+
+
+def test_a_data_set_is_one_record(counting):
+  rows = load(counting)
   for split in SPLITS:
     want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
     assert sorted(everything(rows[split])) == sorted(want)
     assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
-  assert "near: counting" in error_of(Data(name="countin", cache_dir=str(tmp_path)))
+
+
+def test_a_data_set_is_suggested_for_a_name_like_its_own(counting):
+  assert "near: counting" in error_of(dataclasses.replace(counting, name="countin"))
 
 
 def test_the_guide_shows_every_data_set():
@@ -82,25 +92,36 @@ def catalog(tmp_path, monkeypatch):
   return Data(name="tiny_shakespeare", cache_dir=str(tmp_path / "cache"))
 
 
-def test_prepared_catalog_set_by_name_and_split(catalog, capfd):
+def test_a_prepared_catalog_set_is_read_by_its_name(catalog, capfd):
   rows = load(catalog)
   assert [everything(rows[s]) for s in SPLITS] == [[PROSE.encode()], [b"To be\n"], [b"or not\n"]]
   said = capfd.readouterr()
   assert said.out == "" and len(said.err.splitlines()) == 3
+
+
+def test_splits_of_a_catalog_set_can_be_added(catalog):
   catalog.train_split = "test+validation"
   assert sorted(everything(pipeline.load_rows(catalog, "train"))) == [b"To be\n", b"or not\n"]
 
 
-def test_catalog_errors(catalog, monkeypatch, tmp_path):
+def test_an_unknown_split_is_refused_with_the_known_ones(catalog):
   catalog.test_split = "tset"
   message = error_of(catalog, "test")
   assert "config.data.test_split='tset'" in message and "train, validation, test" in message
+
+
+def test_an_empty_split_is_refused(catalog):
   catalog.test_split = "test[:0%]"
   assert "config.data.test_split='test[:0%]'" in error_of(catalog, "test")
+
+
+def test_an_unknown_field_of_text_is_refused_with_the_known_ones(catalog):
   catalog.text_field = "body"
   message = error_of(catalog)
   assert "config.data.text_field='body'" in message and "has: text" in message
-  catalog.text_field = "text"
+
+
+def test_a_set_in_another_file_format_is_refused(catalog, tmp_path):
   info = tmp_path / "tfds/tiny_shakespeare/1.0.0/dataset_info.json"
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
   message = error_of(catalog)
@@ -114,14 +135,14 @@ def test_catalog_errors(catalog, monkeypatch, tmp_path):
   ("lm1b:9.9.9", "1.1.0"),
   ("huggingface:foo", "community"),
 ])  # fmt: skip
-def test_unknown_names(name, hint, tmp_path, monkeypatch):
+def test_an_unknown_name_is_refused_with_a_hint(name, hint, tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   message = error_of(Data(name=name, cache_dir=str(tmp_path)))
   assert f"config.data.name={name!r}" in message and hint in message
 
 
 @pytest.mark.parametrize("name", ["tiny_shakespeare", "lm1b", "c4/en", "wikipedia/20230601.en"])
-def test_known_name_without_network(name, tmp_path, monkeypatch):
+def test_a_name_of_the_catalog_without_network_is_refused(name, tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   for scheme in ("HTTP_PROXY", "HTTPS_PROXY", "https_proxy", "http_proxy"):
     monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nobody listens there
@@ -130,7 +151,7 @@ def test_known_name_without_network(name, tmp_path, monkeypatch):
     assert part in message
 
 
-def test_lookup_that_hangs_counts_as_offline():
+def test_a_lookup_that_hangs_counts_as_offline():
   start = time.monotonic()
   assert not builders._online(lambda *_, **__: time.sleep(3), seconds=0.2)
   assert time.monotonic() - start < 2

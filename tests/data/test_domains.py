@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import pathlib
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -64,49 +65,88 @@ doc of C
 
 def test_code_and_prose_of_a_source():
   assert domains.separate(SOURCE) == (CODE, SAID)
+
+
+def test_topics_are_the_strings_of_a_dictionary():
   assert domains.topics('"""doc"""\ntopics = {"if": "The if" " statement"}') == {
     "if": "The if statement"
   }
 
 
-def test_pages():
+def test_pages_hold_whole_lines_up_to_2000_characters():
   lines = [f"{i:03} " + "x" * 95 + "\n" for i in range(100)]
-  made = list(domains.pages("".join(lines), 4_200))
-  assert "".join(made) == "".join(lines)[:4_200] and [len(p) for p in made] == [2000, 2000, 200]
+  pages = list(domains.pages("".join(lines), 4_200))
+  assert "".join(pages) == "".join(lines)[:4_200]
+  assert [len(page) for page in pages] == [2000, 2000, 200]
+
+
+def test_a_longer_line_is_a_page_and_an_empty_page_is_left_out():
   assert list(domains.pages("y" * 5000 + "\n \n", 9_000)) == ["y" * 5000 + "\n", " \n"][:1]
 
 
-def test_bytecode_does_not_depend_on_the_process():
-  """No addresses, and a frozenset, whose order does depend on it, sorted."""
-  source = """def f(x):
+BYTECODE = """def f(x):
   'doc'
   if x in {'e', 'a', 'd', 'b', 'c'}: return lambda: x
 class C: y = 1
 """
-  shown = domains.listing(compile(source, "s", "exec", optimize=2), 10_000)
-  for part in ("<module>:\n", "\nf:\n", "f.<locals>.<lambda>:\n", "\nC:\n", "<code f>",
-               "LOAD_CONST {'a', 'b', 'c', 'd', 'e'}\n", "CONTAINS_OP"):  # fmt: skip
-    assert part in shown
-  assert " at 0x" not in shown and "doc" not in shown
-  assert domains.listing(compile(source, "s", "exec", optimize=2), 1).count(":\n") == 1
 
 
-def test_python_domains_share_the_split_of_their_file():
+@pytest.fixture
+def compiled():
+  return compile(BYTECODE, "s", "exec", optimize=2)
+
+
+@pytest.mark.parametrize("part", [
+  "<module>:\n", "\nf:\n", "f.<locals>.<lambda>:\n", "\nC:\n", "<code f>", "CONTAINS_OP",
+  "LOAD_CONST {'a', 'b', 'c', 'd', 'e'}\n",  # sorted: its order depends on the process
+])  # fmt: skip
+def test_a_listing_shows(part, compiled):
+  assert part in domains.listing(compiled, 10_000)
+
+
+def test_a_listing_has_no_addresses_and_no_docstrings(compiled):
+  listing = domains.listing(compiled, 10_000)
+  assert " at 0x" not in listing and "doc" not in listing
+
+
+def test_a_short_listing_stops_after_the_first_function(compiled):
+  assert domains.listing(compiled, 1).count(":\n") == 1
+
+
+class Sources(NamedTuple):
+  kinds: dict[str, set[str]]  # domains of each file in the validation split
+  train: set[str]  # files of the first documents for training
+
+
+@pytest.fixture(scope="module")
+def sources():
   root, names = domains.sources()
-  made = dict(domains.documents(root, names, "validation"))
   kinds = collections.defaultdict(set)
-  for label in made:
+  for label in dict(domains.documents(root, names, "validation")):
     kind, path = label.split("/", 1)
-    file, _, _ = path.rpartition(":")
-    kinds[file].add(kind)
-    assert split_of(file) == "validation"
-  files = {file: found for file, found in kinds.items() if "topics.py:" not in file}
-  whole = [file for file, found in files.items() if found == set(domains.DOMAINS)]
-  assert len(whole) > 0.8 * len(files) > 15
-  assert all(found == {"prose"} for file, found in kinds.items() if "topics.py:" in file)
-  assert not any({"test", "tests", "encodings"} & set(file.split("/")) for file in files)
+    kinds[path.rpartition(":")[0]].add(kind)
   train = itertools.islice(domains.documents(root, names, "train"), 500)
-  assert not {label.split("/", 1)[1].rpartition(":")[0] for label, _ in train} & set(kinds)
+  return Sources(kinds, {label.split("/", 1)[1].rpartition(":")[0] for label, _ in train})
+
+
+def test_documents_stand_in_the_split_of_their_file(sources):
+  assert {split_of(file) for file in sources.kinds} == {"validation"}
+  assert not sources.train & set(sources.kinds)
+
+
+def test_most_files_have_all_domains(sources):
+  files = {file: kinds for file, kinds in sources.kinds.items() if "topics.py:" not in file}
+  whole = [file for file, kinds in files.items() if kinds == set(domains.DOMAINS)]
+  assert len(whole) > 0.8 * len(files) > 15
+
+
+def test_help_topics_are_prose(sources):
+  assert all(kinds == {"prose"} for file, kinds in sources.kinds.items() if "topics.py:" in file)
+
+
+def test_tests_and_tables_of_encodings_are_left_out(sources):
+  for file in sources.kinds:
+    assert not {"test", "tests", "encodings"} & set(file.split("/"))
 
 
 @pytest.mark.slow
@@ -149,7 +189,7 @@ def test_folders_are_domains(text, tmp_path):
   assert seen == {0: 5 + 3, 1: 2 * 40, -1: 4}
 
 
-def test_one_folder_or_none_is_no_domain(text, stdlib):
+def test_one_folder_is_no_domain(text):
   root = pathlib.Path(text.path)
   (root / "only").mkdir()
   for i in range(4):
@@ -157,5 +197,11 @@ def test_one_folder_or_none_is_no_domain(text, stdlib):
   rows = pipeline.load_rows(text, "train")
   assert rows.domains == () and rows.starts_M is None
   assert (rows.domains_BL([0]) == -1).all()
+
+
+def test_a_data_set_without_labels_has_no_domains(stdlib):
   assert pipeline.load_rows(stdlib, "validation").domains == ()
-  assert text_files.first_folders([f"{i}/a" for i in range(40)]) == ()  # too many to compare
+
+
+def test_too_many_folders_to_compare_are_no_domains():
+  assert text_files.first_folders([f"{i}/a" for i in range(40)]) == ()

@@ -31,7 +31,7 @@ def assert_equal(first, second):
     assert a.dtype == b.dtype == np.int32, name
 
 
-def test_ids_above_16_bits(tmp_path, monkeypatch):
+def test_ids_above_16_bits_are_stored_whole(tmp_path, monkeypatch):
   wide = tokenizers.Tokenizer([b""] * 70_001, 70_000, "wide")
   wide.encode = lambda text: np.array([65_536 + byte for byte in text])
   pipeline._tokenize(documents_of([b"ab"]), wide, "x", tmp_path)
@@ -40,16 +40,28 @@ def test_ids_above_16_bits(tmp_path, monkeypatch):
   assert stream.tolist() == [70_000, 65_536 + 97, 65_536 + 98, 70_000]
 
 
-def test_packing_by_hand(tmp_path):
+@pytest.fixture
+def packed(tmp_path):
+  """Rows of 4 of the documents ab, nothing, c and defg."""
   texts = documents_of([b"ab", b"", b"c", b"defg"])
   pipeline._tokenize(texts, tokenizers.Bytes(), "x", tmp_path)
   about = json.loads((tmp_path / "about.json").read_text())
   stream_N = np.fromfile(tmp_path / "tokens.bin", about.pop("dtype"))
+  return pipeline.Rows(stream_N=stream_N, seq_len=4, tokenizer=tokenizers.Bytes(), **about)
+
+
+def test_a_separator_stands_before_each_document_and_at_the_end(packed):
+  assert packed.stream_N.dtype == np.uint16
+  assert packed.stream_N.tolist() == [S, *b"ab", S, *b"c", S, *b"defg", S]
+
+
+def test_rows_documents_and_bytes_are_counted(packed):
+  assert (len(packed), packed.num_full, packed.num_documents, packed.num_bytes) == (3, 2, 3, 7)
+
+
+def test_packing_by_hand(packed):
+  """The last row is padded; row -1 is padding."""
   a, b, c, d, e, f, g = b"abcdefg"
-  assert stream_N.dtype == np.uint16
-  assert stream_N.tolist() == [S, a, b, S, c, S, d, e, f, g, S]
-  rows = pipeline.Rows(stream_N=stream_N, seq_len=4, tokenizer=tokenizers.Bytes(), **about)
-  assert (len(rows), rows.num_full, rows.num_documents, rows.num_bytes) == (3, 2, 3, 7)
   expected = pipeline.Batch(
     tokens_BL=[[S, a, b, S], [c, S, d, e], [f, g, 0, 0], [0, 0, 0, 0]],
     targets_BL=[[a, b, S, c], [S, d, e, f], [g, S, 0, 0], [0, 0, 0, 0]],
@@ -57,13 +69,20 @@ def test_packing_by_hand(tmp_path):
     positions_BL=[[0, 1, 2, 0], [0, 0, 1, 2], [0, 1, 0, 0], [0, 0, 0, 0]],
   )
   assert_equal(
-    rows.batch([0, 1, 2, -1]), pipeline.Batch(*(np.array(x, np.int32) for x in expected))
+    packed.batch([0, 1, 2, -1]), pipeline.Batch(*(np.array(x, np.int32) for x in expected))
   )
+
+
+def test_a_row_past_the_last_is_an_error(packed):
   with pytest.raises(IndexError):
-    rows.batch([3])
-  assert rows.documents(1) == [b"ab", b"c"]
-  assert rows.documents(2) == [b"ab", b"c", b"def"]
-  assert rows.documents(9) == [b"ab", b"c", b"defg"]
+    packed.batch([3])
+
+
+@pytest.mark.parametrize(("rows", "documents"), [
+  (1, [b"ab", b"c"]), (2, [b"ab", b"c", b"def"]), (9, [b"ab", b"c", b"defg"]),
+])  # fmt: skip
+def test_the_documents_of_the_first_rows(rows, documents, packed):
+  assert packed.documents(rows) == documents
 
 
 def test_every_target_appears_once(stdlib):
@@ -158,16 +177,19 @@ def test_resume_through_orbax(stdlib, tmp_path):
     assert_equal(next(fresh), batch)
 
 
-def test_too_few_rows():
+def test_fewer_rows_than_a_batch_are_refused():
   with pytest.raises(UserError) as caught:
     pipeline.train_iterator(numbered_rows(7), Data(batch_size=8, seq_len=4))
   for part in ("config.data.batch_size=8", "config.data.seq_len=4", "7 rows"):
     assert part in str(caught.value)
+
+
+def test_a_batch_that_does_not_split_over_the_processes_is_refused():
   with pytest.raises(UserError, match="batch_size=8 does not split over 3 processes"):
     pipeline.train_iterator(numbered_rows(9), Data(batch_size=8, seq_len=4), 0, 3)
 
 
-def test_gzip_baseline():
+def test_the_gzip_baseline_compresses_each_document_alone():
   documents = [PROSE.encode(), b"short"]
   size = sum(len(gzip.compress(d, 9)) for d in documents)
   assert pipeline.gzip_bits_per_byte(documents) == 8 * size / (len(PROSE.encode()) + 5)

@@ -14,7 +14,7 @@ from moe_jax.data.text_files import split_of
 from tests.support.texts import PROSE, SPLITS, error_of, everything, joined, load
 
 
-def test_split_hash_is_fixed():
+def test_the_split_of_a_name_is_fixed():
   # `printf abc.py | sha256sum` begins with c4e9f202e25a. Another hash would move documents
   # between the splits of published runs.
   assert text_files.hash_of("abc.py") == pytest.approx(0xC4E9F202E25A / 2**48)
@@ -47,21 +47,39 @@ def test_folder_of_few_files_fills_every_split(text):
   assert sorted(found) == sorted(c.encode() for c in written.values() if c)
 
 
-def test_jsonl_lines_and_the_key_that_sees_an_edit(text):
+@pytest.fixture
+def lines(text):
+  """A JSONL file of 200 documents under `body`, with empty lines and an empty document."""
   text.text_field = "body"
   file = pathlib.Path(text.path) / "a.jsonl"
-  lines = [json.dumps({"body": f"line {i} é", "id": i}) for i in range(200)]
-  file.write_text("\n\n".join(lines) + "\n" + json.dumps({"body": ""}))
+  written = [json.dumps({"body": f"line {i} é", "id": i}) for i in range(200)]
+  file.write_text("\n\n".join(written) + "\n" + json.dumps({"body": ""}))
+  return file
+
+
+def test_each_line_of_jsonl_is_a_document_in_the_split_of_its_hash(text, lines):
   rows = load(text)
   found = [everything(rows[split]) for split in SPLITS]
   assert sorted(joined(found)) == sorted(f"line {i} é".encode() for i in range(200))
   expected = [split_of(f"a.jsonl:{2 * i + 1}") for i in range(200)]
   assert [len(f) for f in found] == [expected.count(split) for split in SPLITS]
-  old = file.stat()
-  file.write_text(file.read_text().replace("line 7 ", "LINE 7 "))  # the same size
-  os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+
+
+def test_an_edit_that_keeps_the_size_is_seen(text, lines):
+  load(text)
+  old = lines.stat()
+  lines.write_text(lines.read_text().replace("line 7 ", "LINE 7 "))
+  os.utime(lines, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
   again = load(text)
   assert b"LINE 7 \xc3\xa9" in joined(everything(again[split]) for split in SPLITS)
+
+
+@pytest.mark.parametrize(
+  ("path", "why"), [("none", "no such file"), ("", "needs config.data.path")]
+)
+def test_a_path_that_is_missing_is_refused(path, why, text, tmp_path):
+  path = str(tmp_path / path) if path else ""
+  assert why in error_of(dataclasses.replace(text, path=path))
 
 
 @pytest.mark.parametrize("files, parts", [
@@ -76,7 +94,7 @@ def test_jsonl_lines_and_the_key_that_sees_an_edit(text):
   ({"a.jsonl": b"[1]"}, ["config.data.text_field='text'", "a.jsonl:1"]),
   ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl:1", "not UTF-8"]),
 ])  # fmt: skip
-def test_text_errors(files, parts, text):
+def test_files_that_hold_no_text_are_refused(files, parts, text):
   for name, content in files.items():
     (pathlib.Path(text.path) / name).write_bytes(content)
   message = error_of(text)

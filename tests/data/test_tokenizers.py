@@ -44,7 +44,7 @@ def train_sentencepiece(path, **options):
 HARD = "def f(x):\n\treturn 'é日本'  # <s> <|endoftext|> 🙂\n\n  end"
 
 
-def test_bytes():
+def test_bytes_are_their_own_ids():
   bytes_ = tokenizers.load(Data())
   assert (bytes_.vocab_size, bytes_.separator) == (257, 256)
   ids = bytes_.encode("é")
@@ -53,46 +53,78 @@ def test_bytes():
   assert bytes_.decode([*ids, S, 65, 263]) == "éA"  # 263: padding of the model's vocabulary
 
 
-def test_byte_level_bpe(tmp_path):
-  bpe = train_bpe(tmp_path / "t.json", ["<pad>", "<|endoftext|>", "<s>"])
-  assert bpe.separator == 2 and bpe.vocab_size == 400  # <s> comes before <|endoftext|>
-  for text in (PROSE, HARD):
-    ids = bpe.encode(text)
-    assert bpe.decode(ids) == text
-    assert bpe.bytes_V[ids].sum() == len(text.encode())
-    assert bpe.decode_bytes(ids[:-1]) == text.encode()[: bpe.bytes_V[ids[:-1]].sum()]
-    assert not np.isin(ids, [0, 1, 2]).any()  # special tokens in the text are text
+@pytest.fixture
+def bpe(tmp_path):
+  """With special tokens, of which <s> comes before <|endoftext|>."""
+  return train_bpe(tmp_path / "t.json", ["<pad>", "<|endoftext|>", "<s>"])
+
+
+def test_the_separator_of_a_bpe_is_its_first_known_special_token(bpe):
+  assert bpe.separator == 2 and bpe.vocab_size == 400
+
+
+@pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
+def test_a_bpe_gives_text_back_and_counts_its_bytes(text, bpe):
+  ids = bpe.encode(text)
+  assert bpe.decode(ids) == text
+  assert bpe.bytes_V[ids].sum() == len(text.encode())
+  assert bpe.decode_bytes(ids[:-1]) == text.encode()[: bpe.bytes_V[ids[:-1]].sum()]
+
+
+@pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
+def test_special_tokens_in_the_text_are_text(text, bpe):
+  assert not np.isin(bpe.encode(text), [0, 1, 2]).any()
+
+
+def test_a_bpe_is_shorter_than_bytes(bpe):
   assert len(bpe.encode(PROSE)) < len(PROSE) / 2
+
+
+def test_special_tokens_have_no_bytes(bpe):
   assert bpe.bytes_V[:3].tolist() == [0, 0, 0]
 
 
-def test_byte_level_bpe_without_special_tokens(tmp_path):
+def test_a_bpe_without_special_tokens_gets_a_separator(tmp_path):
   bpe = train_bpe(tmp_path / "t.json")
   assert (bpe.separator, bpe.vocab_size) == (400, 401) == (len(bpe.bytes_V) - 1, 401)
-  other = train_bpe(tmp_path / "u.json", ["<s>"])
+
+
+def test_other_special_tokens_are_another_fingerprint(tmp_path):
+  bpe, other = train_bpe(tmp_path / "t.json"), train_bpe(tmp_path / "u.json", ["<s>"])
   assert bpe.fingerprint != other.fingerprint
 
 
-def test_sentencepiece(tmp_path):
-  model = train_sentencepiece(tmp_path / "t.model")
-  assert model.separator == 1  # <s>
-  assert model.bytes_V[1:3].tolist() == [0, 0]  # <s>, </s>
-  for text in (PROSE, HARD):
-    ids = model.encode(text)
-    assert model.decode(ids) == text
-    assert model.bytes_V[ids].sum() == len(text.encode()) + 1  # the space before each document
-    assert model.separator not in ids
-  assert model.decode_bytes(model.encode("a é")) == " a é".encode()
+@pytest.fixture
+def sentencepiece(tmp_path):
+  return train_sentencepiece(tmp_path / "t.model")
 
 
-def test_sentencepiece_without_bos_and_eos(tmp_path):
+def test_the_separator_of_sentencepiece_is_its_bos(sentencepiece):
+  assert sentencepiece.separator == 1  # <s>
+  assert sentencepiece.bytes_V[1:3].tolist() == [0, 0]  # <s>, </s>
+
+
+@pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
+def test_sentencepiece_gives_text_back_and_counts_its_bytes(text, sentencepiece):
+  ids = sentencepiece.encode(text)
+  assert sentencepiece.decode(ids) == text
+  # The space before each document is one more.
+  assert sentencepiece.bytes_V[ids].sum() == len(text.encode()) + 1
+  assert sentencepiece.separator not in ids
+
+
+def test_sentencepiece_gives_the_bytes_of_ids(sentencepiece):
+  assert sentencepiece.decode_bytes(sentencepiece.encode("a é")) == " a é".encode()
+
+
+def test_sentencepiece_without_bos_and_eos_gets_a_separator(tmp_path):
   model = train_sentencepiece(tmp_path / "t.model", bos_id=-1, eos_id=-1)
   assert model.separator == model.vocab_size - 1 == len(model.bytes_V) - 1
   assert model.bytes_V[model.separator] == 0
   assert model.decode([model.separator, *model.encode("fox")]) == "fox"
 
 
-def test_rows_with_another_tokenizer(text, tmp_path):
+def test_another_tokenizer_makes_other_rows_of_the_same_text(text, tmp_path):
   (pathlib.Path(text.path) / "a.txt").write_text(PROSE)
   plain = pipeline.load_rows(text, "train")
   text.tokenizer = str(tmp_path / "t.json")
@@ -107,20 +139,20 @@ def test_rows_with_another_tokenizer(text, tmp_path):
   assert everything(plain)[0].startswith(cut)
 
 
-def test_path_and_tokenizer_errors(text, tmp_path):
-  assert "no such file" in error_of(dataclasses.replace(text, path=str(tmp_path / "none")))
-  assert "needs config.data.path" in error_of(dataclasses.replace(text, path=""))
+@pytest.mark.parametrize(("name", "why"), [
+  ("gpt2", "neither"), ("none.json", "no such file"), ("FOLDER/bad.json", "is not a"),
+  ("FOLDER/bad.model", "is not a"),
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_be_read_is_refused(name, why, text, tmp_path):
   (tmp_path / "bad.json").write_text("{}")
   (tmp_path / "bad.model").write_text("x")
-  for name, why in [("gpt2", "neither"), ("none.json", "no such file")] + [
-    (str(tmp_path / name), "is not a") for name in ("bad.json", "bad.model")
-  ]:
-    message = error_of(dataclasses.replace(text, tokenizer=name))
-    assert f"config.data.tokenizer={name!r}" in message
-    assert why in message or "pip install" in message
+  name = name.replace("FOLDER", str(tmp_path))
+  message = error_of(dataclasses.replace(text, tokenizer=name))
+  assert f"config.data.tokenizer={name!r}" in message
+  assert why in message or "pip install" in message
 
 
-def test_missing_package_says_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
   (tmp_path / "t.json").write_text("{}")
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(UserError, match="pip install tokenizers"):
