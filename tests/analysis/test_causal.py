@@ -43,11 +43,11 @@ CHOOSING = dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_fa
     pytest.param(CHOOSING | dict(group_size=18), False, marks=pytest.mark.slow),
   ],
 )
-def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, weights, one_device):
+def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, one_device):
   """Bit for bit nothing where routing is causal."""
   config = toy_config(**fields)
   config.model.moe = evaluation.with_slots(config.model.moe)
-  model, rows = toy_model(config, weights), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
+  model, rows = toy_model(config), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
   group_rows = max(config.model.moe.group_size // 9, 1)
   hidden_RL, forced_RL = causal.causal_losses(model, rows, [0, 2, 4, 6], 8, group_rows, mesh_of())
   np.testing.assert_array_equal(hidden_RL[:, -1], forced_RL[:, -1])  # nothing is left to hide
@@ -57,9 +57,9 @@ def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, weights
   assert forced_RL.min() > 0 and hidden_RL.min() > 0
 
 
-def test_a_hidden_future_is_another_rows_text(weights, one_device):
+def test_a_hidden_future_is_another_rows_text(one_device):
   """One token's loss from one row that is put together by hand; experts choose, so it counts."""
-  model, rows = toy_model(toy_config(**CHOOSING), weights), toy_rows([30, 30, 17], [0, 1, 0])
+  model, rows = toy_model(toy_config(**CHOOSING)), toy_rows([30, 30, 17], [0, 1, 0])
   hidden_RL, forced_RL = causal.causal_losses(model, rows, [1, 5], 8, 1, mesh_of())
   mine, other, t = rows.batch([1]), rows.batch([5]), 4
   assert (mine.segments_BL == 1).all() and (other.segments_BL == 1).all()  # no border inside
@@ -77,12 +77,15 @@ def test_a_hidden_future_is_another_rows_text(weights, one_device):
   assert abs(hidden_RL[0, t] - forced_RL[0, t]) > 1e-3
 
 
-def test_causal_numbers_and_too_little_text(weights, one_device):
-  config, mesh = toy_config(), mesh_of()
-  model = toy_model(config, weights)
+def test_causal_routing_has_no_gap(one_device):
+  config = toy_config()
   rows = toy_rows([30, 20], [0, 1])
-  found = causal.measure(model, rows, config.model.moe, 3, 8, mesh)
+  found = causal.measure(toy_model(config), rows, config.model.moe, 3, 8, mesh_of())
   assert found["tokens"] == 3 * 9 and found["gap"] == 0.0
   assert found["loss"] == found["teacher_forced_loss"] > 0
+
+
+def test_one_row_is_too_little_text(one_device):
+  config = toy_config()
   with pytest.raises(UserError, match="2 rows at least"):
-    causal.measure(model, toy_rows([12], [0]), config.model.moe, 3, 8, mesh)
+    causal.measure(toy_model(config), toy_rows([12], [0]), config.model.moe, 3, 8, mesh_of())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,40 +23,62 @@ from tests.support.generation import (
 )
 from tests.support.toys import mesh_of, slow_unless, toy_config
 
+PROMPTS, STEPS = (3, 8, 5), 6  # tokens of three rows, and how many more follow one by one
 
-@pytest.mark.parametrize("name", slow_unless(("deepseek", "dense"), MODELS))
-def test_prefill_and_decode_equal_the_full_forward(name):
+
+class Decoded(NamedTuple):
+  prefill_BLV: np.ndarray  # logits of the prompts, which stand at the right
+  steps: list[np.ndarray]  # [B, 1, V] of each token through the cache; the last row is padding
+  full: list[np.ndarray]  # [L, V] of the full forward pass of each row
+
+
+@pytest.fixture(scope="module", params=slow_unless(("deepseek", "dense"), MODELS))
+def decoded(request):
   """Prompts of different lengths in one batch, then token after token through the cache."""
-  qk_norm = name == "deepseek"
-  changes = dict(qk_norm=qk_norm, tied_head=name == "switch")
-  if name == "dense":  # scaled by hand, as no router is
-    changes["qk_norm"] = True
-  ours, trained = model_of(name, **changes)
-  rows, prompts = rows_of((9, 14, 11)), (3, 8, 5)
-  want = full_forward(ours.model, trained, rows)
+  name = request.param
+  # The dense model's norms are scaled by hand, as it has no router to be uneven.
+  qk_norm = name in ("deepseek", "dense")
+  ours, trained = model_of(name, qk_norm=qk_norm, tied_head=name == "switch")
+  rows = rows_of((9, 14, 11))
+  full = full_forward(trained, rows)
   tokens_BL = np.zeros((4, 8), np.int32)
   start_B = np.array([5, 0, 3, 10_000], np.int32)  # the last row is padding
-  for b, length in enumerate(prompts):
+  for b, length in enumerate(PROMPTS):
     tokens_BL[b, 8 - length :] = rows[b][:length]
   forward = jax.jit(
     functools.partial(decoding.forward, model=ours.model), static_argnames="all_logits"
   )
+  steps = []
   with jax.set_mesh(mesh_of()):
     cache = empty_cache(ours.model, start_B, 32)
-    logits, cache, _ = forward(
+    prefill_BLV, cache, _ = forward(
       ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True
     )
-    for b, length in enumerate(prompts):
-      np.testing.assert_allclose(logits[b, 8 - length :], want[b][:length], rtol=2e-4, atol=2e-4)
-    for step in range(6):
-      at = [length + step for length in prompts]
-      token_B1 = [[rows[b][at[b]]] for b in range(3)] + [[0]]
-      logits, cache, _ = forward(
+    for step in range(STEPS):
+      token_B1 = [[rows[b][length + step]] for b, length in enumerate(PROMPTS)] + [[0]]
+      logits_B1V, cache, _ = forward(
         ours.weights, cache=cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
       )
-      for b in range(3):
-        np.testing.assert_allclose(logits[b, 0], want[b][at[b]], rtol=2e-4, atol=2e-4)
-  assert np.isfinite(np.asarray(logits)).all()  # the padding too
+      steps.append(np.asarray(logits_B1V))
+  return Decoded(np.asarray(prefill_BLV), steps, full)
+
+
+def test_prefill_equals_the_full_forward(decoded):
+  for b, length in enumerate(PROMPTS):
+    got_LV, want_LV = decoded.prefill_BLV[b, 8 - length :], decoded.full[b][:length]
+    np.testing.assert_allclose(got_LV, want_LV, rtol=2e-4, atol=2e-4)
+
+
+def test_each_decoded_token_equals_the_full_forward(decoded):
+  assert len(decoded.steps) == STEPS
+  for step, logits_B1V in enumerate(decoded.steps):
+    for b, length in enumerate(PROMPTS):
+      want_V = decoded.full[b][length + step]
+      np.testing.assert_allclose(logits_B1V[b, 0], want_V, rtol=2e-4, atol=2e-4)
+
+
+def test_a_row_of_padding_stays_finite(decoded):
+  assert np.isfinite(decoded.steps[-1]).all()
 
 
 @pytest.mark.parametrize(
@@ -73,33 +96,48 @@ def test_nothing_drops_whatever_the_training_did(dispatch, factor):
   )  # fmt: skip
   limited, trained = model_of(moe=moe)
   (row,) = rows_of((12,))
-  (want,) = full_forward(limited.model, trained, [row])
+  (want,) = full_forward(trained, [row])
   np.testing.assert_allclose(limited.logits(row), want, rtol=2e-4, atol=2e-4)
 
 
-def test_only_the_chosen_experts_are_read():
-  """An expert of NaN is not noticed while no token chooses it, in prefill and in decoding."""
+class Answer(NamedTuple):
+  tokens: list[list[int]]
+  logits_LV: np.ndarray
 
-  def poisoned(params, expert):
-    flat = [
-      (path, v.replace(v[...].at[:, expert].set(jnp.nan)) if str(path[-1]).endswith(("EDF", "EFD"))
-       else v)
-      for path, v in nnx.to_flat_state(params)
-    ]  # fmt: skip
-    return nnx.from_flat_state(flat)
 
-  # A bias decides alone: experts 0 and 1 for every token.
-  ours, (_, params, _) = model_of(moe=dataclasses.replace(
-    toy_config().model.moe, bias_update_rate=1e-3))  # fmt: skip
-  chosen = jnp.tile(jnp.array([[9.0, 9.0, 0.0, 0.0]]), (2, 1))
-  found = []
-  with jax.set_mesh(mesh_of()):
-    for expert in (None, 2, 3, 1):
-      changed = params if expert is None else poisoned(params, expert)
-      ours.weights = decoding.weights(ours.model, changed, chosen)
-      tokens = greedy(ours, ["abc", "de"], max_new_tokens=8)
-      found.append((tokens, ours.logits([1, 2, 3])))
-  for tokens, logits in found[1:3]:
-    assert tokens == found[0][0]
-    np.testing.assert_array_equal(logits, found[0][1])
-  assert not np.isfinite(found[3][1]).any()
+def with_nan(params, expert):
+  """Every weight of an expert is NaN."""
+  flat = [
+    (path, v.replace(v[...].at[:, expert].set(jnp.nan)) if str(path[-1]).endswith(("EDF", "EFD"))
+     else v)
+    for path, v in nnx.to_flat_state(params)
+  ]  # fmt: skip
+  return nnx.from_flat_state(flat)
+
+
+@pytest.fixture(scope="module")
+def answer():
+  """A function of the expert that is NaN, or of -1; experts 0 and 1 are chosen for every token."""
+  moe = dataclasses.replace(toy_config().model.moe, bias_update_rate=1e-3)
+  ours, trained = model_of(moe=moe)
+  bias_ZE = jnp.tile(jnp.array([[9.0, 9.0, 0.0, 0.0]]), (2, 1))  # it decides alone
+
+  def answer_of(expert):
+    with jax.set_mesh(mesh_of()):
+      params = trained.params if expert < 0 else with_nan(trained.params, expert)
+      ours.weights = decoding.weights(ours.model, params, bias_ZE)
+      return Answer(greedy(ours, ["abc", "de"], max_new_tokens=8), ours.logits([1, 2, 3]))
+
+  return answer_of
+
+
+@pytest.mark.parametrize("expert", [2, 3])
+def test_an_expert_that_no_token_chooses_is_not_read(expert, answer):
+  """In prefill and in decoding: its NaN would show."""
+  got, want = answer(expert), answer(-1)
+  assert got.tokens == want.tokens
+  np.testing.assert_array_equal(got.logits_LV, want.logits_LV)
+
+
+def test_an_expert_that_every_token_chooses_is_read(answer):
+  assert not np.isfinite(answer(1).logits_LV).any()

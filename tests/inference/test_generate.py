@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +23,61 @@ from tests.support.generation import (
 from tests.support.toys import mesh_of, toy_config
 
 
-def test_logits_of_lists_and_batches():
-  ours, trained = model_of()
+@pytest.fixture(scope="module")
+def made():
+  """One model for the tests that change nothing of it, so that its programs compile once."""
+  return model_of()
+
+
+@pytest.fixture(scope="module")
+def of_rows(made):
+  """Three rows of five tokens, and the full forward's logits of them."""
   rows = rows_of((5, 5, 5))
-  want = full_forward(ours.model, trained, rows)
-  np.testing.assert_allclose(ours.logits(rows), want, rtol=2e-4, atol=2e-4)
-  np.testing.assert_allclose(ours.logits(rows[1].tolist()), want[1], rtol=2e-4, atol=2e-4)
-  assert ours.logits(rows).dtype == np.float32 and ours.logits(rows[0]).shape == (5, 24)
-  for wrong in ([], [0.5], [[[1]]], [24], [-1]):
-    with pytest.raises(UserError, match=r"give integers|ids are from 0 to 23"):
-      ours.logits(wrong)
+  return rows, full_forward(made.trained, rows)
 
 
-def test_greedy_is_the_argmax_of_the_full_forward():
-  ours, trained = model_of()
+def test_logits_of_a_batch_equal_the_full_forward(made, of_rows):
+  rows, full = of_rows
+  got_BLV = made.model.logits(rows)
+  np.testing.assert_allclose(got_BLV, full, rtol=2e-4, atol=2e-4)
+  assert got_BLV.dtype == np.float32
+
+
+def test_logits_of_one_list_equal_the_full_forward(made, of_rows):
+  rows, full = of_rows
+  got_LV = made.model.logits(rows[1].tolist())
+  np.testing.assert_allclose(got_LV, full[1], rtol=2e-4, atol=2e-4)
+  assert made.model.logits(rows[0]).shape == (5, 24)
+
+
+@pytest.mark.parametrize("wrong", [[], [0.5], [[[1]]], [24], [-1]], ids=str)
+def test_logits_refuse_what_are_no_ids(wrong, made):
+  with pytest.raises(UserError, match=r"give integers|ids are from 0 to 23"):
+    made.model.logits(wrong)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(made):
+  ours, trained = made
   (found,) = greedy(ours, "abc", max_new_tokens=12)
   row = [23, 0, 1, 2, *found]
-  (logits,) = full_forward(ours.model, trained, [row])
+  (logits,) = full_forward(trained, [row])
   assert np.argmax(logits[3:-1], axis=1).tolist() == found and len(found) == 12
+
+
+def programs(ours):
+  return ours._prefill._cache_size(), ours._decode._cache_size()
+
+
+def test_prompts_of_one_bucket_share_one_program(made):
+  ours = made.model
+  ours.generate("a", max_new_tokens=4)
+  prefills, decodes = programs(ours)
+  for prompt in ("a", "abcdefghij", "abc"):
+    ours.generate(prompt, max_new_tokens=4)
+    ours.generate(prompt, max_new_tokens=9, temperature=0.5, seed=1)
+  assert programs(ours) == (prefills, decodes)
+  ours.generate("a" * 40, max_new_tokens=4)  # no other test has a prompt this long
+  assert programs(ours) == (prefills + 1, decodes + 1)
 
 
 ON_MESHES = [
@@ -61,79 +99,132 @@ def test_every_mesh_draws_the_same_tokens(name, model):
   assert drawn[0] == drawn[1] and len({token for row in drawn[0] for token in row}) > 5
 
 
+@pytest.fixture(scope="module")
+def on_mesh():
+  return model_of(mesh=mesh_of(**MESHES["expert2-tensor2"])).model
+
+
 @pytest.mark.slow
-def test_a_mesh_has_the_same_logits():
-  one, _ = model_of()
-  other, _ = model_of(mesh=mesh_of(**MESHES["expert2-tensor2"]))
+def test_a_mesh_has_the_same_logits(made, on_mesh):
   tokens = [[1, 2, 3, 4, 5]] * 2
-  np.testing.assert_allclose(one.logits(tokens), other.logits(tokens), rtol=2e-4, atol=2e-4)
+  np.testing.assert_allclose(
+    made.model.logits(tokens), on_mesh.logits(tokens), rtol=2e-4, atol=2e-4
+  )
+
+
+@pytest.mark.slow
+def test_a_mesh_has_the_same_greedy_tokens(made, on_mesh):
   prompts = ["abc", "defghij", "k"]
-  assert greedy(one, prompts, max_new_tokens=10) == greedy(other, prompts, max_new_tokens=10)
+  want = greedy(made.model, prompts, max_new_tokens=10)
+  assert greedy(on_mesh, prompts, max_new_tokens=10) == want
+
+
+OPTIONS = dict(max_new_tokens=20, seed=5)
+
+
+@pytest.fixture(scope="module")
+def alone(made):
+  """What follows abc, drawn in a batch of its own."""
+  return made.model.generate(["abc"], **OPTIONS)[0]
 
 
 @pytest.mark.slow
-def test_a_row_does_not_depend_on_its_batch():
-  ours, _ = model_of()
-  options = dict(max_new_tokens=20, seed=5)
-  alone = ours.generate(["abc"], **options)[0]
-  among = ours.generate(["abc", "defghijklmnopqrst", "u"], **options)
+def test_a_row_does_not_depend_on_its_batch(made, alone):
+  among = made.model.generate(["abc", "defghijklmnopqrst", "u"], **OPTIONS)
   assert among[0] == alone and among[0].tokens != among[2].tokens
-  again = ours.generate(["abc"], **options | dict(num_samples=3))
-  assert again[0] == alone and len({c.text for c in again}) == 3
-  assert ours.generate(["abc"], **options | dict(seed=6))[0] != alone
 
 
 @pytest.mark.slow
-def test_rows_end_at_the_separator_and_draw_from_the_full_forward():
-  ours, trained = model_of()
-  prompts = ["abc", "d", "efgh", "ijkl"]
-  found = ours.generate(prompts, max_new_tokens=16, seed=1)
-  rows = [[23, *ours.tokenizer.encode(c.prompt), *c.tokens] + [23] * c.finished for c in found]
-  assert {c.finished for c in found} == {True, False}  # 1 of 24 ids: seed 1 has both
+def test_the_samples_of_a_prompt_differ_and_the_first_is_that_of_one(made, alone):
+  again = made.model.generate(["abc"], **OPTIONS, num_samples=3)
+  assert again[0] == alone and len({c.text for c in again}) == 3
+
+
+@pytest.mark.slow
+def test_another_seed_draws_another_text(made, alone):
+  assert made.model.generate(["abc"], **OPTIONS | dict(seed=6))[0] != alone
+
+
+DRAWN_PROMPTS = ["abc", "d", "efgh", "ijkl"]
+
+
+@pytest.fixture(scope="module")
+def drawn(made):
+  """16 tokens at most after each prompt, at temperature 1."""
+  return made.model.generate(DRAWN_PROMPTS, max_new_tokens=16, seed=1)
+
+
+@pytest.mark.slow
+def test_a_row_ends_at_the_separator_or_at_the_limit(drawn):
+  assert {c.finished for c in drawn} == {True, False}  # 1 of 24 ids: seed 1 has both
+  assert all(len(c.tokens) == 16 or c.finished for c in drawn)
+
+
+@pytest.mark.slow
+def test_the_text_is_that_of_the_tokens(drawn):
+  for completion in drawn:
+    assert completion.text == "".join(chr(97 + i) for i in completion.tokens)
+
+
+@pytest.mark.slow
+def test_tokens_are_drawn_from_the_full_forward(made, drawn):
+  ours, trained = made
+  rows = [[23, *ours.tokenizer.encode(c.prompt), *c.tokens] + [23] * c.finished for c in drawn]
   draw, kind = sampling.options(1.0, 24, 1.0, 24)
-  for b, (row, logits) in enumerate(
-    zip(rows, full_forward(ours.model, trained, rows), strict=True)
-  ):
-    assert len(found[b].tokens) == 16 or found[b].finished
-    assert found[b].text == "".join(chr(97 + i) for i in found[b].tokens)
-    begin = 1 + len(prompts[b])
+  full = full_forward(trained, rows)
+  for b, (row, logits_LV) in enumerate(zip(rows, full, strict=True)):
+    begin = 1 + len(DRAWN_PROMPTS[b])
     for number, token in enumerate(row[begin:]):
-      logits_BV = jnp.tile(jnp.asarray(logits[begin + number - 1])[None], (4, 1))
-      drawn = sampling.sample(logits_BV, 1, number, draw, kind._replace(filtered=False), 24)
-      assert drawn[b] == token
+      logits_BV = jnp.tile(jnp.asarray(logits_LV[begin + number - 1])[None], (4, 1))
+      sampled_B = sampling.sample(logits_BV, 1, number, draw, kind._replace(filtered=False), 24)
+      assert sampled_B[b] == token
 
 
-def test_one_program_for_a_bucket_and_a_cache_in_place():
-  ours, _ = model_of()
-  for prompt in ("a", "abcdefghij", "abc"):
-    ours.generate(prompt, max_new_tokens=4)
-    ours.generate(prompt, max_new_tokens=9, temperature=0.5, seed=1)
-  assert ours._prefill._cache_size() == ours._decode._cache_size() == 1
-  ours.generate("a" * 40, max_new_tokens=4)
-  assert ours._prefill._cache_size() == ours._decode._cache_size() == 2
+class DecodedOnce(NamedTuple):
+  before: decoding.Cache
+  after: decoding.Cache
+  program: str  # compiled
+
+
+@pytest.fixture(scope="module")
+def decoded_once(made):
+  ours = made.model
   with jax.set_mesh(mesh_of()):
-    start, done = ours._put(np.array([0], np.int32), np.array([False]))
-    cache = empty_cache(ours.model, start, 96)
+    start_B, done_B = ours._put(np.array([0], np.int32), np.array([False]))
+    cache = empty_cache(ours.model, start_B, 96)
     draw, kind = sampling.options(0.0, 0, 1.0, 24)
-    token = jnp.zeros((1,), jnp.int32)
-    arguments = (ours.weights, cache, token, done, 0, 1, 1, draw)
+    token_B = jnp.zeros((1,), jnp.int32)
+    arguments = (ours.weights, cache, token_B, done_B, 0, 1, 1, draw)
     program = ours._decode.lower(*arguments, kind=kind).compile().as_text()
     after, *_ = ours._decode(*arguments, kind=kind)
-  assert cache.layers[0].keys.is_deleted() and int(after.length) == 1
-  assert re.search(r"f32\[2,96,6\]\S* dynamic-update-slice", program)
-  assert not re.search(r"= f32\[(1,)?2,96,6\]\S* copy", program)
+  return DecodedOnce(cache, after, program)
 
 
-def test_what_cannot_generate_says_why():
+def test_the_cache_is_donated(decoded_once):
+  assert decoded_once.before.layers[0].keys.is_deleted()
+  assert int(decoded_once.after.length) == 1
+
+
+def test_the_cache_is_updated_in_place(decoded_once):
+  assert re.search(r"f32\[2,96,6\]\S* dynamic-update-slice", decoded_once.program)
+  assert not re.search(r"= f32\[(1,)?2,96,6\]\S* copy", decoded_once.program)
+
+
+def test_a_router_that_needs_later_tokens_is_refused():
   moe = dataclasses.replace(toy_config().model.moe, router=Router.EXPERT_CHOICE)
   with pytest.raises(UserError, match="no later tokens yet"):
     decoding.for_inference(dataclasses.replace(toy_config().model, moe=moe))
-  ours, _ = model_of()
-  wrong = dict(max_new_tokens=0, temperature=-1.0, top_k=-1, top_p=0.0, num_samples=0)
-  for name, value in wrong.items():
-    with pytest.raises(UserError, match=f"{name}={value}"):
-      ours.generate("a", **{name: value})
-  with pytest.raises(UserError, match="temperature=nan"):
-    ours.generate("a", temperature=float("nan"))
+
+
+@pytest.mark.parametrize(("name", "value"), [
+  ("max_new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1),
+  ("top_p", 0.0), ("num_samples", 0),
+])  # fmt: skip
+def test_an_option_out_of_range_is_refused(name, value, made):
+  with pytest.raises(UserError, match=f"{name}={value}"):
+    made.model.generate("a", **{name: value})
+
+
+def test_no_prompt_is_refused(made):
   with pytest.raises(UserError, match="no prompt"):
-    ours.generate([])
+    made.model.generate([])

@@ -1,9 +1,8 @@
 """How often each token is drawn."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.inference import sampling
 
@@ -19,15 +18,16 @@ def chances(logits, **options):
   return np.bincount(drawn, minlength=len(logits)) / n
 
 
-def test_sampling_by_hand():
-  logits = np.log([0.4, 0.3, 0.2, 0.1])
-  near = functools.partial(np.testing.assert_allclose, atol=0.015)
-  near(chances(logits), [0.4, 0.3, 0.2, 0.1])
-  squares = np.array([16, 9, 4, 1]) / 30
-  near(chances(logits, temperature=0.5), squares)
-  near(chances(logits, top_k=2), [4 / 7, 3 / 7, 0, 0])
-  near(chances(logits, top_p=0.65), [4 / 7, 3 / 7, 0, 0])
-  near(chances(logits, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0])
-  near(chances(logits, top_p=1e-6), [1, 0, 0, 0])
-  near(chances(logits, top_k=3, top_p=0.5), [4 / 7, 3 / 7, 0, 0])  # 4/9, 3/9, 2/9 before top_p
-  near(chances(logits, known=2), [4 / 7, 3 / 7, 0, 0])  # ids past the tokenizer's
+@pytest.mark.parametrize(("options", "expected"), [
+  ({}, [0.4, 0.3, 0.2, 0.1]),
+  (dict(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # squares
+  (dict(top_k=2), [4 / 7, 3 / 7, 0, 0]),
+  (dict(top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
+  (dict(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
+  (dict(top_p=1e-6), [1, 0, 0, 0]),
+  (dict(top_k=3, top_p=0.5), [4 / 7, 3 / 7, 0, 0]),  # 4/9, 3/9, 2/9 before top_p
+  (dict(known=2), [4 / 7, 3 / 7, 0, 0]),  # ids past the tokenizer's
+], ids=str)  # fmt: skip
+def test_tokens_are_drawn_as_often_as_by_hand(options, expected):
+  drawn = chances(np.log([0.4, 0.3, 0.2, 0.1]), **options)
+  np.testing.assert_allclose(drawn, expected, atol=0.015)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from moe_jax import config as config_lib
 from moe_jax.config import Router, Score
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
@@ -45,41 +48,58 @@ class Letters(tokenizers.Tokenizer):
     return np.frombuffer(text.encode(), np.uint8) - 97
 
 
-def model_of(name="topk", mesh=None, **changes):
-  """A generate.Model of random weights with uneven routers, and its (graph, params, bias_ZE)."""
+@dataclasses.dataclass(eq=False)
+class Trained:
+  model: config_lib.Model  # as generation runs it: nothing drops
+  params: nnx.State
+  bias_ZE: jax.Array
+
+  @functools.cached_property
+  def logits(self):
+    """The compiled full forward pass, [1, L] -> [1, L, V]."""
+
+    @jax.jit
+    def logits(params, bias_ZE, tokens_BL):
+      positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
+      segments_BL = jnp.ones_like(tokens_BL)
+      key = jax.random.key(0)
+      tokens = transformer.Tokens(tokens_BL, segments_BL, positions_BL)
+      return transformer.forward(self.model, params, bias_ZE, tokens, key, train=False).logits_BLV
+
+    return logits
+
+
+class Made(NamedTuple):
+  model: generate.Model  # ready to generate
+  trained: Trained  # what training would have left
+
+
+def model_of(name="topk", mesh=None, **changes) -> Made:
+  """Random weights with uneven routers."""
   model = dataclasses.replace(toy_config(**MODELS[name]).model, **changes)
   config = dataclasses.replace(toy_config(), model=model)
-  graph, params = build(config, 0)
+  _, params = build(config, 0)
   bias_ZE = 0.1 * jax.random.normal(jax.random.key(1), transformer.bias_shape(model))
   mesh = mesh or mesh_of()
   with jax.set_mesh(mesh):
     ours = decoding.for_inference(model)
     weights = decoding.weights(ours, params, bias_ZE)
-  return generate.Model(ours, weights, mesh, Letters()), (graph, params, bias_ZE)
+  return Made(generate.Model(ours, weights, mesh, Letters()), Trained(ours, params, bias_ZE))
 
 
-def full_forward(model, trained, rows):
+def full_forward(trained, rows):
   """Transformer's own logits [L, V] of each row by itself, without drops.
 
-  Rows are padded at their end to one length, which a causal model does not see.
+  Rows are padded at their end, which a causal model does not see, so that one program serves all.
   """
-  _, params, bias_ZE = trained
-
-  @jax.jit
-  def logits(params, bias_ZE, tokens_BL):
-    positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
-    segments_BL = jnp.ones_like(tokens_BL)
-    key = jax.random.key(0)
-    tokens = transformer.Tokens(tokens_BL, segments_BL, positions_BL)
-    return transformer.forward(model, params, bias_ZE, tokens, key, train=False).logits_BLV
-
-  longest = max(map(len, rows))
+  longest = -(-max(map(len, rows)) // 16) * 16
   found = []
   with jax.set_mesh(mesh_of()):
     for row in rows:
       tokens_BL = np.zeros((1, longest), np.int32)
       tokens_BL[0, : len(row)] = row
-      found.append(np.asarray(logits(params, bias_ZE, tokens_BL))[0, : len(row)])
+      logits_LV = np.asarray(trained.logits(trained.params, trained.bias_ZE, tokens_BL))[0]
+      found.append(logits_LV[: len(row)])
   return found
 
 

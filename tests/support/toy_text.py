@@ -1,8 +1,9 @@
 """Rows of random documents in two domains, and a toy model to read them."""
 
+import functools
+
 import jax
 import numpy as np
-import pytest
 
 from moe_jax.analysis import trace
 from moe_jax.data import pipeline, tokenizers
@@ -26,7 +27,7 @@ def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
   )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def weights():
   """Of toy_config, with routers as uneven as learned ones; any routing can use them."""
   with jax.set_mesh(mesh_of()):
@@ -36,8 +37,8 @@ def weights():
     )
 
 
-def toy_model(config, weights):
-  return trace.Model(config.model, weights, np.zeros((2, 4), np.float32))
+def toy_model(config):
+  return trace.Model(config.model, weights(), np.zeros((2, 4), np.float32))
 
 
 def read(model, batch):
