@@ -18,23 +18,44 @@ def measured():
   return layer.run([TOY, TOY._replace(dtype=Dtype.BFLOAT16, phases=False)], 1, min_seconds=0.0)
 
 
+CASES = [(dtype, name) for dtype in ("float32", "bfloat16")
+         for name in ("ffn", "gather E=8", "grouped E=8")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(measured):
+  return {(r["dtype"], r["candidate"]): r for r in measured["rows"]}
+
+
 @pytest.mark.slow
-def test_layer_rows(measured):
-  rows = {(r["dtype"], r["candidate"]): r for r in measured["rows"]}
-  names = {"ffn", "gather E=8", "grouped E=8"}
-  assert set(rows) == {(d, n) for d in ("float32", "bfloat16") for n in names}
-  for row in rows.values():
-    assert row["forward_s"] > 0 and row["step_vs_ffn"] > 0 and row["step_of_matmul"] > 0
-    assert 0 <= row["drop_fraction"] < 1 and row["error"] < 0.05
+def test_every_candidate_is_measured_in_every_precision(rows):
+  assert set(rows) == set(CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_has_times_drops_and_a_small_error(case, rows):
+  row = rows[case]
+  assert row["forward_s"] > 0 and row["step_vs_ffn"] > 0 and row["step_of_matmul"] > 0
+  assert 0 <= row["drop_fraction"] < 1 and row["error"] < 0.05
+
+
+@pytest.mark.slow
+def test_the_ffn_is_what_the_others_are_compared_with(rows):
   assert rows["float32", "ffn"]["step_vs_ffn"] == 1
-  # Capacity 1.0 drops as soon as loads are uneven, and the grouped path never does.
-  assert rows["float32", "gather E=8"]["drop_fraction"] > 0
-  assert rows["float32", "grouped E=8"]["drop_fraction"] == 0
-  assert rows["float32", "gather E=8"]["max_vio"] == rows["float32", "grouped E=8"]["max_vio"] > 0
 
 
 @pytest.mark.slow
-def test_layer_phases(measured):
+def test_capacity_drops_and_the_grouped_path_does_not(rows):
+  """Capacity 1.0 drops as soon as loads are uneven."""
+  gather, grouped = rows["float32", "gather E=8"], rows["float32", "grouped E=8"]
+  assert gather["drop_fraction"] > 0
+  assert grouped["drop_fraction"] == 0
+  assert gather["max_vio"] == grouped["max_vio"] > 0
+
+
+@pytest.mark.slow
+def test_phases_add_up_to_the_layer(measured):
   assert [split["candidate"] for split in measured["phases"]] == ["gather E=8", "grouped E=8"]
   for split in measured["phases"]:
     for kind in ("forward", "step"):
@@ -45,20 +66,36 @@ def test_layer_phases(measured):
       assert moving == pytest.approx(whole - shares["experts"] - shares["statistics"])
 
 
+@pytest.fixture(scope="module")
+def result(measured):
+  return measured | {"targets": layer_report.targets(measured)}
+
+
 @pytest.mark.slow
-def test_layer_writes_what_it_measured(measured, tmp_path):
-  result = measured | {"targets": layer_report.targets(measured)}
+def test_targets_of_a_layer(result):
+  """float32: gather and grouped against the FFN, and their phases; bfloat16: the matmul's rate."""
   what = [t["what"] for t in result["targets"]]
-  # float32: gather and grouped against the FFN, and their phases; bfloat16: the matmul's rate.
   assert len(what) == 5 and sum("matmul rate" in w for w in what) == 1
+
+
+@pytest.mark.slow
+def test_the_report_gives_the_verdict_on_each_target(result):
   text = layer_report.text(result)
   assert all(t["verdict"] in text for t in result["targets"])
+
+
+@pytest.mark.slow
+def test_the_file_holds_what_was_measured_and_where(result, tmp_path):
   results.write(tmp_path, "layer.json", {"environment": results.environment()} | result)
-  plots.layer(tmp_path, result)
   read = json.loads((tmp_path / "layer.json").read_text())
   assert set(read) == {"environment", "rows", "phases", "targets"}
   assert set(read["environment"]) >= {"date", "device", "jax", "commit"}
   assert [r["step_vs_ffn"] for r in read["rows"]] == [r["step_vs_ffn"] for r in result["rows"]]
+
+
+@pytest.mark.slow
+def test_the_plot_is_drawn(result, tmp_path):
+  plots.layer(tmp_path, result)
   assert (tmp_path / "layer.png").stat().st_size > 1000
 
 

@@ -1,14 +1,18 @@
 """A training step: golden numbers, every mesh, the balancing bias, what the devices exchange."""
 
+import functools
 import importlib
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.training import train
 from tests.support.toys import (
   ROOT,
   biased_config,
@@ -21,6 +25,8 @@ from tests.support.toys import (
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 MESHES = {
+  "one": {},
+  "expert4": dict(expert=4),
   "data8": dict(data=8),
   "expert4-data2": dict(expert=4, data=2),
   "expert2-fsdp2-tensor2": dict(expert=2, fsdp=2, tensor=2),
@@ -29,8 +35,16 @@ MESHES = {
 }
 
 
-def take_step(config, axes):
-  """Gradients, metrics and the state after two steps, on the host."""
+class Steps(NamedTuple):
+  """On the host."""
+
+  grads: nnx.State  # of the first step
+  first: dict  # metrics
+  second: dict
+  state: train.TrainState  # after both
+
+
+def take_steps(config, axes) -> Steps:
   mesh, state, step = set_up(config, axes)
   batch = toy_batch(config)
   with jax.set_mesh(mesh):
@@ -40,7 +54,7 @@ def take_step(config, axes):
     state, first = step(state, batch)
     state, second = step(state, batch)
     assert step._cache_size() == 1
-    return grads, jax.device_get(first), jax.device_get(second), jax.device_get(state)
+    return Steps(grads, *map(jax.device_get, (first, second, state)))
 
 
 def compare(got, want, atol):
@@ -50,53 +64,98 @@ def compare(got, want, atol):
   jax.tree_util.tree_map_with_path(one, got, want)
 
 
-def weighty(config):
+def weighty_config(accumulation=1):
   """Balance and z-losses heavy enough that an error in them shows."""
+  config = toy_config(capacity_factor=0.8)
   config.loss = config_lib.Loss(load_balance=1.0, router_z=0.1, z=0.1)
+  config.train.accumulation = accumulation
   return config
 
 
-@pytest.fixture(scope="module")
-def one_device_result():
-  return take_step(weighty(toy_config(capacity_factor=0.8)), {})
+@functools.cache
+def steps_on(name):
+  """Of the weighty config on a mesh of MESHES."""
+  return take_steps(weighty_config(), MESHES[name])
+
+
+@pytest.fixture(scope="module", params=slow_unless(["expert2-fsdp2-tensor2"], list(MESHES)[1:]))
+def on_mesh(request):
+  return steps_on(request.param)
+
+
+@pytest.fixture
+def on_one():
+  return steps_on("one")
+
+
+def test_the_step_that_meshes_repeat_drops_tokens_and_is_uneven(on_one):
+  assert 0.05 < on_one.first["drop_fraction_Z"].mean() < 0.6
+  assert on_one.first["max_vio_Z"].min() > 0.3
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize("mesh", slow_unless(["expert2-fsdp2-tensor2"], MESHES))
-def test_every_mesh_takes_the_same_step(mesh, one_device_result):
-  want = one_device_result
-  assert 0.05 < want[1]["drop_fraction_Z"].mean() < 0.6 and want[1]["max_vio_Z"].min() > 0.3
-  got = take_step(weighty(toy_config(capacity_factor=0.8)), MESHES[mesh])
-  compare(got[0], want[0], atol=1e-6)  # float32 rounding of gradients of order 0.01 to 1
-  for name in ("load_ZE", "drop_fraction_Z"):  # of equal counts; XLA may divide by a reciprocal
-    np.testing.assert_allclose(got[1][name], want[1][name], rtol=3e-7, atol=1e-7)
-  compare(got[1], want[1], atol=1e-6)
-  compare(got[2], want[2], atol=1e-4)
-  # Adam divides by the gradient's own size, so rounding of a tiny one is a part of a full step.
-  compare(got[3].params, want[3].params, atol=0.05 * 0.01)
+def test_every_mesh_has_the_same_gradients(on_mesh, on_one):
+  compare(on_mesh.grads, on_one.grads, atol=1e-6)  # float32 rounding; they are of order 0.01 to 1
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize("mesh", slow_unless(["one"], ["one", "expert4"]))
-def test_accumulation_is_the_full_batch(mesh):
-  """Loss, balance, drops and gradients of 2 microbatches are those of the batch at once."""
-  axes = {} if mesh == "one" else dict(expert=4)
-  results = []
-  for accumulation in (1, 2):
-    config = weighty(toy_config(capacity_factor=0.8))
-    config.train.accumulation = accumulation
-    results.append(take_step(config, axes))
-  compare(results[1][0], results[0][0], atol=1e-6)
-  compare(results[1][1], results[0][1], atol=1e-6)
+@pytest.mark.parametrize("name", ["load_ZE", "drop_fraction_Z"])
+def test_every_mesh_has_the_same_counts(name, on_mesh, on_one):
+  """XLA may divide by a reciprocal."""
+  np.testing.assert_allclose(on_mesh.first[name], on_one.first[name], rtol=3e-7, atol=1e-7)
 
 
-def compiled_text(remat, axes):
+@pytest.mark.preflight
+def test_every_mesh_has_the_same_metrics_in_two_steps(on_mesh, on_one):
+  compare(on_mesh.first, on_one.first, atol=1e-6)
+  compare(on_mesh.second, on_one.second, atol=1e-4)
+
+
+@pytest.mark.preflight
+def test_every_mesh_has_the_same_parameters_after_two_steps(on_mesh, on_one):
+  """Adam divides by the gradient's own size, so rounding of a tiny one is a part of a full step."""
+  compare(on_mesh.state.params, on_one.state.params, atol=0.05 * 0.01)
+
+
+@functools.cache
+def accumulated_on(name):
+  """The same batch in two microbatches."""
+  return take_steps(weighty_config(accumulation=2), MESHES[name])
+
+
+ACCUMULATED = slow_unless(["one"], ["one", "expert4"])
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize("mesh", ACCUMULATED)
+def test_two_microbatches_have_the_gradients_of_the_batch(mesh):
+  compare(accumulated_on(mesh).grads, steps_on(mesh).grads, atol=1e-6)
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize("mesh", ACCUMULATED)
+def test_two_microbatches_have_the_metrics_of_the_batch(mesh):
+  """Loss, balance and drops."""
+  compare(accumulated_on(mesh).first, steps_on(mesh).first, atol=1e-6)
+
+
+@functools.cache
+def compiled_text(remat, mesh):
   config = toy_config()
   config.model.remat = remat
-  mesh, state, step = set_up(config, axes)
+  mesh, state, step = set_up(config, MESHES[mesh])
   with jax.set_mesh(mesh):
     batch = sharding.to_global(toy_batch(config), mesh)
     return step.lower(state, batch).compile().as_text()
+
+
+def gathered_sizes(text):
+  """The sizes above 1, in order, of everything that an all-gather makes."""
+  shapes = re.findall(r"= \S*?\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+  return [sorted(int(n) for n in shape.split(",") if n != "1") for shape in shapes]
+
+
+E, D, F = 4, 10, 18  # of the toy config
 
 
 @pytest.mark.parametrize(
@@ -105,24 +164,25 @@ def compiled_text(remat, axes):
 )
 def test_all_to_alls_in_the_compiled_step(remat, count):
   """2 forward and 2 backward, 2 more under full remat (the scanned body stands for each layer)."""
-  text = compiled_text(remat, dict(expert=4, data=2))
+  text = compiled_text(remat, "expert4-data2")
   assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == count
-  # Experts stay where they are: nothing gathers a tensor of all E experts' weights.
-  E, D, F = 4, 10, 18
-  gathered = re.findall(r"= \S*?\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
-  for shape in gathered:
-    sizes = sorted(int(n) for n in shape.split(",") if n != "1")
-    assert not {E, D, F} <= set(sizes), f"all-gather of expert weights: [{shape}]"
+
+
+@pytest.mark.parametrize(
+  "remat", slow_unless([config_lib.Remat.NONE], [config_lib.Remat.NONE, config_lib.Remat.FULL])
+)
+def test_nothing_gathers_the_weights_of_all_experts(remat):
+  """Experts stay where they are."""
+  for sizes in gathered_sizes(compiled_text(remat, "expert4-data2")):
+    assert not {E, D, F} <= set(sizes), f"all-gather of expert weights: {sizes}"
 
 
 @pytest.mark.slow
 def test_fsdp_gathers_but_not_over_expert():
   """With an fsdp axis the experts' D is gathered, E is not: 1 of 4 experts on each device."""
-  text = compiled_text(config_lib.Remat.NONE, dict(expert=4, fsdp=2))
-  gathered = re.findall(r"= \S*?\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
-  sizes = [sorted(int(n) for n in shape.split(",") if n != "1") for shape in gathered]
-  assert [10, 18] in sizes, "expected all-gathers of one expert's D x F"
-  assert not any({4, 10, 18} <= set(size) for size in sizes)
+  sizes = gathered_sizes(compiled_text(config_lib.Remat.NONE, "fsdp2-expert4"))
+  assert [D, F] in sizes, "expected all-gathers of one expert's D x F"
+  assert not any({E, D, F} <= set(size) for size in sizes)
 
 
 def shrink(config):
