@@ -14,8 +14,9 @@ from moe_jax import config as config_lib
 from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Dispatch
 from moe_jax.model.feedforward import MoEFFN
-from moe_jax.moe import dispatch, routers
+from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe.layer import router_inputs
+from moe_jax.moe.routing import Routing
 from moe_jax.training import losses
 from tests.support.hf_blocks import B, D, L, arrays, build, close, to_ours, torch
 from tests.support.toys import mesh_of
@@ -228,6 +229,15 @@ def test_balance_loss(one_device, padded):
   close(drouter_DE, router_ED.grad.T, "router_DE")
 
 
+class SwitchOutputs(NamedTuple):
+  y_BLD: jax.Array
+  stats: counts.MoeStats
+  routing: Routing
+  slots: dispatch.Slots
+  balance: jax.Array
+  z: jax.Array
+
+
 def test_switch(one_device):
   """Router, dropped tokens and losses; not the block: their experts are ReLU MLPs."""
   E, C = 5, 2
@@ -275,21 +285,20 @@ def test_switch(one_device):
     z = stats.z / stats.tokens
     gate_T = jnp.zeros(B * L).at[routing.token_N].add(slots.kept_N * routing.gate_N)
     loss = jnp.sum(gate_T * cotangent_BL.reshape(-1)) + 3 * balance + z
-    return loss, (y_BLD, stats, routing, slots, balance, z)
+    return loss, SwitchOutputs(y_BLD, stats, routing, slots, balance, z)
 
-  (_, (y_BLD, stats, routing, slots, balance, z)), (dx_BLD, drouter_DE) = step(
-    x_BLD, weights["router_DE"]
-  )
+  (_, got), (dx_BLD, drouter_DE) = step(x_BLD, weights["router_DE"])
+  stats, routing, slots = got.stats, got.routing, got.slots
   token_N = np.asarray(routing.token_N)
   np.testing.assert_array_equal(token_N, np.arange(B * L))  # K = 1, by position
   np.testing.assert_array_equal(routing.expert_N, probs_BLE.argmax(dim=-1).reshape(-1))
   close(routing.gate_N, gate_BL1.detach().reshape(-1), "gates")
   np.testing.assert_array_equal(slots.kept_N, kept_BLE.any(axis=-1).reshape(-1))
   # The layer drops the same tokens: their rows are zero.
-  np.testing.assert_array_equal((y_BLD != 0).any(axis=-1), kept_BLE.any(axis=-1))
+  np.testing.assert_array_equal((got.y_BLD != 0).any(axis=-1), kept_BLE.any(axis=-1))
   np.testing.assert_array_equal(stats.kept_E, kept_BLE.sum(axis=(0, 1)))
   close(routing.probs_TE.reshape(B, L, E), probs_BLE.detach(), "probabilities")
-  close(balance, want[0].detach(), "balance")
-  close(z, want[1].detach(), "z")
+  close(got.balance, want[0].detach(), "balance")
+  close(got.z, want[1].detach(), "z")
   close(dx_BLD, their_x.grad, "x_BLD")
   close(drouter_DE, router.classifier.weight.grad.T, "router_DE")

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from moe_jax import sharding, validation
 from moe_jax.config import Priority, Router, Score
 from moe_jax.model.transformer import Tokens, Transformer
 from moe_jax.moe import dispatch, routers
-from moe_jax.moe.routing import RouterInputs
+from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.training import metrics as metrics_lib
 from moe_jax.training import optimizers
 from tests.support.toys import ROOT, example, gradients, new_name, set_up, toy_batch, toy_config
@@ -22,8 +23,13 @@ from tests.support.toys import ROOT, example, gradients, new_name, set_up, toy_b
 LOG = np.log
 
 
+class Routed(NamedTuple):
+  assigned: list[tuple[int, int, float]]  # token, expert, gate, in order of priority; no padding
+  routing: Routing
+
+
 def route(probs, *, train=True, capacity=1, real=None, ids=None, noise=None, bias=None, **fields):
-  """[(token, expert, gate)] in order of priority, for softmax probabilities [T, E]."""
+  """What a router makes of softmax probabilities [T, E]."""
   logits = LOG(np.array(probs, float))
   T, E = logits.shape
   moe = config_lib.MoE(num_experts=E, **dict(top_k=1, renormalize=False) | fields)
@@ -39,30 +45,38 @@ def route(probs, *, train=True, capacity=1, real=None, ids=None, noise=None, bia
   function = spec.function if spec.runs_own(train=train) else spec.evaluation
   made = function(inputs, moe, **dict(capacity=capacity) if spec.takes_capacity else {})
   columns = (made.token_N, made.expert_N, made.gate_N, made.real_N)
-  return [
+  assigned = [
     (int(t), int(e), round(float(g), 4)) for t, e, g, r in zip(*columns, strict=True) if r
-  ], made
+  ]
+  return Routed(assigned, made)
 
 
 P = [[0.5, 0.1, 0.4], [0.2, 0.7, 0.1]]
 
 
 def test_switch():
-  assert route(P, router=Router.SWITCH)[0] == [(0, 0, 0.5), (1, 1, 0.7)]
+  assert route(P, router=Router.SWITCH).assigned == [(0, 0, 0.5), (1, 1, 0.7)]
 
 
-def test_topk_with_and_without_renormalisation():
-  """Renormalised: Mixtral's softmax over the chosen logits, 5/9 and 4/9."""
-  raw = route(P, top_k=2)[0]
+def test_topk_without_renormalisation():
+  raw = route(P, top_k=2).assigned
   assert raw == [(0, 0, 0.5), (0, 2, 0.4), (1, 1, 0.7), (1, 0, 0.2)]
-  got = [g for _, _, g in route(P, top_k=2, renormalize=True)[0]]
-  np.testing.assert_allclose(got, [5 / 9, 4 / 9, 7 / 9, 2 / 9], atol=1e-4)
-  assert [g for _, _, g in route(P, top_k=2, gate_scale=2.5)[0]] == [1.25, 1.0, 1.75, 0.5]
+
+
+def test_topk_with_renormalisation():
+  """Mixtral's softmax over the chosen logits, 5/9 and 4/9."""
+  gates = [gate for _, _, gate in route(P, top_k=2, renormalize=True).assigned]
+  np.testing.assert_allclose(gates, [5 / 9, 4 / 9, 7 / 9, 2 / 9], atol=1e-4)
+
+
+def test_topk_with_a_scale():
+  gates = [gate for _, _, gate in route(P, top_k=2, gate_scale=2.5).assigned]
+  assert gates == [1.25, 1.0, 1.75, 0.5]
 
 
 def test_sigmoid_scores():
   """logits log(p): sigmoid = p / (1 + p)."""
-  got = route(P, score=Score.SIGMOID)[0]
+  got = route(P, score=Score.SIGMOID).assigned
   assert got == [(0, 0, round(0.5 / 1.5, 4)), (1, 1, round(0.7 / 1.7, 4))]
 
 
@@ -70,20 +84,23 @@ def test_sigmoid_scores():
 def test_a_bias_changes_the_choice_and_no_gate(score):
   """Token 0 is pushed from expert 0 to 2; the gate is expert 2's own score."""
   plain = 0.4 if score is Score.SOFTMAX else round(0.4 / 1.4, 4)
-  assert route(P, score=score, bias=[-0.3, 0, 0])[0][0] == (0, 2, plain)
+  assert route(P, score=score, bias=[-0.3, 0, 0]).assigned[0] == (0, 2, plain)
 
 
 def test_groups_limit_the_choice():
   """Groups {0,1}, {2,3}: 0.3+0.2 beats 0.4+0.05, so expert 2, the best alone, is not chosen."""
   probs = [[0.3, 0.2, 0.4, 0.05]]
   fields = dict(top_k=2, expert_groups=2, top_groups=1)
-  assert route(probs, **fields)[0] == [(0, 0, pytest.approx(0.3158)), (0, 1, pytest.approx(0.2105))]
+  assert route(probs, **fields).assigned == [
+    (0, 0, pytest.approx(0.3158)),
+    (0, 1, pytest.approx(0.2105)),
+  ]
 
 
 def test_noisy_topk():
   """Noise turns token 0 from expert 0 to 2; the chances are normal ones of the clean logits."""
   noise = [[-3.0, 0, 0.5], [0, 0, 0]]
-  got, made = route(P, router=Router.NOISY_TOPK, noise=noise)
+  got, routing = route(P, router=Router.NOISY_TOPK, noise=noise)
   assert [(t, e) for t, e, _ in got] == [(0, 2), (1, 1)]
   noisy = LOG(P[0]) + noise[0]
   softmax = np.exp(noisy) / np.exp(noisy).sum()
@@ -91,48 +108,57 @@ def test_noisy_topk():
   # Expert 2 was chosen: it competes with the runner-up, expert 1; the others with expert 2.
   thresholds = [noisy[2], noisy[2], noisy[1]]
   cdf = [float(jax.scipy.stats.norm.cdf(LOG(P[0][e]) - thresholds[e])) for e in range(3)]
-  np.testing.assert_allclose(made.load_TE[0], cdf, rtol=1e-4)
-  assert [e for _, e, _ in route(P, router=Router.NOISY_TOPK, train=False)[0]] == [0, 1]
+  np.testing.assert_allclose(routing.load_TE[0], cdf, rtol=1e-4)
+  assert [e for _, e, _ in route(P, router=Router.NOISY_TOPK, train=False).assigned] == [0, 1]
 
 
 def test_expert_choice():
   """C=1: each expert takes its best token; token 0 is taken twice, padding never."""
   probs = [[0.5, 0.1, 0.4], [0.2, 0.7, 0.1], [0.8, 0.1, 0.1]]
   fields = dict(router=Router.EXPERT_CHOICE, real=[True, True, False])
-  assert route(probs, **fields)[0] == [(0, 0, 0.5), (1, 1, 0.7), (0, 2, 0.4)]
-  two = route(probs, capacity=3, **fields)[0]  # only two real tokens to take
+  assert route(probs, **fields).assigned == [(0, 0, 0.5), (1, 1, 0.7), (0, 2, 0.4)]
+  two = route(probs, capacity=3, **fields).assigned  # only two real tokens to take
   assert sorted(two) == sorted((t, e, probs[t][e]) for t in range(2) for e in range(3))
 
 
+SINKHORN = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]  # all tokens prefer expert 0
+BALANCED = [(0, 0, 0.9), (1, 0, 0.8), (2, 1, 0.3), (3, 1, 0.4)]
+
+
+def test_sinkhorn_gives_an_expert_the_tokens_that_want_it_most():
+  assert route(SINKHORN, router=Router.SINKHORN).assigned == BALANCED
+
+
 def test_sinkhorn_balances_in_training_only():
-  """All tokens prefer expert 0; the balanced plan gives it the two that want it most."""
-  probs = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]
-  got = route(probs, router=Router.SINKHORN)[0]
-  assert got == [(0, 0, 0.9), (1, 0, 0.8), (2, 1, 0.3), (3, 1, 0.4)]
-  assert [e for _, e, _ in route(probs, router=Router.SINKHORN, train=False)[0]] == [0, 0, 0, 0]
-  # Padding that wants expert 0 too changes nothing.
-  padded = route([*probs, [0.99, 0.01]], router=Router.SINKHORN, real=[True] * 4 + [False])[0]
-  assert padded == got
+  assigned = route(SINKHORN, router=Router.SINKHORN, train=False).assigned
+  assert [e for _, e, _ in assigned] == [0, 0, 0, 0]
+
+
+def test_sinkhorn_does_not_count_padding():
+  """That wants expert 0 too."""
+  real = [True] * 4 + [False]
+  padded = route([*SINKHORN, [0.99, 0.01]], router=Router.SINKHORN, real=real)
+  assert padded.assigned == BALANCED
 
 
 def test_hash_by_token_id():
   """Same id, same expert, whatever the logits; the gate is that expert's probability."""
-  got = route([P[0], P[1], P[0]], router=Router.HASH, ids=[7, 8, 7])[0]
+  got = route([P[0], P[1], P[0]], router=Router.HASH, ids=[7, 8, 7]).assigned
   assert got[0][1:] == got[2][1:] and got[0][2] == P[0][got[0][1]]
-  every = route([[0.25] * 4] * 4000, router=Router.HASH, ids=range(4000))[0]
+  every = route([[0.25] * 4] * 4000, router=Router.HASH, ids=range(4000)).assigned
   assert np.bincount([e for _, e, _ in every]).min() > 900  # a fair draw: 1000 +- 27
 
 
 def test_random_follows_the_noise():
   noise = [[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]]
-  got = route(P, router=Router.RANDOM, noise=noise, top_k=2)[0]
+  got = route(P, router=Router.RANDOM, noise=noise, top_k=2).assigned
   assert got == [(0, 1, 0.1), (0, 2, 0.4), (1, 0, 0.2), (1, 2, 0.1)]
 
 
 def test_priorities_order_the_assignments():
   """Two choices each; token 1 is surer (0.7) than token 0 (0.5)."""
   order = {
-    priority: [(t, e) for t, e, _ in route(P, top_k=2, priority=priority)[0]]
+    priority: [(t, e) for t, e, _ in route(P, top_k=2, priority=priority).assigned]
     for priority in Priority
   }
   assert order[Priority.TOKEN] == [(0, 0), (0, 2), (1, 1), (1, 0)]
@@ -145,7 +171,7 @@ def test_priorities_drop_by_hand():
   probs = [[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]
   kept = {}
   for priority in Priority:
-    made = route(probs, top_k=2, priority=priority)[1]
+    made = route(probs, top_k=2, priority=priority).routing
     slots = dispatch.capacity_slots(made, 3, 1, capacity=1)
     columns = (made.token_N, made.expert_N, slots.kept_N)
     kept[priority] = {(int(t), int(e)) for t, e, k in zip(*columns, strict=True) if k}

@@ -1,6 +1,7 @@
 """The routings that the grid tests run: config fields, and the same in the oracle's terms."""
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,11 +75,18 @@ def inputs() -> tuple[oracle.Inputs, np.ndarray]:
   return made, float32(rng.normal(size=(B, L, D)))
 
 
+class Expected(NamedTuple):
+  """The oracle's answer."""
+
+  chosen: list[tuple[int, int, bool]]  # token, expert, kept
+  result: oracle.Result
+  gradients: dict[str, np.ndarray]
+
+
 @functools.cache
-def expected(name: str, dropless: bool) -> tuple[list, oracle.Result, dict[str, np.ndarray]]:
-  """(chosen, result, gradients) of the oracle."""
+def expected(name: str, dropless: bool) -> Expected:
   values, cotangent_BLD = inputs()
   routing = spec(moe_config(name, dropless=dropless))
   chosen = oracle.select(values, routing)
   gradients = oracle.gradients(values, routing, chosen, cotangent_BLD)
-  return chosen, oracle.evaluate(values, routing, chosen), gradients
+  return Expected(chosen, oracle.evaluate(values, routing, chosen), gradients)

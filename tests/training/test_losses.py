@@ -1,5 +1,7 @@
 """Each loss by hand, their weights, and the balance loss over rows, microbatches and meshes."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +15,10 @@ from moe_jax.training import losses
 from tests.support.toys import set_up, toy_batch, toy_config
 
 
-def test_balance_loss_is_one_when_balanced_for_every_k():
-  for experts, K in ((4, 1), (8, 2), (64, 8)):
-    even = counts.balance(jnp.full((1, experts), K), jnp.ones((1, experts)), jnp.array([experts]))
-    np.testing.assert_allclose(even, [1.0], rtol=1e-6)
-    np.testing.assert_allclose(
-      losses.cv_squared_plus_one(jnp.full((1, experts), 0.3)), 1.0, rtol=1e-6
-    )
-  routed_E, prob_E = jnp.zeros((1, 64), int).at[0, 0].set(8 * 64), jnp.zeros((1, 64))
-  collapsed = counts.balance(routed_E, prob_E.at[0, 0].set(64.0), jnp.array([64]))
-  np.testing.assert_allclose(collapsed, [64.0], rtol=1e-6)
+@pytest.mark.parametrize("experts", [4, 8, 64])
+def test_the_squared_variation_of_even_values_is_zero(experts):
+  even_ZE = jnp.full((1, experts), 0.3)
+  np.testing.assert_allclose(losses.cv_squared_plus_one(even_ZE), 1.0, rtol=1e-6)
 
 
 def test_a_lost_statistic_raises():
@@ -32,8 +28,13 @@ def test_a_lost_statistic_raises():
     losses.total(sums, config_lib.Loss(), num_moe_layers=2)
 
 
-@pytest.mark.preflight
-def test_balance_scopes():
+class Rows(NamedTuple):
+  together: losses.Sums
+  one_by_one: losses.Sums  # as two microbatches
+
+
+@pytest.fixture
+def opposite_rows():
   """Two rows that prefer opposite experts: balanced together, unbalanced one by one."""
   routed = np.array([[4, 0], [0, 4]])
   prob = np.array([[3.0, 1.0], [1.0, 3.0]])
@@ -44,17 +45,22 @@ def test_balance_scopes():
     [None],
   )  # fmt: skip
   ones = jnp.ones((1, 1))
-  sums = losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats)
-  assert losses.load_balance(sums, BalanceScope.GLOBAL).tolist() == [1.0]
-  assert losses.load_balance(sums, BalanceScope.SEQUENCE).tolist() == [1.5]  # 2 * 1 * 3/4
+  together = losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats)
   halves = [
     losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats._replace(
       tokens=jnp.array([4]), routed_E=jnp.array(routed[i])[None], prob_E=jnp.array(prob[i])[None]))
     for i in range(2)
   ]  # fmt: skip
-  both = jax.tree.map(jnp.add, *halves)
-  assert losses.load_balance(both, BalanceScope.MICROBATCH).tolist() == [1.5]
-  assert losses.load_balance(both, BalanceScope.GLOBAL).tolist() == [1.0]
+  return Rows(together, jax.tree.map(jnp.add, *halves))
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize(("rows", "scope", "expected"), [
+  ("together", BalanceScope.GLOBAL, 1.0), ("together", BalanceScope.SEQUENCE, 1.5),  # 2 * 1 * 3/4
+  ("one_by_one", BalanceScope.MICROBATCH, 1.5), ("one_by_one", BalanceScope.GLOBAL, 1.0),
+])  # fmt: skip
+def test_the_balance_loss_of_a_scope(rows, scope, expected, opposite_rows):
+  assert losses.load_balance(getattr(opposite_rows, rows), scope).tolist() == [expected]
 
 
 @pytest.mark.slow
@@ -88,16 +94,29 @@ def test_cross_entropy_by_hand():
   np.testing.assert_allclose(total.total, sums.nll / 2 + 0.5 * 4, rtol=1e-6)
 
 
-def test_loss_weights_add_up():
+@pytest.fixture
+def weighted():
+  """Losses of three targets and of two experts, of which one is chosen by all four tokens."""
   stats = counts.zeros(1, 2, 1)._replace(
     tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), kept_E=jnp.array([[4, 0]]),
     prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
   )  # fmt: skip
   uniform = losses.sums(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool), stats)
   sums = uniform._replace(nll=jnp.array(6.0))
-  weights = config_lib.Loss(load_balance=0.1, router_z=0.01, importance=0.2)
-  total = losses.total(sums, weights, 1)
-  assert float(total.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P
-  assert float(total.router_z) == pytest.approx(2.0)
-  assert float(total.importance) == pytest.approx(1 + 1 / 4)  # mean 2, variance 1
-  assert float(total.total) == pytest.approx(2.0 + 0.1 * 1.5 + 0.01 * 2.0 + 0.2 * 1.25)
+  return losses.total(sums, config_lib.Loss(load_balance=0.1, router_z=0.01, importance=0.2), 1)
+
+
+def test_the_balance_loss_by_hand(weighted):
+  assert float(weighted.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P
+
+
+def test_the_router_z_loss_by_hand(weighted):
+  assert float(weighted.router_z) == pytest.approx(2.0)
+
+
+def test_the_importance_loss_by_hand(weighted):
+  assert float(weighted.importance) == pytest.approx(1 + 1 / 4)  # mean 2, variance 1
+
+
+def test_the_total_is_the_sum_of_the_weighted_losses(weighted):
+  assert float(weighted.total) == pytest.approx(2.0 + 0.1 * 1.5 + 0.01 * 2.0 + 0.2 * 1.25)
