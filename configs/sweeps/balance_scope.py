@@ -6,7 +6,7 @@ Four microbatches of two rows make a step, so the three scopes differ; nothing i
 
 Honest failure: the published gain of 1.6% came with 120B tokens; here the loss may not move beyond
 the seeds' noise. The exact part, that the global loss of microbatches is the full batch's, is a
-test (tests/training/test_meshes.py).
+test (tests/training/test_train.py).
 """
 
 from configs.sweeps import parts, tuned
