@@ -1,5 +1,6 @@
 """Dispatchers by hand: slots, drops, capacity; and the oracle's set of drops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,15 @@ def test_the_assignments_dropped_are_the_oracles(routing):
   scale_TE = np.log1p(np.exp(values.x_BLD @ values.weights["noise_DE"])).reshape(-1, E) + 0.01
   bias_E = values.bias_E if moe.bias_update_rate else np.zeros(E)
   capacity = dispatch.capacity(moe.capacity_factor, moe.group_size, moe.top_k, E)
+  spec = routers.ROUTERS[moe.router]
+
+  @jax.jit
+  def assign(inputs):
+    more = dict(capacity=capacity) if spec.takes_capacity else {}
+    assigned = spec.function(inputs, moe, **more)
+    slots = dispatch.capacity_slots(assigned, E, 1, capacity)
+    return assigned.token_N, assigned.expert_N, assigned.real_N, slots.kept_N, slots.slot_N
+
   got = set()
   for start in range(0, len(logits_TE), moe.group_size):
     part = slice(start, start + moe.group_size)
@@ -30,13 +40,7 @@ def test_the_assignments_dropped_are_the_oracles(routing):
       jnp.float32(values.noise_BLE.reshape(-1, E)[part]),
       {"noise_scale": jnp.float32(scale_TE[part])},
     )  # fmt: skip
-    spec = routers.ROUTERS[moe.router]
-    assigned = spec.function(inputs, moe, **dict(capacity=capacity) if spec.takes_capacity else {})
-    slots = dispatch.capacity_slots(assigned, E, 1, capacity)
-    for token, expert, real, kept, slot in zip(
-      *map(np.asarray, (assigned.token_N, assigned.expert_N, assigned.real_N, slots.kept_N,
-                        slots.slot_N)), strict=True
-    ):  # fmt: skip
+    for token, expert, real, kept, slot in zip(*map(np.asarray, assign(inputs)), strict=True):
       assert kept == (slot < E * capacity) and (not kept or slot // capacity == expert)
       if real:
         got.add((int(token) + start, int(expert), bool(kept)))
