@@ -12,6 +12,7 @@ os.environ["PJRT_NPROC"] = "32"
 import jax
 import pytest
 
+from tests.support.scripts import Run, built, train
 from tests.support.toys import mesh_of
 
 assert jax.device_count() == 8, "the tests need their eight simulated devices"
@@ -27,3 +28,23 @@ def pytest_collection_modifyitems(items):
 def one_device():
   with jax.set_mesh(mesh_of()):
     yield
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+  """One folder for all workers of this test run; support.scripts.built() builds a thing in it."""
+  base = tmp_path_factory.getbasetemp()
+  return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def cache(shared_folder):
+  """Where the text of train.py, eval.py and generate.py is prepared."""
+  return shared_folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def whole_run(shared_folder, cache):
+  """A run of 12 steps. Tests only read it: another worker may read it too."""
+  path, said = built(shared_folder / "whole", lambda path: {"output": train(path / "run", cache)})
+  return Run(path / "run", said["output"])

@@ -8,8 +8,8 @@ import pytest
 
 from moe_jax import command_line
 from moe_jax import config as config_lib
-from moe_jax.config import UserError
-from tests.support.toys import ROOT
+from moe_jax.config import Router, UserError
+from tests.support.toys import ROOT, toy_config
 
 COMMANDS = {
   "--config=configs/debug.py --config.model.moe.num_expert=5": "nearest is config.model.moe.num",
@@ -78,31 +78,58 @@ def test_what_differs_from_the_defaults():
   assert command_line.difference(config_lib.Config()) == "every field has its default"
 
 
+OVERRIDES = {
+  "model.qk_norm": True, "model.moe.router": Router.HASH, "loss.z": 1.0, "data.path": "a=b",
+  "model.moe.capacity_factor": float("inf"), "train.steps": 2,
+}  # fmt: skip
+
+
 def test_overrides_are_spelled_as_in_train():
+  """The last word of a field counts, and what is no override is left for the flags."""
   overrides, rest = command_line.take_overrides(
     ["sweep.py", "--config.model.qk_norm=true", "--config.model.moe.router=hash", "--jobs=2",
      "-config.loss.z=1", "--config.data.path=a=b", "--config.model.moe.capacity_factor=inf",
      "--config.train.steps=1", "--config.train.steps=2"]
   )  # fmt: skip
-  assert rest == ["sweep.py", "--jobs=2"]
-  assert overrides == {
-    "model.qk_norm": True, "model.moe.router": config_lib.Router.HASH, "loss.z": 1.0,
-    "data.path": "a=b", "model.moe.capacity_factor": float("inf"), "train.steps": 2,
-  }  # fmt: skip
-  config = command_line.override(config_lib.Config(), overrides, "here")
-  assert config.model.moe.router is config_lib.Router.HASH and config.loss.z == 1.0
+  assert rest == ["sweep.py", "--jobs=2"] and overrides == OVERRIDES
+
+
+def test_overrides_become_words_again():
+  config = command_line.override(config_lib.Config(), OVERRIDES, "here")
+  assert config.model.moe.router is Router.HASH and config.loss.z == 1.0
   assert command_line.words(config_lib.Config(), config)[:2] == [
     "--config.model.qk_norm=true", "--config.model.moe.router=hash"
   ]  # fmt: skip
-  for argument, why in {
-    "--config.train.step=3": "nearest is config.train.steps",
-    "--config.train.steps=many": "'many' is not of int",
-    "--config.model.moe.router=best": "not of switch, topk",
-    "--config.model.qk_norm=1": "write --config.model.qk_norm=true",
-    "--config.train.steps": "write --config.train.steps=VALUE",
-  }.items():
-    with pytest.raises(UserError, match=re.escape(argument) + ".*" + why):
-      command_line.take_overrides([argument])
+
+
+@pytest.mark.parametrize(("argument", "why"), [
+  ("--config.train.step=3", "nearest is config.train.steps"),
+  ("--config.train.steps=many", "'many' is not of int"),
+  ("--config.model.moe.router=best", "not of switch, topk"),
+  ("--config.model.qk_norm=1", "write --config.model.qk_norm=true"),
+  ("--config.train.steps", "write --config.train.steps=VALUE"),
+])  # fmt: skip
+def test_a_wrong_override_is_refused(argument, why):
+  with pytest.raises(UserError, match=re.escape(argument) + ".*" + why):
+    command_line.take_overrides([argument])
+
+
+@pytest.mark.parametrize("router", [Router.SINKHORN, "sinkhorn"])
+def test_override_takes_members_and_values(router):
+  config = toy_config()
+  changed = command_line.override(config, {"model.moe.router": router, "train.steps": 3}, "here")
+  assert changed.model.moe.router is Router.SINKHORN and changed.train.steps == 3
+  assert config.model.moe.router is Router.TOPK  # a copy was changed
+
+
+@pytest.mark.parametrize(("fields", "why"), [
+  ({"train.step": 3}, r"here: .*train.step; the nearest is config.train.steps"),
+  ({"model.moe.router": "best"}, "router='best' is not one of: switch"),
+  ({"model.remat": "dot"}, r"config.model.remat='dot' is not one of: none"),
+])  # fmt: skip
+def test_override_refuses(fields, why):
+  with pytest.raises(UserError, match=why):
+    command_line.override(toy_config(), fields, "here")
 
 
 def test_an_override_takes_the_words_of_config_json():
@@ -111,8 +138,6 @@ def test_an_override_takes_the_words_of_config_json():
   config = command_line.override(base, flat, "here")
   assert config_lib.flatten(config) == flat and config.model.remat is config_lib.Remat.DOTS
   assert base == config_lib.Config()  # a copy was changed
-  with pytest.raises(UserError, match=r"config.model.remat='dot' is not one of: none"):
-    command_line.override(base, {"model.remat": "dot"}, "here")
 
 
 def test_mixtral_counts():

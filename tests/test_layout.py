@@ -7,6 +7,7 @@ from moe_jax import workdir
 from tests.support.toys import ROOT
 
 PACKAGE = ROOT / "moe_jax"
+TESTS = ROOT / "tests"
 _CORE = {"config", "validation", "workdir", "sharding", "startup", "data"}
 _CORE |= {"kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
@@ -133,5 +134,23 @@ def test_the_readme_maps_the_folders():
 
 def test_files_stay_readable():
   """A file past some 300 lines is two things. Data and config files have their own folders."""
-  for _, path in modules():
+  for path in [path for _, path in modules()] + sorted(TESTS.rglob("*.py")):
     assert len(path.read_text().splitlines()) <= 330, path
+
+
+def test_folders_of_tests_are_folders_of_code():
+  """So that the tests of a module are found by its name."""
+  known = {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"benchmarks"}
+  folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*/test_*.py")}
+  assert len(folders) > 8 and not folders - known
+
+
+def test_no_test_file_imports_another():
+  """What several share stands in tests/support."""
+  for path in TESTS.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+      if isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+      parts = {part for name in names for part in name.split(".")}
+      assert not {part for part in parts if part.startswith("test_")}, (path, names)

@@ -6,7 +6,7 @@ Four microbatches of two rows make a step, so the three scopes differ; nothing i
 
 Possible failure: the published gain of 1.6% came with 120B tokens; here the losses may differ by
 less than the seeds do. That the global loss of microbatches equals that of the full batch is exact,
-and tests/training/test_meshes.py tests it.
+and tests/training/test_train.py tests it.
 """
 
 from configs.arms import changes, rates

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import decode
 from moe_jax.config import UserError
-from tests.benchmarks.test_benchmarks import TOY_SIZES
+from tests.support.toys import TOY_SIZES
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
 pytest.importorskip("torch", reason=MISSING)
@@ -16,6 +16,7 @@ SIZES = TOY_SIZES | dict(vocab_size=300, layers=2, heads=4, kv_heads=2, experts_
 TOY = decode.Workload("toy", SIZES, 2.0)
 
 
+@pytest.mark.slow
 def test_the_same_tokens_out(tmp_path, monkeypatch):
   monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
   options = dict(rounds=1, peer_python=sys.executable, peer_compile=False)

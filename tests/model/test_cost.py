@@ -1,9 +1,10 @@
-"""Parameter counts against arithmetic by hand."""
+"""Parameter counts against arithmetic by hand, and the description printed before a run."""
 
 import importlib
 
 import pytest
 
+from moe_jax.config import Router
 from moe_jax.model import cost
 from tests.support.toys import toy_config
 
@@ -45,3 +46,10 @@ def test_a_tied_head_is_the_embedding(tied, matrices):
   other = 2 * 10 * 24 + 2 * 10 * 12 + 10 * 4 + 2 * 10
   assert counts.total - counts.embedding == 2 * (other + 4 * 3 * 10 * 18) + 10
   assert counts.active - counts.embedding == 2 * (other + 2 * 3 * 10 * 18) + 10
+
+
+def test_describe_says_what_is_not_causal():
+  """Before a run starts: its loss is not a language model's."""
+  report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False), ())
+  assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
+  assert "not causal" not in cost.report(toy_config(), ())

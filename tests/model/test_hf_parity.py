@@ -15,16 +15,12 @@ from moe_jax import config as config_lib
 from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Dispatch
 from moe_jax.model.feedforward import MoEFFN
-from moe_jax.moe import dispatch, routers
+from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe.layer import router_inputs
+from moe_jax.moe.routing import Routing
 from moe_jax.training import losses
+from tests.support.hf_blocks import B, D, L, arrays, build, close, to_ours, torch
 from tests.support.toys import mesh_of
-
-MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
-torch = pytest.importorskip("torch", reason=MISSING)
-pytest.importorskip("transformers", reason=MISSING)
-
-B, L, D = 4, 7, 10
 
 
 class Peer(NamedTuple):
@@ -76,53 +72,6 @@ PATHS = {  # dispatcher, mesh
   "grouped-expert4": (Dispatch.GROUPED, dict(expert=4)),
 }
 CASES = [("mixtral", path) for path in PATHS] + [(peer, "gather") for peer in list(PEERS)[1:]]
-
-
-def close(got, want, name=""):
-  # float32 on both sides, sums of some tens of terms in another order: the differences measured
-  # are below 4e-7 of the largest element, and a wrong gate or token misses by 1e-2 or more.
-  want = np.asarray(want)
-  largest = np.abs(want).max()
-  assert largest > 1e-2, f"{name} is zero on both sides"
-  np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * largest, err_msg=name)
-
-
-@functools.cache
-def arrays():
-  """x_BLD with an offset, so that routing is unbalanced; the cotangent; padding."""
-  rng = np.random.default_rng(0)
-  x_BLD = rng.normal(size=(B, L, D)) + 0.5 * rng.normal(size=D)
-  real_BL = np.arange(L)[None] < np.array([[7], [4], [1], [6]])
-  return np.float32(x_BLD), np.float32(rng.normal(size=(B, L, D))), real_BL
-
-
-def build(package, block, config, **fields):
-  """A block of transformers with random weights, in evaluation mode."""
-  module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-  config = getattr(importlib.import_module("transformers"), config)(hidden_size=D, **fields)
-  config._experts_implementation = "eager"  # a block outside of a model has none, and warns
-  block = getattr(module, block)(config).eval()
-  rng = np.random.default_rng(1)
-  with torch.no_grad():
-    for weight in block.parameters():
-      weight.copy_(torch.tensor(0.5 * rng.normal(size=weight.shape)))
-  return block
-
-
-def to_ours(tensors):
-  """Their names and layouts -> ours; linear, so for gradients too."""
-  named = {}
-  for name, tensor in tensors.items():
-    a = np.swapaxes(tensor.detach().numpy(), -1, -2)  # theirs are [..., out, in]
-    if name == "gate.weight":
-      named["router_DE"] = a
-    elif name == "experts.gate_up_proj":
-      named["gate_EDF"], named["up_EDF"] = np.split(a, 2, axis=-1)
-    elif name == "experts.down_proj":
-      named["down_EFD"] = a
-    else:
-      named[{"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}[name.split(".")[1][:-5]]] = a
-  return named
 
 
 def by_expert(expert_TK, gate_TK):
@@ -281,6 +230,15 @@ def test_balance_loss(one_device, padded):
   close(drouter_DE, router_ED.grad.T, "router_DE")
 
 
+class SwitchOutputs(NamedTuple):
+  y_BLD: jax.Array
+  stats: counts.MoeStats
+  routing: Routing
+  slots: dispatch.Slots
+  balance: jax.Array
+  z: jax.Array
+
+
 def test_switch(one_device):
   """Router, dropped tokens and losses; not the block: their experts are ReLU MLPs."""
   E, C = 5, 2
@@ -328,21 +286,20 @@ def test_switch(one_device):
     z = stats.z / stats.tokens
     gate_T = jnp.zeros(B * L).at[routing.token_N].add(slots.kept_N * routing.gate_N)
     loss = jnp.sum(gate_T * cotangent_BL.reshape(-1)) + 3 * balance + z
-    return loss, (y_BLD, stats, routing, slots, balance, z)
+    return loss, SwitchOutputs(y_BLD, stats, routing, slots, balance, z)
 
-  (_, (y_BLD, stats, routing, slots, balance, z)), (dx_BLD, drouter_DE) = step(
-    x_BLD, weights["router_DE"]
-  )
+  (_, got), (dx_BLD, drouter_DE) = step(x_BLD, weights["router_DE"])
+  stats, routing, slots = got.stats, got.routing, got.slots
   token_N = np.asarray(routing.token_N)
   np.testing.assert_array_equal(token_N, np.arange(B * L))  # K = 1, by position
   np.testing.assert_array_equal(routing.expert_N, probs_BLE.argmax(dim=-1).reshape(-1))
   close(routing.gate_N, gate_BL1.detach().reshape(-1), "gates")
   np.testing.assert_array_equal(slots.kept_N, kept_BLE.any(axis=-1).reshape(-1))
   # The layer drops the same tokens: their rows are zero.
-  np.testing.assert_array_equal((y_BLD != 0).any(axis=-1), kept_BLE.any(axis=-1))
+  np.testing.assert_array_equal((got.y_BLD != 0).any(axis=-1), kept_BLE.any(axis=-1))
   np.testing.assert_array_equal(stats.kept_E, kept_BLE.sum(axis=(0, 1)))
   close(routing.probs_TE.reshape(B, L, E), probs_BLE.detach(), "probabilities")
-  close(balance, want[0].detach(), "balance")
-  close(z, want[1].detach(), "z")
+  close(got.balance, want[0].detach(), "balance")
+  close(got.z, want[1].detach(), "z")
   close(dx_BLD, their_x.grad, "x_BLD")
   close(drouter_DE, router.classifier.weight.grad.T, "router_DE")

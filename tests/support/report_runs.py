@@ -1,6 +1,10 @@
 """Writes workdirs like those of train.py and eval.py, with numbers that can be checked by hand."""
 
 import json
+import pathlib
+from typing import NamedTuple
+
+from moe_jax import report
 
 STEPS = (100, 200, 300, 400)
 # Validation losses at STEPS of seeds 0 and 1. The dense runs end at a mean of 2.1, the target.
@@ -90,3 +94,34 @@ def write_sweep(out, runs, **more):
   arms = dict.fromkeys(arm for arm, _ in runs)
   sweep["arms"] = [{"name": arm, "overrides": {}, "notes": [f"note of {arm}"]} for arm in arms]
   write_json(out / "sweep.json", sweep | more)
+
+
+FINISHED = {(arm, seed): "finished" for arm in LOSSES for seed in (0, 1)}
+
+
+def sweep(out, statuses=FINISHED, **more):
+  for (arm, seed), status in statuses.items():
+    if status != "waiting":
+      write_run(out / arm / f"seed{seed}", arm, seed, 0 if arm == "dense" else 4)
+  write_sweep(out, statuses, **more)
+  return out
+
+
+class Written(NamedTuple):
+  """What report.compare() wrote of a sweep."""
+
+  folder: pathlib.Path
+  markdown: str
+  html: str
+
+
+def write_report(out) -> Written:
+  report.compare(out)
+  return Written(out, (out / "report.md").read_text(), (out / "report.html").read_text())
+
+
+def row(text, arm):
+  """Cells of the results table."""
+  return next(
+    line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {arm} |")
+  )

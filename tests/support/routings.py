@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,11 +79,18 @@ def inputs() -> tuple[oracle.Inputs, np.ndarray]:
   return values, float32(rng.normal(size=(B, L, D)))
 
 
+class Expected(NamedTuple):
+  """The oracle's answer."""
+
+  assignments: list[tuple[int, int, bool]]  # token, expert, kept
+  result: oracle.Result
+  gradients: dict[str, np.ndarray]
+
+
 @functools.cache
-def expected(name: str, dropless: bool) -> tuple[list, oracle.Result, dict[str, np.ndarray]]:
-  """Returns the oracle's assignments, result and gradients."""
+def expected(name: str, dropless: bool) -> Expected:
   values, cotangent_BLD = inputs()
   routing = spec(moe_config(name, dropless=dropless))
   assignments = oracle.select(values, routing)
   gradients = oracle.gradients(values, routing, assignments, cotangent_BLD)
-  return assignments, oracle.evaluate(values, routing, assignments), gradients
+  return Expected(assignments, oracle.evaluate(values, routing, assignments), gradients)

@@ -1,6 +1,7 @@
 """Toy configs, meshes of simulated devices, states and batches for many tests."""
 
 import enum
+import math
 import pathlib
 import re
 
@@ -107,3 +108,15 @@ def build(config, seed=0):
     for path, v in nnx.to_flat_state(params)
   ]
   return graph, nnx.from_flat_state(flat)
+
+
+def biased_config(rate=0.05):
+  config = toy_config(bias_update_rate=rate, capacity_factor=math.inf)
+  config.loss = config_lib.Loss(load_balance=0.0)
+  return config
+
+
+TOY_SIZES = dict(
+  vocab_size=32, dim=16, layers=1, heads=2, kv_heads=1, experts_count=2, top_k=1, expert_dim=16,
+  seq_len=8, batch_size=2, seed=0,
+)  # fmt: skip

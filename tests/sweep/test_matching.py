@@ -130,39 +130,30 @@ def test_widths_that_devices_like():
   assert match("dense", by="flops_per_token")(config).model.ffn_dim == 1544  # of 1546.67
 
 
-def test_what_cannot_be_matched_says_why():
-  config = reference("tiny_moe")
-  with pytest.raises(UserError, match=r"within 1%; the nearest, config.model.ffn_dim=512, has"):
-    match("dense", by="flops_per_token", multiple_of=512)(config)
-  with pytest.raises(UserError, match=r"is dense already"):
-    match("dense", by="total_params")(reference("tiny_dense"))
-  with pytest.raises(UserError, match=r"give the number of experts"):
-    match("moe", by="total_params")(reference("tiny_dense"))
-  with pytest.raises(UserError, match=r"num_expert; the nearest is config.model.moe.num_experts"):
-    match("moe", by="total_params", num_expert=4)(config)
-  with pytest.raises(UserError, match=r"top_k=9.*num_experts=8"):
-    match("moe", by="active_params", top_k=9)(config)
-  for wrong, text in [
-    (dict(kind="sparse", by="total_params"), "not one of: dense, moe"),
-    (dict(kind="dense", by="params"), "active_params, flops_per_token, total_params, wall_clock"),
-    (dict(kind="dense", by="total_params", top_k=1), "drop top_k"),
-    (dict(kind="moe", by="total_params", expert_dim=1), "expert_dim is the width that is solved"),
-    (dict(kind="dense", by="total_params", multiple_of=0), "at least 1"),
-  ]:
-    with pytest.raises(UserError, match=text):
-      match(**wrong)
+@pytest.mark.parametrize(("twin", "of", "why"), [
+  (dict(kind="dense", by="flops_per_token", multiple_of=512), "tiny_moe",
+   r"within 1%; the nearest, config.model.ffn_dim=512, has"),
+  (dict(kind="dense", by="total_params"), "tiny_dense", r"is dense already"),
+  (dict(kind="moe", by="total_params"), "tiny_dense", r"give the number of experts"),
+  (dict(kind="moe", by="total_params", num_expert=4), "tiny_moe",
+   r"num_expert; the nearest is config.model.moe.num_experts"),
+  (dict(kind="moe", by="active_params", top_k=9), "tiny_moe", r"top_k=9.*num_experts=8"),
+])  # fmt: skip
+def test_a_config_that_has_no_such_twin_is_refused(twin, of, why):
+  with pytest.raises(UserError, match=why):
+    match(**twin)(reference(of))
 
 
-def test_override_takes_members_and_values():
-  config = toy_config()
-  for router in (Router.SINKHORN, "sinkhorn"):
-    changed = command_line.override(config, {"model.moe.router": router, "train.steps": 3}, "here")
-    assert changed.model.moe.router is Router.SINKHORN and changed.train.steps == 3
-  assert config.model.moe.router is Router.TOPK
-  with pytest.raises(UserError, match=r"here: .*train.step; the nearest is config.train.steps"):
-    command_line.override(config, {"train.step": 3}, "here")
-  with pytest.raises(UserError, match="router='best' is not one of: switch"):
-    command_line.override(config, {"model.moe.router": "best"}, "here")
+@pytest.mark.parametrize(("wrong", "why"), [
+  (dict(kind="sparse", by="total_params"), "not one of: dense, moe"),
+  (dict(kind="dense", by="params"), "active_params, flops_per_token, total_params, wall_clock"),
+  (dict(kind="dense", by="total_params", top_k=1), "drop top_k"),
+  (dict(kind="moe", by="total_params", expert_dim=1), "expert_dim is the width that is solved"),
+  (dict(kind="dense", by="total_params", multiple_of=0), "at least 1"),
+])  # fmt: skip
+def test_a_wrong_match_is_refused(wrong, why):
+  with pytest.raises(UserError, match=why):
+    match(**wrong)
 
 
 def clock(reference_s, fixed, per_width, noise=0.0):
@@ -178,39 +169,61 @@ def clock(reference_s, fixed, per_width, noise=0.0):
 
 
 def test_time_is_solved_by_secant():
+  """(1 - 0.4) / 0.001 = 600."""
   measure, asked = clock(1.0, fixed=0.4, per_width=0.001)
-  width, times = matching.solve_by_time(measure, start=200, step=8, tries=6)  # the answer is 600
+  width, times = matching.solve_by_time(measure, start=200, step=8, tries=6)
   assert width == 600 and times.twin == pytest.approx(1.0)
   assert len(asked) <= 4 and all(w % 8 == 0 for w in asked)
+
+
+def test_time_is_solved_by_a_noisy_clock():
   measure, asked = clock(1.0, fixed=0.4, per_width=0.001, noise=0.01)
   width, times = matching.solve_by_time(measure, start=2000, step=1, tries=6)
   assert abs(times.ratio - 1) < 0.03 and 500 < width < 700 and len(asked) <= 6
-  # No width is quick enough: it ends, and with the nearest.
+
+
+def test_the_search_ends_with_the_nearest_width_if_none_is_quick_enough():
   measure, asked = clock(1.0, fixed=2.0, per_width=0.001)
   width, times = matching.solve_by_time(measure, start=100, step=1, tries=6)
   assert width == min(asked) and len(asked) <= 6 and times.ratio > 2
 
 
-def test_measured_once(monkeypatch):
-  calls = []
+@pytest.fixture
+def jobs(monkeypatch):
+  """What is measured elsewhere, by a clock that finds width 40 good for the whole tiny_moe."""
+  asked = []
 
   def measure(job):
-    calls.append(job)
+    asked.append(job)
     return {"width": 40, "times": [0.010, 0.0102, 1.02 if job["start"] > 100 else 1.2],
             "device": "1 x cpu"}  # fmt: skip
 
   monkeypatch.setattr(matching, "_measure_elsewhere", measure)
-  measured, config = {}, reference("tiny_moe")
-  twin, note = match("dense", by="wall_clock").solve(config, measured)
-  assert twin.model.ffn_dim == 40 and calls[0]["start"] == 387
+  return asked
+
+
+def test_the_note_of_a_measured_twin_says_times_and_device(jobs):
+  twin, note = match("dense", by="wall_clock").solve(reference("tiny_moe"), {})
+  assert twin.model.ffn_dim == 40 and jobs[0]["start"] == 387
   assert "10.2 ms per training step against 10 (+2.0%)" in note and "1 x cpu" in note
+
+
+def test_configs_that_take_the_same_time_are_measured_once(jobs):
+  measured, config = {}, reference("tiny_moe")
+  match("dense", by="wall_clock").solve(config, measured)
   config.train.steps, config.loss.load_balance = 500, 0.0  # nothing that takes time
   assert match("dense", by="wall_clock").solve(config, measured).config.model.ffn_dim == 40
-  assert len(calls) == len(measured) == 1
+  assert len(jobs) == len(measured) == 1
+
+
+def test_a_measurement_that_missed_is_refused_and_not_kept(jobs):
+  """So that it is measured again."""
+  measured, config = {}, reference("tiny_moe")
+  match("dense", by="wall_clock").solve(config, measured)
   config.model.moe.expert_dim = 20
   with pytest.raises(UserError, match=r"no width measured within 5%.*ffn_dim=40.*20.0%"):
     match("dense", by="wall_clock").solve(config, measured)
-  assert len(calls) == 2 and len(measured) == 1  # what has failed is measured again
+  assert len(jobs) == 2 and len(measured) == 1
 
 
 @pytest.mark.slow

@@ -1,238 +1,24 @@
-"""The language, the command lines, and the runner with made-up runs and with real ones."""
+"""The runner with made-up runs: past a failure, stopped and gone on, and what it records."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
-import shlex
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import command_line, report
 from moe_jax import config as config_lib
 from moe_jax.config import UserError
-from moe_jax.sweep import arm, match, product, runner, slots, zipped
-from moe_jax.sweep import plan as plan_lib
+from moe_jax.sweep import runner
+from tests.support.sweeps import TWO, write_sweep
 from tests.support.toys import ROOT
-
-SWEEPS = [p.stem for p in (ROOT / "configs/sweeps").glob("*.py")]
-
-
-def write_sweep(folder, arms, **more):
-  fields = "".join(f", {name}={value!r}" for name, value in more.items())
-  text = f"""
-    '''Is it so?
-
-    Why it could be.
-    '''
-    from moe_jax.sweep import Sweep, arm, match, product, zipped
-
-
-    def get_sweep():
-      return Sweep(base="configs/debug.py", arms={arms}{fields})
-  """
-  path = folder / "sweep_file.py"
-  path.write_text(textwrap.dedent(text).lstrip())
-  return str(path)
-
-
-def make(path, out="runs/x", *, arms=(), seeds=(), overrides=None, measured=None):
-  return plan_lib.make_plan(
-    path,
-    pathlib.Path(out),
-    arms=arms,
-    seeds=seeds,
-    overrides=overrides or {},
-    measured=measured or {},
-  )
-
-
-TWO = "[arm('base'), arm('none', {'loss.load_balance': 0.0})]"
-
-
-def test_product_and_zip():
-  first = [arm("a", {"train.steps": 1}), arm("b", {"train.steps": 2}, notes="two")]
-  second = [arm("x", {"loss.z": 0.1}), arm("y", match("dense", by="total_params"), notes="why")]
-  both = product(first, second)
-  assert [a.name for a in both] == ["a-x", "a-y", "b-x", "b-y"]
-  assert both[2].fields == {"train.steps": 2, "loss.z": 0.1} and both[2].notes == ("two",)
-  assert both[3].transforms == second[1].transforms and both[3].notes == ("two", "why")
-  assert [a.name for a in zipped(first, second)] == ["a-x", "b-y"]
-  assert [a.name for a in zipped(first, second) + first] == ["a-x", "b-y", "a", "b"]
-
-
-def test_wrong_lists():
-  steps = [arm("a", {"train.steps": 1}), arm("b", {"train.steps": 2})]
-  with pytest.raises(UserError, match=r"a-c: config.train.steps is set twice, to 1 and 3"):
-    product(steps, [arm("c", {"train.steps": 3})])
-  with pytest.raises(UserError, match=r"2 and 1 arms; give each the same number"):
-    zipped(steps, steps[:1])
-  with pytest.raises(UserError, match=r"'a/b': the name is also a folder"):
-    arm("a/b")
-  with pytest.raises(UserError, match=r"arm a: 3 is neither"):
-    arm("a", 3)
-
-
-def test_seeds_give_the_same_data_to_every_arm(tmp_path):
-  plan = make(write_sweep(tmp_path, TWO))
-  assert [(r.arm, r.seed) for r in plan.runs] == [
-    (a, s) for a in ("base", "none") for s in (0, 1, 2)
-  ]
-  for run in plan.runs:
-    assert run.config.train.seed == run.config.data.seed == run.seed
-    assert run.workdir == f"{run.arm}/seed{run.seed}"
-  assert plan.runs[1].config.data == plan.runs[4].config.data
-  assert plan.question == "Is it so?\n\nWhy it could be."
-  assert [a.overrides for a in plan.arms] == [{}, {"loss.load_balance": 0.0}]
-  chosen = make(write_sweep(tmp_path, TWO), arms=["none"], seeds=[7])
-  assert [(r.arm, r.seed) for r in chosen.runs] == [("none", 7)]
-
-
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
-def test_the_command_line_gives_the_same_config(tmp_path, monkeypatch):
-  """A word of each kind: enum, bool, float, inf, string with blanks, and the solved width."""
-  arms = """[
-    arm('k1', {'model.moe.router': 'switch', 'model.moe.top_k': 1,
-               'model.moe.capacity_factor': float('inf'),
-               'optimizer.learning_rate': 1e-5, 'data.train_split': "train[:5%] & 'x' "}),
-    arm('dense', {'model.qk_norm': True}, match('dense', by='flops_per_token')),
-    arm('cosine', {'mesh.data': 1, 'data.text_field': ''})]"""
-  plan = make(write_sweep(tmp_path, arms, evaluate=("--routing", "--split=test")), seeds=[0, 3])
-  assert len(plan.runs) == 6
-  for run in plan.runs:
-    words = shlex.split(run.command)
-    assert words[:3] == ["python", "train.py", "--config=configs/debug.py"]
-    assert words[-1] == f"--workdir=runs/x/{run.workdir}"
-    monkeypatch.setattr(sys, "argv", words[1:-1])  # where config_flags looks for the overrides
-    values = flags.FlagValues()
-    given = config_flags.DEFINE_config_file("config", flag_values=values)
-    values(sys.argv)
-    assert given.value == run.config
-    asked = "--split=test" if run.arm == "dense" else "--routing --split=test"
-    assert run.evaluate == f"python eval.py --workdir=runs/x/{run.workdir} {asked}"
-  # Nothing but what differs: seed 0 is the base's.
-  assert plan.runs[4].command == (
-    "python train.py --config=configs/debug.py --config.data.text_field= --config.mesh.data=1 "
-    "--workdir=runs/x/cosine/seed0"
-  )
-
-
-def test_overrides_win_over_the_arms_and_come_before_the_match(tmp_path):
-  arms = "[arm('a', {'train.steps': 40}), arm('dense', match('dense', by='active_params'))]"
-  plan = make(
-    write_sweep(tmp_path, arms), overrides={"train.steps": 20, "model.moe.expert_dim": 90}
-  )
-  assert [a.config.train.steps for a in plan.arms] == [20, 20]
-  assert plan.arms[1].config.model.ffn_dim == 181  # 2 * 90 + 4 / 3
-
-
-SAME = "[arm('a', {'train.steps': 30}), arm('b')]"  # 30 is the base's
-WRONG = {
-  "[]": "arms is empty",
-  "[arm('a'), arm('a', {'train.steps': 40})]": "two arms are called a",
-  SAME: "the arms a and b are the same config",
-  "[arm('a', {'loss.load_balanc': 0.0})]": "arm a: there is no field config.loss.load_balanc; the "
-  "nearest is config.loss.load_balance",
-  "[arm('a', {'train.seed': 3})]": "arm a: the sweep sets config.train.seed",
-  "[arm('a', {'model.moe.top_k': 5})]": "arm a: config.model.moe.top_k=5 with",
-  "[arm('a', {'train.steps': 'x'})]": "arm a: config.train.steps='x' is of type str, not int",
-  "[arm('a', match('dense', by='size'))]": "sweep_file.py:9: match('dense', by='size'): `by` is",
-  "[arm('a', {'model.moe.num_experts': 0}, match('dense', by='total_params'))]": "is dense already",
-  "[1 / 0]": "sweep_file.py:9: ZeroDivisionError",
-  "[arm('base')], target='bas'": "target=bas: no arm has that name; the nearest is base",
-  "[arm('base')], seeds=(0, 0)": "seeds=(0, 0) must be different integers from 0 up",
-  "[arm('base')], seeds=()": "seeds=() must be",
-  "[arm('base')], evaluate='--routing'": "write ('--routing',)",
-  "[arm('base')], base='configs/none.py'": "none.py: no such file",
-}
-
-
-@pytest.mark.parametrize("arms", WRONG)
-def test_a_wrong_sweep_is_one_line(arms, tmp_path):
-  path = write_sweep(tmp_path, arms)
-  if "base=" in arms:
-    text = pathlib.Path(path).read_text().replace('base="configs/debug.py", ', "")
-    pathlib.Path(path).write_text(text)
-  with pytest.raises(UserError) as error:
-    make(path)
-  assert WRONG[arms] in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_wrong_choice_is_one_line(tmp_path):
-  path = write_sweep(tmp_path, TWO)
-  with pytest.raises(UserError, match=r"--arms=nnoe: no arm has that name; the nearest is none"):
-    make(path, arms=["nnoe"])
-  with pytest.raises(UserError, match=r"no such file"):
-    make("configs/sweeps/nothing.py")
-  (tmp_path / "empty.py").write_text("def get_sweep():\n  return 3\n")
-  with pytest.raises(UserError, match=r"returned int, not a Sweep"):
-    make(str(tmp_path / "empty.py"))
-  pathlib.Path(path).write_text(pathlib.Path(path).read_text().replace("'''", "#", 1).replace(
-    "Why", "#").replace("'''", "#").replace("\n\n#", "\n#"))  # fmt: skip
-  with pytest.raises(UserError, match=r"it has no docstring; begin with the question"):
-    make(path)
-
-
-@pytest.mark.parametrize("name", sorted(SWEEPS))
-def test_every_shipped_sweep_expands(name):
-  plan = make(f"configs/sweeps/{name}.py")
-  assert plan.sweep.band, "say what counts as an answer before the run"
-  assert len({r.seed for r in plan.runs}) >= 3 or not plan.sweep.published
-
-
-def test_dry_run_prints_lines_and_makes_nothing(tmp_path):
-  path = write_sweep(tmp_path, "[arm('a'), arm('dense', match('dense', by='flops_per_token'))]")
-  command = [sys.executable, "sweep.py", f"--sweep={path}", f"--out={tmp_path / 'out dir'}",
-             "--dry-run", "--seeds=0,4", "--config.train.steps=20"]  # fmt: skip
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-  assert done.returncode == 0 and not done.stderr
-  comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
-  lines = done.stdout.splitlines()[len(comments) :]
-  assert comments[0] == "# Is it so?" and any("4 runs" in c for c in comments)
-  assert any("ffn_dim=65, 187,392 FLOPs per token against 187,776 (-0.20%)" in c for c in comments)
-  assert len(lines) == 4
-  assert lines[1] == (
-    "python train.py --config=configs/debug.py --config.data.seed=4 --config.train.steps=20 "
-    f"--config.train.seed=4 '--workdir={tmp_path}/out dir/a/seed4' && "
-    f"python eval.py '--workdir={tmp_path}/out dir/a/seed4'"
-  )
-  assert not (tmp_path / "out dir").exists()
-  done = subprocess.run([*command, "--out="], cwd=ROOT, capture_output=True, text=True, timeout=99)
-  assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out is missing" in done.stderr
-
-
-def test_shares():
-  assert [slots.share([4, 5, 6, 7, 8], slot, 2) for slot in range(2)] == [[4, 5], [6, 7, 8]]
-  assert [slots.share([0, 1], slot, 3) for slot in range(3)] == [[0], [1], [0]]
-  assert slots.share([], 1, 2) == []
-
-
-def test_slots_have_their_own_gpus_and_cores(monkeypatch):
-  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc,5")
-  two = slots.MachineSlots(2)
-  assert two.environment(0) == {"CUDA_VISIBLE_DEVICES": "2"}
-  assert two.environment(1) == {"CUDA_VISIBLE_DEVICES": "GPU-abc,5"}
-  assert slots.MachineSlots(1).environment(0) == {}
-  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-  shared = {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
-  assert slots.MachineSlots(2).environment(1) == shared
-  usable = slots.cpus()
-  if len(usable) > 1:
-    code = "import os, time; time.sleep(0.3); print(sorted(os.sched_getaffinity(0)), os.environ["
-    command = [sys.executable, "-c", code + "'CUDA_VISIBLE_DEVICES'])"]
-    process = slots.MachineSlots(2).start(command, 1, stdout=subprocess.PIPE, text=True)
-    assert process.communicate(timeout=60)[0] == f"{usable[len(usable) // 2 :]} 0\n"
-    with slots.MachineSlots(2).as_first():
-      assert slots.cpus() == usable[: len(usable) // 2]
-    assert slots.cpus() == usable
-
 
 FAKE_TRAIN = """
   import json, pathlib, signal, sys, time
@@ -266,180 +52,263 @@ FAKE_EVAL = """
 """
 
 
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-  """A folder with a train.py and an eval.py that need no jax; returns (run the sweep, reports)."""
-  for name, text in (("train", FAKE_TRAIN), ("eval", FAKE_EVAL)):
-    (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
-  (tmp_path / "configs").mkdir()
-  (tmp_path / "configs/debug.py").write_text((ROOT / "configs/debug.py").read_text())
-  monkeypatch.chdir(tmp_path)
-  reports = []
-  monkeypatch.setattr(report, "compare", reports.append)
+class Swept(NamedTuple):
+  """What a sweep left: its code, record and output, and the logs of its runs."""
 
-  def sweep(arms, jobs=1, overrides=None, names=(), **more):
-    path = write_sweep(tmp_path, arms, seeds=(0,), **more)
-    code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
-                      overrides=overrides or {})  # fmt: skip
+  code: int
+  record: dict
+  output: str
+  logs: dict[str, str]  # by arm
+
+  @property
+  def statuses(self):
+    return {run["arm"]: run["status"] for run in self.record["runs"]}
+
+
+class Fakes:
+  """A folder with a train.py and an eval.py that need no jax."""
+
+  def __init__(self, folder):
+    for name, text in (("train", FAKE_TRAIN), ("eval", FAKE_EVAL)):
+      (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    (folder / "configs").mkdir()
+    (folder / "configs/debug.py").write_text((ROOT / "configs/debug.py").read_text())
+    self.folder, self.reports = folder, []
+
+  def sweep(self, arms, jobs=1, overrides=None, names=(), **more):
+    path = write_sweep(self.folder, arms, seeds=(0,), **more)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+      code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
+                        overrides=overrides or {})  # fmt: skip
     record = json.loads(pathlib.Path("out/sweep.json").read_text())
-    return code, record, {r["arm"]: r["status"] for r in record["runs"]}
-
-  return sweep, reports
-
-
-def log_of(name):
-  return pathlib.Path(f"out/{name}/seed0/log.txt").read_text()
+    logs = {log.parent.parent.name: log.read_text() for log in pathlib.Path("out").rglob("log.txt")}
+    return Swept(code, record, output.getvalue(), logs)
 
 
-def test_runs_to_the_end_past_a_failure(fake, capsys):
-  sweep, reports = fake
+@contextlib.contextmanager
+def fakes_in(folder):
+  """While it lasts, the fakes' folder is the current one, and reports are only noted down."""
+  made = Fakes(folder)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    patch.setattr(report, "compare", made.reports.append)
+    yield made
+
+
+@pytest.fixture
+def fake(tmp_path):
+  with fakes_in(tmp_path) as made:
+    yield made
+
+
+class History(NamedTuple):
+  """Four sweeps in one folder, one after the other."""
+
+  first: Swept  # of two arms and one that fails, evaluated with --routing
+  again: Swept  # the same
+  causal: Swept  # evaluated with --causal, one arm alone
+  longer: Swept  # with more steps, one arm alone
+  reports: list[pathlib.Path]  # made of the first
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
   arms = "[arm('bad', {'loss.z': 0.5}, notes='why'), *" + TWO + "]"
-  code, record, statuses = sweep(arms, jobs=2, target="base", evaluate=("--routing",), band="b")
-  assert code == 1 and statuses == {"bad": "failed", "base": "finished", "none": "finished"}
-  failed, finished, _ = record["runs"]
+  with fakes_in(tmp_path_factory.mktemp("fakes")) as fakes:
+    first = fakes.sweep(arms, jobs=2, target="base", evaluate=("--routing",), band="b")
+    reports = list(fakes.reports)
+    return History(
+      first,
+      fakes.sweep(arms, evaluate=("--routing",)),
+      fakes.sweep(arms, evaluate=("--causal",), names=["base"]),
+      fakes.sweep(arms, names=["base"], overrides={"train.steps": 40}),
+      reports,
+    )
+
+
+def test_a_failed_run_does_not_stop_the_others(history):
+  statuses = {"bad": "failed", "base": "finished", "none": "finished"}
+  assert history.first.code == 1 and history.first.statuses == statuses
+
+
+def test_the_record_holds_the_error_of_a_failed_run(history):
+  failed, finished, _ = history.first.record["runs"]
   assert failed["error"].endswith("error: z is broken") and finished["error"] == ""
+
+
+def test_the_record_holds_the_time_and_the_workdir_of_a_run(history):
+  finished = history.first.record["runs"][1]
   assert finished["seconds"] > 0 and finished["workdir"] == "base/seed0"
+
+
+def test_the_record_holds_the_commands_of_a_run(history):
+  finished = history.first.record["runs"][1]
   assert finished["command"] == (
     "python train.py --config=configs/debug.py --workdir=out/base/seed0"
   )
   assert finished["evaluate"] == "python eval.py --workdir=out/base/seed0 --routing"
+
+
+def test_the_record_holds_the_question_and_what_counts_as_an_answer(history):
+  record = history.first.record
   assert record["question"].startswith("Is it so?") and record["base"] == "configs/debug.py"
   assert record["target_arm"] == "base" and record["band"] == "b" and record["published"] == ""
-  assert record["arms"][0]["overrides"] == {"loss.z": 0.5} and "why" in record["arms"][0]["notes"]
-  assert "step     30/30" in log_of("base") and "evaluated --routing" in log_of("base")
-  assert reports[-1] == pathlib.Path("out")
-  said = capsys.readouterr().out
-  assert "bad/seed0 FAILED with code 1: error: z is broken" in said
-  assert "base/seed0 finished after 0:00:" in said and "loss 1.5000" in said
-  assert "2 of 3 finished; 1 failed" in said
-
-  # Again: what is finished stays, what failed is tried once more, and other flags evaluate again.
-  before = log_of("base")
-  code, _, statuses = sweep(arms, evaluate=("--routing",))
-  assert code == 1 and log_of("base") == before and log_of("bad").count("z is broken") == 2
-  assert "2 of 3 runs were finished before" in capsys.readouterr().out
-  code, record, _ = sweep(arms, evaluate=("--causal",), names=["base"])
-  assert code == 0 and "resuming at step 30" in log_of("base")
-  assert log_of("base").count("evaluated") == 2 and log_of("base").endswith("--causal\n")
-  # The runs that were not chosen stay in the record, unless the sweep has changed since.
-  assert [r["arm"] for r in record["runs"]] == ["bad", "base", "none"]
-  code, record, _ = sweep(arms, names=["base"], overrides={"train.steps": 40})
-  assert code == 0 and [r["arm"] for r in record["runs"]] == ["base"]
-  assert "step     40/40" in log_of("base")
 
 
-def test_a_run_that_somebody_else_stopped(fake):
-  """train.py then saves and ends with 0, but the run is not finished."""
-  code, record, statuses = fake[0]("[arm('told', {'loss.router_z': 0.5})]")
-  assert code == 1 and statuses == {"told": "stopped"} and "evaluated" not in log_of("told")
-  assert record["runs"][0]["seconds"] > 0
+def test_the_record_holds_overrides_and_notes_of_an_arm(history):
+  arm = history.first.record["arms"][0]
+  assert arm["overrides"] == {"loss.z": 0.5} and "why" in arm["notes"]
 
 
-def test_a_changed_config_or_lost_record_is_seen(fake):
-  sweep, _ = fake
-  assert sweep("[arm('a')]")[0] == 0
+def test_the_log_of_a_run_holds_training_and_evaluation(history):
+  log = history.first.logs["base"]
+  assert "step     30/30" in log and "evaluated --routing" in log
+
+
+def test_a_sweep_ends_with_a_report(history):
+  assert history.reports[-1] == pathlib.Path("out")
+
+
+@pytest.mark.parametrize("words", [
+  "bad/seed0 FAILED with code 1: error: z is broken", "base/seed0 finished after 0:00:",
+  "loss 1.5000", "2 of 3 finished; 1 failed",
+])  # fmt: skip
+def test_a_sweep_prints(words, history):
+  assert words in history.first.output
+
+
+def test_finished_runs_are_left_alone(history):
+  assert history.again.logs["base"] == history.first.logs["base"]
+  assert "2 of 3 runs were finished before" in history.again.output
+
+
+def test_a_failed_run_is_tried_again(history):
+  assert history.again.code == 1 and history.again.logs["bad"].count("z is broken") == 2
+
+
+def test_other_flags_evaluate_a_finished_run_again(history):
+  log = history.causal.logs["base"]
+  assert history.causal.code == 0 and "resuming at step 30" in log
+  assert log.count("evaluated") == 2 and log.endswith("--causal\n")
+
+
+def test_runs_that_were_not_chosen_stay_in_the_record(history):
+  assert [r["arm"] for r in history.causal.record["runs"]] == ["bad", "base", "none"]
+
+
+def test_runs_of_a_changed_sweep_leave_the_record(history):
+  longer = history.longer
+  assert longer.code == 0 and [r["arm"] for r in longer.record["runs"]] == ["base"]
+
+
+def test_more_steps_are_trained(history):
+  assert "step     40/40" in history.longer.logs["base"]
+
+
+def test_a_run_that_somebody_else_stopped_is_not_finished(fake):
+  """train.py saves and ends with 0."""
+  swept = fake.sweep("[arm('told', {'loss.router_z': 0.5})]")
+  assert swept.code == 1 and swept.statuses == {"told": "stopped"}
+  assert "evaluated" not in swept.logs["told"] and swept.record["runs"][0]["seconds"] > 0
+
+
+@pytest.fixture
+def finished_elsewhere(fake):
+  """A finished run without a record, as if a scheduler had run the lines of --dry-run."""
+  swept = fake.sweep("[arm('a')]")
+  assert swept.code == 0
   config = command_line.load_file("configs/debug.py")
-  workdir = pathlib.Path("out/a/seed0")
-  (workdir / "config.json").write_text(config_lib.to_json(config))
-  before = log_of("a")
-  pathlib.Path("out/sweep.json").unlink()  # as if a scheduler had run the lines of --dry-run
-  assert sweep("[arm('a')]")[0] == 0 and log_of("a") == before
-  # Not skipped, so that train.py says what has changed.
-  assert sweep("[arm('a', {'optimizer.b2': 0.9})]")[0] == 0
-  assert log_of("a").startswith(before) and "optimizer.b2=0.9" in log_of("a")
+  pathlib.Path("out/a/seed0/config.json").write_text(config_lib.to_json(config))
+  pathlib.Path("out/sweep.json").unlink()
+  return swept
 
 
-def test_a_signal_stops_and_the_same_command_goes_on(fake, capsys):
-  sweep, reports = fake
-  slow = pathlib.Path("slow")
-  slow.write_text("")
+def test_a_finished_run_without_a_record_is_left_alone(fake, finished_elsewhere):
+  swept = fake.sweep("[arm('a')]")
+  assert swept.code == 0 and swept.logs == finished_elsewhere.logs
 
-  def interrupt():
-    deadline = time.time() + 180
-    while time.time() < deadline:
-      logs = [pathlib.Path(f"out/{name}/seed0/log.txt") for name in ("base", "none")]
-      if all(log.exists() and "step      5/30" in log.read_text() for log in logs):
-        return os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(0.02)
 
+def test_a_run_whose_config_has_changed_is_not_skipped(fake, finished_elsewhere):
+  """So that train.py says what has changed."""
+  swept = fake.sweep("[arm('a', {'optimizer.b2': 0.9})]")
+  assert swept.code == 0
+  assert swept.logs["a"].startswith(finished_elsewhere.logs["a"])
+  assert "optimizer.b2=0.9" in swept.logs["a"]
+
+
+class Interrupted(NamedTuple):
+  stopped: Swept
+  resumed: Swept  # by the same command
+  reports: list[pathlib.Path]  # when it was stopped
+
+
+def interrupt_at_step_5():
+  deadline = time.time() + 180
+  while time.time() < deadline:
+    logs = [pathlib.Path(f"out/{name}/seed0/log.txt") for name in ("base", "none")]
+    if all(log.exists() and "step      5/30" in log.read_text() for log in logs):
+      return os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
   arms = TWO[:-1] + ", arm('later', {'train.steps': 20})]"
-  # A shell starts background jobs with SIGINT ignored, and a sweep leaves it so.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    threading.Thread(target=interrupt, daemon=True).start()
-    code, _, statuses = sweep(arms, jobs=2)
-  finally:
-    signal.signal(signal.SIGINT, before)
-  assert code == 128 + signal.SIGINT
-  assert statuses == {"base": "stopped", "none": "stopped", "later": "waiting"}
-  assert "SIGTERM: saved step 5" in log_of("base") and not reports
-  assert "stopped; the same command continues" in capsys.readouterr().out
-  slow.unlink()
-  code, _, statuses = sweep(arms, jobs=2)
-  assert code == 0 and set(statuses.values()) == {"finished"}
-  assert "resuming at step 5" in log_of("none") and log_of("none").count("step      5/30") == 1
+  with fakes_in(tmp_path_factory.mktemp("fakes")) as fakes:
+    slow = pathlib.Path("slow")
+    slow.write_text("")
+    # A shell starts background jobs with SIGINT ignored, and a sweep leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+      threading.Thread(target=interrupt_at_step_5, daemon=True).start()
+      stopped = fakes.sweep(arms, jobs=2)
+    finally:
+      signal.signal(signal.SIGINT, before)
+    reports = list(fakes.reports)
+    slow.unlink()
+    return Interrupted(stopped, fakes.sweep(arms, jobs=2), reports)
 
 
-def test_one_sweep_at_a_time(fake, tmp_path):
-  sweep, _ = fake
-  out = tmp_path / "out"
+def test_a_signal_is_the_code_of_the_sweep(interrupted):
+  assert interrupted.stopped.code == 128 + signal.SIGINT
+
+
+def test_a_signal_stops_what_runs_and_starts_nothing_more(interrupted):
+  statuses = {"base": "stopped", "none": "stopped", "later": "waiting"}
+  assert interrupted.stopped.statuses == statuses
+
+
+def test_runs_save_their_step_at_a_signal_and_no_report_is_made(interrupted):
+  assert "SIGTERM: saved step 5" in interrupted.stopped.logs["base"] and not interrupted.reports
+
+
+def test_a_stopped_sweep_says_how_to_go_on(interrupted):
+  assert "stopped; the same command continues" in interrupted.stopped.output
+
+
+def test_the_same_command_finishes_a_stopped_sweep(interrupted):
+  resumed = interrupted.resumed
+  assert resumed.code == 0 and set(resumed.statuses.values()) == {"finished"}
+
+
+def test_a_stopped_run_goes_on_and_repeats_no_step(interrupted):
+  log = interrupted.resumed.logs["none"]
+  assert "resuming at step 5" in log and log.count("step      5/30") == 1
+
+
+def test_one_sweep_at_a_time_works_in_a_folder(fake):
+  out = fake.folder / "out"
   out.mkdir()
   with runner.locked(out), pytest.raises(UserError, match="another sweep runs there"):
-    sweep("[arm('a')]")
-  assert sweep("[arm('a')]")[0] == 0
+    fake.sweep("[arm('a')]")
+  assert fake.sweep("[arm('a')]").code == 0
 
 
-def test_a_broken_report_loses_no_run(fake, monkeypatch, capsys):
+def test_a_broken_report_loses_no_run(fake, monkeypatch):
   def broken(out):
     raise KeyError("load_ZE")
 
   monkeypatch.setattr(report, "compare", broken)
-  code, _, statuses = fake[0]("[arm('a')]")
-  assert code == 1 and statuses == {"a": "finished"}
-  assert "no report: KeyError: 'load_ZE'" in capsys.readouterr().out
-
-
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-ENVIRONMENT["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, and compiles faster
-
-
-def start_real(tmp_path, arms, *options):
-  path = write_sweep(tmp_path, arms, seeds=(0,))
-  cache = [f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.train.log_every=1"]
-  return subprocess.Popen(
-    [sys.executable, "sweep.py", f"--sweep={path}", f"--out={tmp_path / 'out'}", *cache, *options],
-    cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True,
-  )  # fmt: skip
-
-
-def statuses_of(tmp_path):
-  return [r["status"] for r in json.loads((tmp_path / "out/sweep.json").read_text())["runs"]]
-
-
-@pytest.mark.slow
-def test_real_runs(tmp_path):
-  """Interrupted, continued past an arm that fails, and finished; then the sweep has changed."""
-  arms = "[arm('good', {'eval.final_batches': 1}), arm('bad', {'data.name': 'text', 'data.path': 'nowhere'})]"  # noqa: E501
-  process = start_real(tmp_path, arms)
-  log = tmp_path / "out/good/seed0/log.txt"
-  deadline = time.time() + 120
-  while not (log.exists() and "step      3/30" in log.read_text()) and time.time() < deadline:
-    time.sleep(0.05)
-  os.killpg(process.pid, signal.SIGINT)  # to all of the terminal's processes, as Ctrl-C does
-  process.communicate(timeout=60)
-  assert process.returncode == 130 and statuses_of(tmp_path) == ["stopped", "waiting"]
-  assert "SIGTERM: saved step" in log.read_text()
-
-  process = start_real(tmp_path, arms)
-  output, _ = process.communicate(timeout=200)
-  assert process.returncode == 1 and statuses_of(tmp_path) == ["finished", "failed"], output
-  assert "resuming" in log.read_text() and "bad/seed0 FAILED with code 2: error: " in output
-  assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/report.md").exists()
-  lines = (tmp_path / "out/good/seed0/metrics.jsonl").read_text().splitlines()
-  steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]
-  assert steps == list(range(1, 31))
-
-  process = start_real(tmp_path, arms.replace("1}", "1, 'optimizer.b2': 0.9}"), "--arms=good")
-  output, _ = process.communicate(timeout=100)
-  assert process.returncode == 1 and statuses_of(tmp_path) == ["failed", "failed"]
-  assert "config.optimizer.b2=0.9 (was 0.95)" in output
+  swept = fake.sweep("[arm('a')]")
+  assert swept.code == 1 and swept.statuses == {"a": "finished"}
+  assert "no report: KeyError: 'load_ZE'" in swept.output

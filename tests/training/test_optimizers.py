@@ -1,6 +1,7 @@
 """Every optimizer: by NumPy or by hand, on meshes, what it decays, what its state takes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -10,7 +11,14 @@ from moe_jax import sharding
 from moe_jax.config import OptimizerName
 from moe_jax.model import cost
 from moe_jax.training import optimizers, train
-from tests.support.toys import ROOT, example, mesh_of, new_name, toy_batch, toy_config
+from tests.support.toys import (
+  ROOT,
+  example,
+  mesh_of,
+  new_name,
+  toy_batch,
+  toy_config,
+)
 
 MESHES = [{}, dict(expert=2, fsdp=2)]
 STACKED = {  # name: shape, with the layers Z before the letters
@@ -230,3 +238,69 @@ def test_a_new_optimizer_is_one_record(monkeypatch):
   config.optimizer.name = lion
   momentum = sum(leaf.size for leaf in jax.tree.leaves(optimizers.abstract_state(config)))
   assert momentum == sum(p.size for p in cost.parameters(config.model).values()) + 2  # and counters
+
+
+def test_bias_update_by_hand():
+  """Total 10 over 4 experts, mean 2.5: above it down, below it up by u; then centred."""
+  bias = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[7, 2, 1, 0]]), 0.001)
+  want = np.array([-1, 1, 1, 1]) * 0.001
+  np.testing.assert_allclose(bias, [want - want.mean()], atol=1e-9)
+  even = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[3, 3, 3, 3]]), 0.001)
+  np.testing.assert_array_equal(even, np.zeros((1, 4)))
+  # Counts beyond float32's integers still have the right sign.
+  big = jnp.array([[2**28 + 1, 2**28 - 1, 2**28, 2**28]])
+  moved = optimizers.updated_bias(jnp.zeros((1, 4)), big, 1.0)
+  assert np.sign(moved).tolist() == [[-1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+  ("schedule", "expected"),
+  [
+    # step: 0 is 1/10 of the peak, 9 the peak; 55 is halfway between warm-up and end
+    ("cosine", {0: 0.1, 9: 1.0, 10: 1.0, 55: 0.55, 100: 0.1}),
+    ("wsd", {0: 0.1, 9: 1.0, 55: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+    ("constant", {0: 0.1, 9: 1.0, 55: 1.0, 100: 1.0}),
+  ],
+)
+def test_schedules_by_hand(schedule, expected):
+  settings = config_lib.Optimizer(
+    learning_rate=1.0, warmup_steps=10, schedule=config_lib.Schedule(schedule)
+  )
+  rate = optimizers.schedule(settings, steps=100)
+  for step, value in expected.items():
+    assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+
+
+# name: whether it decays
+PARAMETERS = {
+  "gate_EDF": True, "q_DHA": True, "down_FD": True, "head_DV": True, "norm_D": False,
+  "embed_VD": False, "router_DE": False,
+}  # fmt: skip
+
+
+def first_update(optimizer, size):
+  """(updates, state) of ones under gradients of one size."""
+  transform = optimizers.make_optimizer(optimizer, 10)
+  params = {"layer": {name: np.ones((2,) * len(name.split("_")[1])) for name in PARAMETERS}}
+
+  @jax.jit
+  def update(params):
+    grads = jax.tree.map(lambda p: p * size, params)
+    return transform.update(grads, transform.init(params), params)
+
+  return update(params)
+
+
+def test_with_zero_gradients_only_what_decays_moves():
+  decaying = config_lib.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+  updates, _ = first_update(decaying, 0.0)
+  for name, decays in PARAMETERS.items():
+    assert float(updates["layer"][name].min()) == pytest.approx(-0.05 if decays else 0.0), name
+
+
+def test_a_huge_gradient_is_clipped_to_norm_1():
+  clipped = config_lib.Optimizer(clip_norm=1.0)
+  _, state = first_update(clipped, 1e6)
+  moment = state[1][0].mu["layer"]
+  norm = np.sqrt(sum(float(jnp.sum((m / (1 - clipped.b1)) ** 2)) for m in moment.values()))
+  assert norm == pytest.approx(1.0, rel=1e-4)

@@ -1,0 +1,74 @@
+"""The training benchmark: comparison within rounds, and its worker."""
+
+import os
+
+import pytest
+
+from benchmarks import results, train
+from moe_jax.config import UserError
+from tests.support.toys import TOY_SIZES
+
+
+def test_train_compares_rounds():
+  """Of the same round: the second round is slow for all, and the ratio does not see it."""
+
+  def row(kind, *cpu_s):
+    return {"kind": kind, "name": kind, "cpu_s": min(cpu_s), "rounds_cpu_s": list(cpu_s)}
+
+  rows = [row("ffn", 1, 4), row("grouped", 1.1, 4.4), row("peer mixtral", 2.2, 8.8)]
+  rows.append(row("bare", 1.08, 4.4) | {"name": "grouped without metrics"})
+  targets = {t["what"]: t["measured"] for t in train._compare(rows)}
+  assert targets == pytest.approx(
+    {
+      "step / step without metrics": (1.1 / 1.08 + 1) / 2,
+      "grouped time / our dense": 1.1,
+      "grouped speed / peer mixtral": 2.0,
+    }
+  )
+
+
+CPU = results.usable_cpus()[0]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+  """A toy's training process on one CPU, which speaks the protocol of its peers."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("MOE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    commands = train.our_commands(["none"], CPU, TOY_SIZES)
+    started = train.Worker(next(c for c in commands if c.kind == "gather"))
+  yield started
+  started.close()
+
+
+@pytest.mark.slow
+def test_a_worker_says_what_it_is(worker):
+  ready = worker.ready
+  assert ready["ready"] and ready["name"] == "moe_jax gather 1 none" and ready["versions"]["jax"]
+
+
+@pytest.mark.slow
+def test_a_worker_counts_its_parameters(worker):
+  """Of two experts one is used; the rest: embedding, head, q, out, k, v, norms, router."""
+  rest = 2 * 32 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 + 16 * 2
+  assert worker.ready["parameters"] == rest + 2 * 3 * 16 * 16
+  assert worker.ready["active_parameters"] == rest + 3 * 16 * 16
+
+
+@pytest.mark.slow
+def test_a_worker_steps_and_measures(worker):
+  first, second = worker.ask("step 1"), worker.ask("step 2")
+  assert first["cpu_s"] > 0 and first["wall_s"] > 0
+  assert second["loss"] < first["loss"] < 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_a_worker_stays_on_its_cpu(worker):
+  assert os.sched_getaffinity(worker.process.pid) == {CPU}
+
+
+@pytest.mark.slow
+def test_a_worker_stops_when_it_is_told_what_it_does_not_know(worker):
+  with pytest.raises(UserError, match="is not `step N`"):
+    worker.ask("step two")

@@ -1,0 +1,158 @@
+"""Data sets by name: Python's sources, the TFDS catalog, records; and their error messages."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import time
+
+import pytest
+import tensorflow_datasets as tfds
+
+from moe_jax.config import Data
+from moe_jax.data import builders, pipeline, text_files
+from moe_jax.data.text_files import split_of
+from tests.support.texts import PROSE, SPLITS, error_of, everything, load
+from tests.support.toys import ROOT
+
+
+def test_python_stdlib_holds_each_file_in_the_split_of_its_hash(stdlib):
+  root, names = text_files.stdlib()
+  expected = collections.defaultdict(list)
+  for name in names:
+    content = (root / name).read_bytes()
+    try:
+      content.decode()
+    except UnicodeDecodeError:
+      continue
+    if content:
+      expected[split_of(name)].append(content)
+  for split in SPLITS:
+    documents = builders.prepare(stdlib, split)
+    found = [documents[i] for i in range(len(documents))]
+    assert sorted(found) == sorted(expected[split]), split
+  assert len(expected["train"]) > 400
+  assert len(expected["validation"]) >= 10 and len(expected["test"]) >= 10
+  assert not any("site-packages" in name for name in names)
+
+
+def test_parts_of_a_split_with_almost_one_name_stay_apart(text):
+  lines = "\n".join(json.dumps({"text": f"{i}"}) for i in range(300))
+  (pathlib.Path(text.path) / "a.jsonl").write_text(lines)
+  for split, expected in {"train[:1%]": 3, "train[:1]": 1}.items():
+    rows = pipeline.load_rows(dataclasses.replace(text, train_split=split), "train")
+    assert rows.num_documents == expected
+
+
+@pytest.fixture
+def counting(tmp_path, monkeypatch):
+  """A data set of three documents in each of two domains, under a new name."""
+
+  def documents(split):
+    yield from ((f"{word}/{i}", f"{word} {split} {i}") for i in range(3) for word in "ab")
+
+  def read(config):
+    return builders.Corpus("counting", lambda: documents, ("a", "b"))
+
+  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
+  return Data(name="counting", cache_dir=str(tmp_path))
+
+
+def test_a_data_set_is_one_record(counting):
+  rows = load(counting)
+  for split in SPLITS:
+    want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
+    assert sorted(everything(rows[split])) == sorted(want)
+    assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
+
+
+def test_a_data_set_is_suggested_for_a_name_like_its_own(counting):
+  assert "similar names: counting" in error_of(dataclasses.replace(counting, name="countin"))
+
+
+def test_the_guide_shows_every_data_set():
+  guide = (ROOT / "docs/guide.md").read_text()
+  for name, record in builders.DATASETS.items():
+    assert f"| `{name}` | {record.about} |" in guide
+
+
+@pytest.fixture
+def catalog(tmp_path, monkeypatch):
+  """$TFDS_DATA_DIR with TFDS's own tiny_shakespeare, prepared from a text of ours."""
+  cls = tfds.builder_cls("tiny_shakespeare")
+  splits = {"train": PROSE, "validation": "To be\n", "test": "or not\n"}
+  with monkeypatch.context() as patch, builders._quiet():
+    patch.setattr(
+      cls, "_split_generators", lambda self, _: {k: self._generate_examples(k, v)
+                                                 for k, v in splits.items()}
+    )  # fmt: skip
+    builder = cls(data_dir=tmp_path / "tfds")
+    builder.download_and_prepare(file_format="array_record")
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  return Data(name="tiny_shakespeare", cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_prepared_catalog_set_is_read_by_its_name(catalog, capfd):
+  rows = load(catalog)
+  assert [everything(rows[s]) for s in SPLITS] == [[PROSE.encode()], [b"To be\n"], [b"or not\n"]]
+  said = capfd.readouterr()
+  assert said.out == "" and len(said.err.splitlines()) == 3
+
+
+def test_splits_of_a_catalog_set_can_be_added(catalog):
+  catalog.train_split = "test+validation"
+  assert sorted(everything(pipeline.load_rows(catalog, "train"))) == [b"To be\n", b"or not\n"]
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones(catalog):
+  catalog.test_split = "tset"
+  message = error_of(catalog, "test")
+  assert "config.data.test_split='tset'" in message and "train, validation, test" in message
+
+
+def test_an_empty_split_is_refused(catalog):
+  catalog.test_split = "test[:0%]"
+  assert "config.data.test_split='test[:0%]'" in error_of(catalog, "test")
+
+
+def test_an_unknown_field_of_text_is_refused_with_the_known_ones(catalog):
+  catalog.text_field = "body"
+  message = error_of(catalog)
+  assert "config.data.text_field='body'" in message and "has: text" in message
+
+
+def test_a_set_in_another_file_format_is_refused(catalog, tmp_path):
+  info = tmp_path / "tfds/tiny_shakespeare/1.0.0/dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  message = error_of(catalog)
+  assert "prepared as tfrecord" in message and "array_record" in message
+
+
+@pytest.mark.parametrize("name, hint", [
+  ("tiny_shakespear", "similar names: tiny_shakespeare"),
+  ("pyton_stdlib", "similar names: python_stdlib"),
+  ("my data", "Parsing"),
+  ("lm1b:9.9.9", "1.1.0"),
+  ("huggingface:foo", "community"),
+])  # fmt: skip
+def test_an_unknown_name_is_refused_with_a_hint(name, hint, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  assert f"config.data.name={name!r}" in message and hint in message
+
+
+@pytest.mark.parametrize("name", ["tiny_shakespeare", "lm1b", "c4/en", "wikipedia/20230601.en"])
+def test_a_name_of_the_catalog_without_network_is_refused(name, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  for scheme in ("HTTP_PROXY", "HTTPS_PROXY", "https_proxy", "http_proxy"):
+    monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nobody listens there
+  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  for part in (f"config.data.name={name!r}", "no network", "python_stdlib", str(tmp_path)):
+    assert part in message
+
+
+def test_a_lookup_that_hangs_counts_as_offline():
+  start = time.monotonic()
+  assert not builders._online(lambda *_, **__: time.sleep(3), seconds=0.2)
+  assert time.monotonic() - start < 2
+  assert builders._online(lambda *_, **__: None)

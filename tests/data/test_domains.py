@@ -1,0 +1,207 @@
+"""Labelled domains: code, prose and bytecode of Python's sources; folders of the user's files."""
+
+import collections
+import dataclasses
+import itertools
+import pathlib
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from moe_jax.config import Data
+from moe_jax.data import domains, pipeline, text_files
+from moe_jax.data.text_files import split_of
+from tests.support.texts import S, load
+
+SOURCE = '''#!/usr/bin/env python
+"""Module doc:
+  indented."""
+import os  # the system
+
+# A first line,
+# and a second.
+def f(x):
+  r"""One \\d line."""
+  text = "# not a comment"
+  b"bytes"
+  return [text,
+    "in a list"]  # why
+
+
+class C:
+  "doc of C"
+# --- 1 ---
+'''
+CODE = """import os
+
+def f(x):
+  text = "# not a comment"
+  b"bytes"
+  return [text,
+    "in a list"]
+
+
+class C:
+"""
+SAID = r"""!/usr/bin/env python
+
+Module doc:
+indented.
+
+the system
+
+A first line,
+and a second.
+
+One \d line.
+
+why
+
+doc of C
+"""
+
+
+def test_code_and_prose_of_a_source():
+  assert domains.separate(SOURCE) == (CODE, SAID)
+
+
+def test_topics_are_the_strings_of_a_dictionary():
+  assert domains.topics('"""doc"""\ntopics = {"if": "The if" " statement"}') == {
+    "if": "The if statement"
+  }
+
+
+def test_pages_hold_whole_lines_up_to_2000_characters():
+  lines = [f"{i:03} " + "x" * 95 + "\n" for i in range(100)]
+  pages = list(domains.pages("".join(lines), 4_200))
+  assert "".join(pages) == "".join(lines)[:4_200]
+  assert [len(page) for page in pages] == [2000, 2000, 200]
+
+
+def test_a_longer_line_is_a_page_and_an_empty_page_is_left_out():
+  assert list(domains.pages("y" * 5000 + "\n \n", 9_000)) == ["y" * 5000 + "\n", " \n"][:1]
+
+
+BYTECODE = """def f(x):
+  'doc'
+  if x in {'e', 'a', 'd', 'b', 'c'}: return lambda: x
+class C: y = 1
+"""
+
+
+@pytest.fixture
+def compiled():
+  return compile(BYTECODE, "s", "exec", optimize=2)
+
+
+@pytest.mark.parametrize("part", [
+  "<module>:\n", "\nf:\n", "f.<locals>.<lambda>:\n", "\nC:\n", "<code f>", "CONTAINS_OP",
+  "LOAD_CONST {'a', 'b', 'c', 'd', 'e'}\n",  # sorted: its order depends on the process
+])  # fmt: skip
+def test_a_listing_shows(part, compiled):
+  assert part in domains.listing(compiled, 10_000)
+
+
+def test_a_listing_has_no_addresses_and_no_docstrings(compiled):
+  listing = domains.listing(compiled, 10_000)
+  assert " at 0x" not in listing and "doc" not in listing
+
+
+def test_a_short_listing_stops_after_the_first_function(compiled):
+  assert domains.listing(compiled, 1).count(":\n") == 1
+
+
+class Sources(NamedTuple):
+  kinds: dict[str, set[str]]  # domains of each file in the validation split
+  train: set[str]  # files of the first documents for training
+
+
+@pytest.fixture(scope="module")
+def sources():
+  root, names = domains.sources()
+  kinds = collections.defaultdict(set)
+  for label in dict(domains.documents(root, names, "validation")):
+    kind, path = label.split("/", 1)
+    kinds[path.rpartition(":")[0]].add(kind)
+  train = itertools.islice(domains.documents(root, names, "train"), 500)
+  return Sources(kinds, {label.split("/", 1)[1].rpartition(":")[0] for label, _ in train})
+
+
+def test_documents_stand_in_the_split_of_their_file(sources):
+  assert {split_of(file) for file in sources.kinds} == {"validation"}
+  assert not sources.train & set(sources.kinds)
+
+
+def test_most_files_have_all_domains(sources):
+  files = {file: kinds for file, kinds in sources.kinds.items() if "topics.py:" not in file}
+  whole = [file for file, kinds in files.items() if kinds == set(domains.DOMAINS)]
+  assert len(whole) > 0.8 * len(files) > 15
+
+
+def test_help_topics_are_prose(sources):
+  assert all(kinds == {"prose"} for file, kinds in sources.kinds.items() if "topics.py:" in file)
+
+
+def test_tests_and_tables_of_encodings_are_left_out(sources):
+  for file in sources.kinds:
+    assert not {"test", "tests", "encodings"} & set(file.split("/"))
+
+
+@pytest.mark.slow
+def test_python_domains_are_of_like_size(tmp_path, capfd):
+  start = time.monotonic()
+  rows = load(Data(name="python_domains", cache_dir=str(tmp_path)))
+  assert time.monotonic() - start < 60
+  assert len(capfd.readouterr().err.splitlines()) == 4  # one line prepared, three tokenized
+  sizes = np.zeros(3, int)
+  for split in rows.values():
+    assert split.domains == ("code", "prose", "bytecode")
+    domain_BL = split.domains_BL(range(len(split)))
+    sizes += np.bincount(domain_BL[domain_BL >= 0], minlength=3)
+    assert np.bincount(domain_BL[domain_BL >= 0], minlength=3).min() > 50_000
+    assert isinstance(split.starts_M, np.memmap) and split.starts_M.flags.c_contiguous
+  assert sizes.sum() > 8_000_000 and sizes.max() < 2 * sizes.min()
+
+
+def test_folders_are_domains(text, tmp_path):
+  """By hand: where each document stands in the stream, and whose it is."""
+  root = pathlib.Path(text.path)
+  written = {"news/a.txt": "aaaa", "news/more/b.txt": "bb", "web/c.jsonl": '{"text": "c"}\n' * 40,
+             "d.txt": "ddd"}  # fmt: skip
+  for name, content in written.items():
+    (root / name).parent.mkdir(exist_ok=True, parents=True)
+    (root / name).write_text(content)
+  seen = collections.Counter()
+  for rows in load(dataclasses.replace(text, seq_len=3)).values():
+    assert rows.domains == ("news", "web")
+    domain_N = rows.domains_BL(range(len(rows))).ravel()
+    tokens_N = rows.batch(range(len(rows))).tokens_BL.ravel()
+    whose = {97: 0, 98: 0, 99: 1, 100: -1}
+    document_N = np.cumsum(tokens_N == S)  # each begins with the separator
+    for n in range(rows.num_targets):
+      letter = max(tokens_N[document_N == document_N[n]] % S)
+      assert domain_N[n] == whose[letter], n
+      seen[int(domain_N[n])] += 1
+    assert (domain_N[rows.num_targets :] == -1).all()
+    assert (rows.domains_BL([-1]) == -1).all()
+  assert seen == {0: 5 + 3, 1: 2 * 40, -1: 4}
+
+
+def test_one_folder_is_no_domain(text):
+  root = pathlib.Path(text.path)
+  (root / "only").mkdir()
+  for i in range(4):
+    (root / "only" / f"{i}.txt").write_text(f"{i}")
+  rows = pipeline.load_rows(text, "train")
+  assert rows.domains == () and (rows.domain_M == -1).all()
+  assert (rows.domains_BL([0]) == -1).all()
+
+
+def test_a_data_set_without_labels_has_no_domains(stdlib):
+  assert pipeline.load_rows(stdlib, "validation").domains == ()
+
+
+def test_too_many_folders_to_compare_are_no_domains():
+  assert text_files.first_folders([f"{i}/a" for i in range(40)]) == ()

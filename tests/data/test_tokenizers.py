@@ -1,0 +1,159 @@
+"""Tokenizers: text comes back, every byte is counted, special tokens of the file stay out."""
+
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax.config import Data, UserError
+from moe_jax.data import pipeline, tokenizers
+from tests.support.texts import PROSE, S, error_of, everything
+
+
+def train_bpe(path, special=()):
+  hf = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+  model = hf.Tokenizer(hf.models.BPE())
+  model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = hf.decoders.ByteLevel()
+  model.enable_truncation(4)  # as some published files do; load must undo it
+  alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+  model.train_from_iterator([PROSE], hf.trainers.BpeTrainer(
+    vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+  ))  # fmt: skip
+  if "<s>" in special:  # many files add it to each text; the separator stands there already
+    model.post_processor = hf.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
+    )
+  model.save(str(path))
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
+
+
+def train_sentencepiece(path, **options):
+  spm = pytest.importorskip("sentencepiece", reason="the tokenizers extra is not installed")
+  with open(path, "wb") as file:
+    spm.SentencePieceTrainer.train(
+      sentence_iterator=iter(PROSE.splitlines()), model_writer=file, vocab_size=400,
+      byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2, **options,
+    )  # fmt: skip
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
+
+
+HARD = "def f(x):\n\treturn 'é日本'  # <s> <|endoftext|> 🙂\n\n  end"
+
+
+def test_bytes_are_their_own_ids():
+  bytes_ = tokenizers.load_tokenizer(Data())
+  assert (bytes_.vocab_size, bytes_.separator) == (257, 256)
+  ids = bytes_.encode("é")
+  assert ids.tolist() == [0xC3, 0xA9] == bytes_.encode("é".encode()).tolist()
+  assert bytes_.bytes_V.tolist() == [1] * 256 + [0]
+  assert bytes_.decode([*ids, S, 65, 263]) == "éA"  # 263: padding of the model's vocabulary
+
+
+@pytest.fixture
+def bpe(tmp_path):
+  """With special tokens, of which <s> comes before <|endoftext|>."""
+  return train_bpe(tmp_path / "t.json", ["<pad>", "<|endoftext|>", "<s>"])
+
+
+def test_the_separator_of_a_bpe_is_its_first_known_special_token(bpe):
+  assert bpe.separator == 2 and bpe.vocab_size == 400
+
+
+@pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
+def test_a_bpe_gives_text_back_and_counts_its_bytes(text, bpe):
+  ids = bpe.encode(text)
+  assert bpe.decode(ids) == text
+  assert bpe.bytes_V[ids].sum() == len(text.encode())
+  assert bpe.decode_bytes(ids[:-1]) == text.encode()[: bpe.bytes_V[ids[:-1]].sum()]
+
+
+@pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
+def test_special_tokens_in_the_text_are_text(text, bpe):
+  assert not np.isin(bpe.encode(text), [0, 1, 2]).any()
+
+
+def test_a_bpe_is_shorter_than_bytes(bpe):
+  assert len(bpe.encode(PROSE)) < len(PROSE) / 2
+
+
+def test_special_tokens_have_no_bytes(bpe):
+  assert bpe.bytes_V[:3].tolist() == [0, 0, 0]
+
+
+def test_a_bpe_without_special_tokens_gets_a_separator(tmp_path):
+  bpe = train_bpe(tmp_path / "t.json")
+  assert (bpe.separator, bpe.vocab_size) == (400, 401) == (len(bpe.bytes_V) - 1, 401)
+
+
+def test_other_special_tokens_are_another_fingerprint(tmp_path):
+  bpe, other = train_bpe(tmp_path / "t.json"), train_bpe(tmp_path / "u.json", ["<s>"])
+  assert bpe.fingerprint != other.fingerprint
+
+
+@pytest.fixture
+def sentencepiece(tmp_path):
+  return train_sentencepiece(tmp_path / "t.model")
+
+
+def test_the_separator_of_sentencepiece_is_its_bos(sentencepiece):
+  assert sentencepiece.separator == 1  # <s>
+  assert sentencepiece.bytes_V[1:3].tolist() == [0, 0]  # <s>, </s>
+
+
+@pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
+def test_sentencepiece_gives_text_back_and_counts_its_bytes(text, sentencepiece):
+  ids = sentencepiece.encode(text)
+  assert sentencepiece.decode(ids) == text
+  # The space before each document is one more.
+  assert sentencepiece.bytes_V[ids].sum() == len(text.encode()) + 1
+  assert sentencepiece.separator not in ids
+
+
+def test_sentencepiece_gives_the_bytes_of_ids(sentencepiece):
+  assert sentencepiece.decode_bytes(sentencepiece.encode("a é")) == " a é".encode()
+
+
+def test_sentencepiece_without_bos_and_eos_gets_a_separator(tmp_path):
+  model = train_sentencepiece(tmp_path / "t.model", bos_id=-1, eos_id=-1)
+  assert model.separator == model.vocab_size - 1 == len(model.bytes_V) - 1
+  assert model.bytes_V[model.separator] == 0
+  assert model.decode([model.separator, *model.encode("fox")]) == "fox"
+
+
+def test_another_tokenizer_makes_other_rows_of_the_same_text(text, tmp_path):
+  (pathlib.Path(text.path) / "a.txt").write_text(PROSE)
+  plain = pipeline.load_rows(text, "train")
+  text.tokenizer = str(tmp_path / "t.json")
+  bpe = train_bpe(tmp_path / "t.json", ["<s>"])
+  rows = pipeline.load_rows(text, "train")
+  assert rows.tokenizer.fingerprint == bpe.fingerprint
+  assert rows.digest != plain.digest and rows.num_targets < plain.num_targets / 2
+  assert everything(rows) == everything(plain)
+  targets_BL = rows.batch([0]).targets_BL
+  cut = b"".join(text for _, text in rows.texts([0]))
+  assert cut and len(cut) == rows.tokenizer.bytes_V[targets_BL].sum()
+  assert everything(plain)[0].startswith(cut)
+
+
+@pytest.mark.parametrize(("name", "why"), [
+  ("gpt2", "neither"), ("none.json", "no such file"), ("FOLDER/bad.json", "is not a"),
+  ("FOLDER/bad.model", "is not a"),
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_be_read_is_refused(name, why, text, tmp_path):
+  (tmp_path / "bad.json").write_text("{}")
+  (tmp_path / "bad.model").write_text("x")
+  name = name.replace("FOLDER", str(tmp_path))
+  message = error_of(dataclasses.replace(text, tokenizer=name))
+  assert f"config.data.tokenizer={name!r}" in message
+  assert why in message or "pip install" in message
+
+
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
+  (tmp_path / "t.json").write_text("{}")
+  monkeypatch.setitem(sys.modules, "tokenizers", None)
+  with pytest.raises(UserError, match="pip install tokenizers"):
+    tokenizers.load_tokenizer(Data(tokenizer=str(tmp_path / "t.json")))

@@ -1,0 +1,143 @@
+"""Prefill and decoding through the cache against the full forward pass."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import config as config_lib
+from moe_jax.config import Dispatch
+from moe_jax.inference import decoding
+from tests.support.generation import (
+  MODELS,
+  empty_cache,
+  full_forward,
+  greedy,
+  model_of,
+  rows_of,
+)
+from tests.support.toys import mesh_of, slow_unless, toy_config
+
+PROMPTS, STEPS = (3, 8, 5), 6  # tokens of three rows, and how many more follow one by one
+
+
+class Decoded(NamedTuple):
+  prefill_BLV: np.ndarray  # logits of the prompts, which stand at the right
+  steps: list[np.ndarray]  # [B, 1, V] of each token through the cache; the last row is padding
+  full: list[np.ndarray]  # [L, V] of the full forward pass of each row
+
+
+@pytest.fixture(scope="module", params=slow_unless(("deepseek", "dense"), MODELS))
+def decoded(request):
+  """Prompts of different lengths in one batch, then token after token through the cache."""
+  name = request.param
+  # The dense model's norms are scaled by hand, as it has no router to be uneven.
+  qk_norm = name in ("deepseek", "dense")
+  ours, trained = model_of(name, qk_norm=qk_norm, tied_head=name == "switch")
+  rows = rows_of((9, 14, 11))
+  full = full_forward(trained, rows)
+  tokens_BL = np.zeros((4, 8), np.int32)
+  start_B = np.array([5, 0, 3, 10_000], np.int32)  # the last row is padding
+  for b, length in enumerate(PROMPTS):
+    tokens_BL[b, 8 - length :] = rows[b][:length]
+  forward = jax.jit(
+    functools.partial(decoding.forward_with_cache, model=ours.model), static_argnames="all_logits"
+  )
+  steps = []
+  with jax.set_mesh(mesh_of()):
+    cache = empty_cache(ours.model, start_B, 32)
+    prefill_BLV, cache, _ = forward(
+      ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True
+    )
+    for step in range(STEPS):
+      token_B1 = [[rows[b][length + step]] for b, length in enumerate(PROMPTS)] + [[0]]
+      logits_B1V, cache, _ = forward(
+        ours.weights, cache=cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
+      )
+      steps.append(np.asarray(logits_B1V))
+  return Decoded(np.asarray(prefill_BLV), steps, full)
+
+
+def test_prefill_equals_the_full_forward(decoded):
+  for b, length in enumerate(PROMPTS):
+    got_LV, want_LV = decoded.prefill_BLV[b, 8 - length :], decoded.full[b][:length]
+    np.testing.assert_allclose(got_LV, want_LV, rtol=2e-4, atol=2e-4)
+
+
+def test_each_decoded_token_equals_the_full_forward(decoded):
+  assert len(decoded.steps) == STEPS
+  for step, logits_B1V in enumerate(decoded.steps):
+    for b, length in enumerate(PROMPTS):
+      want_V = decoded.full[b][length + step]
+      np.testing.assert_allclose(logits_B1V[b, 0], want_V, rtol=2e-4, atol=2e-4)
+
+
+def test_a_row_of_padding_stays_finite(decoded):
+  assert np.isfinite(decoded.steps[-1]).all()
+
+
+@pytest.mark.parametrize(
+  ("dispatch", "factor"),
+  [
+    (Dispatch.GATHER, 0.25),
+    pytest.param(Dispatch.EINSUM, 1.0, marks=pytest.mark.slow),
+    pytest.param(Dispatch.GROUPED, 1.0, marks=pytest.mark.slow),
+  ],
+)
+def test_nothing_drops_whatever_the_training_did(dispatch, factor):
+  moe = config_lib.MoE(
+    num_experts=4, top_k=2, expert_dim=18, dispatch=dispatch, capacity_factor=factor,
+    eval_capacity_factor=factor,
+  )  # fmt: skip
+  limited, trained = model_of(moe=moe)
+  (row,) = rows_of((12,))
+  (want,) = full_forward(trained, [row])
+  np.testing.assert_allclose(limited.logits(row), want, rtol=2e-4, atol=2e-4)
+
+
+class Answer(NamedTuple):
+  tokens: list[list[int]]
+  logits_LV: np.ndarray
+
+
+def with_nan(params, expert):
+  """Every weight of an expert is NaN."""
+  flat = [
+    (path, v.replace(v[...].at[:, expert].set(jnp.nan)) if str(path[-1]).endswith(("EDF", "EFD"))
+     else v)
+    for path, v in nnx.to_flat_state(params)
+  ]  # fmt: skip
+  return nnx.from_flat_state(flat)
+
+
+@pytest.fixture(scope="module")
+def answer():
+  """A function of the expert that is NaN, or of -1; experts 0 and 1 are chosen for every token."""
+  moe = dataclasses.replace(toy_config().model.moe, bias_update_rate=1e-3)
+  ours, trained = model_of(moe=moe)
+  bias_ZE = jnp.tile(jnp.array([[9.0, 9.0, 0.0, 0.0]]), (2, 1))  # it decides alone
+
+  def answer_of(expert):
+    with jax.set_mesh(mesh_of()):
+      params = trained.params if expert < 0 else with_nan(trained.params, expert)
+      ours.weights = decoding.weights(ours.model, params, bias_ZE)
+      return Answer(greedy(ours, ["abc", "de"], max_new_tokens=8), ours.logits([1, 2, 3]))
+
+  return answer_of
+
+
+@pytest.mark.parametrize("expert", [2, 3])
+def test_an_expert_that_no_token_chooses_is_not_read(expert, answer):
+  """In prefill and in decoding: its NaN would show."""
+  got, want = answer(expert), answer(-1)
+  assert got.tokens == want.tokens
+  np.testing.assert_array_equal(got.logits_LV, want.logits_LV)
+
+
+def test_an_expert_that_every_token_chooses_is_read(answer):
+  assert not np.isfinite(answer(1).logits_LV).any()

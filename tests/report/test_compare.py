@@ -1,0 +1,135 @@
+"""The report of several runs: which text, tables and pictures it holds."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from moe_jax import report
+from tests.support import report_runs
+from tests.support.report_runs import FINISHED, row, sweep, write_report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  return write_report(sweep(tmp_path_factory.mktemp("finished")))
+
+
+def test_the_path_of_the_page_is_returned(tmp_path):
+  assert report.compare(sweep(tmp_path)) == tmp_path / "report.html"
+
+
+def test_a_row_holds_the_statistics_of_its_arm(finished):
+  assert row(finished.markdown, "moe")[1:7] == [
+    "2", "1.7500 ± 0.2121", "3.5000", "-0.3500 ± 0.0500", "275 (1.45x)", "4.6 min (0.73x)",
+  ]  # fmt: skip
+
+
+def test_an_arm_that_misses_the_target_says_so(finished):
+  assert row(finished.markdown, "bad")[5:7] == ["not reached", "not reached"]
+
+
+def test_total_losses_with_auxiliary_terms_are_not_shown(finished):
+  assert "99.0" not in finished.markdown
+
+
+@pytest.mark.parametrize(
+  "words", ["Do experts help?", "7.5x", "1.2x to 2x", "1.7500 ± 0.2121", "275 (1.45x)"]
+)
+def test_page_and_markdown_say(words, finished):
+  assert words in finished.markdown and words in finished.html
+
+
+def test_commands_and_notes_are_shown(finished):
+  assert "python train.py --workdir=moe/seed1" in finished.markdown
+  assert "note of moe" in finished.markdown
+
+
+def test_the_fields_that_differ_between_arms_are_shown_and_no_others(finished):
+  text = finished.markdown
+  assert re.search(r"\| model.moe.arm \| dense \| moe \| bad \|", text.replace("\\_", "_"))
+  assert "train.seed" not in text
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+  """One run failed at step 200, one still writes its last lines, one waits."""
+  out = tmp_path_factory.mktemp("unfinished")
+  statuses = FINISHED | {("moe", 0): "failed", ("moe", 1): "running", ("bad", 1): "waiting"}
+  sweep(out, statuses)
+  report_runs.write_run(out / "moe/seed0", "moe", 0, 4, steps=(100, 200))
+  path = out / "moe/seed1/metrics.jsonl"
+  path.write_text(path.read_text()[:-30])
+  alarm = {"step": 7, "alarm": "collapse", "layer": 1, "value": 1.0, "limit": 0.5, "message": "oh"}
+  (out / "moe/seed1/alarms.jsonl").write_text(json.dumps(alarm) + '\n{"step": 8, "al')
+  (out / "bad/seed0/eval.json").write_text('{"loss": 1.0, "st')
+  return write_report(out)
+
+
+def test_an_arm_without_a_finished_run_has_no_loss(unfinished):
+  assert row(unfinished.markdown, "moe")[1:3] == ["0 of 2", "-"]
+
+
+def test_an_arm_counts_its_alarms(unfinished):
+  assert row(unfinished.markdown, "moe")[-1] == "1"
+
+
+def test_an_arm_has_the_loss_of_its_finished_run(unfinished):
+  assert row(unfinished.markdown, "bad")[1:3] == ["1 of 2", "3.0000"]
+
+
+@pytest.mark.parametrize("line", [
+  "error: loss is nan", "| moe | 0 | failed | 200 |", "| moe | 1 | running | 400 |",
+  "| moe | 1 | collapse | 1 | 7 | 1 | oh |", "3 finished, 1 failed, 1 running, 1 waiting",
+])  # fmt: skip
+def test_the_report_of_unfinished_runs_says(line, unfinished):
+  assert line in unfinished.markdown
+
+
+def test_a_sweep_of_which_nothing_ran_has_a_report(tmp_path):
+  report.compare(sweep(tmp_path, dict.fromkeys(FINISHED, "waiting")))
+  assert row((tmp_path / "report.md").read_text(), "moe")[1:3] == ["0 of 2", "-"]
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory):
+  """Runs with experts have domains, capacities, a causal loss and a routing.json."""
+  out = tmp_path_factory.mktemp("examined")
+  sweep(out)
+  for arm, seed in FINISHED:
+    workdir = out / arm / f"seed{seed}"
+    if arm == "dense":
+      report_runs.write_eval(workdir, 1.0)
+      continue
+    capacity = [
+      {"capacity_factor": 1.0, "loss": 2.0 + seed, "drop_fraction_Z": [0.1, 0.3]},
+      {"capacity_factor": "inf", "loss": 1.5, "drop_fraction_Z": [0.0, 0.0]},
+    ]
+    more = {"domains": {"prose": {"bits_per_byte": 1.25 + seed}}}
+    more |= {"causal": {"loss": 2.5, "teacher_forced_loss": 2.25, "gap": 0.25}}
+    report_runs.write_eval(workdir, 1.0, **more, capacity=capacity)
+    report_runs.write_routing(workdir, 4)
+  return write_report(out)
+
+
+@pytest.mark.parametrize(("section", "line"), [
+  ("capacities", "| arm | 1 | no drops |"),
+  ("losses and drops", "| moe | 2.5000 ± 0.7071 / 20.0 | 1.5000 ± 0.0000 / 0.0 |"),
+  ("domains", "| moe | 1.7500 ± 0.7071 |"),
+  ("causal loss", "| moe | 2.2500 ± 0.0000 | 2.5000 ± 0.0000 | 0.2500 ± 0.0000 |"),
+  ("routing", "| moe | 3 | 0.250 | 40.0 | 25.0 | 60.0 | 45.0 |"),
+  ("drops by choice", "| moe | 5.0 | 15.0 |"),
+])  # fmt: skip
+def test_a_table_of_the_evaluation_shows(section, line, examined):
+  assert line in examined.markdown
+
+
+def test_every_picture_of_the_markdown_is_a_file_that_can_be_read(examined):
+  pictures = re.findall(r"\]\((report_files/\S+)\)", examined.markdown)
+  assert len(pictures) == 9
+  for name in pictures:
+    if name.endswith(".svg"):
+      ElementTree.parse(examined.folder / name)
+    else:
+      assert (examined.folder / name).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,131 @@
+"""eval.py as a process: loss, bits per byte, loads and plots of a run; other meshes; mistakes."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from tests.support.scripts import (
+  WITHOUT_THREADS,
+  built,
+  evaluate,
+  losses_of,
+  refused,
+  train,
+  validation_of,
+)
+
+
+@pytest.fixture(scope="module")
+def evaluated(shared_folder, whole_run):
+  """eval.py on a workdir that holds all it needs, and again on another split."""
+
+  def build(path):
+    workdir = shutil.copytree(whole_run.workdir, path / "run")
+    output, result = evaluate(workdir)
+    files = {p.name: p.read_bytes()[:4].hex() for p in workdir.glob("*.png")}
+    _, other = evaluate(workdir, "--split=test")
+    return {"output": output, "result": result, "pictures": files, "other": other}
+
+  return built(shared_folder / "evaluated", build).said
+
+
+def test_the_loss_is_that_of_the_last_validation(evaluated, whole_run):
+  trained = validation_of(whole_run.workdir, 12)
+  assert evaluated["result"]["loss"] == pytest.approx(trained["validation/loss"], rel=1e-6)
+
+
+def test_the_perplexity_is_that_of_the_loss(evaluated):
+  result = evaluated["result"]
+  assert result["perplexity"] == pytest.approx(np.exp(result["loss"]), rel=1e-6)
+
+
+def test_tokens_and_bytes_are_those_of_four_batches(evaluated):
+  """Four batches of eight rows of 64; separators are tokens of no byte."""
+  result = evaluated["result"]
+  assert result["tokens"] == 4 * 8 * 64 >= result["bytes"] > 0.9 * result["tokens"]
+
+
+def test_bits_per_byte_are_nats_over_bits_and_bytes(evaluated):
+  result = evaluated["result"]
+  bits = result["loss"] * result["tokens"] / np.log(2) / result["bytes"]
+  assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_gzip_takes_a_plausible_number_of_bits(evaluated):
+  assert 0.5 < evaluated["result"]["gzip_bits_per_byte"] < 4
+
+
+def test_the_load_of_each_layer_adds_up_to_one(evaluated):
+  load_ZE = evaluated["result"]["load_ZE"]
+  np.testing.assert_allclose(np.sum(load_ZE, axis=1), 1.0, rtol=1e-5)
+  assert np.shape(load_ZE) == (2, 4)
+
+
+@pytest.mark.parametrize("word", [
+  "parameters", "active", "tokens/s", "bits per byte", "gzip -9", "dropped", "MaxVio", "entropy",
+  "dead",
+])  # fmt: skip
+def test_the_output_names(word, evaluated):
+  assert word in evaluated["output"]
+
+
+@pytest.mark.parametrize("name", ["loss.png", "load.png", "balance.png"])
+def test_a_plot_is_drawn(name, evaluated):
+  assert bytes.fromhex(evaluated["pictures"][name]) == b"\x89PNG"
+
+
+def test_another_split_has_another_loss(evaluated):
+  other = evaluated["other"]
+  assert other["split"] == "test" and other["loss"] != evaluated["result"]["loss"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--workdir=/nowhere"], "no run; train one first"),
+    (["--step=5", "--workdir=WORKDIR"], "--step=5: no such checkpoint; there are"),
+    ([], "--workdir is missing"),
+  ],
+)
+def test_eval_refuses_in_one_line(whole_run, arguments, message):
+  given = [a.replace("WORKDIR", str(whole_run.workdir)) for a in arguments]
+  assert message in refused([sys.executable, "eval.py", *given])
+
+
+@pytest.fixture(scope="module")
+def expert_parallel(shared_folder, cache):
+  """The command of the README on eight devices; then eval.py on one device."""
+
+  def build(path):
+    train(
+      path / "run", cache, "--config.mesh.expert=4", "--config.mesh.data=2",
+      env=WITHOUT_THREADS | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )  # fmt: skip
+    return {"result": evaluate(path / "run")[1]}
+
+  return built(shared_folder / "expert_parallel", build)
+
+
+@pytest.mark.slow
+def test_an_expert_parallel_run_has_the_losses_of_one_device(expert_parallel, whole_run):
+  got, want = losses_of(expert_parallel.path / "run"), losses_of(whole_run.workdir)
+  # Rounding grows from step to step; after 12 it is still far below the fall of the loss.
+  assert got == pytest.approx(want, rel=2e-3)
+  assert got[1] == pytest.approx(want[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_an_expert_parallel_run_has_its_loss_on_one_device(expert_parallel):
+  trained = validation_of(expert_parallel.path / "run", 12)
+  result = expert_parallel.said["result"]
+  assert result["loss"] == pytest.approx(trained["validation/loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_expert_parallel_run_has_its_loads_on_one_device(expert_parallel):
+  trained = validation_of(expert_parallel.path / "run", 12)
+  # One token near a tie may go the other way: 1 of 4096 assignments.
+  load_ZE = expert_parallel.said["result"]["load_ZE"]
+  np.testing.assert_allclose(load_ZE, trained["validation/load_ZE"], atol=1e-3)

@@ -1,0 +1,122 @@
+"""Each loss by hand, their weights, and the balance loss over rows, microbatches and meshes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import sharding
+from moe_jax.config import BalanceScope
+from moe_jax.moe import counts
+from moe_jax.training import losses
+from tests.support.toys import set_up, toy_batch, toy_config
+
+
+@pytest.mark.parametrize("experts", [4, 8, 64])
+def test_the_squared_variation_of_even_values_is_zero(experts):
+  even_ZE = jnp.full((1, experts), 0.3)
+  np.testing.assert_allclose(losses.cv_squared_plus_one(even_ZE), 1.0, rtol=1e-6)
+
+
+def test_a_lost_statistic_raises():
+  stats = counts.zeros(1, 4, 1)
+  sums = losses.sums(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), stats)
+  with pytest.raises(ValueError, match="1 of 2 MoE layers"):
+    losses.total(sums, config_lib.Loss(), num_moe_layers=2)
+
+
+class Rows(NamedTuple):
+  together: losses.Sums
+  one_by_one: losses.Sums  # as two microbatches
+
+
+@pytest.fixture
+def opposite_rows():
+  """Two rows that prefer opposite experts: balanced together, unbalanced one by one."""
+  routed = np.array([[4, 0], [0, 4]])
+  prob = np.array([[3.0, 1.0], [1.0, 3.0]])
+  stats = counts.zeros(1, 2, 1)._replace(
+    tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
+    prob_E=jnp.array(prob.sum(0))[None],
+    sequence_balance=jnp.sum(counts.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
+    [None],
+  )  # fmt: skip
+  ones = jnp.ones((1, 1))
+  together = losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats)
+  halves = [
+    losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats._replace(
+      tokens=jnp.array([4]), routed_E=jnp.array(routed[i])[None], prob_E=jnp.array(prob[i])[None]))
+    for i in range(2)
+  ]  # fmt: skip
+  return Rows(together, jax.tree.map(jnp.add, *halves))
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize(("rows", "scope", "expected"), [
+  ("together", BalanceScope.GLOBAL, 1.0), ("together", BalanceScope.SEQUENCE, 1.5),  # 2 * 1 * 3/4
+  ("one_by_one", BalanceScope.MICROBATCH, 1.5), ("one_by_one", BalanceScope.GLOBAL, 1.0),
+])  # fmt: skip
+def test_the_balance_loss_of_a_scope(rows, scope, expected, opposite_rows):
+  assert losses.load_balance(getattr(opposite_rows, rows), scope).tolist() == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", [BalanceScope.SEQUENCE, BalanceScope.MICROBATCH])
+def test_scopes_do_not_depend_on_the_mesh(scope):
+  values = []
+  for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):
+    config = toy_config()
+    config.loss = config_lib.Loss(load_balance=1.0, balance_scope=scope)
+    config.train.accumulation = accumulation
+    mesh, state, step = set_up(config, axes)
+    with jax.set_mesh(mesh):
+      _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
+    values.append((float(metrics["load_balance"]), float(metrics["grad_norm"])))
+  np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+  accumulated_alike = np.allclose(values[2], values[0], rtol=1e-4)
+  assert accumulated_alike == (scope is not BalanceScope.MICROBATCH)
+
+
+def test_cross_entropy_by_hand():
+  logits_BLV = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]]))
+  targets_BL = jnp.array([[0, 1, 2]])
+  real_BL = jnp.array([[True, True, False]])
+  no_experts = counts.zeros(0, 4, 1)
+  sums = losses.sums(logits_BLV + 2.0, targets_BL, real_BL, no_experts)
+  np.testing.assert_allclose(sums.nll, -np.log(0.5) - np.log(0.8), rtol=1e-6)
+  np.testing.assert_allclose(sums.z, 2 * 2.0**2, rtol=1e-6)  # logsumexp of each is 2
+  assert sums.targets == 2
+  total = losses.total(sums, config_lib.Loss(z=0.5), num_moe_layers=0)
+  np.testing.assert_allclose(total.cross_entropy, sums.nll / 2, rtol=1e-6)
+  np.testing.assert_allclose(total.total, sums.nll / 2 + 0.5 * 4, rtol=1e-6)
+
+
+@pytest.fixture
+def weighted():
+  """Losses of three targets and of two experts, of which one is chosen by all four tokens."""
+  stats = counts.zeros(1, 2, 1)._replace(
+    tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), kept_E=jnp.array([[4, 0]]),
+    prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
+  )  # fmt: skip
+  uniform = losses.sums(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool), stats)
+  sums = uniform._replace(nll=jnp.array(6.0))
+  return losses.total(sums, config_lib.Loss(load_balance=0.1, router_z=0.01, importance=0.2), 1)
+
+
+def test_the_balance_loss_by_hand(weighted):
+  assert float(weighted.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P
+
+
+def test_the_router_z_loss_by_hand(weighted):
+  assert float(weighted.router_z) == pytest.approx(2.0)
+
+
+def test_the_importance_loss_by_hand(weighted):
+  assert float(weighted.importance) == pytest.approx(1 + 1 / 4)  # mean 2, variance 1
+
+
+def test_the_total_is_the_sum_of_the_weighted_losses(weighted):
+  assert float(weighted.total) == pytest.approx(2.0 + 0.1 * 1.5 + 0.01 * 2.0 + 0.2 * 1.25)
