@@ -43,6 +43,6 @@ def get_config() -> Config:
     optimizer=Optimizer(
       name=OptimizerName.MUON, learning_rate=1e-2, warmup_steps=100, final_fraction=0.02
     ),
-    train=Train(steps=1000, log_every=25, eval_every=200, checkpoint_every=200),
-    eval=Eval(batch_size=64, batches=12),
+    train=Train(steps=1150, log_every=25, eval_every=230, checkpoint_every=230),
+    eval=Eval(batch_size=64, batches=8),
   )
