@@ -4,11 +4,13 @@ VENV ?= .venv
 PYTEST ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint clean
+.PHONY: train checks test test-slow lint clean
 
 train: $(VENV)/.installed  ## train, evaluate and plot the default model
 	$(BIN)/python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe
 	$(BIN)/python eval.py --workdir=runs/tiny_moe
+
+checks: lint test  ## what a pull request needs
 
 test: $(VENV)/.installed-dev  ## the everyday suite, some minutes
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST)

@@ -1,11 +1,12 @@
 """Evaluates a checkpoint: python eval.py --workdir=runs/tiny [--step=N] [--split=test]
 
-Needs nothing but the workdir. Prints the held-out loss, perplexity, bits per byte beside gzip's,
-and the routing report; writes eval.json and the plots. More on request (docs/specialisation.md):
+Reads only the workdir and the data. Prints the held-out loss, perplexity, bits per byte beside
+gzip's, and the routing report; writes eval.json and the plots. Options (docs/specialisation.md):
 
-  --routing                       which expert takes what: routing.json
-  --capacity_factors=0.5,1,2,0    the loss and drops with other evaluation capacities (0: no drops)
-  --causal                        the loss without any sight of the future
+  --routing                       which expert takes which tokens: routing.json
+  --capacity_factors=0.5,1,2,inf  loss and drops with other evaluation capacities (inf: no drops)
+  --causal                        the loss with every token's future hidden from the routers
+  --documents=10                  the losses of the ten largest documents
 """
 
 from absl import flags
@@ -16,12 +17,14 @@ from moe_jax.config import UserError
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "data split")
-_ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: what each expert takes")
-_CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; 0: no drops")
-_CAUSAL = flags.DEFINE_bool("causal", False, "also the loss with every token's future hidden")
+_ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: the tokens of each expert")
+_CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; inf: no drops")
+_CAUSAL = flags.DEFINE_bool("causal", False, "also measure the loss with the future hidden")
+_DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
 
 
 def main() -> None:
+  """Evaluates the checkpoint that the flags name."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
   from moe_jax import report
@@ -29,21 +32,26 @@ def main() -> None:
 
   result, routing = evaluation.run(
     _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=capacity_factors(),
-    causal=_CAUSAL.value, routing=_ROUTING.value,
+    causal=_CAUSAL.value, documents=_DOCUMENTS.value, routing=_ROUTING.value,
   )  # fmt: skip
-  said = [report.summary(_WORKDIR.value, result), evaluation.summary(result)]
+  texts = [report.summary(_WORKDIR.value, result), evaluation.describe(result)]
   if routing:
-    said.append(specialisation.table(routing))
-  print("\n".join(filter(None, said)))
+    texts.append(specialisation.specialisation_table(routing))
+  print("\n".join(filter(None, texts)))
 
 
 def capacity_factors() -> list[float]:
+  """Returns the numbers of --capacity_factors; raises UserError for other text."""
   try:
-    return [float(factor) for factor in _CAPACITY.value]
+    factors = [float(factor) for factor in _CAPACITY.value]
   except ValueError:
+    factors = [0.0]
+  if not all(factor > 0 for factor in factors):
     raise UserError(
-      f"--capacity_factors={','.join(_CAPACITY.value)}: not a list of numbers, as in 0.5,1,2,0"
-    ) from None
+      f"--capacity_factors={','.join(_CAPACITY.value)}: not a list of numbers above 0, as in "
+      "0.5,1,2,inf (inf: no drops)"
+    )
+  return factors
 
 
 if __name__ == "__main__":

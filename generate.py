@@ -1,7 +1,8 @@
 """Continues text: python generate.py --workdir=runs/tiny_moe --prompt="def "
 
-Needs nothing but the workdir. Writes the text as it is drawn; several continuations one after the
-other, each under a line that numbers it. Prompts can also come from a file or from stdin:
+Reads only the workdir. Prints a single continuation while it is generated; several continuations
+are printed when all are complete, each under a line with its number. Prompts can also come from a
+file or from stdin:
 
   python generate.py --workdir=runs/tiny_moe --prompt_file=start.py
   head -3 questions.txt | python generate.py --workdir=runs/tiny_moe --prompt_file=- --lines
@@ -18,17 +19,18 @@ from moe_jax.config import UserError
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to use; 0 is the newest", lower_bound=0)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
-_FILE = flags.DEFINE_string("prompt_file", "", "a file that holds a prompt; - is stdin")
+_FILE = flags.DEFINE_string("prompt_file", "", "a file with a prompt; - is stdin")
 _LINES = flags.DEFINE_bool("lines", False, "each line of --prompt_file is a prompt")
-_NEW = flags.DEFINE_integer("max_new_tokens", 256, "of each continuation")
+_NEW = flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of each continuation")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
-_SEED = flags.DEFINE_integer("seed", 0, "the same one draws the same text")
+_SEED = flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
 _SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
 
 
 def main() -> None:
+  """Continues the prompts that the flags name."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
   prompts = read_prompts()
@@ -37,7 +39,7 @@ def main() -> None:
   model = moe_jax.load(_WORKDIR.value, _STEP.value)
   rows = [prompt for prompt in prompts for _ in range(_SAMPLES.value)]
   ids: list[list[int]] = [[] for _ in rows]
-  shown = 0
+  printed = 0  # characters of the text
   if len(rows) == 1:
     show(rows[0])
   try:
@@ -49,13 +51,13 @@ def main() -> None:
         row.extend(new)
       if len(rows) == 1:
         text = model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
-        show(text[shown:])
-        shown = max(shown, len(text))
+        show(text[printed:])
+        printed = max(printed, len(text))
   except KeyboardInterrupt:
-    pass  # what is drawn so far is shown
+    pass  # the text generated so far is printed below
   texts = [model.completion(prompt, row).text for prompt, row in zip(rows, ids, strict=True)]
   if len(rows) == 1:
-    show(texts[0][shown:])  # a character that stayed incomplete
+    show(texts[0][printed:])  # a last character that stayed incomplete
   else:
     for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
       show(f"--- {number + 1} of {len(rows)}\n{prompt}{text}\n")
@@ -64,6 +66,7 @@ def main() -> None:
 
 
 def read_prompts() -> list[str]:
+  """Returns the prompts of --prompt and --prompt_file; raises UserError if there are none."""
   prompts = list(_PROMPT.value)
   if _FILE.value:
     try:
@@ -77,6 +80,7 @@ def read_prompts() -> list[str]:
 
 
 def show(text: str) -> None:
+  """Prints text at once, without a newline."""
   print(text, end="", flush=True)
 
 

@@ -1,11 +1,13 @@
 """Runs an ablation: python sweep.py --sweep=configs/sweeps/balance.py --out=runs/balance
 
-Every arm and seed of the sweep file is trained and evaluated in a workdir of its own; the same
-command goes on with what was cut off. --dry-run prints the commands, for a cluster's scheduler.
+Every arm and seed of the sweep file is trained and evaluated in a separate workdir. After an
+interruption the same command continues. --dry-run prints the commands, for a cluster's scheduler.
+--config.train.steps=20 changes a field in every arm.
 """
 
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -13,15 +15,15 @@ from moe_jax import command_line
 from moe_jax.config import UserError
 
 _SWEEP = flags.DEFINE_string("sweep", "", "a Python file with a question and get_sweep()")
-_OUT = flags.DEFINE_string("out", "", "where the runs live; created if need be")
+_OUT = flags.DEFINE_string("out", "", "the folder of the runs, created if it does not exist")
 _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "print the commands and do nothing")
-_ARMS = flags.DEFINE_list("arms", [], "only these")
-_SEEDS = flags.DEFINE_list("seeds", [], "these in place of the sweep's")
-_OVERRIDE = flags.DEFINE_multi_string("override", [], "train.steps=20: a field, for every arm")
+_ARMS = flags.DEFINE_list("arms", [], "the arms to run; all by default")
+_SEEDS = flags.DEFINE_list("seeds", [], "the seeds to run; by default those of the sweep file")
 
 
-def main() -> None:
+def main(overrides: dict[str, Any]) -> None:
+  """Runs the sweep that the flags name."""
   for flag in (_SWEEP, _OUT):
     if not flag.value:
       raise UserError(f"--{flag.name} is missing: --sweep=configs/sweeps/NAME.py --out=runs/NAME")
@@ -36,10 +38,10 @@ def main() -> None:
     dry_run=_DRY_RUN.value,
     arms=_ARMS.value,
     seeds=[int(seed) for seed in _SEEDS.value],
-    overrides=_OVERRIDE.value,
+    overrides=overrides,
   )
   sys.exit(code)
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, overrides=True)

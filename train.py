@@ -1,7 +1,8 @@
 """Trains a model: python train.py --config=configs/tiny_moe.py --workdir=runs/tiny
 
-Any field can be overridden, --config.model.moe.num_experts=16. The same command resumes a run that
-was cut off. --describe prints parameters, FLOPs and memory and trains nothing.
+Any field can be overridden, as in --config.model.moe.num_experts=16. The same command resumes a run
+that was interrupted. --describe prints parameters, FLOPs and memory and trains nothing; --diff
+prints what differs from the defaults.
 """
 
 from absl import flags
@@ -11,15 +12,29 @@ from moe_jax import command_line, validation
 from moe_jax.config import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config file")
-_WORKDIR = flags.DEFINE_string("workdir", "", "where the run lives; created if need be")
+_WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it is missing")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "one of several processes of this run")
+_DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes of the run")
+_INIT_FROM = flags.DEFINE_string(
+  "init_from", "", "begin a new run with another run's parameters: WORKDIR or WORKDIR:STEP"
+)
+_INIT_OPTIMIZER = flags.DEFINE_bool(
+  "init_optimizer", False, "with --init_from: take that run's optimizer state, too"
+)
+_PROFILE = flags.DEFINE_string(
+  "profile", "", "trace the steps FIRST:LAST, both included, into WORKDIR/profile"
+)
 
 
 def main() -> None:
   config = _CONFIG.value
   if config is None:
     raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
+  if _DIFF.value:
+    validation.check_fields(config)  # the rest of validate() imports jax
+    print(command_line.difference(config))
+    return
   validation.validate(config)
   if _DESCRIBE.value:
     from moe_jax.model import cost
@@ -28,10 +43,17 @@ def main() -> None:
     print(cost.report(config, optimizers.abstract_state(config)))
     return
   if not _WORKDIR.value:
-    raise UserError("--workdir is missing: say where the run lives, --workdir=runs/NAME")
-  from moe_jax.training import train  # imports jax: only now that the config is known to be good
+    raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
+  from moe_jax.training import train  # imports jax, so only when the config is known to be valid
 
-  train.run(config, _WORKDIR.value, multihost=_MULTIHOST.value)
+  train.run(
+    config,
+    _WORKDIR.value,
+    multihost=_MULTIHOST.value,
+    init_from_flag=_INIT_FROM.value,
+    init_optimizer=_INIT_OPTIMIZER.value,
+    profile=_PROFILE.value,
+  )
 
 
 if __name__ == "__main__":

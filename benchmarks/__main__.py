@@ -1,12 +1,14 @@
 """python -m benchmarks layer|train|inference|decode|all [--out=DIR]
 
-layer      an MoE layer of each dispatcher against a dense FFN of equal active FLOPs
+layer      an MoE layer with each dispatcher against a dense FFN of equal active FLOPs
 train      whole training steps on one CPU, against our dense model and Hugging Face transformers
 inference  decoding and prefill of --config against dense models of its active and its total size
-decode     decoding on one CPU against Hugging Face transformers: same weights, same tokens out
-all        what suits the device: `layer`, a part of it on a CPU, and there `train`
+decode     decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
+all        on an accelerator `layer`; on a CPU a part of `layer`, then `train`
 
-prints tables with targets and whether they are met, and writes DIR/NAME.json and NAME.png.
+Each prints tables, among them targets and whether they are met, and writes DIR/NAME.json. All but
+`decode` draw DIR/NAME.png. `inference` takes overrides of its config as train.py does, as in
+--config.model.num_layers=4.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from moe_jax.config import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
+  """Parses and checks the command line."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks", description=__doc__, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,11 +35,11 @@ def parse_arguments() -> argparse.Namespace:
   add("--tokens", type=int, default=64, help="decode: new tokens of each row in a round (64)")
   add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
   add("--peer_python", default=sys.executable, help="train, decode: a Python with torch")
-  add("--peer_compile", action="store_true", help="also the peer under torch.compile")
+  add("--peer_compile", action="store_true", help="also run the peer under torch.compile")
   add("--config", default="configs/mixtral_small.py", help="inference: the model's config file")
-  add("--override", action="append", default=[], help="inference: a field, model.num_layers=4")
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
-  args = parser.parse_args()
+  overrides, rest = command_line.take_overrides(sys.argv[1:])
+  args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
   for name, least in (("rounds", 1), ("steps", 1), ("tokens", 2)):
     if getattr(args, name) < least:
       parser.error(f"--{name}={getattr(args, name)}: it must be at least {least}")
@@ -44,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_layer(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  """Runs the benchmark `layer`, prints its tables and draws its picture."""
   from benchmarks import layer, layer_report, plots
 
   result = layer.run(layer.default_grid(short=args.bench == "all"), args.rounds)
@@ -54,6 +58,7 @@ def run_layer(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 
 
 def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  """Runs the benchmark `train`, prints its tables and draws its picture."""
   from benchmarks import plots, train
 
   result = train.run(
@@ -66,14 +71,15 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 
 
 def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  """Runs the benchmark `inference`, prints its tables and draws its picture."""
   from benchmarks import inference, inference_report, plots
   from moe_jax import validation
 
   config = command_line.load_file(args.config)
-  config = command_line.override(config, command_line.parse_overrides(args.override), args.config)
+  config = command_line.override(config, args.overrides, args.config)
   validation.validate(config)
   if not config.model.moe.num_experts:
-    raise UserError(f"--config={args.config}: a dense model; name one with experts")
+    raise UserError(f"--config={args.config}: the model is dense; name one with experts")
   try:
     batches = [int(b) for b in args.batches.split(",")] if args.batches else inference.BATCHES
   except ValueError:
@@ -85,7 +91,8 @@ def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]
   return result
 
 
-def run_decode(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+def run_decode(args: argparse.Namespace) -> dict[str, Any]:
+  """Runs the benchmark `decode` and prints its tables."""
   from benchmarks import decode
 
   result = decode.run(
@@ -97,28 +104,29 @@ def run_decode(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
+  """Runs the benchmarks that the command line names, and writes their results."""
   args = parse_arguments()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
   from moe_jax import config as config_lib
-  from moe_jax import startup  # imports jax: only now that the arguments are known to be good
+  from moe_jax import startup  # imports jax, so it comes after the arguments are checked
 
-  startup.start(config_lib.Data())  # compiled programs are kept, as a training run's are
+  startup.start(config_lib.Data())  # sets the cache of compiled programs, as for a training run
   where = results.environment()
   results.progress(f"{where['device']}, jax {where['jax']}, commit {where['commit'] or 'unknown'}")
-  found: dict[str, Any] = {"environment": where}
+  numbers: dict[str, Any] = {"environment": where}
   if args.bench in ("layer", "all"):
-    found["layer"] = run_layer(args, out)
+    numbers["layer"] = run_layer(args, out)
   if args.bench == "train" or (args.bench == "all" and where["platform"] == "cpu"):
-    found["train"] = run_train(args, out)
+    numbers["train"] = run_train(args, out)
   if args.bench == "decode":
-    found["decode"] = run_decode(args, out)
+    numbers["decode"] = run_decode(args)
   if args.bench == "inference":
-    found["inference"] = run_inference(args, out)
+    numbers["inference"] = run_inference(args, out)
   if args.bench == "all":
-    results.write(out, "bench.json", found)
+    results.write(out, "bench.json", numbers)
   else:
-    results.write(out, f"{args.bench}.json", {"environment": where, **found[args.bench]})
+    results.write(out, f"{args.bench}.json", {"environment": where, **numbers[args.bench]})
 
 
 if __name__ == "__main__":

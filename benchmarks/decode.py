@@ -1,8 +1,8 @@
-"""Decoding against Hugging Face transformers' Mixtral: the same weights, the same tokens out.
+"""Times decoding against Hugging Face transformers' Mixtral, with equal weights and equal tokens.
 
-Both are processes pinned to the same CPU that work in turns, in float32, and both answer with their
-tokens, which must agree. CPU-seconds, unlike seconds by the clock, do not count what other programs
-take from that CPU.
+Both are float32 processes that are pinned to the same CPU and work in turns. Both return their
+tokens, which must agree. CPU-seconds, unlike wall-clock seconds, leave out the time that other
+programs take from the CPU.
 """
 
 import sys
@@ -20,9 +20,11 @@ BATCHES = (1, 8, 32)
 
 
 class Workload(NamedTuple):
+  """The model of a comparison, and its target."""
+
   name: str
-  sizes: dict[str, int]  # of workload.W, where they differ
-  speed: float  # of transformers' that we aim for at batch 1; at larger ones, to be ahead
+  sizes: dict[str, int]  # those that differ from workload.W
+  speed: float  # the target of our speed / transformers' at batch 1; at larger batches it is 1
 
 
 WORKLOADS = (
@@ -32,10 +34,14 @@ WORKLOADS = (
 
 
 def peer_commands(python: str, compiled: bool, cpu: int, folder: str) -> list[Command]:
-  """Raises UserError where they cannot run: there is nothing to compare with then."""
+  """Returns the commands of the peers.
+
+  Raises:
+    UserError: `python` has no torch and transformers, so that there is nothing to compare with.
+  """
   if not has_torch(python):
     raise UserError(f"{python} has no torch and transformers: pip install -e '.[hf]', or name "
-                    "a Python that has with --peer_python")  # fmt: skip
+                    "a Python that has them with --peer_python")  # fmt: skip
   base = [python, "-m", "benchmarks.peer_decode", f"--cpu={cpu}", f"--weights={folder}"]
   commands = [Command("peer", [*base, f"--experts={e}"]) for e in ("grouped_mm", "eager")]
   if compiled:
@@ -52,9 +58,10 @@ def run(
   workloads: tuple[Workload, ...] = WORKLOADS,
   batches: tuple[int, ...] = BATCHES,
 ) -> dict[str, Any]:
-  """CPU-seconds of a decoding step of every model, workload and batch size, and the targets.
+  """Times a decoding step of every model, workload and batch size, and checks the targets.
 
-  Raises UserError where the tokens differ.
+  Raises:
+    UserError: the models draw different tokens, or a worker fails.
   """
   cpu = results.usable_cpus()[-1]
   rows = []
@@ -85,13 +92,13 @@ def _run(workload, rounds, steps, batches, cpu, peer, folder):
 
 def _rows(workload, workers, batch, rounds, steps):
   line = f"decode {batch} {steps}"
-  tokens = [worker.ask(line)["tokens"] for worker in workers]  # which also warms up
-  for worker, found in zip(workers, tokens, strict=True):
-    if found != tokens[0]:
-      row, place = np.argwhere(np.array(found) != np.array(tokens[0]))[0]
+  tokens = [worker.ask(line)["tokens"] for worker in workers]  # this also compiles
+  for worker, worker_tokens in zip(workers, tokens, strict=True):
+    if worker_tokens != tokens[0]:
+      row, place = np.argwhere(np.array(worker_tokens) != np.array(tokens[0]))[0]
       raise UserError(
         f"{workload.name}, batch {batch}: {worker.ready['name']} draws another token than "
-        f"{workers[0].ready['name']} in row {row}, {place} after the prompt"
+        f"{workers[0].ready['name']} in row {row}, at place {place} after the prompt"
       )
   answers = [[worker.ask(line) for worker in workers] for _ in range(rounds)]
   rows = []
@@ -105,13 +112,13 @@ def _rows(workload, workers, batch, rounds, steps):
       "tokens_per_cpu_s": batch / float(np.median(cpu_s)),
       "our_speed": float(np.median(np.divide(cpu_s, ours))),
     })  # fmt: skip
-  shown = ", ".join(f"{r['name']} {1e3 * r['cpu_s']:.2f}" for r in rows)
-  progress(f"{workload.name}, batch {batch}: {shown} CPU-ms a step")
+  numbers = ", ".join(f"{r['name']} {1e3 * r['cpu_s']:.2f}" for r in rows)
+  progress(f"{workload.name}, batch {batch}: {numbers} CPU-ms a step")
   return rows
 
 
 def _compare(rows, workloads):
-  """Our speed over the fastest peer's, at every batch size."""
+  """Returns targets of our speed over the fastest peer's, at every batch size."""
   targets = []
   for workload in workloads:
     peers = [r for r in rows if r["workload"] == workload.name and r["kind"] == "peer"]
@@ -124,6 +131,7 @@ def _compare(rows, workloads):
 
 
 def text(result: dict[str, Any]) -> str:
+  """Formats tables of all rows and of the targets."""
   header = ["decoding, one CPU", "batch", "model", "CPU-ms/step", "tokens/CPU-s",
             "our speed / its"]  # fmt: skip
   lines = [

@@ -1,7 +1,7 @@
-"""Our greedy decoding as a worker of the `decode` benchmark: one process, one CPU.
+"""A worker of the `decode` benchmark: decodes greedily with our model, in one process on one CPU.
 
-With --weights it first writes its random weights and prompts there, for peer_decode.py, whose
-line protocol it speaks:
+With --weights it first writes its random weights and prompts to that folder, for peer_decode.py.
+Its protocol is that of peer_decode.py, in lines (-> stdout, <- stdin):
 
   ->                {"ready": true, "name", "parameters", "versions"}
   <- decode B N     N tokens after each of the first B prompts
@@ -11,6 +11,7 @@ line protocol it speaks:
 
 import argparse
 import json
+import math
 import pathlib
 import sys
 import time
@@ -21,11 +22,12 @@ import numpy as np
 from benchmarks import train_worker
 from benchmarks.workload import W
 
-PROMPT = 16  # tokens, the first of them the one that begins a document
+PROMPT = 16  # tokens of a prompt; the first is the separator that begins a document
 _BEGIN = 0
 
 
 def parse_arguments() -> argparse.Namespace:
+  """Parses the command line."""
   parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_worker", allow_abbrev=False)
   add = parser.add_argument
   add("--weights", type=pathlib.Path, help="folder to write the weights and prompts to")
@@ -35,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add(f"--{name}", type=int, default=default)
   args = parser.parse_args()
   args.head_dim = args.dim // args.heads
-  args.model, args.remat, args.capacity_factor = "grouped", "none", 0.0
+  args.model, args.remat, args.capacity_factor = "grouped", "none", math.inf
   return args
 
 
@@ -52,7 +54,7 @@ class Ids:
 
 
 def peer_config(model: Any) -> dict[str, Any]:
-  """Fields of transformers.MixtralConfig for a config.Model."""
+  """Returns the fields of transformers.MixtralConfig for a config.Model."""
   return dict(
     vocab_size=model.vocab_size, hidden_size=model.dim, num_hidden_layers=model.num_layers,
     num_attention_heads=model.num_heads, num_key_value_heads=model.num_kv_heads,
@@ -64,17 +66,19 @@ def peer_config(model: Any) -> dict[str, Any]:
 
 
 def peer_weights(weights: Any) -> dict[str, np.ndarray]:
-  """decoding.unstacked weights by the names of transformers' Mixtral, which are [outer, inner]."""
-  named = {
+  """Returns weights of decoding.unstacked as those of transformers' Mixtral, by their names there.
+
+  Matrices of transformers are [outer, inner].
+  """
+  by_name = {
     "model.embed_tokens.weight": weights.embed_VD, "lm_head.weight": weights.head_DV.T,
     "model.norm.weight": weights.final_norm_D,
   }  # fmt: skip
   for number, layer in enumerate(weights.layers):
-    heads, moe = layer.attention, layer.ffn.moe
-    gate_EDF, up_EDF, down_EFD = moe.experts
+    heads, moe, experts = layer.attention, layer.ffn.moe, layer.ffn.moe.experts
     D = layer.ffn_norm_D.shape[0]
-    gate_up_EDF = np.concatenate([gate_EDF, up_EDF], axis=2)
-    named |= {
+    gate_up_EDF = np.concatenate([experts.gate_EDF, experts.up_EDF], axis=2)
+    by_name |= {
       f"model.layers.{number}.{name}": array
       for name, array in {
         "input_layernorm.weight": layer.attention_norm_D,
@@ -85,15 +89,16 @@ def peer_weights(weights: Any) -> dict[str, np.ndarray]:
         "post_attention_layernorm.weight": layer.ffn_norm_D,
         "mlp.gate.weight": moe.router["router_DE"].T,
         "mlp.experts.gate_up_proj": gate_up_EDF.swapaxes(1, 2),
-        "mlp.experts.down_proj": np.swapaxes(down_EFD, 1, 2),
+        "mlp.experts.down_proj": np.swapaxes(experts.down_EFD, 1, 2),
       }.items()
     }
-  return {name: np.ascontiguousarray(array) for name, array in named.items()}
+  return {name: np.ascontiguousarray(array) for name, array in by_name.items()}
 
 
 def main() -> None:
+  """Writes the weights if asked to, then answers the lines on stdin."""
   args = parse_arguments()
-  out = train_worker.one_cpu(args.cpu)
+  out = train_worker.pin_to_cpu(args.cpu)
   import jax
 
   from benchmarks import inference
@@ -103,14 +108,14 @@ def main() -> None:
 
   config = train_worker.make_config(args)
   startup.start(config.data)
-  model = inference.build(config, args.seed, Ids(args.vocab_size), never=_BEGIN)
+  model = inference.build_generator(config, args.seed, Ids(args.vocab_size), never=_BEGIN)
   rng = np.random.default_rng(args.seed)
   prompts_BL = rng.integers(1, args.vocab_size, (args.rows, PROMPT))
   prompts_BL[:, 0] = _BEGIN
   if args.weights:
     with jax.set_mesh(model.mesh):
-      trained = inference.parameters(config, args.seed, never=_BEGIN)
-      unpacked = decoding.unstacked(model.model, *trained)
+      params, bias_ZE = inference.random_parameters(config, args.seed, never=_BEGIN)
+      unpacked = decoding.unstacked(model.model, params, bias_ZE)
     for name, array in peer_weights(unpacked).items():
       np.save(args.weights / f"{name}.npy", array)
     np.save(args.weights / "prompts.npy", prompts_BL)

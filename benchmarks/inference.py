@@ -1,7 +1,7 @@
-"""Decoding and prefill of an MoE, of the dense model of its active size, and of its total size.
+"""Times decoding and prefill of an MoE and of dense models of its active and of its total size.
 
-Random weights, random tokens: routing is near uniform, so that the expected number of different
-experts that a step of B tokens reads, E (1 - (1 - K/E)^B), gives a curve to compare with.
+Weights and tokens are random, so routing is nearly uniform. Then a step of B tokens is expected to
+read E (1 - (1 - K/E)^B) different experts, which predicts the times.
 """
 
 import dataclasses
@@ -25,20 +25,22 @@ from moe_jax.training import timing
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PREFILL = (128, 512)  # tokens of one prompt
 _PROMPT, _STEPS = 16, 4
-_SLOTS = 128  # of the cache, all of which a step reads
+_SLOTS = 128  # slots of the cache; a step reads all of them
 TWINS = {"dense, active size": "active_params", "dense, total size": "total_params"}
 MOE = "MoE"
 _READ = "plain read"
 
 
 class Machine(NamedTuple):
+  """The measured speeds of the device."""
+
   read: float  # bytes/s of one large matrix times a vector
   copy: float  # bytes/s read and written
   flops: float  # FLOP/s of a matmul of 1024 rows
 
 
 def models(config: config_lib.Config) -> dict[str, config_lib.Config]:
-  """{name: config}: the MoE and its two dense twins, in a dtype that suits the device."""
+  """Returns {name: config} of the MoE and its two dense twins, in a dtype for this device."""
   dtype = config_lib.Dtype.FLOAT32
   if jax.default_backend() != "cpu":
     dtype = config_lib.Dtype.BFLOAT16
@@ -48,37 +50,43 @@ def models(config: config_lib.Config) -> dict[str, config_lib.Config]:
   return {MOE: config} | twins
 
 
-def parameters(config: config_lib.Config, seed: int, never: int = -1) -> tuple[Any, jax.Array]:
-  """(random parameters of this config's model, zero balancing biases), on the mesh in force.
+def random_parameters(
+  config: config_lib.Config, seed: int, never: int = -1
+) -> tuple[Any, jax.Array]:
+  """Returns random parameters of a config's model and balancing biases of 0, on the mesh in force.
 
-  With `never`, no greedy decoding draws that token, so that no row ends before its time.
+  Greedy decoding never draws the token `never`. For the separator this means that no row ends
+  early.
   """
   model = config.model
   params = jax.jit(lambda key: nnx.state(transformer.Transformer(model, nnx.Rngs(key)), nnx.Param))(
     jax.random.key(seed)
   )
-  if never >= 0:  # the others' logits have a positive maximum; a tied head is the embedding too
+  if never >= 0:  # a logit of 0 is never the largest; the head must not be tied to the embedding
     params["head_DV"] = params["head_DV"].replace(params["head_DV"][...].at[:, never].set(0))
   return params, jnp.zeros(transformer.bias_shape(model))
 
 
-def build(
+def build_generator(
   config: config_lib.Config, seed: int = 0, tokenizer: tokenizers.Tokenizer | None = None,
   never: int = -1,
-) -> generate.Model:  # fmt: skip
-  """`parameters` on one device, ready to generate; tokens are bytes if no tokenizer is given."""
+) -> generate.TextGenerator:  # fmt: skip
+  """Returns a generator with `random_parameters` on one device.
+
+  Its tokens are bytes if no tokenizer is given.
+  """
   mesh = sharding.make_mesh(config_lib.Mesh(data=1))
   with jax.set_mesh(mesh):
     model = decoding.for_inference(config.model)
-    weights = decoding.weights(model, *parameters(config, seed, never))
+    weights = decoding.weights(model, *random_parameters(config, seed, never))
     jax.block_until_ready(weights)
-  return generate.Model(model, weights, mesh, tokenizer or tokenizers.Bytes())
+  return generate.TextGenerator(model, weights, mesh, tokenizer or tokenizers.Bytes())
 
 
-class Decoder:
-  """A model in the middle of decoding `batch` rows, at random tokens."""
+class RandomDecoder:
+  """A model that decodes `batch` rows of random tokens after a prompt; calling it decodes steps."""
 
-  def __init__(self, model: generate.Model, batch: int, seed: int = 0):
+  def __init__(self, model: generate.TextGenerator, batch: int, seed: int = 0):
     self._model = model.model
     self._weights, self._mesh = model.weights, model.mesh
     rng = np.random.default_rng(seed)
@@ -92,15 +100,17 @@ class Decoder:
 
   def _prefill(self, weights, start_B, tokens_BL):
     cache = decoding.empty_cache(self._model, start_B, _SLOTS)
-    return decoding.forward(weights, self._model, cache, tokens_BL, all_logits=False).cache
+    return decoding.forward_with_cache(
+      weights, self._model, cache, tokens_BL, all_logits=False
+    ).cache
 
   def _decode(self, weights, cache, token_B, key):
-    """Tokens are drawn at random, so that rows do not run into the same words."""
+    """Decodes _STEPS steps; the tokens are random, so that rows do not become alike."""
 
     def step(number, carry):
       cache, token_B, total = carry
       cache = cache._replace(length=jnp.full((), _PROMPT, jnp.int32) + number)
-      logits_BLV, cache, _ = decoding.forward(
+      logits_BLV, cache, _ = decoding.forward_with_cache(
         weights, self._model, cache, token_B[:, None], all_logits=False
       )
       key_number = jax.random.fold_in(key, number)
@@ -110,7 +120,7 @@ class Decoder:
     return jax.lax.fori_loop(0, _STEPS, step, (cache, token_B, jnp.zeros(())))
 
   def __call__(self) -> jax.Array:
-    """_STEPS steps."""
+    """Decodes _STEPS steps; returns a number that depends on all of them."""
     with jax.set_mesh(self._mesh):
       key = jax.random.key(0)
       self._cache, _, total = self._steps(
@@ -119,10 +129,10 @@ class Decoder:
     return total
 
   def distinct_experts(self) -> float:
-    """Different experts that one step of random tokens chooses, mean over layers and 8 draws."""
+    """Returns how many different experts one step chooses, mean over layers and 8 random steps."""
     trace = jax.jit(
       lambda weights, cache, tokens_B1: (
-        decoding.forward(
+        decoding.forward_with_cache(
           weights, self._model, cache, tokens_B1, all_logits=False, trace=True
         ).choices
       )
@@ -138,7 +148,7 @@ class Decoder:
 
 
 class Reader:
-  """Reads a matrix of 512 MB, beyond any cache: its product with a vector."""
+  """Reads a matrix of 512 MB, which no cache holds, by multiplying it with a vector."""
 
   def __init__(self):
     self._matrix, self._vector = jnp.ones((16384, 8192), jnp.float32), jnp.ones((8192,))
@@ -150,11 +160,12 @@ class Reader:
     return self._product(self._matrix, self._vector)
 
   def copy(self) -> jax.Array:
+    """Reads the matrix and writes another one."""
     return self._matrix + 1
 
 
 def machine(reader: Reader, seconds: float, rounds: int = 3) -> Machine:
-  """What this device's memory and matmuls reach, the best of some rounds."""
+  """Measures the speed of this device's memory and matmuls, the best of some rounds."""
   square, rows = jnp.ones((2048, 2048), jnp.float32), jnp.ones((1024, 2048))
   product = jax.jit(jnp.matmul)
   jax.block_until_ready(product(rows, square))
@@ -167,51 +178,63 @@ def machine(reader: Reader, seconds: float, rounds: int = 3) -> Machine:
 
 
 def expected_experts(num_experts: int, top_k: int, batch: int) -> float:
-  """Different experts that B tokens choose under uniform routing: E (1 - (1 - K/E)^B)."""
+  """Returns how many different experts B tokens choose if uniform: E (1 - (1 - K/E)^B)."""
   return num_experts * (1 - (1 - top_k / num_experts) ** batch)
 
 
 class Work(NamedTuple):
-  bytes: float
+  """The work of a decoding step."""
+
+  bytes: float  # read
   flops: float
 
 
 def work(weights: decoding.Weights, model: config_lib.Model, batch: int, experts: float) -> Work:
-  """What a decode step of `batch` rows reads and computes, `experts` read in each MoE layer."""
+  """Returns the work of a step of `batch` rows that reads `experts` experts in each MoE layer."""
 
   def size(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
-  of_experts = [w.ffn.moe.experts for w in weights.layers if not isinstance(w.ffn, FFNWeights)]
-  one = size(of_experts[0]) / model.moe.num_experts if of_experts else 0.0
-  # A tied head is read whole; of an embedding that is only looked up, B rows.
-  always = size(weights.layers) - size(of_experts) + size((weights.final_norm_D, weights.head_DV))
+  experts_Z = [w.ffn.moe.experts for w in weights.layers if not isinstance(w.ffn, FFNWeights)]
+  expert_bytes = size(experts_Z[0]) / model.moe.num_experts if experts_Z else 0.0
+  # The head is read whole. The embedding, of which a step reads B rows, is left out.
+  shared = size(weights.layers) - size(experts_Z) + size((weights.final_norm_D, weights.head_DV))
   item = weights.embed_VD.dtype.itemsize
   slots = batch * _SLOTS * 2 * model.num_kv_heads * model.head_dim * model.num_layers
-  used = always + len(of_experts) * one * model.moe.top_k
-  return Work(always + len(of_experts) * one * experts + slots * item, 2 * batch * used / item)
+  per_token = shared + len(experts_Z) * expert_bytes * model.moe.top_k
+  return Work(
+    bytes=shared + len(experts_Z) * expert_bytes * experts + slots * item,
+    flops=2 * batch * per_token / item,
+  )
 
 
 def run(
   config: config_lib.Config, rounds: int, batches=BATCHES, seconds: float = 0.3
 ) -> dict[str, Any]:
-  """Rows of decode and prefill; `seconds`, as min_seconds of timing.in_turns."""
+  """Times decoding at each batch size, and prefill.
+
+  Args:
+    config: of the MoE.
+    rounds: timed rounds, of which the median counts.
+    batches: numbers of rows to decode together.
+    seconds: the least time of one measurement, min_seconds of timing.in_turns.
+  """
   configs = models(config)
   built = {}
-  for name, of in configs.items():
-    progress(f"{name}: {matching.sizes(of)}")
-    built[name] = build(of)
+  for name, model_config in configs.items():
+    progress(f"{name}: {matching.sizes(model_config)}")
+    built[name] = build_generator(model_config)
   reader = Reader()
-  found = machine(reader, seconds)
-  progress(f"memory reads {found.read / 1e9:.1f} GB/s, copies {found.copy / 1e9:.1f} GB/s; "
-           f"matmuls {found.flops / 1e9:.0f} GFLOP/s")  # fmt: skip
-  counts = {name: matching.count(of) for name, of in configs.items()}
+  speeds = machine(reader, seconds)
+  progress(f"memory reads {speeds.read / 1e9:.1f} GB/s, copies {speeds.copy / 1e9:.1f} GB/s; "
+           f"matmuls {speeds.flops / 1e9:.0f} GFLOP/s")  # fmt: skip
+  counts = {name: matching.cached_count(model_config) for name, model_config in configs.items()}
   rows = []
   for batch in batches:
-    rows += _decode_rows(built, batch, rounds, seconds, found, reader)
+    rows += _decode_rows(built, batch, rounds, seconds, speeds, reader)
   prefill = [row for length in PREFILL for row in _prefill_rows(built, length, rounds, seconds)]
   return {
-    "machine": found._asdict(),
+    "machine": speeds._asdict(),
     "models": {
       n: {"parameters": c.total, "active": c.active, "dtype": configs[n].model.compute_dtype.value}
       for n, c in counts.items()
@@ -221,38 +244,40 @@ def run(
   }
 
 
-def _decode_rows(built, batch, rounds, seconds, found, reader):
-  decoders = {name: Decoder(model, batch) for name, model in built.items()}
+def _decode_rows(built, batch, rounds, seconds, speeds, reader):
+  decoders = {name: RandomDecoder(model, batch) for name, model in built.items()}
   times = timing.in_turns(decoders | {_READ: reader}, rounds, seconds)
   rows = []
   for name, model in built.items():
     moe = model.model.moe
     experts = expected_experts(moe.num_experts, moe.top_k, batch) if moe.num_experts else 0.0
-    done = work(model.weights, model.model, batch, experts)
-    took = timing.median(times, name) / _STEPS
+    step = work(model.weights, model.model, batch, experts)
+    step_s = timing.median(times, name) / _STEPS
     rows.append({
-      "model": name, "batch": batch, "seconds": took, "tokens_per_s": batch / took,
-      "speed_vs_moe": timing.ratio(times, MOE, name), "bytes": done.bytes, "flops": done.flops,
-      "bytes_per_s": done.bytes / took,
-      "of_plain_read": _STEPS * done.bytes / reader.bytes / timing.ratio(times, name, _READ),
-      "roofline_s": max(done.bytes / found.read, done.flops / found.flops),
+      "model": name, "batch": batch, "seconds": step_s, "tokens_per_s": batch / step_s,
+      "speed_vs_moe": timing.ratio(times, MOE, name), "bytes": step.bytes, "flops": step.flops,
+      "bytes_per_s": step.bytes / step_s,
+      "of_plain_read": _STEPS * step.bytes / reader.bytes / timing.ratio(times, name, _READ),
+      "roofline_s": max(step.bytes / speeds.read, step.flops / speeds.flops),
       "experts_expected": experts,
       "experts_read": decoders[name].distinct_experts() if moe.num_experts else 0.0,
     })  # fmt: skip
-  shown = ", ".join(f"{r['model']} {r['tokens_per_s']:,.1f}" for r in rows)
-  progress(f"decode, batch {batch}: {shown} tokens/s")
+  numbers = ", ".join(f"{r['model']} {r['tokens_per_s']:,.1f}" for r in rows)
+  progress(f"decode, batch {batch}: {numbers} tokens/s")
   return rows
 
 
 def _prefill_rows(built, length, rounds, seconds):
-  vocab_size = built[MOE].model.vocab_size  # the twins have the same
+  vocab_size = built[MOE].model.vocab_size  # also that of the twins
   tokens = np.random.default_rng(0).integers(0, vocab_size, (1, length), dtype=np.int32)
   thunks = {}
   for name, model in built.items():
 
     def prefill(weights, tokens_BL, model=model):
       cache = decoding.empty_cache(model.model, jnp.zeros((1,), jnp.int32), length)
-      return decoding.forward(weights, model.model, cache, tokens_BL, all_logits=False).logits_BLV
+      return decoding.forward_with_cache(
+        weights, model.model, cache, tokens_BL, all_logits=False
+      ).logits_BLV
 
     compiled = jax.jit(prefill)
 

@@ -1,25 +1,25 @@
-"""What the inference benchmark says: whether the targets are met, and its tables."""
+"""The inference benchmark's tables and targets."""
 
 from typing import Any
 
 from benchmarks import results
 from benchmarks.inference import MOE, TWINS
 
-_ACTIVE_SPEED = 0.85  # of the dense model of the active size, at batch 1
-_TOTAL_SPEED = 0.85  # of total/active times the dense model of the total size
-_BANDWIDTH = 0.7  # of what a plain read of the memory reaches
-_FORMULA = 0.2  # the middle of the curve may be off by
+_ACTIVE_SPEED = 0.85  # speed / that of the dense model of the active size, at batch 1
+_TOTAL_SPEED = 0.85  # speed / (total/active times that of the dense model of the total size)
+_BANDWIDTH = 0.7  # bytes/s / those of a plain read of the memory
+_FORMULA = 0.2  # relative error of the formula at batches 2 to 16
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-  """Batch 1 against both dense models and the memory; the curve against the formula."""
+  """Compares batch 1 with both dense models and the memory, larger batches with the formula."""
   active, total = TWINS
   sizes = result["models"][MOE]
   at = {(r["model"], r["batch"]): r for r in result["decode"]}
   first = min(batch for _, batch in at)
   moe = at[MOE, first]
   larger = sizes["parameters"] / sizes["active"]
-  found = [
+  verdicts = [
     results.target(f"batch {first}: MoE speed / {active}", 1 / at[active, first]["speed_vs_moe"],
                    _ACTIVE_SPEED, at_least=True),
     results.target(f"batch {first}: MoE speed / {total}", 1 / at[total, first]["speed_vs_moe"],
@@ -32,15 +32,16 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     predicted = large["roofline_s"] / row["roofline_s"]
     error = abs(1 / large["speed_vs_moe"] / predicted - 1)
     what = f"batch {batch}: MoE speed / {total}, off the expected-experts formula"
-    found.append(results.target(what, error, _FORMULA))
+    verdicts.append(results.target(what, error, _FORMULA))
     if batch <= 8:
       error = abs(row["seconds"] / moe["seconds"] / (row["roofline_s"] / moe["roofline_s"]) - 1)
       what = f"batch {batch}: time over batch {first}'s, off the expected-experts formula"
-      found.append(results.target(what, error, _FORMULA))
-  return found
+      verdicts.append(results.target(what, error, _FORMULA))
+  return verdicts
 
 
 def text(result: dict[str, Any]) -> str:
+  """Formats tables of decoding, of prefill, and of the targets."""
   header = ["decode, batch", "model", "ms/step", "tokens/s", "MoE's speed / its", "experts read",
             "expected", "GB/s", "/ plain read", "roofline ms"]  # fmt: skip
   lines = [

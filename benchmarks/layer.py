@@ -1,12 +1,14 @@
-"""The MoE layer of each dispatcher against a dense FFN of the same active FLOPs, on one device.
+"""Times the MoE layer with each dispatcher and a dense FFN of equal active FLOPs, on one device.
 
-A grid is a list of `Setting`s; the candidates of one setting take turns. A program is compared with
-the dense oracle before it is timed. Weights are in the compute dtype already, as they are for all
-but the first use in a step. Seconds are by the clock, of forward and of forward and backward.
+A grid is a list of `Setting`s; the candidates of one setting are timed in turns. A program is
+compared with the dense dispatcher, the oracle, before it is timed. Weights are already in the
+compute dtype, so the times leave out the cast, which a training step does once. Times are
+wall-clock seconds of the forward pass, and of forward and backward pass together (`step`).
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,20 +26,21 @@ from moe_jax.training import metrics, timing
 
 
 class Setting(NamedTuple):
-  """One D, F, K and number of tokens, with as many numbers of experts as are to be compared."""
+  """One D, F, K and number of tokens, and the numbers of experts to compare."""
 
   dim: int
   expert_dim: int
   top_k: int
   experts: tuple[int, ...]
-  rows: int  # B; capacity is counted in each row by itself
+  rows: int  # B; each row is a routing group
   seq_len: int  # L
   dtype: Dtype = Dtype.FLOAT32
-  oracles: bool = False  # einsum and dense too, with the fewest experts
-  phases: bool = False  # split the time, with the fewest experts
+  oracles: bool = False  # also time einsum and dense, with the fewest experts
+  phases: bool = False  # also time the pieces of the layer, with the fewest experts
 
   @property
   def name(self) -> str:
+    """The setting in one line."""
     tokens = self.rows * self.seq_len
     return f"D={self.dim} F={self.expert_dim} K={self.top_k} T={tokens} {self.dtype.value}"
 
@@ -56,7 +59,7 @@ ACCELERATOR_GRID = [
 
 
 class Arrays(NamedTuple):
-  """What a candidate is called with."""
+  """The arguments of a candidate."""
 
   params: Any
   x_BLD: jax.Array
@@ -65,6 +68,8 @@ class Arrays(NamedTuple):
 
 
 class Candidate(NamedTuple):
+  """A layer and its compiled programs."""
+
   name: str
   moe: config_lib.MoE | None  # None: the dense FFN
   graph: Any
@@ -74,9 +79,10 @@ class Candidate(NamedTuple):
 
 
 def make_moe(setting: Setting, dispatch: Dispatch, experts: int) -> config_lib.MoE:
+  """Returns the configuration of an MoE layer of a setting."""
   return config_lib.MoE(
     num_experts=experts, top_k=setting.top_k, expert_dim=setting.expert_dim, dispatch=dispatch,
-    renormalize=setting.top_k > 1, capacity_factor=1.0,
+    capacity_factor=1.0,
   )  # fmt: skip
 
 
@@ -86,7 +92,8 @@ def _programs(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if isinstance(layer, DenseFFN):
       return layer(x_BLD), None
     bias_E, ids_BL = jnp.zeros(layer.moe.num_experts), jnp.zeros(real_BL.shape, jnp.int32)
-    return layer(x_BLD, real_BL, ids_BL, bias_E, jax.random.key(0), train=True)[:2]
+    out = layer(x_BLD, real_BL, ids_BL, bias_E, jax.random.key(0), train=True)
+    return out.y_BLD, out.stats
 
   def step(params, x_BLD, real_BL, dy_BLD):
     run = functools.partial(forward, real_BL=real_BL, dy_BLD=None)
@@ -97,12 +104,12 @@ def _programs(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _init(model: config_lib.Model, experts: int, ffn_dim: int) -> tuple[Any, Any]:
-  """(graph, weights on the device) of an MoE layer, or of a dense FFN for experts=0."""
+  """Returns the graph and the weights of an MoE layer, or of a dense FFN for experts=0."""
 
   def make(key):
     rngs = nnx.Rngs(key)
     layer = MoEFFN(model, rngs) if experts else DenseFFN(model, ffn_dim, rngs)
-    if experts:  # a router as it is after some training: logits of deviation 1
+    if experts:  # logits of standard deviation 1, like those of a router after some training
       layer.router_DE[...] = layer.router_DE[...] * (50 * model.dim**-0.5)
     return layer
 
@@ -120,7 +127,10 @@ def _init(model: config_lib.Model, experts: int, ffn_dim: int) -> tuple[Any, Any
 
 
 def _inputs(setting: Setting) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """x_BLD, real_BL, dy_BLD; tokens share a direction, as hidden states do: uneven loads."""
+  """Returns x_BLD, real_BL, dy_BLD; tokens share a direction, as hidden states do.
+
+  The shared direction makes loads uneven.
+  """
 
   def make(key):
     shape = (setting.rows, setting.seq_len, setting.dim)
@@ -134,20 +144,20 @@ def _inputs(setting: Setting) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def candidates(setting: Setting) -> Iterator[Candidate]:
-  """The dense FFN first, then every dispatcher with every number of experts."""
+  """Yields the dense FFN, then every dispatcher with every number of experts."""
   x_BLD, real_BL, dy_BLD = _inputs(setting)
   model = config_lib.Model(dim=setting.dim, compute_dtype=setting.dtype)
   graph, params = _init(model, 0, setting.top_k * setting.expert_dim)
   yield Candidate("ffn", None, graph, *_programs(graph), Arrays(params, x_BLD, real_BL, dy_BLD))
   for experts in setting.experts:
-    how = [Dispatch.GATHER, Dispatch.GROUPED]
+    dispatchers = [Dispatch.GATHER, Dispatch.GROUPED]
     if setting.oracles and experts == min(setting.experts):
-      how += [Dispatch.EINSUM, Dispatch.DENSE]
+      dispatchers += [Dispatch.EINSUM, Dispatch.DENSE]
     params = None
-    for dispatch in how:
+    for dispatch in dispatchers:
       moe = make_moe(setting, dispatch, experts)
       graph, fresh = _init(dataclasses.replace(model, moe=moe), experts, 0)
-      params = params or fresh  # one copy for all: the weights do not depend on the dispatcher
+      params = params or fresh  # one copy, because the weights do not depend on the dispatcher
       arrays = Arrays(params, x_BLD, real_BL, dy_BLD)
       yield Candidate(f"{dispatch.value} E={experts}", moe, graph, *_programs(graph), arrays)
 
@@ -155,26 +165,36 @@ def candidates(setting: Setting) -> Iterator[Candidate]:
 def check(
   setting: Setting, candidate: Candidate, oracles: dict[int, Any], tokens: int = 64
 ) -> float:
-  """Error against the dense oracle, relative to its scale; a UserError if it is too large.
+  """Returns the error of a candidate against the dense oracle, relative to the oracle's scale.
 
-  Some tokens, spread over all, carry all the gradient. A grouped program is the one to be timed, on
-  all its tokens; one with a capacity is built for these tokens with a slot for each.
+  Only some evenly spaced tokens are compared, and only they have a gradient. A grouped candidate
+  runs the program that is timed, on all tokens. A candidate with a capacity would drop tokens, so
+  its dispatcher is compiled again for the compared tokens, with a slot for each.
 
   Args:
     setting: of the candidate.
-    candidate: the dense FFN is right by definition.
-    oracles: by number of experts; filled here, so that candidates share an oracle.
-    tokens: about how many to compare.
+    candidate: the layer to check; the dense FFN has no error by definition.
+    oracles: results of the oracle by number of experts; new ones are added, and candidates share
+      them.
+    tokens: about how many tokens to compare.
+
+  Raises:
+    UserError: the error is too large.
   """
   if candidate.moe is None:
     return 0.0
   arrays, E = candidate.arrays, candidate.moe.num_experts
   every = max(1, setting.rows * setting.seq_len // tokens)
   some = functools.partial(_some, every=every)
-  few = Arrays(arrays.params, *map(some, arrays[1:]))
+  few = Arrays(
+    params=arrays.params,
+    x_BLD=some(arrays.x_BLD),
+    real_BL=some(arrays.real_BL),
+    dy_BLD=some(arrays.dy_BLD),
+  )
 
   def small(dispatch):
-    moe = dataclasses.replace(candidate.moe, dispatch=dispatch, capacity_factor=0.0)
+    moe = dataclasses.replace(candidate.moe, dispatch=dispatch, capacity_factor=math.inf)
     model = config_lib.Model(dim=setting.dim, compute_dtype=setting.dtype, moe=moe)
     layer = nnx.eval_shape(lambda: MoEFFN(model, nnx.Rngs(0)))
     return _programs(nnx.split(layer)[0])[1](*few)
@@ -183,15 +203,17 @@ def check(
     oracles[E] = small(Dispatch.DENSE)
   if candidate.moe.dispatch is Dispatch.GROUPED:
     masked = arrays._replace(dy_BLD=_only_some(arrays.dy_BLD, every))
-    y, stats, (dparams, dx) = candidate.step(*masked)
-    found = some(y), stats, (dparams, some(dx))
+    y, _, (dparams, dx) = candidate.step(*masked)
+    results = some(y), (dparams, some(dx))
   else:
-    found = small(candidate.moe.dispatch)
-  # Sums in another order: 1e-6 in float32 here; bfloat16 rounds each of them to 4e-3.
+    y, _, gradients = small(candidate.moe.dispatch)
+    results = y, gradients
+  # Sums in another order differ by 1e-6 in float32 here; bfloat16 rounds each sum to 4e-3.
   limit = 1e-4 if setting.dtype is Dtype.FLOAT32 else 5e-2
-  errors = jax.tree.map(_error, (found[0], found[2]), (oracles[E][0], oracles[E][2]))
+  y, _, gradients = oracles[E]
+  errors = jax.tree.map(_error, results, (y, gradients))
   worst = max(map(float, jax.tree.leaves(errors)))
-  if not worst <= limit:  # NaN included
+  if not worst <= limit:  # true for NaN too
     raise UserError(
       f"{setting.name} {candidate.name}: output or gradients differ from the dense oracle by "
       f"{worst:.1e} of their scale, more than {limit:.0e}; wrong programs are not timed"
@@ -201,13 +223,13 @@ def check(
 
 @functools.partial(jax.jit, static_argnames="every")
 def _some(x_BLD, every):
-  """Every so many tokens, as one row."""
+  """Returns one token of `every` tokens, all in one row."""
   return x_BLD.reshape(1, -1, *x_BLD.shape[2:])[:, ::every]
 
 
 @functools.partial(jax.jit, static_argnames="every")
 def _only_some(x_BLD, every):
-  """Zeros at all other tokens."""
+  """Sets all tokens to 0 that `_some` leaves out."""
   x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
   return jnp.where(jnp.arange(len(x_TD))[:, None] % every == 0, x_TD, 0).reshape(x_BLD.shape)
 
@@ -215,12 +237,12 @@ def _only_some(x_BLD, every):
 @jax.jit
 def _error(x, want):
   x, want = x.astype(jnp.float32), want.astype(jnp.float32)
-  # The root of the mean square: single elements of a bfloat16 sum can be off by more.
+  # The root mean square, because single elements of a bfloat16 sum can be off by more.
   return jnp.sqrt(jnp.mean((x - want) ** 2) / jnp.maximum(jnp.mean(want**2), 1e-30))
 
 
 def _matmul(setting: Setting) -> Callable[[], jax.Array]:
-  """One dense matmul of the layer's forward FLOPs."""
+  """Returns a function that computes one dense matmul of the FLOPs of the layer's forward pass."""
   T, D, F = setting.rows * setting.seq_len, setting.dim, 3 * setting.top_k * setting.expert_dim
   dtype = setting.dtype.value
   x_TD, w_DF = (jax.random.normal(jax.random.key(2), s, dtype) for s in ((T, D), (D, F)))
@@ -230,26 +252,30 @@ def _matmul(setting: Setting) -> Callable[[], jax.Array]:
 def run_setting(
   setting: Setting, rounds: int, min_seconds: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """(a row for each candidate, a row for each split into phases) of one setting."""
-  thunks, found, splits, oracles = {"matmul": _matmul(setting)}, {}, {}, {}
+  """Times one setting.
+
+  Returns:
+    A row for each candidate, and a row for each candidate whose time is split into phases.
+  """
+  thunks, results, splits, oracles = {"matmul": _matmul(setting)}, {}, {}, {}
   jax.block_until_ready(thunks["matmul"]())
   for candidate in candidates(setting):
     error = check(setting, candidate, oracles)
-    stats = jax.block_until_ready(candidate.step(*candidate.arrays))[1]
+    _, stats, _ = jax.block_until_ready(candidate.step(*candidate.arrays))
     jax.block_until_ready(candidate.forward(*candidate.arrays))
     for kind in ("forward", "step"):
       thunks[f"{candidate.name} {kind}"] = functools.partial(
         getattr(candidate, kind), *candidate.arrays
       )
-    found[candidate.name] = candidate.moe, stats, error
+    results[candidate.name] = candidate.moe, stats, error
     few_experts = candidate.moe and candidate.moe.num_experts == min(setting.experts)
     if setting.phases and few_experts and candidate.moe.dispatch in phases.SPLIT:
       for name, thunk in phases.thunks(candidate.graph, candidate.moe, candidate.arrays).items():
         thunks[f"{candidate.name} {name}"] = thunk
         splits.setdefault(candidate.name, []).append(name)
-    progress(f"  {candidate.name}: right to {error:.0e}, compiled")
+    progress(f"  {candidate.name}: compiled; differs from the oracle by {error:.0e}")
   times = timing.in_turns(thunks, rounds, min_seconds)
-  rows = [_row(setting, name, *found[name], times) for name in found]
+  rows = [_row(setting, name, *result, times) for name, result in results.items()]
   return rows, [phases.row(setting.name, name, splits[name], times) for name in splits]
 
 
@@ -271,7 +297,7 @@ def _row(setting, name, moe, stats, error, times) -> dict[str, Any]:
 
 
 def default_grid(*, short: bool) -> list[Setting]:
-  """What suits the platform; `short` leaves out what a CPU takes minutes to compile."""
+  """Returns the grid for this platform; `short` leaves out settings that compile for minutes."""
   if jax.default_backend() != "cpu":
     return ACCELERATOR_GRID
   if not short:
@@ -280,12 +306,12 @@ def default_grid(*, short: bool) -> list[Setting]:
 
 
 def run(grid: list[Setting], rounds: int, min_seconds: float = 0.05) -> dict[str, Any]:
-  """All rows of a grid."""
+  """Times a grid; returns its rows and the rows of phases."""
   rows, splits = [], []
   with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(data=1))):
     for number, setting in enumerate(grid, 1):
       progress(f"layer {number}/{len(grid)}: {setting.name}")
-      more = run_setting(setting, rounds, min_seconds)
-      rows += more[0]
-      splits += more[1]
+      setting_rows, setting_splits = run_setting(setting, rounds, min_seconds)
+      rows += setting_rows
+      splits += setting_splits
   return {"rows": rows, "phases": splits}

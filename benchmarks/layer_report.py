@@ -4,38 +4,39 @@ from typing import Any
 
 from benchmarks import results
 
-_LIMITS = {"gather": 1.15, "grouped": 1.25}  # of the dense FFN's time, forward and backward
-_GROWTH = 1.2  # of the time, from 8 to 64 experts of which as many are used
-_MOVING = 0.10  # of the layer's time, for router, dispatch and combine
-_MATMUL = 0.70  # of a dense matmul's rate, on an accelerator
+_LIMITS = {"gather": 1.15, "grouped": 1.25}  # time / dense FFN's time, forward and backward
+_GROWTH = 1.2  # time with 64 experts / time with 8, at equal active experts
+_MOVING = 0.10  # time of router, dispatch and combine / the layer's time
+_MATMUL = 0.70  # FLOP/s / those of a dense matmul, on an accelerator
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-  found = []
+  """Compares the measured times with the targets above."""
+  verdicts = []
   for row in result["rows"]:
     name = f"{row['setting']} {row['candidate']}"
     if row["dtype"] == "bfloat16":
       if row["dispatch"] == "grouped":
         share = row["step_of_matmul"]
-        found.append(results.target(f"{name} / matmul rate", share, _MATMUL, at_least=True))
+        verdicts.append(results.target(f"{name} / matmul rate", share, _MATMUL, at_least=True))
     elif row["dispatch"] in _LIMITS:
       limit = _LIMITS[row["dispatch"]]
-      found.append(results.target(f"{name} / dense FFN", row["step_vs_ffn"], limit))
+      verdicts.append(results.target(f"{name} / dense FFN", row["step_vs_ffn"], limit))
   for few in result["rows"]:
     for many in result["rows"]:
       same = all(few[k] == many[k] for k in ("setting", "dispatch"))
       if same and (few["num_experts"], many["num_experts"]) == (8, 64):
-        grown = many["step_vs_ffn"] / few["step_vs_ffn"]
+        growth = many["step_vs_ffn"] / few["step_vs_ffn"]
         what = f"{few['setting']} {few['dispatch']} E=64 / E=8"
-        found.append(results.target(what, grown, _GROWTH))
+        verdicts.append(results.target(what, growth, _GROWTH))
   for split in result["phases"]:
     what = f"{split['setting']} {split['candidate']} router+dispatch+combine / layer"
-    found.append(results.target(what, split["step"]["moving"], _MOVING))
-  return found
+    verdicts.append(results.target(what, split["step"]["moving"], _MOVING))
+  return verdicts
 
 
 def text(result: dict[str, Any]) -> str:
-  """Tables of all rows, of the phases, and of the targets."""
+  """Formats tables of all rows, of the phases, and of the targets."""
   return "\n\n".join([_rows(result["rows"]), _phases(result["phases"]),
                       results.target_table(result["targets"])])  # fmt: skip
 
@@ -62,4 +63,4 @@ def _phases(splits) -> str:
     for kind in ("forward", "step"):
       shares = [f"{100 * split[kind][name]:.1f}" for name in names]
       lines.append([f"{split['setting']} {split['candidate']} {kind}", *shares])
-  return results.table(["% of the layer, each piece alone", *names], lines)
+  return results.table(["% of the layer, pieces timed alone", *names], lines)

@@ -1,8 +1,9 @@
 """The peer of our decoding benchmark: Hugging Face transformers' Mixtral, greedy, one CPU thread.
 
-It decodes by calling the model on one token of each row at a time, with its KV cache: what
-`generate` does too, without its bookkeeping. The weights are a folder of .npy files, one for each
-parameter by its name, as `python -m benchmarks decode` writes them. It speaks in lines:
+It calls the model on one token of each row at a time, with its KV cache. That is what the method
+`generate` of transformers does, without its bookkeeping. The weights are a folder of .npy files,
+one for each parameter by its name, which `python -m benchmarks decode` writes. The protocol, in
+lines (-> stdout, <- stdin):
 
   ->                {"ready": true, "name", "parameters", "versions"}
   <- decode B N     N tokens after each of the first B prompts of prompts.npy
@@ -20,18 +21,20 @@ from benchmarks import peer_train
 
 
 def parse_arguments() -> argparse.Namespace:
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
-  add("--weights", type=pathlib.Path, required=True, help="the folder; config.json holds the shape")
+  add("--weights", type=pathlib.Path, required=True, help="the folder; config.json has the shape")
   add("--experts", default="grouped_mm", choices=["grouped_mm", "eager", "batched_mm"])
   add("--compile", action="store_true", help="torch.compile and a static cache")
   add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
   return parser.parse_args()
 
 
-def build(folder: pathlib.Path, experts: str):
+def build_peer(folder: pathlib.Path, experts: str):
+  """Returns transformers' Mixtral with the weights in a folder."""
   import numpy as np
   import torch
   import transformers
@@ -48,7 +51,9 @@ def build(folder: pathlib.Path, experts: str):
   return model.eval()
 
 
-class Decoder:
+class PeerDecoder:
+  """Decodes greedily with a model of transformers."""
+
   def __init__(self, model, prompts_BL, compiled: bool):
     import torch
     import transformers
@@ -58,6 +63,7 @@ class Decoder:
     self.step = torch.compile(model.forward, dynamic=False) if compiled else model.forward
 
   def decode(self, rows: int, steps: int) -> dict:
+    """Draws `steps` tokens after each of the first `rows` prompts; returns times and tokens."""
     with self.torch.inference_mode():
       prompt_BL = self.prompts_BL[:rows]
       length = prompt_BL.shape[1]
@@ -78,19 +84,20 @@ class Decoder:
         token_B = out.logits[:, -1].argmax(-1)
         tokens.append(token_B)
       cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-      found = self.torch.stack(tokens, 1).tolist()
-    return {"cpu_s": cpu / (steps - 1), "wall_s": wall / (steps - 1), "tokens": found}
+      ids = self.torch.stack(tokens, 1).tolist()
+    return {"cpu_s": cpu / (steps - 1), "wall_s": wall / (steps - 1), "tokens": ids}
 
 
 def main() -> None:
+  """Answers the lines on stdin."""
   args = parse_arguments()
   out = peer_train.one_thread(args.cpu)
   import numpy as np
   import torch
   import transformers
 
-  model = build(args.weights, args.experts)
-  decoder = Decoder(model, np.load(args.weights / "prompts.npy"), args.compile)
+  model = build_peer(args.weights, args.experts)
+  decoder = PeerDecoder(model, np.load(args.weights / "prompts.npy"), args.compile)
   name = f"transformers {args.experts}" + (" compiled" if args.compile else "")
   versions = {"torch": torch.__version__, "transformers": transformers.__version__}
   total = sum(p.numel() for p in model.parameters())

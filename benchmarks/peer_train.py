@@ -6,12 +6,12 @@ the router's balance loss, backward, AdamW, zero_grad. It needs `pip install 'mo
 
   python -m benchmarks.peer_train --model=mixtral --experts=grouped_mm --compile --cpu=0
 
-prints one line. With `--worker` a parent holds both ends of a pipe and says which of several peers
-works when, so that measurements interleave; stdout then holds these JSON lines and nothing else:
+prints one line. With `--worker` a parent process asks several peers in turns, so that measurements
+interleave. The protocol, in lines (-> stdout, which has no other lines; <- stdin):
 
   ->           {"ready": true, "name", "parameters", "active_parameters", "versions"}, after warm-up
   <- step N
-  ->           {"cpu_s": CPU-seconds per step, "wall_s": the same by the clock, "loss"}
+  ->           {"cpu_s": CPU-seconds per step, "wall_s": seconds per step, "loss"}
   <- (end of file ends it)
 """
 
@@ -30,6 +30,7 @@ WARMUP_STEPS = 2
 
 
 def parse_arguments() -> argparse.Namespace:
+  """Parses and checks the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
@@ -51,22 +52,29 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def fail(message: str) -> None:
+  """Prints an error and ends the process."""
   print(f"error: {message}", file=sys.stderr)
   sys.exit(2)
 
 
 def keep_freed_memory() -> None:
-  # glibc gives tensors above 32 MB back to the system when they are freed, and each new one faults
-  # its pages in again: a fifth of dense_total's CPU-seconds at W.
+  """Makes glibc keep freed memory.
+
+  By default glibc returns tensors above 32 MB to the system when they are freed, and each new
+  tensor faults its pages in again: a fifth of dense_total's CPU-seconds at W.
+  """
   libc = ctypes.CDLL(None)
   if hasattr(libc, "mallopt"):
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: all memory comes from the heap
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def check_batched_mm_fits(args: argparse.Namespace) -> None:
-  # batched_mm copies an expert's weights for every assignment and autograd keeps the copies. Out of
-  # memory, the kernel would kill this process, or another, without a word.
+  """Ends the process if batched_mm needs more memory than the machine has.
+
+  batched_mm copies an expert's weights for every assignment, and autograd keeps the copies. Without
+  enough memory the operating system would kill this or another process without a message.
+  """
   assignments = args.batch_size * args.seq_len * args.top_k
   copies = 4 * args.layers * assignments * 3 * args.dim * args.expert_dim / 1e9
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
@@ -76,6 +84,7 @@ def check_batched_mm_fits(args: argparse.Namespace) -> None:
 
 
 def build_model(args: argparse.Namespace):
+  """Returns the model of transformers that the command line names."""
   import torch
   import transformers
 
@@ -83,8 +92,8 @@ def build_model(args: argparse.Namespace):
     vocab_size=args.vocab_size, hidden_size=args.dim, num_hidden_layers=args.layers,
     num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_dim,
     max_position_embeddings=args.seq_len, use_cache=False,
-    sliding_window=None,  # Mistral's default could add a mask, which costs sdpa its fast path
-    bos_token_id=None, eos_token_id=None,  # the defaults, 1 and 2, need not be in the vocabulary
+    sliding_window=None,  # Mistral's default could add a mask, with which sdpa is slow
+    bos_token_id=None, eos_token_id=None,  # the defaults, 1 and 2, may be outside the vocabulary
   )  # fmt: skip
   kind = dict(attn_implementation="sdpa", dtype=torch.float32)
   if args.model == "mixtral":
@@ -101,17 +110,17 @@ def build_model(args: argparse.Namespace):
 
 
 def count_parameters(model, args: argparse.Namespace) -> tuple[int, int]:
-  """All, and those that one token uses, embedding and head included."""
+  """Returns the number of all parameters, and of those that one token uses, embedding included."""
   total = sum(p.numel() for p in model.parameters())
   experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
   return total, total - experts + experts * args.top_k // args.experts_count
 
 
 def make_step(model, args: argparse.Namespace) -> Callable[[], float]:
-  """A whole training step; returns its loss, balance loss included."""
+  """Returns a function that trains one step and returns its loss, balance loss included."""
   import torch
 
-  # Over W's 13.5M parameters fused took 17 ms, the default and a plain loop 51, foreach 55.
+  # For W's 13.5M parameters fused AdamW took 17 ms, the default and a plain loop 51, foreach 55.
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
   tokens_BL = torch.randint(args.vocab_size, (args.batch_size, args.seq_len))
 
@@ -126,6 +135,7 @@ def make_step(model, args: argparse.Namespace) -> Callable[[], float]:
 
 
 def measure(step: Callable[[], float], steps: int) -> dict[str, float]:
+  """Times `steps` steps; returns the times of one step and the last loss."""
   cpu, wall = time.process_time(), time.perf_counter()
   for _ in range(steps):
     loss = step()
@@ -136,12 +146,12 @@ def measure(step: Callable[[], float], steps: int) -> dict[str, float]:
 def one_thread(cpu: int | None) -> TextIO:
   """Pins this process, imports torch with one thread, and returns the real stdout.
 
-  What libraries and compilers print goes to stderr from here on.
+  From now on text that libraries and compilers print to stdout goes to stderr.
   """
   out = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
   keep_freed_memory()
-  # Both before torch is imported, since it sizes its thread pools then.
+  # Both settings come before torch is imported, because the import sizes its thread pools.
   if cpu is not None and hasattr(os, "sched_setaffinity"):
     try:
       os.sched_setaffinity(0, {cpu})
@@ -158,6 +168,7 @@ def one_thread(cpu: int | None) -> TextIO:
 
 
 def main() -> None:
+  """Trains a fixed number of steps, or with --worker answers the lines on stdin."""
   args = parse_arguments()
   out = one_thread(args.cpu)
   import torch
@@ -177,10 +188,11 @@ def main() -> None:
   measure(step, WARMUP_STEPS)
 
   if not args.worker:
-    took, tokens = measure(step, args.steps), args.batch_size * args.seq_len
-    print(f"{name}: {tokens / took['cpu_s']:,.0f} tokens per CPU-second, {took['cpu_s']:.3f} CPU-s "
-          f"({took['wall_s']:.3f} s) a step of {tokens} tokens, {total / 1e6:.2f}M parameters, "
-          f"{active / 1e6:.2f}M active, loss {took['loss']:.3f}", file=out)  # fmt: skip
+    times, tokens = measure(step, args.steps), args.batch_size * args.seq_len
+    cpu_s, wall_s = times["cpu_s"], times["wall_s"]
+    print(f"{name}: {tokens / cpu_s:,.0f} tokens per CPU-second, {cpu_s:.3f} CPU-s "
+          f"({wall_s:.3f} s) for a step of {tokens} tokens, {total / 1e6:.2f}M parameters, "
+          f"{active / 1e6:.2f}M active, loss {times['loss']:.3f}", file=out)  # fmt: skip
     return
   versions = {"torch": torch.__version__, "transformers": transformers.__version__}
   ready = dict(ready=True, name=name, parameters=total, active_parameters=active, versions=versions)

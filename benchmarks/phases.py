@@ -1,7 +1,7 @@
-"""Where an MoE layer's time goes: router, dispatch, experts, combine and statistics, each alone.
+"""Times the pieces of an MoE layer alone: router, dispatch, experts, combine and statistics.
 
-A piece is a program of its own on the arrays that it gets in the layer. Fusion across pieces is
-lost, so their sum is reported next to the whole layer's time.
+Each piece is compiled as a separate program and runs on the arrays that it gets in the layer. XLA
+then cannot fuse across pieces, so their sum is reported next to the whole layer's time.
 """
 
 import functools
@@ -21,11 +21,11 @@ from moe_jax.moe import layer as layer_lib
 from moe_jax.training import timing
 
 SPLIT = (Dispatch.GATHER, Dispatch.GROUPED)
-MOVING = ("router", "dispatch", "combine")  # what an MoE layer does beside its experts
+MOVING = ("router", "dispatch", "combine")  # the pieces that a dense layer does not have
 
 
 def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[], Any]]:
-  """{"router forward": ..., "router step": ...}, compiled; of a layer in SPLIT."""
+  """Returns compiled functions {"router forward": ..., "router step": ...} of a layer in SPLIT."""
   B, L, D = arrays.x_BLD.shape
   E, grouped = moe.num_experts, moe.dispatch is Dispatch.GROUPED
   layout = dispatch.layout_of(moe, (B, L), train=True)
@@ -53,9 +53,9 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
   def count(inputs, routing, slots):
     return counts.local_sums(inputs, routing, slots.kept_N, layout, drops=not grouped)
 
-  params, x_BLD, real_BL, _ = arrays
+  params, x_BLD, real_BL = arrays.params, arrays.x_BLD, arrays.real_BL
   state = nnx.to_pure_dict(params)
-  weights = Experts(*(state[n] for n in ("gate_EDF", "up_EDF", "down_EFD")))
+  weights = Experts(**{name: state[name] for name in Experts._fields})
   x_TD = x_BLD.reshape(-1, D)
   _, (inputs, routing, slots, sizes_E) = jax.jit(router)(params, x_BLD, real_BL)
   x_SD = jax.jit(pack)(x_TD, routing, slots)
@@ -66,8 +66,9 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
   pieces |= _both("dispatch", pack, (x_TD,), plan)
   pieces |= _both("experts", experts, (x_SD, weights), (sizes_E,))
   pieces |= _both("combine", combine, (y_SD, routing.gate_N), plan)
-  counted = functools.partial(jax.jit(count), inputs, *plan)
-  pieces |= {"statistics forward": counted, "statistics step": counted}  # no gradient asked for
+  statistics = functools.partial(jax.jit(count), inputs, *plan)
+  # The same program counts for a step, because statistics are timed without a gradient.
+  pieces |= {"statistics forward": statistics, "statistics step": statistics}
   for thunk in pieces.values():
     jax.block_until_ready(thunk())
   return pieces
@@ -79,7 +80,7 @@ def _both(name, function, differentiated, rest, *, has_aux=False) -> dict[str, C
 
   def step(differentiated, rest):
     y, vjp, *aux = jax.vjp(lambda *d: function(*d, *rest), *differentiated, has_aux=has_aux)
-    return y, aux, vjp(y)  # any array of y's shape serves as its gradient
+    return y, aux, vjp(y)  # y stands for its gradient, of which only the shape matters
 
   return {
     f"{name} {kind}": functools.partial(jax.jit(program), differentiated, rest)
@@ -88,7 +89,7 @@ def _both(name, function, differentiated, rest, *, has_aux=False) -> dict[str, C
 
 
 def row(setting: str, candidate: str, names: list[str], times: timing.Times) -> dict[str, Any]:
-  """Each piece as a share of the whole layer, forward and in a step."""
+  """Returns each piece's time as a share of the whole layer's, forward and in a step."""
   row: dict[str, Any] = {"setting": setting, "candidate": candidate}
   for kind in ("forward", "step"):
     pieces = [name.split()[0] for name in names if name.endswith(kind)]

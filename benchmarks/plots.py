@@ -25,7 +25,7 @@ def _save(figure, out: pathlib.Path, name: str) -> None:
 
 
 def layer(out: pathlib.Path, result: dict[str, Any]) -> None:
-  """layer.png: forward and backward over the dense FFN's, and the phases where they were split."""
+  """Draws layer.png: times of forward and backward over the dense FFN's, and of the phases."""
   rows = [r for r in result["rows"] if r["dispatch"] != "ffn"]
   splits = result["phases"]
   figure, (top, bottom) = plt.subplots(
@@ -45,15 +45,15 @@ def layer(out: pathlib.Path, result: dict[str, Any]) -> None:
   top.legend(**above)
   top.invert_yaxis()
   bars = [(s, kind) for s in splits for kind in ("forward", "step")]
-  left = np.zeros(len(bars))
+  start = np.zeros(len(bars))
   for number, phase in enumerate(_PHASES):
     share = 100 * np.array([s[kind][phase] for s, kind in bars])
-    bottom.barh(range(len(bars)), share, left=left, label=phase, color=plt.cm.viridis(number / 4))
-    left = left + share
+    bottom.barh(range(len(bars)), share, left=start, label=phase, color=plt.cm.viridis(number / 4))
+    start = start + share
   labels = [f"{s['setting']} {s['candidate']} {kind}" for s, kind in bars]
   bottom.set_yticks(range(len(bars)), labels, fontsize=7)
   bottom.axvline(100, color="k", lw=1)
-  bottom.set(xlabel="each piece alone, % of the whole layer")
+  bottom.set(xlabel="pieces timed alone, % of the whole layer")
   if bars:
     bottom.legend(**above)
     bottom.invert_yaxis()
@@ -61,7 +61,7 @@ def layer(out: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def train(out: pathlib.Path, result: dict[str, Any]) -> None:
-  """train.png: tokens per CPU-second of every model."""
+  """Draws train.png: tokens per CPU-second of every model."""
   rows = sorted(result["rows"], key=lambda r: r["tokens_per_cpu_s"])
   figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
   speed = [r["tokens_per_cpu_s"] for r in rows]
@@ -75,7 +75,10 @@ def train(out: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def inference(out: pathlib.Path, result: dict[str, Any]) -> None:
-  """inference.png: decoding by batch size, measured and the roofline; the MoE's ratio to each."""
+  """Draws inference.png: speed of decoding by batch size, and the MoE's speed over the others'.
+
+  Both are measured (solid) and predicted by the roofline (dotted).
+  """
   colours = dict(zip(result["models"], ("#08519c", "#666666", "#cb181d"), strict=True))
   figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
   seconds, roofline = {}, {}

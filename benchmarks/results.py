@@ -1,4 +1,4 @@
-"""What a benchmark writes: where it ran, targets and whether they are met, tables, JSON."""
+"""The output of benchmarks: their environment, targets and whether they are met, tables, JSON."""
 
 import datetime
 import json
@@ -14,12 +14,13 @@ _START = time.perf_counter()
 
 
 def progress(text: str) -> None:
+  """Prints a line with the seconds since the start."""
   print(f"[{time.perf_counter() - _START:5.0f} s] {text}", flush=True)
 
 
 def environment() -> dict[str, Any]:
-  """Device, versions, commit and date of this run."""
-  import jax  # only here: the train benchmark's parent computes nothing
+  """Returns device, versions, commit and date of this run."""
+  import jax  # here, because only processes that compute should import it
 
   device = jax.devices()[0]
   return {
@@ -34,12 +35,14 @@ def environment() -> dict[str, Any]:
 
 
 def usable_cpus() -> list[int]:
+  """Returns the CPUs that this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return sorted(os.sched_getaffinity(0))
   return list(range(os.cpu_count() or 1))
 
 
 def processor() -> str:
+  """Returns the name of the CPU."""
   path = pathlib.Path("/proc/cpuinfo")
   lines = path.read_text().splitlines() if path.exists() else []
   names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -47,19 +50,19 @@ def processor() -> str:
 
 
 def commit() -> str:
-  """Of the checkout, with + where files differ from it; "" outside of one."""
+  """Returns the checkout's commit, with + if files differ from it; "" outside a checkout."""
   try:
-    described = subprocess.run(
+    git = subprocess.run(
       ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
       cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
   except (OSError, subprocess.CalledProcessError):
     return ""
-  return described.stdout.strip()
+  return git.stdout.strip()
 
 
 def target(what: str, measured: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
-  """One target and its verdict: "met", or by how much it is missed."""
+  """Returns one target and its verdict: "met", or by how much it is missed."""
   met = measured >= limit if at_least else measured <= limit
   missed = 1 - measured / limit if at_least else measured / limit - 1
   return {
@@ -73,6 +76,7 @@ def target(what: str, measured: float, limit: float, *, at_least: bool = False) 
 
 
 def target_table(targets: list[dict[str, Any]]) -> str:
+  """Formats the targets."""
   return table(
     ["target", "measured", "limit", ""],
     [
@@ -84,7 +88,7 @@ def target_table(targets: list[dict[str, Any]]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-  """Columns as wide as their widest entry; the first is left-aligned."""
+  """Formats a table whose columns are as wide as their widest entry; the first is left-aligned."""
   widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
   lines = []
   for row in [header, *rows]:
@@ -95,6 +99,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write(out: pathlib.Path, name: str, result: dict[str, Any]) -> None:
+  """Writes a result as JSON."""
   out.mkdir(parents=True, exist_ok=True)
   (out / name).write_text(json.dumps(result, indent=2) + "\n")
   progress(f"wrote {out / name}")

@@ -1,7 +1,7 @@
-"""Whole training steps on one CPU: ours, dense and MoE, and Hugging Face transformers' in torch.
+"""Times training steps on one CPU: our MoE and dense models, and Hugging Face transformers'.
 
-Every model is a process of its own, pinned to the same CPU; they work in turns. CPU-seconds, unlike
-seconds by the clock, do not count what other programs take from that CPU.
+Every model is a separate process, pinned to the same CPU; they work in turns. CPU-seconds, unlike
+wall-clock seconds, leave out the time that other programs take from the CPU.
 """
 
 import json
@@ -23,12 +23,14 @@ _DENSE_TIME = 1.15  # an MoE step's time / that of our dense model of the same a
 
 
 class Command(NamedTuple):
+  """How to start a worker."""
+
   kind: str  # "ffn", "gather", "grouped", "bare", "peer mixtral", "peer dense"
   arguments: list[str]
 
 
 class Worker:
-  """A process that works when told to, by a line of stdin: see worker.py and decode_worker.py."""
+  """A process that answers lines on its stdin: train_worker.py, decode_worker.py or a peer."""
 
   def __init__(self, command: Command):
     self.kind = command.kind
@@ -48,6 +50,7 @@ class Worker:
       raise
 
   def ask(self, line: str) -> dict[str, Any]:
+    """Sends a line and returns the answer; raises UserError if the process has ended."""
     self.process.stdin.write(line + "\n")
     self.process.stdin.flush()
     return self._answer()
@@ -58,10 +61,11 @@ class Worker:
       return json.loads(line)
     self.process.wait()
     self.log.seek(0)
-    said = self.log.read().strip().splitlines() or ["it said nothing"]
-    raise UserError(f"{self.kind} ended with code {self.process.returncode}: {said[-1]}")
+    lines = self.log.read().strip().splitlines() or ["it printed nothing"]
+    raise UserError(f"{self.kind} ended with code {self.process.returncode}: {lines[-1]}")
 
   def close(self) -> None:
+    """Ends the process."""
     self.process.stdin.close()
     try:
       self.process.wait(timeout=10)
@@ -73,6 +77,7 @@ class Worker:
 
 
 def our_commands(remat: list[str], cpu: int, sizes: dict[str, int]) -> list[Command]:
+  """Returns the commands of our models, each with each remat policy, and of one without metrics."""
   python = [sys.executable, "-m", "benchmarks.train_worker", f"--cpu={cpu}"]
   python += [f"--{name}={value}" for name, value in sizes.items()]
   models = [["--model=ffn"], ["--model=grouped"]]
@@ -87,25 +92,26 @@ def our_commands(remat: list[str], cpu: int, sizes: dict[str, int]) -> list[Comm
 
 
 def has_torch(python: str) -> bool:
+  """Returns whether a Python has torch and transformers."""
   test = "from importlib.util import find_spec as f; assert f('torch') and f('transformers')"
   return not subprocess.run([python, "-c", test], stderr=subprocess.DEVNULL).returncode
 
 
 def peer_commands(python: str, compiled: bool, cpu: int, sizes: dict[str, int]) -> list[Command]:
-  """None where they cannot run, and a line that says why."""
+  """Returns the commands of the peers; prints a line and returns [] if they cannot run."""
   if not has_torch(python):
     progress(f"no peers: {python} has no torch and transformers; see --peer_python")
     return []
   base = [python, "-m", "benchmarks.peer_train", "--worker", f"--cpu={cpu}"]
   base += [f"--{name}={value}" for name, value in sizes.items()]
-  found = [
+  commands = [
     Command("peer mixtral", [*base, "--model=mixtral", "--experts=grouped_mm"]),
     Command("peer mixtral", [*base, "--model=mixtral", "--experts=eager"]),
     Command("peer dense", [*base, "--model=dense"]),
   ]
   if compiled:
-    found.append(Command("peer mixtral", [*found[0].arguments, "--compile"]))
-  return found
+    commands.append(Command("peer mixtral", [*commands[0].arguments, "--compile"]))
+  return commands
 
 
 def run(
@@ -117,7 +123,16 @@ def run(
   peer_compile: bool,
   sizes: dict[str, int] = W,
 ) -> dict[str, Any]:
-  """Every model's median CPU-seconds per step, and the targets."""
+  """Times every model's training step and checks the targets.
+
+  Args:
+    remat: remat policies of our models.
+    rounds: timed rounds, of which the median counts.
+    steps: steps of each model in a round.
+    peer_python: a Python with torch and transformers; without them there are no peers.
+    peer_compile: whether to run the peer under torch.compile too.
+    sizes: of the models, as in workload.W.
+  """
   cpu = results.usable_cpus()[-1]
   commands = our_commands(remat, cpu, sizes)
   commands += peer_commands(peer_python, peer_compile, cpu, sizes)
@@ -166,7 +181,7 @@ def _fastest(rows: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
 
 
 def _compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Adds `vs_dense` and `vs_peer`, ratios of time, to every row; returns the targets."""
+  """Adds the ratios of time `vs_dense` and `vs_peer` to every row; returns the targets."""
   dense, peer = _fastest(rows, "ffn"), _fastest(rows, "peer mixtral")
   bare = _fastest(rows, "bare")
   whole = next(r for r in rows if r["name"] == bare["name"].replace(" without metrics", ""))
@@ -184,6 +199,7 @@ def _compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text(result: dict[str, Any]) -> str:
+  """Formats tables of all rows and of the targets."""
   lines = [
     [
       row["name"], f"{row['cpu_s']:.3f}", f"{row['wall_s']:.3f}", f"{row['tokens_per_cpu_s']:,.0f}",

@@ -1,10 +1,10 @@
-"""Our training step as a worker of the `train` benchmark: one process, one CPU.
+"""A worker of the `train` benchmark: trains our model in one process on one CPU.
 
-It speaks the line protocol of peer_train.py:
+Its protocol is that of peer_train.py, in lines (-> stdout, <- stdin):
 
   ->           {"ready": true, "name", "parameters", "active_parameters", "versions"}, after warm-up
   <- step N
-  ->           {"cpu_s": CPU-seconds per step, "wall_s": the same by the clock, "loss", ...}
+  ->           {"cpu_s": CPU-seconds per step, "wall_s": seconds per step, "loss", ...}
   <- (end of file ends it)
 """
 
@@ -19,12 +19,13 @@ from moe_jax import config as config_lib
 
 
 def parse_arguments() -> argparse.Namespace:
+  """Parses the command line."""
   parser = argparse.ArgumentParser(prog="python -m benchmarks.train_worker", allow_abbrev=False)
   add = parser.add_argument
   add("--model", default="grouped", choices=["ffn", *(d.value for d in config_lib.Dispatch)])
   add("--capacity_factor", type=float, default=1.25)
   add("--remat", default="dots", choices=[r.value for r in config_lib.Remat])
-  add("--bare", action="store_true", help="report the loss only: no balance, no norms")
+  add("--bare", action="store_true", help="compute no metrics but the loss")
   add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
   for name, default in W.items():
     add(f"--{name}", type=int, default=default)
@@ -35,13 +36,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_config(args: argparse.Namespace) -> config_lib.Config:
-  """Mixtral's blocks and losses, or with --model=ffn dense ones of the same active size."""
+  """Returns a config of Mixtral's layers and losses, or with --model=ffn a dense twin.
+
+  The twin has the same active size.
+  """
   moe = config_lib.MoE()
   if args.model != "ffn":
     moe = config_lib.MoE(
       num_experts=args.experts_count, top_k=args.top_k, expert_dim=args.expert_dim,
-      renormalize=args.top_k > 1, dispatch=config_lib.Dispatch(args.model),
-      capacity_factor=args.capacity_factor,
+      dispatch=config_lib.Dispatch(args.model), capacity_factor=args.capacity_factor,
     )  # fmt: skip
   return config_lib.Config(
     model=config_lib.Model(
@@ -59,10 +62,10 @@ def make_config(args: argparse.Namespace) -> config_lib.Config:
   )  # fmt: skip
 
 
-def one_cpu(cpu: int | None) -> TextIO:
+def pin_to_cpu(cpu: int | None) -> TextIO:
   """Pins this process, before jax sizes its thread pools, and returns the real stdout.
 
-  What libraries print goes to stderr from here on.
+  From now on text that libraries print to stdout goes to stderr.
   """
   out = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
@@ -73,8 +76,9 @@ def one_cpu(cpu: int | None) -> TextIO:
 
 
 def main() -> None:
+  """Answers the lines on stdin."""
   args = parse_arguments()
-  out = one_cpu(args.cpu)
+  out = pin_to_cpu(args.cpu)
   import jax
 
   from moe_jax import startup

@@ -1,6 +1,6 @@
-"""The smallest run that goes through everything, for working on the code.
+"""The smallest run that trains, validates and checkpoints, for working on the code.
 
-Question   Does the whole path still work?
+Question   Do training, validation and checkpoints still work?
 Command    python train.py --config=configs/debug.py --workdir=runs/debug
 Hardware   any CPU
 Time       about 20 seconds, most of it compilation

@@ -1,6 +1,6 @@
 """The small model of the sweeps: eight experts, top-2, on three labelled domains.
 
-Question   The base that configs/sweeps/ change one thing at a time of (docs/reproductions.md)
+Question   none; the sweeps in configs/sweeps/ change this config, one thing at a time
 Command    python sweep.py --sweep=configs/sweeps/balance.py --out=runs/balance
            (or train.py --config=configs/lab_moe.py --workdir=runs/lab)
 Hardware   2 CPU cores, 1 GiB of memory

@@ -1,4 +1,4 @@
-"""As good a model of Python source as a laptop makes over lunch.
+"""A model of Python source that a laptop trains in half an hour.
 
 Question   Does a small MoE on two CPU cores beat gzip -9 on text that it has not seen?
 Command    python train.py --config=configs/laptop_moe.py --workdir=runs/laptop_moe

@@ -1,7 +1,7 @@
 """Mixtral 8x7B (2401.04088): 32 layers, d 4096, 8 experts of 14336, top-2, 32 heads on 8.
 
-Question   What does the published model cost? It is here to be described and compiled, and as the
-           shape that real Mixtral weights have.
+Question   What does the published model cost? The config is for --describe and for compiling, and
+           has the shapes of Mixtral's published weights.
 Command    python train.py --config=configs/mixtral_8x7b.py --describe
 Hardware   for --describe any; for training 64 accelerators of 95 GB (fsdp 8 x expert 8)
 Time       --describe: seconds

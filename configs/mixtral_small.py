@@ -1,8 +1,8 @@
 """Mixtral's block at a size for one accelerator: 8 experts, top-2, in every layer (2401.04088).
 
-Question   The base for ablations at a size where the experts specialise.
+Question   none; it is a base for ablations at a size at which experts specialise
 Command    python train.py --config=configs/mixtral_small.py --workdir=runs/mixtral_small
-           prepare lm1b first (tfds build lm1b); --config.data.name=python_stdlib is offline
+           prepare lm1b first (tfds build lm1b); --config.data.name=python_stdlib needs no network
 Hardware   one accelerator of 40 GB or more; on N of them add --config.mesh.expert=N
 Time       not measured yet
 Expect     197M parameters, 55M active per token; no published figure at this size

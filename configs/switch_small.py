@@ -2,11 +2,11 @@
 
 Question   How far does top-1 routing with dropped tokens get, and how many tokens does it drop?
 Command    python train.py --config=configs/switch_small.py --workdir=runs/switch_small
-           prepare lm1b first (tfds build lm1b); --config.data.name=python_stdlib is offline
+           prepare lm1b first (tfds build lm1b); --config.data.name=python_stdlib needs no network
 Hardware   one accelerator of 40 GB or more; on N of them add --config.mesh.expert=N
 Time       not measured yet
 Expect     published for Switch-Base against T5-Base: -0.17 nats at 100k steps and equal FLOPs;
-           under 1% of tokens dropped once the balance loss has worked
+           under 1% of tokens dropped after the balance loss has balanced the experts
 """
 
 from moe_jax.config import (
@@ -39,7 +39,6 @@ def get_config() -> Config:
         num_experts=64,
         top_k=1,
         router=Router.SWITCH,
-        renormalize=False,
         expert_dim=1536,
         capacity_factor=1.25,
         eval_capacity_factor=2.0,

@@ -1,12 +1,12 @@
-"""tiny_moe with DeepSeek-V3's routing: small experts, shared ones, balanced by a bias, dropless.
+"""tiny_moe with DeepSeek-V3's routing: small and shared experts, a balancing bias, no drops.
 
 Question   Do fine-grained and shared experts with loss-free balancing help at equal active size?
            (2401.06066, 2408.15664, 2412.19437)
 Command    python train.py --config=configs/tiny_deepseek.py --workdir=runs/tiny_deepseek
 Hardware   2 CPU cores, 2 GiB of memory
 Time       not measured yet
-Expect     the active size of tiny_moe (4 routed and 2 shared experts, each a third of one of its
-           two); nothing dropped; MaxVio falls as the biases settle
+Expect     the active size of tiny_moe (4 routed and 2 shared experts, each a third of one of
+           tiny_moe's two); nothing dropped; MaxVio falls while the biases settle
 """
 
 from configs import tiny_moe
@@ -26,8 +26,6 @@ def get_config() -> Config:
     top_groups=2,
     bias_update_rate=1e-3,
     dispatch=Dispatch.GROUPED,
-    capacity_factor=0.0,
-    eval_capacity_factor=0.0,
   )
   config.loss = Loss(load_balance=0.0, router_z=1e-3)
   return config

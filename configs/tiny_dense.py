@@ -1,11 +1,11 @@
 """The dense twin of tiny_moe: the same active parameters, data, order, schedule and loss.
 
-Question   What do the experts buy at equal compute per token?
+Question   How much lower is the loss with experts, at equal compute per token?
 Command    python train.py --config=configs/tiny_dense.py --workdir=runs/tiny_dense
 Hardware   2 CPU cores
 Time       about 3 minutes
 Expect     active parameters within 1% of tiny_moe's (they differ by the router); compare the
-           validation losses of the two runs, which hold the language-model loss alone
+           validation losses of the two runs, which are language-model losses alone
 """
 
 from configs import tiny_moe

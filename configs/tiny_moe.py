@@ -1,6 +1,6 @@
 """The default: a small MoE on the text of Python's own standard library, for a laptop CPU.
 
-Question   Does everything work here, and what do eight experts do on real text?
+Question   Does training work on this machine, and what do eight experts do on real text?
 Command    make train
            (python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe, then eval.py)
 Hardware   2 CPU cores, 2 GiB of memory
@@ -22,8 +22,8 @@ def get_config() -> Config:
       head_dim=64,
       qk_norm=True,  # at 400 steps 0.2 bits per byte better than without
       tied_head=False,
-      ffn_dim=384,  # K * expert_dim: what tiny_dense has in place of the experts
-      remat=Remat.DOTS,  # on a CPU, writing activations to memory costs more than remaking them
+      ffn_dim=384,  # K * expert_dim: the width of tiny_dense, which has no experts
+      remat=Remat.DOTS,  # on a CPU, storing activations takes longer than computing them again
       moe=MoE(num_experts=8, top_k=2, expert_dim=192, capacity_factor=1.25),
     ),
     data=Data(name="python_stdlib", tokenizer="bytes", seq_len=128, batch_size=8),

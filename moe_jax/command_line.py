@@ -1,9 +1,9 @@
 """From sys.argv to a Config, with one line for whatever is wrong with either, and back to text."""
 
+import copy
 import dataclasses
 import enum
 import importlib.util
-import json
 import operator
 import os
 import pathlib
@@ -16,12 +16,23 @@ from absl import app, flags, logging
 
 from moe_jax import config as config_lib
 from moe_jax.config import Config, UserError, field_names, unknown_field
+from moe_jax.options import spelled
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses sys.argv into absl flags and calls `main`; a UserError becomes one line and exit 2."""
+def run(main: Callable[..., None], *, overrides: bool = False) -> None:
+  """Parses sys.argv into absl flags and calls `main`; a UserError becomes one line and exit 2.
+
+  With `overrides`, for a script without --config, `main` gets those of `take_overrides`.
+  """
+  found: list[dict[str, Any]] = []
 
   def parse(argv: list[str]) -> list[str]:
+    if "--help" in argv:
+      print(help_text(overrides))
+      sys.exit()
+    if overrides:
+      given, argv = take_overrides(argv)
+      found.append(given)
     _check_config_arguments(argv)
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
@@ -30,7 +41,17 @@ def run(main: Callable[[], None]) -> None:
       logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     return rest
 
-  one_line_errors(lambda: app.run(lambda _: main(), flags_parser=parse))
+  one_line_errors(lambda: app.run(lambda _: main(*found), flags_parser=parse))
+
+
+def help_text(overrides: bool = False) -> str:
+  """What --help of a script says: its docstring, its flags, and the fields where it sets them."""
+  from moe_jax import config_docs
+
+  parts = [sys.modules["__main__"].__doc__ or "", flags.FLAGS.main_module_help()]
+  if overrides or "config" in flags.FLAGS:
+    parts.append("fields, --config.SECTION.FIELD=VALUE (docs/config.md):\n\n" + config_docs.text())
+  return "\n\n".join(part.strip("\n") for part in parts)
 
 
 def one_line_errors(main: Callable[[], None]) -> None:
@@ -97,25 +118,30 @@ def _explain(error: Exception, path: str) -> str:
   return f"{where}: {type(error).__name__}: {message}"
 
 
-def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-  """{"train.steps": 20} of --override=train.steps=20."""
+def take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+  """({"train.steps": 20}, the other arguments) of --config.train.steps=20, as train.py spells it.
+
+  A field that is given twice has the last value.
+  """
   found: dict[str, Any] = {}
-  for text in texts:
-    flag = f"--override={text}"
-    name, equals, value = text.partition("=")
+  others = []
+  for argument in arguments:
+    name, equals, value = argument.lstrip("-").partition("=")
+    if not argument.startswith("-") or not name.startswith("config."):
+      others.append(argument)
+      continue
+    name = name.removeprefix("config.")
     if name not in field_names():
-      raise UserError(unknown_field(name, flag))
+      raise UserError(unknown_field(name, argument))
     kind = type(operator.attrgetter(name)(Config()))
     if not equals or (kind is bool and value not in ("true", "false")):
-      raise UserError(f"{flag}: write --override={name}={'true' if kind is bool else 'VALUE'}")
-    if name in found:
-      raise UserError(f"{flag}: config.{name} is overridden twice")
+      raise UserError(f"{argument}: write --config.{name}={'true' if kind is bool else 'VALUE'}")
     try:
       found[name] = value == "true" if kind is bool else kind(value)
     except ValueError:
       choices = ", ".join(m.value for m in kind) if issubclass(kind, enum.Enum) else kind.__name__
-      raise UserError(f"{flag}: {value!r} is not of {choices}") from None
-  return found
+      raise UserError(f"{argument}: {value!r} is not of {choices}") from None
+  return found, others
 
 
 def override(config: Config, fields: dict[str, Any], where: str) -> Config:
@@ -124,16 +150,30 @@ def override(config: Config, fields: dict[str, Any], where: str) -> Config:
   Args:
     where: begins the UserError about a field that there is not.
   """
-  values = json.loads(config_lib.to_json(config))
+  changed = copy.deepcopy(config)
   for name, value in fields.items():
     if name not in field_names():
       raise UserError(unknown_field(name, where))
-    *path, leaf = name.split(".")
-    section = values
-    for part in path:
-      section = section[part]
-    section[leaf] = getattr(value, "value", value)
-  return config_lib.from_json(json.dumps(values))
+    path, leaf = name.rsplit(".", 1)
+    section = operator.attrgetter(path)(changed)
+    (field,) = (f for f in dataclasses.fields(section) if f.name == leaf)
+    setattr(section, leaf, config_lib.from_plain(field, name, config_lib.plain(value)))
+  return changed
+
+
+def words(base: Config, config: Config) -> list[str]:
+  """--config.model.moe.top_k=1 and so on: what makes `config` of `base` on a command line."""
+  return [f"--config.{n}={spelled(v)}" for n, v in config_lib.changes(base, config).items()]
+
+
+def difference(config: Config) -> str:
+  """A line for each field that is not the default: "config.model.moe.top_k = 1   (default 2)"."""
+  defaults = config_lib.flatten(Config())
+  lines = [
+    f"config.{name} = {spelled(value)}   (default {spelled(defaults[name]) or 'empty'})"
+    for name, value in config_lib.changes(Config(), config).items()
+  ]
+  return "\n".join(lines) or "every field has its default"
 
 
 def clock(seconds: float) -> str:

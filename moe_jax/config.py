@@ -1,162 +1,120 @@
-"""The whole configuration of a run: typed, saved as JSON beside its results. Imports no jax."""
+"""The whole configuration of a run: typed, saved as JSON beside its results. Imports no jax.
 
+docs/config.md lists every field, from what stands here: `python -m moe_jax.config_docs`.
+"""
+
+import copy
 import dataclasses
 import difflib
-import enum
 import json
 from typing import Any
 
+from moe_jax.options import (
+  Attention,
+  BalanceScope,
+  Dispatch,
+  Dtype,
+  Exchange,
+  GroupedMatmul,
+  OnAlarm,
+  OptimizerName,
+  Priority,
+  Remat,
+  Router,
+  Schedule,
+  Score,
+  Section,
+  UserError,
+  flatten,
+  from_plain,
+  option,
+  plain,
+)
+
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
-
-
-class UserError(ValueError):
-  """A mistake that one line explains: the field, its value, and the remedy."""
-
-
-class Router(enum.Enum):
-  """docs/routing.md compares them; routers.py has one function for each."""
-
-  SWITCH = "switch"
-  TOPK = "topk"
-  NOISY_TOPK = "noisy_topk"
-  EXPERT_CHOICE = "expert_choice"
-  SINKHORN = "sinkhorn"
-  HASH = "hash"
-  RANDOM = "random"
-
-
-class Score(enum.Enum):
-  SOFTMAX = "softmax"
-  SIGMOID = "sigmoid"  # each expert scored alone (DeepSeek-V3)
-
-
-class Priority(enum.Enum):
-  """Whose assignments find a slot first when an expert is full."""
-
-  TOKEN = "token"  # by position: causal
-  CHOICE = "choice"  # all first choices, then all second ones (GShard); not causal
-  SCORE = "score"  # by choice, then the most confident tokens (V-MoE); not causal
-
-
-class Dispatch(enum.Enum):
-  GATHER = "gather"  # index gather into fixed slots per expert; drops above capacity
-  EINSUM = "einsum"  # one-hot matmuls (GShard); same result as gather
-  GROUPED = "grouped"  # sorted by expert, grouped matmul; never drops
-  DENSE = "dense"  # every expert on every token: the oracle; never drops
-
-
-class Exchange(enum.Enum):
-  """How the grouped dispatch moves tokens over the `expert` axis."""
-
-  AUTO = "auto"  # ragged on TPU, all_gather elsewhere
-  ALL_TO_ALL = "all_to_all"  # fixed buffers of exchange_factor; what overflows is counted
-  ALL_GATHER = "all_gather"  # every device sees every token; reduce-scatter back
-  RAGGED = "ragged"  # ragged_all_to_all: moves only what is routed; not on CPU
-
-
-class GroupedMatmul(enum.Enum):
-  """The kernel of the grouped dispatch's experts; kernels/experts.py has a record for each."""
-
-  AUTO = "auto"  # the fastest that gives the reference's answer here, chosen when a run starts
-  RAGGED_DOT = "ragged_dot"  # XLA's, the reference
-  BLOCKED = "blocked"  # a loop of plain matmuls: for CPUs
-  MOSAIC = "mosaic"  # tokamax, GPU and TPU
-  MOSAIC_TPU_V2 = "mosaic_tpu_v2"  # tokamax, TPU
-  TRITON = "triton"  # tokamax, GPU
-
-
-class Attention(enum.Enum):
-  """The kernel of attention over segments; kernels/attention.py has a record for each."""
-
-  AUTO = "auto"  # the platform's, chosen when a run starts
-  REFERENCE = "reference"  # a few lines, for every platform and size
-  BLOCKS = "blocks"  # blocks of queries: for CPUs
-  CUDNN = "cudnn"  # cuDNN's flash attention: NVIDIA
-  SPLASH = "splash"  # Pallas splash attention: TPU
-
-
-class BalanceScope(enum.Enum):
-  """The tokens over which the balance loss takes its two means."""
-
-  SEQUENCE = "sequence"  # each row alone (DeepSeek-V3)
-  MICROBATCH = "microbatch"  # one accumulation step, all devices
-  GLOBAL = "global"  # the whole batch (2501.11873)
-
-
-class OnAlarm(enum.Enum):
-  OFF = "off"
-  WARN = "warn"  # a line on the terminal and in alarms.jsonl
-  STOP = "stop"  # the same, and the run ends; its newest checkpoint stands
-
-
-class Remat(enum.Enum):
-  NONE = "none"  # keep every activation
-  DOTS = "dots"  # keep matmul outputs, recompute the rest
-  FULL = "full"  # keep one activation per layer, recompute the rest
-
-
-class Dtype(enum.Enum):
-  FLOAT32 = "float32"
-  BFLOAT16 = "bfloat16"
-
-
-class Schedule(enum.Enum):
-  COSINE = "cosine"
-  WSD = "wsd"  # warm-up, stable, linear decay over the last decay_fraction of the steps
-  CONSTANT = "constant"
-
-
-class OptimizerName(enum.Enum):
-  """docs/guide.md compares them; optimizers.py has one record for each."""
-
-  ADAMW = "adamw"
-  ADAFACTOR = "adafactor"
-  MUON = "muon"
+_FORMAT = 1  # of config.json; `upgraded` says what older ones had
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class MoE:
-  num_experts: int = 0  # E; 0 is a dense model
-  top_k: int = 2  # K, experts per token
-  expert_dim: int = 256  # F of one expert
-  shared_experts: int = 0  # more experts of the same size that every token uses
-  router: Router = Router.TOPK
-  score: Score = Score.SOFTMAX
-  renormalize: bool = True  # the K gates of a token sum to 1 (Mixtral)
-  gate_scale: float = 1.0  # times every gate (DeepSeek-V3: 2.5)
-  expert_groups: int = 1  # experts are in groups, a token uses top_groups of them (DeepSeek-V3)
-  top_groups: int = 1
-  bias_update_rate: float = 0.0  # u of loss-free balancing (2408.15664: 1e-3); 0 is off
-  priority: Priority = Priority.TOKEN
-  dispatch: Dispatch = Dispatch.GATHER
-  grouped_matmul: GroupedMatmul = GroupedMatmul.AUTO
-  exchange: Exchange = Exchange.AUTO
-  exchange_factor: float = 0.0  # rows per pair of devices / balanced share; 0 holds any load
-  capacity_factor: float = 1.25  # slots per expert / (T*K/E) in training; 0 drops nothing
-  eval_capacity_factor: float = 2.0  # the same in evaluation
-  group_size: int = 0  # T, tokens that compete for the same slots; 0 is one sequence
-  router_dtype: Dtype = Dtype.FLOAT32  # of logits and scores (Switch 2101.03961 section 2.4)
-  jitter: float = 0.0  # router input times U(1-jitter, 1+jitter) in training
-  every: int = 1  # after first_dense, each every-th layer is an MoE layer
-  first_dense: int = 0  # leading dense layers
+class MoE(Section):
+  """The MoE layers: their experts, who uses which, and how tokens get there."""
+
+  num_experts: int = option(0, "Experts of an MoE layer (E); 0 is a dense model.", at_least=0)
+  top_k: int = option(2, "Experts that a token uses (K).", at_least=1)
+  expert_dim: int = option(256, "Hidden width of one expert (F).", at_least=1)
+  shared_experts: int = option(0, "More experts, which every token uses (2401.06066).", at_least=0)
+  router: Router = option(Router.TOPK, "What decides which token uses which experts.")
+  score: Score = option(Score.SOFTMAX, "What the router makes of a token's logits.")
+  renormalize: bool = option(True, "K > 1: a token's K gates are scaled to sum to 1 (Mixtral).")
+  gate_scale: float = option(1.0, "Every gate is multiplied by it (DeepSeek-V3: 2.5).", above=0)
+  expert_groups: int = option(
+    1, "The experts are divided into so many groups for the choice (DeepSeek-V3).", at_least=1
+  )
+  top_groups: int = option(1, "A token's experts come from so many of the groups.", at_least=1)
+  bias_update_rate: float = option(
+    0.0, "u of loss-free balancing by a bias (2408.15664: 1e-3); 0 is no bias.", at_least=0
+  )
+  priority: Priority = option(Priority.TOKEN, "Who finds a slot first when an expert is full.")
+  dispatch: Dispatch = option(Dispatch.GATHER, "How tokens are laid out in rows for the experts.")
+  grouped_matmul: GroupedMatmul = option(
+    GroupedMatmul.AUTO, "The kernel of the experts, with dispatch=grouped."
+  )
+  exchange: Exchange = option(
+    Exchange.AUTO, "How tokens travel over the mesh's `expert` axis, with dispatch=grouped."
+  )
+  exchange_factor: float = option(
+    0.0, "Rows of an exchange buffer over their balanced number; 0 holds any load.", at_least=0
+  )
+  capacity_factor: float = option(
+    1.25,
+    "Slots of an expert in training over its fair share, T*K/E. A dispatch that never drops "
+    "(grouped, dense) has no slots and ignores it; expert_choice takes so many tokens in any case.",
+    above=0,
+    infinite=True,
+  )
+  eval_capacity_factor: float = option(2.0, "The same in evaluation.", above=0, infinite=True)
+  group_size: int = option(
+    0, "Tokens that compete for the same slots (T); 0 is one sequence.", at_least=0
+  )
+  router_dtype: Dtype = option(
+    Dtype.FLOAT32, "Type of the router's logits and scores (Switch 2101.03961 section 2.4)."
+  )
+  jitter: float = option(
+    0.0, "In training the router's input is times U(1-jitter, 1+jitter).", at_least=0, below=1
+  )
+  every: int = option(
+    1, "Of the layers after first_dense, each every-th is an MoE layer.", at_least=1
+  )
+  first_dense: int = option(0, "Dense layers before the first MoE layer.", at_least=0)
+
+  @property
+  def renormalizes(self) -> bool:
+    """One gate that is scaled to sum to 1 would be constant, and the router would not learn."""
+    return self.renormalize and self.top_k > 1
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Model:
-  vocab_size: int = 264  # V; bytes need 257, the rest pads to a multiple of 8
-  num_layers: int = 4
-  dim: int = 192  # D
-  num_heads: int = 6  # H
-  num_kv_heads: int = 2  # G
-  head_dim: int = 32  # A
-  ffn_dim: int = 512  # F of dense blocks
-  rope_base: float = 10_000.0
-  norm_eps: float = 1e-5
-  qk_norm: bool = False
-  tied_head: bool = True
-  compute_dtype: Dtype = Dtype.FLOAT32  # parameters stay float32
-  remat: Remat = Remat.NONE
-  attention: Attention = Attention.AUTO
+class Model(Section):
+  """The decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+  vocab_size: int = option(
+    264, "Rows of the embedding (V). Bytes need 257; the default is a multiple of 8.", at_least=1
+  )
+  num_layers: int = option(4, "Decoder layers, dense ones and MoE.", at_least=1)
+  dim: int = option(192, "Width of the residual stream (D).", at_least=1)
+  num_heads: int = option(6, "Heads of queries (H).", at_least=1)
+  num_kv_heads: int = option(2, "Heads of keys and values (G), a divisor of H.", at_least=1)
+  head_dim: int = option(32, "Width of a head (A), even.", at_least=1)
+  ffn_dim: int = option(512, "Hidden width of a dense feed-forward (F).", at_least=1)
+  rope_base: float = option(10_000.0, "Base of the rotary embedding's wavelengths.", above=0)
+  norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", above=0)
+  qk_norm: bool = option(False, "RMSNorm of each head's queries and keys.")
+  tied_head: bool = option(True, "The output matrix is the embedding's transpose.")
+  compute_dtype: Dtype = option(
+    Dtype.FLOAT32, "Type of activations and matmuls; parameters stay float32."
+  )
+  remat: Remat = option(Remat.NONE, "What is kept for the backward pass.")
+  attention: Attention = option(Attention.AUTO, "The kernel of attention.")
   moe: MoE = dataclasses.field(default_factory=MoE)
 
   @property
@@ -166,89 +124,133 @@ class Model:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Data:
-  name: str = "python_stdlib"  # or "python_domains", "text" for your own files, a TFDS name
-  path: str = ""  # a .txt/.jsonl file or a folder of them, for name="text"
-  text_field: str = "text"  # key of the text in each example or JSON line
-  train_split: str = "train"  # TFDS split syntax, so "train[:1%]" works
-  validation_split: str = "validation"
-  test_split: str = "test"
-  tokenizer: str = "bytes"  # "bytes", or a path: tokenizer.json or SentencePiece .model
-  seq_len: int = 256  # L
-  batch_size: int = 32  # sequences per optimizer step, over all devices
-  seed: int = 0  # order of the training rows
-  threads: int = 4  # reader threads per process
-  cache_dir: str = ""  # "" is $MOE_JAX_CACHE, or moe_jax in the user's cache directory
+class Data(Section):
+  """The text, how it is cut into rows, and who reads it."""
+
+  name: str = option(
+    "python_stdlib", "python_stdlib, python_domains, text (your own files), or a TFDS name."
+  )
+  path: str = option("", "For name=text: a .txt or .jsonl file, or a folder of them.")
+  text_field: str = option("text", "Key of the text in a TFDS example or a JSON line.")
+  train_split: str = option("train", "Text to train on, in TFDS's syntax: train[:1%] works.")
+  validation_split: str = option("validation", "Text of the evaluations while training.")
+  test_split: str = option("test", "Text of eval.py --split=test.")
+  tokenizer: str = option("bytes", "bytes, or the path of a tokenizer.json or SentencePiece model.")
+  seq_len: int = option(256, "Tokens of a row (L).", at_least=1)
+  batch_size: int = option(32, "Rows of an optimizer step (B), over all devices.", at_least=1)
+  seed: int = option(0, "Sets the order of the training rows.", at_least=0)
+  threads: int = option(4, "Threads of each process that read rows.", at_least=1)
+  cache_dir: str = option(
+    "", "Folder of tokens and compiled programs; empty is $MOE_JAX_CACHE or the user's cache."
+  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Loss:
-  load_balance: float = 0.01  # Switch eq. 4, normalised: 1.0 is perfect balance
-  balance_scope: BalanceScope = BalanceScope.GLOBAL
-  importance: float = 0.0  # Shazeer 2017 eq. 6-7, normalised likewise: CV^2 + 1
-  load: float = 0.0  # Shazeer 2017 eq. 10-11, likewise; noisy_topk only
-  router_z: float = 1e-3  # ST-MoE eq. 5
-  z: float = 0.0  # the same on the output logits (PaLM uses 1e-4)
+class Loss(Section):
+  """Weights of the terms beside the cross entropy (docs/routing.md); 0 leaves a term out."""
+
+  load_balance: float = option(0.01, "Balance of the load (Switch eq. 4).", at_least=0)
+  balance_scope: BalanceScope = option(
+    BalanceScope.GLOBAL, "The tokens whose balance load_balance asks for."
+  )
+  importance: float = option(0.0, "Balance of the summed gates (1701.06538 eq. 6-7).", at_least=0)
+  load: float = option(
+    0.0, "Balance of the chances to be chosen (1701.06538 eq. 10-11); noisy_topk only.", at_least=0
+  )
+  router_z: float = option(1e-3, "Size of the router's logits (ST-MoE eq. 5).", at_least=0)
+  z: float = option(0.0, "Size of the output logits (PaLM: 1e-4).", at_least=0)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Optimizer:
-  name: OptimizerName = OptimizerName.ADAMW
-  learning_rate: float = 3e-3  # peak
-  schedule: Schedule = Schedule.COSINE
-  warmup_steps: int = 100
-  decay_fraction: float = 0.2  # of the steps, for wsd
-  final_fraction: float = 0.1  # of the peak, where cosine and wsd end
-  b1: float = 0.9  # of Adam's moments, as b2 and eps are
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1  # matrices only: not norms, embeddings or routers
-  clip_norm: float = 1.0  # global gradient norm; 0 is off
+class Optimizer(Section):
+  """The update of the weights, and its learning rate over the run."""
+
+  name: OptimizerName = option(OptimizerName.ADAMW, "The update rule.")
+  learning_rate: float = option(3e-3, "The peak, at the end of the warm-up.", above=0)
+  schedule: Schedule = option(Schedule.COSINE, "The learning rate after the warm-up.")
+  warmup_steps: int = option(100, "Steps of a linear rise from 0.", at_least=0)
+  decay_fraction: float = option(
+    0.2, "Share of the steps in which wsd falls.", at_least=0, at_most=1
+  )
+  final_fraction: float = option(
+    0.1, "Share of the peak at which cosine and wsd end.", at_least=0, at_most=1
+  )
+  b1: float = option(0.9, "Decay of Adam's first moment per step.", at_least=0, below=1)
+  b2: float = option(0.95, "Decay of Adam's second moment per step.", at_least=0, below=1)
+  eps: float = option(1e-8, "Added to the root of Adam's second moment.", above=0)
+  weight_decay: float = option(
+    0.1, "Times the learning rate; not for norms, embeddings and routers.", at_least=0
+  )
+  clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 is no limit.", at_least=0)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Train:
-  steps: int = 1000
-  seed: int = 0  # initial weights and router noise
-  accumulation: int = 1  # microbatches per optimizer step; the losses equal the full batch's
-  log_every: int = 10
-  eval_every: int = 250
-  checkpoint_every: int = 250  # each with an evaluation
-  keep_latest: int = 1
-  keep_best: int = 1  # by validation loss
+class Train(Section):
+  """How long a run is, and how often it says and saves something."""
+
+  steps: int = option(1000, "Optimizer steps of the run.", at_least=1)
+  seed: int = option(0, "Draws the initial weights and the routers' noise.", at_least=0)
+  accumulation: int = option(
+    1, "Microbatches of an optimizer step; losses equal the full batch's.", at_least=1
+  )
+  log_every: int = option(10, "Steps from one line of metrics to the next.", at_least=1)
+  eval_every: int = option(250, "Steps from one evaluation to the next.", at_least=1)
+  checkpoint_every: int = option(
+    250, "Steps from one checkpoint to the next, each with an evaluation.", at_least=1
+  )
+  keep_latest: int = option(1, "Newest checkpoints that are kept.", at_least=1)
+  keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Health:
-  """When training raises an alarm. A limit of 0 never does."""
+class Health(Section):
+  """When training raises an alarm. A limit of 0 never does. Layers are looked at one by one."""
 
-  window: int = 50  # steps: of the running mean of loads, and of the mean loss before a spike
-  token_share: float = 0.9  # collapse: one expert takes this part of a layer's tokens
-  dead_fraction: float = 0.5  # of a layer's experts, by the running mean, below 5% of a fair share
-  drop_fraction: float = 0.5  # of a layer's assignments
-  patience: int = 20  # steps in a row before one of these three is an alarm
-  loss_spike: float = 1.0  # nats above the mean of the last `window` steps
-  on_alarm: OnAlarm = OnAlarm.WARN
-  on_nonfinite: OnAlarm = OnAlarm.STOP  # the loss, a gradient, or a router's logits
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class Eval:
-  batch_size: int = 0  # sequences; 0 is the training microbatch
-  batches: int = 16  # of the validation set, from its start, while training; 0 is all of it
-  final_batches: int = 0  # the same for eval.py, of any split
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class Mesh:
-  data: int = -1  # -1 is all devices that the other axes leave
-  fsdp: int = 1
-  expert: int = 1
-  tensor: int = 1
+  window: int = option(
+    50, "Steps of the running means, of the loads and of the loss before a spike.", at_least=1
+  )
+  token_share: float = option(
+    0.9, "Share of a layer's tokens that one expert takes: a collapse.", at_least=0, at_most=1
+  )
+  dead_fraction: float = option(
+    0.5, "Share of a layer's experts under 5% of their fair share.", at_least=0, at_most=1
+  )
+  drop_fraction: float = option(
+    0.5, "Share of a layer's assignments that are dropped.", at_least=0, at_most=1
+  )
+  patience: int = option(
+    20, "Steps in a row over one of these three before it is an alarm.", at_least=1
+  )
+  loss_spike: float = option(1.0, "Nats of a step's loss above the window's mean.", at_least=0)
+  on_alarm: OnAlarm = option(OnAlarm.WARN, "What any of the alarms above does.")
+  on_nonfinite: OnAlarm = option(
+    OnAlarm.STOP, "The same where the loss, a gradient or a router's logits are not finite."
+  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Config:
+class Eval(Section):
+  """How much of the held-out text is evaluated at a time."""
+
+  batch_size: int = option(0, "Rows of a batch; 0 is the training microbatch.", at_least=0)
+  batches: int = option(
+    16, "Batches of an evaluation in training, of rows spread over the split; 0 is all.", at_least=0
+  )
+  final_batches: int = option(0, "The same for eval.py, of any split.", at_least=0)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Mesh(Section):
+  """Devices along each axis; their product is all devices (docs/guide.md)."""
+
+  data: int = option(-1, "Copies of the weights; -1 is all devices that are left.", at_least=-1)
+  fsdp: int = option(1, "Parts of the model's width, for weights.", at_least=1)
+  expert: int = option(1, "Parts of the experts.", at_least=1)
+  tensor: int = option(1, "Parts of heads, vocabulary and hidden widths.", at_least=1)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Config(Section):
   model: Model = dataclasses.field(default_factory=Model)
   data: Data = dataclasses.field(default_factory=Data)
   loss: Loss = dataclasses.field(default_factory=Loss)
@@ -259,26 +261,15 @@ class Config:
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-  """{"model.moe.top_k": 2, ...}, with enums as their values."""
-  flat: dict[str, Any] = {}
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    name = prefix + field.name
-    if dataclasses.is_dataclass(value):
-      flat |= flatten(value, name + ".")
-    else:
-      flat[name] = value.value if isinstance(value, enum.Enum) else value
-  return flat
+def changes(base: Config, config: Config) -> dict[str, Any]:
+  """{field: value} of `config`, where it differs; values as config.json has them."""
+  before = flatten(base)
+  return {name: value for name, value in flatten(config).items() if value != before[name]}
 
 
 def to_json(config: Config) -> str:
-  def plain(value: Any) -> Any:
-    return value.value if isinstance(value, enum.Enum) else value
-
-  return json.dumps(
-    dataclasses.asdict(config, dict_factory=lambda kv: {k: plain(v) for k, v in kv}), indent=2
-  )
+  values = dataclasses.asdict(config, dict_factory=lambda kv: {k: plain(v) for k, v in kv})
+  return json.dumps({"format": _FORMAT} | values, indent=2, allow_nan=False)
 
 
 def from_json(text: str) -> Config:
@@ -294,21 +285,26 @@ def from_json(text: str) -> Config:
       if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         built[name] = build(kind, value, f"{prefix}{name}.")
       else:
-        built[name] = _to_enum(kind, prefix + name, value)
+        built[name] = from_plain(fields[name], prefix + name, value)
     return cls(**built)
 
-  return build(Config, json.loads(text), "")
+  return build(Config, upgraded(json.loads(text)), "")
 
 
-def _to_enum(kind: Any, name: str, value: Any) -> Any:
-  """The member of that value where `kind` is an enum; any other value as it is."""
-  if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
-    return value
-  try:
-    return kind(value)
-  except ValueError:
-    choices = ", ".join(member.value for member in kind)
-    raise UserError(f"config.{name}={value!r} is not one of: {choices}") from None
+def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
+  """The values of a config.json of any format, as `to_json` would write them, without a number.
+
+  Format 0, which has no number, wrote a capacity without limit as 0.
+  """
+  values = copy.deepcopy(stored)
+  number = values.pop("format", 0)
+  if number > _FORMAT:
+    raise UserError(f"config.json is of format {number}, made by a newer moe_jax; update this one")
+  moe = values.get("model", {}).get("moe", {})
+  for name in ("capacity_factor", "eval_capacity_factor"):
+    if number < 1 and moe.get(name) == 0:
+      moe[name] = "inf"
+  return values
 
 
 def field_names() -> list[str]:

@@ -1,7 +1,7 @@
-"""The device mesh, and which mesh axis each letter of a name is sharded over.
+"""The device mesh, and the mesh axis over which each dimension of an array is split.
 
-Every tensor and parameter name ends in its shape letters, and the letters are all there is to say
-about sharding: `up_EDF` is split over ('expert', 'fsdp', 'tensor').
+The name of every array and parameter ends in one letter for each of its dimensions, and the letters
+alone say how it is split: `up_EDF` is split over the axes ('expert', 'fsdp', 'tensor').
 
   B batch            L query length     S key length       T tokens of a routing group
   M routing groups   D model            H query heads      G key/value heads
@@ -16,38 +16,39 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax import config as config_lib
 
 AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # every device of these holds different sequences
+BATCH_AXES = ("data", "fsdp", "expert")  # devices along these axes hold different sequences
 
 _ACTIVATION_AXES = {
   "B": BATCH_AXES, "M": BATCH_AXES, "E": "expert", "F": "tensor", "H": "tensor", "G": "tensor",
   "V": "tensor", "D": None, "L": None, "S": None, "A": None, "K": None, "C": None, "T": None,
 }  # fmt: skip
 _PARAM_AXES = _ACTIVATION_AXES | {"D": "fsdp", "Z": None}
-_REPLICATED = ("bias_ZE", "load_ZE")  # beside the parameters that are declared so
+_REPLICATED = ("bias_ZE", "load_ZE")  # and the parameters that a Parameter record declares so
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameter:
-  """A parameter about which the letters of its name do not say everything.
+  """Describes a parameter that is treated otherwise than the letters of its name say.
 
-  To create a record is to declare the name: sharding, weight decay and metrics look it up, and no
-  list elsewhere has to be kept. A parameter is made by its record, so it cannot be undeclared.
+  Creating a record declares the name: sharding, weight decay and metrics look the record up by it,
+  so that no other list of parameters is needed. The model makes the parameter with the record.
 
   Raises:
-    ValueError: another record has declared the same name otherwise.
+    ValueError: another record has declared the same name with other properties.
   """
 
   name: str
-  # (nnx.Rngs, {"D": size of D, ...}) -> float32
+  # (nnx.Rngs, {"D": size of D, ...}) -> the initial values, float32
   initial: Callable[..., jax.Array] = dataclasses.field(compare=False)
-  replicated: bool  # whole on every device, in place of split by its letters
-  decays: bool  # under weight decay
-  group: str  # of its gradient norm in the metrics
+  replicated: bool  # whether every device holds all of it, whatever its letters say
+  decays: bool  # whether weight decay applies to it
+  group: str  # the group of parameters in whose gradient norm it counts
 
   def __post_init__(self) -> None:
     other = _declared.setdefault(self.name, self)
@@ -59,23 +60,46 @@ _declared: dict[str, Parameter] = {}
 
 
 def declared(name: str) -> Parameter | None:
-  """The record of a parameter, or None where its letters say everything."""
+  """Returns the record of a parameter; None where the letters of its name say everything."""
   return _declared.get(name)
 
 
 def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
-  """A mesh over all devices; `mesh` is resolved (its product is the device count)."""
-  # Auto axes, stated: make_mesh defaults to Explicit, which shard_map's in_specs do not take.
+  """Returns the mesh of these sizes, over the first devices.
+
+  Args:
+    mesh: resolved, so that each axis has a size; a run's sizes make up all devices.
+  """
+  # The axes have to be Auto: shard_map's in_specs do not take Explicit, make_mesh's default.
   shape = tuple(getattr(mesh, axis) for axis in AXES)
   devices = jax.devices()[: math.prod(shape)]
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  made = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  check_processes(np.vectorize(lambda device: device.process_index)(made.devices))
+  return made
+
+
+def check_processes(processes: np.ndarray) -> None:
+  """Refuses a mesh on which processes would feed different sequences to the same place.
+
+  Args:
+    processes: the process of each device, int [data, fsdp, expert, tensor].
+
+  Raises:
+    UserError: the devices of one place on the batch axes belong to several processes.
+  """
+  if (processes != processes[..., :1]).any():
+    raise config_lib.UserError(
+      f"config.mesh.tensor={processes.shape[-1]}: every process feeds sequences of its own, and on "
+      "this mesh some sequences are on devices of several processes; choose a tensor axis that "
+      f"divides the {np.sum(processes == processes.flat[0])} device(s) of a process"
+    )
 
 
 def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:
-  """A run's own mesh where it takes all devices of this machine, otherwise one over the batch.
+  """Returns a run's own mesh if it takes all devices here, otherwise a mesh that splits the batch.
 
-  Results do not depend on the mesh, so a checkpoint of 64 devices serves on one. The other mesh has
-  as many devices as divide `batch_size` sequences.
+  Results do not depend on the mesh, so one device can use a checkpoint of 64 devices. The returned
+  mesh has the largest number of devices that divides both `batch_size` and the devices here.
   """
   if mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count():
     return mesh
@@ -83,12 +107,16 @@ def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:
 
 
 def spec(letters: str) -> PartitionSpec:
-  """The PartitionSpec of an activation, 'BLD' -> P(('data', 'fsdp', 'expert'), None, None)."""
+  """Returns an activation's PartitionSpec: P(('data', 'fsdp', 'expert'), None, None) of 'BLD'."""
   return _to_spec(letters, _ACTIVATION_AXES)
 
 
 def param_spec(name: str, ndim: int) -> PartitionSpec:
-  """The PartitionSpec of a parameter; leading dimensions beyond its letters are stacked layers."""
+  """Returns the PartitionSpec of a parameter of `ndim` dimensions.
+
+  An array with one dimension more than its name has letters is stacked: the first dimension counts
+  the layers.
+  """
   letters = name.rsplit("_", 1)[-1]
   stacked = ndim - len(letters)
   assert stacked in (0, 1), f"{name} has {ndim} dimensions"
@@ -106,12 +134,12 @@ def _to_spec(letters: str, table: Mapping[str, Any]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-  """Pins an activation's sharding, on the mesh that `jax.set_mesh` has put in force."""
+  """Returns the activation, split as the letters say over the mesh of `jax.set_mesh`."""
   return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
 def param_name(path: tuple[Any, ...]) -> str:
-  """The last name on a tree path that ends in shape letters, 'up_EDF'; "" if there is none."""
+  """Returns the last name on a tree path that ends in shape letters, 'up_EDF'; "" if none does."""
   names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
   return next((n for n in reversed(names) if "_" in n and n.rsplit("_", 1)[-1].isupper()), "")
 
@@ -119,13 +147,14 @@ def param_name(path: tuple[Any, ...]) -> str:
 def param_shardings(
   tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, params: Any = ()
 ) -> Any:
-  """A NamedSharding for every leaf, found by the last name on its path.
+  """Returns the NamedSharding of every array of a tree, by the last name on the array's path.
 
   Args:
-    tree: parameters, or what holds copies of them and more, as a train state does.
-    mesh: to be sharded over.
-    params: whose copies the tree holds, so that a leaf under a parameter's path may lack one of its
-      dimensions (Adafactor's rows and columns). Any other leaf, such as a count, is replicated.
+    tree: parameters, or a tree that holds arrays of the same names, such as a train state. An array
+      without a name, such as a count, is replicated.
+    mesh: the mesh to split over.
+    params: the parameters, where the tree has arrays that lack one dimension of a parameter, as
+      Adafactor's rows and columns do.
   """
   shapes = {path: p.shape for path, p in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -143,7 +172,14 @@ def param_shardings(
 def _without_an_axis(
   full: PartitionSpec, shape: tuple[int, ...], left: tuple[int, ...]
 ) -> PartitionSpec:
-  """`full`, of `shape`, for what is `left` of it; where two axes are equal, either may be gone."""
+  """Returns the PartitionSpec of an array from which one dimension has been summed away.
+
+  Args:
+    full: the PartitionSpec of the whole array.
+    shape: of the whole array.
+    left: the shape without the dimension. Of two dimensions of one size, the first is taken to be
+      the missing one. If more than one is missing, the array is replicated.
+  """
   if left == shape:
     return full
   axes = [*full, *[None] * (len(shape) - len(full))]
@@ -152,6 +188,11 @@ def _without_an_axis(
 
 
 def to_global(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Host-local [B/processes, ...] arrays -> global arrays split over the batch axes."""
+  """Returns global arrays, split over the batch axes, made of each process's own sequences.
+
+  Args:
+    batch: arrays [B / processes, ...] of this process.
+    mesh: the mesh to split over.
+  """
   sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

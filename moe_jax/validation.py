@@ -4,24 +4,61 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.config import (
-  Config,
-  Exchange,
-  Model,
-  MoE,
-  Priority,
-  UserError,
-  flatten,
-)
+from moe_jax.config import Config, Exchange, Model, MoE, Priority, UserError, flatten
+from moe_jax.options import walk
 
 
 def validate(config: Config) -> None:
   """Raises a UserError for a wrong type, a value out of range, or two fields that disagree."""
-  _check_types(config)
-  _check_ranges(config)
+  check_fields(config)
+  if config.optimizer.warmup_steps > config.train.steps:
+    _refuse(config, "optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
   _check_model(config.model)
   _check_moe(config)
   _check_mesh(config)
+
+
+def check_fields(config: Config) -> None:
+  """The part of `validate` that looks at each field alone, by what its `option` says; no jax."""
+  for name, field, value in walk(config):
+    kind = field.type
+    assert isinstance(kind, type)
+    if type(value) is not kind:
+      raise UserError(
+        f"config.{name}={value!r} is of type {type(value).__name__}, not {kind.__name__}"
+      )
+    wrong = kind in (int, float) and field.metadata["bounds"].wrong(value)
+    if wrong:
+      raise UserError(f"config.{name}={value} {wrong}")
+
+
+def without_effect(config: Config) -> set[str]:
+  """Names of fields that are ignored because of what others say."""
+  from moe_jax.moe import dispatch  # here, so that `import validation` imports no jax
+
+  moe = config.model.moe
+  found = set()
+  if moe.top_k == 1:
+    found.add("model.moe.renormalize")
+  if not dispatch.has_capacity(moe):
+    found |= {"model.moe.capacity_factor", "model.moe.eval_capacity_factor"}
+  return found
+
+
+def without_consequence(old: Config, new: Config) -> set[str]:
+  """Names of fields that may differ between two configs of one run, since its values stay equal."""
+  from moe_jax.moe import dispatch
+
+  same = without_effect(old) & without_effect(new)
+  if not new.model.moe.exchange_factor:  # with a factor, each exchange drops other assignments
+    same.add("model.moe.exchange")
+  in_force = [
+    [dispatch.capacity_factor(config.model.moe, train=train) for train in (True, False)]
+    for config in (old, new)
+  ]
+  if in_force[0] == in_force[1]:  # then every dispatcher drops the same assignments
+    same |= {"model.moe.dispatch", "model.moe.capacity_factor", "model.moe.eval_capacity_factor"}
+  return same
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:
@@ -50,65 +87,6 @@ def _refuse(config: Config, first: str, second: str, why: str) -> None:
   )
 
 
-def _check_types(config: Any, prefix: str = "config.") -> None:
-  for field in dataclasses.fields(config):
-    value, kind = getattr(config, field.name), field.type
-    if kind is float and type(value) is int:
-      value = float(value)
-      setattr(config, field.name, value)
-    assert isinstance(kind, type)
-    if type(value) is not kind:
-      raise UserError(
-        f"{prefix}{field.name}={value!r} is of type {type(value).__name__}, not {kind.__name__}"
-      )
-    if dataclasses.is_dataclass(value):
-      _check_types(value, f"{prefix}{field.name}.")
-
-
-# Lowest allowed value; every number has one.
-_AT_LEAST = {
-  name: 0
-  for name in (
-    "moe.num_experts", "moe.group_size", "moe.first_dense", "moe.capacity_factor",
-    "moe.eval_capacity_factor", "moe.jitter", "moe.shared_experts", "moe.bias_update_rate",
-    "moe.exchange_factor", "data.seed", "loss.load_balance", "loss.router_z", "loss.z",
-    "loss.importance", "loss.load", "optimizer.warmup_steps", "optimizer.decay_fraction",
-    "optimizer.final_fraction",
-    "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "optimizer.clip_norm", "train.seed",
-    "train.keep_best", "health.token_share", "health.dead_fraction", "health.drop_fraction",
-    "health.loss_spike", "eval.batch_size", "eval.batches", "eval.final_batches",
-  )
-}  # fmt: skip
-_BELOW_ONE = ("moe.jitter", "optimizer.b1", "optimizer.b2")
-
-
-def _check_ranges(config: Config) -> None:
-  for name, value in flatten(config).items():
-    if isinstance(value, (str, bool)):
-      continue
-    if not math.isfinite(value):
-      raise UserError(f"config.{name}={value} is not a finite number")
-    short = name.removeprefix("model.")
-    if name == "mesh.data" and value == -1:
-      continue
-    if isinstance(value, int) or short in _AT_LEAST:
-      least = _AT_LEAST.get(short, 1)
-      if value < least:
-        raise UserError(f"config.{name}={value} must be at least {least}")
-    elif value <= 0:
-      raise UserError(f"config.{name}={value} must be above 0")
-    if short in _BELOW_ONE and value >= 1:
-      raise UserError(f"config.{name}={value} must be below 1")
-  for name in (
-    "optimizer.decay_fraction", "optimizer.final_fraction", "health.token_share",
-    "health.dead_fraction", "health.drop_fraction",
-  ):  # fmt: skip
-    if _get(config, name) > 1:
-      raise UserError(f"config.{name}={_get(config, name)} is a fraction: at most 1")
-  if config.optimizer.warmup_steps > config.train.steps:
-    _refuse(config, "optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
-
-
 def _check_model(model: Model) -> None:
   if model.num_heads % model.num_kv_heads:
     raise UserError(
@@ -127,9 +105,6 @@ def _check_moe(config: Config) -> None:
     _refuse(config, "model.moe.top_k", "model.moe.num_experts", "a token can choose each expert "
             "once, so top_k is at most num_experts")  # fmt: skip
   _check_router(config)
-  if moe.top_k == 1 and moe.renormalize:
-    _refuse(config, "model.moe.renormalize", "model.moe.top_k", "a single renormalised gate is the "
-            "constant 1 and the router would get no gradient; set renormalize=false")  # fmt: skip
   _check_dispatch(config)
   if moe.first_dense >= config.model.num_layers:
     _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
@@ -190,16 +165,9 @@ def _check_groups(config: Config) -> None:
 
 def _check_dispatch(config: Config) -> None:
   from moe_jax.moe.dispatch import DISPATCHERS
-  from moe_jax.moe.routers import ROUTERS
 
   moe = config.model.moe
-  dispatcher = DISPATCHERS[moe.dispatch]
-  if not dispatcher.drops and not ROUTERS[moe.router].takes_capacity:
-    for field in ("capacity_factor", "eval_capacity_factor"):
-      if getattr(moe, field):
-        _refuse(config, f"model.moe.{field}", "model.moe.dispatch", "this dispatch is dropless and "
-                f"has no capacity; set {field}=0")  # fmt: skip
-  if moe.exchange is not Exchange.AUTO and dispatcher.slots:
+  if moe.exchange is not Exchange.AUTO and DISPATCHERS[moe.dispatch].slots:
     _refuse(config, "model.moe.exchange", "model.moe.dispatch", "dispatch with slots always "
             "exchanges them by all_to_all; set exchange=auto")  # fmt: skip
   if moe.exchange_factor and moe.exchange not in (Exchange.ALL_TO_ALL, Exchange.RAGGED):
@@ -211,13 +179,13 @@ def future_leak(moe: MoE, *, train: bool) -> str:
   """Why a token's output depends on later tokens under this routing, or "" if it does not."""
   if not moe.num_experts:
     return ""
+  from moe_jax.moe import dispatch
   from moe_jax.moe.routers import ROUTERS
 
   spec = ROUTERS[moe.router]
   if spec.looks_ahead and spec.runs_own(train=train):
     return f"router={moe.router.value}: {spec.looks_ahead}"
-  factor = moe.capacity_factor if train else moe.eval_capacity_factor
-  if moe.priority is not Priority.TOKEN and factor:
+  if moe.priority is not Priority.TOKEN and dispatch.capacity_factor(moe, train=train) < math.inf:
     return f"priority={moe.priority.value}: a later token can take an earlier one's slot"
   return ""
 
@@ -246,6 +214,8 @@ def validate_generation(moe: MoE) -> None:
 
 def _check_mesh(config: Config) -> None:
   moe, mesh, data = config.model.moe, config.mesh, config.data
+  if not mesh.data:
+    raise UserError("config.mesh.data=0 must be at least 1, or -1 for all devices that are left")
   divisions = [
     ("model.dim", "mesh.fsdp"),
     ("model.vocab_size", "mesh.tensor"),

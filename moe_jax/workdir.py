@@ -1,6 +1,6 @@
-"""The files of a run: their names, how they are read and written, and what may go on in them.
+"""The files of a run: their names, how to read and write them, and what a resumed run may change.
 
-Nothing here imports jax: a report reads a run on a machine without it.
+Nothing here imports jax, so that a report can read a run on a machine without it.
 """
 
 import json
@@ -12,25 +12,29 @@ from moe_jax.config import Config, UserError
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream}
-KERNELS = "kernels.json"  # {operation: the implementation that was chosen at the start}
-METRICS = "metrics.jsonl"  # a line for each logged step
-ALARMS = "alarms.jsonl"
-EVAL = "eval.json"  # of eval.py
-ROUTING = "routing.json"  # the same, with --routing
-CHECKPOINTS = "checkpoints"  # a folder for each step, named by it
+KERNELS = "kernels.json"  # {operation: the implementation that computes it in this run}
+INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters this run began with
+METRICS = "metrics.jsonl"  # one line for each logged step
+ALARMS = "alarms.jsonl"  # one line for each alarm
+EVAL = "eval.json"  # the result of eval.py
+ROUTING = "routing.json"  # the result of eval.py --routing
+CHECKPOINTS = "checkpoints"  # one folder for each saved step; its name is the step
 TENSORBOARD = "tensorboard"
-LOG = "log.txt"  # what a sweep's run has said
+PROFILE = "profile"  # the trace of train.py --profile
+LOG = "log.txt"  # the terminal output of a run that a sweep started
 
-# What may differ when a run goes on: where it runs, how long, and what is watched.
+# Fields that a resumed run may change, since they change no value of the training: where and how
+# long it runs, what is logged and watched, and by which kernels the same values are computed.
 _MAY_CHANGE = (
-  "mesh.", "eval.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-  "train.keep_", "data.threads", "data.cache_dir",
+  "mesh.", "eval.", "health.", "train.steps", "train.log_every", "train.eval_every",
+  "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir", "model.remat",
+  "model.attention", "model.moe.grouped_matmul",
 )  # fmt: skip
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-  """The validated config of a run; UserError where there is none."""
-  from moe_jax import validation  # not at the top: a report needs none
+  """Returns the validated config of a run; raises a UserError where the workdir has none."""
+  from moe_jax import validation  # not at the top, since a report does not need it
 
   path = workdir / CONFIG
   if not path.is_file():
@@ -47,26 +51,31 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
-  """Refuses to go on with a run under a config that would make it another run."""
+  """Raises a UserError if the workdir holds a run whose values this config would change."""
   if not (workdir / CONFIG).exists():
     return
-  old = config_lib.flatten(config_lib.from_json((workdir / CONFIG).read_text()))
-  new = config_lib.flatten(config)
-  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE)]
+  from moe_jax import validation  # not at the top, since a report does not need it
+
+  before = config_lib.from_json((workdir / CONFIG).read_text())
+  old, new = config_lib.flatten(before), config_lib.flatten(config)
+  same = validation.without_consequence(before, config)
+  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and n not in same]
   if changed:
     what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
     raise UserError(
-      f"--workdir={workdir} holds a run with another config: {what}; name a new workdir, or drop "
-      "the change to go on with that run"
+      f"--workdir={workdir} holds a run with another config: {what}; drop the change to go on with "
+      f"that run, or name a new workdir, which --init_from={workdir} gives that run's parameters"
     )
 
 
 def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
-  """Refuses text other than the run's own: another Python's standard library, changed files.
+  """Raises a UserError if the text is not the text that the run was started with.
+
+  The text is another one after a change of the files, or of Python and its standard library.
 
   Args:
-    workdir: of the run; its data.json has the digests that it was started with.
-    digests: {split: digest of its token stream}.
+    workdir: the run's folder; its data.json holds the digests of the text at the run's start.
+    digests: {split: digest of the token stream that is read now}.
   """
   recorded = json.loads((workdir / DATA).read_text()) if (workdir / DATA).exists() else {}
   changed = [split for split, digest in digests.items() if recorded.get(split, digest) != digest]
@@ -78,7 +87,7 @@ def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
 
 
 def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
-  """The implementations that the run was started with; {} before they were chosen."""
+  """Returns {operation: the implementation that computes it in this run}; {} for a new run."""
   return read_object(workdir / KERNELS)
 
 
@@ -86,13 +95,22 @@ def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
   write_object(workdir / KERNELS, chosen)
 
 
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps whose checkpoints are complete, in order; [] where there is none.
+
+  Orbax renames a checkpoint's folder to the step only when all its files are written.
+  """
+  folders = (workdir / CHECKPOINTS).glob("*")
+  return sorted(int(path.name) for path in folders if path.name.isdecimal())
+
+
 def is_trained(workdir: pathlib.Path, steps: int) -> bool:
-  """Whether the checkpoint of the last step is there; Orbax names its folder when it is whole."""
-  return (workdir / CHECKPOINTS / str(steps)).is_dir()
+  """Returns whether the checkpoint of the last step, number `steps`, is there."""
+  return steps in saved_steps(workdir)
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """A .json file's object; {} where it is missing or half written."""
+  """Returns the object of a .json file; {} where the file is missing or incomplete."""
   try:
     value = json.loads(path.read_text())
   except (OSError, ValueError):
@@ -103,16 +121,16 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 def write_object(
   path: pathlib.Path, values: dict[str, Any], indent: int | None = 2
 ) -> dict[str, Any]:
-  """Writes a .json file and returns what it holds: lists in place of arrays."""
+  """Writes a .json file and returns the written object, in which arrays have become lists."""
   text = json.dumps(values, indent=indent, default=lambda array: array.tolist())
   path.write_text(text + "\n")
   return json.loads(text)
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects of a .jsonl file that have a step.
+  """Returns the objects of a .jsonl file that have a step.
 
-  A cut-off line, the last one of a run that writes or was killed, is left out.
+  An incomplete line is left out: the last one of a run that is writing it, or was killed.
   """
   if not path.is_file():
     return []
@@ -126,9 +144,10 @@ def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def keep_lines(path: pathlib.Path, resume_step: int) -> None:
-  """Drops the lines of later steps from a .jsonl file of a run, which may not be there yet.
+  """Deletes the lines of later steps than `resume_step` from a .jsonl file, if the file exists.
 
-  A run killed after its last checkpoint has logged steps that are about to be taken again.
+  A run that was killed has logged steps after its last checkpoint. Resumed, it takes and logs these
+  steps again.
   """
   if path.exists():
     lines = path.read_text().splitlines()

@@ -12,9 +12,11 @@ _CORE = {"config", "validation", "workdir", "sharding", "startup", "data"}
 _CORE |= {"kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {
-  "config": set(),
-  "validation": {"config", "moe"},  # the records of routers and dispatchers
-  "command_line": {"config"},
+  "options": set(),
+  "config": {"options"},
+  "config_docs": {"config", "options"},
+  "validation": {"config", "options", "moe"},  # the records of routers and dispatchers
+  "command_line": {"config", "config_docs", "options"},
   "workdir": {"config", "validation"},
   "data": {"config"},
   "sharding": {"config"},
@@ -30,7 +32,7 @@ GROUPS = {
   "inference": _CORE | {"checkpoint"},
   "analysis": _CORE | {"checkpoint", "training"},
   # They run anywhere: a plan starts no trainer, and a report needs no jax.
-  "sweep": {"config", "validation", "workdir", "command_line", "model", "report"},
+  "sweep": {"config", "options", "validation", "workdir", "command_line", "model", "report"},
   "report": {"config", "workdir", "command_line"},
 }
 # A process of its own that sweep/matching.py starts; nobody imports it.

@@ -41,7 +41,7 @@ def test_every_command_runs(tmp_path):
       command += "".join(f" --config.{field}" for field in FEW)
     if "sweep.py" in command and "--dry-run" not in command:
       command += " --seeds=0 --arms=top2-none,sigmoid-bias"
-      command += "".join(f" --override={field}" for field in FEW)
+      command += "".join(f" --config.{field}" for field in FEW)
     env = {"MOE_JAX_CACHE": str(tmp_path / "cache"), **os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
       command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600

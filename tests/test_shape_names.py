@@ -17,17 +17,14 @@ from tests.support.toys import mesh_of, set_up, slow_unless, toy_batch, toy_conf
 
 
 def grouped(exchange=Exchange.AUTO, kernel=GroupedMatmul.BLOCKED):
-  return dict(
-    dispatch=Dispatch.GROUPED, exchange=exchange, grouped_matmul=kernel, capacity_factor=0.0,
-    eval_capacity_factor=0.0,
-  )  # fmt: skip
+  return dict(dispatch=Dispatch.GROUPED, exchange=exchange, grouped_matmul=kernel)
 
 
 PATHS = {
   "gather": ({}, {}),
   "gather, expert 2, data 2": ({}, dict(expert=2, data=2)),
   "einsum": (dict(dispatch=Dispatch.EINSUM), {}),
-  "dense": (dict(dispatch=Dispatch.DENSE, capacity_factor=0.0, eval_capacity_factor=0.0), {}),
+  "dense": (dict(dispatch=Dispatch.DENSE), {}),
   "blocked": (grouped(), {}),
   "ragged dot": (grouped(kernel=GroupedMatmul.RAGGED_DOT), {}),
   "all_gather": (grouped(Exchange.ALL_GATHER), dict(expert=2, tensor=2)),
@@ -68,8 +65,10 @@ def test_evaluation_prefill_and_decoding(axes):
 
     def generate(weights):
       cache = decoding.empty_cache(model, start_B, 16)
-      cache = decoding.forward(weights, model, cache, tokens_BL, all_logits=True).cache
-      out = decoding.forward(weights, model, cache, tokens_BL[:, :1], all_logits=False, trace=True)
+      cache = decoding.forward_with_cache(weights, model, cache, tokens_BL, all_logits=True).cache
+      out = decoding.forward_with_cache(
+        weights, model, cache, tokens_BL[:, :1], all_logits=False, trace=True
+      )
       return out.logits_BLV, out.choices
 
     jax.jit(generate).lower(weights)

@@ -24,7 +24,7 @@ class DryRun(NamedTuple):
 
 def dry_run(path, out):
   command = [sys.executable, "sweep.py", f"--sweep={path}", f"--out={out}", "--dry-run",
-             "--seeds=0,4", "--override=train.steps=20"]  # fmt: skip
+             "--seeds=0,4", "--config.train.steps=20"]  # fmt: skip
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
@@ -78,7 +78,7 @@ ARMS = (
 
 def start_real(folder, cache, arms, *options):
   path = write_sweep(folder, arms, seeds=(0,))
-  fields = [f"--override=data.cache_dir={cache}", "--override=train.log_every=1"]
+  fields = [f"--config.data.cache_dir={cache}", "--config.train.log_every=1"]
   return subprocess.Popen(
     [sys.executable, "sweep.py", f"--sweep={path}", f"--out={folder / 'out'}", *fields, *options],
     cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True,

@@ -134,7 +134,7 @@ def test_the_same_command_goes_on_after_sigkill(killed):
 
 
 def test_a_run_that_goes_on_keeps_its_kernels(killed):
-  assert "attention          blocks, as when the run began" in killed.said["again"]
+  assert "attention          blocks, which the run began with" in killed.said["again"]
 
 
 CUT_OFF = [pytest.param("terminated", marks=pytest.mark.slow), "killed"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import workdir
+from moe_jax.config import Dispatch
+
+UNLIMITED = math.inf  # capacity factor
 
 
 def test_lines_after_the_resumed_step_go_and_so_does_a_cut_one(tmp_path):
@@ -60,12 +64,95 @@ def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
     workdir.check_same_config(tmp_path, other)
 
 
+def _changed(**changes):
+  """A dropless grouped model with some fields of the model or the MoE changed."""
+  moe = config_lib.MoE(
+    num_experts=4, dispatch=Dispatch.GROUPED, capacity_factor=UNLIMITED,
+    eval_capacity_factor=UNLIMITED,
+  )  # fmt: skip
+  fields = {f.name for f in dataclasses.fields(moe)}
+  moe = dataclasses.replace(moe, **{n: v for n, v in changes.items() if n in fields})
+  model = config_lib.Model(moe=moe, **{n: v for n, v in changes.items() if n not in fields})
+  return config_lib.Config(model=model)
+
+
+def test_what_changes_no_value_may_change(tmp_path):
+  workdir.write_config(tmp_path, _changed())
+  watched = dataclasses.replace(_changed(), health=config_lib.Health(window=7, loss_spike=0.0))
+  for config in (
+    watched,
+    _changed(remat=config_lib.Remat.FULL),
+    _changed(attention=config_lib.Attention.REFERENCE),
+    _changed(grouped_matmul=config_lib.GroupedMatmul.RAGGED_DOT),
+    _changed(exchange=config_lib.Exchange.ALL_TO_ALL),
+    *(_changed(dispatch=dispatch) for dispatch in Dispatch),  # nothing is dropped by any of them
+  ):
+    workdir.check_same_config(tmp_path, config)
+
+
+def _refuses(path, field, **changes):
+  with pytest.raises(config_lib.UserError, match=rf"config\.model\.moe\.{field}=.* \(was "):
+    workdir.check_same_config(path, _changed(**changes))
+
+
+def test_dispatchers_that_drop_are_a_pair_and_so_are_those_that_do_not(tmp_path):
+  limited = {"capacity_factor": 1.25, "eval_capacity_factor": 2.0}
+  workdir.write_config(tmp_path, _changed(dispatch=Dispatch.GATHER, **limited))
+  workdir.check_same_config(tmp_path, _changed(dispatch=Dispatch.EINSUM, **limited))
+  for dispatch in (Dispatch.GROUPED, Dispatch.DENSE):
+    _refuses(tmp_path, "dispatch", dispatch=dispatch, **limited)
+  only_training = {"capacity_factor": UNLIMITED, "eval_capacity_factor": 2.0}
+  workdir.write_config(tmp_path, _changed(dispatch=Dispatch.GATHER, **only_training))
+  _refuses(tmp_path, "dispatch", dispatch=Dispatch.DENSE, **only_training)
+
+
+def test_an_exchange_whose_buffers_can_overflow_stays(tmp_path):
+  """What overflows is dropped, and all_to_all and ragged do not drop the same assignments."""
+  buffers = {"exchange": config_lib.Exchange.ALL_TO_ALL, "exchange_factor": 1.5}
+  workdir.write_config(tmp_path, _changed(**buffers))
+  _refuses(tmp_path, "exchange", **buffers | {"exchange": config_lib.Exchange.RAGGED})
+  _refuses(tmp_path, "exchange_factor", **buffers | {"exchange_factor": 0.0})
+
+
+def test_the_saved_steps_are_the_whole_checkpoints(tmp_path):
+  assert workdir.saved_steps(tmp_path) == []
+  for name in ("12", "4", "8.orbax-checkpoint-tmp"):
+    (tmp_path / workdir.CHECKPOINTS / name).mkdir(parents=True)
+  assert workdir.saved_steps(tmp_path) == [4, 12]
+  assert workdir.is_trained(tmp_path, 12) and not workdir.is_trained(tmp_path, 8)
+
+
 def test_an_older_config_takes_defaults(tmp_path):
   values = json.loads(config_lib.to_json(config_lib.Config()))
   del values["optimizer"]["name"], values["health"]
   (tmp_path / workdir.CONFIG).write_text(json.dumps(values))
   assert workdir.read_config(tmp_path) == config_lib.Config()
   workdir.check_same_config(tmp_path, config_lib.Config())
+
+
+OF_BEFORE = {  # a run's fields in a config.json without a format: how its command is spelled now
+  "dropless": (
+    dict(dispatch="grouped", capacity_factor=0.0, eval_capacity_factor=0.0),
+    dict(dispatch=config_lib.Dispatch.GROUPED),
+  ),
+  "no limit": (dict(capacity_factor=0.0), dict(capacity_factor=math.inf)),
+  "top-1": (dict(top_k=1, renormalize=False), dict(top_k=1)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_BEFORE)
+def test_a_run_of_before_goes_on(kind, tmp_path):
+  before, now = OF_BEFORE[kind]
+  text = json.dumps({"model": {"moe": {"num_experts": 4} | before}})
+  (tmp_path / workdir.CONFIG).write_text(text)
+  workdir.read_config(tmp_path)
+  config = config_lib.Config()
+  config.model.moe = config_lib.MoE(num_experts=4, **now)
+  workdir.check_same_config(tmp_path, config)
+  config.model.moe.dispatch = config_lib.Dispatch.EINSUM
+  config.model.moe.capacity_factor = 1.5
+  with pytest.raises(config_lib.UserError, match=r"dispatch=einsum .*capacity_factor=1.5 \(was"):
+    workdir.check_same_config(tmp_path, config)
 
 
 def test_reading_a_run_needs_no_jax():

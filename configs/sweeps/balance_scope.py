@@ -4,21 +4,21 @@ Over each sequence, over each microbatch, or over the whole batch (2501.11873). 
 scope, the less an expert may specialise: a sequence of one domain must then use all experts alike.
 Four microbatches of two rows make a step, so the three scopes differ; nothing is dropped.
 
-Honest failure: the published gain of 1.6% came with 120B tokens; here the loss may not move beyond
-the seeds' noise. The exact part, that the global loss of microbatches is the full batch's, is a
-test (tests/training/test_train.py).
+Possible failure: the published gain of 1.6% came with 120B tokens; here the losses may differ by
+less than the seeds do. That the global loss of microbatches equals that of the full batch is exact,
+and tests/training/test_train.py tests it.
 """
 
-from configs.sweeps import parts, tuned
+from configs.arms import changes, rates
 from moe_jax.sweep import Sweep, arm
 
 
 def get_sweep() -> Sweep:
-  common = parts.DROPLESS | {"train.accumulation": 4, "model.moe.group_size": 0}
+  common = changes.DROPLESS | {"train.accumulation": 4, "model.moe.group_size": 0}
   return Sweep(
     base="configs/lab_moe.py",
     arms=[
-      arm(scope, tuned.TOP2, common, {"loss.balance_scope": scope})
+      arm(scope, rates.TOP2, common, {"loss.balance_scope": scope})
       for scope in ("sequence", "microbatch", "global")
     ],
     target="sequence",

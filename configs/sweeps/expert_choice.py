@@ -1,15 +1,16 @@
-"""Does expert choice see the future, and how much of its loss is that?
+"""Does expert choice see the future, and how much does that lower its loss?
 
-An expert that picks its tokens among all of a group compares later tokens with earlier ones, so
-whether a token is computed tells something of what follows. The causal evaluation hides the future:
-the tokens after t are another row's while t is predicted. For a causal router the gap is exactly 0.
+An expert that picks its tokens among all tokens of a group compares later tokens with earlier ones.
+So whether a token is computed depends on the tokens after it. The causal evaluation hides the
+future: to predict from token t, it replaces the tokens after t by another row's. For a causal
+router the two losses are equal, a gap of exactly 0.
 
-Honest failure: so small a model at so short a training need not have learnt to use the leak, and
-then hiding the future costs nothing; that the leak is there is shown exactly by perturbing the last
-token (tests/moe/test_routers.py).
+Possible failure: so small a model may not learn in so short a training to use later tokens, and
+then hiding them costs nothing. That the router depends on later tokens is tested exactly, by
+changing the last token (tests/moe/test_routers.py).
 """
 
-from configs.sweeps import parts, tuned
+from configs.arms import changes, rates
 from moe_jax.sweep import Sweep, arm
 
 
@@ -17,10 +18,10 @@ def get_sweep() -> Sweep:
   return Sweep(
     base="configs/lab_moe.py",
     arms=[
-      arm("token_choice", tuned.TOP2, parts.DROPLESS),
-      arm("expert_choice-128", tuned.EXPERT_CHOICE, parts.EXPERT_CHOICE,
+      arm("token_choice", rates.TOP2, changes.DROPLESS),
+      arm("expert_choice-128", rates.EXPERT_CHOICE, changes.EXPERT_CHOICE,
           {"model.moe.group_size": 128}),
-      arm("expert_choice-1024", tuned.EXPERT_CHOICE, parts.EXPERT_CHOICE),
+      arm("expert_choice-1024", rates.EXPERT_CHOICE, changes.EXPERT_CHOICE),
     ],
     target="token_choice",
     evaluate=("--causal",),

@@ -1,14 +1,15 @@
-"""One large expert, two, or eight small ones of sixty-four; and one that is always on?
+"""Is one large expert better, or two, or eight small ones of 64; and does a shared expert help?
 
-All at the same FLOPs per token, with the width of an expert solved for: top-1 of 8 (Switch), top-2
-of 8 (GShard, Mixtral), 8 of 64 (DeepSeekMoE), and the same with one of the experts shared.
+All arms have the same FLOPs per token, for which the width of an expert is solved: top-1 of 8
+(Switch), top-2 of 8 (GShard, Mixtral), 8 of 64 (DeepSeekMoE), and variants of top-1 and 8 of 64 in
+which one of the experts is shared.
 
-Honest failures: routing noise at a tiny width, experts of 30 channels, a balance loss that is not
-tuned again for 64 experts; the published gains came at 2B parameters and 100B tokens. Finer experts
-also cost time, on every device.
+Possible failures: routing is noisy at a tiny width, experts have 30 channels, and the balance loss
+is not tuned again for 64 experts; the published gains came at 2B parameters and 100B tokens. Finer
+experts also take more time, on every device.
 """
 
-from configs.sweeps import parts, tuned
+from configs.arms import changes, rates
 from moe_jax.sweep import Sweep, arm, match
 
 
@@ -19,12 +20,12 @@ def get_sweep() -> Sweep:
   return Sweep(
     base="configs/lab_moe.py",
     arms=[
-      arm("dense", tuned.DENSE, parts.DENSE),
-      arm("top1", tuned.TOP1, parts.TOP1),
-      arm("top2", tuned.TOP2),
-      arm("top1-shared", tuned.TOP1, moe(top_k=1, renormalize=False, shared_experts=1)),
-      arm("fine", tuned.FINE, parts.FINE),
-      arm("fine-shared", tuned.FINE, moe(num_experts=64, top_k=7, shared_experts=1)),
+      arm("dense", rates.DENSE, changes.DENSE),
+      arm("top1", rates.TOP1, changes.TOP1),
+      arm("top2", rates.TOP2),
+      arm("top1-shared", rates.TOP1, moe(top_k=1, shared_experts=1)),
+      arm("fine", rates.FINE, changes.FINE),
+      arm("fine-shared", rates.FINE, moe(num_experts=64, top_k=7, shared_experts=1)),
     ],
     target="top2",
     evaluate=("--routing",),

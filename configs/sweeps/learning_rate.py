@@ -1,25 +1,26 @@
-"""Which learning rate does each kind of model want?
+"""Which learning rate is best for each kind of model?
 
-A comparison at one rate favours the arm that the rate suits. Three rates for each kind of model
-that the other sweeps compare, one seed that they do not use; the best goes into tuned.py.
+A comparison at one rate favours the arm that the rate suits. This sweep trains each kind of model
+that the other sweeps compare at three rates, with one seed that the other sweeps do not use. The
+best rate is entered in configs/arms/rates.py.
 
-Honest failure: a best rate at the edge of the three would ask for more; and one seed separates only
-rates that differ by more than about 0.01 nats.
+Possible failures: the best rate may be the lowest or the highest of the three, and then more rates
+are needed; one seed separates only rates whose losses differ by more than about 0.01 nats.
 """
 
-from configs.sweeps import parts
+from configs.arms import changes
 from moe_jax.sweep import Sweep, arm, product
 
 
 def get_sweep() -> Sweep:
   models = [
-    arm("dense", parts.DENSE),
-    arm("dense_total", parts.DENSE_TOTAL),
+    arm("dense", changes.DENSE),
+    arm("dense_total", changes.DENSE_TOTAL),
     arm("top2"),
-    arm("top1", parts.TOP1),
-    arm("sigmoid", parts.DROPLESS, parts.SIGMOID, parts.BIAS),
-    arm("fine", parts.FINE),
-    arm("expert_choice", parts.EXPERT_CHOICE),
+    arm("top1", changes.TOP1),
+    arm("sigmoid", changes.DROPLESS, changes.SIGMOID, changes.BIAS),
+    arm("fine", changes.FINE),
+    arm("expert_choice", changes.EXPERT_CHOICE),
   ]
   rates = [arm(f"lr{rate:g}", {"optimizer.learning_rate": rate}) for rate in (2.5e-3, 5e-3, 1e-2)]
   return Sweep(

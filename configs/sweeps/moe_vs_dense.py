@@ -1,23 +1,24 @@
-"""Does an MoE learn faster than a dense model of the same FLOPs per token, and than one as large?
+"""Does an MoE learn faster than a dense model of equal FLOPs per token, or of equal size?
 
-Eight experts, top-2, dropless, against the dense twin of equal FLOPs per token and the dense twin
-of equal total parameters, each at its own learning rate. With a constant rate the steps to the
-dense model's final loss can be compared; with a cosine the target is reached inside the decay and
-the ratio is compressed, so the cosine arms are there for the final loss.
+Eight experts, top-2, dropless, are compared with the dense twin of equal FLOPs per token and with
+the dense twin of equal total parameters, each at its own learning rate. The arms with a constant
+rate compare the steps to the dense model's final loss. With a cosine schedule that loss is reached
+while the rate decays, which makes the ratio of steps smaller, so the cosine arms compare the final
+losses.
 
-Honest failures: the gap grows with tokens, and under a million bytes an MoE can still lose; a few
-megabytes are memorised by the larger model; on a CPU wall-clock says nothing of an accelerator.
+Possible failures: the gap grows with tokens, and under a million bytes an MoE can still lose; the
+larger model memorises a few megabytes; times on a CPU say nothing about an accelerator.
 """
 
-from configs.sweeps import parts, tuned
+from configs.arms import changes, rates
 from moe_jax.sweep import Sweep, arm, product
 
 
 def get_sweep() -> Sweep:
   models = [
-    arm("dense", tuned.DENSE, parts.DENSE),
-    arm("moe", tuned.TOP2, parts.DROPLESS),
-    arm("dense_total", tuned.DENSE_TOTAL, parts.DENSE_TOTAL),
+    arm("dense", rates.DENSE, changes.DENSE),
+    arm("moe", rates.TOP2, changes.DROPLESS),
+    arm("dense_total", rates.DENSE_TOTAL, changes.DENSE_TOTAL),
   ]
   schedules = [
     arm("constant", {"optimizer.schedule": "constant", "train.eval_every": 40}),

@@ -1,20 +1,20 @@
-"""Does the router need float32, and what does the router z-loss hold down?
+"""Does the router need float32, and which growth does the router z-loss limit?
 
-The router's product and softmax in bfloat16 or float32, with and without the z-loss
-(2202.08906 eq. 5); everything else in float32.
+The router's product and softmax are computed in bfloat16 or float32, with and without the z-loss
+(2202.08906 eq. 5); everything else is float32.
 
-Honest failure: the published divergences are of large models and will not show here; what can show
-is the growth of the logits, mean logsumexp squared, without the z-loss.
+Possible failure: the published divergences are those of large models and will not show here. What
+can show is that without the z-loss the logits grow, measured as the mean squared logsumexp.
 """
 
-from configs.sweeps import parts, tuned
+from configs.arms import changes, rates
 from moe_jax.sweep import Sweep, arm, product
 
 
 def get_sweep() -> Sweep:
   precision = [arm(d, {"model.moe.router_dtype": d}) for d in ("float32", "bfloat16")]
   z_loss = [arm("z0", {"loss.router_z": 0.0}), arm("z1e-3", {"loss.router_z": 1e-3})]
-  common = [arm("top2", tuned.TOP2, parts.DROPLESS)]
+  common = [arm("top2", rates.TOP2, changes.DROPLESS)]
   return Sweep(
     base="configs/lab_moe.py",
     arms=product(common, precision, z_loss),

@@ -1,1 +1,1 @@
-"""What can be learnt from a finished run."""
+"""Evaluates and examines finished runs."""

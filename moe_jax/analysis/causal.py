@@ -1,10 +1,9 @@
-"""What a model's loss is when every token's future is hidden from its routers.
+"""Measures a model's loss with every token's future hidden from its routers.
 
-The letter R counts rows.
+R: rows.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,43 +25,50 @@ def cut(
   last_B: np.ndarray,
   separator: int,
 ) -> pipeline.Batch[np.ndarray]:
-  """Rows up to column `last_B`, and from there on the rows of `other`.
+  """Replaces the columns after `last_B` of a batch by those of `other`.
 
-  The rest begins a document of its own at position 0, as a row does that begins inside a document;
-  separators in it begin further ones. So it takes slots of the experts as any text would, and
-  attention does not mix the two. Targets are the row's.
+  The replaced part begins a new document at position 0, like a row that begins inside a document,
+  and separators in it begin further documents. So it fills slots of the experts as any text does,
+  and attention does not mix the two parts. Targets stay those of `batch`.
   """
   column_1L = np.arange(batch.tokens_BL.shape[1], dtype=np.int32)[None]
   past_BL = column_1L > last_B[:, None]
   tokens_BL = np.where(past_BL, other.tokens_BL, batch.tokens_BL)
   starts_BL = past_BL & ((tokens_BL == separator) | (column_1L == last_B[:, None] + 1))
-  begun_BL = np.cumsum(starts_BL, axis=1, dtype=np.int32)
+  new_BL = np.cumsum(starts_BL, axis=1, dtype=np.int32)
   last_segment_B1 = np.take_along_axis(batch.segments_BL, last_B[:, None], axis=1)
-  segments_BL = np.where(past_BL, last_segment_B1 + begun_BL, batch.segments_BL)
+  segments_BL = np.where(past_BL, last_segment_B1 + new_BL, batch.segments_BL)
   since_BL = column_1L - np.maximum.accumulate(np.where(starts_BL, column_1L, 0), axis=1)
   positions_BL = np.where(past_BL, since_BL, batch.positions_BL)
-  return pipeline.Batch(tokens_BL, batch.targets_BL, segments_BL, positions_BL)
+  return batch._replace(tokens_BL=tokens_BL, segments_BL=segments_BL, positions_BL=positions_BL)
 
 
 def causal_losses(
-  model: trace.Model,
+  model: trace.RestoredModel,
   rows: pipeline.Rows,
-  numbers: Sequence[int],
+  numbers: pipeline.Numbers,
   batch_size: int,
   group_rows: int,
   mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Nats of every target of full rows, float32 [rows, L]: (without the true future, with it).
+  """Computes the loss of every target of some rows without and with the true future.
 
-  A left-to-right reader does not have the tokens after t when it predicts from t, so the logits at
-  t are read with those of another of the rows in their place (`cut`): the experts are as sought
-  after as in training, by a text that tells nothing. A pass gives one t of each routing group. The
-  teacher-forced losses come from a pass of the same shape, so that a causal model's are bit-equal.
+  A model that generates from left to right does not have the tokens after t when it predicts from
+  t. Therefore the logits at t are computed with the tokens after t replaced by those of another row
+  (`cut`), so that the experts get as many tokens as in training, but none that tells the future.
+  One pass gives one t of each routing group. The teacher-forced losses come from a pass of the same
+  shape, so that a causal model's two losses are equal bit for bit.
 
   Args:
-    numbers: the rows, 2 * group_rows or more and a multiple of it.
+    model: the checkpoint.
+    rows: of the split.
+    numbers: of the rows to evaluate, which must be full: a multiple of group_rows, at least twice.
     batch_size: rows of a pass, a multiple of group_rows.
-    group_rows: rows in a routing group; the other rows of a group stay as they are.
+    group_rows: rows in a routing group; the other rows of a group are not changed.
+    mesh: of the model.
+
+  Returns:
+    Losses in nats, float32 [R, L], without the true future and with it.
   """
   step = jax.jit(lambda params, bias_ZE, batch: losses.token_nll(
     transformer.evaluate(model.config, params, bias_ZE, batch).logits_BLV, batch.targets_BL
@@ -73,43 +79,49 @@ def causal_losses(
     return np.asarray(step(model.params, model.bias_ZE, sharding.to_global(batch, mesh)))
 
   hidden_RL, forced_RL = np.zeros((n, L), np.float32), np.zeros((n, L), np.float32)
-  begin, said = 0.0, time.monotonic()
+  begin, last_print = 0.0, time.monotonic()
   for r in range(n):
     first = r - r % group_rows
     batch = rows.batch([numbers[first + i] for i in range(group_rows)] * groups)
     other = rows.batch([numbers[(r + group_rows) % n]] * batch_size)
-    mine = np.arange(groups) * group_rows + r % group_rows  # this row's copy in each group
+    copies = np.arange(groups) * group_rows + r % group_rows  # places of this row in the batch
     forced_BL = nll(batch)
-    begin = begin or time.monotonic()  # the first pass compiled
+    begin = begin or time.monotonic()  # after the first pass, which compiles
     for start in range(0, L, groups):
       t = np.minimum(np.arange(start, start + groups), L - 1)
       last_B = np.full(batch_size, L - 1)
-      last_B[mine] = t
-      hidden_RL[r, t] = nll(cut(batch, other, last_B, rows.tokenizer.separator))[mine, t]
-      forced_RL[r, t] = forced_BL[mine, t]
-      if time.monotonic() - said > _SECONDS:
-        said = time.monotonic()
-        left = (said - begin) * (n * L / (r * L + t[-1] + 1) - 1)
-        print(f"causal evaluation: row {r + 1} of {n}, {left:.0f} s left", flush=True)
+      last_B[copies] = t
+      hidden_RL[r, t] = nll(cut(batch, other, last_B, rows.tokenizer.separator))[copies, t]
+      forced_RL[r, t] = forced_BL[copies, t]
+      if time.monotonic() - last_print > _SECONDS:
+        last_print = time.monotonic()
+        remaining = (last_print - begin) * (n * L / (r * L + t[-1] + 1) - 1)
+        print(f"causal evaluation: row {r + 1} of {n}, {remaining:.0f} s left", flush=True)
   return hidden_RL, forced_RL
 
 
-def measure(
-  model: trace.Model,
+def measure_losses(
+  model: trace.RestoredModel,
   rows: pipeline.Rows,
   moe: config_lib.MoE,
   num_rows: int,
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-  """`causal` of eval.json: mean losses of `causal_losses`, nats per token, and their difference."""
+  """Returns the entry `causal` of eval.json: means of `causal_losses` and their difference.
+
+  Losses are in nats per token.
+
+  Raises:
+    UserError: the split has too few rows.
+  """
   group_rows = max(moe.group_size // rows.seq_len, 1) if moe.num_experts else 1
-  numbers = trace.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
+  numbers = pipeline.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
   numbers = numbers[: len(numbers) - len(numbers) % group_rows]
   if len(numbers) < 2 * group_rows:
     raise config_lib.UserError(
-      f"--causal: the split has {rows.num_full} rows, and hiding the future of one takes the text "
-      f"of another: {2 * group_rows} rows at least; choose another --split"
+      f"--causal: the split has {rows.num_full} rows, but needs at least {2 * group_rows}, because "
+      "the future of one row is replaced by the text of another; choose another --split"
     )
   hidden_RL, forced_RL = causal_losses(model, rows, numbers, batch_size, group_rows, mesh)
   return {

@@ -1,9 +1,10 @@
-"""What eval.py says of a run: its losses, other capacities, causal evaluation, routing.
+"""Evaluates a run for eval.py: its losses, other capacities, causal evaluation, routing.
 
-Needs nothing but the workdir.
+Everything is read from the run's workdir.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,17 +17,19 @@ from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Dispatch, Exchange
-from moe_jax.data import pipeline
+from moe_jax.data import builders, pipeline
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.model.transformer import abstract_weights, moe_layers
+from moe_jax.moe import dispatch
+from moe_jax.training import evaluator as evaluator_lib
 from moe_jax.training.evaluator import Evaluator, batch_size
 
-# What routing and causal evaluation look at, spread over the split.
+# How much text, spread over the split, routing and causal evaluation take.
 _TRACED_TOKENS = 16_384
 _CAUSAL_ROWS = 16
-# Of the evaluation's numbers, those that depend on the capacity.
-_OF_CAPACITY = (
+# The numbers of an evaluation that depend on the capacity.
+_CAPACITY_METRICS = (
   "loss", "bits_per_byte", "drop_fraction_Z", "gate_drop_fraction_Z", "drop_by_rank_ZK",
   "drop_by_position_ZP", "max_vio_Z",
 )  # fmt: skip
@@ -39,18 +42,29 @@ def run(
   *,
   capacity_factors: Sequence[float] = (),
   causal: bool = False,
+  documents: int = 0,
   routing: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Evaluates a checkpoint (step 0: the newest); writes eval.json, and routing.json if asked to.
+  """Evaluates a checkpoint and writes eval.json and, with `routing`, routing.json.
 
-  Returns what the two hold, {} for routing.json if it was not asked for.
+  Args:
+    workdir: of the run.
+    step: of the checkpoint; 0 is the newest.
+    split: train, validation or test.
+    capacity_factors: capacity factors to evaluate besides the run's own.
+    causal: whether to measure the loss with the future hidden.
+    documents: how many documents to give the loss of, the largest ones.
+    routing: whether to trace which experts took which tokens.
+
+  Returns:
+    The contents of eval.json and of routing.json; {} for the latter without `routing`.
   """
-  run = Run(workdir, step, split)
-  check(run.config, capacity_factors, routing)
+  run = LoadedRun(workdir, step, split)
+  check_options(run.config, capacity_factors, routing)
   traced = {}
   with jax.set_mesh(run.mesh):
     model = run.restore(run.step)
-    result = run.loss(model)
+    result = run.loss(model, documents)
     if capacity_factors:
       result["capacity"] = run.capacity(model, capacity_factors)
     if causal:
@@ -60,15 +74,15 @@ def run(
         run.path / workdir_lib.ROUTING, run.routing(model), indent=None
       )
   run.close()
-  # Last, since it says that the evaluation is done.
+  # Written last, because this file shows that the evaluation is complete.
   return workdir_lib.write_object(run.path / workdir_lib.EVAL, result), traced
 
 
-class Run:
-  """A workdir open for evaluation of one split, on this machine's devices."""
+class LoadedRun:
+  """A run whose workdir is open, and one split of its data, on this machine's devices."""
 
   def __init__(self, workdir: str, step: int, split: str):
-    """step: the checkpoint to evaluate; 0 is the newest."""
+    """Opens a workdir; `step` is that of the checkpoint to evaluate, 0 for the newest."""
     self.path = pathlib.Path(workdir)
     config = workdir_lib.read_config(self.path)
     startup.start(config.data)
@@ -81,24 +95,35 @@ class Run:
     workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 
-  def restore(self, step: int) -> trace.Model:
+  def restore(self, step: int) -> trace.RestoredModel:
+    """Reads the checkpoint of a step."""
     model = self.config.model
     stored = self._reader.restore_part(step, abstract_weights(model), self.mesh)
-    return trace.Model(model, **stored)
+    return trace.RestoredModel(model, **stored)
 
   def close(self) -> None:
+    """Closes the checkpoints."""
     self._reader.close()
 
-  def loss(self, model: trace.Model) -> dict[str, Any]:
-    """What eval.json has in any case."""
+  def loss(self, model: trace.RestoredModel, documents: int) -> dict[str, Any]:
+    """Returns the numbers that every eval.json has, and the losses of that many documents."""
     config, rows = self.config, self.rows
     evaluator = Evaluator(config, rows, self.mesh, config.eval.final_batches)
-    total = evaluator.total(model.params, model.bias_ZE)
+    total = evaluator.total(model.params, model.bias_ZE, by_document=True)
+    assert total.documents is not None
     counts = cost.count(config)
-    evaluated = min(len(rows), evaluator.batch_size * config.eval.final_batches or len(rows))
     result = evaluator.result(total)
-    if total.domains is not None:
-      result["domains"] = evaluator.by_domain(total.domains)
+    result["documents"] = evaluator_lib.num_documents(total.documents)
+    if result["documents"] > 1:
+      result["bits_per_byte_error"] = evaluator_lib.standard_error(total.documents)
+    if rows.domains:
+      result["domains"] = evaluator.by_domain(total.documents)
+    if documents:
+      source = builders.prepare(config.data, self.split)
+      result["largest_documents"] = [
+        {"name": source.name(number)} | numbers
+        for number, numbers in evaluator_lib.largest(rows, total.documents, documents)
+      ]
     return result | {
       "step": self.step,
       "split": self.split,
@@ -106,18 +131,18 @@ class Run:
       "parameters": counts.total,
       "active_parameters": counts.active,
       "flops_per_token": counts.flops_per_token,
-      "gzip_bits_per_byte": pipeline.gzip_bits_per_byte(rows.documents(evaluated)),
       "device": jax.devices()[0].device_kind,
     }
 
-  def capacity(self, model: trace.Model, factors: Sequence[float]) -> list[dict[str, Any]]:
-    """The same weights on the same text with other capacities in evaluation (`at_capacity`)."""
+  def capacity(self, model: trace.RestoredModel, factors: Sequence[float]) -> list[dict[str, Any]]:
+    """Evaluates the same weights on the same text with other capacity factors (`at_capacity`)."""
     points = []
     for factor in factors:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator(model.params, model.bias_ZE)
-      points.append({"capacity_factor": factor} | {name: result[name] for name in _OF_CAPACITY})
+      point = {"capacity_factor": config_lib.plain(factor)}
+      points.append(point | {name: result[name] for name in _CAPACITY_METRICS})
       print(
         f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
         f"dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%",
@@ -125,42 +150,44 @@ class Run:
       )
     return points
 
-  def causal(self, model: trace.Model) -> dict[str, Any]:
-    """The loss with every token's future hidden (causal.causal_losses)."""
-    # Slots of earlier tokens stay where they are whatever follows; rows sorted by expert move, and
-    # round differently.
+  def causal(self, model: trace.RestoredModel) -> dict[str, Any]:
+    """Measures the loss with every token's future hidden (causal.causal_losses)."""
+    # With slots a token's row does not depend on later tokens. Rows sorted by expert do, and a
+    # kernel rounds differently in another row.
     moe = with_slots(self.config.model.moe)
     model = model._replace(config=dataclasses.replace(self.config.model, moe=moe))
-    return causal.measure(model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
+    return causal.measure_losses(
+      model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh
+    )
 
-  def routing(self, model: trace.Model) -> dict[str, Any]:
-    """routing.json: of this checkpoint, beside the others that the workdir keeps."""
+  def routing(self, model: trace.RestoredModel) -> dict[str, Any]:
+    """Returns the contents of routing.json: the checkpoint's routing, compared with the others'."""
     rows = self.rows
-    numbers = trace.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
+    numbers = pipeline.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
 
     choices = trace.compile_choices(model.config)
 
-    def of(model: trace.Model) -> specialisation.Trace:
+    def collect(model: trace.RestoredModel) -> specialisation.Trace:
       return trace.collect(choices, model, rows, numbers, batch_size(self.config), self.mesh)
 
-    traced, saturation = of(model), []
+    traced, saturation = collect(model), []
     for step in self.steps:
       if step != self.step:
         print(f"routing of step {step}", flush=True)
-        other = of(self.restore(step))
+        other = collect(self.restore(step))
         overlap_Z = specialisation.overlap(other.routed_ZTE, traced.routed_ZTE)
         saturation.append({"step": step, "overlap_Z": np.round(overlap_Z, 6)})
     pieces = {i: rows.tokenizer.decode_bytes([i]) for i in np.unique(traced.token_T).tolist()}
     about = {"step": self.step, "split": self.split, "layers": moe_layers(self.config.model)}
     top_k = self.config.model.moe.top_k
-    found = specialisation.report(traced, pieces, rows.domains, rows.seq_len, top_k)
-    return about | found | {"saturation": saturation}
+    report = specialisation.report(traced, pieces, rows.domains, rows.seq_len, top_k)
+    return about | report | {"saturation": saturation}
 
 
-def check(config: config_lib.Config, factors: Sequence[float], routing: bool) -> None:
-  """Refuses what has no meaning for this model."""
-  for flag, given in (("--capacity_factors", factors), ("--routing", routing)):
-    if given and not config.model.moe.num_experts:
+def check_options(config: config_lib.Config, factors: Sequence[float], routing: bool) -> None:
+  """Raises UserError for an option that has no meaning for this model."""
+  for flag, value in (("--capacity_factors", factors), ("--routing", routing)):
+    if value and not config.model.moe.num_experts:
       raise config_lib.UserError(
         f"{flag}: config.model.moe.num_experts=0, a dense model, routes nothing; leave it out"
       )
@@ -169,13 +196,13 @@ def check(config: config_lib.Config, factors: Sequence[float], routing: bool) ->
 
 
 def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
-  """The same model with another capacity in evaluation; 0 drops nothing.
+  """The same model with another capacity in evaluation; inf drops nothing.
 
   A dropless dispatch has no slots, so it gives way to `gather`: what a model trained without drops
   loses where it has to run with them. With expert_choice nothing is dropped, and the factor is how
   many tokens each expert takes.
   """
-  moe = with_slots(config.model.moe) if factor else config.model.moe
+  moe = with_slots(config.model.moe) if factor < math.inf else config.model.moe
   moe = dataclasses.replace(moe, eval_capacity_factor=factor)
   changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
   validation.validate(changed)
@@ -183,25 +210,29 @@ def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
 
 
 def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
-  """The same experts; a dropless dispatch gives way to `gather`."""
+  """Returns a config of the same values: a dispatch without slots gives way to `gather`."""
   if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
     return moe
   return dataclasses.replace(
-    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0
-  )
+    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0,
+    capacity_factor=dispatch.capacity_factor(moe, train=True),
+    eval_capacity_factor=dispatch.capacity_factor(moe, train=False),
+  )  # fmt: skip
 
 
-def summary(result: dict[str, Any]) -> str:
-  """What eval.json says beyond the loss and the load, a line for each domain and so on."""
+def describe(result: dict[str, Any]) -> str:
+  """Formats the numbers of eval.json by domain and document, and those of --causal."""
+  parts = result.get("domains", {}) | {d["name"]: d for d in result.get("largest_documents", [])}
+  width = max([18, *map(len, parts)])
   lines = [
-    f"{name:<19}{found['bits_per_byte']:.4f} bits per byte, loss {found['loss']:.4f}, "
-    f"{found['tokens']:,} tokens"
-    for name, found in result.get("domains", {}).items()
+    f"{name:<{width}} {part['bits_per_byte']:.4f} bits per byte, loss {part['loss']:.4f}, "
+    f"{part['tokens']:,} tokens"
+    for name, part in parts.items()
   ]
   if "causal" in result:
     causal = result["causal"]
     lines.append(
-      f"causal loss        {causal['loss']:.4f} without sight of the future, "
+      f"causal loss        {causal['loss']:.4f} with the future hidden, "
       f"{causal['teacher_forced_loss']:.4f} with it: a gap of {causal['gap']:.4f} "
       f"({causal['tokens']:,} tokens)"
     )

@@ -1,7 +1,9 @@
-"""What experts specialise in, from a trace of which tokens went where; docs/specialisation.md.
+"""Computes what experts specialise in, from a trace of each token's experts.
 
-NumPy on the host, pure functions of arrays. T is the traced tokens, in the order of the text, and G
-groups of them; shares are of assignments before drops.
+docs/specialisation.md explains the numbers. All functions are pure NumPy. Shares are shares of
+assignments before drops.
+
+T: traced tokens, in the order of the text. G: groups of them.
 """
 
 import math
@@ -14,45 +16,46 @@ from moe_jax.moe.counts import POSITIONS
 
 CLASSES = ("letters", "digits", "space", "newline", "punctuation", "other")
 _NUM_TOP_TOKENS = 8
-_EXCERPT = 600  # tokens of text that are shown one by one
+_EXCERPT = 600  # tokens of the text that the report shows with each token's experts
 
 
 class Trace(NamedTuple):
-  """Traced tokens in order, padding left out, and what each MoE layer did with them."""
+  """Traced tokens in order, without padding, and their experts in each MoE layer."""
 
   token_T: np.ndarray  # ids
-  row_T: np.ndarray  # which row of the data the token is in
-  segment_T: np.ndarray  # its document within the row
-  place_T: np.ndarray  # its place in the row, from 0
-  domain_T: np.ndarray  # index of its document's domain; -1 without one
+  row_T: np.ndarray  # the row of each token, counted from 0 in the order of the traced rows
+  segment_T: np.ndarray  # the number of the document in its row
+  place_T: np.ndarray  # the place in the row, from 0
+  domain_T: np.ndarray  # index of the document's domain; -1 without one
   routed_ZTE: np.ndarray  # bool, before capacity
-  kept_ZTE: np.ndarray  # bool
+  kept_ZTE: np.ndarray  # bool, computed by the expert
   gate_ZTE: np.ndarray  # float32, before capacity; 0 where not routed
 
 
 def load_by_group(routed_ZTE: np.ndarray, group_T: np.ndarray, num_groups: int) -> np.ndarray:
-  """load_ZGE: for each group of tokens, the share of its assignments that each expert gets.
+  """Returns load_ZGE: the share of each group's assignments that each expert gets.
 
-  A group of -1 is left out; one without assignments has shares of 0.
+  Tokens of group -1 are left out; a group without assignments has shares of 0.
   """
   counts_ZGE = np.stack([routed_ZTE[:, group_T == g].sum(axis=1) for g in range(num_groups)], 1)
   return counts_ZGE / np.maximum(counts_ZGE.sum(axis=-1, keepdims=True), 1)
 
 
 def separation(load_ZGE: np.ndarray) -> np.ndarray:
-  """Mean over pairs of groups of the total variation distance, sum_e |p_e - q_e| / 2; [Z].
+  """Returns the mean over pairs of groups of the total variation distance, float [Z].
 
-  0: all groups use the experts alike; 1: no two share an expert. NaN for fewer than two groups.
+  The distance is sum_e |p_e - q_e| / 2: 0 if all groups use the experts alike, 1 if no two groups
+  share an expert. NaN for fewer than two groups with assignments.
   """
-  found_ZGE = load_ZGE[:, load_ZGE.sum(axis=(0, 2)) > 0]
-  first, second = np.triu_indices(found_ZGE.shape[1], 1)
+  load_ZGE = load_ZGE[:, load_ZGE.sum(axis=(0, 2)) > 0]
+  first, second = np.triu_indices(load_ZGE.shape[1], 1)
   if not len(first):
     return np.full(len(load_ZGE), np.nan)
-  return np.abs(found_ZGE[:, first] - found_ZGE[:, second]).sum(axis=-1).mean(axis=-1) / 2
+  return np.abs(load_ZGE[:, first] - load_ZGE[:, second]).sum(axis=-1).mean(axis=-1) / 2
 
 
 def byte_class(text: bytes) -> int:
-  """Index in CLASSES of a token, by its first byte."""
+  """Returns the index in CLASSES of a token, by its first byte."""
   if not text or text[0] > 126:
     return CLASSES.index("other")
   first = chr(text[0])
@@ -63,11 +66,14 @@ def byte_class(text: bytes) -> int:
 def top_tokens(
   routed_TE: np.ndarray, token_T: np.ndarray, count: int
 ) -> list[list[tuple[int, float, float]]]:
-  """For each expert of a layer the tokens that it takes most above their share of the layer.
+  """Finds for each expert of a layer the tokens that it takes far more often than others do.
+
+  Let s be a token's share of the expert's assignments and b its share of the layer's. The tokens
+  are those of the largest s - b, which is large neither for rare tokens nor for merely frequent
+  ones.
 
   Returns:
-    (id, s, lift), with s the token's share of the expert's assignments and lift = s / b, its share
-    b of the layer's; of the largest s - b, which neither rare tokens nor merely frequent ones have.
+    For each expert at most `count` tuples (id, s, lift), with lift = s / b.
   """
   ids_U, index_T = np.unique(token_T, return_inverse=True)
   where_N, expert_N = np.nonzero(routed_TE)
@@ -75,18 +81,18 @@ def top_tokens(
   counts_UE = np.bincount(flat_N, minlength=len(ids_U) * experts).reshape(-1, experts)
   share_UE = counts_UE / np.maximum(counts_UE.sum(axis=0), 1)
   base_U = counts_UE.sum(axis=1) / max(int(counts_UE.sum()), 1)
-  found = []
+  tokens_E = []
   for e in range(experts):
     excess_U = share_UE[:, e] - base_U
     best = [u for u in np.argsort(-excess_U, kind="stable")[:count] if excess_U[u] > 0]
-    found.append([(int(ids_U[u]), share_UE[u, e], share_UE[u, e] / base_U[u]) for u in best])
-  return found
+    tokens_E.append([(int(ids_U[u]), share_UE[u, e], share_UE[u, e] / base_U[u]) for u in best])
+  return tokens_E
 
 
 def coactivation(routed_ZTE: np.ndarray) -> np.ndarray:
-  """[Z, E, E]: the share of the tokens of expert e (row) that expert e' (column) takes too."""
-  taken_ZTE = routed_ZTE.astype(np.float32)  # counts up to 2^24 are exact
-  pairs_ZEE = taken_ZTE.swapaxes(1, 2) @ taken_ZTE
+  """Returns [Z, E, E]: the share of expert e's tokens (row) that expert e' (column) takes too."""
+  count_ZTE = routed_ZTE.astype(np.float32)  # float32 counts up to 2^24 exactly
+  pairs_ZEE = count_ZTE.swapaxes(1, 2) @ count_ZTE
   alone_ZE = np.diagonal(pairs_ZEE, axis1=1, axis2=2)
   return pairs_ZEE / np.maximum(alone_ZE, 1)[..., None]
 
@@ -94,14 +100,17 @@ def coactivation(routed_ZTE: np.ndarray) -> np.ndarray:
 class Repeats(NamedTuple):
   """How often neighbouring tokens meet the same expert (Mixtral 2401.04088 table 5)."""
 
-  first_Z: np.ndarray  # their first choices, the largest gates, are the same
-  any_Z: np.ndarray  # one expert at least is chosen by both: Mixtral's "first or second choice"
-  random: float  # the first under uniform routing, 1/E
-  any_random: float  # the second, 1 - C(E-K, K) / C(E, K) for K choices of each token
+  first_Z: np.ndarray  # share of pairs whose first choices, of the largest gates, are the same
+  any_Z: np.ndarray  # share of pairs that share an expert: Mixtral's "first or second choice"
+  random: float  # expected first_Z under uniform routing, 1/E
+  any_random: float  # expected any_Z, 1 - C(E-K, K) / C(E, K) for K choices of each token
 
 
 def repeats(trace: Trace) -> Repeats:
-  """Neighbours are of one document; a pair with a token that no expert took does not count."""
+  """Computes the Repeats of neighbouring tokens of one document.
+
+  A pair with a token that no expert took is not counted.
+  """
   same_document = (np.diff(trace.row_T) == 0) & (np.diff(trace.segment_T) == 0)
   here = np.flatnonzero(same_document & (np.diff(trace.place_T) == 1))
   E = trace.routed_ZTE.shape[-1]
@@ -112,13 +121,18 @@ def repeats(trace: Trace) -> Repeats:
     best_T = np.argmax(np.where(routed_TE, gate_TE, -np.inf), axis=1)
     first.append(_mean(best_T[pairs] == best_T[pairs + 1]))
     either.append(_mean((routed_TE[pairs] & routed_TE[pairs + 1]).any(axis=1)))
-    # Expert choice gives tokens unequal numbers of experts, so each pair has a chance of its own.
+    # Expert choice gives tokens different numbers of experts, so pairs have different chances.
     sizes, times = np.unique(
       np.stack([count_T[pairs], count_T[pairs + 1]]), axis=1, return_counts=True
     )
     chances = [1 - math.comb(E - a, b) / math.comb(E, b) for a, b in sizes.T.tolist()]
     by_chance.append(np.dot(chances, times) / max(times.sum(), 1))
-  return Repeats(np.array(first), np.array(either), 1 / E, float(np.mean(by_chance)))
+  return Repeats(
+    first_Z=np.array(first),
+    any_Z=np.array(either),
+    random=1 / E,
+    any_random=float(np.mean(by_chance)),
+  )
 
 
 def _mean(x: np.ndarray) -> float:
@@ -126,33 +140,36 @@ def _mean(x: np.ndarray) -> float:
 
 
 def overlap(routed_ZTE: np.ndarray, final_ZTE: np.ndarray) -> np.ndarray:
-  """Router saturation (OLMoE 2409.02060 section 5), [Z]: of the final choices, those made already.
+  """Computes router saturation (OLMoE 2409.02060 section 5), float [Z].
 
-  Uniform routing has a share of K/E.
+  It is the share of the final checkpoint's choices that an earlier checkpoint makes too. Uniform
+  routing has K/E.
   """
   both_Z = (routed_ZTE & final_ZTE).sum(axis=(1, 2))
   return both_Z / np.maximum(final_ZTE.sum(axis=(1, 2)), 1)
 
 
 def excerpt(trace: Trace, texts: dict[int, str], domains: Sequence[str]) -> dict[str, Any]:
-  """The first tokens of each domain (or of all), each with its experts, the best gate first."""
+  """Returns the first tokens of each domain, or of the text, with their experts by falling gate."""
   groups = range(len(domains)) if domains else [-1]
   share = _EXCERPT // len(groups)
-  chosen = np.concatenate([np.flatnonzero(trace.domain_T == g)[:share] for g in groups])
+  places = np.concatenate([np.flatnonzero(trace.domain_T == g)[:share] for g in groups])
   layers = []
-  for routed_TE, kept_TE, gate_TE in zip(*trace[-3:], strict=True):
+  for routed_TE, kept_TE, gate_TE in zip(
+    trace.routed_ZTE, trace.kept_ZTE, trace.gate_ZTE, strict=True
+  ):
     layer: dict[str, list] = {"experts": [], "gates": [], "kept": []}
-    for t in chosen:
+    for t in places:
       experts = np.flatnonzero(routed_TE[t])
       experts = experts[np.argsort(-gate_TE[t, experts], kind="stable")]
       layer["experts"].append(experts.tolist())
       layer["gates"].append([round(float(gate), 4) for gate in gate_TE[t, experts]])
       layer["kept"].append(kept_TE[t, experts].tolist())
     layers.append(layer)
-  labels = [domains[g] if g >= 0 else "" for g in trace.domain_T[chosen]]
+  labels = [domains[g] if g >= 0 else "" for g in trace.domain_T[places]]
   return {
     "domain": labels,
-    "tokens": [texts[i] for i in trace.token_T[chosen].tolist()],
+    "tokens": [texts[i] for i in trace.token_T[places].tolist()],
     "layers": layers,
   }
 
@@ -160,14 +177,14 @@ def excerpt(trace: Trace, texts: dict[int, str], domains: Sequence[str]) -> dict
 def report(
   trace: Trace, pieces: dict[int, bytes], domains: Sequence[str], seq_len: int, top_k: int
 ) -> dict[str, Any]:
-  """All of the above as routing.json has it, of Z layers; without domains there is none of theirs.
+  """Computes all numbers of this module for routing.json.
 
   Args:
     trace: of the checkpoint.
-    pieces: the bytes that each traced token id stands for; none for a document's begin.
-    domains: names of domain_T's indices.
+    pieces: the bytes that each traced token id stands for; b"" for the separator.
+    domains: names of the indices in domain_T; without domains the result has no numbers by domain.
     seq_len: of the rows.
-    top_k: as configured.
+    top_k: of the config.
   """
   texts = {i: piece.decode(errors="replace") or "<|begin|>" for i, piece in pieces.items()}
   classes_T = np.array([byte_class(pieces[i]) for i in trace.token_T.tolist()])
@@ -182,36 +199,36 @@ def report(
   }
   if domains:
     load_ZGE = load_by_group(routed_ZTE, trace.domain_T, len(domains))
-    result["domain_load_ZGE"] = _plain(load_ZGE)
+    result["domain_load_ZGE"] = _to_lists(load_ZGE)
     distance_Z = separation(load_ZGE)
     if np.isfinite(distance_Z).all():
-      result["domain_separation_Z"] = _plain(distance_Z)
+      result["domain_separation_Z"] = _to_lists(distance_Z)
   return result | {
-    "position_load_ZPE": _plain(load_by_group(routed_ZTE, part_T, POSITIONS)),
+    "position_load_ZPE": _to_lists(load_by_group(routed_ZTE, part_T, POSITIONS)),
     "class_names": list(CLASSES),
-    "class_load_ZCE": _plain(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
+    "class_load_ZCE": _to_lists(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
     "top_tokens_ZE": [
       [
-        [[texts[i], round(share, 5), round(lift, 3)] for i, share, lift in of_expert]
-        for of_expert in top_tokens(routed_TE, trace.token_T, _NUM_TOP_TOKENS)
+        [[texts[i], round(share, 5), round(lift, 3)] for i, share, lift in tokens]
+        for tokens in top_tokens(routed_TE, trace.token_T, _NUM_TOP_TOKENS)
       ]
       for routed_TE in routed_ZTE
     ],
-    "repeat_rate_Z": _plain(repeated.first_Z),
-    "repeat_any_Z": _plain(repeated.any_Z),
+    "repeat_rate_Z": _to_lists(repeated.first_Z),
+    "repeat_any_Z": _to_lists(repeated.any_Z),
     "repeat_random": repeated.random,
     "repeat_any_random": repeated.any_random,
-    "coactivation_ZEE": _plain(coactivation(routed_ZTE)),
+    "coactivation_ZEE": _to_lists(coactivation(routed_ZTE)),
     "text": excerpt(trace, texts, domains),
   }
 
 
-def _plain(x: np.ndarray) -> list:
+def _to_lists(x: np.ndarray) -> list:
   return np.round(np.asarray(x, np.float64), 6).tolist()
 
 
-def table(routing: dict[str, Any]) -> str:
-  """routing.json in a few lines: per layer the repeats, the domains' separation, and saturation."""
+def specialisation_table(routing: dict[str, Any]) -> str:
+  """Formats routing.json: each layer's repeats, separation of the domains, and saturation."""
   saturation = routing["saturation"]
   head = "layer  repeats first  any choice" + "  domains apart" * ("domain_separation_Z" in routing)
   lines = [

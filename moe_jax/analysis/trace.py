@@ -1,6 +1,6 @@
-"""Follows a few rows through a checkpoint: which experts took each token."""
+"""Runs some rows through a checkpoint and records the experts of each token."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,21 +13,16 @@ from moe_jax.data import pipeline
 from moe_jax.model import transformer
 
 
-class Model(NamedTuple):
-  """A checkpoint on the mesh in force."""
+class RestoredModel(NamedTuple):
+  """The weights of a checkpoint, on the mesh in force."""
 
   config: config_lib.Model
   params: Any
   bias_ZE: jax.Array
 
 
-def spread(available: int, count: int) -> list[int]:
-  """At most `count` of the numbers below `available`, evenly spaced: neighbours share documents."""
-  return np.unique(np.linspace(0, available - 1, min(count, available)).astype(int)).tolist()
-
-
 def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
-  """(params, bias_ZE, batch) -> Choices."""
+  """Returns a compiled function (params, bias_ZE, batch) -> Choices."""
 
   def choices(params: Any, bias_ZE: jax.Array, batch: pipeline.Batch[jax.Array]) -> Any:
     return transformer.evaluate(model, params, bias_ZE, batch, trace=True).choices
@@ -37,30 +32,36 @@ def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
 
 def collect(
   choices: Callable[..., Any],
-  model: Model,
+  model: RestoredModel,
   rows: pipeline.Rows,
-  numbers: Sequence[int],
+  numbers: pipeline.Numbers,
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Trace:
-  """What became of every token of these rows; `choices` is compile_choices of its config."""
-  found: list[tuple[np.ndarray, ...]] = []
-  for rows_B in _batches(numbers, batch_size):
+  """Traces the tokens of the rows with these numbers.
+
+  `choices` is the function that `compile_choices` made for the model's config.
+  """
+  parts: list[Trace] = []
+  for rows_B in pipeline.eval_batches(numbers, batch_size):
     batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
-    chosen = choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
+    batch_choices = jax.device_get(
+      choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
+    )
     real_BL = batch.segments_BL > 0
     indices = np.indices(real_BL.shape)
-    row_BL, place_BL = indices[0] + len(found) * batch_size, indices[1]
-    of_tokens = (batch.tokens_BL, row_BL, batch.segments_BL, place_BL, domain_BL)
-    of_layers = [np.asarray(jax.device_get(x))[:, real_BL] for x in chosen]
-    found.append((*(x[real_BL] for x in of_tokens), *of_layers))
-  *tokens, routed, kept, gate = zip(*found, strict=True)
-  layers = (np.concatenate(x, axis=1) for x in (routed, kept, gate))
-  return Trace(*(np.concatenate(x) for x in tokens), *layers)
-
-
-def _batches(numbers: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-  """The last one is filled up with -1, rows of padding."""
-  for first in range(0, len(numbers), batch_size):
-    rows_B = list(numbers[first : first + batch_size])
-    yield rows_B + [-1] * (batch_size - len(rows_B))
+    row_BL, place_BL = indices[0] + len(parts) * batch_size, indices[1]
+    parts.append(
+      Trace(
+        token_T=batch.tokens_BL[real_BL],
+        row_T=row_BL[real_BL],
+        segment_T=batch.segments_BL[real_BL],
+        place_T=place_BL[real_BL],
+        domain_T=domain_BL[real_BL],
+        routed_ZTE=np.asarray(batch_choices.routed_BLE)[:, real_BL],
+        kept_ZTE=np.asarray(batch_choices.kept_BLE)[:, real_BL],
+        gate_ZTE=np.asarray(batch_choices.gate_BLE)[:, real_BL],
+      )
+    )
+  # T is the first dimension of the tokens' arrays and the second of the layers'.
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=arrays[0].ndim // 2), *parts)

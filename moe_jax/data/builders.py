@@ -22,39 +22,40 @@ from absl import logging
 from moe_jax.config import Data, UserError
 from moe_jax.data import cache, domains, text_files
 
-_FORMAT = "array_record"  # the one that can be read at random; TFDS's parquet loses rows
+_FORMAT = "array_record"  # TFDS's format with random access; its parquet loses rows
 
 
 _PYTHON = ".".join(map(str, sys.version_info[:3]))
-_OfSplit = Callable[[str], Iterator[text_files.Document]]
+_ReadSplit = Callable[[str], Iterator[text_files.Document]]
 
 
 class Corpus(NamedTuple):
   """Documents that are read or made on this machine.
 
-  key: names their content, as a folder of the cache.
-  documents: reads them, or says what is wrong, and returns those of a split.
+  key: a folder's name in the cache, which differs for different contents.
+  documents: checks the files, raises UserError for a mistake, and returns a function from a split
+    to its documents.
   labels: the domains that a document can have, each the first folder of its name.
   """
 
   key: str
-  documents: Callable[[], _OfSplit]
+  documents: Callable[[], _ReadSplit]
   labels: tuple[str, ...] = ()
 
 
 class Dataset(NamedTuple):
-  """All that is known about a data set of ours."""
+  """Declares a data set that is made on this machine."""
 
   read: Callable[[Data], Corpus]
-  version: str  # three numbers, as TFDS wants them
+  version: str  # three numbers, which TFDS requires
   about: str  # a cell of docs/guide.md
-  field: str = ""  # where the builder has the text; "" is config.data.text_field
+  field: str = ""  # the field of the text in TFDS's records; "" for config.data.text_field
 
 
 class Documents:
   """Random access to the documents of one split as UTF-8 bytes.
 
-  identity: names their content.
+  identity: a string that differs for different documents.
   domains: the labels that a document can have, the same for every split; () if there are none.
   """
 
@@ -71,17 +72,25 @@ class Documents:
     text = self._source[index][self._field]
     return text.encode() if isinstance(text, str) else text
 
+  def name(self, index: int) -> str:
+    """The document's path, or its number in the split where the data set names none."""
+    path = self._source[index].get("path", f"document {index}")
+    return path if isinstance(path, str) else path.decode()
+
   def domain(self, index: int) -> int:
-    """Index in `domains` of the first folder of the document's path; -1 if it is none of them."""
-    path = self._source[index]["path"]
-    folder = (path if isinstance(path, str) else path.decode()).split("/")[0]
+    """Returns the index in `domains` of the first folder of a document's path; -1 if not there."""
+    folder = self.name(index).split("/")[0]
     return self.domains.index(folder) if folder in self.domains else -1
 
 
 def prepare(config: Data, split: str) -> Documents:
-  """The documents of `split`, which is train, validation or test: config.train_split and so on.
+  """Returns the documents of `split`: train, validation or test.
 
-  The order is TFDS's: by a hash of each example's key, the same on every machine.
+  config.train_split, config.validation_split or config.test_split names the split for TFDS. TFDS
+  orders documents by a hash of each example's key, so the order is the same on every machine.
+
+  Raises:
+    UserError: there is no such data set, split or text field, or it cannot be prepared or read.
   """
   field = config.text_field
   labels: tuple[str, ...] = ()
@@ -106,7 +115,7 @@ def prepare(config: Data, split: str) -> Documents:
   except (ValueError, KeyError, AssertionError, IndexError) as error:
     raise UserError(
       f"config.data.{split}_split={name!r} is not a split of config.data.name={config.name!r}, or "
-      f"an empty one; it has: {', '.join(builder.info.splits)} ({_first_line(error)})"
+      f"is empty; the splits are: {', '.join(builder.info.splits)} ({_first_line(error)})"
     ) from None
   except RuntimeError as error:
     raise UserError(
@@ -116,15 +125,16 @@ def prepare(config: Data, split: str) -> Documents:
   if not isinstance(first, bytes | str):
     raise UserError(f"config.data.text_field={field!r} holds {type(first).__name__}, not text")
   info = hashlib.sha256((folder / "dataset_info.json").read_bytes()).hexdigest()
-  made = (folder / "dataset_info.json").stat().st_mtime_ns
-  return Documents(source, field, json.dumps([str(folder), info, made, name, field]), labels)
+  time_ns = (folder / "dataset_info.json").stat().st_mtime_ns
+  return Documents(source, field, json.dumps([str(folder), info, time_ns, name, field]), labels)
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # tfds adds it
-  """Writes documents that the caller reads; `documents(split)` yields (name, text)."""
+  """A TFDS builder that writes the documents (name, text) that `documents(split)` yields."""
 
-  def __init__(self, name: str, version: str, documents: _OfSplit, data_dir: pathlib.Path):
-    self.name, self.VERSION = name, tfds.core.Version(version)  # of this object, not of the class
+  def __init__(self, name: str, version: str, documents: _ReadSplit, data_dir: pathlib.Path):
+    # Attributes of the object; in TFDS they are attributes of the class.
+    self.name, self.VERSION = name, tfds.core.Version(version)
     self._documents = documents
     super().__init__(data_dir=data_dir)
 
@@ -145,8 +155,8 @@ def _python_stdlib(config: Data) -> Corpus:
   root, names = text_files.stdlib()
 
   def documents(split: str) -> Iterator[text_files.Document]:
-    chosen = [name for name in names if text_files.split_of(name) == split]
-    return text_files.stdlib_documents(root, chosen)
+    split_names = [name for name in names if text_files.split_of(name) == split]
+    return text_files.stdlib_documents(root, split_names)
 
   return Corpus(_library_key(config, root, names), lambda: documents)
 
@@ -160,21 +170,21 @@ def _python_domains(config: Data) -> Corpus:
 def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: str) -> str:
   if not names:
     raise UserError(
-      f"config.data.name={config.name!r}: no .py files in {root}; give your own text: "
+      f"config.data.name={config.name!r}: no .py files in {root}; use your own text: "
       "--config.data.name=text --config.data.path=..."
     )
   sizes = [f"{name} {(root / name).stat().st_size}" for name in names]
   return f"{config.name}-{_PYTHON}-{cache.key(*version, *sizes)}"
 
 
-def _text(config: Data) -> Corpus:
+def _user_text(config: Data) -> Corpus:
   root, names = text_files.user_files(config)
   parts = [str(root), config.text_field]
   for name in names:
     stat = (root / name).stat()
     parts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
 
-  def documents() -> _OfSplit:
+  def documents() -> _ReadSplit:
     return text_files.split_user_documents(
       config, lambda: text_files.user_documents(config, root, names)
     )
@@ -182,7 +192,7 @@ def _text(config: Data) -> Corpus:
   return Corpus(f"text-{cache.key(*parts)}", documents, text_files.first_folders(names))
 
 
-# What is made on this machine; any other name is a TFDS set.
+# The data sets that are made on this machine; any other name is a data set of TFDS.
 DATASETS = {
   "python_stdlib": Dataset(
     _python_stdlib, _PYTHON,
@@ -192,7 +202,7 @@ DATASETS = {
     _python_domains, _PYTHON, "11 MB made of it in three labelled domains: code, prose, bytecode"
   ),
   "text": Dataset(
-    _text, "1.0.0",
+    _user_text, "1.0.0",
     "your files: `config.data.path` is a `.txt` or `.jsonl` file or a folder of them",
     field="text",
   ),
@@ -206,7 +216,7 @@ def _prepare_corpus(config: Data, version: str, corpus: Corpus) -> tfds.core.Dat
     with _quiet():
       builder = _Builder(config.name, version, documents, folder)
       builder.download_and_prepare(file_format=_FORMAT)
-    shutil.rmtree(folder / "downloads", ignore_errors=True)  # empty; TFDS makes it
+    shutil.rmtree(folder / "downloads", ignore_errors=True)  # an empty folder that TFDS makes
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     cache.notice(
       f"prepared {config.name} {config.path or version}: "
@@ -221,7 +231,7 @@ def _prepare_corpus(config: Data, version: str, corpus: Corpus) -> tfds.core.Dat
 
 def _catalog(config: Data) -> tfds.core.DatasetBuilder:
   import requests
-  import tensorflow_datasets.text  # noqa: F401  registers c4, wikipedia and other old ones
+  import tensorflow_datasets.text  # noqa: F401  registers c4, wikipedia and other old data sets
 
   data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
   refuse = functools.partial(_refusal, config.name, data_dir)
@@ -235,7 +245,7 @@ def _catalog(config: Data) -> tfds.core.DatasetBuilder:
     tfds.enable_progress_bar()
     try:
       builder.download_and_prepare(file_format=_FORMAT)
-    except Exception as error:  # networks, disks, Beam, TensorFlow: each in its own way
+    except Exception as error:  # networks, disks, Beam and TensorFlow raise errors of many types
       why = f"preparing it failed: {_first_line(error)}"
       if importlib.util.find_spec("tensorflow") is None:
         why += "; some sets need TensorFlow to be prepared: pip install tensorflow-cpu"
@@ -260,30 +270,32 @@ def _refusal(name: str, data_dir: str, why: str) -> UserError:
 def _find(name: str, data_dir: str, refuse: Callable[[str], UserError]) -> tfds.core.DatasetBuilder:
   base = name.split("/")[0]
   if ":" in base and not base.split(":")[1][:1].isdigit():
-    # For a community name TFDS asks the network, with retries, before it says no.
-    raise refuse("community data sets are not supported; write it to .jsonl and use name='text'")
+    # For a community name TFDS asks the network, with retries, before it refuses.
+    raise refuse(
+      "community data sets are not supported; write its text to .jsonl and use name='text'"
+    )
   try:
     return tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
-    # Not tfds.list_builders(): it asks the network too.
-    known = [*tfds.core.registered.list_imported_builders(), *DATASETS]
-    near = ", ".join(difflib.get_close_matches(base, known, 3))
-    raise refuse(f"TFDS knows no such data set{near and '; near: ' + near}") from None
+    # Not tfds.list_builders(), which asks the network too.
+    names = [*tfds.core.registered.list_imported_builders(), *DATASETS]
+    near = ", ".join(difflib.get_close_matches(base, names, 3))
+    raise refuse(f"TFDS has no such data set{near and '; similar names: ' + near}") from None
   except (ValueError, AssertionError, RuntimeError) as error:
     raise refuse(_first_line(error)) from None
 
 
 def _online(head: Callable[..., Any], seconds: float = 5) -> bool:
-  """Whether the web answers within `seconds`; TFDS itself retries for minutes."""
+  """Returns whether the web answers within `seconds`; TFDS itself would retry for minutes."""
   answered = threading.Event()
 
   def ask(host: str) -> None:
     with contextlib.suppress(Exception):
-      head(f"https://{host}", timeout=seconds)  # through the user's proxy, as TFDS does
+      head(f"https://{host}", timeout=seconds)  # through the user's proxy, which TFDS uses too
       answered.set()
 
   hosts = ("storage.googleapis.com", "raw.githubusercontent.com", "huggingface.co")
-  # Threads, since a name lookup has no timeout of its own.
+  # Threads, because looking up a host's name has no timeout.
   threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
   for thread in threads:
     thread.start()
@@ -300,7 +312,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps TFDS's banners, bars and warnings off the terminal."""
+  """Suppresses TFDS's banners, progress bars and warnings."""
   level = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   tfds.disable_progress_bar()

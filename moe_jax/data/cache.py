@@ -1,4 +1,4 @@
-"""The cache folder, and folders in it that are built once however many processes ask for them."""
+"""The cache folder, and folders in it that only the first of several processes builds."""
 
 import contextlib
 import fcntl
@@ -13,25 +13,30 @@ from moe_jax.config import Data, UserError
 
 
 def directory(config: Data) -> pathlib.Path:
-  usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moe_jax")
-  chosen = config.cache_dir or os.environ.get("MOE_JAX_CACHE") or usual
-  return pathlib.Path(chosen).expanduser().absolute()
+  """Returns the cache folder: config.cache_dir, MOE_JAX_CACHE, or the user's cache folder."""
+  default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moe_jax")
+  path = config.cache_dir or os.environ.get("MOE_JAX_CACHE") or default
+  return pathlib.Path(path).expanduser().absolute()
 
 
 def key(*parts: str) -> str:
-  """A short hash of `parts` for a folder's name."""
+  """Returns a short hash of `parts` for a folder's name."""
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def notice(text: str) -> None:
-  """One line for the user; said only when work was done, so a second run is silent."""
+  """Prints one line for the user about work that a second run does not repeat."""
   print(text, file=sys.stderr, flush=True)
 
 
 def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
-  """Returns `path` after `build(empty folder)` has filled it, if it was not there before.
+  """Returns `path`, after `build(empty folder)` has made its contents if `path` did not exist.
 
-  The folder appears whole or not at all. Other processes wait for the one that builds.
+  The folder appears under its name only when it is complete. Other processes wait for the process
+  that builds it.
+
+  Raises:
+    UserError: the cache folder cannot be written.
   """
   if path.exists():
     return path
@@ -40,7 +45,7 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pat
     with _lock(path.with_name(path.name + ".lock")):
       if not path.exists():
         partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         try:
           partial.mkdir()
           build(partial)
@@ -58,5 +63,5 @@ def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pat
 @contextlib.contextmanager
 def _lock(path: pathlib.Path) -> Iterator[None]:
   with open(path, "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)  # the system lets go when the process ends, however it ends
+    fcntl.flock(file, fcntl.LOCK_EX)  # the system unlocks when the process ends, even if killed
     yield

@@ -1,8 +1,8 @@
-"""Three labelled kinds of text in every Python's standard library: code, prose and bytecode.
+"""Makes three labelled kinds of text from Python's standard library: code, prose and bytecode.
 
-A mixture whose parts are known lets one ask whether experts tell them apart. The texts are a
-function of the sources and of the interpreter's version, and need no network. They are cut into
-pages, in an order by hash, so that a few rows already hold many files of every domain.
+A mixture of labelled texts shows whether experts tell the kinds apart. The texts depend only on the
+sources and on the interpreter's version, and need no network. They are cut into pages that are
+ordered by hash, so that a few rows already hold pages of many files of every domain.
 """
 
 import ast
@@ -20,37 +20,41 @@ from collections.abc import Iterator
 from moe_jax.data import text_files
 
 DOMAINS = ("code", "prose", "bytecode")
-VERSION = "1"  # of the texts made here; part of their cache key
-# Characters of a file's text that are kept: these bring the domains to about the same size.
+VERSION = "1"  # of the code that makes the texts; part of their cache key
+# The most characters of a file's text, chosen so that the domains have about the same size.
 _LONGEST = {"code": 20_000, "prose": 40_000, "bytecode": 8_000}
-_PAGE = 2_000  # characters of a document
+_PAGE_LENGTH = 2_000  # the most characters of a page, which is one document
 _TOPICS = "pydoc_data/topics.py"  # the language reference, in one dict
 
 
 def sources() -> tuple[pathlib.Path, list[str]]:
-  """The standard library's folder, and its .py files that people wrote and every packager ships.
+  """Returns the standard library's folder and the names of its .py files to make texts from.
 
-  Without tests, which some packagers leave out, the tables of `encodings`, and what a build writes.
+  Left out are tests, which some packagers do not ship, the tables of `encodings`, and the file
+  `_sysconfigdata*`, which a build of Python writes.
   """
   root, names = text_files.stdlib()
-  left_out = {"test", "tests", "idle_test", "encodings"}
+  skipped = {"test", "tests", "idle_test", "encodings"}
   return root, [
     name
     for name in names
-    if not left_out & set(name.split("/")[:-1]) and not name.startswith("_sysconfigdata")
+    if not skipped & set(name.split("/")[:-1]) and not name.startswith("_sysconfigdata")
   ]
 
 
 def documents(root: pathlib.Path, names: list[str], split: str) -> Iterator[text_files.Document]:
-  """(domain/path:page, text) of the files in `split`, which all that a file gives shares."""
+  """Yields (domain/path:page, text) for the files of `split`.
+
+  All texts made from one file are in the same split.
+  """
   for label, text in _texts(root, names, split):
     for number, page in enumerate(pages(text, _LONGEST[label.split("/")[0]])):
       yield f"{label}:{number}", page
 
 
 def _texts(root: pathlib.Path, names: list[str], split: str) -> Iterator[text_files.Document]:
-  read = (name for name in names if name == _TOPICS or text_files.split_of(name) == split)
-  for name, source in text_files.stdlib_documents(root, read):
+  files = (name for name in names if name == _TOPICS or text_files.split_of(name) == split)
+  for name, source in text_files.stdlib_documents(root, files):
     if name == _TOPICS:
       for topic, text in topics(source).items():
         if text_files.split_of(f"{name}:{topic}") == split:
@@ -63,17 +67,17 @@ def _texts(root: pathlib.Path, names: list[str], split: str) -> Iterator[text_fi
         compiled = compile(source, name, "exec", dont_inherit=True, optimize=2)
         code, prose = separate(source)
       except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
-        continue  # no Python of this version, as lib2to3's samples
+        continue  # not valid in this version of Python, such as the samples of lib2to3
     yield f"code/{name}", code
     yield f"prose/{name}", prose
     yield f"bytecode/{name}", listing(compiled, _LONGEST["bytecode"])
 
 
 def pages(text: str, longest: int) -> Iterator[str]:
-  """The first `longest` characters in pages that end at ends of lines; empty ones are left out."""
+  """Cuts the first `longest` characters into pages at ends of lines; leaves out blank pages."""
   page = ""
   for line in text[:longest].splitlines(keepends=True):
-    if page and len(page) + len(line) > _PAGE:
+    if page and len(page) + len(line) > _PAGE_LENGTH:
       if page.strip():
         yield page
       page = ""
@@ -83,13 +87,13 @@ def pages(text: str, longest: int) -> Iterator[str]:
 
 
 def topics(source: str) -> dict[str, str]:
-  """The dict that pydoc_data/topics.py assigns."""
+  """Returns the dict that the source of pydoc_data/topics.py assigns."""
   assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
   return ast.literal_eval(assigned[0].value) if assigned else {}
 
 
 def separate(source: str) -> tuple[str, str]:
-  """(the source without docstrings and comments, their text in order).
+  """Returns the source without docstrings and comments, and the text of these in order.
 
   A string that is a statement by itself counts as a docstring.
   """
@@ -120,15 +124,16 @@ def separate(source: str) -> tuple[str, str]:
     if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
       statement_begins = token.type == tokenize.NEWLINE
   code = "\n".join(line for n, line in enumerate(lines) if line.strip() or n not in emptied)
-  said = (text.strip("\n") for text in prose if any(map(str.isalpha, text)))
-  return code.strip("\n") + "\n", "\n\n".join(said) + "\n"
+  paragraphs = (text.strip("\n") for text in prose if any(map(str.isalpha, text)))
+  return code.strip("\n") + "\n", "\n\n".join(paragraphs) + "\n"
 
 
 def listing(code: types.CodeType, enough: int) -> str:
-  """What `dis` shows of the code object and those inside it; stops after `enough` characters.
+  """Returns the `dis` listing of a code object and the code objects inside it.
 
-  Without what changes from run to run: addresses, and the order of a frozenset. Long constants are
-  cut, since what they say is prose or data.
+  Stops after `enough` characters. Addresses and the order of frozensets change from run to run, so
+  constants of these types are written in another way. Long constants are cut, because their
+  contents are prose or data.
   """
   lines, length = [], 0
   waiting = [code]
@@ -136,14 +141,14 @@ def listing(code: types.CodeType, enough: int) -> str:
     function = waiting.pop(0)
     constants = [c for c in function.co_consts if isinstance(c, types.CodeType)]
     waiting = constants + waiting
-    shown = [f"{function.co_qualname}:"]
+    body = [f"{function.co_qualname}:"]
     for step in dis.get_instructions(function):
-      named = step.argval if step.opname.endswith("_CONST") else None
-      argument = _constant(named) if isinstance(named, _UNSTABLE) else step.argrepr
+      constant = step.argval if step.opname.endswith("_CONST") else None
+      argument = _constant(constant) if isinstance(constant, _UNSTABLE) else step.argrepr
       argument = argument or ("" if step.arg is None else str(step.arg))
-      shown.append(f"{step.offset:>6} {step.opname} {argument[:60]}".rstrip())
-    lines += shown
-    length += sum(map(len, shown)) + len(shown)
+      body.append(f"{step.offset:>6} {step.opname} {argument[:60]}".rstrip())
+    lines += body
+    length += sum(map(len, body)) + len(body)
   return "\n".join(lines) + "\n"
 
 

@@ -1,16 +1,18 @@
-"""Documents to batches: tokenise once into a memory map, then serve rows of it in any order.
+"""Turns documents into batches: tokenises them once into a memory map and reads rows of the map.
 
-The stream is [separator] + tokens of every document and one last separator. Row i reads the inputs
-stream[i*L : i*L+L] and the targets one further, so every token after the first is a target once.
+The stream is a separator and the tokens of each document, and one last separator. Row i has the
+inputs stream[i*L : i*L+L] and the targets one place later, so every token but the first is a target
+once.
 """
 
+import array
 import dataclasses
-import gzip
 import hashlib
 import json
 import pathlib
 import re
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -20,18 +22,20 @@ import numpy as np
 from moe_jax.config import Data, UserError
 from moe_jax.data import builders, cache, tokenizers
 
-_VERSION = "2"  # of the stored files' layout; part of its cache key
+_VERSION = "3"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
-Array = TypeVar("Array")  # np.ndarray as the rows are read, jax.Array in a step
+_GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
+Numbers = Sequence[int] | np.ndarray  # of rows
+Array = TypeVar("Array")  # np.ndarray when rows are read, jax.Array inside a step
 
 
 class Batch(NamedTuple, Generic[Array]):
-  """int32. Where segments are 0 there is padding, and the rest is 0 too."""
+  """Rows of tokens, int32. At padding the segment is 0, and so are the other fields."""
 
   tokens_BL: Array
-  targets_BL: Array  # the next token; after a document's last one, the separator
-  segments_BL: Array  # documents of a row, from 1
-  positions_BL: Array  # within the document, from 0; or from the row's start
+  targets_BL: Array  # the next token; after a document's last token, the separator
+  segments_BL: Array  # the number of the document in its row, from 1
+  positions_BL: Array  # the place within the document's part of this row, from 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,25 +47,29 @@ class Rows:
   tokenizer: tokenizers.Tokenizer
   num_documents: int
   num_bytes: int  # UTF-8 bytes of all documents
-  digest: str  # of the stream: equal data, split and tokenizer
+  digest: str  # of the stream: the same for equal data, split and tokenizer
   domains: tuple[str, ...] = ()  # labels of documents, the same in every split; () if unlabelled
-  starts_M: np.ndarray | None = None  # of labelled documents: where in the stream each begins
-  domain_M: np.ndarray | None = None  # and its index in `domains`, or -1
+  # Of each document, int64: where in the stream its separator stands, its index in `domains` or -1,
+  # and its number in the builder's split.
+  starts_M: np.ndarray
+  domain_M: np.ndarray
+  source_M: np.ndarray
 
   def __len__(self) -> int:
     return -(-self.num_targets // self.seq_len)
 
   @property
   def num_targets(self) -> int:
+    """The number of targets in all rows."""
     return len(self.stream_N) - 1
 
   @property
   def num_full(self) -> int:
-    """Rows without padding: all, or all but the last."""
+    """The number of rows without padding: all rows, or all but the last."""
     return self.num_targets // self.seq_len
 
-  def batch(self, rows_B: Sequence[int]) -> Batch[np.ndarray]:
-    """The rows of these numbers; -1 makes a row of padding."""
+  def batch(self, rows_B: Numbers) -> Batch[np.ndarray]:
+    """Returns the rows with these numbers; -1 stands for a row of padding."""
     tokens_BM = np.zeros((len(rows_B), self.seq_len + 1), np.int32)
     length_B = np.zeros(len(rows_B), np.int32)
     for b, row in enumerate(rows_B):
@@ -78,32 +86,65 @@ class Rows:
     starts_BL[:, 0] = True  # a row may begin inside a document
     segments_BL = np.cumsum(starts_BL, axis=1, dtype=np.int32)
     positions_BL = column_L - np.maximum.accumulate(np.where(starts_BL, column_L, 0), axis=1)
-    fields = (tokens_BM[:, :-1], tokens_BM[:, 1:], segments_BL, positions_BL)
-    return Batch(*(field_BL * real_BL for field_BL in fields))
+    return Batch(
+      tokens_BL=tokens_BM[:, :-1] * real_BL,
+      targets_BL=tokens_BM[:, 1:] * real_BL,
+      segments_BL=segments_BL * real_BL,
+      positions_BL=positions_BL * real_BL,
+    )
 
-  def domains_BL(self, rows_B: Sequence[int]) -> np.ndarray:
-    """int32, the domain of each position's document; -1 at padding and outside of all domains."""
+  def documents_BL(self, rows_B: Numbers) -> np.ndarray:
+    """int32, the number of each target's document; -1 at padding.
+
+    The separator after a document belongs to it: the model has to say where it ends.
+    """
     index_BL = np.array(rows_B)[:, None] * self.seq_len + np.arange(self.seq_len)
     real_BL = (index_BL >= 0) & (index_BL < self.num_targets)
-    if self.starts_M is None or self.domain_M is None:
-      return np.full(index_BL.shape, -1, np.int32)
     document_BL = np.searchsorted(self.starts_M, index_BL, side="right") - 1
-    return np.where(real_BL, self.domain_M[document_BL], -1).astype(np.int32)
+    return np.where(real_BL, document_BL, -1).astype(np.int32)
 
-  def documents(self, num_rows: int) -> list[bytes]:
-    """The text that the targets of the first num_rows rows spell, cut where documents end."""
-    targets_N = np.asarray(self.stream_N[1 : num_rows * self.seq_len + 1])
-    cuts = np.flatnonzero(targets_N == self.tokenizer.separator)
-    texts = [self.tokenizer.decode_bytes(ids) for ids in np.split(targets_N, cuts)]
-    return [text for text in texts if text]
+  def domains_BL(self, rows_B: Numbers) -> np.ndarray:
+    """int32, the domain of each position's document; -1 at padding and outside of all domains."""
+    document_BL = self.documents_BL(rows_B)
+    return np.where(document_BL >= 0, self.domain_M[document_BL], -1).astype(np.int32)
+
+  def texts(self, numbers: Numbers) -> Iterator[tuple[bytes, bytes]]:
+    """The text that the targets of these rows spell, cut where documents end.
+
+    Args:
+      numbers: of rows, in rising order. Rows that follow each other are one piece of text.
+
+    Yields:
+      (context, text): the text, and what stands before it in its document, which is empty where
+      the document begins and never longer than DEFLATE can refer back to.
+    """
+    rows_N = np.asarray(numbers)
+    for run_N in np.split(rows_N, np.flatnonzero(np.diff(rows_N) != 1) + 1):
+      first = int(run_N[0]) * self.seq_len + 1
+      last = min((int(run_N[-1]) + 1) * self.seq_len + 1, len(self.stream_N))
+      targets_N = np.asarray(self.stream_N[first:last])
+      begin = int(self.starts_M[np.searchsorted(self.starts_M, first, side="left") - 1]) + 1
+      context = self._text(self.stream_N[max(begin, first - _GZIP_WINDOW) : first])
+      cuts = np.flatnonzero(targets_N == self.tokenizer.separator)
+      for ids in np.split(targets_N, cuts):
+        if text := self._text(ids):
+          yield context[-_GZIP_WINDOW:], text
+        context = b""
+
+  def _text(self, ids: np.ndarray) -> bytes:
+    return self.tokenizer.decode_bytes(np.asarray(ids))
 
 
 def load_rows(config: Data, split: str) -> Rows:
-  """Rows of `split`: train, validation or test. The first call prepares and tokenises the data.
+  """Returns the rows of `split`: train, validation or test.
 
-  The caller checks that rows.tokenizer.vocab_size fits the model.
+  The first call prepares and tokenises the data. The caller must check that the tokenizer's
+  vocab_size fits the model.
+
+  Raises:
+    UserError: the config's data set, split or tokenizer cannot be read.
   """
-  tokenizer = tokenizers.load(config)
+  tokenizer = tokenizers.load_tokenizer(config)
   documents = builders.prepare(config, split)
   label = f"{config.name} {getattr(config, split + '_split')}"
   key = cache.key(_VERSION, documents.identity, tokenizer.fingerprint)
@@ -113,10 +154,11 @@ def load_rows(config: Data, split: str) -> Rows:
   )
   about = json.loads((folder / "about.json").read_text())
   stream_N = np.memmap(folder / "tokens.bin", about.pop("dtype"), "r")
-  if documents.domains:
-    starts_M, domain_M = np.load(folder / "documents.npy", mmap_mode="r")
-    about |= dict(domains=documents.domains, starts_M=starts_M, domain_M=domain_M)
-  return Rows(stream_N=stream_N, seq_len=config.seq_len, tokenizer=tokenizer, **about)
+  starts_M, domain_M, source_M = np.load(folder / "documents.npy", mmap_mode="r")
+  return Rows(
+    stream_N=stream_N, seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains,
+    starts_M=starts_M, domain_M=domain_M, source_M=source_M, **about,
+  )  # fmt: skip
 
 
 def _tokenize(
@@ -126,8 +168,8 @@ def _tokenize(
   separator = np.array([tokenizer.separator], dtype)
   digest = hashlib.sha256()
   num_documents = num_bytes = num_tokens = counted = 0
-  labels: list[tuple[int, int]] = []  # where a document starts, and its domain
-  start = said = time.monotonic()
+  starts, domains, sources = (array.array("q") for _ in range(3))  # as in Rows
+  start = last_notice = time.monotonic()
   with open(folder / "tokens.bin", "wb") as file:
 
     def write(tokens: np.ndarray) -> None:
@@ -140,20 +182,20 @@ def _tokenize(
         continue
       ids = tokenizer.encode(text)
       assert not (ids == tokenizer.separator).any(), "the separator stands for no text"
-      if documents.domains:
-        labels.append((num_documents + num_tokens, documents.domain(index)))
+      starts.append(num_documents + num_tokens)
+      domains.append(documents.domain(index) if documents.domains else -1)
+      sources.append(index)
       write(np.concatenate([separator, ids.astype(dtype)]))
       num_documents += 1
       num_bytes += len(text)
       num_tokens += len(ids)
       counted += int(tokenizer.bytes_V[ids].sum())
-      if time.monotonic() - said > _SECONDS:
-        said = time.monotonic()
+      if time.monotonic() - last_notice > _SECONDS:
+        last_notice = time.monotonic()
         cache.notice(f"tokenizing {label}: {index + 1:,} of {len(documents):,} documents")
     write(separator)
-  if documents.domains:
-    # Each row contiguous, so that a search reads a few pages of the map and copies nothing.
-    np.save(folder / "documents.npy", np.array(labels, np.int64).reshape(-1, 2).T.copy())
+  # Stored as contiguous rows, so that a search reads few pages of the map and copies nothing.
+  np.save(folder / "documents.npy", np.array([starts, domains, sources], np.int64))
   about = dict(num_documents=num_documents, num_bytes=num_bytes, digest=digest.hexdigest())
   (folder / "about.json").write_text(json.dumps(about | {"dtype": dtype.name}))
   cache.notice(
@@ -167,10 +209,14 @@ def _tokenize(
 def train_iterator(
   rows: Rows, config: Data, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-  """Endless batches of this process's batch_size / process_count rows, in a new order each epoch.
+  """Returns endless batches of this process's rows, in a new order each epoch.
 
-  Global batch n is the same rows in the same places for any process_count. get_state/set_state
-  are exact; the state is the number of batches taken, so it does not depend on process_count.
+  A batch has batch_size / process_count rows. Global batch n has the same rows in the same places
+  for any process_count. get_state and set_state resume exactly; the state is the number of batches
+  taken, so it does not depend on process_count.
+
+  Raises:
+    UserError: the split has fewer full rows than a batch, or a batch does not split over processes.
   """
   local = _local(config.batch_size, process_count)
   if rows.num_full < config.batch_size:
@@ -186,25 +232,30 @@ def train_iterator(
   return iter(batches.to_iter_dataset(options))
 
 
-def eval_batches(
-  rows: Rows, batch_size: int, num_batches: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch[np.ndarray]]:
-  """The first num_batches batches in the stream's order, or all (also if it is 0).
+def spread(available: int, count: int) -> np.ndarray:
+  """At most `count` of the numbers below `available`, evenly spaced and rising; int64."""
+  count = min(count, available)
+  return (2 * np.arange(count) + 1) * available // (2 * max(count, 1))
 
-  The last one is filled up with rows of padding.
+
+def eval_rows(rows: Rows, batch_size: int, num_batches: int) -> np.ndarray:
+  """The numbers of the rows that an evaluation reads, int64, in rising order.
+
+  num_batches * batch_size rows, spread evenly over the split, since its files differ: the first
+  ones alone can be much easier than the rest. 0 batches, or more than there are, is every row. The
+  numbers depend on nothing else, so runs on any mesh read the same text.
   """
-  return map(rows.batch, eval_rows(rows, batch_size, num_batches, process_index, process_count))
+  return spread(len(rows), num_batches * batch_size or len(rows))
 
 
-def eval_rows(
-  rows: Rows, batch_size: int, num_batches: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[list[int]]:
-  """The numbers of the rows of `eval_batches`, -1 for a row of padding."""
+def eval_batches(
+  numbers: Numbers, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[np.ndarray]:
+  """This process's part of each batch: numbers of rows, -1 for the padding of the last batch."""
   local = _local(batch_size, process_count)
-  available = -(-len(rows) // batch_size)
-  for n in range(min(num_batches, available) or available):
-    first = n * batch_size + process_index * local
-    yield [row if row < len(rows) else -1 for row in range(first, first + local)]
+  padded = np.full(-(-len(numbers) // batch_size) * batch_size, -1)
+  padded[: len(numbers)] = numbers
+  yield from padded.reshape(-1, process_count, local)[:, process_index]
 
 
 def _local(batch_size: int, process_count: int) -> int:
@@ -215,6 +266,17 @@ def _local(batch_size: int, process_count: int) -> int:
   return batch_size // process_count
 
 
-def gzip_bits_per_byte(documents: list[bytes]) -> float:
-  """A baseline without a model: gzip -9 on each document alone."""
-  return 8 * sum(len(gzip.compress(d, 9)) for d in documents) / sum(map(len, documents))
+def gzip_bits_per_byte(rows: Rows, numbers: Numbers) -> float:
+  """A baseline without a model: the bits that gzip -9 spends on these rows, over their bytes.
+
+  Every document is compressed by itself. What a row costs is what it adds to the compressed size
+  of the text before it, so that the costs of all rows sum to about those of whole files.
+  """
+  size = num_bytes = 0
+  for context, text in rows.texts(numbers):
+    gzip = zlib.compressobj(9, wbits=31)  # 31: the header and checksum of gzip
+    head = len(gzip.compress(context))
+    before = head + len(gzip.copy().flush()) if context else 0
+    size += head + len(gzip.compress(text)) + len(gzip.flush()) - before
+    num_bytes += len(text)
+  return 8 * size / max(num_bytes, 1)

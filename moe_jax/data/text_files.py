@@ -1,6 +1,7 @@
-"""Documents in files on this machine, and their split: the standard library, the user's own text.
+"""Reads documents from files on this machine: the standard library, or the user's own text.
 
-A document's split is a hash of its name, 90/5/5, so it stays when other documents come or go.
+A hash of a document's name puts it in a split, 90/5/5, so it stays there when other documents are
+added or removed.
 """
 
 import collections
@@ -15,36 +16,37 @@ from typing import BinaryIO
 from moe_jax.config import Data, UserError
 
 SPLITS = ("train", "validation", "test")
-_MOST_DOMAINS = 32  # more folders than these are an archive's order, not kinds of text
-_LARGEST = 2**30  # bytes of one document: a TFDS record ends at 2 GiB
+_MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text
+_LARGEST = 2**30  # the most bytes of one document, because a TFDS record ends at 2 GiB
 
 Document = tuple[str, str]  # name, text
 
 
 def hash_of(name: str) -> float:
-  """Uniform in [0, 1)."""
+  """Hashes a name to a number that is uniform in [0, 1)."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 def split_of(name: str) -> str:
+  """Returns the split of a document: train, validation or test."""
   place = hash_of(name)
   return "train" if place < 0.9 else "validation" if place < 0.95 else "test"
 
 
 def list_files(root: pathlib.Path, skip: frozenset[str] = frozenset()) -> list[str]:
-  """Sorted paths below `root`, without hidden files and folders and those named in `skip`."""
-  found = []
+  """Returns the sorted paths of files below `root`; leaves out hidden names and those in `skip`."""
+  paths = []
   for folder, folders, files in os.walk(root):
     folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-    found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
-  return sorted(pathlib.Path(path).relative_to(root).as_posix() for path in found)
+    paths += [os.path.join(folder, name) for name in files if not name.startswith(".")]
+  return sorted(pathlib.Path(path).relative_to(root).as_posix() for path in paths)
 
 
 def stdlib() -> tuple[pathlib.Path, list[str]]:
-  """The standard library's folder and its .py files.
+  """Returns the standard library's folder and the names of its .py files.
 
-  With its tests where they are installed: some packagers (Debian, slim images) leave them out, and
-  then the text is a third of the size and harder to compress.
+  Its tests are included if they are installed. Some packagers (Debian, slim images) leave them out;
+  then the text has a third of the size and is harder to compress.
   """
   root = pathlib.Path(sysconfig.get_path("stdlib"))
   skip = frozenset(["site-packages", "dist-packages", "__pycache__"])
@@ -52,6 +54,7 @@ def stdlib() -> tuple[pathlib.Path, list[str]]:
 
 
 def stdlib_documents(root: pathlib.Path, names: Iterable[str]) -> Iterator[Document]:
+  """Yields the files of these names; leaves out empty files and files that are not UTF-8."""
   for name in names:
     try:
       text = (root / name).read_bytes().decode()
@@ -62,7 +65,11 @@ def stdlib_documents(root: pathlib.Path, names: Iterable[str]) -> Iterator[Docum
 
 
 def user_files(config: Data) -> tuple[pathlib.Path, list[str]]:
-  """config.path as a folder and the files in it."""
+  """Returns the folder of config.path and the names of the files in it, or of the one file.
+
+  Raises:
+    UserError: config.path is empty, does not exist, or is a folder without files.
+  """
   path = pathlib.Path(config.path).expanduser().absolute()
   if not config.path:
     raise UserError(
@@ -79,13 +86,23 @@ def user_files(config: Data) -> tuple[pathlib.Path, list[str]]:
 
 
 def first_folders(names: list[str]) -> tuple[str, ...]:
-  """The folders right below the user's own, which label the documents in them; () if just one."""
+  """Returns the folders directly below the user's folder, which label the documents in them.
+
+  Returns () if there are fewer than 2 or more than 32.
+  """
   folders = sorted({name.split("/")[0] for name in names if "/" in name})
   return tuple(folders) if 2 <= len(folders) <= _MOST_DOMAINS else ()
 
 
 def user_documents(config: Data, root: pathlib.Path, names: list[str]) -> Iterator[Document]:
-  """Each line of a .jsonl file under config.text_field; any other file is one document."""
+  """Yields the documents in the user's files.
+
+  Each line of a .jsonl file is a document, whose text is in the field config.text_field; any other
+  file is one document.
+
+  Raises:
+    UserError: a file cannot be read, is too large or not UTF-8, or a line has no such text.
+  """
   for name in names:
     if name.endswith(".jsonl"):
       yield from _lines(config, root / name, name)
@@ -93,10 +110,10 @@ def user_documents(config: Data, root: pathlib.Path, names: list[str]) -> Iterat
       if (root / name).stat().st_size > _LARGEST:
         raise UserError(
           f"config.data.path={config.path!r}: {root / name} is over 1 GiB; cut it into several "
-          "files, or lines of a .jsonl file"
+          "files, or into lines of a .jsonl file"
         )
       with _open(config, root / name) as file:
-        text = _decode(config, file.read(), str(root / name))
+        text = _decode_text(config, file.read(), str(root / name))
       if text.strip():
         yield name, text
 
@@ -108,7 +125,7 @@ def _lines(config: Data, path: pathlib.Path, name: str) -> Iterator[Document]:
       if not line.strip():
         continue
       try:
-        example = json.loads(_decode(config, line, f"{path}:{number}"))
+        example = json.loads(_decode_text(config, line, f"{path}:{number}"))
       except json.JSONDecodeError as error:
         raise UserError(
           f"config.data.path={config.path!r}: {path}:{number} is not JSON: {error}"
@@ -122,7 +139,7 @@ def _lines(config: Data, path: pathlib.Path, name: str) -> Iterator[Document]:
           f"{', '.join(texts) or 'none'}"
         )
       if text:
-        # JSON may hold half of a surrogate pair, which UTF-8 cannot.
+        # JSON may contain half of a surrogate pair, which UTF-8 cannot encode.
         yield f"{name}:{number}", text.encode(errors="replace").decode()
 
 
@@ -135,30 +152,38 @@ def _open(config: Data, path: pathlib.Path) -> BinaryIO:
     ) from None
 
 
-def _decode(config: Data, data: bytes, where: str) -> str:
+def _decode_text(config: Data, data: bytes, where: str) -> str:
   try:
     if b"\0" not in data:
       return data.decode()
   except UnicodeDecodeError:
     pass
   raise UserError(
-    f"config.data.path={config.path!r}: {where} is not UTF-8 text; convert it or take it away"
+    f"config.data.path={config.path!r}: {where} is not UTF-8 text; convert it or remove it"
   )
 
 
 def split_user_documents(
   config: Data, read: Callable[[], Iterator[Document]]
 ) -> Callable[[str], Iterator[Document]]:
-  """Documents by split; reads everything once first, so that mistakes come before work.
+  """Returns a function from a split to its documents.
 
-  Where so few documents leave a split empty, the two of the highest hashes become validation and
-  test. One or two documents are each cut by length instead, 90/5/5, at ends of lines.
+  First reads all documents once, so that a mistake is reported before any work. If a split would be
+  empty, the two documents of the highest hashes become validation and test. One or two documents
+  are each cut by length instead, 90/5/5, at ends of lines.
+
+  Args:
+    config: names the path for error messages.
+    read: yields all documents, each time it is called.
+
+  Raises:
+    UserError: there is no text, or too little to cut.
   """
   counts: collections.Counter[str] = collections.Counter()
   names: list[str] = []
   for name, _ in read():
     counts[split_of(name)] += 1
-    if len(names) < 10_000:  # beyond, no split is empty
+    if len(names) < 10_000:  # with more documents no split is empty
       names.append(name)
   if not names:
     raise UserError(f"config.data.path={config.path!r}: no text in it")
@@ -170,12 +195,12 @@ def split_user_documents(
           "and test; give more text"
         )
     return lambda split: ((name, _parts(text)[split]) for name, text in read())
-  chosen: dict[str, str] = {}
+  splits: dict[str, str] = {}
   if len(counts) < 3:
     *rest, validation, test = sorted(names, key=hash_of)
-    chosen = dict.fromkeys(rest, "train") | {validation: "validation", test: "test"}
+    splits = dict.fromkeys(rest, "train") | {validation: "validation", test: "test"}
   return lambda split: (
-    (name, text) for name, text in read() if (chosen.get(name) or split_of(name)) == split
+    (name, text) for name, text in read() if (splits.get(name) or split_of(name)) == split
   )
 
 

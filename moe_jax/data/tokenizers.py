@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax.config import Data, UserError
 
-# The first that a Hugging Face file holds as a special token begins each document.
+# The first of these that is a special token of a Hugging Face file begins each document.
 _SEPARATORS = (
   "<|begin_of_text|>",
   "<|startoftext|>",
@@ -30,15 +30,15 @@ _SEPARATORS = (
 
 
 class Tokenizer:
-  """Text to ids and back.
+  """Converts text to ids and back.
 
-  separator: the one special id. It begins every document, and as the target of a document's last
-    token it also ends it. `encode` never returns it, whatever the text says.
-  bytes_V: UTF-8 bytes that each id stands for; 0 for the separator. With bytes and byte-level BPE
-    they sum exactly to the text's length. A tokenizer that changes the text (SentencePiece and
-    Metaspace put a space before each document, some normalise) counts the text as changed: with
-    the space, one byte too many a document.
-  fingerprint: equal for equal tokenizers.
+  separator: the one special id. It begins every document, and it ends a document as the target of
+    its last token. `encode` never returns it for any text.
+  bytes_V: number of UTF-8 bytes that each id stands for; 0 for the separator. For bytes and
+    byte-level BPE the numbers of a text's ids sum exactly to its length. SentencePiece and
+    Metaspace put a space before each document, and some tokenizers normalise the text; the numbers
+    then sum to the length of the changed text, with the space one byte more for each document.
+  fingerprint: the same string for equal tokenizers.
   """
 
   def __init__(self, pieces_V: list[bytes], separator: int, fingerprint: str):
@@ -49,23 +49,27 @@ class Tokenizer:
     self._pieces_V = pieces_V
 
   def encode(self, text: bytes | str) -> np.ndarray:
+    """Returns the ids of a text, integers [N]."""
     raise NotImplementedError
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """The bytes that `bytes_V` counts; ids may begin or end inside a character.
+    """Returns the bytes that `bytes_V` counts; ids may begin or end inside a character.
 
-    An id past the vocabulary (the model's may be padded) stands for nothing, as in `decode`.
+    Ids past the vocabulary, which a model with a padded vocabulary can draw, are left out.
     """
     return b"".join(self._pieces_V[i] for i in ids if i < self.vocab_size)
 
   def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids, with U+FFFD for bytes that are no UTF-8."""
     return self.decode_bytes(ids).decode(errors="replace")
 
-  def _known(self, ids: Iterable[int]) -> list[int]:
+  def _text_ids(self, ids: Iterable[int]) -> list[int]:
     return [int(i) for i in ids if i != self.separator and i < self.vocab_size]
 
 
 class Bytes(Tokenizer):
+  """One id for each byte."""
+
   def __init__(self) -> None:
     super().__init__([bytes([i]) for i in range(256)] + [b""], 256, "bytes")
 
@@ -74,9 +78,11 @@ class Bytes(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
+  """A tokenizer.json of the package `tokenizers`."""
+
   def __init__(self, path: str):
     self._model = _import("tokenizers", path).Tokenizer.from_file(path)
-    self._model.no_truncation()  # the file may carry both
+    self._model.no_truncation()  # the file may ask for truncation and padding
     self._model.no_padding()
     self._model.encode_special_tokens = True  # "<s>" in a document is text
     added = self._model.get_added_tokens_decoder()
@@ -84,7 +90,7 @@ class HuggingFace(Tokenizer):
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
     separator = next((special[name] for name in _SEPARATORS if name in special), size)
-    self._byte_level = '"ByteLevel"' in json.dumps(_parts(path))
+    self._byte_level = '"ByteLevel"' in json.dumps(_text_rules(path))
     pieces_V = [b""] * max(size, separator + 1)
     for piece, i in vocabulary.items():
       if i in added:
@@ -94,15 +100,17 @@ class HuggingFace(Tokenizer):
     super().__init__(pieces_V, separator, _fingerprint(path))
 
   def encode(self, text: bytes | str) -> np.ndarray:
-    return np.array(self._model.encode(_text(text), add_special_tokens=False).ids, np.int64)
+    return np.array(self._model.encode(_to_str(text), add_special_tokens=False).ids, np.int64)
 
   def decode(self, ids: Iterable[int]) -> str:
     if self._byte_level:
       return super().decode(ids)
-    return self._model.decode(self._known(ids))
+    return self._model.decode(self._text_ids(ids))
 
 
 class SentencePiece(Tokenizer):
+  """A .model file of the package `sentencepiece`."""
+
   def __init__(self, path: str):
     self._model = _import("sentencepiece", path).SentencePieceProcessor(model_file=path)
     size = self._model.vocab_size()
@@ -117,13 +125,18 @@ class SentencePiece(Tokenizer):
     super().__init__(pieces_V + [b""] * (separator == size), separator, _fingerprint(path))
 
   def encode(self, text: bytes | str) -> np.ndarray:
-    return np.array(self._model.encode(_text(text)), np.int64)
+    return np.array(self._model.encode(_to_str(text)), np.int64)
 
   def decode(self, ids: Iterable[int]) -> str:
-    return self._model.decode(self._known(ids))
+    return self._model.decode(self._text_ids(ids))
 
 
-def load(config: Data) -> Tokenizer:
+def load_tokenizer(config: Data) -> Tokenizer:
+  """Returns the tokenizer that config.tokenizer names.
+
+  Raises:
+    UserError: the name is no such file, the file cannot be read, or its package is missing.
+  """
   name = config.tokenizer
   if name == "bytes":
     return Bytes()
@@ -156,7 +169,7 @@ def _import(package: str, path: str) -> Any:
     ) from None
 
 
-def _text(text: bytes | str) -> str:
+def _to_str(text: bytes | str) -> str:
   return text if isinstance(text, str) else text.decode(errors="replace")
 
 
@@ -164,26 +177,33 @@ def _fingerprint(path: str) -> str:
   return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
 
 
-def _parts(path: str) -> list[Any]:
+def _text_rules(path: str) -> list[Any]:
+  """Returns the parts of a tokenizer.json that split text and put it together again."""
   file = json.loads(pathlib.Path(path).read_bytes())
   return [file.get("pre_tokenizer"), file.get("decoder")]
 
 
 def _metaspace(piece: str) -> bytes:
-  """SentencePiece writes a space as U+2581 and a byte without a piece as <0xE9>."""
+  """Returns the bytes of a piece, in which SentencePiece writes U+2581 for a space.
+
+  A byte that has no piece is written as <0xE9>.
+  """
   byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
   return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
 
 def _byte_level(piece: str) -> bytes:
-  return bytes(_BYTE_OF[character] for character in piece)
+  return bytes(_BYTES[character] for character in piece)
 
 
 def _byte_characters() -> dict[str, int]:
-  """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 onwards."""
+  """Returns GPT-2's alphabet as {character: byte}.
+
+  Printable bytes are their own characters; the others are U+0100 and the characters after it.
+  """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]
   return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_characters()
+_BYTES = _byte_characters()

@@ -1,7 +1,8 @@
-"""The decoder with a cache of keys and values: its layers unrolled, and nothing dropped.
+"""The decoder with a cache of keys and values: its layers are unrolled, and no token is dropped.
 
-Few tokens at a time take as long as it takes to read the weights, so layers are arrays of their
-own, and the kernels may lay each out anew (kernels/packing.py). model/transformer.py has the layer.
+Computing few tokens takes as long as reading the weights. Therefore each layer's weights are
+separate arrays, which the kernels may store in another layout (kernels/packing.py). The layer is
+`decoder_layer` of model/transformer.py.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from moe_jax import sharding, validation
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.kernels import cache as kv_cache
 from moe_jax.kernels import packing
-from moe_jax.kernels.attention import attention as segment_attention
+from moe_jax.kernels.attention import segment_attention
 from moe_jax.kernels.cache import KeysValues
 from moe_jax.kernels.linear import Weight
 from moe_jax.model import transformer
@@ -26,7 +27,7 @@ from moe_jax.moe.counts import Choices
 
 
 class Weights(NamedTuple):
-  """Compute dtype, except for norms, routers and biases, which are float32."""
+  """The weights of the decoder in the compute dtype; norms, routers and biases are float32."""
 
   embed_VD: jax.Array
   layers: tuple[LayerWeights, ...]
@@ -35,34 +36,39 @@ class Weights(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far; rows are aligned at their end."""
+  """Keys and values of the tokens so far; the newest tokens of all rows share a slot."""
 
   layers: tuple[KeysValues, ...]
-  start_B: jax.Array  # int32, the first slot in use; before it is padding
+  start_B: jax.Array  # int32, the first slot of each row in use; slots before it are padding
   length: jax.Array  # int32 [], slots in use
 
 
 class Decoded(NamedTuple):
+  """What `forward_with_cache` returns."""
+
   logits_BLV: jax.Array  # float32; L = 1 without all_logits
-  cache: Cache
-  choices: list[Choices]  # of each MoE layer, with `trace`
+  cache: Cache  # with the tokens added
+  choices: list[Choices]  # one for each MoE layer; empty without `trace`
 
 
 def for_inference(model: config_lib.Model) -> config_lib.Model:
-  """The model without drops; UserError for routers that a generator cannot follow."""
+  """Returns the model with dispatch and capacity set so that no token is dropped.
+
+  Raises:
+    UserError: the router cannot generate text token by token.
+  """
   validation.validate_generation(model.moe)
   moe = dataclasses.replace(
-    model.moe, dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0,
-    group_size=0, exchange=Exchange.AUTO, exchange_factor=0.0,
-  )  # fmt: skip
+    model.moe, dispatch=Dispatch.GROUPED, group_size=0, exchange=Exchange.AUTO, exchange_factor=0.0
+  )
   return dataclasses.replace(model, moe=moe)
 
 
 def weights(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights:
-  """A Transformer's parameters, laid out for inference on the mesh in force.
+  """Lays out a Transformer's parameters for inference on the mesh in force.
 
   Args:
-    model: the shapes.
+    model: the configuration of the parameters.
     params: nnx state of a Transformer.
     bias_ZE: float32 balancing biases.
   """
@@ -81,7 +87,7 @@ def weights(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights
 
 
 def unstacked(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights:
-  """The same, each layer's arrays as they are trained."""
+  """Returns the weights with separate arrays for each layer, in the layout of training."""
   dtype = jnp.dtype(model.compute_dtype.value)
   decoder = transformer.merge(model, params)
   layers: list[LayerWeights] = []
@@ -95,7 +101,12 @@ def unstacked(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weigh
         moe_layers += not isinstance(layers[-1].ffn, FFNWeights)
   embed_VD = decoder.embed_VD[...].astype(dtype)
   head_DV = embed_VD.T if model.tied_head else decoder.head_DV[...].astype(dtype)
-  return Weights(embed_VD, tuple(layers), decoder.final_norm.weights(), head_DV)
+  return Weights(
+    embed_VD=embed_VD,
+    layers=tuple(layers),
+    final_norm_D=decoder.final_norm.weights(),
+    head_DV=head_DV,
+  )
 
 
 def _packed(weights: Weights) -> Weights:
@@ -104,17 +115,16 @@ def _packed(weights: Weights) -> Weights:
 
 
 def _packed_layer(layer: LayerWeights) -> LayerWeights:
-  heads = layer.attention
-  heads = heads._replace(
-    q_DHA=packing.matrix(heads.q_DHA), k_DGA=packing.matrix(heads.k_DGA),
-    v_DGA=packing.matrix(heads.v_DGA), out_HAD=packing.matrix(heads.out_HAD, inner=2),
+  attention, ffn = layer.attention, layer.ffn
+  attention = attention._replace(
+    q_DHA=packing.matrix(attention.q_DHA), k_DGA=packing.matrix(attention.k_DGA),
+    v_DGA=packing.matrix(attention.v_DGA), out_HAD=packing.matrix(attention.out_HAD, inner=2),
   )  # fmt: skip
-  ffn = layer.ffn
   if isinstance(ffn, FFNWeights):
-    return layer._replace(attention=heads, ffn=_packed_ffn(ffn))
+    return layer._replace(attention=attention, ffn=_packed_ffn(ffn))
   moe = ffn.moe._replace(experts=packing.experts(ffn.moe.experts))
   shared = _packed_ffn(ffn.shared) if ffn.shared is not None else None
-  return layer._replace(attention=heads, ffn=ffn._replace(moe=moe, shared=shared))
+  return layer._replace(attention=attention, ffn=ffn._replace(moe=moe, shared=shared))
 
 
 def _packed_ffn(ffn: FFNWeights) -> FFNWeights:
@@ -122,14 +132,17 @@ def _packed_ffn(ffn: FFNWeights) -> FFNWeights:
 
 
 def empty_cache(model: config_lib.Model, start_B: jax.Array, slots: int) -> Cache:
-  """Room for `slots` tokens of each row; start_B, int32: how much padding begins a row."""
+  """Returns a cache with room for `slots` tokens of each row.
+
+  start_B, int32, is the number of padding tokens at the start of each row.
+  """
   B, G, A = start_B.shape[0], model.num_kv_heads, model.head_dim
   dtype = jnp.dtype(model.compute_dtype.value)
   layers = tuple(kv_cache.empty(B, G, slots, A, dtype) for _ in range(model.num_layers))
   return Cache(layers, start_B, jnp.zeros((), jnp.int32))
 
 
-def forward(
+def forward_with_cache(
   weights: Weights,
   model: config_lib.Model,
   cache: Cache,
@@ -138,36 +151,37 @@ def forward(
   all_logits: bool,
   trace: bool = False,
 ) -> Decoded:
-  """Next-token logits after more tokens, and the cache with them.
+  """Computes next-token logits after more tokens, and adds the tokens to the cache.
 
   Args:
-    weights: of `weights`.
-    model: of `for_inference`.
-    cache: empty for L > 1 tokens (prefill); with any length for one (decode). Of tokens past its
-      slots nothing is kept.
-    tokens_BL: int32; what lies before a row's start is not read.
-    all_logits: of every token, or only of the last.
-    trace: also return the choices of each MoE layer.
+    weights: the result of `weights`.
+    model: the result of `for_inference`.
+    cache: an empty one for L > 1 tokens (prefill); one of any length for one token (decode).
+    tokens_BL: int32; tokens before a row's start are not read.
+    all_logits: whether to return the logits of every token, or only of the last.
+    trace: whether to return the experts of each token in each MoE layer too.
   """
   L = tokens_BL.shape[1]
   slot_L = cache.length + jnp.arange(L)
   real_BL = slot_L[None] >= cache.start_B[:, None]
   positions_BL = jnp.maximum(slot_L[None] - cache.start_B[:, None], 0)
-  tokens = Tokens(tokens_BL, real_BL.astype(jnp.int32), positions_BL)
+  tokens = Tokens(
+    ids_BL=tokens_BL, segments_BL=real_BL.astype(jnp.int32), positions_BL=positions_BL
+  )
   x_BLD = transformer.embed(weights.embed_VD, tokens_BL)
-  key = jax.random.key(0)  # nothing is drawn: validate_generation refuses noise in evaluation
+  key = jax.random.key(0)  # not used: validate_generation refuses routers with noise in evaluation
   layers: list[KeysValues] = []
   choices: list[Choices] = []
-  for layer, kept in zip(weights.layers, cache.layers, strict=True):
+  for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
 
     def attend(
-      q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, kept: KeysValues = kept
+      q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, old: KeysValues = layer_cache
     ) -> tuple[jax.Array, KeysValues]:
-      kept = kv_cache.write(kept, k_BLGA, v_BLGA, cache.length)
+      new = kv_cache.insert(old, k_BLGA, v_BLGA, cache.length)
       if L == 1:
-        return kv_cache.attention(q_BLHA, kept, cache.start_B, cache.length), kept
+        return kv_cache.attend_to_cache(q_BLHA, new, cache.start_B, cache.length), new
       y_BLHA = segment_attention(q_BLHA, k_BLGA, v_BLGA, tokens.segments_BL, model.attention)
-      return y_BLHA, kept
+      return y_BLHA, new
 
     out = transformer.decoder_layer(
       x_BLD, layer, tokens, attend, model, key, train=False, trace=trace

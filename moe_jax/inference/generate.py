@@ -1,4 +1,4 @@
-"""Text from a trained model: load(workdir) -> Model with .logits and .generate.
+"""Text from a trained model: load(workdir) returns a TextGenerator with .logits and .generate.
 
 Prompts are aligned at their ends and padded to a bucket of sizes, so that few programs are
 compiled. Prefill reads the prompts in one pass; then a loop on the device draws a chunk of tokens
@@ -26,27 +26,29 @@ from moe_jax.inference.decoding import Weights
 from moe_jax.kernels import choose
 from moe_jax.model import transformer
 
-_SLOTS = 32  # caches are multiples of it
-_CHUNK = 32  # tokens of a row that the device draws before it answers, at most
-_CHUNK_SECONDS = 0.1  # what a reader waits for at most, where the device is that fast
+_SLOT_MULTIPLE = 32  # the number of slots of a cache is a multiple of this
+_CHUNK = 32  # the most tokens of a row that the device draws before it returns them
+_CHUNK_SECONDS = 0.1  # the time of a chunk that `stream` aims at
 
 
 class Completion(NamedTuple):
+  """The continuation of one prompt."""
+
   prompt: str
-  text: str  # what follows the prompt
+  text: str  # the text after the prompt
   tokens: list[int]  # of the text
-  finished: bool  # the model ended the document, before max_new_tokens
+  finished: bool  # the model ended the document before max_new_tokens
 
 
-def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
-  """The model of a run of train.py, ready to generate on this machine's devices.
+def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
+  """Loads the model of a run of train.py, ready to generate on this machine's devices.
 
   Args:
-    workdir: of the run; the checkpoint and the tokenizer are all that is needed, no data.
-    step: the checkpoint; 0 is the newest.
+    workdir: of the run. Its checkpoint and its tokenizer are read; the data are not needed.
+    step: of the checkpoint; 0 is the newest.
 
   Raises:
-    UserError: no run or checkpoint there, or its router cannot generate.
+    UserError: the workdir has no run or no such checkpoint, or the router cannot generate.
   """
   path = pathlib.Path(workdir)
   config = workdir_lib.read_config(path)
@@ -62,13 +64,13 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "Model":
       weights = decoding.weights(model, **stored)
   finally:
     reader.close()
-  return Model(model, weights, mesh, tokenizers.load(config.data), step)
+  return TextGenerator(model, weights, mesh, tokenizers.load_tokenizer(config.data), step)
 
 
-class Model:
+class TextGenerator:
   """A decoder with its weights, on a mesh.
 
-  Raises UserError for what a prompt or an option cannot be.
+  Its methods raise UserError for a prompt or an option that is not allowed.
   """
 
   def __init__(
@@ -79,13 +81,13 @@ class Model:
     tokenizer: tokenizers.Tokenizer,
     step: int = 0,
   ):
-    """model and weights: of `decoding.for_inference` and `decoding.weights`, on `mesh`."""
+    """Keeps the results of `decoding.for_inference` and, on `mesh`, of `decoding.weights`."""
     self.model, self.tokenizer, self.step = model, tokenizer, step
     self.weights, self.mesh = weights, mesh
     self._rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     self._all_logits = jax.jit(functools.partial(_all_logits, model=model))
-    known = min(tokenizer.vocab_size, model.vocab_size)
-    options: dict[str, Any] = dict(model=model, known=known, end=tokenizer.separator)
+    num_ids = min(tokenizer.vocab_size, model.vocab_size)
+    options: dict[str, Any] = dict(model=model, num_ids=num_ids, end=tokenizer.separator)
     self._prefill = jax.jit(
       functools.partial(_prefill, **options), static_argnames=("slots", "kind")
     )
@@ -93,13 +95,16 @@ class Model:
       functools.partial(_decode, **options), static_argnames="kind", donate_argnames="cache"
     )
     self.seconds = {"prefill": 0.0, "decode": 0.0}  # of the last generation
-    self.counts = {"prefill": 0, "decode": 0}  # and its tokens
+    self.counts = {"prefill": 0, "decode": 0}  # tokens of the last generation
 
   def logits(self, tokens: Any) -> np.ndarray:
-    """Next-token logits after every token, float32 [L, V] or [B, L, V].
+    """Returns next-token logits after every token, float32 [L, V] or [B, L, V].
 
     Args:
       tokens: ids, [L] or [B, L]; a document begins with tokenizer.separator.
+
+    Raises:
+      UserError: the array is not of integers in this shape, or an id is not in the vocabulary.
     """
     ids_BL = np.asarray(tokens)
     if ids_BL.ndim not in (1, 2) or not ids_BL.size or ids_BL.dtype.kind not in "iu":
@@ -114,20 +119,21 @@ class Model:
     return logits if ids_BL.ndim == 2 else logits[0]
 
   def generate(self, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
-    """The continuation of each prompt, and of each sample of it; options as of `stream`."""
+    """Returns `num_samples` continuations of each prompt; the options are those of `stream`."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     samples = options.get("num_samples", 1)
-    found: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+    rows: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     for chunk in self.stream(prompts, **options):
-      for ids, new in zip(found, chunk, strict=True):
+      for ids, new in zip(rows, chunk, strict=True):
         ids.extend(new)
-    return [self.completion(prompts[i // samples], ids) for i, ids in enumerate(found)]
+    return [self.completion(prompts[i // samples], ids) for i, ids in enumerate(rows)]
 
   def completion(self, prompt: str, ids: list[int]) -> Completion:
-    """What the ids drawn after a prompt say; the separator at their end is not part of it."""
+    """Decodes the ids drawn after a prompt, without the separator at their end."""
     finished = bool(ids) and ids[-1] == self.tokenizer.separator
     ids = ids[:-1] if finished else ids
-    return Completion(prompt, self.tokenizer.decode(ids), ids, finished)
+    text = self.tokenizer.decode(ids)
+    return Completion(prompt=prompt, text=text, tokens=ids, finished=finished)
 
   def stream(
     self,
@@ -140,54 +146,57 @@ class Model:
     seed: int = 0,
     num_samples: int = 1,
   ) -> Iterator[list[list[int]]]:
-    """Yields the new ids of every row, chunk by chunk; the last one of a finished row is the
-    tokenizer's separator.
+    """Yields the new ids of every row, chunk by chunk.
+
+    The last id of a finished row is the tokenizer's separator.
 
     Args:
-      prompts: of any lengths; rows are prompt 0's samples, then prompt 1's, ...
-      max_new_tokens: of each row.
-      temperature: of the softmax that tokens are drawn from; 0 takes the most probable.
-      top_k: draw from the k most probable only; 0 from all.
-      top_p: draw from the fewest tokens that together have this probability (1904.09751).
-      seed: the same draws again, whatever the mesh.
+      prompts: texts of any lengths; rows are the samples of prompt 0, then those of prompt 1, ...
+      max_new_tokens: the most tokens that each row gets.
+      temperature: of the softmax that tokens are drawn from; 0 takes the most probable token.
+      top_k: how many of the most probable tokens can be drawn; 0 for all.
+      top_p: draws from the fewest tokens that together have this probability (1904.09751).
+      seed: the same seed draws the same tokens on every mesh.
       num_samples: continuations of each prompt.
     """
     _check_prompts(prompts, max_new_tokens, num_samples)
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
-    one = [np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(p)]) for p in prompts]
-    rows = [ids for ids in one for _ in range(num_samples)]
+    encoded = [
+      np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(p)]) for p in prompts
+    ]
+    rows = [ids for ids in encoded for _ in range(num_samples)]
     padded_BL, first_B = self._padded(rows)
     B, L = padded_BL.shape
-    slots = -(-(L + max_new_tokens) // _SLOTS) * _SLOTS
+    slots = -(-(L + max_new_tokens) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     done = np.arange(B) >= len(rows)
     with jax.set_mesh(self.mesh):
-      started = time.perf_counter()
+      start = time.perf_counter()
       tokens_BL, start_B, done_B = self._put(padded_BL, first_B, done)
       cache, token_B, done_B = self._prefill(
         self.weights, tokens_BL, start_B, done_B, seed, draw, kind=kind, slots=slots
       )
       first = np.asarray(token_B)[: len(rows), None].tolist()
-      self.seconds = {"prefill": time.perf_counter() - started, "decode": 0.0}
+      self.seconds = {"prefill": time.perf_counter() - start, "decode": 0.0}
       self.counts = {"prefill": sum(map(len, rows)), "decode": 0}
       yield first
-      drawn, steps = 1, 1
+      length, steps = 1, 1  # tokens of a row so far; tokens of the next chunk
       finished = np.asarray(done_B)
-      while drawn < max_new_tokens and not finished.all():
-        started = time.perf_counter()
-        steps = min(steps, max_new_tokens - drawn)
-        cache, token_B, done_B, out_BN, took = self._decode(
-          self.weights, cache, token_B, done_B, seed, drawn, steps, draw, kind=kind
+      while length < max_new_tokens and not finished.all():
+        start = time.perf_counter()
+        steps = min(steps, max_new_tokens - length)
+        cache, token_B, done_B, out_BN, columns = self._decode(
+          self.weights, cache, token_B, done_B, seed, length, steps, draw, kind=kind
         )
-        new = self._new(np.asarray(out_BN), finished, int(took), len(rows))
-        finished, drawn = np.asarray(done_B), drawn + int(took)
-        seconds = time.perf_counter() - started
+        new = self._new(np.asarray(out_BN), finished, int(columns), len(rows))
+        finished, length = np.asarray(done_B), length + int(columns)
+        seconds = time.perf_counter() - start
         self.seconds["decode"] += seconds
         self.counts["decode"] += sum(map(len, new))
         yield new
-        steps = min(max(int(_CHUNK_SECONDS / seconds * int(took)), 1), 2 * steps, _CHUNK)
+        steps = min(max(int(_CHUNK_SECONDS / seconds * int(columns)), 1), 2 * steps, _CHUNK)
 
   def speed(self) -> str:
-    """Of the last generation, compilation included the first time."""
+    """Describes the speed of the last generation; a first generation includes compilation."""
     rates = (
       f"{name} {count:,} tokens in {self.seconds[name]:.2f} s"
       + (f", {count / self.seconds[name]:,.1f} tokens/s" if count else "")
@@ -195,17 +204,23 @@ class Model:
     )
     return "; ".join(rates)
 
-  def _new(self, out_BN: np.ndarray, finished: np.ndarray, took: int, rows: int) -> list[list[int]]:
-    """Each row's ids of a chunk, up to the separator and with it; none of a finished row."""
-    found = []
-    for ids, done in zip(out_BN[:rows, :took].tolist(), finished, strict=False):
+  def _new(
+    self, out_BN: np.ndarray, finished: np.ndarray, columns: int, rows: int
+  ) -> list[list[int]]:
+    """Returns each row's ids of a chunk up to its separator; a finished row has none."""
+    new = []
+    for ids, done in zip(out_BN[:rows, :columns].tolist(), finished, strict=False):
       if self.tokenizer.separator in ids:
         ids = ids[: ids.index(self.tokenizer.separator) + 1]
-      found.append([] if done else ids)
-    return found
+      new.append([] if done else ids)
+    return new
 
   def _padded(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows aligned at their ends, in a bucket of sizes; padding rows start after their end."""
+    """Aligns rows at their ends and rounds both sizes up, so that few programs are compiled.
+
+    Returns:
+      tokens_BL, and start_B, which lies beyond every slot in rows that are only padding.
+    """
     length = max(16, 1 << (max(map(len, rows)) - 1).bit_length())
     batch = self._rows * (1 << (-(-len(rows) // self._rows) - 1).bit_length())
     tokens_BL = np.zeros((batch, length), np.int32)
@@ -230,7 +245,7 @@ def _all_logits(
   weights: Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: config_lib.Model
 ) -> jax.Array:
   cache = decoding.empty_cache(model, start_B, tokens_BL.shape[1])
-  return decoding.forward(weights, model, cache, tokens_BL, all_logits=True).logits_BLV
+  return decoding.forward_with_cache(weights, model, cache, tokens_BL, all_logits=True).logits_BLV
 
 
 def _prefill(
@@ -242,15 +257,15 @@ def _prefill(
   draw: sampling.Sampling,
   *,
   model: config_lib.Model,
-  known: int,
+  num_ids: int,
   end: int,
   slots: int,
   kind: sampling.Kind,
 ) -> tuple[decoding.Cache, jax.Array, jax.Array]:
-  """(the cache of the prompts, the first token drawn of each row, whether it ended the row)."""
+  """Returns the cache of the prompts, each row's first token_B, and done_B: which rows end."""
   cache = decoding.empty_cache(model, start_B, slots)
-  out = decoding.forward(weights, model, cache, tokens_BL, all_logits=False)
-  token_B = sampling.sample(out.logits_BLV[:, 0], seed, 0, draw, kind, known)
+  out = decoding.forward_with_cache(weights, model, cache, tokens_BL, all_logits=False)
+  token_B = sampling.sample(out.logits_BLV[:, 0], seed, 0, draw, kind, num_ids)
   return out.cache, token_B, done_B | (token_B == end)
 
 
@@ -260,16 +275,20 @@ def _decode(
   token_B: jax.Array,
   done_B: jax.Array,
   seed: jax.Array,
-  drawn: jax.Array,
+  length: jax.Array,
   steps: jax.Array,
   draw: sampling.Sampling,
   *,
   model: config_lib.Model,
-  known: int,
+  num_ids: int,
   end: int,
   kind: sampling.Kind,
 ) -> tuple[decoding.Cache, jax.Array, jax.Array, jax.Array, jax.Array]:
-  """(cache, last token_B, done_B, out_BN, how many of its columns): up to `steps` more tokens."""
+  """Draws up to `steps` more tokens of each row, of which `length` are drawn already.
+
+  Returns:
+    The cache, the last token_B, done_B, out_BN, and the number of its columns that were drawn.
+  """
   out_BN = jnp.full((token_B.shape[0], _CHUNK), end, jnp.int32)
   never = jnp.iinfo(jnp.int32).max // 2
 
@@ -279,11 +298,11 @@ def _decode(
 
   def step(carry: Any) -> Any:
     number, cache, token_B, done_B, out_BN = carry
-    # A finished row is padding from here on: no expert is read for it.
+    # A finished row is padding from now on, so that no expert is read for it.
     cache = cache._replace(start_B=jnp.where(done_B, never, cache.start_B))
-    out = decoding.forward(weights, model, cache, token_B[:, None], all_logits=False)
-    drawn_B = sampling.sample(out.logits_BLV[:, 0], seed, drawn + number, draw, kind, known)
-    token_B = jnp.where(done_B, end, drawn_B)
+    out = decoding.forward_with_cache(weights, model, cache, token_B[:, None], all_logits=False)
+    next_B = sampling.sample(out.logits_BLV[:, 0], seed, length + number, draw, kind, num_ids)
+    token_B = jnp.where(done_B, end, next_B)
     out_BN = jax.lax.dynamic_update_slice(out_BN, token_B[:, None], (0, number))
     return number + 1, out.cache, token_B, done_B | (token_B == end), out_BN
 

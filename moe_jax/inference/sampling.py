@@ -1,4 +1,4 @@
-"""How the next token is drawn from its logits: temperature, top-k, top-p, greedy."""
+"""Draws the next token from its logits: temperature, top-k, top-p, greedy."""
 
 import functools
 import math
@@ -12,44 +12,62 @@ from moe_jax.config import UserError
 
 
 class Sampling(NamedTuple):
-  """Scalars on the device, so that another value does not compile anew."""
+  """Scalars that are arguments of the compiled program, so that new values need no compilation."""
 
   temperature: Any  # float32
-  top_k: Any  # int32, the vocabulary's size to keep all
+  top_k: Any  # int32; the size of the vocabulary keeps all tokens
   top_p: Any  # float32
 
 
 class Kind(NamedTuple):
-  """What a program is compiled for."""
+  """The options that a program is compiled for."""
 
   greedy: bool
   filtered: bool  # top-k or top-p, which need a sort
 
 
 def options(temperature: float, top_k: int, top_p: float, vocab_size: int) -> tuple[Sampling, Kind]:
-  """See generate.Model.stream for the values; raises UserError for others."""
+  """Checks and converts the options of generate.TextGenerator.stream.
+
+  Raises:
+    UserError: a value is out of its range.
+  """
   check_least("temperature", temperature, 0)
   check_least("top_k", top_k, 0)
   if not 0 < top_p <= 1:
-    raise UserError(f"top_p={top_p}: a probability above 0 and at most 1")
-  scalars = (np.float32(temperature or 1), np.int32(top_k or vocab_size), np.float32(top_p))
-  return Sampling(*scalars), Kind(temperature == 0, bool(top_k) or top_p < 1)
+    raise UserError(f"top_p={top_p}: it must be a probability above 0 and at most 1")
+  sampling = Sampling(
+    temperature=np.float32(temperature or 1),
+    top_k=np.int32(top_k or vocab_size),
+    top_p=np.float32(top_p),
+  )
+  return sampling, Kind(greedy=temperature == 0, filtered=bool(top_k) or top_p < 1)
 
 
 def check_least(name: str, value: float, least: int) -> None:
+  """Raises UserError unless `value`, of the option `name`, is a finite number >= `least`."""
   if not value >= least or math.isinf(value):
     raise UserError(f"{name}={value}: it must be a number of at least {least}")
 
 
 def sample(
-  logits_BV: jax.Array, seed: Any, drawn: Any, sampling: Sampling, kind: Kind, known: int
+  logits_BV: jax.Array, seed: Any, number: Any, sampling: Sampling, kind: Kind, num_ids: int
 ) -> jax.Array:
-  """int32 [B], below `known`; row b's draw number `drawn` depends on seed, b and `drawn` alone.
+  """Draws a token id for each row: int32 [B], below `num_ids`.
 
-  Top-k first, then top-p (1904.09751) of what it leaves; ties with the last one kept stay.
+  Top-k is applied first, then top-p (1904.09751) to the tokens that are left. Tokens tied with the
+  last one kept are kept too.
+
+  Args:
+    logits_BV: float32 logits.
+    seed: of all draws.
+    number: of this draw in its row. Row b's random numbers depend on seed, number and b alone.
+    sampling: temperature, top-k and top-p.
+    kind: the options that the program is compiled for.
+    num_ids: ids from here on, which the tokenizer does not have, are never drawn.
   """
   B, V = logits_BV.shape
-  logits_BV = jnp.where(jnp.arange(V)[None] < known, logits_BV, -jnp.inf)
+  logits_BV = jnp.where(jnp.arange(V)[None] < num_ids, logits_BV, -jnp.inf)
   if kind.greedy:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV / sampling.temperature
@@ -63,6 +81,6 @@ def sample(
     logits_BV = jnp.where(
       logits_BV >= jnp.take_along_axis(best_BV, last_B1, axis=-1), logits_BV, -jnp.inf
     )
-  key = jax.random.fold_in(jax.random.key(seed), drawn)
+  key = jax.random.fold_in(jax.random.key(seed), number)
   keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B))
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The nonlinearity between the matrices of a feed-forward or an expert; every kernel takes it."""
+"""The nonlinearity of a feed-forward or an expert, which every kernel takes as an argument."""
 
 from collections.abc import Callable
 
@@ -8,5 +8,5 @@ Activation = Callable[[jax.Array, jax.Array], jax.Array]  # (gate, up) -> h, all
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """h = silu(gate) * up, SwiGLU (2002.05202). Elementwise: another one is an edit here."""
+  """Returns silu(gate) * up, elementwise (SwiGLU, 2002.05202)."""
   return jax.nn.silu(gate) * up

@@ -1,9 +1,9 @@
 """Causal attention of grouped queries (2305.13245) over packed documents, and the kernels for it.
 
-`reference` says what attention is. Every other kernel computes the same function, for the platform
-that its file's name tells; `choose` says which of them a run takes.
+`reference` defines attention. Every other kernel computes the same function for some platform;
+`choose` picks the kernel of a run.
 
-  R query heads of one key/value head
+R: query heads of one key/value head.
 """
 
 from collections.abc import Callable
@@ -15,36 +15,39 @@ import jax.numpy as jnp
 from moe_jax.config import Attention
 from moe_jax.kernels import attention_blocks, attention_cudnn, attention_splash, platform
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Shape = tuple[int, ...]
 
 
-def attention(
+def segment_attention(
   q_BLHA: jax.Array,
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
   kernel: Attention,
 ) -> jax.Array:
-  """`reference`, by the kernel named; by the one of `choose` if it is auto or refuses the sizes."""
+  """Computes `reference` with `kernel`, or with that of `choose` if `kernel` refuses the sizes.
+
+  The arguments are those of `reference`, of the whole mesh. `auto` also takes that of `choose`.
+  """
   shapes = (q_BLHA.shape, k_BLGA.shape, q_BLHA.dtype)
-  if kernel is Attention.AUTO or ATTENTION[kernel].refuses(*shapes):
+  if kernel is Attention.AUTO or ATTENTION_KERNELS[kernel].refuses(*shapes):
     kernel, _ = choose(platform.name(), *shapes)
-  return ATTENTION[kernel].function(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+  return ATTENTION_KERNELS[kernel].function(q_BLHA, k_BLGA, v_BLGA, segments_BL)
 
 
 def reference(
   q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, segments_BL: jax.Array
 ) -> jax.Array:
-  """y_BLHA: query l sees the keys of its own document that are not later than l.
+  """Returns y_BLHA, in which query l attends to the keys of its own document up to position l.
 
-  Scores, scaled by A^-0.5, and softmax are float32; the result has the dtype of the values.
+  Scores are scaled by A^-0.5; scores and softmax are float32; the result has the dtype of v_BLGA.
 
   Args:
-    q_BLHA: queries; heads h of H/G in a row share a key/value head.
+    q_BLHA: queries; each group of H/G consecutive heads shares a key/value head.
     k_BLGA: keys.
     v_BLGA: values.
-    segments_BL: int32, the document of each token, 1 to L; 0 is padding, which sees padding only.
+    segments_BL: int32, the document of each token, 1 to L; 0 is padding, which attends to padding.
   """
   B, L, H, A = q_BLHA.shape
   G = k_BLGA.shape[2]
@@ -65,10 +68,10 @@ def reference(
 class AttentionKernel(NamedTuple):
   """One way to compute `reference`."""
 
-  function: Attend
-  # (shape of q_BLHA, shape of k_BLGA, dtype) -> why the kernel cannot take them, or "".
+  function: AttentionFunction
+  # (shape of q_BLHA, shape of k_BLGA, dtype) -> why the kernel cannot take them; "" if it can
   refuses: Callable[[Shape, Shape, jnp.dtype], str]
-  platforms: tuple[str, ...]  # where it runs
+  platforms: tuple[str, ...]  # where the kernel runs
   tried_on: tuple[str, ...]  # where `auto` considers it
 
 
@@ -76,7 +79,7 @@ def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
   return ""
 
 
-ATTENTION: dict[Attention, AttentionKernel] = {
+ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
   Attention.REFERENCE: AttentionKernel(reference, _takes_all, ("cpu", "gpu", "tpu"), ()),
   Attention.BLOCKS: AttentionKernel(
     attention_blocks.attend, _takes_all, ("cpu", "gpu", "tpu"), ("cpu",)
@@ -93,22 +96,22 @@ ATTENTION: dict[Attention, AttentionKernel] = {
 def choose(
   platform: str, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype
 ) -> tuple[Attention, str]:
-  """(the kernel, a line that says so and why): what `auto` means here.
+  """Returns the kernel that `auto` stands for, and a line that names the kernel and the reason.
 
-  Nothing is measured: several processes must choose the same, and a resumed run again.
+  Nothing is measured, because all processes and a resumed run must choose the same kernel.
 
   Args:
-    platform: of the devices, as jax names it: cpu, gpu, tpu.
-    q_shape: of q_BLHA, of all devices together.
-    k_shape: of k_BLGA, likewise.
-    dtype: of both.
+    platform: "cpu", "gpu" or "tpu".
+    q_shape: of q_BLHA, of the whole mesh.
+    k_shape: of k_BLGA, of the whole mesh.
+    dtype: of q_BLHA and k_BLGA.
   """
-  own = [name for name, kernel in ATTENTION.items() if platform in kernel.tried_on]
-  if not own:
-    return Attention.REFERENCE, f"reference, as no kernel is for {platform}"
-  reasons = {name: ATTENTION[name].refuses(q_shape, k_shape, dtype) for name in own}
+  candidates = [name for name, kernel in ATTENTION_KERNELS.items() if platform in kernel.tried_on]
+  if not candidates:
+    return Attention.REFERENCE, f"reference, because no kernel is made for {platform}"
+  reasons = {name: ATTENTION_KERNELS[name].refuses(q_shape, k_shape, dtype) for name in candidates}
   for name, reason in reasons.items():
     if not reason:
       return name, name.value
   why = "; ".join(f"{name.value} refuses {reason}" for name, reason in reasons.items())
-  return Attention.REFERENCE, f"reference, which holds [L, L] scores in memory, as {why}"
+  return Attention.REFERENCE, f"reference, which holds [L, L] scores in memory, because {why}"

@@ -1,6 +1,6 @@
 """Attention for XLA:CPU: blocks of queries, and no reduction over the last dimension.
 
-R query heads of one key/value head
+R: query heads of one key/value head.
 """
 
 import jax
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 def attend(
   q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, segments_BL: jax.Array
 ) -> jax.Array:
-  """y_BLHA; see attention.reference.
+  """Returns y_BLHA; the arguments are those of attention.reference.
 
-  Queries go in up to 8 blocks, each with the keys up to its own end: near half the work and memory
-  of a full mask.
+  Queries are cut into up to 8 blocks, and each block meets only the keys up to its own end. That is
+  about half the work and memory of all queries with all keys.
   """
   B, L, H, A = q_BLHA.shape
   G = k_BLGA.shape[2]
@@ -22,28 +22,28 @@ def attend(
   blocks = max(n for n in range(1, 9) if L % n == 0 and (n == 1 or L // n >= 32))
   out = []
   for end in range(L // blocks, L + 1, L // blocks):
-    rows, seen = slice(end - L // blocks, end), slice(0, end)
+    rows, keys = slice(end - L // blocks, end), slice(0, end)
     scores_BGRLS = jnp.einsum(
-      "BGRLA,BGSA->BGRLS", q_BGRLA[:, :, :, rows], k_BGSA[:, :, seen],
+      "BGRLA,BGSA->BGRLS", q_BGRLA[:, :, :, rows], k_BGSA[:, :, keys],
       preferred_element_type=jnp.float32,
     )  # fmt: skip
-    visible_BLS = _visible(segments_BL, rows, seen)
+    visible_BLS = _visible(segments_BL, rows, keys)
     scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, -jnp.inf)
     highest = jax.lax.stop_gradient(jnp.max(scores_BGRLS, axis=-1, keepdims=True))
     weights_BGRLS = jnp.exp(scores_BGRLS - highest).astype(v_BGSA.dtype)
-    # Normalised after the product with V, the sum as a product with ones: XLA:CPU is slow at
-    # reductions over the last dimension, and this leaves none in the backward pass.
+    # The softmax is normalised after the product with V, and its sum is a product with ones:
+    # XLA:CPU reduces over the last dimension slowly, and this leaves none in the backward pass.
     ones_S = jnp.ones((end,), weights_BGRLS.dtype)
     total_BGRL, y_BGRLA = (
       jnp.einsum(f"BGRLS,{v}", weights_BGRLS, values, preferred_element_type=jnp.float32)
-      for v, values in (("S->BGRL", ones_S), ("BGSA->BGRLA", v_BGSA[:, :, seen]))
+      for v, values in (("S->BGRL", ones_S), ("BGSA->BGRLA", v_BGSA[:, :, keys]))
     )
     out.append((y_BGRLA / total_BGRL[..., None]).astype(v_BGSA.dtype))
   return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
 
 
-def _visible(segments_BL: jax.Array, rows: slice, seen: slice) -> jax.Array:
-  """visible_BLS, bool, of the queries `rows` and the keys `seen`."""
-  same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, seen]
+def _visible(segments_BL: jax.Array, rows: slice, keys: slice) -> jax.Array:
+  """Returns visible_BLS, bool: which of `keys` each query of `rows` attends to."""
+  same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, keys]
   index_L = jnp.arange(segments_BL.shape[1])
-  return same_BLS & (index_L[rows, None] >= index_L[None, seen])[None]
+  return same_BLS & (index_L[rows, None] >= index_L[None, keys])[None]

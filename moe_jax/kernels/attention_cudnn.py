@@ -1,13 +1,13 @@
 """Attention for NVIDIA: cuDNN's flash kernel, through jax.nn.dot_product_attention.
 
-cuDNN knows causal order and grouped queries, but takes documents in one of two forms that do not
-serve here. A mask or a bias is an [L, L] array. A packed layout (offsets of each document) is in no
-public function of jax, needs a limit for the documents of a row, and allocates its statistics for
-each of those many again. So the documents become part of the product of query and key instead:
-each head is longer by a code of its token's document, whose product is 0 for the same document and
-far below any score for another. The backward pass needs nothing of its own.
+cuDNN supports causal order and grouped queries, but takes documents only in two forms that do not
+fit here. A mask or a bias is an [L, L] array. A packed layout (offsets of each document) is in no
+public function of jax, needs a limit for the number of documents in a row, and allocates its
+statistics once for each document up to that limit. Therefore each head is extended by numbers that
+encode its token's document: their product of query and key is 0 within one document and far below
+any score between two. The backward pass needs no change.
 
-  P numbers of the code, 4 for each digit
+P: numbers of the code, 4 for each digit of the document's number.
 """
 
 import functools
@@ -23,7 +23,7 @@ _RADIX = 4
 
 
 def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> str:
-  """See attention.AttentionKernel."""
+  """Returns why the kernel cannot take these sizes, or ""; see attention.AttentionKernel."""
   _, L, _, A = q_shape
   longest = _longest_head()
   if dtype != jnp.bfloat16:
@@ -31,7 +31,8 @@ def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype
   if A % 8:
     return f"head_dim={A}: it takes multiples of 8"
   if A + _code_size(L) > longest:
-    return f"head_dim={A}: with {_code_size(L)} numbers for the document, {longest} at most"
+    size = _code_size(L)
+    return f"head_dim={A}: it takes {longest}, of which {size} numbers encode the document"
   return ""
 
 
@@ -42,12 +43,13 @@ def attend(
   segments_BL: jax.Array,
   implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-  """y_BLHA; see attention.reference. Several devices: each its own sequences and heads.
+  """Returns y_BLHA; the other arguments are those of attention.reference.
 
-  Heads grow by the code: at 4,096 tokens and head_dim 128 by 24 of 128, and so does the work.
+  The document's code makes heads longer and adds work: at 4,096 tokens, 24 numbers to a head_dim of
+  128. Each of several devices computes its own sequences and heads.
 
   Args:
-    implementation: `xla` computes the same on any platform, with [L, L] scores.
+    implementation: "xla" computes the same function on any platform, with [L, L] scores.
   """
   local = functools.partial(_attend, implementation=implementation)
   return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
@@ -71,14 +73,14 @@ def _attend(
   y_BLHA = jax.nn.dot_product_attention(
     append(q_BLHA, is_digit_BLP),
     append(k_BLGA, jnp.where(is_digit_BLP, 0.0, -far)),
-    append(v_BLGA, jnp.zeros_like(is_digit_BLP)),  # cuDNN wants values as long as keys
+    append(v_BLGA, jnp.zeros_like(is_digit_BLP)),  # cuDNN needs values as long as keys
     scale=A**-0.5, is_causal=True, implementation=implementation,
   )  # fmt: skip
   return y_BLHA[..., :A]
 
 
 def _code(segments_BL: jax.Array) -> jax.Array:
-  """is_digit_BLP, bool: for each digit of the document's number, which of 0 to 3 it is."""
+  """Returns is_digit_BLP, bool: each base-4 digit of the document's number as a one-hot of 4."""
   digits = _code_size(segments_BL.shape[1]) // _RADIX
   place = _RADIX ** jnp.arange(digits, dtype=segments_BL.dtype)
   digit = segments_BL[:, :, None] // place[None, None] % _RADIX
@@ -86,7 +88,7 @@ def _code(segments_BL: jax.Array) -> jax.Array:
 
 
 def _code_size(L: int) -> int:
-  """P: enough digits for L different documents, and a multiple of 8, as a head's length is."""
+  """Returns P, which has digits for L documents and is a multiple of 8, as a head's length is."""
   digits = 2
   while _RADIX**digits < L:
     digits += 2
@@ -94,7 +96,10 @@ def _code_size(L: int) -> int:
 
 
 def _longest_head() -> int:
-  """That cuDNN takes backward, on the device that is here; on a Hopper GPU where none is."""
+  """Returns the longest head whose gradient cuDNN computes on this device.
+
+  Without a GPU, the answer is that of a Hopper GPU.
+  """
   device = jax.local_devices()[0]
   capability = float(getattr(device, "compute_capability", None) or 9.0)
   return 256 if 9.0 <= capability < 10.0 else 128

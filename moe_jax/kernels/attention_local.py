@@ -1,4 +1,4 @@
-"""Attention of each device on its own sequences and heads: a library's kernel knows no mesh."""
+"""Runs an attention kernel that knows no mesh on each device's own sequences and heads."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,11 @@ from moe_jax import sharding
 
 
 def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """`attend` of (q_BLHA, k_BLGA, v_BLGA, segments_BL), on the mesh that is in force, if any.
+  """Returns `attend` of (q_BLHA, k_BLGA, v_BLGA, segments_BL), to call with global arrays.
 
-  The batch is split over its axes, query and key/value heads over `tensor`; `attend` sees the
-  local sizes. No device needs another's rows, so nothing is sent.
+  The batch is split over the batch axes of the mesh in force, query and key/value heads over
+  `tensor`; `attend` gets the arrays of one device. No device needs another's rows, so nothing is
+  sent. Without a mesh, or on one device, the result is `attend` itself.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -1,7 +1,7 @@
 """Attention for TPU: the splash kernel that comes with jax (Pallas), forward and backward.
 
-It skips the blocks of keys later than the queries. Documents are compared inside the kernel, by
-their numbers, so nothing of size [L, L] is in memory.
+The kernel skips blocks of keys that are later than the queries, and compares the documents' numbers
+itself, so no array of size [L, L] is in memory.
 """
 
 import functools
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from moe_jax.kernels import attention_local
 
-_LANES = 128  # numbers in a vector register's row; blocks are multiples of it
+_LANES = 128  # numbers in a row of a vector register; the kernel's blocks are multiples of 128
 
 
 def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> str:
-  """See attention.AttentionKernel."""
+  """Returns why the kernel cannot take these sizes, or ""; see attention.AttentionKernel."""
   if q_shape[1] % _LANES:
     return f"a sequence of {q_shape[1]} tokens: its blocks are multiples of {_LANES}"
   return ""
@@ -28,10 +28,12 @@ def attend(
   segments_BL: jax.Array,
   interpret: bool = False,
 ) -> jax.Array:
-  """y_BLHA; see attention.reference. Several devices: each its own sequences and heads.
+  """Returns y_BLHA; the other arguments are those of attention.reference.
+
+  Each of several devices computes its own sequences and heads.
 
   Args:
-    interpret: whether Pallas interprets the kernel, slowly, on a CPU.
+    interpret: whether Pallas interprets the kernel on a CPU, which is slow.
   """
   local = functools.partial(_attend, interpret=interpret)
   return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
@@ -44,13 +46,13 @@ def _attend(
   segments_BL: jax.Array,
   interpret: bool,
 ) -> jax.Array:
-  # Here, because other platforms need not wait for it, nor have it.
+  # Imported here, so that other platforms need neither have it nor wait for it.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   L, H, A = q_BLHA.shape[1:]
   size = next(n for n in (512, 384, 256, _LANES) if L % n == 0)  # the largest that divides L
   kernel = splash.make_splash_mha_single_device(
-    # A rule, not numbers: no [L, L] array is built.
+    # CausalMask is a rule that the kernel evaluates; no [L, L] array is built.
     splash.MultiHeadMask([splash.CausalMask((L, L)) for _ in range(H)]),
     block_sizes=splash.BlockSizes(
       block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,

@@ -1,8 +1,8 @@
-"""Experts as a loop of plain matmuls over blocks of rows.
+"""Computes experts as a loop of plain matmuls over blocks of rows, for CPUs.
 
-For CPUs: the number of blocks follows the load at run time, and a block's activations stay in the
-processor's cache between its three matmuls. The loops' lengths are not known when tracing, so the
-operation brings its own gradient.
+The number of blocks follows the load at run time, and a block's activations stay in the processor's
+cache between its three matmuls. JAX cannot differentiate loops whose length is unknown when
+tracing, so the operation defines its own gradient.
 
 R: rows of one block.
 """
@@ -16,21 +16,22 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels.activation import Activation
-from moe_jax.kernels.autodiff import KEPT, vary, varying
+from moe_jax.kernels.autodiff import SAVED_BY_KERNEL, vary, varying
 
-# An expert's rows are full blocks of the last size, then one block of the smallest size that holds
-# the rest. More sizes waste fewer rows and take longer to compile.
-_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# Sizes of a block, in rows. An expert's rows are cut into full blocks of the last size, then one
+# block of the smallest size that holds the rest. More sizes waste fewer rows and take longer to
+# compile.
+_BLOCK_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
+Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def experts(
-  x_ND: jax.Array, weights: Weights, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: Matrices, sizes_E: jax.Array, activation: Activation
 ) -> jax.Array:
-  """y_ND; see experts.experts."""
-  down_EFD = weights[2]
+  """Returns y_ND; the arguments are those of experts.experts for sorted rows."""
+  _, _, down_EFD = weights
 
   def body(block: "_Block", y_ND: jax.Array) -> jax.Array:
     h_RF = activation(*block.gate_and_up(x_ND, weights))
@@ -39,13 +40,14 @@ def experts(
   return _for_each_block(sizes_E, x_ND.shape[0], _unset(x_ND, x_ND.shape[1]), body)
 
 
-Kept = tuple[jax.Array, jax.Array, jax.Array, Weights, jax.Array]
+# x_ND, gate_NF, up_NF, the matrices, sizes_E
+Residuals = tuple[jax.Array, jax.Array, jax.Array, Matrices, jax.Array]
 
 
 def _forward(
-  x_ND: jax.Array, weights: Weights, sizes_E: jax.Array, activation: Activation
-) -> tuple[jax.Array, Kept]:
-  down_EFD = weights[2]
+  x_ND: jax.Array, weights: Matrices, sizes_E: jax.Array, activation: Activation
+) -> tuple[jax.Array, Residuals]:
+  _, _, down_EFD = weights
 
   def body(block: "_Block", carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     y_ND, gate_NF, up_NF = carry
@@ -56,14 +58,14 @@ def _forward(
   D, F = down_EFD.shape[2], down_EFD.shape[1]
   unset = (_unset(x_ND, D), _unset(x_ND, F), _unset(x_ND, F))
   y_ND, gate_NF, up_NF = _for_each_block(sizes_E, x_ND.shape[0], unset, body)
-  gate_NF, up_NF = checkpoint_name((gate_NF, up_NF), KEPT)
-  return checkpoint_name(y_ND, KEPT), (x_ND, gate_NF, up_NF, weights, sizes_E)
+  gate_NF, up_NF = checkpoint_name((gate_NF, up_NF), SAVED_BY_KERNEL)
+  return checkpoint_name(y_ND, SAVED_BY_KERNEL), (x_ND, gate_NF, up_NF, weights, sizes_E)
 
 
 def _backward(
-  activation: Activation, kept: Kept, dy_ND: jax.Array
-) -> tuple[jax.Array, Weights, None]:
-  x_ND, gate_NF, up_NF, weights, sizes_E = kept
+  activation: Activation, residuals: Residuals, dy_ND: jax.Array
+) -> tuple[jax.Array, Matrices, None]:
+  x_ND, gate_NF, up_NF, weights, sizes_E = residuals
   gate_EDF, up_EDF, down_EFD = weights
 
   def body(block: "_Block", carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -93,30 +95,37 @@ experts.defvjp(_forward, _backward)
 
 
 class _Block:
-  """`size` rows from `first`, of which valid_R belong to `expert`."""
+  """The `size` rows from `first` on, of which the rows in valid_R belong to `expert`."""
 
   def __init__(self, size: int, expert: jax.Array, first: jax.Array, valid_R: jax.Array):
     self.size, self.expert, self.first, self.valid_R1 = size, expert, first, valid_R[:, None]
 
   def rows(self, x_ND: jax.Array) -> jax.Array:
+    """Returns the block's rows of x_ND, those of other experts included."""
     return jax.lax.dynamic_slice_in_dim(x_ND, self.first, self.size)
 
   def valid_rows(self, x_ND: jax.Array) -> jax.Array:
-    # What is multiplied by rows of another expert, or by unset ones, must be 0.
+    """Returns the block's rows of x_ND, with 0 in place of rows of other experts."""
+    # Rows of other experts, and rows that were never written, must not enter this expert's sums.
     return jnp.where(self.valid_R1, self.rows(x_ND), 0)
 
   def weights(self, w_EDF: jax.Array) -> jax.Array:
+    """Returns the matrix of the block's expert."""
     return jax.lax.dynamic_index_in_dim(w_EDF, self.expert, keepdims=False)
 
-  def gate_and_up(self, x_ND: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
+  def gate_and_up(self, x_ND: jax.Array, weights: Matrices) -> tuple[jax.Array, jax.Array]:
+    """Returns the block's gate_RF and up_RF."""
+    gate_EDF, up_EDF, _ = weights
     x_RD = self.rows(x_ND)
-    return jnp.dot(x_RD, self.weights(weights[0])), jnp.dot(x_RD, self.weights(weights[1]))
+    return jnp.dot(x_RD, self.weights(gate_EDF)), jnp.dot(x_RD, self.weights(up_EDF))
 
   def put(self, y_ND: jax.Array, y_RD: jax.Array) -> jax.Array:
+    """Returns y_ND with the expert's rows of the block replaced by those of y_RD."""
     y_RD = jnp.where(self.valid_R1, y_RD, self.rows(y_ND))
     return jax.lax.dynamic_update_slice_in_dim(y_ND, y_RD, self.first, 0)
 
   def add(self, dw_EDF: jax.Array, a_RD: jax.Array, b_RF: jax.Array) -> jax.Array:
+    """Returns dw_EDF with the product of a_RD, transposed, and b_RF added to the expert's part."""
     dw_DF = jnp.dot(a_RD.T, b_RF, preferred_element_type=dw_EDF.dtype)
     dw_DF += self.weights(dw_EDF)
     return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, self.expert, 0)
@@ -125,13 +134,14 @@ class _Block:
 def _for_each_block(
   sizes_E: jax.Array, num_rows: int, init: Any, body: Callable[[_Block, Any], Any]
 ) -> Any:
-  """Folds body(block, carry) over blocks that together hold every expert's rows."""
-  rows = [*(r for r in _ROWS if r < num_rows), num_rows][: len(_ROWS)]
+  """Applies carry = body(block, carry) to blocks that together hold every expert's rows."""
+  rows = [*(r for r in _BLOCK_ROWS if r < num_rows), num_rows][: len(_BLOCK_ROWS)]
   start_E = jnp.cumsum(sizes_E) - sizes_E
   full_E = sizes_E // rows[-1]
   full_end_E = jnp.cumsum(full_E)
   rest_E = sizes_E - full_E * rows[-1]
-  # Experts in the order of the size that their rest takes; an empty rest takes none.
+  # Sorts the experts by the kind of block, an index into `rows`, that holds their rest; an expert
+  # without a rest has no block and comes last.
   kind_E = jnp.where(rest_E > 0, jnp.searchsorted(jnp.array(rows), rest_E), len(rows))
   by_kind_E = jnp.argsort(kind_E)
   first_of_kind = jnp.searchsorted(kind_E[by_kind_E], jnp.arange(len(rows) + 1))
@@ -139,14 +149,14 @@ def _for_each_block(
   def run(
     size: int,
     number: jax.Array,
-    expert_of: Callable[[jax.Array], jax.Array],
-    first_of: Callable[[jax.Array, jax.Array], jax.Array],
+    find_expert: Callable[[jax.Array], jax.Array],
+    find_first: Callable[[jax.Array, jax.Array], jax.Array],
     carry: Any,
   ) -> Any:
     def step(j: jax.Array, carry: Any) -> Any:
-      expert = expert_of(j)
-      first = first_of(expert, j)
-      moved = jnp.minimum(first, num_rows - size)  # so as not to pass the end
+      expert = find_expert(j)
+      first = find_first(expert, j)
+      moved = jnp.minimum(first, num_rows - size)  # so that the block ends within the rows
       row_R = moved + jnp.arange(size)
       valid_R = (row_R >= first) & (row_R < start_E[expert] + sizes_E[expert])
       return body(_Block(size, expert, moved, valid_R), carry)
@@ -178,7 +188,7 @@ def _for_each_block(
 
 
 def _unset(x_ND: jax.Array, columns: int) -> jax.Array:
-  """Rows to be written: no time is spent on those that never are."""
+  """Returns uninitialised rows, so that no time is spent on rows that are never written."""
   return vary(jax.lax.empty((x_ND.shape[0], columns), x_ND.dtype), varying(x_ND))
 
 

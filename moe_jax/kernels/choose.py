@@ -1,15 +1,16 @@
-"""Which kernels a run takes: decided once, before anything is traced, printed and written down.
+"""Chooses the kernels of a run once, before the model is traced; train.py prints and records them.
 
-`auto` becomes the platform's attention and the fastest experts that give the reference's answer,
-values and gradients, at the run's own sizes (fewer rows, where the reference could not hold them).
-A resumed run takes what its workdir recorded, so no two parts of a run differ by a kernel. Of
-several processes the first decides for all: they must compile the same program.
+`auto` becomes the platform's attention kernel, and the fastest experts kernel whose values and
+gradients agree with the reference. Speed is measured at the run's own sizes; agreement on at most
+512 rows, because the reference may do E times the arithmetic. A resumed run takes the kernels that
+its workdir recorded, so that all parts of a run use the same ones. The first of several processes
+decides for all, because they must compile the same program.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,13 @@ from moe_jax import sharding
 from moe_jax.config import Attention, Config, Dispatch, Exchange, GroupedMatmul, UserError
 from moe_jax.kernels import platform
 from moe_jax.kernels.activation import gated
-from moe_jax.kernels.attention import ATTENTION
+from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.attention import choose as choose_attention
-from moe_jax.kernels.experts import KERNELS
+from moe_jax.kernels.experts import EXPERT_KERNELS
 
-_ROWS = 512  # of a comparison; the reference may do E times the arithmetic
+_COMPARED_ROWS = 512  # of a comparison with the reference
 _ROUNDS = 3
-# Of the largest element of a value or gradient: rounding, and sums in another order.
+# Allowed difference as a part of the array's largest element: kernels round and sum differently.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 Function = Callable[..., jax.Array]
@@ -35,33 +36,37 @@ Name = TypeVar("Name")
 
 
 def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str, str], list[str]]:
-  """Replaces every `auto` of a kernel.
+  """Replaces every `auto` of a kernel in the config.
 
   Args:
     config: of the run; its mesh is resolved.
-    recorded: what an earlier start of this run returned second, {} for none. It holds on the same
-      kind of device; on another one the choice is made anew.
+    recorded: the record that an earlier start of this run returned, {} for none. It decides where
+      the config says `auto`. On another kind of device it is ignored and kernels are chosen anew.
 
   Returns:
-    The config; what to record; lines to print.
+    The config; the record for the workdir; lines to print.
 
   Raises:
-    UserError: a kernel that the config names cannot run here.
+    UserError: a kernel that the config names cannot run on this device.
   """
   device = jax.devices()[0].device_kind
   model, moe, lines = config.model, config.model.moe, []
   if recorded and recorded["device"] != device:
-    lines.append(f"kernels            chosen anew: the run began on {recorded['device']}")
+    lines.append(f"kernels            chosen anew, because the run began on {recorded['device']}")
     recorded = {}
-  attention, line = _attention(config, recorded.get("attention", ""))
+  recorded = {operation: name for operation, name in recorded.items() if name != "auto"}
+  attention, line = _attention_of_run(config, recorded.get("attention", ""))
   lines.append(f"attention          {line}")
   grouped_matmul, exchange = moe.grouped_matmul, moe.exchange
   if moe.num_experts and moe.dispatch is Dispatch.GROUPED:
-    grouped_matmul, line = _experts(config, recorded.get("grouped_matmul", ""))
+    grouped_matmul, line = _experts_of_run(config, recorded.get("grouped_matmul", ""))
     lines.append(f"grouped matmul     {line}")
+    before = recorded.get("exchange", "")
+    line = _named(exchange.value, before)
     if exchange is Exchange.AUTO:
-      exchange = Exchange(recorded.get("exchange", platform.default_exchange().value))
-      lines.append(f"exchange           {exchange.value}")
+      exchange = Exchange(before or platform.default_exchange().value)
+      line = exchange.value
+    lines.append(f"exchange           {line}")
   moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul, exchange=exchange)
   model = dataclasses.replace(model, attention=attention, moe=moe)
   names = {"attention": attention, "grouped_matmul": grouped_matmul, "exchange": exchange}
@@ -70,37 +75,44 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
 
 
 def for_reading(model: config_lib.Model, recorded: dict[str, str]) -> config_lib.Model:
-  """The model with the kernels that its run recorded, to evaluate it or to generate.
+  """Returns the model with the kernels that its run recorded, for evaluation and generation.
 
-  On another kind of device `auto` stays, and stands in place of another platform's kernels.
+  On another kind of device than the run's, `auto` remains, and it replaces a kernel that does not
+  run on this platform.
   """
   here, moe = platform.name(), model.moe
   attention, grouped_matmul = model.attention, moe.grouped_matmul
   if recorded.get("device") == jax.devices()[0].device_kind:
     attention = Attention(recorded["attention"])
     grouped_matmul = GroupedMatmul(recorded["grouped_matmul"])
-  if attention in ATTENTION and here not in ATTENTION[attention].platforms:
+  if attention in ATTENTION_KERNELS and here not in ATTENTION_KERNELS[attention].platforms:
     attention = Attention.AUTO
-  if grouped_matmul in KERNELS and here not in KERNELS[grouped_matmul].platforms:
+  if grouped_matmul in EXPERT_KERNELS and here not in EXPERT_KERNELS[grouped_matmul].platforms:
     grouped_matmul = GroupedMatmul.AUTO
   moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul)
   return dataclasses.replace(model, attention=attention, moe=moe)
 
 
-def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
+def _named(name: str, recorded: str) -> str:
+  """Returns the line to print about a choice that the config names."""
+  before = f"; until now the run used {recorded}" if recorded not in ("", name) else ""
+  return f"{name}, which the config names{before}"
+
+
+def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
   model, dtype = config.model, jnp.dtype(config.model.compute_dtype.value)
   batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
   q_shape = (batch, length, model.num_heads, model.head_dim)
   k_shape = (batch, length, model.num_kv_heads, model.head_dim)
   if model.attention is not Attention.AUTO:
-    reason = ATTENTION[model.attention].refuses(q_shape, k_shape, dtype)
+    reason = ATTENTION_KERNELS[model.attention].refuses(q_shape, k_shape, dtype)
     if reason:
       raise UserError(
         f"config.model.attention={model.attention.value} refuses {reason}; set it to auto"
       )
-    return model.attention, f"{model.attention.value}, as the config says"
+    return model.attention, _named(model.attention.value, recorded)
   if recorded:
-    return Attention(recorded), f"{recorded}, as when the run began"
+    return Attention(recorded), f"{recorded}, which the run began with"
 
   def decide() -> tuple[Attention, str]:
     name, line = choose_attention(platform.name(), q_shape, k_shape, dtype)
@@ -110,10 +122,10 @@ def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
       difference = _attention_difference(name, (1, *q_shape[1:]), (1, *k_shape[1:]), dtype)
     except Exception as error:  # a library that is missing, or does not know this device
       why = str(error).splitlines()[0]
-      return Attention.REFERENCE, f"reference, as {name.value} does not run here: {why}"
+      return Attention.REFERENCE, f"reference, because {name.value} does not run here: {why}"
     if not difference <= _TOLERANCE[dtype.name]:
       why = f"{name.value} differs from it by {difference:.1e}"
-      return Attention.REFERENCE, f"reference, as {why}"
+      return Attention.REFERENCE, f"reference, because {why}"
     return name, f"{line}; differs from the reference by {difference:.0e}"
 
   return _first_process_decides(decide, list(Attention))
@@ -122,7 +134,7 @@ def _attention(config: Config, recorded: str) -> tuple[Attention, str]:
 def _attention_difference(
   kernel: Attention, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype
 ) -> float:
-  """From the reference, on a row of three documents."""
+  """Returns how much `kernel` differs from the reference on a row of three documents."""
   rng = np.random.default_rng(0)
   cuts = np.sort(rng.integers(0, q_shape[1], 2))
   with _one_device():
@@ -131,44 +143,50 @@ def _attention_difference(
     q, k, v, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
     def bound(name: Attention) -> Function:
-      return lambda q, k, v: ATTENTION[name].function(q, k, v, segments_BL)
+      return lambda q, k, v: ATTENTION_KERNELS[name].function(q, k, v, segments_BL)
 
-    return _compare(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
+    return _difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
 
 
-def _experts(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
+def _experts_of_run(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
   moe = config.model.moe
   if moe.grouped_matmul is not GroupedMatmul.AUTO:
-    reason = KERNELS[moe.grouped_matmul].available()
+    reason = EXPERT_KERNELS[moe.grouped_matmul].available()
     if reason:
       raise UserError(f"config.model.moe.grouped_matmul={moe.grouped_matmul.value}: {reason}")
-    return moe.grouped_matmul, f"{moe.grouped_matmul.value}, as the config says"
+    return moe.grouped_matmul, _named(moe.grouped_matmul.value, recorded)
   if recorded:
-    return GroupedMatmul(recorded), f"{recorded}, as when the run began"
+    return GroupedMatmul(recorded), f"{recorded}, which the run began with"
   return _first_process_decides(lambda: _fastest_experts(config), list(GroupedMatmul))
 
 
 def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
-  """The fastest, and how it compares; the reference where nothing else is right."""
+  """Returns the fastest kernel that agrees with the reference, and a line of measured numbers."""
   model, moe, mesh = config.model, config.model.moe, config.mesh
   dtype, D = jnp.dtype(model.compute_dtype.value), model.dim
   E, F = moe.num_experts // mesh.expert, moe.expert_dim // mesh.tensor
   tokens = config.data.batch_size // config.train.accumulation * config.data.seq_len
   rows = max(tokens * moe.top_k // (mesh.data * mesh.fsdp * mesh.expert), 1)
-  here = [k for k, r in KERNELS.items() if platform.name() in r.tried_on and not r.available()]
+  candidates = [
+    name
+    for name, kernel in EXPERT_KERNELS.items()
+    if platform.name() in kernel.tried_on and not kernel.available()
+  ]
   seconds: dict[GroupedMatmul, float] = {}
   notes = []
   with _one_device():
-    few, many = (_expert_arrays(n, D, F, E, dtype) for n in (min(rows, _ROWS), rows))
-    for kernel in here:
+    few, many = (_trial(n, D, F, E, dtype) for n in (min(rows, _COMPARED_ROWS), rows))
+    for kernel in candidates:
       try:
-        difference = _compare(_bound(kernel, few[1]), _bound(_REFERENCE, few[1]), few[0], few[2])
+        ours, theirs = (_bound(name, few.sizes_E) for name in (kernel, _REFERENCE))
+        difference = _difference(ours, theirs, few.arrays, few.dy_ND)
         if not difference <= _TOLERANCE[dtype.name]:
           notes.append(f"{kernel.value} differs from the reference by {difference:.1e}")
-        elif len(here) == 1:
+        elif len(candidates) == 1:
           return kernel, f"{kernel.value}; differs from the reference by {difference:.0e}"
         else:
-          seconds[kernel] = _seconds(_bound(kernel, many[1]), many[0], many[2])
+          function = _bound(kernel, many.sizes_E)
+          seconds[kernel] = _step_seconds(function, many.arrays, many.dy_ND)
           notes.append(f"{kernel.value} {1e3 * seconds[kernel]:.2f} ms")
       except Exception as error:  # a kernel that does not know this device or these sizes
         notes.append(f"{kernel.value} does not run here: {str(error).splitlines()[0]}")
@@ -179,22 +197,27 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
 _REFERENCE = GroupedMatmul.RAGGED_DOT
 
 
-def _expert_arrays(
-  N: int, D: int, F: int, E: int, dtype: jnp.dtype
-) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
-  """((x_ND and the weights), sizes_E of uneven loads, dy_ND)."""
+class _Trial(NamedTuple):
+  """Random arguments of an experts kernel, with uneven loads."""
+
+  arrays: tuple[jax.Array, ...]  # x_ND, gate_EDF, up_EDF, down_EFD
+  sizes_E: jax.Array
+  dy_ND: jax.Array
+
+
+def _trial(N: int, D: int, F: int, E: int, dtype: jnp.dtype) -> _Trial:
   rng = np.random.default_rng(0)
   shapes = ((N, D), (E, D, F), (E, D, F), (E, F, D))
   arrays = tuple(jnp.asarray(rng.normal(size=s) * s[-2] ** -0.5, dtype) for s in shapes)
   sizes_E = jnp.asarray(rng.multinomial(N, rng.dirichlet(np.full(E, 10.0))), jnp.int32)
-  return arrays, sizes_E, jnp.asarray(rng.normal(size=(N, D)), dtype)
+  return _Trial(arrays, sizes_E, jnp.asarray(rng.normal(size=(N, D)), dtype))
 
 
 def _bound(kernel: GroupedMatmul, sizes_E: jax.Array) -> Function:
   def experts(
     x_ND: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
   ) -> jax.Array:
-    return KERNELS[kernel].function(x_ND, (gate_EDF, up_EDF, down_EFD), sizes_E, gated)
+    return EXPERT_KERNELS[kernel].function(x_ND, (gate_EDF, up_EDF, down_EFD), sizes_E, gated)
 
   return experts
 
@@ -207,10 +230,10 @@ def _with_gradients(function: Function) -> Function:
   return jax.jit(both)
 
 
-def _compare(
+def _difference(
   function: Function, reference: Function, arrays: tuple[jax.Array, ...], dy: jax.Array
 ) -> float:
-  """The largest difference of a value or gradient, of that array's largest element."""
+  """Returns the largest difference of values or gradients, as a part of the largest element."""
   ours, theirs = (
     [np.asarray(x, np.float32) for x in _with_gradients(f)(dy, *arrays)]
     for f in (function, reference)
@@ -221,8 +244,8 @@ def _compare(
   )
 
 
-def _seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Array) -> float:
-  """Of one forward and backward pass, the best of some."""
+def _step_seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Array) -> float:
+  """Returns the seconds of one forward and backward pass, the least of `_ROUNDS`."""
   step = _with_gradients(function)
   jax.block_until_ready(step(dy, *arrays))
   seconds = []
@@ -234,7 +257,7 @@ def _seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Array) -
 
 
 def _one_device() -> Any:
-  """A context in which this process's first device is the mesh: trials need no other process."""
+  """Returns a context whose mesh is this process's first device: trials need no other process."""
   mesh = jax.make_mesh(
     (1,) * len(sharding.AXES), sharding.AXES, devices=jax.local_devices()[:1],
     axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
@@ -245,9 +268,9 @@ def _one_device() -> Any:
 def _first_process_decides(
   decide: Callable[[], tuple[Name, str]], names: list[Name]
 ) -> tuple[Name, str]:
-  """What `decide` says in the first process, which prints its line; of the name all processes."""
+  """Returns the decision of the first process; the line of other processes is empty."""
   if jax.process_count() == 1:
     return decide()
   name, line = decide() if jax.process_index() == 0 else (names[0], "")
-  chosen = multihost_utils.broadcast_one_to_all(np.int32(names.index(name)))
-  return names[int(chosen)], line
+  index = multihost_utils.broadcast_one_to_all(np.int32(names.index(name)))
+  return names[int(index)], line

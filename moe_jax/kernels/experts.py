@@ -1,9 +1,9 @@
-"""A set of experts on the rows that are theirs; which kernel computes it is a config field.
+"""Computes a set of experts, each on its own rows, with the kernel that the config names.
 
-Rows come in two layouts: slots [E, R, D], as many for every expert, and N rows sorted by expert
+Rows come in two layouts: slots [E, R, D], equally many for every expert, or N rows sorted by expert
 with the number of each expert's rows. Slots are one batched matmul on every platform. Sorted rows
-need a kernel, because no single one is fast everywhere: XLA's `ragged_dot` does E times the
-arithmetic on a CPU and has no fast lowering on CUDA.
+need a choice of kernels, because no single one is fast everywhere: XLA's `ragged_dot` does E times
+the arithmetic on a CPU and has no fast lowering on CUDA.
 """
 
 import dataclasses
@@ -18,18 +18,19 @@ from moe_jax.config import GroupedMatmul
 from moe_jax.kernels import blocked, per_expert, platform, tokamax_experts
 from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.autodiff import vary_alike
+from moe_jax.kernels.blocked import Matrices
 from moe_jax.kernels.per_expert import PerExpert
 
 
 class Experts(NamedTuple):
-  """Gated feed-forwards (SwiGLU, 2002.05202), stacked; compute dtype."""
+  """The stacked weights of E gated feed-forwards (SwiGLU, 2002.05202), in the compute dtype."""
 
   gate_EDF: jax.Array
   up_EDF: jax.Array
   down_EFD: jax.Array
 
 
-ExpertWeights = Experts | PerExpert  # as they are trained, or packed for inference (packing.py)
+ExpertWeights = Experts | PerExpert  # stacked for training, or packed for inference (packing.py)
 
 
 def experts(
@@ -39,16 +40,20 @@ def experts(
   kernel: GroupedMatmul,
   activation: Activation = gated,
 ) -> jax.Array:
-  """down(activation(gate(x), up(x))) of every row with its own expert's weights, of the shape of x.
+  """Returns down(activation(gate(x), up(x))) of every row with its own expert's weights.
 
   Args:
-    x: slots [E, R, D] where sizes_E is None; otherwise rows [N, D], the first sizes_E[0] of which
-      are of expert 0, the next sizes_E[1] of expert 1, and so on. Rows past sum(sizes_E) must be
-      finite; they come out undefined, NaN included, and take and give no gradient.
-    sizes_E: int32, or None.
-    weights: of the dtype of x; or packed for inference (`pack`), whatever the kernel.
-    kernel: for sorted rows; `auto` is the platform's default (kernels/choose.py measures).
+    x: slots [E, R, D] if sizes_E is None; otherwise rows [N, D], of which the first sizes_E[0]
+      belong to expert 0, the next sizes_E[1] to expert 1, and so on. Rows past sum(sizes_E) must be
+      finite; their results are undefined and may be NaN, and no gradient flows through them.
+    sizes_E: int32 number of each expert's rows, or None for slots.
+    weights: of the E experts on this device, in the dtype of x; or packed for inference, in which
+      case `kernel` is not read.
+    kernel: for sorted rows; `auto` takes the platform's default, which nothing has measured.
     activation: (gate, up) -> h.
+
+  Returns:
+    An array of the shape and dtype of x.
   """
   if isinstance(weights, PerExpert):
     assert sizes_E is not None, "inference sorts rows by expert"
@@ -58,7 +63,7 @@ def experts(
   x, gate_EDF, up_EDF, down_EFD, sizes_E = vary_alike(x, *weights, sizes_E)
   if kernel is GroupedMatmul.AUTO:
     kernel = default(platform.name())
-  return KERNELS[kernel].function(x, (gate_EDF, up_EDF, down_EFD), sizes_E, activation)
+  return EXPERT_KERNELS[kernel].function(x, (gate_EDF, up_EDF, down_EFD), sizes_E, activation)
 
 
 def _slots(x_ERD: jax.Array, weights: Experts, activation: Activation) -> jax.Array:
@@ -67,13 +72,13 @@ def _slots(x_ERD: jax.Array, weights: Experts, activation: Activation) -> jax.Ar
   return jnp.einsum("ERF,EFD->ERD", activation(gate_ERF, up_ERF), weights.down_EFD)
 
 
-Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
-
-
 def reference(
   x_ND: jax.Array, weights: Matrices, sizes_E: jax.Array, activation: Activation
 ) -> jax.Array:
-  """Three grouped matmuls of XLA's own: the answer that every other kernel must give."""
+  """Computes sorted rows with XLA's grouped matmul; every other kernel must give this answer.
+
+  The arguments are those of `experts`.
+  """
   gate_EDF, up_EDF, down_EFD = weights
   gate_NF = jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)
   up_NF = jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
@@ -82,12 +87,12 @@ def reference(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsKernel:
-  """What computes the experts of sorted rows, forward and backward."""
+  """One way to compute the experts of sorted rows, forward and backward."""
 
   function: Callable[[jax.Array, Matrices, jax.Array, Activation], jax.Array]
-  platforms: tuple[str, ...]  # where it runs
-  tried_on: tuple[str, ...]  # where `auto` considers it
-  available: Callable[[], str] = lambda: ""  # why it cannot run on the mesh in force, or ""
+  platforms: tuple[str, ...]  # where the kernel runs
+  tried_on: tuple[str, ...]  # where `auto` measures it
+  available: Callable[[], str] = lambda: ""  # why it cannot run on the mesh in force; "" if it can
 
 
 def _tokamax(implementation: str, *platforms: str) -> ExpertsKernel:
@@ -99,7 +104,7 @@ def _tokamax(implementation: str, *platforms: str) -> ExpertsKernel:
   )
 
 
-KERNELS: dict[GroupedMatmul, ExpertsKernel] = {
+EXPERT_KERNELS: dict[GroupedMatmul, ExpertsKernel] = {
   GroupedMatmul.RAGGED_DOT: ExpertsKernel(
     function=reference, platforms=("cpu", "tpu", "gpu"), tried_on=("tpu", "gpu")
   ),
@@ -113,5 +118,5 @@ KERNELS: dict[GroupedMatmul, ExpertsKernel] = {
 
 
 def default(platform: str) -> GroupedMatmul:
-  """What `auto` is where nothing has been measured."""
+  """Returns the kernel that `auto` stands for if nothing has been measured."""
   return GroupedMatmul.BLOCKED if platform == "cpu" else GroupedMatmul.RAGGED_DOT

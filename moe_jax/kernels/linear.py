@@ -1,4 +1,4 @@
-"""A product of activations with a weight matrix."""
+"""The product of activations with a weight matrix, in either layout of the weight."""
 
 import math
 
@@ -7,24 +7,25 @@ import jax.numpy as jnp
 
 from moe_jax.kernels.output_first import OutputFirst
 
-Weight = jax.Array | OutputFirst  # as it is trained, or packed for inference (packing.py)
+Weight = jax.Array | OutputFirst  # in the layout of training, or packed for inference (packing.py)
 
 
 def linear(
   x: jax.Array, weight: Weight, inner: int = 1, dtype: jnp.dtype | None = None
 ) -> jax.Array:
-  """x[..., *inner] times weight[*inner, *outer], summed over the inner dimensions: [..., *outer].
+  """Returns x[..., *inner] times weight[*inner, *outer], summed over inner, as [..., *outer].
 
   Args:
     x: activations; all but the last `inner` dimensions are rows.
-    weight: of the same dtype.
-    inner: how many dimensions are summed over.
-    dtype: of the result, and of the sums; by default that of x.
+    weight: the matrix, of the dtype of x.
+    inner: number of dimensions that are summed over.
+    dtype: of the result and of the sums; None for that of x.
   """
   rows, summed = x.shape[: x.ndim - inner], x.shape[x.ndim - inner :]
   assert weight.shape[:inner] == summed, (x.shape, weight.shape)
   outer = weight.shape[inner:]
-  # Rows are one dimension and so is the result: of more, XLA is slow at the input's gradient.
+  # Rows are flattened to one dimension, and the result's too: XLA computes the input's gradient
+  # slowly for more dimensions.
   x_RI = x.reshape(-1, math.prod(summed))
   if isinstance(weight, OutputFirst):
     y_RO = weight.product(x_RI, dtype)

@@ -1,6 +1,6 @@
-"""A matrix that lies with its output dimensions first: how a CPU reads it fastest for few rows.
+"""A matrix stored with its output dimensions first, which a CPU reads fastest for few rows.
 
-I: inner, the elements summed over. O: outer, those of the result. R: rows.
+I: inner, the elements summed over. O: outer, the elements of a row of the result. R: rows.
 """
 
 import dataclasses
@@ -8,27 +8,28 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-_FEW = 64  # rows, below which the weights go first in the product
+_FEW = 64  # rows, up to which the product is computed as weights times rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OutputFirst:
-  """The weight [*inner, *outer], kept as [*outer, *inner]; `shape` is that of the weight."""
+  """A weight [*inner, *outer] that is stored as [*outer, *inner]."""
 
   stored: jax.Array
   inner: int = dataclasses.field(metadata={"static": True})  # number of inner dimensions
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """The shape of the weight, (*inner, *outer)."""
     outer = self.stored.ndim - self.inner
     return (*self.stored.shape[outer:], *self.stored.shape[:outer])
 
   def product(self, x_RI: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
-    """y_RO. Of few rows as weights times rows.
+    """Returns y_RO in `dtype`, or in the dtype of x_RI if None.
 
-    XLA:CPU would turn this into rows times weights, which takes up to three times as long; the
-    barriers stop it.
+    Few rows are computed as weights times rows. XLA:CPU would rewrite this as rows times weights,
+    which takes up to three times as long; the barriers stop XLA from rewriting it.
     """
     w_OI = self.stored.reshape(-1, x_RI.shape[1])
     if x_RI.shape[0] > _FEW:
@@ -39,6 +40,6 @@ class OutputFirst:
 
 
 def pack(weight: jax.Array, inner: int) -> OutputFirst:
-  """The same weight, its outer dimensions first."""
+  """Stores a weight, whose first `inner` dimensions are summed over, with the other ones first."""
   axes = [*range(inner, weight.ndim), *range(inner)]
   return OutputFirst(jnp.transpose(weight, axes), inner)

@@ -1,7 +1,7 @@
-"""Weights as this device reads them fastest, when a model is loaded for inference.
+"""Packs weights for inference in the layout that this device reads fastest.
 
-On one CPU device a matrix lies with its output first and each expert is an array of its own;
-everywhere else weights stay as they are trained. `linear` and `experts` take both.
+On one CPU device a matrix is stored with its output dimensions first, and each expert is a separate
+array; on all other meshes weights keep the layout of training. `linear` and `experts` take both.
 """
 
 from moe_jax.kernels import output_first, per_expert, platform
@@ -11,17 +11,19 @@ from moe_jax.kernels.output_first import OutputFirst
 
 
 def packs() -> bool:
-  """Whether the mesh in force is one CPU device, for which the functions below pack."""
+  """Returns whether the mesh in force is one CPU device, for which the functions below pack."""
   return platform.one_cpu()
 
 
 def matrix(weight: Weight, inner: int = 1) -> Weight:
-  """A weight [*inner, *outer] for `linear`, of which `inner` dimensions are summed over."""
+  """Packs a weight [*inner, *outer] for `linear`, which sums over its `inner` first dimensions."""
   if not packs() or isinstance(weight, OutputFirst):
     return weight
   return output_first.pack(weight, inner)
 
 
 def experts(weights: ExpertWeights) -> ExpertWeights:
-  """Stacked experts for `experts`; packed ones have no gradient."""
-  return per_expert.pack(*weights) if packs() and isinstance(weights, Experts) else weights
+  """Packs stacked experts for `experts`; packed experts have no gradient."""
+  if not packs() or not isinstance(weights, Experts):
+    return weights
+  return per_expert.pack(**weights._asdict())

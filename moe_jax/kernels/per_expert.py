@@ -1,8 +1,8 @@
-"""Experts that are arrays of their own: at inference a CPU reads only those that have rows.
+"""Computes experts whose weights are separate arrays, so that a CPU reads only experts with rows.
 
-XLA:CPU copies a slice of stacked weights before it uses it, and a gather of the chosen experts too:
-three times the memory traffic. A loop over separate arrays needs no copy, and an expert without
-rows runs no iteration, so its weights are never read.
+XLA:CPU copies a slice of stacked weights before it uses the slice, and it copies a gather of the
+chosen experts too: three times the memory traffic. An unrolled loop over separate arrays needs no
+copy, and an expert without rows runs no iteration, so its weights are never read.
 
 R: rows of one block.
 """
@@ -17,7 +17,7 @@ from moe_jax.kernels.activation import Activation
 
 
 class PerExpert(NamedTuple):
-  """The weights of each expert, output dimension first: tuples of one array for each."""
+  """The weights of the experts as tuples with one array for each, output dimension first."""
 
   gates: tuple[jax.Array, ...]  # each [F, D]
   ups: tuple[jax.Array, ...]  # each [F, D]
@@ -25,23 +25,28 @@ class PerExpert(NamedTuple):
 
 
 def pack(gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array) -> PerExpert:
-  return PerExpert(*(tuple(w.T for w in stacked) for stacked in (gate_EDF, up_EDF, down_EFD)))
+  """Splits stacked weights into one transposed array for each expert."""
+  return PerExpert(
+    gates=tuple(w.T for w in gate_EDF),
+    ups=tuple(w.T for w in up_EDF),
+    downs=tuple(w.T for w in down_EFD),
+  )
 
 
 def experts(
   x_ND: jax.Array, weights: PerExpert, sizes_E: jax.Array, activation: Activation
 ) -> jax.Array:
-  """y_ND; see experts.experts. Has no gradient."""
+  """Returns y_ND; the arguments are those of experts.experts for sorted rows. Has no gradient."""
   N, D = x_ND.shape
   sizes = _block_sizes(N, len(weights.gates))
   end_E = jnp.cumsum(sizes_E)
-  # Every expert's last block may pass its end: what it writes there is written again by the next.
+  # An expert's last block may reach into the next expert's rows, which that expert writes again.
   x_ND = jnp.pad(x_ND, ((0, sizes[0]), (0, 0)))
   y_ND = jnp.zeros((N + sizes[0], D), x_ND.dtype)
   for expert, matrices in enumerate(zip(*weights, strict=True)):
     rows, first = sizes_E[expert], end_E[expert] - sizes_E[expert]
     for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
-      # As many blocks as leave no more rows than the smaller size holds.
+      # So many blocks of this size that the rows left over fit one block of the smaller size.
       blocks = jnp.maximum(rows - smaller + size - 1, 0) // size
       body = functools.partial(
         _add_block, x_ND=x_ND, first=first, size=size, matrices=matrices, activation=activation
@@ -52,10 +57,10 @@ def experts(
 
 
 def _block_sizes(rows: int, num_experts: int) -> tuple[int, ...]:
-  """Rows of a block, large and small: twice an expert's share of the rows, and its share.
+  """Returns the rows of a large and a small block: twice an expert's share of the rows, and once.
 
-  Not more than 64, where matmuls are at their speed, so that little is padding. With fewer rows
-  than experts most have one row or none, and a product with a vector is the fastest.
+  Blocks have at most 64 rows: larger ones make matmuls no faster and are padded more. With fewer
+  rows than experts, most experts have one row or none, and a product with a vector is fastest.
   """
   if rows < num_experts:
     return (1,)
@@ -80,7 +85,7 @@ def _add_block(
   gate_FD, up_FD, down_DF = matrices
   start = first + number * size
   x_RD = jax.lax.dynamic_slice_in_dim(x_ND, start, size)
-  # Weights times rows: see output_first.OutputFirst.product.
+  # Weights times rows, as in output_first.OutputFirst.product.
   x_DR = jax.lax.optimization_barrier(x_RD.T)
   h_FR = activation(gate_FD @ x_DR, up_FD @ x_DR)
   y_DR = jax.lax.optimization_barrier(down_DF @ h_FR)

@@ -1,7 +1,7 @@
-"""Tokamax's grouped matmuls, each of its implementations a kernel of its own.
+"""Tokamax's grouped matmuls: each of its implementations is a separate kernel here.
 
-Its default order is never taken: on a GPU it puts `mosaic` first, whose weight gradient is the slow
-one, and on a TPU it does not try `mosaic_tpu_v2`.
+Tokamax's own order of preference is not used: on a GPU it prefers `mosaic`, whose weight gradient
+is slow, and on a TPU it does not try `mosaic_tpu_v2`.
 """
 
 import functools
@@ -12,11 +12,11 @@ import jax
 from moe_jax.config import UserError
 from moe_jax.kernels.activation import Activation
 
-_OLDEST = (0, 0, 17)  # earlier ones give NaN weight gradients on a GPU to experts without rows
+_OLDEST = (0, 0, 17)  # earlier versions give an expert without rows NaN weight gradients on a GPU
 
 
 def missing(name: str) -> str:
-  """Why tokamax's implementation of that name cannot be used on the mesh in force, or ""."""
+  """Returns why tokamax's implementation `name` cannot run on the mesh in force; "" if it can."""
   try:
     import tokamax
   except ImportError:
@@ -26,12 +26,12 @@ def missing(name: str) -> str:
     return f"tokamax {version} is too old: pip install 'tokamax>=0.0.17', which needs Python 3.12"
   mesh = jax.sharding.get_abstract_mesh()
   if name == "mosaic_tpu_v2" and not mesh.empty and mesh.size > 1:
-    return "it does not run under shard_map, so on one device only"
+    return "it does not run under shard_map, so it needs a mesh of one device"
   return ""
 
 
 def implementation(name: str) -> Callable[..., jax.Array]:
-  """The experts by tokamax's implementation of that name; see experts.experts."""
+  """Returns a kernel that computes experts.experts with tokamax's implementation `name`."""
   return functools.partial(_experts, name)
 
 
@@ -48,9 +48,9 @@ def _experts(
   import tokamax
 
   def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    varies = jax.typeof(x).manual_axis_type  # its kernels do not infer it
+    axis_type = jax.typeof(x).manual_axis_type  # tokamax's kernels do not infer it
     return tokamax.ragged_dot(
-      x, w, group_sizes=sizes_E, implementation=name, manual_axis_type=varies
+      x, w, group_sizes=sizes_E, implementation=name, manual_axis_type=axis_type
     )
 
   gate_EDF, up_EDF, down_EFD = weights

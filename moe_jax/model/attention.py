@@ -12,13 +12,16 @@ from moe_jax import sharding
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.model.norm import RMSNorm, rms_norm
 
-# (q_BLHA, k_BLGA, v_BLGA) -> (y_BLHA, what it leaves for the next tokens): over the segments of a
-# batch, which leaves nothing, or over a cache, which it returns with these tokens in it.
+# (q_BLHA, k_BLGA, v_BLGA) -> (y_BLHA, state for the next tokens). Over the segments of a batch the
+# state is None; over a cache it is the cache with these tokens added.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class AttentionWeights(NamedTuple):
-  """Compute dtype, the norms float32; at inference matrices may be packed (kernels/packing.py)."""
+  """The matrices in the compute dtype, and the norms' scales in float32.
+
+  For inference the matrices may be packed (kernels/packing.py).
+  """
 
   q_DHA: Weight
   k_DGA: Weight
@@ -28,7 +31,7 @@ class AttentionWeights(NamedTuple):
   k_norm_A: jax.Array | None
 
 
-class Attention(nnx.Module):
+class AttentionLayer(nnx.Module):
   """The parameters of one layer's attention."""
 
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
@@ -43,26 +46,35 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm("A", A) if model.qk_norm else None
 
   def weights(self, dtype: jnp.dtype) -> AttentionWeights:
-    matrices = (self.q_DHA, self.k_DGA, self.v_DGA, self.out_HAD)
-    norms = (n and n.weights() for n in (self.q_norm, self.k_norm))
-    return AttentionWeights(*(w[...].astype(dtype) for w in matrices), *norms)
+    """Returns the weights, with the matrices in `dtype`."""
+    return AttentionWeights(
+      q_DHA=self.q_DHA[...].astype(dtype),
+      k_DGA=self.k_DGA[...].astype(dtype),
+      v_DGA=self.v_DGA[...].astype(dtype),
+      out_HAD=self.out_HAD[...].astype(dtype),
+      q_norm_A=self.q_norm.weights() if self.q_norm is not None else None,
+      k_norm_A=self.k_norm.weights() if self.k_norm is not None else None,
+    )
 
 
-def attention(
+def attention_layer(
   x_BLD: jax.Array,
   weights: AttentionWeights,
   positions_BL: jax.Array,
   attend: Attend,
   model: config_lib.Model,
 ) -> tuple[jax.Array, Any]:
-  """(y_BLD, what `attend` returns beside its result).
+  """Projects tokens to queries, keys and values, attends, and projects the result back.
 
   Args:
     x_BLD: normed tokens, compute dtype.
     weights: of this layer.
     positions_BL: int32, position within the document.
-    attend: which keys a query sees, and how.
-    model: the rotary base, the norms' epsilon.
+    attend: computes attention, over the batch or over a cache.
+    model: has the rotary base and the norms' epsilon.
+
+  Returns:
+    y_BLD in the compute dtype, and the state that `attend` returns.
   """
   q_BLHA, k_BLGA, v_BLGA = (linear(x_BLD, w) for w in (weights.q_DHA, weights.k_DGA, weights.v_DGA))
   if weights.q_norm_A is not None and weights.k_norm_A is not None:
@@ -70,8 +82,8 @@ def attention(
     k_BLGA = rms_norm(k_BLGA, weights.k_norm_A, model.norm_eps)
   q_BLHA = sharding.constrain(rope(q_BLHA, positions_BL, model.rope_base), "BLHA")
   k_BLGA = sharding.constrain(rope(k_BLGA, positions_BL, model.rope_base), "BLGA")
-  y_BLHA, left = attend(q_BLHA, k_BLGA, v_BLGA)
-  return linear(y_BLHA, weights.out_HAD, inner=2), left
+  y_BLHA, state = attend(q_BLHA, k_BLGA, v_BLGA)
+  return linear(y_BLHA, weights.out_HAD, inner=2), state
 
 
 def rope(x_BLHA: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a config costs, from shapes alone: parameters, FLOPs per token, memory per device."""
+"""The cost of a config, computed from shapes: parameters, FLOPs per token, memory per device."""
 
 import dataclasses
 import math
@@ -10,88 +10,99 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
-from moe_jax.model.transformer import Tokens, abstract, bias_shape, forward, moe_layers
+from moe_jax.model.transformer import Tokens, abstract_params, bias_shape, forward, moe_layers
 
 
 class Counts(NamedTuple):
+  """The size of a model, and the work of training it."""
+
   total: int  # parameters
-  active: int  # parameters that one token uses, embedding and head included
+  active: int  # parameters that one token uses, embedding and output head included
   flops_per_token: float  # of training: forward and backward
+  embedding: int  # parameters of the embedding and the output head alone
 
 
 def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-  """{path: shape} of every parameter, named as in the model; nothing is allocated."""
-  leaves = nnx.to_flat_state(abstract(model))
+  """Returns {path in the Transformer: shape} of every parameter; nothing is allocated."""
+  leaves = nnx.to_flat_state(abstract_params(model))
   return {tuple(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in leaves}
 
 
 def count(config: config_lib.Config) -> Counts:
+  """Counts the parameters of a config's model, and the FLOPs of a token of a full sequence."""
   model, moe = config.model, config.model.moe
-  total = active = matmul = 0
+  total = active = embedding = matmul = 0
   for path, shape in parameters(model).items():
     name, size = path[-1], math.prod(shape.shape)
-    used = size
-    if name.rsplit("_", 1)[-1].startswith("E"):
-      used = size * moe.top_k // moe.num_experts
+    letters = name.rsplit("_", 1)[-1]
+    active_size = size * moe.top_k // moe.num_experts if letters.startswith("E") else size
     total += size
-    active += used
-    # An embedding look-up multiplies nothing, but a tied one is the output head too.
-    if len(name.rsplit("_", 1)[-1]) > 1 and (name != "embed_VD" or model.tied_head):
-      matmul += used
-  # Causal attention: a query meets (L+1)/2 keys on average, in two products.
+    active += active_size
+    embedding += size if name in ("embed_VD", "head_DV") else 0
+    # Looking up an embedding multiplies nothing, but a tied embedding is the output head too.
+    if len(letters) > 1 and (name != "embed_VD" or model.tied_head):
+      matmul += active_size
+  # In causal attention a query meets (L+1)/2 keys on average, in two products.
   attention = 2 * 2 * model.num_layers * model.num_heads * model.head_dim
   flops = 3 * (2 * matmul + attention * (config.data.seq_len + 1) / 2)
-  return Counts(total, active, flops)
+  return Counts(total, active, flops, embedding)
 
 
 def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
-  """Per device: of weights, gradients and the optimizer's state, whose shapes the caller has."""
-  params = abstract(config.model)
-  held = (params, params, optimizer_state)
-  shardings = sharding.param_shardings(held, _abstract_mesh(config.mesh), params)
+  """Returns the bytes per device of weights, gradients and the optimizer's state.
+
+  `optimizer_state` is the state as shapes, because this folder does not import the optimizers.
+  """
+  params = abstract_params(config.model)
+  state = (params, params, optimizer_state)
+  shardings = sharding.param_shardings(state, _abstract_mesh(config.mesh), params)
   return sum(
     math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf, placed in zip(jax.tree.leaves(held), jax.tree.leaves(shardings), strict=True)
+    for leaf, placed in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
   )
 
 
 def _abstract_mesh(mesh: config_lib.Mesh) -> jax.sharding.AbstractMesh:
-  """The mesh without its devices; `data` is 1 where it is all that the others leave."""
+  """Returns the mesh without its devices; an axis that is not resolved (-1) counts as 1."""
   sizes = tuple(max(getattr(mesh, axis), 1) for axis in sharding.AXES)
   types = (jax.sharding.AxisType.Auto,) * len(sizes)
   return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=types)
 
 
 def activation_bytes(config: config_lib.Config) -> float:
-  """Per device: what the forward pass keeps for the backward pass, under the remat policy."""
+  """Returns the bytes per device that the forward pass saves for the backward pass.
+
+  The remat policy of the config applies. `auto` experts count as `blocked`, because kernels are not
+  measured here.
+  """
   model, mesh = config.model, config.mesh
-  if model.moe.grouped_matmul is config_lib.GroupedMatmul.AUTO:  # nothing is measured for a shape
+  if model.moe.grouped_matmul is config_lib.GroupedMatmul.AUTO:
     moe = dataclasses.replace(model.moe, grouped_matmul=config_lib.GroupedMatmul.BLOCKED)
     model = dataclasses.replace(model, moe=moe)
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   batch = config.data.batch_size // config.train.accumulation // shards
   tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
-  params = abstract(model)
+  params = abstract_params(model)
 
   def residuals(params: Any, tokens: jax.Array) -> Any:
     def logits(params: Any) -> jax.Array:
       segments, key = jnp.ones_like(tokens), jax.random.key(0)
       bias_ZE = jnp.zeros(bias_shape(model))
-      batch = Tokens(tokens, segments, tokens)
+      batch = Tokens(ids_BL=tokens, segments_BL=segments, positions_BL=tokens)
       return forward(model, params, bias_ZE, batch, key, train=True).logits_BLV
 
     return jax.vjp(logits, params)[1]
 
   with jax.sharding.use_abstract_mesh(_abstract_mesh(config_lib.Mesh())):
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
-  # Weights are among what the backward pass reads, but are counted elsewhere.
+    saved = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
+  # The backward pass reads the weights too, but state_bytes counts them.
   weights = {(p.shape, p.dtype) for p in jax.tree.leaves(params)}
-  kept = [k for k in kept if k.dtype != jax.dtypes.float0 and (k.shape, k.dtype) not in weights]
-  return sum(math.prod(k.shape) * k.dtype.itemsize for k in kept)
+  saved = [s for s in saved if s.dtype != jax.dtypes.float0 and (s.shape, s.dtype) not in weights]
+  return sum(math.prod(s.shape) * s.dtype.itemsize for s in saved)
 
 
 def report(config: config_lib.Config, optimizer_state: Any) -> str:
-  """The size and the cost in a few lines; `optimizer_state` is as of `state_bytes`."""
+  """Describes the size and the cost in some lines; `optimizer_state` is that of `state_bytes`."""
   counts, model, mesh = count(config), config.model, config.mesh
   devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
   layers = moe_layers(model)
@@ -104,7 +115,9 @@ def report(config: config_lib.Config, optimizer_state: Any) -> str:
   lines = [
     f"model              {kind}",
     f"parameters         {si(counts.total)} total, {si(counts.active)} active per token "
-    f"({100 * counts.active / counts.total:.1f}%)",
+    f"({100 * counts.active / counts.total:.1f}%) with embedding and head, as Mixtral counts",
+    f"                   {si(counts.total - counts.embedding)} total, "
+    f"{si(counts.active - counts.embedding)} active without both, as Qwen counts (non-embedding)",
     f"FLOPs per token    {si(counts.flops_per_token)} in training "
     f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
     f"memory per device  {gib(state_bytes(config, optimizer_state))} weights, gradients and "
@@ -119,8 +132,8 @@ def report(config: config_lib.Config, optimizer_state: Any) -> str:
   return "\n".join(lines)
 
 
-def table(config: config_lib.Config) -> str:
-  """The resolved config, one section a paragraph, fields in columns."""
+def config_table(config: config_lib.Config) -> str:
+  """Lists the fields of the resolved config, wrapped at 100 columns, each section on new lines."""
   sections: dict[str, list[str]] = {}
   for name, value in config_lib.flatten(config).items():
     section, field = name.rsplit(".", 1)
@@ -138,6 +151,7 @@ def table(config: config_lib.Config) -> str:
 
 
 def si(number: float) -> str:
+  """Formats a number with the suffix k, M, B or T: 2.63M."""
   for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
     if number >= size:
       return f"{number / size:.2f}{unit}"
@@ -145,4 +159,5 @@ def si(number: float) -> str:
 
 
 def gib(number: float) -> str:
+  """Formats a number of bytes in GiB, or in MiB if it is less than one GiB."""
   return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

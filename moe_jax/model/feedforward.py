@@ -1,4 +1,4 @@
-"""The feed-forward of a block: dense, or experts with shared ones beside them."""
+"""The feed-forward of a layer: a dense one, or an MoE layer with optional shared experts."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,10 @@ from moe_jax.moe.layer import MoELayer, MoEOutput, MoEWeights, moe_layer
 
 
 class FFNWeights(NamedTuple):
-  """Compute dtype; at inference matrices may be packed (kernels/packing.py)."""
+  """The matrices of a dense feed-forward, in the compute dtype.
+
+  For inference they may be packed (kernels/packing.py).
+  """
 
   gate_DF: Weight
   up_DF: Weight
@@ -22,6 +25,8 @@ class FFNWeights(NamedTuple):
 
 
 class MoEFFNWeights(NamedTuple):
+  """The weights of an MoE layer, and of its shared experts if it has any."""
+
   moe: MoEWeights
   shared: FFNWeights | None
 
@@ -37,17 +42,23 @@ class DenseFFN(nnx.Module):
     self.down_FD = nnx.Param(model.residual_scale * F**-0.5 * init(rngs.params(), (F, D)))
 
   def weights(self, dtype: jnp.dtype) -> FFNWeights:
-    return FFNWeights(*(w[...].astype(dtype) for w in (self.gate_DF, self.up_DF, self.down_FD)))
+    """Returns the matrices in `dtype`."""
+    return FFNWeights(
+      gate_DF=self.gate_DF[...].astype(dtype),
+      up_DF=self.up_DF[...].astype(dtype),
+      down_FD=self.down_FD[...].astype(dtype),
+    )
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    """`feedforward` with these parameters."""
+    """Calls `feedforward` with these parameters."""
     return feedforward(x_BLD, self.weights(x_BLD.dtype))
 
 
 class MoEFFN(MoELayer):
   """The parameters of a router, its experts, and the shared experts that every token uses.
 
-  Shared experts and their size as in DeepSeekMoE (2401.06066): n of them are one n times as wide.
+  Shared experts have the size of the routed ones, as in DeepSeekMoE (2401.06066). n shared experts
+  are computed as one feed-forward that is n times as wide.
   """
 
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
@@ -56,7 +67,10 @@ class MoEFFN(MoELayer):
     self.shared = DenseFFN(model, width, rngs) if width else None
 
   def ffn_weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> MoEFFNWeights:
-    """`bias_E`: float32 balancing bias of the selection, zeros without loss-free balancing."""
+    """Returns the weights of router, experts and shared experts; experts are in `dtype`.
+
+    `bias_E` is the float32 balancing bias, zeros without loss-free balancing.
+    """
     shared = self.shared.weights(dtype) if self.shared is not None else None
     return MoEFFNWeights(self.weights(dtype, bias_E), shared)
 
@@ -64,7 +78,7 @@ class MoEFFN(MoELayer):
     self, x_BLD: jax.Array, real_BL: jax.Array, ids_BL: jax.Array, bias_E: jax.Array,
     key: jax.Array, *, train: bool, trace: bool = False,
   ) -> MoEOutput:  # fmt: skip
-    """`moe_feedforward` with these parameters."""
+    """Calls `moe_feedforward` with these parameters."""
     weights, moe = self.ffn_weights(self.dtype, bias_E), self.moe
     return moe_feedforward(x_BLD, real_BL, ids_BL, weights, moe, key, train=train, trace=trace)
 
@@ -80,7 +94,10 @@ def moe_feedforward(
   train: bool,
   trace: bool = False,
 ) -> MoEOutput:
-  """moe.layer.moe_layer and, where there are any, the shared experts beside it."""
+  """Adds the shared experts, if there are any, to moe.layer.moe_layer.
+
+  The arguments are those of `moe_layer`.
+  """
   with jax.named_scope("moe"):
     out = moe_layer(x_BLD, real_BL, ids_BL, weights.moe, moe, key, train=train, trace=trace)
   if weights.shared is None:
@@ -90,6 +107,6 @@ def moe_feedforward(
 
 
 def feedforward(x_BLD: jax.Array, weights: FFNWeights, activation: Activation = gated) -> jax.Array:
-  """y_BLD = down(activation(gate(x), up(x)))."""
+  """Returns down(activation(gate(x), up(x))) as y_BLD, in the dtype of x_BLD."""
   h_BLF = activation(linear(x_BLD, weights.gate_DF), linear(x_BLD, weights.up_DF))
   return linear(sharding.constrain(h_BLF, "BLF"), weights.down_FD)

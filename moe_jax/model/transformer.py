@@ -1,7 +1,7 @@
 """The decoder: one layer for training, prefill and decoding, and the parameters of the stack.
 
-Training scans the layers over their stacked parameters; inference (inference/decoding.py) unrolls
-them. What differs between the two is `attend`: over the segments of a batch, or over a cache.
+Training scans over the layers' stacked parameters, with an `attend` over the segments of a batch.
+Inference (inference/decoding.py) unrolls the layers, with an `attend` over a cache.
 """
 
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.kernels.attention import attention as segment_attention
-from moe_jax.kernels.autodiff import KEPT
+from moe_jax.kernels.attention import segment_attention
+from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.linear import Weight, linear
-from moe_jax.model.attention import Attend, Attention, AttentionWeights, attention
+from moe_jax.model.attention import Attend, AttentionLayer, AttentionWeights, attention_layer
 from moe_jax.model.feedforward import (
   DenseFFN,
   FFNWeights,
@@ -30,7 +30,7 @@ from moe_jax.moe.counts import Choices, MoeStats
 
 
 class Tokens(NamedTuple):
-  """What a batch says of each token."""
+  """The id, the document and the position of each token of a batch."""
 
   ids_BL: jax.Array  # int32, below vocab_size
   segments_BL: jax.Array  # int32, the document of each token, from 1; 0 is padding
@@ -38,11 +38,15 @@ class Tokens(NamedTuple):
 
   @classmethod
   def of(cls, batch: Any) -> "Tokens":
-    """Of a data.pipeline.Batch."""
-    return cls(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+    """Returns the Tokens of a data.pipeline.Batch."""
+    return cls(
+      ids_BL=batch.tokens_BL, segments_BL=batch.segments_BL, positions_BL=batch.positions_BL
+    )
 
 
 class LayerWeights(NamedTuple):
+  """The weights of one layer; norms are float32."""
+
   attention_norm_D: jax.Array
   attention: AttentionWeights
   ffn_norm_D: jax.Array
@@ -50,10 +54,12 @@ class LayerWeights(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-  x_BLD: jax.Array
-  stats: MoeStats | None  # None of a dense layer
-  choices: Choices | None  # None of a dense layer, and without `trace`
-  cache: Any  # what `attend` left for the next tokens
+  """What one layer returns."""
+
+  x_BLD: jax.Array  # the residual stream, compute dtype
+  stats: MoeStats | None  # None if the layer is dense
+  choices: Choices | None  # None if the layer is dense, or without `trace`
+  cache: Any  # the state that `attend` returned for the next tokens
 
 
 def decoder_layer(
@@ -67,21 +73,21 @@ def decoder_layer(
   train: bool,
   trace: bool = False,
 ) -> LayerOutput:
-  """Pre-norm attention, then a dense or an MoE feed-forward.
+  """Computes pre-norm attention, then a dense or an MoE feed-forward.
 
   Args:
     x_BLD: the residual stream, compute dtype.
-    weights: of this layer; dense or MoE by the type of its feed-forward.
+    weights: of this layer; the type of `ffn` makes it dense or MoE.
     tokens: ids for hash routing, padding, positions.
-    attend: see attention.Attend.
-    model: what is not a weight.
-    key: for jitter and the router's noise.
-    train: capacity factor, jitter and noise of training.
-    trace: also say what became of each token.
+    attend: computes attention; see attention.Attend.
+    model: the configuration.
+    key: the random key of jitter and of the router's noise.
+    train: whether to use the capacity factor, jitter and noise of training.
+    trace: whether to return the experts of each token too.
   """
   with jax.named_scope("attention"):
     h_BLD = rms_norm(x_BLD, weights.attention_norm_D, model.norm_eps)
-    y_BLD, cache = attention(h_BLD, weights.attention, tokens.positions_BL, attend, model)
+    y_BLD, cache = attention_layer(h_BLD, weights.attention, tokens.positions_BL, attend, model)
     x_BLD += y_BLD
   h_BLD, stats, choices = rms_norm(x_BLD, weights.ffn_norm_D, model.norm_eps), None, None
   if isinstance(weights.ffn, FFNWeights):
@@ -89,63 +95,71 @@ def decoder_layer(
       y_BLD = feedforward(h_BLD, weights.ffn)
   else:
     real_BL = tokens.segments_BL > 0
-    y_BLD, stats, choices = moe_feedforward(
+    out = moe_feedforward(
       h_BLD, real_BL, tokens.ids_BL, weights.ffn, model.moe, key, train=train, trace=trace
     )
-  return LayerOutput(sharding.constrain(x_BLD + y_BLD, "BLD"), stats, choices, cache)
+    y_BLD, stats, choices = out.y_BLD, out.stats, out.choices
+  x_BLD = sharding.constrain(x_BLD + y_BLD, "BLD")
+  return LayerOutput(x_BLD=x_BLD, stats=stats, choices=choices, cache=cache)
 
 
 def embed(embed_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
-  """x_BLD, of the table's dtype."""
-  # Whole rows before the look-up: a table split over D would have to be regathered per token.
+  """Looks up the embeddings x_BLD of ids_BL, in the dtype of the table embed_VD."""
+  # Gathers the table along D first; otherwise each token's row is gathered from several devices.
   return sharding.constrain(sharding.constrain(embed_VD, "VD")[ids_BL], "BLD")
 
 
 def next_token_logits(
   x_BLD: jax.Array, final_norm_D: jax.Array, head_DV: Weight, model: config_lib.Model
 ) -> jax.Array:
-  """float32 [B, L, V]."""
+  """Returns float32 logits_BLV of the last layer's x_BLD, after the final norm."""
   x_BLD = rms_norm(x_BLD, final_norm_D, model.norm_eps)
   with jax.named_scope("head"):
     return sharding.constrain(linear(x_BLD, head_DV, dtype=jnp.dtype(jnp.float32)), "BLV")
 
 
-class Block(nnx.Module):
+class DecoderLayer(nnx.Module):
   """The parameters of one layer."""
 
   def __init__(self, model: config_lib.Model, is_moe: bool, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm("D", model.dim)
-    self.attention = Attention(model, rngs)
+    self.attention = AttentionLayer(model, rngs)
     self.ffn_norm = RMSNorm("D", model.dim)
     self.ffn = MoEFFN(model, rngs) if is_moe else DenseFFN(model, model.ffn_dim, rngs)
 
   def weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> LayerWeights:
-    """`bias_E`: float32, of the router's selection; not read by a dense layer."""
+    """Returns the weights in `dtype`; a dense layer does not read the balancing bias bias_E."""
     if isinstance(self.ffn, MoEFFN):
       ffn: FFNWeights | MoEFFNWeights = self.ffn.ffn_weights(dtype, bias_E)
     else:
       ffn = self.ffn.weights(dtype)
     return LayerWeights(
-      self.attention_norm.weights(), self.attention.weights(dtype), self.ffn_norm.weights(), ffn
+      attention_norm_D=self.attention_norm.weights(),
+      attention=self.attention.weights(dtype),
+      ffn_norm_D=self.ffn_norm.weights(),
+      ffn=ffn,
     )
 
 
 class Period(nnx.Module):
-  """The repeating unit of the layer pattern, and the body of the scan: one MoE layer at most."""
+  """The layers that the pattern repeats, at most one of them MoE; one step of the scan."""
 
   def __init__(self, model: config_lib.Model, pattern: tuple[bool, ...], rngs: nnx.Rngs):
-    self.blocks = nnx.List([Block(model, is_moe, rngs) for is_moe in pattern])
+    self.blocks = nnx.List([DecoderLayer(model, is_moe, rngs) for is_moe in pattern])
 
 
 class ModelOutput(NamedTuple):
+  """What the decoder returns."""
+
   logits_BLV: jax.Array  # float32
   stats: MoeStats  # of the MoE layers, stacked on Z; Z = 0 in a dense model
-  choices: Choices | None  # with `trace`, of a model that has experts: [Z, B, L, E]
+  choices: Choices | None  # [Z, B, L, E]; None without `trace` or in a dense model
 
 
 _REMAT_POLICIES = {
   config_lib.Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names(SAVED_BY_KERNEL),
   ),
   config_lib.Remat.FULL: jax.checkpoint_policies.nothing_saveable,
 }
@@ -172,28 +186,28 @@ class Transformer(nnx.Module):
   def __call__(
     self, tokens: Tokens, bias_ZE: jax.Array, key: jax.Array, *, train: bool, trace: bool = False
   ) -> ModelOutput:
-    """Next-token logits of packed documents.
+    """Computes next-token logits of packed documents.
 
     Args:
       tokens: of the batch.
-      bias_ZE: float32 balancing bias of the MoE layers' selection, zeros to have none.
-      key: for the routers' jitter and noise.
-      train: training or evaluation capacity, jitter and noise or none.
-      trace: also return the Choices of each token in each MoE layer.
+      bias_ZE: float32 balancing biases of the MoE layers, zeros for none.
+      key: the random key of the routers' jitter and noise.
+      train: whether to use the capacity factor, jitter and noise of training.
+      trace: whether to return the experts of each token in each MoE layer too.
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
     x_BLD = embed(self.embed_VD[...].astype(dtype), tokens.ids_BL)
-    stats = [counts.zeros(0, model.moe.num_experts, routers.choices(model.moe))]
+    stats = [counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))]
     choices, first = [], 0
     for index, stack in enumerate(self.scans):
       repeats, pattern = layer_pattern(model)[index]
       keys = jax.random.split(jax.random.fold_in(key, index), repeats)
       last = first + repeats if any(pattern) else first
-      # A dense layer is given a bias that it does not read.
+      # A stack of dense layers gets a bias of no experts, which it does not read.
       biases_ZE = bias_ZE[first:last] if any(pattern) else jnp.zeros((repeats, 0))
-      x_BLD, of_stack = self._scan(stack, x_BLD, tokens, biases_ZE, keys, train, trace)
-      stats += [s for s, _ in of_stack]
-      choices += [c for _, c in of_stack if c is not None]
+      x_BLD, moe_outputs = self._scan(stack, x_BLD, tokens, biases_ZE, keys, train, trace)
+      stats += [layer_stats for layer_stats, _ in moe_outputs]
+      choices += [layer_choices for _, layer_choices in moe_outputs if layer_choices is not None]
       first = last
     head_DV = self.embed_VD[...].T if model.tied_head else self.head_DV[...]
     logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV.astype(dtype), model)
@@ -209,7 +223,12 @@ class Transformer(nnx.Module):
     train: bool,
     trace: bool,
   ) -> tuple[jax.Array, list[tuple[MoeStats, Choices | None]]]:
-    """(x_BLD after the layers of a stack, what its MoE layers counted: one pair or none)."""
+    """Runs the layers of one stack.
+
+    Returns:
+      x_BLD after the stack, and a list with the stats and choices of its MoE layers, stacked on Z;
+      the list is empty for a stack of dense layers.
+    """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
     graph, params = nnx.split(stack)
 
@@ -218,39 +237,39 @@ class Transformer(nnx.Module):
 
     def body(x_BLD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
       params, bias_E, key = layer
-      counted = []
+      moe_outputs = []
       for number, block in enumerate(nnx.merge(graph, params).blocks):
         block_key, weights = jax.random.fold_in(key, number), block.weights(dtype, bias_E)
         out = decoder_layer(
           x_BLD, weights, tokens, attend, model, block_key, train=train, trace=trace
         )
         x_BLD = out.x_BLD
-        counted += [(out.stats, out.choices)] if out.stats is not None else []
-      return x_BLD, counted
+        moe_outputs += [(out.stats, out.choices)] if out.stats is not None else []
+      return x_BLD, moe_outputs
 
     if model.remat is not config_lib.Remat.NONE:
-      # Inside a scan nothing can merge the recomputation with the forward pass.
+      # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=_REMAT_POLICIES[model.remat], prevent_cse=False)
     return jax.lax.scan(body, x_BLD, (params, bias_ZE, keys_Z))
 
 
 def _on_layers(parts: list[Any]) -> Any:
-  """The trees of several stacks as one, their layers one after the other."""
+  """Concatenates the trees of several stacks along their layers."""
   return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 def _stack(model: config_lib.Model, pattern: tuple[bool, ...], keys_Z: jax.Array) -> Period:
-  """One Period whose parameters have a leading Z, a layer (or period) for each key."""
+  """Returns one Period whose parameters have a leading Z, one entry for each key."""
   return nnx.vmap(lambda key: Period(model, pattern, nnx.Rngs(key)))(keys_Z)
 
 
-def abstract(model: config_lib.Model) -> Any:
-  """Shapes of the parameters: nnx state of a Transformer, of which nothing is allocated."""
+def abstract_params(model: config_lib.Model) -> Any:
+  """Returns the nnx state of a Transformer as shapes, without allocating it."""
   return _split(model)[1]
 
 
 def merge(model: config_lib.Model, params: Any) -> Transformer:
-  """The decoder with these parameters (nnx state of a Transformer of the same config)."""
+  """Returns the decoder with these parameters, the nnx state of a Transformer of this config."""
   return nnx.merge(_split(model)[0], params)
 
 
@@ -268,12 +287,12 @@ def forward(
   train: bool,
   trace: bool = False,
 ) -> ModelOutput:
-  """Transformer.__call__ as a pure function of the parameters."""
+  """Calls a Transformer with these parameters; the arguments are those of its `__call__`."""
   return merge(model, params)(tokens, bias_ZE, key, train=train, trace=trace)
 
 
 def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]:
-  """[(repeats, (is_moe of each block in the unit))], first layer first."""
+  """Returns [(repeats, (is_moe of each layer in the repeated unit))], first layer first."""
   moe = model.moe
   if not moe.num_experts:
     return [(model.num_layers, (False,))]
@@ -283,26 +302,25 @@ def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]
 
 
 def moe_layers(model: config_lib.Model) -> list[int]:
-  """Index of each MoE layer in the network, in the order of Z of statistics and biases."""
+  """Returns the index of each MoE layer in the network, in the order of Z in statistics."""
   flat = [is_moe for repeats, pattern in layer_pattern(model) for is_moe in pattern * repeats]
   return [index for index, is_moe in enumerate(flat) if is_moe]
 
 
 def bias_shape(model: config_lib.Model) -> tuple[int, int]:
-  """Of the balancing biases, [Z, E]; a dense model has one that nobody reads, as Orbax saves no
-  empty array."""
+  """Returns the biases' shape [Z, E]; [1, 1] if dense, because Orbax saves no empty array."""
   return max(len(moe_layers(model)), 1), max(model.moe.num_experts, 1)
 
 
 def abstract_weights(model: config_lib.Model) -> dict[str, Any]:
-  """{"params", "bias_ZE"} as shapes: what a model needs of a checkpoint."""
+  """Returns {"params", "bias_ZE"} as shapes: the part of a checkpoint that a model needs."""
   bias_ZE = jax.ShapeDtypeStruct(bias_shape(model), jnp.float32)
-  return {"params": abstract(model), "bias_ZE": bias_ZE}
+  return {"params": abstract_params(model), "bias_ZE": bias_ZE}
 
 
 def evaluate(
   model: config_lib.Model, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
 ) -> ModelOutput:
-  """`forward` of a data.pipeline.Batch in evaluation: no jitter and no noise."""
+  """Calls `forward` on a data.pipeline.Batch as in evaluation, with a fixed key."""
   tokens, key = Tokens.of(batch), jax.random.key(0)
   return forward(model, params, bias_ZE, tokens, key, train=False, trace=trace)

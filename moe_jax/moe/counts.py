@@ -1,7 +1,7 @@
-"""What an MoE layer counts: sums, so that devices, microbatches and evaluation batches add up.
+"""The statistics of an MoE layer, as sums, so that devices, microbatches and batches add up.
 
 Letters: T tokens of one device; N their assignments; P parts of the sequence; Z stacked layers, or
-whatever else leads in `balance`.
+in `balance` any leading dimension.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from moe_jax.moe.dispatch import Layout, by_token
 from moe_jax.moe.routing import LayerInputs, Routing
 
-POSITIONS = 8  # P, equal parts of the sequence in which drops are counted apart
+POSITIONS = 8  # P, the equal parts of the sequence whose drops are counted separately
 
 
 class MoeStats(NamedTuple):
@@ -22,15 +22,15 @@ class MoeStats(NamedTuple):
   """
 
   tokens: jax.Array  # int32 [], real tokens
-  sequences: jax.Array  # int32 [], rows with a real token
+  sequences: jax.Array  # int32 [], sequences with a real token
   routed_E: jax.Array  # int32, assignments before capacity
   kept_E: jax.Array  # int32, assignments that an expert computed
-  kept_K: jax.Array  # int32, the same by rank of the choice; one entry for expert choice
+  kept_K: jax.Array  # int32, kept assignments by rank of the choice; one entry for expert choice
   routed_P: jax.Array  # int32, assignments before capacity by part of the sequence
-  kept_P: jax.Array  # int32
+  kept_P: jax.Array  # int32, kept assignments by part of the sequence
   overflow: jax.Array  # int32 [], assignments lost to a full exchange buffer, not to capacity
   prob_E: jax.Array  # float32, router probability; differentiable
-  sequence_balance: jax.Array  # float32 [], the balance loss of each row alone; differentiable
+  sequence_balance: jax.Array  # float32 [], the balance loss of each sequence; differentiable
   importance_E: jax.Array  # float32, gates before capacity; differentiable
   gate_kept: jax.Array  # float32 [], gates of the assignments that an expert computed
   load_E: jax.Array  # float32, noisy_topk's chance to be chosen; differentiable
@@ -39,7 +39,7 @@ class MoeStats(NamedTuple):
 
 
 class Choices(NamedTuple):
-  """What became of each token, whatever the router and dispatcher; for evaluation.
+  """The experts that each token was routed to, and those that computed it; for evaluation.
 
   A stack of layers has a leading Z.
   """
@@ -50,7 +50,13 @@ class Choices(NamedTuple):
 
 
 def zeros(num_layers: int, num_experts: int, choices: int) -> MoeStats:
-  """Of a stack of layers that counted nothing."""
+  """Returns statistics of zero for a stack of layers, each field with a leading Z.
+
+  Args:
+    num_layers: Z.
+    num_experts: E.
+    choices: K, or 0 if tokens differ in their number of assignments.
+  """
   Z, E, K = num_layers, num_experts, max(choices, 1)
   count_Z, sum_Z = jnp.zeros((Z,), jnp.int32), jnp.zeros((Z,))
   count_ZE, sum_ZE = jnp.zeros((Z, E), jnp.int32), jnp.zeros((Z, E))
@@ -65,15 +71,15 @@ def zeros(num_layers: int, num_experts: int, choices: int) -> MoeStats:
 def local_sums(
   inputs: LayerInputs, routing: Routing, kept_N: jax.Array, layout: Layout, *, drops: bool
 ) -> MoeStats:
-  """Counts the tokens of this device.
+  """Returns the sums over the tokens of this device.
 
   Args:
-    inputs: of the router.
-    routing: of all those tokens.
+    inputs: what the router read on this device.
+    routing: the assignments of this device's tokens.
     kept_N: bool, assignments that an expert computed.
     layout: of the dispatch.
-    drops: whether a missing assignment was dropped for want of a slot; if not, a full buffer of
-      the exchange has lost it.
+    drops: whether assignments without an expert were dropped for want of a slot; if False, a full
+      exchange buffer lost them, and they count as overflow.
   """
   B, L, E = inputs.logits_BLE.shape
   real_BL = inputs.real_BL
@@ -120,8 +126,8 @@ def local_sums(
   )
 
 
-def choices(routing: Routing, kept_N: jax.Array, shape: tuple[int, ...]) -> Choices:
-  """Where each token of this device was sent, and whether it was computed there; shape (B, L)."""
+def trace_choices(routing: Routing, kept_N: jax.Array, shape: tuple[int, ...]) -> Choices:
+  """Returns the experts of each token of this device, a batch of `shape` (B, L)."""
   B, L = shape
   E = routing.probs_TE.shape[-1]
   index = (routing.token_N, routing.expert_N)
@@ -135,10 +141,15 @@ def choices(routing: Routing, kept_N: jax.Array, shape: tuple[int, ...]) -> Choi
 
 
 def balance(routed_ZE: jax.Array, prob_ZE: jax.Array, tokens_Z: jax.Array) -> jax.Array:
-  """E * sum_e(f_e * P_e), float32 [Z] (Switch 2101.03961 eq. 4, GShard 2006.16668).
+  """Returns E * sum_e(f_e * P_e), float32 [Z] (Switch 2101.03961 eq. 4, GShard 2006.16668).
 
-  f_e is the share of the assignments, before drops, and carries no gradient; P_e the mean
+  f_e is expert e's share of the assignments before drops and carries no gradient; P_e is its mean
   probability. Uniform f and P give exactly 1 for every E and K; no tokens give 0.
+
+  Args:
+    routed_ZE: int32, assignments of each expert.
+    prob_ZE: float32, sum of each expert's probability over the tokens.
+    tokens_Z: int32, number of tokens.
   """
   routed_Z1 = jnp.maximum(jnp.sum(routed_ZE, axis=-1, keepdims=True), 1).astype(jnp.float32)
   share_ZE = routed_ZE.astype(jnp.float32) / routed_Z1

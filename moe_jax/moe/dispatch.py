@@ -1,12 +1,12 @@
-"""Dispatch: how tokens are laid out in rows for the experts, and how outputs are added up again.
+"""Dispatch: lays out tokens in rows for the experts, and adds up the outputs of each token.
 
 Rows are either C slots for each expert and routing group, where an assignment that finds no free
 slot is dropped, or all assignments sorted by expert, where nothing is dropped. Every dispatcher
-gives the same answer for the assignments that it keeps.
+gives the same result for the assignments that it keeps. All sizes are those of one device.
 
-Letters: T tokens, of all M routing groups; U tokens of one group, T = M * U; N assignments; I those
-of one group, N = M * I; E experts that the rows are for: all of the layer, or those of one device
-after an exchange; Q pairs of an expert and a group; S rows, filled or empty.
+Letters: T tokens, of all M routing groups; U tokens of one group, T = M * U; N assignments; I
+assignments of one group, N = M * I; E experts that the rows are for: all experts of the layer, or
+those of one device after an exchange; Q pairs of an expert and a group; S rows, filled or empty.
 """
 
 import dataclasses
@@ -30,75 +30,100 @@ class Layout(NamedTuple):
   experts: int  # E
   capacity: int  # C, slots of an expert in each group
   slots: bool  # rows are slots; otherwise they are sorted by expert
-  choices: int  # K, or 0 where the number of a token's assignments varies
-  in_token_order: bool  # assignments are those of token 0, then of token 1, ...
+  choices: int  # K, or 0 if tokens differ in their number of assignments
+  in_token_order: bool  # all assignments of token 0 come first, then those of token 1, ...
   exchange_factor: float  # size of the buffers of an exchange, times the balanced load; 0: any load
 
 
 class Slots(NamedTuple):
-  """Which assignment has which row."""
+  """Maps assignments to rows, and rows to assignments."""
 
   slot_N: jax.Array  # int32 row; S, one past the last row, if the assignment is dropped or padding
   assignment_S: jax.Array  # int32 assignment; N, one past the last, in an empty row
   kept_N: jax.Array  # bool, the assignment has a row
 
 
-class Rows(NamedTuple):
+class ExpertRows(NamedTuple):
   """Tokens laid out for the experts."""
 
   x: jax.Array  # [E, R, D], R slots of each expert; or [S, D], sorted by expert, empty rows last
-  sizes_E: jax.Array | None  # int32, rows of each expert where they are sorted; None for slots
+  sizes_E: jax.Array | None  # int32, number of sorted rows of each expert; None if rows are slots
   slots: Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dispatcher:
-  """One way to lay out rows. In `DISPATCHERS` by its name in the config."""
+  """One way to lay out rows; `DISPATCHERS` holds each under its name in the config."""
 
-  pack: Callable[[jax.Array, Assignments, Layout], Rows]  # (x_TD, ...) -> rows
-  combine: Callable[[jax.Array, Assignments, Slots, Layout], jax.Array]  # (y, ...) -> y_TD
-  slots: bool  # rows are slots, as many for every expert; otherwise sorted by expert
+  pack: Callable[[jax.Array, Assignments, Layout], ExpertRows]  # (x_TD, ...) -> rows
+  # (outputs in the shape of ExpertRows.x, ...) -> y_TD
+  combine: Callable[[jax.Array, Assignments, Slots, Layout], jax.Array]
+  slots: bool  # rows are slots, equally many for every expert; otherwise sorted by expert
   drops: bool  # an assignment beyond the capacity of its expert is dropped
 
 
 def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-  """C = ceil(factor * tokens * K / E), at most tokens. Factor 0 gives a slot for every token.
+  """C = ceil(factor * tokens * K / E), at most tokens. Factor inf gives a slot for every token.
 
   `tokens` is the size of a routing group, never of a device's shard: what drops does not depend on
   the mesh.
   """
-  if factor == 0:
+  if factor == math.inf:
     return tokens
   # The small term keeps 1.1 * 10 = 11.000000000000002 from becoming 12.
   return max(1, min(tokens, math.ceil(factor * tokens * top_k / num_experts - 1e-6)))
 
 
+def has_capacity(moe: config_lib.MoE) -> bool:
+  """Whether the capacity factors have a meaning: something drops, or experts choose."""
+  return DISPATCHERS[moe.dispatch].drops or routers.ROUTERS[moe.router].takes_capacity
+
+
+def capacity_factor(moe: config_lib.MoE, *, train: bool) -> float:
+  """The factor in force; inf where nothing can be dropped."""
+  if not has_capacity(moe):
+    return math.inf
+  return moe.capacity_factor if train else moe.eval_capacity_factor
+
+
 def layout_of(moe: config_lib.MoE, shape: tuple[int, ...], *, train: bool) -> Layout:
-  """The layout of one device's tokens, of shape (B, L, ...)."""
+  """Returns the layout of one device's tokens, of shape (B, L, ...)."""
   B, L = shape[:2]
   size = moe.group_size or L
-  factor = moe.capacity_factor if train else moe.eval_capacity_factor
+  factor = capacity_factor(moe, train=train)
   return Layout(
     tokens=B * L,
     groups=B * L // size,
     experts=moe.num_experts,
     capacity=capacity(factor, size, moe.top_k, moe.num_experts),
     slots=DISPATCHERS[moe.dispatch].slots,
-    choices=routers.choices(moe),
+    choices=routers.choices_per_token(moe),
     in_token_order=moe.priority is config_lib.Priority.TOKEN,
     exchange_factor=moe.exchange_factor,
   )
 
 
 def place(assigned: Assignments, layout: Layout) -> tuple[Slots, jax.Array | None]:
-  """(the row of each assignment, int32 rows of each expert [E] or None where rows are slots)."""
+  """Gives each assignment a row.
+
+  Returns:
+    The rows of the assignments, and int32 sizes_E, the number of rows of each expert, which is None
+    if rows are slots.
+  """
   if layout.slots:
     return capacity_slots(assigned, layout.experts, layout.groups, layout.capacity), None
   return sorted_slots(assigned, layout.experts)
 
 
 def capacity_slots(assigned: Assignments, experts: int, groups: int, capacity: int) -> Slots:
-  """Rows [E, M, C]. Each (expert, group) is filled in the order of the group's assignments."""
+  """Gives assignments the slots [E, M, C], C of each expert and group, in order of priority.
+
+  Args:
+    assigned: assignments of one device, group after group.
+    experts: E.
+    groups: M.
+    capacity: C. Assignments beyond it are dropped.
+  """
   N = assigned.token_N.shape[0]
   group_N = jnp.arange(N, dtype=jnp.int32) // (N // groups)
   pair_N = assigned.expert_N * groups + group_N
@@ -113,7 +138,11 @@ def capacity_slots(assigned: Assignments, experts: int, groups: int, capacity: i
 
 
 def sorted_slots(assigned: Assignments, experts: int) -> tuple[Slots, jax.Array]:
-  """(a row for each assignment, sorted by expert, padding last; int32 rows of each expert)."""
+  """Gives each real assignment a row, sorted by expert; empty rows, one for each padding, are last.
+
+  Returns:
+    The rows of the assignments, and int32 sizes_E, the number of rows of each expert.
+  """
   N = assigned.token_N.shape[0]
   order_N, place_N, start_E, end_E = _sort(assigned.expert_N, assigned.real_N, experts)
   filled_S = jnp.arange(N) < end_E[-1]
@@ -128,7 +157,12 @@ def sorted_slots(assigned: Assignments, experts: int) -> tuple[Slots, jax.Array]
 def _sort(
   pair_N: jax.Array, real_N: jax.Array, pairs: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Stable, padding last: (order_N, its inverse, where each pair starts, where it ends)."""
+  """Sorts assignments by their pair of expert and group, stably, with padding last.
+
+  Returns:
+    int32 arrays: order_N, the assignment at each place; its inverse place_N; the first place of
+    each pair; and the place after its last.
+  """
   pair_N = jnp.where(real_N, pair_N, pairs)
   order_N = jnp.argsort(pair_N, stable=True).astype(jnp.int32)
   index_N = jnp.arange(order_N.shape[0], dtype=jnp.int32)
@@ -138,16 +172,16 @@ def _sort(
   return order_N, place_N, bounds[:-1], bounds[1:]
 
 
-def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
-  """Moves each assignment's token to its row by index."""
+def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
+  """Copies each assignment's token to its row by index."""
   slots, sizes_E = place(assigned, layout)
   x_SD = gather_rows(x_TD, assigned, slots, layout)
   x = x_SD.reshape(layout.experts, -1, x_SD.shape[-1]) if layout.slots else x_SD
-  return Rows(x, sizes_E, slots)
+  return ExpertRows(x, sizes_E, slots)
 
 
 def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
-  """x_SD: the token of each row; 0 in an empty row."""
+  """Returns x_SD, the token of each row; 0 in an empty row."""
   token_S = assigned.token_N.at[slots.assignment_S].get(mode="fill", fill_value=layout.tokens)
   if not layout.choices:
     return _rows_or_zero(x_TD, token_S)
@@ -155,7 +189,14 @@ def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: La
 
 
 def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
-  """y_TD: the sum of each token's rows, each times its gate, in float32; 0 where it has none."""
+  """Returns y_TD, the gated sum of each token's rows, in the dtype of y; 0 without a row.
+
+  Args:
+    y: outputs of the experts, in the shape of ExpertRows.x. Products and sums are float32.
+    assigned: the assignments that were packed.
+    slots: the rows of the assignments.
+    layout: the layout that they were packed in.
+  """
   y_SD = y.reshape(-1, y.shape[-1])
   if layout.choices:
     y_TKD = _rows_or_zero(y_SD, by_token(slots.slot_N, assigned, layout))
@@ -168,12 +209,12 @@ def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: La
 
 
 def _rows_or_zero(x_SD: jax.Array, index: jax.Array) -> jax.Array:
-  # An empty row reads as zeros: experts run on it, and their weight gradients must stay finite.
+  # An empty row is zeros: experts compute it too, and their weight gradients must stay finite.
   return x_SD.at[index].get(mode="fill", fill_value=0)
 
 
 def by_token(x_N: jax.Array, assigned: Assignments, layout: Layout) -> jax.Array:
-  """[T, K]: the values of each token's K assignments, whatever their priority."""
+  """Returns x_TK: the values of each token's K assignments, in the order of its choices."""
   if not layout.in_token_order:
     x_N = x_N[jnp.argsort(assigned.token_N, stable=True)]
   return x_N.reshape(-1, layout.choices)
@@ -181,7 +222,7 @@ def by_token(x_N: jax.Array, assigned: Assignments, layout: Layout) -> jax.Array
 
 @jax.custom_vjp
 def _take_rows(x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array) -> jax.Array:
-  """x_TD[token_S]; the gradient is a gather too, where autodiff would add rows in any order."""
+  """Returns x_TD[token_S], with a gather as its gradient: autodiff's scatter has no fixed order."""
   return _rows_or_zero(x_TD, token_S)
 
 
@@ -200,7 +241,7 @@ _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 def _one_hots(assigned: Assignments, slots: Slots, layout: Layout) -> tuple[jax.Array, jax.Array]:
-  """float32 [M, I, U], the token of each assignment; and [M, I, E, C], its expert and slot."""
+  """Returns float32 one-hots: [M, I, U], an assignment's token; [M, I, E, C], its expert, slot."""
   M, E, C = layout.groups, layout.experts, layout.capacity
   U = layout.tokens // M
   from_NU = jax.nn.one_hot(assigned.token_N % U, U, dtype=jnp.float32)
@@ -210,13 +251,13 @@ def _one_hots(assigned: Assignments, slots: Slots, layout: Layout) -> tuple[jax.
   return from_NU.reshape(M, -1, U), to_NEC.reshape(M, -1, E, C)
 
 
-def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
+def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
   slots, sizes_E = place(assigned, layout)
   from_MIU, to_MIEC = _one_hots(assigned, slots, layout)
   mask_EMCU = jnp.einsum("MIEC,MIU->EMCU", to_MIEC, from_MIU).astype(x_TD.dtype)
   x_MUD = x_TD.reshape(layout.groups, -1, x_TD.shape[-1])
   x_EMCD = jnp.einsum("EMCU,MUD->EMCD", mask_EMCU, x_MUD)
-  return Rows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots)
+  return ExpertRows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots)
 
 
 def _einsum_combine(
@@ -230,14 +271,14 @@ def _einsum_combine(
   return y_MUD.reshape(-1, y_ERD.shape[-1]).astype(y_ERD.dtype)
 
 
-def _dense_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Rows:
-  """Every expert gets every token."""
+def _dense_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
+  """Gives every expert every token."""
   x_ETD = jnp.tile(x_TD, (layout.experts, 1)).reshape(layout.experts, *x_TD.shape)
   T, N = layout.tokens, assigned.token_N.shape[0]
   S = layout.experts * T
   slot_N = jnp.where(assigned.real_N, assigned.expert_N * T + assigned.token_N, S)
   assignment_S = jnp.full_like(slot_N, N, shape=(S,)).at[slot_N].set(jnp.arange(N), mode="drop")
-  return Rows(x_ETD, None, Slots(slot_N, assignment_S, assigned.real_N))
+  return ExpertRows(x_ETD, None, Slots(slot_N, assignment_S, assigned.real_N))
 
 
 def _dense_combine(

@@ -1,13 +1,13 @@
-"""Exchanges: how rows reach the devices that hold their experts, and return.
+"""Exchanges: move rows to the devices that hold their experts, and bring the outputs back.
 
-The one file that names collectives. The `expert` axis has X devices; each holds J = E/X of the E
+Only this file names collectives. The `expert` axis has X devices; each holds J = E/X of the E
 experts and its own T tokens with N assignments. The drawings show X = 2 devices, E = 4 experts, so
 J = 2: device 0 holds experts a and b, device 1 holds c and d. `a0` is a row for expert a from
-device 0. Sizes are those of one device. On a mesh shard_map's replication check stays on: every
-statistic is summed over the mesh here.
+device 0. Sizes are those of one device. shard_map's replication check stays on, so every statistic
+must be summed over the mesh.
 
 Letters: T, N, E, X, J as above; W tokens of all X devices, V their assignments; S rows that a
-device sends; R rows that it has room to receive; C slots of an expert, of all its groups.
+device sends; R rows that it has room to receive; C slots of an expert in all routing groups.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from moe_jax import config as config_lib
 from moe_jax.kernels import platform
 from moe_jax.moe import dispatch
-from moe_jax.moe.dispatch import Layout, Rows
+from moe_jax.moe.dispatch import ExpertRows, Layout
 from moe_jax.moe.routing import Assignments
 
 
 class Load(NamedTuple):
-  """What a device packs, and what it adds up when the outputs are back."""
+  """The tokens that a device packs into rows and, when the outputs are back, sums for."""
 
   x_TD: jax.Array
   assignments: Assignments
@@ -34,14 +34,14 @@ class Load(NamedTuple):
 
 
 class Trip(NamedTuple):
-  """Rows on their way."""
+  """The rows of one device before and after they were sent."""
 
-  sent: Rows  # as packed; what found no place on the way has lost its slot
-  received: Rows  # for the J experts of this device
-  plan: Any  # what bring_back must know
+  sent: ExpertRows  # as packed; an assignment that did not fit the buffer has lost its slot
+  received: ExpertRows  # for the J experts of this device
+  plan: Any  # what `bring_back` needs to reverse `send`; each exchange has its own type
 
 
-def _stay(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
+def _stay(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
   return Trip(rows, rows, None)
 
 
@@ -49,7 +49,7 @@ def _stayed(y: jax.Array, trip: Trip) -> jax.Array:
   return y
 
 
-def _what_was_sent(
+def _sums_of_sent_rows(
   y_TD: jax.Array, assigned: Assignments, trip: Trip
 ) -> tuple[jax.Array, jax.Array]:
   return y_TD, trip.sent.slots.kept_N
@@ -57,24 +57,30 @@ def _what_was_sent(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExchangeSpec:
-  """One exchange. By default tokens and rows stay where they are.
+  """The four steps of one exchange. By default tokens and rows stay on their device.
 
   `send` and `bring_back` move rows. `prepare` and `finish` are for an exchange that moves tokens
   instead, or that needs rows in another layout than by expert.
   """
 
-  # (x_TD, assignments, layout) of a device -> what it packs
+  # (x_TD, assignments, layout) of a device -> the tokens that the device packs
   prepare: Callable[[jax.Array, Assignments, Layout], Load] = Load
-  # (packed rows, assignments, layout) -> rows at their experts; arguments as of prepare
-  send: Callable[[Rows, Assignments, Layout], Trip] = _stay
+  # (packed rows, and the assignments and layout that prepare took) -> rows at their experts
+  send: Callable[[ExpertRows, Assignments, Layout], Trip] = _stay
   # (outputs, shaped as received.x) -> outputs, shaped as sent.x
   bring_back: Callable[[jax.Array, Trip], jax.Array] = _stayed
-  # (sums of what prepare gave, assignments) -> (y_TD, bool kept_N) of the device's own tokens
-  finish: Callable[[jax.Array, Assignments, Trip], tuple[jax.Array, jax.Array]] = _what_was_sent
+  # (gated sums for the tokens of prepare, assignments) -> (y_TD, bool kept_N) of the device's own
+  # tokens
+  finish: Callable[[jax.Array, Assignments, Trip], tuple[jax.Array, jax.Array]] = _sums_of_sent_rows
 
 
-def choose(exchange: config_lib.Exchange, *, slots: bool) -> ExchangeSpec:
-  """The exchange on the mesh in force: slots have one, sorted rows that of the config."""
+def exchange_in_force(exchange: config_lib.Exchange, *, slots: bool) -> ExchangeSpec:
+  """Returns the exchange for the mesh in force.
+
+  Args:
+    exchange: the config's choice, which applies to sorted rows.
+    slots: whether rows are slots, for which there is one exchange.
+  """
   if _expert_devices() == 1:
     return STAY
   if slots:
@@ -85,12 +91,12 @@ def choose(exchange: config_lib.Exchange, *, slots: bool) -> ExchangeSpec:
 
 
 def one_device() -> bool:
-  """Whether the mesh in force has one device: there is nothing to exchange and nothing to sum."""
+  """Returns whether the mesh in force has one device, which has nothing to exchange or to sum."""
   return jax.sharding.get_abstract_mesh().size == 1
 
 
 def sum_over(axes: str | tuple[str, ...], x: Any) -> Any:
-  """The sum over the devices of these mesh axes, of every array of a tree."""
+  """Returns the tree `x` with every array summed over the devices of these mesh axes."""
   return x if one_device() else jax.lax.psum(x, axes)
 
 
@@ -98,14 +104,14 @@ def _expert_devices() -> int:
   return jax.sharding.get_abstract_mesh().shape["expert"]
 
 
-def _send_slots(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
-  """As many slots to every device: one all_to_all of fixed size.
+def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
+  """Sends every device equally many slots, in one all_to_all of fixed size.
 
       device 0  [a0 b0 c0 d0]            [a0 a1 b0 b1]
                                all_to_all
       device 1  [a1 b1 c1 d1]            [c0 c1 d0 d1]
 
-  [E, C, D] -> [J, X*C, D]; each of a0, ... is C slots.
+  [E, C, D] -> [J, X*C, D]; each of a0, ... stands for C slots.
   """
   x_JRD = jax.lax.all_to_all(rows.x, "expert", split_axis=0, concat_axis=1, tiled=True)
   return Trip(rows, rows._replace(x=x_JRD), None)
@@ -116,23 +122,24 @@ def _bring_back_slots(y_JRD: jax.Array, trip: Trip) -> jax.Array:
 
 
 def _all_tokens(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
-  """All tokens to every device, which packs the assignments of its own experts; sums back.
+  """Gathers all tokens on every device, which packs only the assignments to its own experts.
 
       device 0  tokens 0             tokens 0 1 -> [a0 a1 b0 b1] -> sums 0 1                 sums 0
                          all_gather                                          reduce-scatter
       device 1  tokens 1             tokens 0 1 -> [c0 c1 d0 d1] -> sums 0 1                 sums 1
 
-  [T, D] and [N] -> [X*T, D] and [X*N]; X*N rows are packed, those of other devices' experts empty.
+  [T, D] and [N] -> [X*T, D] and [X*N]; X*N rows are packed, empty for other devices' experts.
+  `_own_sums` is the reduce-scatter.
   """
   X, here = _expert_devices(), jax.lax.axis_index("expert")
   own_experts = layout.experts // X
   with jax.named_scope("exchange"):
-    sent = assigned._replace(token_N=assigned.token_N + here * layout.tokens)
-    x_WD, gathered = jax.lax.all_gather((x_TD, sent), "expert", tiled=True)
+    renumbered = assigned._replace(token_N=assigned.token_N + here * layout.tokens)
+    x_WD, gathered = jax.lax.all_gather((x_TD, renumbered), "expert", tiled=True)
   expert_V = gathered.expert_N - here * own_experts
-  mine_V = gathered.real_N & (expert_V >= 0) & (expert_V < own_experts)
+  own_V = gathered.real_N & (expert_V >= 0) & (expert_V < own_experts)
   own_layout = layout._replace(tokens=X * layout.tokens, experts=own_experts)
-  return Load(x_WD, gathered._replace(expert_N=expert_V, real_N=mine_V), own_layout)
+  return Load(x_WD, gathered._replace(expert_N=expert_V, real_N=own_V), own_layout)
 
 
 def _own_sums(y_WD: jax.Array, assigned: Assignments, trip: Trip) -> tuple[jax.Array, jax.Array]:
@@ -142,7 +149,10 @@ def _own_sums(y_WD: jax.Array, assigned: Assignments, trip: Trip) -> tuple[jax.A
 
 
 def _by_device(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
-  """Packs a buffer of slots for each device in place of rows for each expert."""
+  """Prepares assignments so that they are packed by destination device, not by expert.
+
+  Each device gets a buffer of equally many slots.
+  """
   X, N = _expert_devices(), assigned.token_N.shape[0]
   device_N = assigned.expert_N // (layout.experts // X)
   slots = _buffer_rows(layout.exchange_factor, N / X, N)
@@ -150,15 +160,15 @@ def _by_device(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
   return Load(x_TD, assigned._replace(expert_N=device_N), buffers)
 
 
-def _send_buffers(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
-  """A buffer of fixed size to every device; what overflows it is lost, and counted.
+def _send_buffers(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
+  """Sends every device a buffer of fixed size; rows that do not fit it are lost and counted.
 
       device 0  [a0 b0 a0 .][d0 . . .]            [a0 b0 a0 .][b1 . . .]
                                        all_to_all
       device 1  [b1 . . .][c1 d1 c1 d1]           [d0 . . .][c1 d1 c1 d1]
 
   [X, S/X, D] -> [X, S/X, D]; then sorted by expert. A buffer has S/X = exchange_factor * N/X rows,
-  or N where the factor is 0. The expert of each row travels with it.
+  or N where the factor is 0. Each row's expert is sent with the row.
   """
   own_experts = layout.experts // _expert_devices()
   expert_N = assigned.expert_N % own_experts
@@ -175,10 +185,11 @@ def _bring_back_buffers(y_RD: jax.Array, trip: Trip) -> jax.Array:
 
 def _sort_received(
   x_RD: jax.Array, expert_R: jax.Array, own_experts: int
-) -> tuple[Rows, tuple[Assignments, Layout]]:
-  """Sorts received rows by this device's experts: (rows, what `_unsort` needs).
+) -> tuple[ExpertRows, tuple[Assignments, Layout]]:
+  """Sorts received rows by this device's experts; an expert of -1 marks an empty row.
 
-  An expert of -1 marks an empty row.
+  Returns:
+    The sorted rows, and the assignments and layout that `_unsort` needs.
   """
   R = x_RD.shape[0]
   arrived = Assignments(
@@ -194,42 +205,42 @@ def _sort_received(
   return dispatch.gather_pack(x_RD, arrived, layout), (arrived, layout)
 
 
-def _unsort(y_RD: jax.Array, received: Rows, order: tuple[Assignments, Layout]) -> jax.Array:
+def _unsort(y_RD: jax.Array, received: ExpertRows, order: tuple[Assignments, Layout]) -> jax.Array:
   arrived, layout = order
   return dispatch.gather_combine(y_RD, arrived, received.slots, layout)
 
 
 def _buffer_rows(factor: float, fair: float, most: int) -> int:
-  """`factor` times the fair share, at least 1 and at most `most`; factor 0 is `most`."""
+  """Returns `factor` times the fair share, at least 1 and at most `most`; factor 0 means `most`."""
   return min(most, max(1, math.ceil(factor * fair - 1e-6))) if factor else most
 
 
 class RaggedPlan(NamedTuple):
   """One device's part in the exchange of rows sorted by expert."""
 
-  send_start_X: jax.Array  # int32, where the rows for each device begin here
-  send_X: jax.Array  # int32, how many of them fit there
-  at_receiver_X: jax.Array  # int32, where they arrive there
-  receive_start_X: jax.Array  # int32, where the rows of each device arrive here
-  receive_X: jax.Array  # int32, how many of them fit here
-  at_sender_X: jax.Array  # int32, where they had begun there
+  send_start_X: jax.Array  # int32, first row for each device, in this device's rows
+  send_X: jax.Array  # int32, number of rows sent to each device: those that fit its buffer
+  at_receiver_X: jax.Array  # int32, first place of these rows in each receiver's buffer
+  receive_start_X: jax.Array  # int32, first place of each sender's rows in this device's buffer
+  receive_X: jax.Array  # int32, number of rows received from each device
+  at_sender_X: jax.Array  # int32, first of these rows among each sender's rows
   expert_R: jax.Array  # int32, the local expert of each row received; -1 past the last
 
 
 def ragged_plan(counts_XXJ: jax.Array, here: jax.Array | int, rows: int) -> RaggedPlan:
-  """Who sends what where.
+  """Computes which rows each device sends to each other one, and where they arrive.
 
   Args:
-    counts_XXJ: int32 rows from each source to each destination's own experts.
+    counts_XXJ: int32, number of rows from each source device to each expert of each destination.
     here: this device's index on the axis.
-    rows: R, size of every device's buffer; what does not fit is not sent.
+    rows: R, size of every device's buffer; rows that do not fit are not sent.
   """
   sizes_XX = jnp.sum(counts_XXJ, axis=2)
   source_start_XX = jnp.cumsum(sizes_XX, axis=1) - sizes_XX
   arrive_XX = jnp.cumsum(sizes_XX, axis=0) - sizes_XX
   fits_XX = jnp.clip(rows - arrive_XX, 0, sizes_XX)
   arrive_XX = jnp.minimum(arrive_XX, rows)
-  # Rows arrive by source, and from each source by expert.
+  # Rows arrive ordered by source, and those of one source by expert.
   row_R = jnp.arange(rows)
   ends = jnp.cumsum(counts_XXJ[:, here].reshape(-1))
   expert_R = jnp.searchsorted(ends, row_R, side="right") % counts_XXJ.shape[2]
@@ -244,8 +255,8 @@ def ragged_plan(counts_XXJ: jax.Array, here: jax.Array | int, rows: int) -> Ragg
   )
 
 
-def _send_ragged(rows: Rows, assigned: Assignments, layout: Layout) -> Trip:
-  """Only routed rows travel, into a buffer of fixed size; what overflows it is lost, and counted.
+def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
+  """Sends only filled rows, into a buffer of fixed size; rows that do not fit are lost and counted.
 
       device 0  [a0 a0 b0 d0]                     [a0 a0 b0 b1 . . .]
                                ragged_all_to_all

@@ -1,12 +1,12 @@
 """The Mixture-of-Experts layer: the algorithm, its entry on a mesh, and the parameters.
 
 Letters: T tokens of one device, all its routing groups together; N their assignments; E all experts
-of the layer, except in their weights on a device, where it is those that the device holds. Others
-as in sharding.py.
+of the layer, except in the expert weights on a device, where E counts the experts that the device
+holds. sharding.py lists the others.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,12 @@ def moe_on_device(
   train: bool,
   trace: bool,
 ) -> "MoEOutput":
-  """The algorithm, on the tokens and the experts of one device. Arguments as of `on_mesh`."""
+  """Runs the algorithm on the tokens and the experts of one device.
+
+  The arguments are those of `on_mesh`, in the sizes of one device.
+  """
   dispatcher = dispatch.DISPATCHERS[moe.dispatch]
-  mover = exchange.choose(moe.exchange, slots=dispatcher.slots)
+  mover = exchange.exchange_in_force(moe.exchange, slots=dispatcher.slots)
   layout = dispatch.layout_of(moe, x_BLD.shape, train=train)
   with jax.named_scope("route"):  # 1. Who goes where, in order of priority.
     routing = routers.route(inputs, moe, layout.groups, capacity=layout.capacity, train=train)
@@ -49,22 +52,27 @@ def moe_on_device(
   with jax.named_scope("combine"):  # 6. Rows to tokens: the sum of a token's gated outputs.
     y_TD = dispatcher.combine(returned, load.assignments, trip.sent.slots, load.layout)
     y_TD, kept_N = mover.finish(y_TD, routing.assignments, trip)
-    # Each device of `tensor` holds a part of F, so a partial sum. Tokens are fewer than rows.
+    # Each device of `tensor` holds a part of F, so its y_TD is a partial sum. It is summed here and
+    # not before combining, because there are fewer tokens than rows.
     y_TD = exchange.sum_over("tensor", y_TD)
   with jax.named_scope("statistics"):
     stats = counts.local_sums(inputs, routing, kept_N, layout, drops=dispatcher.drops)
     stats = exchange.sum_over(sharding.BATCH_AXES, stats)
-  choices = counts.choices(routing, kept_N, inputs.real_BL.shape) if trace else None
+  choices = counts.trace_choices(routing, kept_N, inputs.real_BL.shape) if trace else None
   return MoEOutput(y_TD.reshape(x_BLD.shape), stats, choices)
 
 
 class MoEOutput(NamedTuple):
+  """What the layer returns: of one device from `moe_on_device`, of the whole mesh otherwise."""
+
   y_BLD: jax.Array  # compute dtype; 0 at padding and at tokens that lost all their assignments
-  stats: MoeStats  # of the whole mesh
-  choices: Choices | None  # of each token, where a trace is asked for
+  stats: MoeStats  # summed over the whole mesh
+  choices: Choices | None  # the experts of each token; None unless `trace` is set
 
 
 class MoEWeights(NamedTuple):
+  """The weights of one layer, of the whole mesh."""
+
   router: dict[str, jax.Array]  # float32 by name: router_DE, and the parameters of the RouterSpec
   bias_E: jax.Array  # float32, added to the scores for the selection; zeros without balancing
   experts: ExpertWeights  # compute dtype
@@ -84,14 +92,14 @@ def moe_layer(
   """Routes tokens to experts and adds up the experts' outputs, on the mesh in force.
 
   Args:
-    x_BLD: compute dtype, of the whole mesh.
-    real_BL: bool, False at padding, which is routed and counted nowhere.
+    x_BLD: tokens of the whole mesh, compute dtype.
+    real_BL: bool, False at padding, which is neither routed nor counted.
     ids_BL: int32 token ids, for routers that read them.
-    weights: of the router and the experts.
+    weights: the weights of the router and the experts.
     moe: the configuration of the layer.
-    key: for jitter and noise.
-    train: selects the capacity factor, jitter, and what the router does in training.
-    trace: also return the choices of each token.
+    key: the random key of jitter and noise.
+    train: whether to use the training capacity factor, jitter, and the router's training function.
+    trace: whether to return the experts of each token too.
   """
   with jax.named_scope("router"):
     inputs = router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, train=train)
@@ -109,27 +117,28 @@ def on_mesh(
 ) -> MoEOutput:
   """Runs `moe_on_device` on every device of the mesh in force, on its part of the arguments.
 
-  On one device there is nothing to exchange and nothing to sum, so it is called without shard_map.
+  A single device has nothing to exchange or to sum, so it calls `moe_on_device` without shard_map.
 
   Args:
-    x_BLD: tokens, compute dtype; sequences are split over the batch axes.
-    inputs: of the router, split likewise.
-    experts: split over `expert` and `tensor`. A part on `fsdp` is gathered on entry.
-    moe: router, dispatcher, capacity, group size and exchange.
-    train: selects the capacity factor, and what the router does in training.
-    trace: also return the choices of each token.
+    x_BLD: tokens of the whole mesh, compute dtype; sequences are split over the batch axes.
+    inputs: what the router reads, split over the batch axes too.
+    experts: split over `expert` and `tensor`; weights split over `fsdp` are gathered on entry.
+    moe: the configuration of the layer.
+    train: whether to use the training capacity factor and the router's training function.
+    trace: whether to return the experts of each token too.
   """
   local = functools.partial(moe_on_device, moe=moe, train=train, trace=trace)
   if exchange.one_device():
     return local(x_BLD, inputs, experts)
-  everywhere, batch = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+  # Any, because the trees of specs have the types of the arrays that the specs are for.
+  everywhere: Any = jax.sharding.PartitionSpec()
+  batch: Any = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=everywhere)
-  # Trees of specs, shaped as the arguments and the results are.
-  of_experts = Experts._make(map(sharding.spec, ("EDF", "EDF", "EFD")))
+  expert_specs: Any = {name: sharding.spec(name.split("_")[1]) for name in Experts._fields}
   return jax.shard_map(
     local,
-    in_specs=(batch, per_token, of_experts),
-    out_specs=MoEOutput._make((batch, everywhere, batch)),
+    in_specs=(batch, per_token, Experts(**expert_specs)),
+    out_specs=MoEOutput(y_BLD=batch, stats=everywhere, choices=batch),
   )(x_BLD, inputs, experts)
 
 
@@ -143,9 +152,10 @@ def router_inputs(
   *,
   train: bool,
 ) -> LayerInputs:
-  """What the router reads: logits in router_dtype (Switch 2101.03961 section 2.4), and noise.
+  """Computes what the router reads: logits in router_dtype (Switch 2101.03961 section 2.4), noise.
 
-  Jitter and noise are drawn for the tokens of the whole mesh, so they do not depend on the mesh.
+  The arguments are those of `moe_layer`. Jitter and noise are drawn for all tokens of the mesh at
+  once, so they do not depend on how many devices the mesh has.
   """
   spec = routers.ROUTERS[moe.router]
   jitter_key, noise_key = jax.random.split(key)
@@ -164,12 +174,20 @@ def router_inputs(
     noise_BLE = _by_batch(spec.noise(noise_key, logits_BLE.shape))
   if spec.extra is not None and spec.runs_own(train=train):
     extra = spec.extra(x_BLD, weights.router, project)
-  return LayerInputs(logits_BLE, real_BL, ids_BL, weights.bias_E, noise_BLE, extra)
+  return LayerInputs(
+    logits_BLE=logits_BLE,
+    real_BL=real_BL,
+    ids_BL=ids_BL,
+    bias_E=weights.bias_E,
+    noise_BLE=noise_BLE,
+    extra=extra,
+  )
 
 
 def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: config_lib.MoE) -> jax.Array:
-  """float32 [B, L, E], computed in router_dtype."""
-  # "highest": an accelerator's default rounds float32 operands, and near ties change experts.
+  """Returns the product of x_BLD and w_DE, computed in router_dtype, as float32 [B, L, E]."""
+  # precision="highest", because an accelerator rounds float32 operands by default, and rounding
+  # changes which expert wins a near tie.
   x_BLD, w_DE = (a.astype(moe.router_dtype.value) for a in (x_BLD, w_DE))
   logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD, w_DE, precision="highest")
   return _by_batch(logits_BLE.astype(jnp.float32))
@@ -181,7 +199,7 @@ def _by_batch(x_BLE: jax.Array) -> jax.Array:
 
 
 class MoELayer(nnx.Module):
-  """The parameters of a router and of E experts, and the layer on them."""
+  """The parameters of a router and of E experts, and the MoE layer computed with them."""
 
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
     moe = model.moe
@@ -198,17 +216,21 @@ class MoELayer(nnx.Module):
       setattr(self, parameter.name, nnx.Param(parameter.initial(rngs, {"D": D, "E": E})))
 
   def weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> MoEWeights:
-    """The weights as `moe_layer` takes them: of the experts in `dtype`, of the router in float32.
+    """Returns the weights for `moe_layer`: experts in `dtype`, the router in float32.
 
     Args:
       dtype: the compute dtype.
-      bias_E: float32 balancing bias, which training keeps beside the parameters.
+      bias_E: float32 balancing bias, which the train state holds beside the parameters.
     """
-    experts = Experts(*(w[...].astype(dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)))
+    experts = Experts(
+      gate_EDF=self.gate_EDF[...].astype(dtype),
+      up_EDF=self.up_EDF[...].astype(dtype),
+      down_EFD=self.down_EFD[...].astype(dtype),
+    )
     return MoEWeights(self.router(), bias_E, experts)
 
   def router(self) -> dict[str, jax.Array]:
-    """The parameters of the router by name, float32."""
+    """Returns the float32 parameters of the router by name."""
     parameters = (routers.ROUTER_DE, *routers.ROUTERS[self.moe.router].parameters)
     return {p.name: getattr(self, p.name)[...] for p in parameters}
 
@@ -223,6 +245,6 @@ class MoELayer(nnx.Module):
     train: bool,
     trace: bool = False,
   ) -> MoEOutput:
-    """`moe_layer` with these parameters."""
+    """Calls `moe_layer` with these parameters."""
     weights = self.weights(self.dtype, bias_E)
     return moe_layer(x_BLD, real_BL, ids_BL, weights, self.moe, key, train=train, trace=trace)

@@ -1,8 +1,8 @@
 """Routers: pure functions from the logits of one routing group to a flat list of assignments.
 
-A router knows nothing of devices or state: noise, balancing bias and token ids are arguments. All
-that is known about a router stands in one record of `ROUTERS`; validation, the layer, the
-optimizer, the sharding, the metrics and docs/routing.md read it.
+A router knows nothing of devices or state: noise, balancing bias and token ids are arguments. Each
+router is declared by one record of `ROUTERS`; validation, the layer, the optimizer, the sharding,
+the metrics and docs/routing.md read that record.
 
 Letters: T tokens of one routing group; N assignments.
 """
@@ -21,14 +21,18 @@ from moe_jax.moe.routing import LayerInputs, Project, RouterInputs, RouterSpec, 
 
 
 def route(inputs: LayerInputs, moe: MoE, groups: int, *, capacity: int, train: bool) -> Routing:
-  """One routing of all tokens of this device; routing groups do not see each other."""
+  """Routes all tokens of this device, each of its `groups` routing groups by itself.
+
+  `capacity` is that of an expert in one group; only expert choice reads it. The result holds the
+  assignments group after group; token_N counts the tokens of the whole device.
+  """
   spec = ROUTERS[moe.router]
   function = spec.function if train or spec.evaluation is None else spec.evaluation
   if spec.takes_capacity:
     function = functools.partial(function, capacity=capacity)
 
   def split(array: jax.Array) -> jax.Array:
-    return array.reshape(groups, -1, *array.shape[2:])
+    return array.reshape(groups, -1, *array.shape[2:])  # [B, L, ...] -> [M, T, ...]
 
   def route_group(
     first_token: jax.Array,
@@ -49,7 +53,7 @@ def route(inputs: LayerInputs, moe: MoE, groups: int, *, capacity: int, train: b
 
 
 def topk(inputs: RouterInputs, moe: MoE) -> Routing:
-  """The k experts of the highest score (GShard 2006.16668, Mixtral 2401.04088, DeepSeek-V3).
+  """Chooses the k experts of the highest score (GShard 2006.16668, Mixtral 2401.04088).
 
   Renormalised softmax gates equal Mixtral's softmax over the k chosen logits. The loss-free bias
   (2408.15664) and the limit to `top_groups` (DeepSeek-V3 2412.19437 section 2.1.2) change which
@@ -62,8 +66,8 @@ def topk(inputs: RouterInputs, moe: MoE) -> Routing:
 
 
 def switch(inputs: RouterInputs, moe: MoE) -> Routing:
-  """The most probable expert; the gate is its probability (Switch 2101.03961 eq. 2). Causal."""
-  assert moe.top_k == 1 and not moe.renormalize
+  """Chooses the most probable expert; its probability is the gate (Switch 2101.03961 eq. 2)."""
+  assert moe.top_k == 1
   return topk(inputs, moe)
 
 
@@ -76,21 +80,23 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 def _normal_cdf_jvp(
   primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  # By hand: jax 0.12's own derivative of erf does not pass shard_map's check of what varies.
+  # By hand, because shard_map's replication check rejects the derivative of erf in jax 0.12.
   (x,), (dx,) = primals, tangents
   return _normal_cdf(x), jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi) * dx
 
 
 def noisy_topk(inputs: RouterInputs, moe: MoE) -> Routing:
-  """Top-k of logits with learned noise in training (Shazeer et al. 1701.06538 eq. 3-5). Causal.
+  """Chooses the top k of noisy logits in training (Shazeer et al. 1701.06538 eq. 3-5). Causal.
 
-  load_TE is the chance that an expert would be chosen if its own noise were drawn again (eq. 8-9).
+  The scale of the noise is learned. load_TE is the chance that an expert would be chosen if its own
+  noise were drawn again (eq. 8-9).
   """
   assert inputs.noise_TE is not None
   scale_TE = inputs.extra["noise_scale"]
   noisy_TE = inputs.logits_TE + inputs.noise_TE * scale_TE
   best_TK, expert_TK = jax.lax.top_k(noisy_TE, moe.top_k + 1)
-  # Without its own entry, an expert of the k competes with the (k+1)-th, any other with the k-th.
+  # A chosen expert stays chosen while its logit exceeds the (k+1)-th; any other expert would be
+  # chosen if its logit exceeded the k-th.
   last_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
   threshold_TE = jnp.where(noisy_TE >= last_T1, next_T1, last_T1)
   distance_TE = (inputs.logits_TE - threshold_TE) / scale_TE
@@ -99,10 +105,10 @@ def noisy_topk(inputs: RouterInputs, moe: MoE) -> Routing:
 
 
 def expert_choice(inputs: RouterInputs, moe: MoE, *, capacity: int) -> Routing:
-  """Each expert takes its `capacity` best tokens of the group (Zhou et al. 2202.09368).
+  """Gives each expert its `capacity` best tokens of the group (Zhou et al. 2202.09368).
 
-  Balanced by construction. Not causal: a later token can push an earlier one out of an expert, so
-  the loss of a language model looks better than it is.
+  The load is balanced by construction. The router is not causal: a later token can push an earlier
+  one out of an expert, so the loss of a language model looks better than it is.
   """
   probs_TE = _scores(inputs.logits_TE, moe)
   candidate_ET = jnp.where(inputs.real_T[:, None], jax.lax.stop_gradient(probs_TE), -1).T
@@ -120,10 +126,11 @@ def expert_choice(inputs: RouterInputs, moe: MoE, *, capacity: int) -> Routing:
 
 
 def sinkhorn(inputs: RouterInputs, moe: MoE) -> Routing:
-  """Top-k of a balanced transport plan (S-BASE, Clark et al. 2202.01169; BASE 2103.16716).
+  """Chooses the top k of a balanced transport plan (S-BASE, Clark et al. 2202.01169; 2103.16716).
 
-  The plan sums to 1 over each token and to T/E over each expert. It looks at the whole group, so
-  training is not causal; evaluation takes the plain top-k. Gates are the softmax of the logits.
+  The plan, token by expert, sums to 1 for each token and to T/E for each expert. It depends on all
+  tokens of the group, so training is not causal; evaluation uses `topk`. Gates are the softmax of
+  the logits.
   """
   probs_TE = _scores(inputs.logits_TE, moe)
   real_T1 = inputs.real_T[:, None]
@@ -135,16 +142,16 @@ def sinkhorn(inputs: RouterInputs, moe: MoE) -> Routing:
     plan_TE = plan_TE - jnp.where(jnp.isfinite(column_1E), column_1E, 0) + log_share
     return plan_TE - jax.nn.logsumexp(plan_TE, axis=1, keepdims=True)
 
-  # 16 rounds bring learned routing's column sums within some per cent of each other.
+  # After 16 rounds the experts' sums of a trained router's plan differ by some per cent.
   plan_TE = jax.lax.fori_loop(0, 16, balance, jax.lax.stop_gradient(inputs.logits_TE))
   return token_choice(inputs, probs_TE, jax.lax.top_k(plan_TE, moe.top_k)[1], moe)
 
 
 def hash_ids(inputs: RouterInputs, moe: MoE) -> Routing:
-  """The expert is a fixed function of the token's id (Hash Layers, Roller et al. 2106.04426).
+  """Hashes each token's id to one expert (Hash Layers, Roller et al. 2106.04426).
 
-  The paper has no gate; here it is the learned probability of that expert, so that the router has a
-  gradient. Causal; balanced as the ids are.
+  The paper has no gate; here the gate is the learned probability of that expert, so that the router
+  has a gradient. Causal. The load is as balanced as the frequencies of the ids.
   """
   mixed_T = inputs.ids_T.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)  # Knuth's multiplicative hash
   mixed_T = (mixed_T ^ (mixed_T >> 15)) * jnp.uint32(0x85EBCA77)
@@ -153,10 +160,10 @@ def hash_ids(inputs: RouterInputs, moe: MoE) -> Routing:
   return token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
-def random(inputs: RouterInputs, moe: MoE) -> Routing:
-  """k experts drawn uniformly: the baseline that any learned router has to beat. Causal.
+def uniform_random(inputs: RouterInputs, moe: MoE) -> Routing:
+  """Draws k experts uniformly: the baseline that any learned router has to beat. Causal.
 
-  Gates are the learned probabilities of the drawn experts. Evaluation repeats its draw.
+  Gates are the learned probabilities of the drawn experts. Every evaluation draws the same experts.
   """
   assert inputs.noise_TE is not None
   expert_TK = jax.lax.top_k(inputs.noise_TE, moe.top_k)[1]
@@ -169,7 +176,7 @@ def _scores(logits_TE: jax.Array, moe: MoE) -> jax.Array:
 
 
 def _limit_groups(choice_TE: jax.Array, moe: MoE) -> jax.Array:
-  """-inf outside the `top_groups` groups whose two best experts have the highest sum."""
+  """Sets scores to -inf outside the `top_groups` groups whose best two scores sum highest."""
   if moe.top_groups == moe.expert_groups:
     return choice_TE
   T, E = choice_TE.shape
@@ -183,13 +190,13 @@ def _limit_groups(choice_TE: jax.Array, moe: MoE) -> jax.Array:
 def token_choice(
   inputs: RouterInputs, score_TE: jax.Array, expert_TK: jax.Array, moe: MoE
 ) -> Routing:
-  """The Routing of tokens that have chosen: gates from the scores, and the order of priority."""
+  """Builds the Routing of tokens that chose expert_TK: gates from scores, order from priority."""
   T, K = expert_TK.shape
   gate_TK = jnp.take_along_axis(score_TE, expert_TK, axis=1)
   rank_T = jnp.arange(T)
   if moe.priority is Priority.SCORE:  # Batch Prioritized Routing, V-MoE 2106.05974 section 3.3
     rank_T = jnp.argsort(-jnp.max(gate_TK, axis=1), stable=True)
-  if moe.renormalize:
+  if moe.renormalizes:
     gate_TK = gate_TK / (jnp.sum(gate_TK, axis=1, keepdims=True) + 1e-20)
 
   def flat(x_TK: jax.Array) -> jax.Array:
@@ -208,7 +215,7 @@ def token_choice(
 
 
 def router_matrix(name: str, scale: float) -> sharding.Parameter:
-  """A [D, E] matrix of a router: small, and every token needs all of it."""
+  """Declares a [D, E] matrix of a router, replicated because it is small and all tokens need it."""
 
   def initial(rngs: nnx.Rngs, sizes: Mapping[str, int]) -> jax.Array:
     shape = (sizes["D"], sizes["E"])
@@ -228,22 +235,19 @@ def _noise_scale(
   return {"noise_scale": jax.nn.softplus(project(x_BLD, parameters["noise_DE"])) + 1e-2}
 
 
-# Why, and what to do about it.
-_SWITCH = "Switch routing is top_k=1 with renormalize=false"
-_ONE_ID = "a token id hashes to one expert; set top_k=1 and renormalize=false"
-_ALL_CHOSEN = "with every expert chosen there is nothing for the noise to choose; lower top_k"
+# Reasons and remedies of the rules below.
+_SWITCH = "Switch routing is top_k=1"
+_ONE_ID = "a token id hashes to one expert; set top_k=1"
+_ALL_CHOSEN = "every expert is chosen, so the noise cannot change the choice; lower top_k"
 _NO_OTHER_GATES = "experts choose, so a token does not know its other gates; set renormalize=false"
-_NO_TOKENS = "an expert takes capacity_factor*T*K/E tokens: set it above 0"
+_NO_LIMIT = "an expert takes capacity_factor*T*K/E tokens; set a finite number, such as 1"
 _NO_DROPS = "an expert drops none of the tokens that it chose; leave priority=token"
 
 ROUTERS = {
   Router.SWITCH: RouterSpec(
     function=switch,
     takes_bias=True,
-    rules=(
-      Rule("top_k", lambda moe: moe.top_k == 1, _SWITCH),
-      Rule("renormalize", lambda moe: not moe.renormalize, _SWITCH),
-    ),
+    rules=(Rule("top_k", lambda moe: moe.top_k == 1, _SWITCH),),
     papers=("2101.03961",),
     doc="The most probable expert; its probability is the gate.",
   ),
@@ -260,7 +264,7 @@ ROUTERS = {
     function=noisy_topk,
     evaluation=topk,
     noise=jax.random.normal,
-    parameters=(router_matrix("noise_DE", 0.0),),  # softplus(0): as in the paper's appendix A
+    parameters=(router_matrix("noise_DE", 0.0),),  # initial zeros, as in the paper's appendix A
     extra=_noise_scale,
     has_load=True,
     rules=(Rule("top_k", lambda moe: moe.top_k < moe.num_experts, _ALL_CHOSEN),),
@@ -275,9 +279,9 @@ ROUTERS = {
     looks_ahead="an expert compares all tokens of a group",
     load_is_learned=False,
     rules=(
-      Rule("renormalize", lambda moe: not moe.renormalize, _NO_OTHER_GATES),
-      Rule("capacity_factor", lambda moe: moe.capacity_factor > 0, _NO_TOKENS),
-      Rule("eval_capacity_factor", lambda moe: moe.eval_capacity_factor > 0, _NO_TOKENS),
+      Rule("renormalize", lambda moe: not moe.renormalizes, _NO_OTHER_GATES),
+      Rule("capacity_factor", lambda moe: moe.capacity_factor < math.inf, _NO_LIMIT),
+      Rule("eval_capacity_factor", lambda moe: moe.eval_capacity_factor < math.inf, _NO_LIMIT),
       Rule("priority", lambda moe: moe.priority is Priority.TOKEN, _NO_DROPS),
     ),
     papers=("2202.09368",),
@@ -298,7 +302,7 @@ ROUTERS = {
     doc="A fixed function of the token's id; as balanced as the ids are.",
   ),
   Router.RANDOM: RouterSpec(
-    function=random,
+    function=uniform_random,
     noise=jax.random.uniform,
     noise_in_evaluation=True,
     load_is_learned=False,
@@ -308,6 +312,6 @@ ROUTERS = {
 }
 
 
-def choices(moe: MoE) -> int:
-  """Assignments of each token: K, or 0 where it varies from token to token."""
+def choices_per_token(moe: MoE) -> int:
+  """Returns the number of assignments of each token: K, or 0 if it varies from token to token."""
   return moe.top_k if ROUTERS[moe.router].fixed_choices else 0

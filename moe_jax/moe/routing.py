@@ -1,7 +1,7 @@
-"""What a router gets, what it returns, and the record of all that is known about one.
+"""The inputs of a router, its result, and the record that declares a router.
 
-Letters: T tokens of one routing group, except in `Routing`, where they may be those of a device;
-N assignments.
+Letters: T tokens of one routing group, or, in the `Routing` that `routers.route` returns, of one
+device; N assignments.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from moe_jax.config import MoE, Score
 
 
 class LayerInputs(NamedTuple):
-  """What the router of a layer reads."""
+  """What the router of a layer reads for a whole batch."""
 
   logits_BLE: jax.Array  # float32
   real_BL: jax.Array  # bool, False at padding
   ids_BL: jax.Array  # int32 token ids
-  bias_E: jax.Array  # float32 balancing bias: for the selection, not for gates
-  noise_BLE: jax.Array | None = None  # float32, as RouterSpec.noise draws it
-  # [B, L, ...], as RouterSpec.extra computes it
+  bias_E: jax.Array  # float32 balancing bias, added for the selection and not for the gates
+  noise_BLE: jax.Array | None = None  # float32, drawn by RouterSpec.noise
+  # arrays [B, L, ...] that RouterSpec.extra computes
   extra: dict[str, jax.Array] = {}  # noqa: RUF012 (nobody writes to it)
 
 
 class RouterInputs(NamedTuple):
-  """The same of one routing group: what a router function reads."""
+  """The LayerInputs of one routing group, which a router function reads."""
 
   logits_TE: jax.Array
   real_T: jax.Array
@@ -47,26 +47,29 @@ class Assignments(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """What a router returns: assignments, and what losses and statistics need of each token."""
+  """What a router returns: assignments, and each token's numbers for losses and statistics."""
 
   token_N: jax.Array
   expert_N: jax.Array
   gate_N: jax.Array
   real_N: jax.Array
   probs_TE: jax.Array  # float32, each token's distribution over experts
-  load_TE: jax.Array  # float32, differentiable chance to be chosen; 0 where a router has none
+  load_TE: jax.Array  # float32, differentiable chance to be chosen; 0 if the router defines none
 
   @property
   def assignments(self) -> Assignments:
-    return Assignments(self.token_N, self.expert_N, self.gate_N, self.real_N)
+    """The assignments without the numbers of each token."""
+    return Assignments(
+      token_N=self.token_N, expert_N=self.expert_N, gate_N=self.gate_N, real_N=self.real_N
+    )
 
 
 class Rule(NamedTuple):
-  """What a router asks of another field of config.MoE."""
+  """A condition that a router puts on another field of config.MoE."""
 
   field: str
   holds: Callable[[MoE], bool]
-  why: str  # and what to do about it
+  why: str  # the reason and the remedy, for the error message
 
 
 Project = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BLD, w_DE) -> float32 [B, L, E]
@@ -74,30 +77,33 @@ Project = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BLD, w_DE) -> float3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSpec:
-  """All that is known about a router. `noise` and `extra` are for `function` alone."""
+  """Declares a router to the layer, validation, the optimizer, the metrics and the docs.
+
+  `noise` and `extra` are computed only where `function` runs, not for `evaluation`.
+  """
 
   # (RouterInputs, MoE) -> Routing of one group; with takes_capacity also capacity=C
   function: Callable[..., Routing]
-  evaluation: Callable[..., Routing] | None = None  # in evaluation; None: the same function
-  takes_capacity: bool = False  # the router fills the C places of each expert by itself
+  evaluation: Callable[..., Routing] | None = None  # replaces `function` in evaluation, if not None
+  takes_capacity: bool = False  # the router itself fills the C places of each expert
   fixed_choices: bool = True  # every token has K assignments
   # (key, (B, L, E)) -> float32 noise_BLE
   noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None
-  # Drawn by a token's place in the batch, so that generation cannot follow.
+  # Evaluation draws noise by a token's place in the batch, which generation cannot repeat.
   noise_in_evaluation: bool = False
   parameters: tuple[sharding.Parameter, ...] = ()  # besides router_DE, which every router has
-  # (float32 x_BLD, parameters by name, project) -> more inputs, [B, L, ...]
+  # (float32 x_BLD, parameters by name, project) -> arrays [B, L, ...] for RouterInputs.extra
   extra: Callable[[jax.Array, Mapping[str, jax.Array], Project], dict[str, jax.Array]] | None = None
-  looks_ahead: str = ""  # why an output depends on later tokens under `function`; "" if it does not
-  scores: tuple[Score, ...] = (Score.SOFTMAX,)  # that it is defined for
+  looks_ahead: str = ""  # why `function` lets an output depend on later tokens; "" if it does not
+  scores: tuple[Score, ...] = (Score.SOFTMAX,)  # the values of MoE.score that the router allows
   takes_bias: bool = False  # selects by score, so a balancing bias can change the selection
   takes_groups: bool = False  # can limit a token to `top_groups` of the groups of experts
   load_is_learned: bool = True  # gradients can change the load, so the balance loss makes sense
-  has_load: bool = False  # load_TE is not 0, so that loss.load makes sense
+  has_load: bool = False  # the router computes load_TE, so loss.load makes sense
   rules: tuple[Rule, ...] = ()
   papers: tuple[str, ...]  # arXiv numbers
-  doc: str  # what docs/routing.md says
+  doc: str  # the router's text in docs/routing.md
 
   def runs_own(self, *, train: bool) -> bool:
-    """Whether `function` runs, in training or in evaluation."""
+    """Returns whether `function` runs, rather than `evaluation`."""
     return train or self.evaluation is None

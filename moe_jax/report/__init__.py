@@ -1,4 +1,4 @@
-"""What runs look like, from the files of their workdirs alone: no model and no jax is imported."""
+"""Reports on runs from the files of their workdirs; this folder imports no model and no jax."""
 
 from moe_jax.report.compare import compare, compare_runs
 from moe_jax.report.single import summary

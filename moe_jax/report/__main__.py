@@ -1,7 +1,8 @@
 """Compares runs: python -m moe_jax.report SWEEP_OUT | WORKDIR... [--out=DIR] [--target=ARM]
 
-Writes report.md and report.html. Without a sweep, workdirs that differ only in their seeds are one
-arm; the folder of the report is the one that holds the workdirs, or --out.
+Writes report.md and report.html. The report of a sweep is written into its folder. Without a sweep,
+workdirs that differ only in their seeds are one arm, and the report is written into --out, by
+default the folder that contains the workdirs.
 """
 
 import argparse
@@ -12,12 +13,13 @@ from moe_jax.config import UserError
 
 
 def main() -> None:
+  """Parses the arguments and writes the report."""
   parser = argparse.ArgumentParser(
     prog="python -m moe_jax.report", description=__doc__, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
-  parser.add_argument("--out", type=pathlib.Path, help="folder of the report of some workdirs")
+  parser.add_argument("--out", type=pathlib.Path, help="folder for the report on workdirs")
   parser.add_argument("--target", default="", help="the arm that the others are compared with")
   args = parser.parse_args()
   from moe_jax.report import compare, compare_runs, runs
@@ -25,7 +27,7 @@ def main() -> None:
   if (args.workdirs[0] / "sweep.json").is_file():
     if len(args.workdirs) > 1 or args.out or args.target:
       raise UserError(
-        f"{args.workdirs[0]} is a sweep: name it alone, it has its own target and out"
+        f"{args.workdirs[0]} is a sweep: name it alone, without --target and --out, which it sets"
       )
     path = compare(args.workdirs[0])
   else:

@@ -1,4 +1,4 @@
-"""What a report is made of, before it is Markdown or HTML; and how its numbers are written."""
+"""The parts of a report before they are Markdown or HTML, and the formats of its numbers."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ UNKNOWN = "-"
 
 @dataclasses.dataclass(frozen=True)
 class ArmName:
-  """A cell that names an arm; `colour` is its place in the study."""
+  """A cell that names an arm; `colour` is the index of the arm in the study."""
 
   name: str
   colour: int
@@ -23,7 +23,7 @@ Cell = str | ArmName
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """Paragraphs, from a user or from us; blank lines part them."""
+  """Paragraphs of text, separated by blank lines."""
 
   text: str
   small: bool = False
@@ -31,14 +31,18 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
+  """A table with a head."""
+
   title: str  # may be empty
   head: list[str]
   rows: Sequence[Sequence[Cell]]
-  left: tuple[int, ...] = (0,)  # columns of words; the others are numbers, to the right
+  left: tuple[int, ...] = (0,)  # columns of words, aligned left; the others are numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
+  """A picture with curves of arms."""
+
   name: str  # of its file
   title: str
   svg: str  # without a legend
@@ -47,6 +51,8 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
+  """Text in a fixed-width font."""
+
   title: str
   text: str
 
@@ -56,6 +62,8 @@ Block = Text | Table | Chart | Code
 
 @dataclasses.dataclass(frozen=True)
 class Section:
+  """A section of the report; one without blocks is left out."""
+
   title: str
   blocks: Sequence[Block]
 
@@ -64,8 +72,12 @@ _LABELLED = re.compile(r"([A-Z]\w*) {2,}(\S.*)")
 
 
 def paragraphs(text: str) -> list[list[tuple[str, str]]]:
-  """Paragraphs of lines (label, text). 'Expect   the loss' begins a line, whose label is Expect."""
-  found = []
+  """Splits a text into paragraphs, each a list of lines (label, text).
+
+  'Expect   the loss' begins a new line with the label 'Expect'. Any other line of the text is part
+  of the line before it; the label '' means none.
+  """
+  result = []
   for paragraph in re.split(r"\n\s*\n", text.strip()):
     lines: list[tuple[str, str]] = []
     for line in filter(None, map(str.strip, paragraph.splitlines())):
@@ -75,12 +87,12 @@ def paragraphs(text: str) -> list[list[tuple[str, str]]]:
       else:
         lines[-1] = (lines[-1][0], f"{lines[-1][1]} {line}")
     if lines:
-      found.append(lines)
-  return found
+      result.append(lines)
+  return result
 
 
 def si(value: float | None, unit: str = "") -> str:
-  """1234567 -> '1.23M'."""
+  """Formats a number with a suffix: 1234567 -> '1.23M'."""
   if value is None or not math.isfinite(value):
     return UNKNOWN
   for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
@@ -90,15 +102,20 @@ def si(value: float | None, unit: str = "") -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
+  """Formats a number with so many digits after the point, or '-' for None."""
   return UNKNOWN if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
 
 
 def percent(share: float | None) -> str:
+  """Formats a share between 0 and 1 as percent, without the sign."""
   return UNKNOWN if share is None else f"{100 * share:.1f}"
 
 
-def spread(value: Spread | None, digits: int = 4, sign: str = "", error: bool = False) -> str:
-  """'1.7687 ± 0.0030'; the spread is the sample's, or with `error` that of the mean."""
+def plus_minus(value: Spread | None, digits: int = 4, sign: str = "", error: bool = False) -> str:
+  """Formats a mean and its standard deviation, or with `error` its standard error.
+
+  The result looks like '1.7687 ± 0.0030'.
+  """
   if value is None:
     return UNKNOWN
   around = value.error if error else value.std
@@ -107,6 +124,7 @@ def spread(value: Spread | None, digits: int = 4, sign: str = "", error: bool = 
 
 
 def duration(seconds: float | None) -> str:
+  """Formats seconds as '12.3 s', '4.5 min' or '1.2 h'."""
   if seconds is None:
     return UNKNOWN
   if seconds < 100:

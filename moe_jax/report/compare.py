@@ -1,4 +1,4 @@
-"""report.md and report.html of a sweep, or of any runs."""
+"""Writes report.md and report.html of a sweep, or of any runs."""
 
 import pathlib
 
@@ -14,27 +14,31 @@ def compare(out: pathlib.Path) -> pathlib.Path:
 def compare_runs(
   workdirs: list[pathlib.Path], out: pathlib.Path, target_arm: str = ""
 ) -> pathlib.Path:
-  """The same for workdirs of no sweep, into the folder `out`."""
+  """Writes the report of workdirs that are no sweep into the folder `out`.
+
+  `target_arm` is the arm that the others are compared with. Returns the path of report.html.
+  """
   return write(runs.read_workdirs(workdirs, target_arm), pathlib.Path(out))
 
 
 def write(study: runs.Study, out: pathlib.Path) -> pathlib.Path:
-  compared = table.compare(study)
-  found = [
+  """Writes the report of a study into `out`; returns the path of report.html."""
+  compared = table.compare_arms(study)
+  parts = [
     sections.question(study),
     sections.results(study, compared),
     sections.curves(study, compared),
-    experts.balance(study),
-    experts.capacity(study),
-    experts.by_domain(study),
-    experts.specialisation(study),
+    experts.balance_section(study),
+    experts.capacity_section(study),
+    experts.domain_section(study),
+    experts.specialisation_section(study),
     sections.failures(study),
     sections.configs(study),
   ]
-  found = [section for section in found if section.blocks]
+  parts = [section for section in parts if section.blocks]
   (out / markdown.FOLDER).mkdir(parents=True, exist_ok=True)
   picture = "load.png" if inside.picture(study, out / markdown.FOLDER / "load.png") else ""
-  markdown.write(out, study.title, found, picture)
+  markdown.write(out, study.title, parts, picture)
   path = out / "report.html"
-  path.write_text(page.render(study.title, found, inside.data(study)))
+  path.write_text(page.render(study.title, parts, inside.data(study)))
   return path

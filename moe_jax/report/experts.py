@@ -6,11 +6,11 @@ import numpy as np
 
 from moe_jax.report import blocks, charts, table
 from moe_jax.report.blocks import UNKNOWN, ArmName, Block, Cell, Section, Table, Text
-from moe_jax.report.runs import Arm, Run, Study, series
-from moe_jax.report.sections import arm_names, drawn, pairs
+from moe_jax.report.runs import ArmRuns, Run, Study, series
+from moe_jax.report.sections import arm_names, pairs, runs_to_draw
 
-_BINS = 100  # points of a curve with a value for every log line
-# Training metrics that one number a layer says; shown where a run has them.
+_BINS = 100  # the most points of a curve that has a value for every log line
+# Training metrics with one number for each layer: name, title of the column, factor.
 _LATE = (
   ("max_vio_Z", "MaxVio", 1), ("drop_fraction_Z", "dropped, %", 100),
   ("gate_drop_fraction_Z", "gate lost, %", 100), ("window_dead_experts_Z", "dead experts", 1),
@@ -23,36 +23,38 @@ _ROUTING = (
 
 
 def binned(points: charts.Points, bins: int = _BINS) -> charts.Points:
-  """Means of neighbours, so that at most `bins` are left."""
+  """Replaces neighbouring points by their means, so that at most `bins` points are left."""
   if len(points) <= bins:
     return points
   return [tuple(np.mean(part, axis=0)) for part in np.array_split(np.array(points), bins)]
 
 
-def balance(study: Study) -> Section:
+def balance_section(study: Study) -> Section:
+  """Returns curves and tables of the experts' balance and of drops in training."""
   names = arm_names(study)
-  found: list[Block] = []
+  pictures: list[Block] = []
   for metric, title, unit, scale in (
     ("max_vio_Z", "MaxVio in training", "largest load / fair share - 1", 1),
     ("drop_fraction_Z", "Dropped in training", "% of assignments", 100),
   ):
     lines = []
     for arm in study.arms:
-      each = (series(run.train, metric) for run in drawn(arm))
-      curves = [(np.array(x, float), scale * np.mean(y, axis=1)) for x, y in each if x]
+      points = (series(run.train, metric) for run in runs_to_draw(arm))
+      curves = [(np.array(x, float), scale * np.mean(y, axis=1)) for x, y in points if x]
       lines.append(charts.Line(names[arm.name], binned(pairs(*table.mean_curve(curves)))))
     axes = charts.Axes(x="step", y=f"{unit}, mean of layers", from_zero=True)
-    found += charts.chart(metric.removesuffix("_Z"), title, lines, axes)
-  return Section("Balance", [*found, *_late(study), *_shares(study)])
+    pictures += charts.chart(metric.removesuffix("_Z"), title, lines, axes)
+  return Section("Balance", [*pictures, *_late(study), *_shares(study)])
 
 
 def _late(study: Study) -> list[Table]:
-  """A row for each arm and layer."""
+  """Returns a table with a row for each arm and layer, or none."""
   names = arm_names(study)
   rows: list[list[Cell]] = []
   for arm in study.arms:
-    means = {name: table.mean_of(table.late(r, name) for r in drawn(arm)) for name, _, _ in _LATE}
-    layers = next((run.layers() for run in drawn(arm) if run.layers()), [])
+    runs = runs_to_draw(arm)
+    means = {name: table.mean_of(table.late(run, name) for run in runs) for name, _, _ in _LATE}
+    layers = next((run.layers() for run in runs if run.layers()), [])
     for z, layer in enumerate(layers):
       cells = [
         UNKNOWN if means[name] is None else blocks.number(scale * means[name][z])
@@ -72,8 +74,8 @@ def _without_empty(full: Table) -> Table:
 
 
 def _shares(study: Study) -> list[Table]:
-  """Who is dropped: by choice rank, and by where in the sequence the token stands."""
-  found = []
+  """Returns tables of drops by rank of the choice and by the token's place in the sequence."""
+  tables = []
   for metric, title, word in (
     ("drop_by_rank_ZK", "Dropped late in training by choice, %", "choice"),
     ("drop_by_position_ZP", "Dropped late in training by eighth of the sequence, %", "part"),
@@ -81,36 +83,36 @@ def _shares(study: Study) -> list[Table]:
     names = arm_names(study)
     rows: list[list[Cell]] = []
     for arm in study.arms:
-      means = table.mean_of(table.late(run, metric) for run in drawn(arm))
+      means = table.mean_of(table.late(run, metric) for run in runs_to_draw(arm))
       if means is not None and np.any(means > 0):
         rows.append([names[arm.name], *map(blocks.percent, np.mean(means, axis=0))])
     if rows:
       width = max(map(len, rows))
       head = ["arm", *(f"{word} {i}" for i in range(1, width))]
-      found.append(Table(title, head, [row + [UNKNOWN] * (width - len(row)) for row in rows]))
-  return found
+      tables.append(Table(title, head, [row + [UNKNOWN] * (width - len(row)) for row in rows]))
+  return tables
 
 
-def capacity(study: Study) -> Section:
-  """Loss and drops of the finished models under other capacity factors (ST-MoE, section 4.5)."""
+def capacity_section(study: Study) -> Section:
+  """Returns loss and drops of finished runs at other capacity factors (ST-MoE, section 4.5)."""
   names = arm_names(study)
-  found: dict[ArmName, dict[float, tuple[table.Spread | None, float]]] = {}
+  results: dict[ArmName, dict[float, tuple[table.Spread | None, float]]] = {}
   for arm in study.arms:
     points: dict[float, list[dict]] = {}
     for run in arm.finished:
       for point in run.eval.get("capacity", []):
-        points.setdefault(point["capacity_factor"] or float("inf"), []).append(point)
+        points.setdefault(float(point["capacity_factor"]), []).append(point)
     if points:
-      found[names[arm.name]] = {
+      results[names[arm.name]] = {
         factor: (
           table.spread(point["loss"] for point in same),
           100 * float(np.mean([np.mean(point.get("drop_fraction_Z", 0)) for point in same])),
         )
         for factor, same in points.items()
       }
-  if not found:
+  if not results:
     return Section("Capacity in evaluation", [])
-  factors = sorted({factor for points in found.values() for factor in points})
+  factors = sorted({factor for points in results.values() for factor in points})
   ticks = [(i, _factor(factor)) for i, factor in enumerate(factors)]
   pictures = []
   for name, title, unit, value in (
@@ -119,28 +121,33 @@ def capacity(study: Study) -> Section:
   ):
     lines = [
       charts.Line(arm, [(i, value(points[f])) for i, f in enumerate(factors) if f in points])
-      for arm, points in found.items()
+      for arm, points in results.items()
     ]
     axes = charts.Axes(x="capacity factor in evaluation", y=unit, ticks=ticks)
     pictures += charts.chart(name, title, lines, axes)
   rows: list[list[Cell]] = [
-    [arm, *(f"{blocks.spread(p[f][0])} / {p[f][1]:.1f}" if f in p else UNKNOWN for f in factors)]
-    for arm, p in found.items()
+    [arm, *(_loss_and_drop(points[f]) if f in points else UNKNOWN for f in factors)]
+    for arm, points in results.items()
   ]
-  shown = Table("Loss / dropped, %", ["arm", *(_factor(f) for f in factors)], rows)
-  return Section("Capacity in evaluation", [*pictures, shown])
+  numbers = Table("Loss / dropped, %", ["arm", *(_factor(f) for f in factors)], rows)
+  return Section("Capacity in evaluation", [*pictures, numbers])
+
+
+def _loss_and_drop(point: tuple[table.Spread | None, float]) -> str:
+  loss, drop = point
+  return f"{blocks.plus_minus(loss)} / {drop:.1f}"
 
 
 def _factor(factor: float) -> str:
   return "no drops" if factor == float("inf") else f"{factor:g}"
 
 
-def by_domain(study: Study) -> Section:
-  """Bits per byte of each labelled domain, and the price of causal evaluation."""
-  found = []
+def domain_section(study: Study) -> Section:
+  """Returns bits per byte of each labelled domain, and the losses of causal evaluation."""
+  tables = []
   domains = dict.fromkeys(d for _, run in study.runs for d in run.eval.get("domains", {}))
   if domains:
-    rows = _rows(
+    rows = _arm_rows(
       study,
       lambda arm: [
         table.spread(
@@ -149,30 +156,32 @@ def by_domain(study: Study) -> Section:
         for d in domains
       ],
     )
-    found.append(Table("Bits per byte by domain", ["arm", *domains], rows))
+    tables.append(Table("Bits per byte by domain", ["arm", *domains], rows))
   if any("causal" in run.eval for _, run in study.runs):
     kinds = ("teacher_forced_loss", "loss", "gap")
-    rows = _rows(
+    rows = _arm_rows(
       study,
       lambda arm: [
         table.spread(run.eval.get("causal", {}).get(kind) for run in arm.finished) for kind in kinds
       ],
     )
     head = ["arm", "loss, all tokens at once", "loss, token by token", "gap"]
-    found.append(
-      Table("Evaluated causally: a gap is what the router saw of the future", head, rows)
-    )
-  return Section("Domains and causality", found)
+    title = "Causal evaluation: a gap shows that the router read later tokens"
+    tables.append(Table(title, head, rows))
+  return Section("Domains and causality", tables)
 
 
-def _rows(study: Study, cells: Callable[[Arm], list[table.Spread | None]]) -> list[list[Cell]]:
-  """A row for each arm that has anything."""
+def _arm_rows(
+  study: Study, cells: Callable[[ArmRuns], list[table.Spread | None]]
+) -> list[list[Cell]]:
+  """Returns a row of cells for each arm that has any value."""
   names = arm_names(study)
-  made = [(arm, cells(arm)) for arm in study.arms]
-  return [[names[a.name], *map(blocks.spread, row)] for a, row in made if any(row)]
+  rows = [(arm, cells(arm)) for arm in study.arms]
+  return [[names[arm.name], *map(blocks.plus_minus, row)] for arm, row in rows if any(row)]
 
 
-def specialisation(study: Study) -> Section:
+def specialisation_section(study: Study) -> Section:
+  """Returns router saturation, separation of the domains and repeats from routing.json."""
   names, lines = arm_names(study), []
   rows: list[list[Cell]] = []
   for arm in study.arms:
@@ -182,7 +191,8 @@ def specialisation(study: Study) -> Section:
     columns = [table.mean_of(_by_layer(run, name) for run in runs) for name in _ROUTING]
     for z, layer in enumerate(runs[0].layers()):
       values = [None if column is None else float(column[z]) for column in columns]
-      cells = [blocks.number(values[0], 3), *map(blocks.percent, values[1:])]
+      separation, *shares = values  # domain_separation_Z is the first of _ROUTING
+      cells = [blocks.number(separation, 3), *map(blocks.percent, shares)]
       rows.append([names[arm.name], str(layer), *cells])
     curves = []
     for run in runs:
@@ -192,23 +202,23 @@ def specialisation(study: Study) -> Section:
       steps, overlaps = np.array(sorted(points), float).reshape(-1, 2).T
       curves.append((steps, overlaps))
     lines.append(charts.Line(names[arm.name], pairs(*table.mean_curve(curves))))
-  axes = charts.Axes(x="step", y="% of the last checkpoint's choices made already")
-  found: list[Block] = [*charts.chart("saturation", "Router saturation", lines, axes)]
+  axes = charts.Axes(x="step", y="% of the last checkpoint's choices")
+  parts: list[Block] = [*charts.chart("saturation", "Router saturation", lines, axes)]
   if rows:
     head = [
       "arm", "layer", "domain separation", "repeats first choice, %", "at random, %",
       "repeats any choice, %", "at random, %",
     ]  # fmt: skip
-    found.append(_without_empty(Table("By layer, mean over seeds", head, rows)))
+    parts.append(_without_empty(Table("By layer, mean over seeds", head, rows)))
     note = (
       "Domain separation: mean total-variation distance between the domains' expert histograms, "
       "0 to 1. Repeats: how often the next token of a document goes to the same expert."
     )
-    found.append(Text(note, small=True))
-  return Section("Specialisation", found)
+    parts.append(Text(note, small=True))
+  return Section("Specialisation", parts)
 
 
 def _by_layer(run: Run, name: str) -> list[float] | None:
-  """A value of routing.json for each layer; one number stands for all layers."""
+  """Returns a value of routing.json for each layer; a single number counts for all layers."""
   value = run.routing.get(name)
   return [value] * len(run.layers()) if isinstance(value, (int, float)) else value

@@ -1,4 +1,4 @@
-"""Single runs from the inside: loads over time, and a text with the experts of its tokens."""
+"""Shows the experts of single runs: loads over time, and a text with the experts of its tokens."""
 
 import pathlib
 from typing import Any
@@ -11,13 +11,13 @@ import numpy as np
 
 from moe_jax.report.runs import Run, Study, series
 
-_COLUMNS = 100  # of a heat map; fewer where that would make the page heavy
-_CELLS = 1_000_000  # of all heat maps of a page
-_LAYERS = 6  # of a picture; the page shows every layer
+_COLUMNS = 100  # the most columns of a heat map; fewer if the page would be too large
+_CELLS = 1_000_000  # the most cells of all heat maps of a page
+_LAYERS = 6  # the most layers of a picture; the page shows every layer
 
 
 def heat(run: Run, columns: int) -> dict[str, Any]:
-  """{steps: last of each bin, load_ZES: mean load / fair share}; empty for a dense run."""
+  """Returns {steps: the last of each bin, load_ZES: mean load / fair share}; {} for a dense run."""
   steps, loads = series(run.train, "load_ZE")
   if not steps:
     return {}
@@ -28,11 +28,11 @@ def heat(run: Run, columns: int) -> dict[str, Any]:
 
 
 def data(study: Study) -> list[dict[str, Any]]:
-  """What the page's script draws from, for every MoE run that has logged anything."""
+  """Returns the data of the page's script for every MoE run that has logged loads or routing."""
   shapes = [np.shape(series(run.train[-1:], "load_ZE")[1]) for _, run in study.runs]
   cells = sum(int(np.prod(shape)) for shape in shapes if shape)
   columns = int(np.clip(_CELLS // max(cells, 1), 20, _COLUMNS))
-  found = []
+  entries = []
   for arm, run in study.runs:
     loads = heat(run, columns)
     if not loads and not run.routing:
@@ -40,7 +40,7 @@ def data(study: Study) -> list[dict[str, Any]]:
     if loads:
       loads["load_ZES"] = np.rint(100 * loads["load_ZES"]).astype(int).tolist()
     routing = run.routing
-    found.append(
+    entries.append(
       {
         "label": f"{arm.name}, seed {run.seed}",
         "layers": run.layers(),
@@ -51,11 +51,11 @@ def data(study: Study) -> list[dict[str, Any]]:
         "top_tokens_ZE": _rounded(routing.get("top_tokens_ZE") or []),
       }
     )
-  return found
+  return entries
 
 
 def _rounded(value: Any) -> Any:
-  """Three digits are enough to look at."""
+  """Rounds every float to three digits, which are enough for the page."""
   if isinstance(value, dict):
     return {name: _rounded(item) for name, item in value.items()}
   if isinstance(value, list):
@@ -64,21 +64,28 @@ def _rounded(value: Any) -> Any:
 
 
 def picture(study: Study, path: pathlib.Path) -> bool:
-  """A PNG with a row for each MoE arm (its first run) and a column for each layer."""
+  """Draws a PNG with a row for each MoE arm (its first run) and a column for each layer.
+
+  Returns whether there is an MoE arm to draw.
+  """
   rows = []
   for arm in study.arms:
-    found = next((pair for run in arm.runs if (pair := (run, heat(run, _COLUMNS)))[1]), None)
-    if found:
-      rows.append((arm, *found))
+    pairs = ((run, heat(run, _COLUMNS)) for run in arm.runs)
+    first = next(((run, loads) for run, loads in pairs if loads), None)
+    if first:
+      rows.append((arm, *first))
   if not rows:
     return False
-  shown = [np.unique(np.linspace(0, len(h["load_ZES"]) - 1, _LAYERS).astype(int)) for *_, h in rows]
-  width = max(map(len, shown))
+  columns = [
+    np.unique(np.linspace(0, len(loads["load_ZES"]) - 1, _LAYERS).astype(int))
+    for _, _, loads in rows
+  ]
+  width = max(map(len, columns))
   figure, axes = plt.subplots(
     len(rows), width, squeeze=False, figsize=(1.6 + 2.3 * width, 0.6 + 1.6 * len(rows)),
     layout="constrained", sharex="row",
   )  # fmt: skip
-  for (arm, run, loads), layers, line in zip(rows, shown, axes, strict=True):
+  for (arm, run, loads), layers, line in zip(rows, columns, axes, strict=True):
     for z, place in zip(layers, line, strict=False):
       image = place.imshow(
         loads["load_ZES"][z], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto",
@@ -98,6 +105,6 @@ def picture(study: Study, path: pathlib.Path) -> bool:
 
 
 def _extent(loads: dict[str, Any]) -> tuple[float, float, float, float]:
-  """Expert 0 at the top, its number in the middle of its row."""
+  """Returns the extent that puts expert 0 at the top and its number in the middle of its row."""
   experts = loads["load_ZES"].shape[1]
   return 0, max(loads["steps"][-1], 1), experts - 0.5, -0.5

@@ -1,4 +1,4 @@
-"""report.md, with its pictures as files beside it."""
+"""Writes report.md, with its pictures as separate files."""
 
 import html
 import pathlib
@@ -12,17 +12,19 @@ FOLDER = "report_files"
 
 
 def escape(text: str) -> str:
-  """Text that a reader shows as it is: no HTML, links, emphasis or cells of a user's making."""
+  """Escapes a text, so that it makes no HTML, links, emphasis or cells in Markdown."""
   text = html.escape(text, quote=False).replace("\\", "\\\\")
   return re.sub(r"([|*_`\[\]#])", r"\\\1", text)
 
 
 def cell(value: Cell) -> str:
+  """Returns the Markdown of a table's cell."""
   text = value.name if isinstance(value, ArmName) else value
   return escape(" ".join(text.split()))
 
 
 def table(block: Table) -> str:
+  """Returns the Markdown of a table."""
   marks = [":--" if i in block.left else "--:" for i in range(len(block.head))]
   lines = [map(cell, block.head), marks, *(map(cell, row) for row in block.rows)]
   title = f"**{escape(block.title)}**\n\n" if block.title else ""
@@ -30,15 +32,16 @@ def table(block: Table) -> str:
 
 
 def text(block: Text) -> str:
-  """Lines of a paragraph that begin anew end in two spaces, Markdown's line break."""
-  found = [
+  """Returns the Markdown of paragraphs; two spaces at the end of a line are a line break."""
+  parts = [
     "  \n".join(f"**{escape(a)}** {escape(b)}" if a else escape(b) for a, b in lines)
     for lines in blocks.paragraphs(block.text)
   ]
-  return "\n\n".join(f"<sub>{part}</sub>" if block.small else part for part in found)
+  return "\n\n".join(f"<sub>{part}</sub>" if block.small else part for part in parts)
 
 
 def code(block: Code) -> str:
+  """Returns the Markdown of a fenced block, with a fence that does not occur in it."""
   longest = max(map(len, re.findall(r"`+", block.text)), default=0)
   fence = "`" * max(3, longest + 1)
   return f"{escape(block.title)}:\n\n{fence}text\n{block.text}\n{fence}"
@@ -48,7 +51,14 @@ _WRITERS: dict[type, Callable[..., str]] = {Table: table, Text: text, Code: code
 
 
 def write(out: pathlib.Path, title: str, sections: list[Section], picture: str) -> pathlib.Path:
-  """Writes out/report.md; `picture` is the heat map's file in the folder, or ''."""
+  """Writes out/report.md and returns its path.
+
+  Args:
+    out: folder of the report.
+    title: of the report.
+    sections: of the report; their charts become files in the folder `FOLDER` of `out`.
+    picture: name of the heat map's file in that folder, or ''.
+  """
   folder = out / FOLDER
   parts = [f"# {escape(title)}"]
   for section in sections:

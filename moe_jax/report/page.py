@@ -1,4 +1,4 @@
-"""report.html: one file with its style, script and data inside; it asks nothing of any network."""
+"""Writes report.html: one file that contains its style, script and data, and loads nothing."""
 
 import html
 import json
@@ -60,6 +60,7 @@ _INSIDE = """\
 
 
 def cell(value: Cell) -> str:
+  """Returns the HTML inside a table's cell."""
   if isinstance(value, ArmName):
     kind = f"b{value.colour % charts.COLOURS}" + " hollow" * (value.colour >= charts.COLOURS)
     return f'<i class="swatch {kind}"></i>{html.escape(value.name)}'
@@ -67,13 +68,15 @@ def cell(value: Cell) -> str:
 
 
 def table(block: Table) -> str:
+  """Returns the HTML of a table."""
+
   def row(cells: Sequence[Cell], tag: str) -> str:
     marks = [
       ' class="arm"' if isinstance(c, ArmName) else "" if i in block.left else ' class="n"'
       for i, c in enumerate(cells)
     ]
-    made = (f"<{tag}{m}>{cell(c)}</{tag}>" for m, c in zip(marks, cells, strict=True))
-    return f"<tr>{''.join(made)}</tr>"
+    elements = (f"<{tag}{m}>{cell(c)}</{tag}>" for m, c in zip(marks, cells, strict=True))
+    return f"<tr>{''.join(elements)}</tr>"
 
   title = f"<h3>{html.escape(block.title)}</h3>" if block.title else ""
   rows = "\n".join(row(cells, "td") for cells in block.rows)
@@ -84,15 +87,20 @@ def table(block: Table) -> str:
 
 
 def text(block: Text) -> str:
+  """Returns the HTML of paragraphs."""
   kind = ' class="small"' if block.small else ""
-  found = []
+  parts = []
   for lines in blocks.paragraphs(block.text):
-    made = (f"<b>{html.escape(a)}</b> {html.escape(b)}" if a else html.escape(b) for a, b in lines)
-    found.append(f"<p{kind}>{'<br>'.join(made)}</p>")
-  return "".join(found)
+    bodies = (
+      f"<b>{html.escape(label)}</b> {html.escape(body)}" if label else html.escape(body)
+      for label, body in lines
+    )
+    parts.append(f"<p{kind}>{'<br>'.join(bodies)}</p>")
+  return "".join(parts)
 
 
 def code(block: Code) -> str:
+  """Returns the HTML of a text that opens at a click."""
   return (
     f"<details><summary>{html.escape(block.title)}</summary>"
     f'<pre tabindex="0">{html.escape(block.text)}</pre></details>'
@@ -102,29 +110,30 @@ def code(block: Code) -> str:
 _WRITERS: dict[type, Callable[..., str]] = {Table: table, Text: text, Code: code}
 
 
-def chart_row(found: list[Chart]) -> str:
-  """Charts side by side, under one legend of all their arms."""
-  arms = dict.fromkeys(arm for chart in found for arm in chart.legend)
+def chart_row(row: list[Chart]) -> str:
+  """Returns the HTML of charts side by side, under one legend of all their arms."""
+  arms = dict.fromkeys(arm for chart in row for arm in chart.legend)
   names = "".join(f"<li>{cell(arm)}</li>" for arm in sorted(arms, key=lambda arm: arm.colour))
-  drawn = "".join(
-    f"<figure><figcaption>{html.escape(c.title)}</figcaption>{c.svg}</figure>" for c in found
+  figures = "".join(
+    f"<figure><figcaption>{html.escape(c.title)}</figcaption>{c.svg}</figure>" for c in row
   )
-  return f'<ul class="legend">{names}</ul><div class="charts">{drawn}</div>'
+  return f'<ul class="legend">{names}</ul><div class="charts">{figures}</div>'
 
 
-def section(found: Section, anchor: str) -> str:
-  parts = [f'<section id="{anchor}"><h2>{html.escape(found.title)}</h2>']
-  drawn = [block for block in found.blocks if isinstance(block, Chart)]
-  if drawn:
-    parts.append(chart_row(drawn))
-  for block in found.blocks:
+def section_html(section: Section, anchor: str) -> str:
+  """Returns the HTML of a section: its charts in a row, then its other blocks."""
+  parts = [f'<section id="{anchor}"><h2>{html.escape(section.title)}</h2>']
+  row = [block for block in section.blocks if isinstance(block, Chart)]
+  if row:
+    parts.append(chart_row(row))
+  for block in section.blocks:
     if not isinstance(block, Chart):
       parts.append(_WRITERS[type(block)](block))
   return "\n".join([*parts, "</section>"])
 
 
 def embedded(value: Any) -> str:
-  """JSON that cannot end its script element; what is not finite is null, as JSON has no such."""
+  """Returns JSON that cannot end its script element; numbers that are not finite become null."""
   return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -137,18 +146,19 @@ def _finite(value: Any) -> Any:
 
 
 def render(title: str, sections: list[Section], runs: list[dict[str, Any]]) -> str:
-  made = [(found.title, section(found, f"s{i}")) for i, found in enumerate(sections)]
+  """Returns the page; `runs` are the data of inside.data for the section `Inside a run`."""
+  bodies = [(section.title, section_html(section, f"s{i}")) for i, section in enumerate(sections)]
   if runs:
     inside = f'<section id="inside"><h2>Inside a run</h2>{_INSIDE}</section>'
-    place = next((i for i, (name, _) in enumerate(made) if name == "Balance"), len(made) - 1)
-    made.insert(place + 1, ("Inside a run", inside))
+    place = next((i for i, (name, _) in enumerate(bodies) if name == "Balance"), len(bodies) - 1)
+    bodies.insert(place + 1, ("Inside a run", inside))
   links = []
-  for name, body in made:
+  for name, body in bodies:
     anchor = body.split('id="', 1)[1].split('"', 1)[0]
     links.append(f'<a href="#{anchor}">{html.escape(name)}</a>')
   return _PAGE.format(
     title=html.escape(title), light=charts.LIGHT, dark=charts.DARK, charts=charts.STYLE + _SWATCHES,
     style=(_HERE / "page.css").read_text(), script=(_HERE / "page.js").read_text(),
     data=embedded(runs), links="".join(links),
-    sections="\n".join(body for _, body in made),
+    sections="\n".join(body for _, body in bodies),
   )  # fmt: skip

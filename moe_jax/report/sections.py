@@ -1,4 +1,7 @@
-"""The report's sections on results: question, table, curves, failures, configs. No format yet."""
+"""The report's sections on results: question, table, curves, failures, configs.
+
+The sections are made of blocks; markdown.py and page.py format them.
+"""
 
 import json
 import math
@@ -9,7 +12,7 @@ import numpy as np
 
 from moe_jax.report import blocks, charts, table
 from moe_jax.report.blocks import UNKNOWN, ArmName, Block, Cell, Code, Section, Table, Text
-from moe_jax.report.runs import Arm, Run, Study
+from moe_jax.report.runs import ArmRuns, Run, Study
 from moe_jax.report.table import Comparison, Row
 
 _NOTE = """\
@@ -20,28 +23,32 @@ that evaluation, mean over layers (dead: sum) and seeds; in brackets over the la
 training."""
 _TARGET_NOTE = """\
 Target: {target:.4f}, the mean of the validation losses with which {arm} ended its training. Steps
-to it: where each seed's validation curve, linear between evaluations, first gets there, then the
-mean over seeds; for {arm} itself, where its mean curve does. In brackets: how many times fewer, or
-how many of the seeds get there. Difference: mean ± standard error, paired by seed."""
+to target: the step at which a seed's validation curve, linear between evaluations, first reaches
+the target, mean over seeds; for {arm} itself, the step at which its mean curve does. In brackets:
+how many times fewer, or how many of the seeds reach the target. Difference: mean ± standard error,
+paired by seed."""
 
 
 def arm_names(study: Study) -> dict[str, ArmName]:
+  """Returns the cell of each arm by its name."""
   return {arm.name: ArmName(arm.name, colour) for colour, arm in enumerate(study.arms)}
 
 
 def question(study: Study) -> Section:
-  found = [Text(study.question)] if study.question.strip() else []
+  """Returns the question of the study, and the states of its runs."""
+  texts = [Text(study.question)] if study.question.strip() else []
   if study.published:
-    found.append(Text(f"Published   {study.published}"))
+    texts.append(Text(f"Published   {study.published}"))
   if study.band:
-    found.append(Text(f"Band   stated before the run: {study.band}"))
+    texts.append(Text(f"Band   stated before the run: {study.band}"))
   counts = Counter(run.status for _, run in study.runs)
   states = ", ".join(f"{n} {status}" for status, n in counts.items())
-  found.append(Text(f"{len(study.arms)} arms, {len(study.runs)} runs: {states}.", small=True))
-  return Section("Question" if study.question.strip() else "Runs", found)
+  texts.append(Text(f"{len(study.arms)} arms, {len(study.runs)} runs: {states}.", small=True))
+  return Section("Question" if study.question.strip() else "Runs", texts)
 
 
 def results(study: Study, compared: Comparison) -> Section:
+  """Returns the table with a row for each arm, and its notes."""
   names = arm_names(study)
   head = ["arm", "seeds", "validation loss", "bits per byte"]
   if study.target_arm:
@@ -64,12 +71,14 @@ def _cells(row: Row, name: ArmName, compared: Comparison, target_arm: str) -> li
   cells: list[Cell] = [
     name,
     f"{done}" if done == planned else f"{done} of {planned}",
-    blocks.spread(row.loss),
+    blocks.plus_minus(row.loss),
     blocks.number(row.bits_per_byte, 4),
   ]
   if target_arm:
     cells += [
-      UNKNOWN if name.name == target_arm else blocks.spread(row.difference, sign="+", error=True),
+      UNKNOWN
+      if name.name == target_arm
+      else blocks.plus_minus(row.difference, sign="+", error=True),
       *_reached(row, compared.target),
     ]
   return [
@@ -85,7 +94,7 @@ def _cells(row: Row, name: ArmName, compared: Comparison, target_arm: str) -> li
 
 
 def _reached(row: Row, target: float | None) -> tuple[str, str]:
-  """Cells for the steps and the time to the target loss."""
+  """Returns the cells of the steps and of the time to the target loss."""
   done = len(row.arm.finished)
   if target is None or not done:
     return UNKNOWN, UNKNOWN
@@ -103,19 +112,20 @@ def _reached(row: Row, target: float | None) -> tuple[str, str]:
   return cells[0], cells[1]
 
 
-def drawn(arm: Arm) -> list[Run]:
-  """The runs that an arm's curves are drawn from: a failed run would cut the mean short."""
+def runs_to_draw(arm: ArmRuns) -> list[Run]:
+  """Returns the runs of an arm's curves: finished runs if any, since a failed one ends the mean."""
   return arm.finished or [run for run in arm.runs if run.train or run.validation]
 
 
-def flops_at(run: Run, arm: Arm, steps: np.ndarray) -> np.ndarray | None:
-  """Training FLOPs until these steps; the count per token is the same for all seeds."""
+def flops_at(run: Run, arm: ArmRuns, steps: np.ndarray) -> np.ndarray | None:
+  """Returns the training FLOPs until these steps; FLOPs per token are the same for all seeds."""
   per_token = next((r.eval["flops_per_token"] for r in arm.runs if "flops_per_token" in r.eval), 0)
   tokens = run.config.get("data.batch_size", 0) * run.config.get("data.seq_len", 0)
   return per_token * tokens * steps if per_token and tokens else None
 
 
 def curves(study: Study, compared: Comparison) -> Section:
+  """Returns validation losses over steps, training FLOPs and wall-clock time."""
   names = arm_names(study)
   ways = (
     ("loss_steps", "Validation loss over steps", "step", lambda run, arm, steps: steps),
@@ -126,11 +136,11 @@ def curves(study: Study, compared: Comparison) -> Section:
     ),
   )  # fmt: skip
   guide = (compared.target, "target") if compared.target is not None else None
-  found = []
+  pictures = []
   for name, title, x_label, way in ways:
     lines = []
     for arm in study.arms:
-      runs = [run for run in drawn(arm) if run.validation]
+      runs = [run for run in runs_to_draw(arm) if run.validation]
       steps, losses = table.mean_curve([run.curve() for run in runs])
       where = table.mean_of(way(run, arm, steps) for run in runs)
       if where is None or not len(steps):
@@ -142,25 +152,27 @@ def curves(study: Study, compared: Comparison) -> Section:
           thin.append(pairs(x, values))
       lines.append(charts.Line(names[arm.name], pairs(where, losses), thin))
     axes = charts.Axes(x=x_label, y="nats per token", guide=guide, skip=1 / 3)
-    found += charts.chart(name, title, lines, axes)
+    pictures += charts.chart(name, title, lines, axes)
   note = "Bold: mean over seeds; thin: each seed. The first third may lie above the picture."
-  return Section("Curves", [*found, Text(note, small=True)] if found else [])
+  return Section("Curves", [*pictures, Text(note, small=True)] if pictures else [])
 
 
 def pairs(x: np.ndarray, y: np.ndarray) -> charts.Points:
+  """Returns the points of a curve."""
   return list(zip(map(float, x), map(float, y), strict=True))
 
 
 def failures(study: Study) -> Section:
+  """Returns the runs that are not finished, the ends of their logs, and all alarms."""
   names = arm_names(study)
-  found: list[Block] = []
+  parts: list[Block] = []
   rows: list[list[Cell]]
   bad = [(arm, run) for arm, run in study.runs if run.status not in ("finished", "waiting")]
   if bad:
     rows = [[names[arm.name], str(run.seed), run.status, f"{run.step:,}"] for arm, run in bad]
     head = ["arm", "seed", "status", "newest step"]
-    found.append(Table("Runs that are not finished", head, rows, left=(0, 2)))
-  found += [Code(f"{run.name}: end of its log", run.error) for _, run in bad if run.error.strip()]
+    parts.append(Table("Runs that are not finished", head, rows, left=(0, 2)))
+  parts += [Code(f"{run.name}: end of its log", run.error) for _, run in bad if run.error.strip()]
   rows = []
   for arm, run in study.runs:
     groups: dict[tuple, list[dict]] = {}
@@ -177,12 +189,13 @@ def failures(study: Study) -> Section:
       )  # fmt: skip
   if rows:
     head = ["arm", "seed", "alarm", "layer", "first step", "times", "first message"]
-    found.append(Table("Alarms", head, rows, left=(0, 2, 6)))
-  return Section("Failures and alarms", found or [Text("No run failed and no alarm was raised.")])
+    parts.append(Table("Alarms", head, rows, left=(0, 2, 6)))
+  return Section("Failures and alarms", parts or [Text("No run failed and no alarm was raised.")])
 
 
 def configs(study: Study) -> Section:
-  found: list[Block] = []
+  """Returns the fields that differ between arms, the arms' notes, and the commands of all runs."""
+  parts: list[Block] = []
   fields = table.differing(study)
   if fields:
     arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
@@ -190,21 +203,21 @@ def configs(study: Study) -> Section:
       [field, *(_plain(values.get(arm.name, "")) for arm in arms)]
       for field, values in fields.items()
     ]
-    found.append(Table("Fields that differ", ["field", *(arm.name for arm in arms)], rows))
+    parts.append(Table("Fields that differ", ["field", *(arm.name for arm in arms)], rows))
   names = arm_names(study)
   notes: list[list[Cell]] = [[names[a.name], note] for a in study.arms for note in a.notes]
   if notes:
-    found.append(Table("Notes", ["arm", "note"], notes, left=(0, 1)))
+    parts.append(Table("Notes", ["arm", "note"], notes, left=(0, 1)))
   if study.base:
-    found.append(Text(f"Base config: {study.base}. Sweep: {study.sweep or UNKNOWN}.", small=True))
+    parts.append(Text(f"Base config: {study.base}. Sweep: {study.sweep or UNKNOWN}.", small=True))
   commands = []
   for arm, run in study.runs:
     lines = [line for line in (run.command, run.evaluate) if line]
     if lines:
       commands.append("\n".join([f"# {arm.name}, seed {run.seed}", *lines]))
   if commands:
-    found.append(Code("Commands of all runs", "\n\n".join(commands)))
-  return Section("Configs and commands", found)
+    parts.append(Code("Commands of all runs", "\n\n".join(commands)))
+  return Section("Configs and commands", parts)
 
 
 def _plain(value: Any) -> str:

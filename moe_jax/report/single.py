@@ -28,12 +28,22 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
     f"{result['bytes']:,} bytes",
     f"loss               {result['loss']:.4f} nats per token",
     f"perplexity         {result['perplexity']:.3f}",
-    f"bits per byte      {bits:.4f}, {verdict} gzip -9 on the same text: {gzip_bits:.4f}",
+    f"bits per byte      {bits:.4f}{_uncertainty(result)}, {verdict} gzip -9 on the same text: "
+    f"{gzip_bits:.4f}",
   ]
   if "load_balance" in result:
     lines.append(f"load balance loss  {result['load_balance']:.4f} (1.0 is balanced)")
   lines += [routing_table(result), "plots              " + ", ".join(plot(path, measured, result))]
   return "\n".join(lines)
+
+
+def _uncertainty(result: dict[str, Any]) -> str:
+  if "bits_per_byte_error" not in result:
+    return ""
+  return (
+    f" \N{PLUS-MINUS SIGN} {result['bits_per_byte_error']:.4f} (standard error over "
+    f"{result['documents']:,} documents)"
+  )
 
 
 def routing_table(result: dict[str, Any]) -> str:
@@ -73,12 +83,27 @@ def _save(figure: plt.Figure, path: pathlib.Path, name: str) -> str:
 
 def _plot_loss(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> str:
   figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-  axes.plot(*runs.series(lines, "train/loss"), color="#9ecae1", lw=1, label="training batch")
-  axes.plot(*runs.series(lines, "validation/loss"), "o-", color="#08519c", ms=4, label="validation")
-  # gzip's bits per byte on the loss axis: nats per byte, which is per token for byte tokens.
-  nats = result["gzip_bits_per_byte"] * np.log(2) * result["bytes"] / result["tokens"]
-  axes.axhline(nats, color="#666666", ls="--", lw=1, label="gzip -9 per document")
-  axes.set(xlabel="step", ylabel="cross entropy, nats per token", title=f"Loss of {path.name}")
+  # Everything in bits per byte: bits per token times the tokens per byte of the text evaluated.
+  scale = result["tokens"] / result["bytes"] / np.log(2)
+  steps, losses = runs.series(lines, "train/loss")
+  axes.plot(steps, scale * np.array(losses), color="#9ecae1", lw=1, label="training batch")
+  axes.plot(
+    *runs.series(lines, "validation/bits_per_byte"), "o-", color="#08519c", ms=4,
+    label="validation rows, spread over the split",
+  )  # fmt: skip
+  gzip_bits = runs.series(lines, "validation/gzip_bits_per_byte")[1]
+  if gzip_bits:
+    axes.axhline(gzip_bits[-1], color="#666666", ls="--", lw=1, label="gzip -9 of the same rows")
+  axes.errorbar(
+    result["step"], result["bits_per_byte"], result.get("bits_per_byte_error"), fmt="D",
+    color="#d94801", ms=6, capsize=3,
+    label=f"evaluation of the {result['split']} set: {result['bits_per_byte']:.3f} "
+    f"(gzip -9: {result['gzip_bits_per_byte']:.3f})",
+  )  # fmt: skip
+  # The first steps of a new model, at the entropy of a uniform guess, would flatten the rest.
+  top = max([2 * result["gzip_bits_per_byte"], 2 * result["bits_per_byte"]])
+  axes.set_ylim(top=min(axes.get_ylim()[1], top))
+  axes.set(xlabel="step", ylabel="bits per byte of text", title=f"Loss of {path.name}")
   axes.legend(frameon=False)
   axes.grid(alpha=0.3)
   return _save(figure, path, "loss.png")

@@ -1,6 +1,6 @@
-"""Statistics of arms over their seeds. Every loss here is the language model's, in nats per token.
+"""Statistics of arms over their seeds; every loss is the language model's, in nats per token.
 
-Only finished runs are counted: the loss of a run that is half way says nothing about its arm.
+Only finished runs are counted, because the loss of an unfinished run does not describe its arm.
 """
 
 import dataclasses
@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import SEEDS
-from moe_jax.report.runs import Arm, Run, Study, series
+from moe_jax.report.runs import ArmRuns, Run, Study, series
 
 LATE = 0.25  # "late in training" is this last part of the log lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
+  """Mean and standard deviation of n values."""
+
   mean: float
-  std: float | None  # of the sample (n - 1); None of a single value
+  std: float | None  # of the sample (n - 1); None for a single value
   n: int
 
   @property
@@ -30,18 +32,21 @@ class Spread:
 
 
 def spread(values: Iterable[float | np.ndarray | None]) -> Spread | None:
-  """None of no values. A value that is not finite makes the mean so too: it is not left out."""
-  found = [float(v) for v in values if v is not None]
-  if not found:
+  """Returns the Spread of the values that are not None, or None if there are none.
+
+  A value that is not finite is not left out: it makes the mean NaN.
+  """
+  numbers = [float(v) for v in values if v is not None]
+  if not numbers:
     return None
-  if not all(map(math.isfinite, found)):
-    return Spread(math.nan, None, len(found))
-  std = statistics.stdev(found) if len(found) > 1 else None
-  return Spread(statistics.fmean(found), std, len(found))
+  if not all(map(math.isfinite, numbers)):
+    return Spread(mean=math.nan, std=None, n=len(numbers))
+  std = statistics.stdev(numbers) if len(numbers) > 1 else None
+  return Spread(mean=statistics.fmean(numbers), std=std, n=len(numbers))
 
 
 def crossing(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-  """The first step at which the curve, linear between its points, is at the target or below."""
+  """Returns the first step at which a curve, linear between points, is at or below the target."""
   below = np.flatnonzero(losses <= target + 1e-9)
   if not len(below):
     return None
@@ -54,7 +59,7 @@ def crossing(steps: np.ndarray, losses: np.ndarray, target: float) -> float | No
 
 
 def mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-  """Mean of some curves (x, y), at the x that all of them have; empty ones aside."""
+  """Returns the mean of the curves (x, y) that are not empty, at the x that all of them have."""
   tables = [dict(zip(x.tolist(), y.tolist(), strict=True)) for x, y in curves if len(x)]
   shared = sorted(set.intersection(*map(set, tables))) if tables else []
   means = [statistics.fmean(table[x] for table in tables) for x in shared]
@@ -63,19 +68,19 @@ def mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-  """When an arm came to the target loss."""
+  """The steps and the time in which an arm reached the target loss."""
 
   steps: Spread
   seconds: Spread | None
   speedup: float | None = None  # the target arm's own steps / these; None if a seed is missing
-  time_speedup: float | None = None
+  time_speedup: float | None = None  # the target arm's own seconds / these
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One arm. None: not known, or no finished run."""
+  """The numbers of one arm; None if a number is unknown or no run is finished."""
 
-  arm: Arm
+  arm: ArmRuns
   loss: Spread | None
   bits_per_byte: float | None  # mean of seeds
   difference: Spread | None  # from the target arm, run by run of the same seed
@@ -85,7 +90,7 @@ class Row:
   parameters: int | None
   active_parameters: int | None
   drop: float | None  # share of assignments in the evaluation, mean of layers and seeds
-  train_drop: float | None  # the same late in training
+  train_drop: float | None  # share of assignments late in training, mean of layers and seeds
   max_vio: float | None  # mean of layers and seeds
   dead_experts: float | None  # of all layers, mean of seeds
   alarms: int
@@ -93,28 +98,38 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
+  """The numbers of all arms."""
+
   rows: list[Row]
-  target: float | None  # loss
-  source: str  # where the losses of the table come from
+  target: float | None  # the target loss
+  source: str  # the evaluation that the losses of the table come from
 
 
 def evaluated(study: Study) -> str:
-  """What eval.json files share if all finished runs have one of their last step, otherwise ''."""
+  """Describes the text that all finished runs were evaluated on after their last step.
+
+  Returns '' if they were not, or not all on the same text.
+  """
   kinds = set()
   for arm in study.arms:
     for run in arm.finished:
-      found = run.eval
-      stale = "loss" not in found or found.get("step", run.step) < run.step
-      kinds.add("" if stale else f"{found.get('split')} split, {found.get('tokens', 0):,} tokens")
+      result = run.eval
+      stale = "loss" not in result or result.get("step", run.step) < run.step
+      kinds.add("" if stale else f"{result.get('split')} split, {result.get('tokens', 0):,} tokens")
   return kinds.pop() if len(kinds) == 1 else ""
 
 
 def final(kind: str) -> Callable[[Run], dict[str, Any]]:
-  """Gives a run's last evaluation, of one kind for all runs: `evaluated`'s, or validation's."""
+  """Returns a function from a run to its last evaluation, of one kind for all runs.
+
+  It is that of eval.json if `kind`, the result of `evaluated`, is not ''; otherwise it is the last
+  validation.
+  """
   return lambda run: run.eval if kind else (run.validation or [{}])[-1]
 
 
-def compare(study: Study) -> Comparison:
+def compare_arms(study: Study) -> Comparison:
+  """Computes the numbers of all arms, and compares them with the study's target arm."""
   kind = evaluated(study)
   last = final(kind)
   by_name = {arm.name: arm for arm in study.arms}
@@ -125,42 +140,50 @@ def compare(study: Study) -> Comparison:
     finals = spread(run.curve()[1][-1] for run in target_arm.finished if run.validation)
     target = finals.mean if finals and math.isfinite(finals.mean) else None
     own = _own(target_arm, curve, target)
-  rows = [_row(arm, last, target_arm, target, own) for arm in study.arms]
+  rows = [_arm_row(arm, last, target_arm, target, own) for arm in study.arms]
   source = f"eval.json: {kind}" if kind else "the last validation in training"
   return Comparison(rows, target, source)
 
 
-def _own(arm: Arm, curve: tuple[np.ndarray, np.ndarray], target: float | None) -> Reached | None:
-  """The target arm's own way to its final loss: on its mean curve, as single seeds may miss it."""
+def _own(
+  arm: ArmRuns, curve: tuple[np.ndarray, np.ndarray], target: float | None
+) -> Reached | None:
+  """Returns when the target arm's mean curve reaches its final loss; single seeds may not."""
   step = None if target is None else crossing(*curve, target)
   if step is None:
     return None
   seconds = [run.seconds_at(np.array(step)) for run in arm.finished]
-  return Reached(Spread(step, None, 1), spread(seconds), 1.0, 1.0)
+  return Reached(
+    steps=Spread(mean=step, std=None, n=1), seconds=spread(seconds), speedup=1.0, time_speedup=1.0
+  )
 
 
-def reached(arm: Arm, target: float | None, own: Reached | None) -> Reached | None:
-  """Seed by seed, then the mean of those that came there."""
+def reached(arm: ArmRuns, target: float | None, own: Reached | None) -> Reached | None:
+  """Returns when the seeds of an arm reach the target: the mean over those that do, or None.
+
+  `own` is that of the target arm.
+  """
   if target is None:
     return None
-  found = [(run, crossing(*run.curve(), target)) for run in arm.finished]
-  found = [(run, step) for run, step in found if step is not None]
-  count = spread(step for _, step in found)
-  time = spread(run.seconds_at(np.array(step)) for run, step in found)
+  steps = [(run, crossing(*run.curve(), target)) for run in arm.finished]
+  steps = [(run, step) for run, step in steps if step is not None]
+  count = spread(step for _, step in steps)
+  time = spread(run.seconds_at(np.array(step)) for run, step in steps)
   if count is None:
     return None
   if count.n < len(arm.finished) or own is None or not count.mean:
-    return Reached(count, time)
+    return Reached(steps=count, seconds=time)
   speedup = own.steps.mean / count.mean
   if not (time and own.seconds and time.mean):
-    return Reached(count, time, speedup)
-  return Reached(count, time, speedup, own.seconds.mean / time.mean)
+    return Reached(steps=count, seconds=time, speedup=speedup)
+  time_speedup = own.seconds.mean / time.mean
+  return Reached(steps=count, seconds=time, speedup=speedup, time_speedup=time_speedup)
 
 
-def _row(
-  arm: Arm,
+def _arm_row(
+  arm: ArmRuns,
   last: Callable[[Run], dict],
-  target_arm: Arm | None,
+  target_arm: ArmRuns | None,
   target: float | None,
   own: Reached | None,
 ) -> Row:
@@ -193,14 +216,14 @@ def _row(
 
 
 def paired(ours: list[Run], theirs: list[Run], last: Callable[[Run], dict]) -> Spread | None:
-  """Differences in loss, ours minus theirs, between runs of the same seed."""
+  """Returns the Spread of differences in loss, ours minus theirs, of runs with the same seed."""
   other = {run.seed: last(run).get("loss") for run in theirs}
   pairs = [(last(run).get("loss"), other.get(run.seed)) for run in ours]
   return spread(a - b for a, b in pairs if a is not None and b is not None)
 
 
 def late(run: Run, name: str) -> np.ndarray | None:
-  """Mean of a training metric, of any shape, over the last part of the log lines."""
+  """Returns the mean of a training metric, of any shape, over the last part of the log lines."""
   values = series(run.train, name)[1]
   if not values:
     return None
@@ -208,18 +231,21 @@ def late(run: Run, name: str) -> np.ndarray | None:
 
 
 def mean_of(values: Iterable[Any]) -> Any:
-  """Mean of numbers or arrays of one shape; None of none."""
-  found = [np.asarray(v, float) for v in values if v is not None]
-  if not found or any(v.shape != found[0].shape for v in found):
+  """Returns the mean of the values that are not None, numbers or arrays of one shape.
+
+  Returns None if there are none, or if their shapes differ.
+  """
+  arrays = [np.asarray(v, float) for v in values if v is not None]
+  if not arrays or any(array.shape != arrays[0].shape for array in arrays):
     return None
-  mean = np.mean(found, axis=0)
+  mean = np.mean(arrays, axis=0)
   return float(mean) if mean.ndim == 0 else mean
 
 
 def differing(study: Study) -> dict[str, dict[str, Any]]:
-  """{field: {arm: value}} of the config fields that are not the same in all arms, seeds aside."""
+  """Returns {field: {arm: value}} of the config fields that differ between arms, without seeds."""
   configs = {arm.name: next((r.config for r in arm.runs if r.config), {}) for arm in study.arms}
   configs = {name: config for name, config in configs.items() if config}
   fields = dict.fromkeys(f for config in configs.values() for f in config if f not in SEEDS)
-  found = {f: {name: config.get(f, "") for name, config in configs.items()} for f in fields}
-  return {f: v for f, v in found.items() if len({repr(x) for x in v.values()}) > 1}
+  values = {f: {name: config.get(f, "") for name, config in configs.items()} for f in fields}
+  return {f: v for f, v in values.items() if len({repr(x) for x in v.values()}) > 1}

@@ -1,6 +1,6 @@
-"""Sweeps: from a question to its runs (language, plan), and the runs to their end (runner, slots).
+"""Sweeps: plans the runs that answer a question (language, plan) and runs them (runner, slots).
 
-A sweep file imports from here what it is written in.
+Sweep files import the names below.
 """
 
 from moe_jax.sweep.language import Arm, Sweep, arm, product, zipped

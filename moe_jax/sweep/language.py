@@ -1,4 +1,4 @@
-"""What a sweep file is written in: arms, their products and zips, and the Sweep around them."""
+"""The vocabulary of sweep files: arms, products and zips of arms, and the Sweep that has them."""
 
 import dataclasses
 import itertools
@@ -18,29 +18,35 @@ Transform = Callable[[Config], Config]
 class Arm:
   """A named change of the base config."""
 
-  name: str  # of its folder, too
+  name: str  # also the name of the arm's folder
   fields: dict[str, Any]  # {"model.moe.top_k": 1}; enums by member or value
-  transforms: tuple[Transform, ...] = ()  # applied in turn after all fields
+  transforms: tuple[Transform, ...] = ()  # applied one after the other, after all fields
   notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-  """What `get_sweep()` of a sweep file returns; the question is the file's docstring."""
+  """The sweep that `get_sweep()` of a sweep file returns; the file's docstring is the question."""
 
   base: str  # a config file
   arms: Sequence[Arm]
   seeds: Sequence[int] = (0, 1, 2)  # each sets train.seed and data.seed, the same in every arm
-  target: str = ""  # the arm whose final validation loss the others are timed to; "" for none
+  target: str = ""  # the arm whose final loss the others have to reach, "" for none
   evaluate: Sequence[str] = ()  # more flags for eval.py: ("--routing",)
-  published: str = ""  # the figure that is reproduced, and where it stands
-  band: str = ""  # what counts as reproduced; state it before the run
+  published: str = ""  # the published result, and the paper and table that it is from
+  band: str = ""  # the results that count as a reproduction; state them before the run
 
 
 def arm(name: str, *changes: dict[str, Any] | Transform, notes: str = "") -> Arm:
-  """An arm of fields and transforms: arm("dense", {"train.steps": 100}, match("dense", ...))."""
+  """Makes an arm of fields and transforms: arm("a", {"train.steps": 100}, match("dense", ...)).
+
+  Raises:
+    UserError: the name cannot be a folder's, a field is set twice, or a change is of another type.
+  """
   if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.=-]*", name):
-    raise UserError(f"arm {name!r}: a name is a folder, of letters, digits and _ . = -")
+    raise UserError(
+      f"arm {name!r}: the name is also a folder's; use letters, digits and _ . = - alone"
+    )
   fields: dict[str, Any] = {}
   transforms = []
   for change in changes:
@@ -56,12 +62,12 @@ def arm(name: str, *changes: dict[str, Any] | Transform, notes: str = "") -> Arm
 
 
 def product(*lists: Sequence[Arm]) -> list[Arm]:
-  """Every combination of one arm of each list; "a" and "b" become "a-b"."""
+  """Returns every combination of one arm of each list; arms "a" and "b" become "a-b"."""
   return [_joined(arms) for arms in itertools.product(*lists)]
 
 
 def zipped(*lists: Sequence[Arm]) -> list[Arm]:
-  """The first arms of all lists joined, then the second ones, and so on."""
+  """Joins the first arms of all lists, then the second ones, and so on."""
   if len({len(arms) for arms in lists}) > 1:
     lengths = " and ".join(str(len(arms)) for arms in lists)
     raise UserError(f"zipped: the lists have {lengths} arms; give each the same number")
@@ -84,13 +90,17 @@ def _merge(name: str, fields: dict[str, Any], more: dict[str, Any]) -> dict[str,
   if both:
     raise UserError(
       f"arm {name}: config.{both[0]} is set twice, to {fields[both[0]]} and {more[both[0]]}; "
-      "leave it to one of the lists"
+      "set it in one of them"
     )
   return fields | more
 
 
-def load(path: str) -> tuple[str, Sweep]:
-  """(question, Sweep) of a sweep file, with one-line errors for what can go wrong in it."""
+def load_sweep(path: str) -> tuple[str, Sweep]:
+  """Returns the question and the Sweep of a sweep file.
+
+  Raises:
+    UserError: there is no such file, or it fails; the message names the line.
+  """
   if not os.path.isfile(path):
     raise UserError(f"--sweep={path}: no such file")
   try:
@@ -98,7 +108,7 @@ def load(path: str) -> tuple[str, Sweep]:
     sweep = module["get_sweep"]()
   except UserError as error:
     raise UserError(f"{_place(error, path)}: {error}") from None
-  except Exception as error:  # whatever the file does wrong, say where
+  except Exception as error:  # the user's file can raise anything; the message names the line
     raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from None
   if not isinstance(sweep, Sweep):
     raise UserError(f"{path}: get_sweep() returned {type(sweep).__name__}, not a Sweep")

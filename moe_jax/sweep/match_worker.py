@@ -1,7 +1,7 @@
 """Times training steps to match two models by wall-clock: a job on stdin, its answer on stdout.
 
-Only matching.py starts it, as a process of its own: planning imports no trainer, and afterwards the
-accelerator is free for the runs.
+Only matching.py starts this module, as a separate process, so that planning imports no trainer and
+the accelerator is free for the runs afterwards.
 """
 
 import json
@@ -16,8 +16,8 @@ from moe_jax.sweep import matching
 from moe_jax.training import timing
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-  """{"width", "times", "device"} of a job of matching.py, in real training steps."""
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+  """Returns {"width", "times", "device"} for a job of matching.py, measured in training steps."""
 
   def trainer(config: config_lib.Config) -> timing.Trainer:
     worker = timing.Trainer(validation.resolve_mesh(config, jax.device_count()), bare=False)
@@ -28,17 +28,20 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
   startup.start(reference.data)
   opponent = trainer(reference)
 
-  def time_of(width: int) -> matching.Times:
+  def measure_width(width: int) -> matching.StepTimes:
     candidate = trainer(command_line.override(twin, {job["field"]: width}, "match"))
     thunks = {"reference": lambda: opponent.measure(1), "twin": lambda: candidate.measure(1)}
-    taken = timing.in_turns(thunks, matching.ROUNDS, matching.ROUND_SECONDS)
-    seconds, twin_seconds = (timing.median(taken, name) for name in thunks)
-    return matching.Times(seconds, twin_seconds, timing.ratio(taken, "twin", "reference"))
+    times = timing.in_turns(thunks, matching.ROUNDS, matching.ROUND_SECONDS)
+    return matching.StepTimes(
+      reference=timing.median(times, "reference"),
+      twin=timing.median(times, "twin"),
+      ratio=timing.ratio(times, "twin", "reference"),
+    )
 
-  width, times = matching.solve_by_time(time_of, job["start"], job["step"], job["tries"])
+  width, times = matching.solve_by_time(measure_width, job["start"], job["step"], job["tries"])
   device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   return {"width": width, "times": list(times), "device": device}
 
 
 if __name__ == "__main__":
-  print(json.dumps(measure(json.load(sys.stdin))))
+  print(json.dumps(run_job(json.load(sys.stdin))))

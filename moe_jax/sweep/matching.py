@@ -1,7 +1,7 @@
-"""Fair opponents: a config's dense twin, or its experts cut finer, at equal size, FLOPs or time.
+"""Makes twins of a config, dense or with other experts, of equal size, FLOPs or time.
 
-Counts come from the parameters' shapes (cost.count). They are linear in the width of a
-feed-forward, so the width that matches is found by a division, and it is checked.
+Parameters and FLOPs are counted from the parameters' shapes (cost.count). The counts are linear in
+the width of a feed-forward, so a division gives the width that matches; then it is checked.
 """
 
 import dataclasses
@@ -18,31 +18,35 @@ from moe_jax import config as config_lib
 from moe_jax.config import Config, UserError
 from moe_jax.model import cost
 
-_COUNTS = {  # by: (field of cost.Counts, what one is called)
+_COUNTS = {  # by: (field of cost.Counts, its name in messages)
   "active_params": ("active", "active parameters"),
   "flops_per_token": ("flops_per_token", "FLOPs per token"),
   "total_params": ("total", "parameters"),
 }
 _BY = (*_COUNTS, "wall_clock")
 _COUNT_TOLERANCE = 0.01
-_TIME_TOLERANCE = 0.05  # what noise allows
-_TIME_GOAL = 0.02  # near enough to stop measuring
-_TRIES = 6  # widths that are measured, each compiled anew
+_TIME_TOLERANCE = 0.05  # wider than that of counts, because times are noisy
+_TIME_GOAL = 0.02  # a difference at which measuring stops
+_TRIES = 6  # the most widths that are measured; each is compiled
 ROUNDS = 7
 ROUND_SECONDS = 0.5
 _TAKES_TIME = ("model.", "data.seq_len", "data.batch_size", "train.accumulation", "mesh.")
 
-Measured = dict[str, dict[str, Any]]  # what was measured for each match; JSON
+Measured = dict[str, dict[str, Any]]  # the measurements for each match; JSON
 
 
 class Matched(NamedTuple):
+  """A twin."""
+
   config: Config
-  note: str  # one line: the width and what it matches
+  note: str  # one line: the width, and how near its count or time comes
 
 
-class Times(NamedTuple):
-  reference: float  # seconds of a training step, median
-  twin: float
+class StepTimes(NamedTuple):
+  """How long training steps of two models take."""
+
+  reference: float  # seconds, median over the rounds
+  twin: float  # seconds, median over the rounds
   ratio: float  # twin / reference, median over the rounds
 
 
@@ -59,11 +63,11 @@ class Match:
     return self.solve(config).config
 
   def solve(self, reference: Config, measured: Measured | None = None) -> Matched:
-    """The twin of `reference`, and what was solved.
+    """Finds the twin of `reference`.
 
     Args:
-      reference: what it shall equal.
-      measured: results of earlier measurements, which stand; new ones are added.
+      reference: the config whose count or time the twin must equal.
+      measured: earlier measurements, which are not repeated; new ones are added.
 
     Raises:
       UserError: no width comes within 1% (wall_clock: 5%), or the twin is not a valid config.
@@ -72,12 +76,12 @@ class Match:
     measured = {} if measured is None else measured
     step = math.lcm(self.multiple_of, reference.mesh.tensor)
     if self.by == "wall_clock":
-      width, what = self._by_time(reference, twin, field, step, measured)
+      width, comparison = self._by_time(reference, twin, field, step, measured)
     else:
-      width, what = self._by_count(reference, twin, field, step)
+      width, comparison = self._by_count(reference, twin, field, step)
     twin = command_line.override(twin, {field: width}, str(self))
     validation.validate(twin)
-    note = f"{self.kind} twin by {self.by}: {field}={width}, {what}"
+    note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
     moe, layers = reference.model.moe, reference.model.num_layers
     if self.kind == "dense" and (moe.first_dense or moe.every > 1):
       dense = layers - (layers - moe.first_dense) // moe.every
@@ -88,12 +92,14 @@ class Match:
     return Matched(twin, note)
 
   def _start(self, reference: Config) -> tuple[Config, str]:
-    """The twin but for one width, and the field of that width."""
+    """Returns the twin before its width is solved, and the field of the width."""
     if self.kind == "moe":
       fields = {f"model.moe.{name}": value for name, value in self.fields}
       twin = command_line.override(reference, fields, str(self))
       if not twin.model.moe.num_experts:
-        raise UserError(f"{self}: the config is dense; say how many experts, num_experts=8")
+        raise UserError(
+          f"{self}: the config is dense; give the number of experts, such as num_experts=8"
+        )
       return twin, "model.moe.expert_dim"
     if not reference.model.moe.num_experts:
       raise UserError(f"{self}: config.model.moe.num_experts=0 is dense already; match an MoE")
@@ -105,13 +111,13 @@ class Match:
     name, unit = _COUNTS[self.by]
     width, reached, target = _nearest(name, reference, twin, field, step)
     error = reached / target - 1
-    what = f"{reached:,.0f} {unit} against {target:,.0f} ({100 * error:+.2f}%)"
+    comparison = f"{reached:,.0f} {unit} against {target:,.0f} ({100 * error:+.2f}%)"
     if abs(error) > _COUNT_TOLERANCE:
       raise UserError(
-        f"{self}: no width matches within 1%; the nearest, config.{field}={width}, has {what}; "
-        "compare larger models, or match by another count"
+        f"{self}: no width matches within 1%; the nearest, config.{field}={width}, has "
+        f"{comparison}; compare larger models, or match by another count"
       )
-    return width, what
+    return width, comparison
 
   def _by_time(
     self, reference: Config, twin: Config, field: str, step: int, measured: Measured
@@ -124,19 +130,19 @@ class Match:
         "reference": config_lib.to_json(reference), "twin": config_lib.to_json(twin),
         "field": field, "step": step, "start": start, "tries": _TRIES,
       })  # fmt: skip
-    found = measured[key]
-    times = Times(*found["times"])
-    what = (
+    result = measured[key]
+    times = StepTimes._make(result["times"])
+    comparison = (
       f"{1e3 * times.twin:.3g} ms per training step against {1e3 * times.reference:.3g} "
-      f"({100 * (times.ratio - 1):+.1f}%), medians of {ROUNDS} rounds on {found['device']}"
+      f"({100 * (times.ratio - 1):+.1f}%), medians of {ROUNDS} rounds on {result['device']}"
     )
     if abs(times.ratio - 1) > _TIME_TOLERANCE:
       del measured[key]
       raise UserError(
         f"{self}: no width measured within {100 * _TIME_TOLERANCE:.0f}%; the nearest, "
-        f"config.{field}={found['width']}, takes {what}; try again when the machine is idle"
+        f"config.{field}={result['width']}, takes {comparison}; try again when the machine is idle"
       )
-    return found["width"], what
+    return result["width"], comparison
 
   def __str__(self) -> str:
     more = "".join(f", {name}={getattr(v, 'value', v)!r}" for name, v in self.fields)
@@ -144,19 +150,22 @@ class Match:
 
 
 def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
-  """A transform of a config into another model that costs the same, for an arm of a sweep.
+  """Returns a transform of a config into another model of equal cost, for an arm of a sweep.
 
-  `match("dense", by="flops_per_token")` has a dense feed-forward in every layer in place of the
-  experts, and no auxiliary loss. `match("moe", by="flops_per_token", num_experts=64, top_k=8)` has
-  other experts, whose width is solved. All else stays: data and their order, initial scales,
-  activation, optimizer, schedule.
+  `match("dense", by="flops_per_token")` replaces the experts by a dense feed-forward in every
+  layer, and has no auxiliary loss. `match("moe", by="flops_per_token", num_experts=64, top_k=8)`
+  has other experts, whose width is solved. Nothing else changes: data and their order, initial
+  scales, activation, optimizer, schedule.
 
   Args:
     kind: "dense" or "moe".
-    by: what shall be equal: "active_params", "flops_per_token" (of training), "total_params", or
-      "wall_clock", the time of a training step, measured on this machine.
-    multiple_of: of the solved width; 1 matches most closely, accelerators like 128.
+    by: the quantity that is equal: "active_params", "flops_per_token" (of training),
+      "total_params", or "wall_clock", the time of a training step, measured on this machine.
+    multiple_of: a divisor of the solved width; 1 matches most closely, 128 suits accelerators.
     **moe: fields of config.model.moe to change, for kind="moe".
+
+  Raises:
+    UserError: an argument has another value, or a field cannot be changed.
   """
   transform = Match(kind, by, multiple_of, tuple(moe.items()))
   if kind not in ("dense", "moe"):
@@ -168,14 +177,14 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   if kind == "dense" and moe:
     raise UserError(f"{transform}: a dense twin has no experts to set; drop {', '.join(moe)}")
   if "expert_dim" in moe:
-    raise UserError(f"{transform}: expert_dim is what is solved; drop it")
+    raise UserError(f"{transform}: expert_dim is the width that is solved; drop it")
   return transform
 
 
-def count(config: Config) -> cost.Counts:
-  """cost.count for one device; quick for a size that was counted before."""
-  sized = Config(model=config.model, data=config_lib.Data(seq_len=config.data.seq_len))
-  return _count_json(config_lib.to_json(sized))
+def cached_count(config: Config) -> cost.Counts:
+  """Returns cost.count of a config, from a cache if its model was counted before."""
+  counted = Config(model=config.model, data=config_lib.Data(seq_len=config.data.seq_len))
+  return _count_json(config_lib.to_json(counted))
 
 
 @functools.cache
@@ -184,7 +193,8 @@ def _count_json(text: str) -> cost.Counts:
 
 
 def sizes(config: Config) -> str:
-  counts = count(config)
+  """Describes the parameters and FLOPs of a config in one line."""
+  counts = cached_count(config)
   return (
     f"{cost.si(counts.total)} parameters, {cost.si(counts.active)} active, "
     f"{cost.si(counts.flops_per_token)} FLOPs per token"
@@ -194,21 +204,28 @@ def sizes(config: Config) -> str:
 def _nearest(
   name: str, reference: Config, twin: Config, field: str, step: int
 ) -> tuple[int, float, float]:
-  """(width, its count, the reference's) of the multiple of `step` with the nearest count."""
+  """Returns the multiple of `step` with the nearest count, its count, and the reference's."""
 
   def at(width: int) -> float:
-    return getattr(count(command_line.override(twin, {field: width}, "match")), name)
+    return getattr(cached_count(command_line.override(twin, {field: width}, "match")), name)
 
-  target, first, second = getattr(count(reference), name), at(step), at(2 * step)
+  target, first, second = getattr(cached_count(reference), name), at(step), at(2 * step)
   width = step * max(1, round(1 + (target - first) / (second - first)))
   return width, at(width), target
 
 
 def solve_by_time(
-  measure: Callable[[int], Times], start: int, step: int, tries: int
-) -> tuple[int, Times]:
-  """The multiple of `step` whose measured time is nearest to the reference's, by secant."""
-  tried: dict[int, Times] = {}
+  measure: Callable[[int], StepTimes], start: int, step: int, tries: int
+) -> tuple[int, StepTimes]:
+  """Finds the width whose measured time is nearest to the reference's, by the secant method.
+
+  Args:
+    measure: times the twin of a width.
+    start: the first width.
+    step: widths are multiples of it.
+    tries: the most widths to measure.
+  """
+  tried: dict[int, StepTimes] = {}
   width = start
   while len(tried) < tries and width not in tried:
     tried[width] = measure(width)
@@ -216,10 +233,10 @@ def solve_by_time(
     if abs(tried[near[0]].ratio - 1) <= _TIME_GOAL:
       break
     best = tried[near[0]].ratio
-    aim = near[0] / best  # as if all the time were the feed-forward's
+    aim = near[0] / best  # assumes that the feed-forward takes all of the time
     if len(near) > 1:
       slope = (tried[near[1]].ratio - best) / (near[1] - near[0])
-      if slope > 0:  # else it is noise
+      if slope > 0:  # a slope of 0 or less is noise
         aim = near[0] + (1 - best) / slope
     aim = min(max(aim, near[0] / 4), near[0] * 4)
     width = max(1, round(aim / step)) * step
@@ -227,11 +244,11 @@ def solve_by_time(
 
 
 def _measure_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
-  """In a process of its own, which ends and leaves the accelerator to the runs."""
+  """Measures in a separate process, whose end frees the accelerator for the runs."""
   print(f"measuring training steps to match {job['field']} ...", file=sys.stderr, flush=True)
   command = [sys.executable, "-m", "moe_jax.sweep.match_worker"]
   done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
   if done.returncode:
-    said = done.stderr.strip().splitlines() or ["it said nothing"]
-    raise UserError(f"measuring {job['field']} ended with code {done.returncode}: {said[-1]}")
+    lines = done.stderr.strip().splitlines() or ["it printed nothing"]
+    raise UserError(f"measuring {job['field']} ended with code {done.returncode}: {lines[-1]}")
   return json.loads(done.stdout.splitlines()[-1])

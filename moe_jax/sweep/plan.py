@@ -1,4 +1,4 @@
-"""From a Sweep to its runs: every arm's config, checked, and every run's command line."""
+"""Expands a Sweep into its runs: each arm's config, which is checked, and each run's commands."""
 
 import difflib
 import pathlib
@@ -9,40 +9,47 @@ from typing import Any, NamedTuple
 from moe_jax import command_line, validation
 from moe_jax import config as config_lib
 from moe_jax.config import SEEDS, Config, UserError
+from moe_jax.options import spelled
 from moe_jax.sweep import language, matching
 from moe_jax.sweep.language import Arm, Sweep
 from moe_jax.sweep.matching import Measured
 
-_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
+_FLAGS_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 
 
 class PlannedArm(NamedTuple):
+  """An arm whose config is made and checked."""
+
   name: str
   overrides: dict[str, Any]  # {field: value} where it differs from the base, without the seeds
   notes: list[str]
   config: Config
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
+  """One arm with one seed."""
+
   arm: str
   seed: int
   workdir: str  # relative to the sweep's folder
-  command: str  # a line for a shell that trains
-  evaluate: str  # and one that evaluates
+  command: str  # a shell's command line that trains
+  evaluate: str  # a shell's command line that evaluates
   config: Config
 
 
 class Plan(NamedTuple):
+  """All runs of a sweep."""
+
   question: str
   path: str  # of the sweep file
   sweep: Sweep
   base: Config
-  out: pathlib.Path  # where the runs live
-  arms: list[PlannedArm]  # all of the sweep
-  runs: list[Run]  # of the chosen arms and seeds
+  out: pathlib.Path  # folder of the runs
+  arms: list[PlannedArm]  # all arms of the sweep
+  runs: list[PlannedRun]  # of the selected arms and seeds
 
 
-def make(
+def make_plan(
   path: str,
   out: pathlib.Path,
   *,
@@ -55,46 +62,46 @@ def make(
 
   Args:
     path: of the sweep file.
-    out: where the runs live.
-    arms: names of those to run; none are all.
-    seeds: to run; none are the sweep's.
-    overrides: more fields for every arm, which win over the arms' own, before any match.
+    out: folder of the runs.
+    arms: names of the arms to run; () for all.
+    seeds: seeds to run; () for the sweep's.
+    overrides: fields for every arm, which replace the arms' own and are set before any match.
     measured: earlier measurements for matches by wall-clock; new ones are added.
 
   Raises:
-    UserError: an arm that is no valid config, is another arm under another name, or is not there.
+    UserError: an arm is no valid config or equals another arm, or there is no arm of a given name.
   """
-  question, sweep = language.load(path)
+  question, sweep = language.load_sweep(path)
   names = [a.name for a in sweep.arms]
   _check_sweep(path, sweep, names, seeds)
   for name in arms:
     _check_name(f"--arms={name}", name, names)
   base = command_line.load_file(sweep.base)
-  validation.validate(base)  # as train.py does, before it is compared with
+  validation.validate(base)  # before comparisons, because train.py compares validated configs
   planned = [_planned(path, a, base, overrides, measured) for a in sweep.arms]
   same: dict[str, str] = {}
   for a in planned:
     first = same.setdefault(config_lib.to_json(a.config), a.name)
     if first != a.name:
       raise UserError(f"{path}: the arms {first} and {a.name} are the same config; drop one")
-  plan = Plan(question, path, sweep, base, out, planned, [])
-  chosen = [a for a in planned if a.name in (arms or names)]
-  plan.runs.extend(make_run(plan, a, seed) for a in chosen for seed in seeds or sweep.seeds)
+  plan = Plan(question=question, path=path, sweep=sweep, base=base, out=out, arms=planned, runs=[])
+  selected = [a for a in planned if a.name in (arms or names)]
+  plan.runs.extend(make_run(plan, a, seed) for a in selected for seed in seeds or sweep.seeds)
   return plan
 
 
 def _check_sweep(path: str, sweep: Sweep, names: list[str], seeds: Sequence[int]) -> None:
   if not sweep.arms:
-    raise UserError(f"{path}: arms is empty; a sweep compares at least one")
+    raise UserError(f"{path}: arms is empty; a sweep needs at least one")
   twice = [name for name in names if names.count(name) > 1]
   if twice:
     raise UserError(f"{path}: two arms are called {twice[0]}; rename one")
   if sweep.target:
     _check_name(f"{path}: target={sweep.target}", sweep.target, names)
-  for chosen in (sweep.seeds, seeds):
-    bad = len(set(chosen)) < len(chosen) or [s for s in chosen if type(s) is not int or s < 0]
+  for numbers in (sweep.seeds, seeds):
+    bad = len(set(numbers)) < len(numbers) or [s for s in numbers if type(s) is not int or s < 0]
     if bad or not sweep.seeds:
-      raise UserError(f"{path}: seeds={tuple(chosen)} must be different integers from 0 up")
+      raise UserError(f"{path}: seeds={tuple(numbers)} must be different integers from 0 up")
   if isinstance(sweep.evaluate, str):
     raise UserError(
       f"{path}: evaluate={sweep.evaluate!r} is one string; write ({sweep.evaluate!r},)"
@@ -114,7 +121,7 @@ def _planned(
   where, notes = f"{path}: arm {a.name}", list(a.notes)
   seeded = [name for name in SEEDS if name in a.fields]
   if seeded:
-    raise UserError(f"{where}: config.{seeded[0]} is the sweep's to set; use its seeds")
+    raise UserError(f"{where}: the sweep sets config.{seeded[0]}; use its seeds")
   config = command_line.override(base, a.fields | overrides, where)
   try:
     validation.validate(config)
@@ -127,49 +134,49 @@ def _planned(
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
-  return PlannedArm(a.name, changes(base, config), [*notes, matching.sizes(config)], config)
+  return PlannedArm(
+    a.name, config_lib.changes(base, config), [*notes, matching.sizes(config)], config
+  )
 
 
-def changes(base: Config, config: Config) -> dict[str, Any]:
-  """{field: value} of `config`, where it differs; enums as their values."""
-  before = config_lib.flatten(base)
-  return {n: v for n, v in config_lib.flatten(config).items() if v != before[n]}
-
-
-def make_run(plan: Plan, a: PlannedArm, seed: int) -> Run:
+def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:
+  """Returns the run of an arm with a seed, and its command lines."""
   config = command_line.override(a.config, dict.fromkeys(SEEDS, seed), a.name)
   workdir = f"{a.name}/seed{seed}"
   where = f"--workdir={plan.out / workdir}"
-  fields = [f"--config.{n}={_text(v)}" for n, v in changes(plan.base, config).items()]
+  fields = command_line.words(plan.base, config)
   train = ["python", "train.py", f"--config={plan.sweep.base}", *fields, where]
-  asked = plan.sweep.evaluate
+  flags = plan.sweep.evaluate
   if not config.model.moe.num_experts:
-    asked = [flag for flag in asked if flag.partition("=")[0] not in _OF_EXPERTS]
-  evaluate = ["python", "eval.py", where, *asked]
-  return Run(a.name, seed, workdir, shlex.join(train), shlex.join(evaluate), config)
+    flags = [flag for flag in flags if flag.partition("=")[0] not in _FLAGS_OF_EXPERTS]
+  evaluate = ["python", "eval.py", where, *flags]
+  return PlannedRun(
+    arm=a.name,
+    seed=seed,
+    workdir=workdir,
+    command=shlex.join(train),
+    evaluate=shlex.join(evaluate),
+    config=config,
+  )
 
 
-def _text(value: Any) -> str:
-  return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def text(plan: Plan) -> str:
-  """What is going to run, for people: the question, the arms and their sizes."""
-  chosen = {run.arm for run in plan.runs}
+def describe_plan(plan: Plan) -> str:
+  """Describes the plan for people: the question, the arms and their sizes."""
+  selected = {run.arm for run in plan.runs}
   seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in plan.runs))
   lines = [
     *plan.question.splitlines(), "",
-    f"{plan.path}: {len(plan.runs)} runs, {len(chosen)} arms with seeds {seeds}, on "
+    f"{plan.path}: {len(plan.runs)} runs, {len(selected)} arms with seeds {seeds}, on "
     f"{plan.sweep.base}",
   ]  # fmt: skip
   for a in plan.arms:
-    if a.name in chosen:
-      changed = " ".join(f"{name}={_text(value)}" for name, value in a.overrides.items())
-      lines += [f"{a.name}: {changed or 'as it is'}", *(f"    {note}" for note in a.notes)]
+    if a.name in selected:
+      changed = " ".join(f"{name}={spelled(value)}" for name, value in a.overrides.items())
+      lines += [f"{a.name}: {changed or 'the base'}", *(f"    {note}" for note in a.notes)]
   return "\n".join(lines)
 
 
 def dry_run(plan: Plan) -> str:
-  """`text` as comments, then a shell line for each run."""
-  comments = [f"# {line}".rstrip() for line in text(plan).splitlines()]
+  """Returns `describe_plan` as comments, then a shell's command line for each run."""
+  comments = [f"# {line}".rstrip() for line in describe_plan(plan).splitlines()]
   return "\n".join([*comments, *(f"{run.command} && {run.evaluate}" for run in plan.runs)])

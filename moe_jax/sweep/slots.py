@@ -1,4 +1,4 @@
-"""The machine in shares: each slot runs one process at a time on its own CPU cores and GPUs."""
+"""Divides the machine into slots: each runs one process at a time on its own CPU cores and GPUs."""
 
 import contextlib
 import os
@@ -11,19 +11,19 @@ Item = TypeVar("Item")
 
 
 def share(items: Sequence[Item], slot: int, slots: int) -> list[Item]:
-  """The slot's part: neighbours, no two slots the same one unless there are too few."""
+  """Returns a slot's items, which are neighbours; slots share an item only if there are too few."""
   if slots > len(items):
     return [items[slot % len(items)]] if items else []
   return list(items[slot * len(items) // slots : (slot + 1) * len(items) // slots])
 
 
 def cpus() -> list[int]:
-  """That this process may use; none where the system cannot say or pin."""
+  """Returns the cores that this process may use; none if the system cannot pin processes."""
   return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 
 
 def gpus() -> list[str]:
-  """NVIDIA's, as CUDA_VISIBLE_DEVICES names them."""
+  """Returns NVIDIA's GPUs by the names that CUDA_VISIBLE_DEVICES uses."""
   if "CUDA_VISIBLE_DEVICES" in os.environ:
     return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
   if not shutil.which("nvidia-smi"):
@@ -33,8 +33,8 @@ def gpus() -> list[str]:
   return [str(index) for index in range(len(lines))]
 
 
-class Slots:
-  """`number` shares of this machine; with one, a process has all that this one has."""
+class MachineSlots:
+  """`number` shares of this machine; a single slot has all cores and GPUs of this process."""
 
   def __init__(self, number: int):
     self.number = number
@@ -42,27 +42,29 @@ class Slots:
     self._gpus = gpus() if number > 1 else []
 
   def environment(self, slot: int) -> dict[str, str]:
-    """Variables to add for a process of this slot."""
+    """Returns the environment variables to add for a process of this slot."""
     if not self._gpus:
       return {}
-    found = {"CUDA_VISIBLE_DEVICES": ",".join(share(self._gpus, slot, self.number))}
+    variables = {"CUDA_VISIBLE_DEVICES": ",".join(share(self._gpus, slot, self.number))}
     if self.number > len(self._gpus) and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-      sharing = -(-self.number // len(self._gpus))  # or the first one takes 75% for itself
-      found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.2f}"
-    return found
+      # By default the first of several processes on a GPU takes 75% of its memory.
+      processes = -(-self.number // len(self._gpus))
+      variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / processes:.2f}"
+    return variables
 
   def start(self, command: list[str], slot: int, **options: Any) -> subprocess.Popen:
+    """Starts a process in a slot; `options` are those of subprocess.Popen."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment(slot)}
     process = subprocess.Popen(command, env=environment, **options)
     if self._cpus:
-      # Long before jax counts the cores for its threads.
+      # This happens long before jax counts the cores for its threads.
       with contextlib.suppress(ProcessLookupError):
         os.sched_setaffinity(process.pid, share(self._cpus, slot, self.number))
     return process
 
   @contextlib.contextmanager
   def as_first(self) -> Iterator[None]:
-    """This process, and what it starts, in the first slot, to measure as the runs will run."""
+    """Puts this process and those it starts into the first slot, to measure like a run."""
     before = {name: os.environ.get(name) for name in self.environment(0)}
     os.environ.update(self.environment(0))
     if self._cpus:

@@ -1,4 +1,4 @@
-"""Held-out loss over a fixed set of batches. The letter G counts domains of documents here."""
+"""Held-out loss over a fixed set of rows, spread over a split. The letter M counts documents."""
 
 import functools
 import math
@@ -15,18 +15,20 @@ from moe_jax.model import transformer
 from moe_jax.training import losses, metrics
 
 
-class DomainSums(NamedTuple):
-  """Of the targets of each domain's documents."""
-
-  nll_G: jax.Array  # float32, nats
-  targets_G: jax.Array  # int32
-  bytes_G: jax.Array  # int32
-
-
 class EvalSums(NamedTuple):
+  """Sums over the rows of an evaluation, on the host: int64 and float64, so that none overflows."""
+
   sums: losses.Sums
-  num_bytes: jax.Array  # int32 [], bytes of text the targets stand for
-  domains: DomainSums | None  # None of unlabelled text
+  num_bytes: np.ndarray  # [], bytes of text that the targets stand for
+  documents: "DocumentSums | None"  # None where it was not asked for
+
+
+class DocumentSums(NamedTuple):
+  """Sums over the targets of each document of a split; 0 for a document that no row touches."""
+
+  nll_M: np.ndarray  # float64, nats
+  targets_M: np.ndarray  # int64
+  bytes_M: np.ndarray  # int64
 
 
 def eval_step(
@@ -34,25 +36,18 @@ def eval_step(
   bias_ZE: jax.Array,
   batch: pipeline.Batch[jax.Array],
   bytes_V: jax.Array,
-  domain_BL: jax.Array | None = None,
   *,
   model: config_lib.Model,
-  num_domains: int = 0,
-) -> EvalSums:
-  """Sums of one batch with the evaluation capacity factor and no jitter."""
+) -> tuple[losses.Sums, jax.Array, jax.Array]:
+  """(sums of one batch, bytes of its text, nats of each target nll_BL).
+
+  The router adds no noise and takes the capacity factor of evaluation.
+  """
   logits_BLV, stats, _ = transformer.evaluate(model, params, bias_ZE, batch)
   real_BL = batch.segments_BL > 0
   bytes_BL = jnp.where(real_BL, bytes_V[batch.targets_BL], 0)
-  domains = None
-  if domain_BL is not None:
-    of_domain_GBL = domain_BL[None] == jnp.arange(num_domains)[:, None, None]
-    nll_BL, _ = losses.token_nll(logits_BLV, batch.targets_BL)
-    values = (nll_BL, real_BL.astype(jnp.int32), bytes_BL)
-    domains = DomainSums(
-      *(jnp.sum(jnp.where(of_domain_GBL, x_BL[None], 0), axis=(1, 2)) for x_BL in values)
-    )
-  sums = losses.sums(logits_BLV, batch.targets_BL, real_BL, stats)
-  return EvalSums(sums, jnp.sum(bytes_BL), domains)
+  nll_BL, _ = losses.token_nll(logits_BLV, batch.targets_BL)
+  return losses.sums(logits_BLV, batch.targets_BL, real_BL, stats), jnp.sum(bytes_BL), nll_BL
 
 
 def batch_size(config: config_lib.Config) -> int:
@@ -60,7 +55,7 @@ def batch_size(config: config_lib.Config) -> int:
 
 
 class Evaluator:
-  """Runs `eval_step` over the first batches of a split, always the same ones."""
+  """Runs `eval_step` over rows spread evenly over a split, always the same ones."""
 
   def __init__(
     self,
@@ -69,31 +64,52 @@ class Evaluator:
     mesh: jax.sharding.Mesh,
     num_batches: int,
   ):
-    """Reads num_batches of the rows; 0 is the whole split."""
+    """Reads num_batches of the rows (`pipeline.eval_rows`); 0 is the whole split."""
     self._config, self._rows, self._mesh = config, rows, mesh
-    self._num_batches = num_batches
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = batch_size(config)
-    step = functools.partial(eval_step, model=config.model, num_domains=len(rows.domains))
-    self._step = jax.jit(step)
-    self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+    self.numbers = pipeline.eval_rows(rows, self.batch_size, num_batches)
+    self._step = jax.jit(functools.partial(eval_step, model=config.model))
+
+  @functools.cached_property
+  def gzip_bits_per_byte(self) -> float:
+    """What gzip -9 takes for the same rows."""
+    return pipeline.gzip_bits_per_byte(self._rows, self.numbers)
 
   def __call__(self, params: Any, bias_ZE: jax.Array) -> dict[str, Any]:
     """{loss: nats per token, perplexity, bits_per_byte, tokens, ... and metrics.moe_metrics}."""
     return self.result(self.total(params, bias_ZE))
 
-  def total(self, params: Any, bias_ZE: jax.Array) -> EvalSums:
-    """On the host."""
-    total = None
-    for rows_B in pipeline.eval_rows(
-      self._rows, self.batch_size, self._num_batches, jax.process_index(), jax.process_count()
+  def total(self, params: Any, bias_ZE: jax.Array, *, by_document: bool = False) -> EvalSums:
+    """The sums over all rows; those of documents too in a run of one process."""
+    total: Any = None
+    documents = DocumentSums(*(np.zeros(len(self._rows.starts_M), d) for d in (float, int, int)))
+    for numbers_B in pipeline.eval_batches(
+      self.numbers, self.batch_size, jax.process_index(), jax.process_count()
     ):
-      domain_BL = self._rows.domains_BL(rows_B) if self._rows.domains else None
-      batch, domain_BL = sharding.to_global((self._rows.batch(rows_B), domain_BL), self._mesh)
-      sums = self._step(params, bias_ZE, batch, self._bytes_V, domain_BL)
-      total = sums if total is None else self._add(total, sums)
-    return jax.device_get(total)
+      local = self._rows.batch(numbers_B)
+      batch = sharding.to_global(local, self._mesh)
+      sums, num_bytes, nll_BL = self._step(params, bias_ZE, batch, self._bytes_V)
+      host = jax.tree.map(_wide, jax.device_get((sums, num_bytes)))
+      total = host if total is None else jax.tree.map(np.add, total, host)
+      if by_document:
+        self._add_documents(documents, numbers_B, local, jax.device_get(nll_BL))
+    sums, num_bytes = total
+    return EvalSums(sums, num_bytes, documents if by_document else None)
+
+  def _add_documents(
+    self,
+    documents: DocumentSums,
+    numbers_B: np.ndarray,
+    batch: pipeline.Batch[np.ndarray],
+    nll_BL: np.ndarray,
+  ) -> None:
+    document_BL = self._rows.documents_BL(numbers_B)
+    real_BL = document_BL >= 0
+    values = (nll_BL, np.ones_like(document_BL), self._bytes_V[batch.targets_BL])
+    for sums_M, values_BL in zip(documents, values, strict=True):
+      np.add.at(sums_M, document_BL[real_BL], values_BL[real_BL])
 
   def result(self, total: EvalSums) -> dict[str, Any]:
     sums = total.sums
@@ -102,25 +118,72 @@ class Evaluator:
       "loss": loss,
       "perplexity": math.exp(min(loss, 100.0)),
       # The cost of every target, document ends included, over the bytes of text.
-      "bits_per_byte": float(sums.nll / math.log(2)) / max(int(total.num_bytes), 1),
+      "bits_per_byte": bits_per_byte(sums.nll, total.num_bytes),
+      "gzip_bits_per_byte": self.gzip_bits_per_byte,
       "tokens": int(sums.targets),
       "bytes": int(total.num_bytes),
     }
     if len(sums.moe.tokens):
-      balance_Z = losses.load_balance(sums, config_lib.BalanceScope.GLOBAL)
+      # Ratios of sums: as float32 they cannot overflow, where jax would make int64 an int32.
+      ratios = jax.tree.map(np.float32, sums)
+      balance_Z = losses.load_balance(ratios, config_lib.BalanceScope.GLOBAL)
       result["load_balance"] = float(np.mean(balance_Z))
-      result |= {name: np.asarray(v) for name, v in metrics.moe_metrics(sums.moe).items()}
+      result |= {name: np.asarray(v) for name, v in metrics.moe_metrics(ratios.moe).items()}
     return result
 
-  def by_domain(self, domains: DomainSums) -> dict[str, dict[str, Any]]:
-    """{name: the loss of its documents} of the domains that were met."""
-    return {
-      name: {
-        "loss": float(nll / targets),
-        "bits_per_byte": float(nll / math.log(2)) / max(int(num_bytes), 1),
-        "tokens": int(targets),
-        "bytes": int(num_bytes),
-      }
-      for name, nll, targets, num_bytes in zip(self._rows.domains, *domains, strict=True)
-      if targets
-    }
+  def by_domain(self, documents: DocumentSums) -> dict[str, dict[str, Any]]:
+    """{name: the loss of its documents} of the domains that the rows touch."""
+    losses_of = {}
+    for number, name in enumerate(self._rows.domains):
+      sums = [np.sum(sums_M[self._rows.domain_M == number]) for sums_M in documents]
+      if sums[1]:
+        losses_of[name] = _loss(*sums)
+    return losses_of
+
+
+def _wide(value: np.ndarray) -> np.ndarray:
+  return np.asarray(value, np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64)
+
+
+def _loss(nll: Any, targets: Any, num_bytes: Any) -> dict[str, Any]:
+  return {
+    "loss": float(nll / targets),
+    "bits_per_byte": bits_per_byte(nll, num_bytes),
+    "tokens": int(targets),
+    "bytes": int(num_bytes),
+  }
+
+
+def bits_per_byte(nll: Any, num_bytes: Any) -> float:
+  """Nats of all targets over the bytes of their text, in bits."""
+  return float(nll) / math.log(2) / max(int(num_bytes), 1)
+
+
+def standard_error(documents: DocumentSums) -> float:
+  """Of the bits per byte, when the documents are a sample of all there could be.
+
+  The error of a ratio of two sums over documents (Cochran 1977, Sampling Techniques, eq. 6.13),
+  without the correction for a finite population. It takes two documents at least.
+  """
+  touched_M, count = documents.targets_M > 0, num_documents(documents)
+  nll_M, bytes_M = documents.nll_M[touched_M], documents.bytes_M[touched_M]
+  residual_M = nll_M - bytes_M * (np.sum(nll_M) / np.sum(bytes_M))
+  variance = count / (count - 1) * np.sum(residual_M**2)
+  return float(np.sqrt(variance) / math.log(2) / max(np.sum(bytes_M), 1))
+
+
+def num_documents(documents: DocumentSums) -> int:
+  """How many documents the rows touch."""
+  return int(np.count_nonzero(documents.targets_M))
+
+
+def largest(
+  rows: pipeline.Rows, documents: DocumentSums, count: int
+) -> list[tuple[int, dict[str, Any]]]:
+  """(number of the document in the split, its loss) of those with the most bytes read."""
+  order = np.argsort(-documents.bytes_M, kind="stable")[:count]
+  sums_CM = np.stack([np.asarray(x, float) for x in documents])[:, order]
+  return [
+    (int(rows.source_M[m]), _loss(*sums)) for m, sums in zip(order, sums_CM.T, strict=True)
+    if sums[1]
+  ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Alarms of a training run: collapse, dead experts, drops, loss spikes, values that are not finite.
 
-They watch what every step reports anyway, on the host, one step behind the device.
+They are raised from the metrics that every step computes anyway. The host looks at a step's metrics
+while the device computes the next step.
 """
 
 import collections
@@ -16,24 +17,41 @@ from moe_jax.config import OnAlarm
 
 
 class Alarm(NamedTuple):
+  """One line of alarms.jsonl."""
+
   step: int
   alarm: str  # collapse, dead_experts, drop_rate, loss_spike or nonfinite
-  layer: int  # of the network, from 0; -1 where it is the whole model's
-  value: float
+  layer: int  # the layer's index in the network, from 0; -1 for the whole model
+  value: float  # the value that is over the limit
   limit: float
   message: str
 
 
+class StopAlarm(config_lib.UserError):
+  """An alarm that ends the run, as config.health says."""
+
+
+class NotFiniteAlarm(StopAlarm):
+  """The same, raised because a metric is not finite."""
+
+
 class Monitor:
-  """Looks at every step's metrics. Its memory of past steps begins anew when a run is resumed."""
+  """Looks at the metrics of every step. A resumed run has no memory of the steps before."""
 
   def __init__(
     self, config: config_lib.Config, layers: list[int], workdir: pathlib.Path, resume_step: int
   ):
-    """`layers`: the network's index of each MoE layer."""
+    """Opens the alarms of a run.
+
+    Args:
+      config: of the run.
+      layers: the index in the network of each MoE layer.
+      workdir: the folder of alarms.jsonl.
+      resume_step: the last step before this start; alarms of later steps are deleted.
+    """
     self._health, self._moe, self._layers = config.health, config.model.moe, layers
     self._path = workdir / workdir_lib.ALARMS
-    self._writes = jax.process_index() == 0  # all processes look, as all have to stop
+    self._writes = jax.process_index() == 0  # all processes look, since all have to stop
     if self._writes:
       workdir_lib.keep_lines(self._path, resume_step)
     self._losses: collections.deque[float] = collections.deque(maxlen=self._health.window)
@@ -41,7 +59,11 @@ class Monitor:
     self._nonfinite = False
 
   def __call__(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
-    """Alarms that this step raised, also written to alarms.jsonl; UserError if one is to stop."""
+    """Returns the alarms that this step raises, and writes them to alarms.jsonl.
+
+    Raises:
+      StopAlarm: an alarm is to end the run; NotFiniteAlarm where a metric is not finite.
+    """
     alarms = self._not_finite(step, values)
     if not alarms and not self._nonfinite:
       alarms = self._balance(step, values) + self._spike(step, float(values["loss"]))
@@ -53,22 +75,22 @@ class Monitor:
         workdir_lib.append_line(self._path, alarm._asdict())
         print(f"alarm: {alarm.message}", flush=True)
       if action is OnAlarm.STOP:
-        raise config_lib.UserError(alarm.message)
+        raise (NotFiniteAlarm if alarm.alarm == "nonfinite" else StopAlarm)(alarm.message)
     return alarms
 
   def _not_finite(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
-    was, self._nonfinite = self._nonfinite, False
+    already_raised, self._nonfinite = self._nonfinite, False
     broken = [name for name, value in values.items() if not np.all(np.isfinite(value))]
     if not broken:
       return []
     self._nonfinite = True
-    if was:  # said already
+    if already_raised:
       return []
     layer, where = -1, ""
     if "router_z_Z" in broken:
       layer = self._layers[int(np.argmin(np.isfinite(values["router_z_Z"])))]
       where = f"; first in the router of layer {layer}"
-    # The loss first, as it is what one looks for.
+    # The loss is named first, since it is the metric that people know.
     names = sorted(broken, key=lambda name: (name != "loss", name))
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     message = f"not finite at step {step}: {', '.join(names[:6])}{more}{where}"
@@ -79,7 +101,7 @@ class Monitor:
       return []
     health, moe = self._health, self._moe
     share_Z = np.minimum(values["load_ZE"].max(axis=-1) * moe.top_k, 1)
-    always = moe.top_k / moe.num_experts >= health.token_share  # of a balanced layer too
+    always = moe.top_k / moe.num_experts >= health.token_share  # true of a balanced layer, too
     alarms = []
     for name, value_Z, limit, what in (
       ("collapse", share_Z, 0 if always else health.token_share, "of the tokens go to one expert"),
@@ -91,7 +113,7 @@ class Monitor:
       for layer, value in zip(self._layers, value_Z, strict=True):
         over = self._steps_over
         over[name, layer] = over[name, layer] + 1 if limit and value > limit else 0
-        if over[name, layer] == health.patience:  # once, until it has been below again
+        if over[name, layer] == health.patience:  # one alarm, until the value has been below again
           message = (
             f"{name} in layer {layer} at step {step}: {100 * value:.0f}% {what}, over "
             f"{100 * limit:.0f}% for {health.patience} steps"

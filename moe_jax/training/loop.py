@@ -1,63 +1,106 @@
-"""The loop around the training step: numbers, alarms, evaluation, checkpoints, signals."""
+"""The loop over the training steps: it logs metrics, evaluates, saves, and stops when asked to."""
 
 import pathlib
 import signal
 import sys
 import time
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import grain
 import jax
 import numpy as np
 
 from moe_jax import checkpoint, command_line, sharding
 from moe_jax import config as config_lib
+from moe_jax.data import pipeline
 from moe_jax.model import cost
 from moe_jax.model.transformer import moe_layers
 from moe_jax.training import health, metrics
 from moe_jax.training.evaluator import Evaluator
+from moe_jax.training.profiling import Profiler
+
+if TYPE_CHECKING:  # train.py imports this file
+  from moe_jax.training.train import TrainState
+
+  Step = Callable[[TrainState, pipeline.Batch[jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class Loop:
-  """Steps, and what happens between them: numbers, evaluation, checkpoints, signals."""
+  """Takes the steps of a run. Between steps it logs, raises alarms, evaluates, saves, and stops."""
 
   def __init__(
-    self, config: config_lib.Config, path: pathlib.Path, saver: checkpoint.Checkpointer, start: int
+    self,
+    config: config_lib.Config,
+    path: pathlib.Path,
+    saver: checkpoint.Checkpointer,
+    start: int,
+    profiler: Profiler,
   ):
+    """Prepares the loop.
+
+    Args:
+      config: of the run; kernels and mesh are resolved.
+      path: the workdir.
+      saver: of the workdir's checkpoints; the loop closes it.
+      start: the number of steps taken before.
+      profiler: traces the steps that were asked for.
+    """
     self.config, self.path, self.saver, self.start = config, path, saver, start
+    self.profiler = profiler
     self.writer = metrics.Writer(path, start) if jax.process_index() == 0 else None
     self.stop_signal = 0
     peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
     self.flops_fraction = cost.count(config).flops_per_token / peak if peak else 0.0
     self.monitor = health.Monitor(config, moe_layers(config.model), path, start)
-    # Of training so far, without compilation, evaluation and saving.
+    # The seconds of training so far, without compilation, evaluation and saving.
     self.seconds = self.writer.last("train/seconds") if self.writer else 0.0
-    self.mark = 0.0  # up to when time is accounted for
-    self.window_seconds = self.seconds  # at the last log line
-    self.window_steps = 0
+    self.mark = 0.0  # the clock when `seconds` was last updated
+    self.window_seconds = self.seconds  # the value of `seconds` at the last line that was logged
+    self.window_steps = 0  # steps since that line
 
   def run(
-    self, state: Any, batches: Any, step_fn: Any, evaluator: Evaluator, mesh: jax.sharding.Mesh
+    self,
+    state: "TrainState",
+    batches: grain.DatasetIterator,
+    step_fn: "Step",
+    evaluator: Evaluator,
+    mesh: jax.sharding.Mesh,
   ) -> None:
+    """Trains to the last step, or to the step at which the run is asked to stop.
+
+    Args:
+      state: the train state after `start` steps; its buffers are given away to the first step.
+      batches: of this process, from the next step on.
+      step_fn: the compiled step.
+      evaluator: computes the validation loss.
+      mesh: that the state is on.
+    """
     train = self.config.train
-    handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    pending = None  # the previous step's metrics, still being computed
+    # Of several processes, jax handles SIGTERM: it tells all of them at which step to stop.
+    ours = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, self._on_signal) for number in ours}
+    pending = None  # (step, its metrics, which the device may still be computing)
     step = self.start
     try:
       while step < train.steps:
-        batch = sharding.to_global(next(batches), mesh)
-        state, step_metrics = step_fn(state, batch)
+        self.profiler.before(step + 1, state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+          batch = sharding.to_global(next(batches), mesh)
+          state, step_metrics = step_fn(state, batch)
         step += 1
+        self.mark += self.profiler.after(step, state)
         if pending is not None:
-          self._look(*pending)
+          self._finish(*pending)
         pending = (step, step_metrics)
         stop = self._should_stop(step)
         last = step == train.steps
         save = step % train.checkpoint_every == 0 or last
         if step % train.eval_every == 0 or save or stop:
-          self._look(*pending)
+          self._finish(*pending)
           pending = None
-          # A checkpoint is ranked by its validation loss; when told to stop, there is no time.
+          # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
           loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
           if save or stop:
             self.saver.save(step, state, batches, loss)
@@ -65,69 +108,99 @@ class Loop:
         if stop and not last:
           self.saver.wait()
           name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
-          print(f"{name}: saved step {step}; the same command goes on from there")
+          print(f"{name}: saved step {step}; the same command resumes the run there")
           break
     finally:
       for number, handler in handlers.items():
         signal.signal(number, handler)
+      self.profiler.close()
       self.saver.wait()
       self.saver.close()
       if self.writer:
         self.writer.close()
 
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-    if self.stop_signal:  # asked twice: stop now, the last checkpoint stands
+    """Remembers a first signal until the step ends; raises KeyboardInterrupt at a second one."""
+    if self.stop_signal:  # the second signal: stop at once; the last checkpoint remains
       signal.signal(signal.SIGINT, signal.default_int_handler)
       raise KeyboardInterrupt
     self.stop_signal = number
-    print("\nstopping after this step; once more to stop without saving", file=sys.stderr)
+    if jax.process_count() > 1:
+      signal.raise_signal(signal.SIGTERM)
+    print(
+      "\nstopping after this step, which is saved; a second signal stops without saving",
+      file=sys.stderr,
+    )
 
   def _should_stop(self, step: int) -> bool:
+    """Returns whether the run is to end after this step."""
     if jax.process_count() == 1:
       return bool(self.stop_signal)
     return self.saver.reached_preemption(step)  # all processes agree on the step
 
-  def _look(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
-    """Waits for a step's numbers, accounts for its time, raises alarms, and logs some of them."""
+  def _finish(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
+    """Waits for a step's metrics; counts the step's time, raises its alarms, and may log it."""
     values = {name: np.asarray(v) for name, v in jax.device_get(step_metrics).items()}
+    self._count_time(step)
+    self._raise_alarms(step, values)
+    train = self.config.train
+    if step % train.log_every == 0 or step in (self.start + 1, train.steps):
+      self._log(step, values)
+
+  def _count_time(self, step: int) -> None:
+    """Adds the time since the step before to the seconds of training."""
     now = time.perf_counter()
-    if step > self.start + 1:  # the first one held the compilation
+    if step > self.start + 1:  # the first step of a start includes the compilation
       self.seconds += now - self.mark
       self.window_steps += 1
     self.mark = now
-    self._alarm(step, values)
-    train = self.config.train
-    if step % train.log_every and step not in (self.start + 1, train.steps):
-      return
-    times = {"seconds": self.seconds}
-    if self.window_steps:
-      steps_per_s = self.window_steps / (self.seconds - self.window_seconds)
-      times["steps_per_s"] = steps_per_s
-      # Positions, padding included: the hardware's rate.
-      times["tokens_per_s"] = steps_per_s * self.config.data.batch_size * self.config.data.seq_len
-      if self.flops_fraction:
-        times["mfu"] = times["tokens_per_s"] * self.flops_fraction
-      self.window_steps, self.window_seconds = 0, self.seconds
+
+  def _raise_alarms(self, step: int, values: dict[str, np.ndarray]) -> None:
+    """Lets the monitor look at the step; an alarm that ends the run gets a remedy to its line."""
+    try:
+      self.monitor(step, values)
+    except health.StopAlarm as alarm:
+      self.saver.wait()
+      finite = not isinstance(alarm, health.NotFiniteAlarm)
+      raise config_lib.UserError(f"{alarm}; {self._remedy(finite)}") from None
+
+  def _remedy(self, finite: bool) -> str:
+    """Returns what to do after an alarm: the same command would end in the same way again."""
+    newest, best = self.saver.latest_step(), self.saver.best_step()
+    lower = f"lower config.optimizer.learning_rate={self.config.optimizer.learning_rate}"
+    if best is None:
+      return f"no usable checkpoint yet, so {lower} in a new workdir"
+    fresh = f"{lower} in a new run that begins with --workdir=NEW --init_from={self.path}:{best}"
+    if finite:
+      return f"--config.health.on_alarm=warn resumes from step {newest}; or {fresh}"
+    return f"{fresh} (newest checkpoint: {newest}, of the lowest validation loss: {best})"
+
+  def _log(self, step: int, values: dict[str, np.ndarray]) -> None:
+    """Writes the step's metrics to the workdir, and some of them to the terminal."""
+    logged: dict[str, Any] = values | self._speed()
     if "load_ZE" in values:
-      values["device_overload_Z"] = metrics.device_overload(
+      logged["device_overload_Z"] = metrics.device_overload(
         values["load_ZE"], self.config.mesh.expert
       )
     if self.writer:
-      self.writer.write(step, values | times, "train")
-      print(progress_line(step, train.steps, values | times), flush=True)
+      self.writer.write(step, logged, "train")
+      print(progress_line(step, self.config.train.steps, logged), flush=True)
 
-  def _alarm(self, step: int, values: dict[str, np.ndarray]) -> None:
-    try:
-      self.monitor(step, values)
-    except config_lib.UserError as error:
-      remedy = ""
-      if str(error).startswith("not finite"):
-        remedy = f"; lower config.optimizer.learning_rate={self.config.optimizer.learning_rate}"
-      raise config_lib.UserError(
-        f"{error} (newest checkpoint: {self.saver.latest_step()}){remedy}"
-      ) from None
+  def _speed(self) -> dict[str, float]:
+    """Returns the speed since the last call of this function; of the first step, seconds only."""
+    speed = {"seconds": self.seconds}
+    if self.window_steps:
+      steps_per_s = self.window_steps / (self.seconds - self.window_seconds)
+      speed["steps_per_s"] = steps_per_s
+      # Positions with padding, since the hardware computes padding, too.
+      speed["tokens_per_s"] = steps_per_s * self.config.data.batch_size * self.config.data.seq_len
+      if self.flops_fraction:
+        speed["mfu"] = speed["tokens_per_s"] * self.flops_fraction
+      self.window_steps, self.window_seconds = 0, self.seconds
+    return speed
 
-  def _evaluate(self, step: int, evaluator: Evaluator, state: Any) -> float:
+  def _evaluate(self, step: int, evaluator: Evaluator, state: "TrainState") -> float:
+    """Returns the validation loss, after it has logged it."""
     result = evaluator(state.params, state.bias_ZE)
     if self.writer:
       self.writer.write(step, result, "validation")
@@ -140,6 +213,7 @@ class Loop:
 
 
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
+  """Returns the terminal's line of a step, of a run of `steps`."""
   parts = [f"step {step:>6}/{steps}  loss {values['loss']:.4f}"]
   if "drop_fraction_Z" in values:
     parts.append(f"balance {values['load_balance']:.3f}")

@@ -1,7 +1,7 @@
-"""The losses, from sums over the whole batch: cross entropy, z-losses, load balance.
+"""The losses, computed from sums over the whole batch: cross entropy, z-losses, load balance.
 
-A forward pass returns sums and counts, never means, so that devices, microbatches and evaluation
-batches add up, and the loss of accumulated microbatches is the loss of the full batch.
+A forward pass returns sums and counts, never means. They can be added over devices, microbatches
+and evaluation batches, so that the loss of accumulated microbatches is the loss of the full batch.
 """
 
 from typing import NamedTuple
@@ -23,23 +23,30 @@ class Sums(NamedTuple):
   targets: jax.Array  # int32 []
   moe: MoeStats  # stacked on Z
   microbatches: jax.Array  # int32 []
-  balance_Z: jax.Array  # float32, sum of the microbatches' load balance losses
+  balance_Z: jax.Array  # float32, sum over the microbatches of their load balance losses
 
 
 class Losses(NamedTuple):
-  """float32 scalars; the terms are unweighted."""
+  """The losses as float32 scalars; all but `total` are without their weights of the config."""
 
-  total: jax.Array  # what is minimised
-  cross_entropy: jax.Array  # nats per token, the language-model loss alone
+  total: jax.Array  # the loss that training minimises: cross entropy and the weighted others
+  cross_entropy: jax.Array  # nats per token
   load_balance: jax.Array  # mean over the MoE layers; 1.0 is perfect balance
   router_z: jax.Array  # mean over the MoE layers
   z: jax.Array
   importance: jax.Array  # mean over the MoE layers; 1.0 is perfect balance of the gates
-  load: jax.Array  # the same of noisy_topk's chances to be chosen; 0.0 with other routers
+  load: jax.Array  # the same for the probabilities that noisy_topk chooses an expert; otherwise 0.0
 
 
 def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: MoeStats) -> Sums:
-  """Cross-entropy sums of float32 logits; padding (real_BL False) counts nowhere."""
+  """Returns the sums of a batch.
+
+  Args:
+    logits_BLV: float32.
+    targets_BL: int32, the token that follows each token.
+    real_BL: bool, False at padding, which counts in no sum.
+    moe: the statistics of the MoE layers for the same batch.
+  """
   nll_BL, log_z_BL = token_nll(logits_BLV, targets_BL)
   return Sums(
     nll=jnp.sum(jnp.where(real_BL, nll_BL, 0)),
@@ -52,16 +59,17 @@ def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: 
 
 
 def token_nll(logits_BLV: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(nats of each target, logsumexp of its logits), float32 [B, L]."""
+  """Returns (the nats of each target, the logsumexp of each position's logits), float32 [B, L]."""
   log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
   target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
   return log_z_BL - target_BL, log_z_BL
 
 
 def load_balance(sums: Sums, scope: BalanceScope) -> jax.Array:
-  """The load balance loss of each layer, float32 [Z], over the tokens of `scope`; 1.0 is balance.
+  """Returns the load balance loss of each layer, float32 [Z]; 1.0 if the experts' loads are equal.
 
-  Smaller scopes ask for more: each row, or each microbatch, balanced by itself (2501.11873).
+  The two means that it multiplies are over the tokens of `scope`. A smaller scope asks for more:
+  the loads are to be equal in each sequence, or in each microbatch (2501.11873).
   """
   moe = sums.moe
   if scope is BalanceScope.SEQUENCE:
@@ -72,13 +80,20 @@ def load_balance(sums: Sums, scope: BalanceScope) -> jax.Array:
 
 
 def cv_squared_plus_one(x_ZE: jax.Array) -> jax.Array:
-  """E * sum(x^2) / sum(x)^2, float32 [Z]: Shazeer's CV(x)^2 (1701.06538 eq. 7); 1.0: equal."""
+  """Returns E * sum(x^2) / sum(x)^2, float32 [Z]: 1 + CV(x)^2 of 1701.06538 eq. 7.
+
+  It is 1.0 if all entries of a row are equal.
+  """
   total_Z = jnp.maximum(jnp.sum(x_ZE, axis=-1), 1e-20)
   return x_ZE.shape[-1] * jnp.sum((x_ZE / total_Z[:, None]) ** 2, axis=-1)
 
 
 def total(sums: Sums, loss: config_lib.Loss, num_moe_layers: int) -> Losses:
-  """The training loss. The number of layers is checked: a lost statistic must not read as 0."""
+  """Returns the losses of a batch.
+
+  Raises:
+    ValueError: statistics are not of `num_moe_layers` layers; a missing layer must not count as 0.
+  """
   targets = jnp.maximum(sums.targets, 1).astype(jnp.float32)
   cross_entropy, z = sums.nll / targets, sums.z / targets
   moe = sums.moe

@@ -1,4 +1,4 @@
-"""What is measured of a run, and where it is written."""
+"""The metrics of a run, and the files that they are written to."""
 
 import pathlib
 from typing import Any
@@ -12,36 +12,40 @@ from moe_jax import sharding
 from moe_jax import workdir as workdir_lib
 from moe_jax.moe.counts import MoeStats
 
-# Dense bfloat16 FLOP/s of one device, by a part of jax's device_kind, from the vendors' sheets.
+# FLOP/s of one device in bfloat16 without sparsity, from the vendors' data sheets, by a part of
+# jax's device_kind.
 _PEAK_FLOPS = {
   "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "TPU v4": 275e12,
   "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
   "TPU v6 lite": 918e12, "TPU v6e": 918e12,
 }  # fmt: skip
 
-DEAD_SHARE = 0.05  # an expert is dead below this part of its fair share, 1/E
+DEAD_SHARE = 0.05  # an expert is dead if its load is below this part of the fair share, 1/E
 
 
 def peak_flops(device_kind: str) -> float:
-  """0.0 for a device whose peak is not known (a CPU): no MFU is reported there."""
+  """Returns a device's FLOP/s; 0.0 if they are not known (a CPU), so that MFU is not logged."""
   return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_kind), 0.0)
 
 
 def moe_metrics(moe: MoeStats) -> dict[str, jax.Array]:
-  """Per-layer balance of the experts, from global sums; works on jax and NumPy arrays.
+  """Returns how evenly each MoE layer uses its experts, and what it drops.
 
-  Returns, with Z MoE layers:
-    load_ZE: shares of the routed assignments that sum to 1.
-    load_entropy_Z: nats; log E is balanced.
-    max_vio_Z: max load / mean load - 1 (2408.15664).
-    dead_experts_Z: how many get under 5% of a fair share.
-    router_entropy_Z: nats per token.
-    router_z_Z: mean logsumexp(logits)^2.
-    drop_fraction_Z: of the assignments; drop_by_rank_ZK of the first, second, ... choices,
-      drop_by_position_ZP in each eighth of the sequence.
-    gate_drop_fraction_Z: of the gates' sum, what was dropped.
-    overflow_fraction_Z: of the assignments, those that a full exchange buffer lost (counted as
-      dropped too).
+  Args:
+    moe: sums over the whole batch, jax or NumPy arrays; Z is the number of MoE layers.
+
+  Returns:
+    load_ZE: the share of the layer's assignments that goes to each expert, before drops.
+    load_entropy_Z: the entropy of load_ZE in nats; log E if the loads are equal.
+    max_vio_Z: the largest load over the mean load, minus 1 (2408.15664).
+    dead_experts_Z: the number of experts with less than 5% of the mean load.
+    router_entropy_Z: the mean entropy of a token's distribution over the experts, in nats.
+    router_z_Z: the mean of logsumexp(router logits)^2.
+    drop_fraction_Z: the share of the assignments that is dropped; drop_by_rank_ZK the share of the
+      first choices, of the second, ...; drop_by_position_ZP the share in each eighth of a sequence.
+    gate_drop_fraction_Z: the share of the gates' sum that is dropped.
+    overflow_fraction_Z: the share of the assignments that did not fit in a buffer of the exchange;
+      they count as dropped, too.
   """
   num_experts, ranks = moe.routed_E.shape[-1], moe.kept_K.shape[-1]
   routed_Z1 = jnp.maximum(jnp.sum(moe.routed_E, axis=-1, keepdims=True), 1)
@@ -58,20 +62,24 @@ def moe_metrics(moe: MoeStats) -> dict[str, jax.Array]:
     "drop_fraction_Z": 1 - jnp.sum(moe.kept_E, axis=-1) / routed_Z1[:, 0],
     "drop_by_rank_ZK": 1 - moe.kept_K * ranks / routed_Z1,
     "drop_by_position_ZP": 1 - moe.kept_P / jnp.maximum(moe.routed_P, 1),
-    "gate_drop_fraction_Z": jnp.maximum(1 - moe.gate_kept / gate_Z, 0),  # rounding
+    "gate_drop_fraction_Z": jnp.maximum(1 - moe.gate_kept / gate_Z, 0),  # -1e-8 by rounding
     "overflow_fraction_Z": moe.overflow / routed_Z1[:, 0],
   }
 
 
 def count_dead(load_ZE: jax.Array) -> jax.Array:
-  """Experts of each layer below 5% of a fair share, int [Z]."""
+  """Returns the number of experts of each layer below 5% of the mean load, int [Z]."""
   return jnp.sum(load_ZE * load_ZE.shape[-1] < DEAD_SHARE, axis=-1)
 
 
 def device_overload(load_ZE: np.ndarray, expert_devices: int) -> np.ndarray:
-  """Max / mean assignments per device of the `expert` axis, float [Z]: what the slowest one does.
+  """Returns the largest over the mean number of assignments of a device, float [Z].
 
-  Without drops; each device holds E / expert_devices experts in a row.
+  Devices wait for the one with the most assignments. Drops are not subtracted.
+
+  Args:
+    load_ZE: shares of the assignments; each device holds the next E / expert_devices experts.
+    expert_devices: the size of the mesh axis `expert`.
   """
   by_device_ZX = load_ZE.reshape(len(load_ZE), expert_devices, -1).sum(axis=-1)
   return by_device_ZX.max(axis=-1) * expert_devices
@@ -81,7 +89,7 @@ _GROUPS = {"embed": "embed", "head": "head"}
 
 
 def parameter_group(name: str) -> str:
-  """embed, head, router, experts, attention, ffn or norm, of a parameter's name."""
+  """Returns embed, head, router, experts, attention, ffn or norm for a parameter's name."""
   parameter = sharding.declared(name)
   if parameter is not None:
     return parameter.group
@@ -93,7 +101,7 @@ def parameter_group(name: str) -> str:
 
 
 def gradient_norms(grads: Any) -> dict[str, jax.Array]:
-  """{"grad_norm": of all, "grad_norm_experts": of one parameter_group, ...}, float32."""
+  """Returns {"grad_norm": of all, "grad_norm_experts": of one parameter_group, ...}, float32."""
   squares: dict[str, jax.Array] = {}
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     group = parameter_group(sharding.param_name(path))
@@ -103,15 +111,21 @@ def gradient_norms(grads: Any) -> dict[str, jax.Array]:
 
 
 class Writer:
-  """metrics.jsonl (one line a logged step; arrays as lists) and TensorBoard events (not tables)."""
+  """Writes metrics to metrics.jsonl and to TensorBoard.
+
+  metrics.jsonl has one line for each logged step, with arrays as lists. TensorBoard has numbers and
+  lists, but no arrays of two dimensions.
+  """
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
+    """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
     self._path = workdir / workdir_lib.METRICS
     workdir_lib.keep_lines(self._path, resume_step)
     events = workdir / workdir_lib.TENSORBOARD
     self._events = SummaryWriter(str(events), purge_step=resume_step + 1)
 
   def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
+    """Writes the metrics of a step under the names `prefix`/name."""
     plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
     workdir_lib.append_line(self._path, {"step": step, **plain})
     for name, value in plain.items():
@@ -122,7 +136,7 @@ class Writer:
           self._events.add_scalar(f"{name}/{layer}", number, step)
 
   def last(self, name: str) -> float:
-    """The newest value of a metric before this start of the run; 0.0 if there is none."""
+    """Returns the newest value that metrics.jsonl has of a metric; 0.0 if there is none."""
     lines = workdir_lib.read_lines(self._path)
     return next((line[name] for line in reversed(lines) if name in line), 0.0)
 

@@ -1,4 +1,4 @@
-"""The optimizers, their schedule, what weight decay leaves alone; the routers' balancing bias."""
+"""The optimizers, the learning rate's schedule, weight decay, and the routers' balancing bias."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,15 +10,25 @@ import optax
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import OptimizerName
-from moe_jax.model.transformer import abstract
+from moe_jax.model.transformer import abstract_params
 from moe_jax.training.metrics import parameter_group
 
-_MUON_BETA = 0.95  # of the momentum, as in 2502.16982
-_MUON_RMS = 0.2  # of an update's entries: about AdamW's, so that one learning rate serves both
+_MUON_BETA = 0.95  # decay of the momentum, as in 2502.16982
+# The root mean square of an update's entries. It is about that of AdamW, so that one learning rate
+# suits both optimizers.
+_MUON_RMS = 0.2
 
 
 def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
-  """Learning rate at a step, from 0: linear warm-up, then cosine, WSD (2404.06395) or constant."""
+  """Returns the function from a step, counted from 0, to the learning rate.
+
+  It rises linearly in `warmup_steps`. Then it falls as a cosine, or stays and falls linearly at the
+  end (WSD, 2404.06395), or stays constant.
+
+  Args:
+    optimizer: the settings.
+    steps: of the whole run.
+  """
   peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
   final = peak * optimizer.final_fraction
   rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
@@ -34,9 +44,10 @@ def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
 
 
 def decays(name: str) -> bool:
-  """Whether weight decay applies: matrices, but not embeddings, routers or norm scales.
+  """Returns whether weight decay applies to the parameter of that name.
 
-  Told by name, since a stack of norm scales has two dimensions as a matrix has.
+  It applies to matrices, but not to embeddings, routers and norm scales. The name decides, not the
+  shape, since the stacked norm scales of all layers have two dimensions, too.
   """
   parameter = sharding.declared(name)
   if parameter is not None:
@@ -45,14 +56,14 @@ def decays(name: str) -> bool:
 
 
 def _by_name(params: Any, value: Callable[[str, int], Any]) -> Any:
-  """value(name, number of dimensions) of each parameter, as a tree."""
+  """Returns the tree of value(name, number of dimensions) for each parameter."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: value(sharding.param_name(path), leaf.ndim), params
   )
 
 
 def decay_mask(params: Any) -> Any:
-  """`decays` of each parameter, as a tree."""
+  """Returns the tree of `decays` for each parameter."""
   return _by_name(params, lambda name, _: decays(name))
 
 
@@ -66,8 +77,8 @@ def _adamw(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.Gradi
 def _adafactor(
   optimizer: config_lib.Optimizer, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-  # Not optax.adafactor: there weight decay is not times the rate, and the rate is relative to the
-  # weights, so that neither field would mean what it means with AdamW.
+  # optax.adafactor does not multiply weight decay by the learning rate, and takes the rate relative
+  # to the size of the weights. Both fields would mean something else than with AdamW.
   return optax.chain(
     optax.scale_by_factored_rms(),
     optax.clip_by_block_rms(1.0),
@@ -84,7 +95,8 @@ def _muon(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.Gradie
     rate, beta=_MUON_BETA, weight_decay=optimizer.weight_decay, consistent_rms=_MUON_RMS,
     muon_weight_dimension_numbers=lambda params: _by_name(params, muon_axes),
   )  # fmt: skip
-  # Its own Adam is Nesterov's and takes no mask of weight decay, so the rest is left to AdamW.
+  # muon's own Adam uses Nesterov momentum and cannot leave parameters out of weight decay, so AdamW
+  # updates the parameters that are no matrices.
   return optax.partition(
     {"muon": _experts_first(muon), "adamw": _adamw(optimizer, rate)},
     lambda params: _by_name(params, kind),
@@ -92,10 +104,10 @@ def _muon(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.Gradie
 
 
 def _experts_first(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The same transformation, which sees stacks of experts as [E, Z, ...] in place of [Z, E, ...].
+  """Returns the transformation for stacked experts in the order [E, Z, ...], not [Z, E, ...].
 
-  optax makes one dimension of the two, and only where E is the first of them do experts stay split
-  over devices; otherwise every device gathers all experts and orthogonalises each of them.
+  optax makes one dimension of these two. Experts stay split over the devices only if E is the first
+  of them. Otherwise every device gathers all experts and makes the matrices of each orthogonal.
   """
 
   def swap(tree: Any) -> Any:
@@ -113,10 +125,10 @@ def _experts_first(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def muon_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
-  """The axes of a parameter's matrix, its inputs and its outputs; None if AdamW updates it.
+  """Returns the input axes and output axes of a parameter's matrix; None if AdamW updates it.
 
-  Told by the shape letters: q_DHA is a matrix [D, H*A], out_HAD is [H*A, D], and up_EDF is a matrix
-  [D, F] for each expert, as it is for each of the stacked layers. Axes are counted from the end.
+  The shape letters say it: q_DHA is a matrix [D, H*A], out_HAD is [H*A, D], and up_EDF has a matrix
+  [D, F] for each expert. A stack of layers has one for each layer. Axes are counted from the end.
   """
   if parameter_group(name) not in ("attention", "experts", "ffn"):
     return None
@@ -129,7 +141,7 @@ def muon_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None
 
 
 class OptimizerRecord(NamedTuple):
-  """All that is known about an optimizer."""
+  """An optimizer: how it is made, and what the guide says about it."""
 
   make: Callable[[config_lib.Optimizer, optax.Schedule], optax.GradientTransformation]
   about: str  # a sentence for docs/guide.md
@@ -153,7 +165,12 @@ OPTIMIZERS = {
 
 
 def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-  """The chosen optimizer of a run of `steps`, behind the clipping of gradients."""
+  """Returns the optimizer that the config names; gradients are clipped before it sees them.
+
+  Args:
+    optimizer: the settings.
+    steps: of the whole run, for the schedule.
+  """
   chosen = OPTIMIZERS[optimizer.name].make(optimizer, schedule(optimizer, steps))
   if not optimizer.clip_norm:
     return chosen
@@ -161,22 +178,42 @@ def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.Gradien
 
 
 def abstract_state(config: config_lib.Config) -> Any:
-  """The shapes of the optimizer's state; nothing is allocated."""
+  """Returns the shapes of the optimizer's state; no memory is allocated."""
   optimizer = make_optimizer(config.optimizer, config.train.steps)
-  return jax.eval_shape(optimizer.init, abstract(config.model))
+  return jax.eval_shape(optimizer.init, abstract_params(config.model))
+
+
+def restart_schedule(state: Any) -> Any:
+  """Returns an optimizer's state in which the learning rate's schedule is at step 0 again.
+
+  Moments, and the counts by which Adam corrects their bias, stay as they are.
+  """
+
+  def is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  return jax.tree.map(
+    lambda node: jax.tree.map(jnp.zeros_like, node) if is_schedule(node) else node,
+    state,
+    is_leaf=is_schedule,
+  )
 
 
 def updated_bias(bias_ZE: jax.Array, routed_ZE: jax.Array, rate: float) -> jax.Array:
-  """Loss-free balancing (2408.15664): +rate below the mean load, -rate above it, then centred.
+  """Returns the bias of loss-free balancing (2408.15664) after a step.
+
+  The bias of an expert rises by `rate` if its load is below the mean, and falls by `rate` if it is
+  above. Then the mean of each layer's biases is subtracted.
 
   Args:
-    bias_ZE: float32; added to the scores for the selection only.
-    routed_ZE: int32 assignments of the whole batch, all devices and microbatches.
+    bias_ZE: float32; it is added to the scores by which experts are chosen, not to the gates.
+    routed_ZE: int32, the assignments of the whole batch, of all devices and microbatches.
     rate: u of the paper, 1e-3 there; 0 leaves the bias as it is.
   """
   if not rate or not routed_ZE.size:
     return bias_ZE
-  # In integers, without E * load: total/E - load = (quotient - load) + remainder/E.
+  # The sign of total/E - load, in integers and without the product E * load, which could overflow:
+  # total/E - load = (quotient - load) + remainder/E.
   quotient_Z1, remainder_Z1 = jnp.divmod(jnp.sum(routed_ZE, axis=1, keepdims=True), len(bias_ZE[0]))
   gap_ZE = quotient_Z1 - routed_ZE
   sign_ZE = jnp.where(gap_ZE != 0, jnp.sign(gap_ZE), jnp.sign(remainder_Z1))

@@ -1,4 +1,7 @@
-"""Times in turns: every round runs every candidate, so a slow minute falls on all of them alike."""
+"""Compares the speed of functions by running them in turns.
+
+Every round runs every function, so that a time at which the machine is slow affects all of them.
+"""
 
 import time
 from collections.abc import Callable
@@ -12,17 +15,18 @@ from moe_jax import sharding
 from moe_jax.data import pipeline
 from moe_jax.training import train
 
-WARMUP_STEPS = 2  # of a Trainer, before its steps are even
-Times = dict[str, list[float]]  # seconds of one call in each round
+WARMUP_STEPS = 2  # steps of a Trainer before all its steps take the same time
+Times = dict[str, list[float]]  # {name of a function: seconds of one call, in each round}
 
 
 def in_turns(thunks: dict[str, Callable[[], Any]], rounds: int, min_seconds: float) -> Times:
-  """Seconds of one call of each thunk, by the clock, in each round.
+  """Returns the seconds that one call of each function took, in each round.
 
   Args:
-    thunks: return jax arrays; they have run once, so that nothing compiles here.
-    rounds: more give a steadier median.
-    min_seconds: a short thunk repeats until it has worked that long in a round.
+    thunks: {name: function of no arguments that returns jax arrays}; each has been called before,
+      so that nothing is compiled here.
+    rounds: the number of rounds; with more of them the median varies less.
+    min_seconds: a function is called repeatedly in a round, until about so much time has passed.
   """
   repeats = {}
   for name, thunk in thunks.items():
@@ -35,28 +39,36 @@ def in_turns(thunks: dict[str, Callable[[], Any]], rounds: int, min_seconds: flo
 
 
 def _seconds(thunk: Callable[[], Any], repeats: int) -> float:
+  """Returns the mean seconds of one call."""
   start = time.perf_counter()
   for _ in range(repeats):
     result = thunk()
-    if jax.default_backend() == "cpu":  # whose calls could run side by side
+    if jax.default_backend() == "cpu":  # a CPU could run several calls at the same time
       jax.block_until_ready(result)
   jax.block_until_ready(result)
   return (time.perf_counter() - start) / repeats
 
 
 def median(times: Times, name: str) -> float:
+  """Returns the median over the rounds of a function's seconds."""
   return float(np.median(times[name]))
 
 
 def ratio(times: Times, name: str, base: str) -> float:
-  """The median over the rounds of time / time of `base` in the same round."""
+  """Returns the median over the rounds of a function's seconds over those of `base`."""
   return float(np.median(np.divide(times[name], times[base])))
 
 
 class Trainer:
-  """The state, one batch of random tokens, and the compiled step."""
+  """Trains on one batch of random tokens, to measure the time of a step."""
 
   def __init__(self, config: config_lib.Config, bare: bool):
+    """Makes the state, the batch and the compiled step.
+
+    Args:
+      config: with a resolved mesh.
+      bare: whether the step computes no metric except the loss.
+    """
     self.mesh = sharding.make_mesh(config.mesh)
     B, L = config.data.batch_size, config.data.seq_len
     rng = np.random.default_rng(config.train.seed)
@@ -73,6 +85,7 @@ class Trainer:
       self.step = train.compile_step(config, shardings, only=("loss",) if bare else ())
 
   def measure(self, steps: int) -> dict[str, Any]:
+    """Takes some steps. Returns seconds of a step, and loss and balance of the last one."""
     with jax.set_mesh(self.mesh):
       cpu, wall = time.process_time(), time.perf_counter()
       for _ in range(steps):

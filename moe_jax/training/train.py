@@ -1,4 +1,4 @@
-"""Training: one pure step, how it starts, and what a resumed run may change."""
+"""Training: the pure step, the state that it changes, and a run from its start to its end."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -16,18 +16,18 @@ from moe_jax.kernels import choose
 from moe_jax.model import cost, transformer
 from moe_jax.model.transformer import Tokens, Transformer, bias_shape, moe_layers
 from moe_jax.moe import routers
-from moe_jax.training import losses, metrics, optimizers
+from moe_jax.training import init_from, losses, metrics, optimizers, profiling
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.loop import Loop
 
 
 class TrainState(NamedTuple):
-  """All that training carries from step to step; with the data iterator, all that is saved."""
+  """All that one step hands to the next. A checkpoint holds it and the data iterator."""
 
-  step: jax.Array  # int32 [], steps taken
-  params: Any
+  step: jax.Array  # int32 [], the number of steps taken
+  params: Any  # nnx state of a Transformer
   opt_state: Any
-  bias_ZE: jax.Array  # float32, loss-free balancing bias of each MoE layer; zeros when it is off
+  bias_ZE: jax.Array  # float32, the bias of loss-free balancing; zeros where it is off
   load_ZE: jax.Array  # float32, running mean of each expert's share of its layer's assignments
 
 
@@ -38,7 +38,10 @@ def train_step(
   config: config_lib.Config,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One optimizer step. Pure: the same state and batch give the same result on any mesh."""
+  """Returns the state after one optimizer step, and the step's metrics.
+
+  The function is pure: the same state and batch give the same result, on any mesh.
+  """
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Any]:
@@ -82,11 +85,11 @@ def batch_sums(
   *,
   config: config_lib.Config,
 ) -> losses.Sums:
-  """Loss sums of the batch, forward through one microbatch at a time.
+  """Returns the loss sums of the batch, of which one microbatch at a time is computed.
 
-  Balance losses multiply two batch means, so gradients of microbatches do not add up to the
-  batch's. Here the sums add up, and the loss is taken of the total: exact, for the price of
-  running each microbatch's forward pass again on the way back.
+  A balance loss multiplies two means over the batch, so the gradients of microbatches do not add up
+  to the gradient of the batch. The sums do add up, and the loss is computed from the total. This is
+  exact; its price is that the backward pass computes each microbatch's forward pass again.
   """
 
   def forward(params: Any, batch: pipeline.Batch[jax.Array], key: jax.Array) -> losses.Sums:
@@ -98,7 +101,7 @@ def batch_sums(
     return forward(params, batch, key)
 
   def split(x_BL: jax.Array) -> jax.Array:
-    # Every device keeps its own rows: microbatch a is each a-th row of each device's shard.
+    # Every device keeps its own rows: a microbatch is every `accumulation`-th row of each device.
     x = x_BL.reshape(x_BL.shape[0] // accumulation, accumulation, -1).swapaxes(0, 1)
     spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, spec)
@@ -119,7 +122,10 @@ def batch_sums(
 def init_state(
   config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> tuple[Any, TrainState, TrainState]:
-  """(init function, abstract state, shardings); weights do not depend on the mesh."""
+  """Returns (function that makes a new state, the state's shapes, its shardings).
+
+  The initial weights do not depend on the mesh.
+  """
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
   def init() -> TrainState:
@@ -137,9 +143,12 @@ def init_state(
 def compile_step(
   config: config_lib.Config, shardings: TrainState, only: tuple[str, ...] = ()
 ) -> Any:
-  """`train_step` under jit: state donated, shardings pinned so that it compiles once.
+  """Returns the compiled `train_step`, which reuses the memory of the state that it is given.
 
-  `only` names the metrics to compute, to measure what they cost; () is all.
+  Args:
+    config: of the run; kernels and mesh are resolved.
+    shardings: of the state, also of the returned one; otherwise the second step would compile anew.
+    only: the metrics to return; () is all. Leaving some out shows what they cost.
   """
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
@@ -154,12 +163,34 @@ def compile_step(
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> None:
-  """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one."""
+def run(
+  config: config_lib.Config,
+  workdir: str,
+  *,
+  multihost: bool = False,
+  init_from_flag: str = "",
+  init_optimizer: bool = False,
+  profile: str = "",
+) -> None:
+  """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one.
+
+  Args:
+    config: validated.
+    workdir: the run's folder; created if it is missing.
+    multihost: whether this is one of several processes of the run.
+    init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
+    init_optimizer: take that run's optimizer state, too.
+    profile: FIRST:LAST, the steps to trace.
+
+  Raises:
+    UserError: the arguments, the workdir and the text on disk do not fit together.
+  """
+  window = profiling.parse(profile, config.train.steps)
   startup.start(config.data, multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
   path = pathlib.Path(workdir)
   workdir_lib.check_same_config(path, config)
+  source = init_from.find(init_from_flag, init_optimizer, path, config)
   train_rows = pipeline.load_rows(config.data, "train")
   validation_rows = pipeline.load_rows(config.data, "validation")
   if train_rows.tokenizer.vocab_size > config.model.vocab_size:
@@ -174,16 +205,13 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
   workdir_lib.check_same_data(path, digests)
   path.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
-    workdir_lib.write_object(path / workdir_lib.DATA, digests)
-    workdir_lib.write_config(path, config)
-    device = jax.devices()[0]
-    print(f"{cost.table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
-    print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+    _record(config, path, digests)
 
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     saver = checkpoint.Checkpointer(path, config.train)
     start = saver.latest_step() or 0
+    profiler = profiling.Profiler(window, path, start)
     if start >= config.train.steps:
       print(f"{workdir} is finished: step {start} of {config.train.steps}")
       saver.close()
@@ -192,16 +220,31 @@ def run(config: config_lib.Config, workdir: str, *, multihost: bool = False) -> 
     init, shapes, shardings = init_state(config, mesh)
     if start:
       state, batches = saver.restore(start, checkpoint.abstract(shapes, shardings), batches)
-      print(f"resuming {workdir} at step {start}")
+      began = f" from its own checkpoint; it began with {source}" if source else ""
+      print(f"resuming {workdir} at step {start}{began}")
     else:
       state = init()
-    loop = Loop(config, path, saver, start)
+      if source:
+        state = init_from.load(source, state, shardings)
+        if jax.process_index() == 0:
+          print(f"{workdir} begins with {source}")
+          workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
+    loop = Loop(config, path, saver, start, profiler)
     evaluator = Evaluator(config, validation_rows, mesh, config.eval.batches)
     loop.run(state, batches, compile_step(config, shardings), evaluator, mesh)
 
 
+def _record(config: config_lib.Config, workdir: pathlib.Path, digests: dict[str, str]) -> None:
+  """Writes the config and the text's digests to the workdir, and prints config, cost and device."""
+  workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
+  workdir_lib.write_config(workdir, config)
+  device = jax.devices()[0]
+  print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
+  print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+
+
 def choose_kernels(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Config:
-  """The config with each `auto` of a kernel replaced, as the workdir records it or will."""
+  """Returns the config with a kernel in place of each `auto`; the workdir records the kernels."""
   config, chosen, lines = choose.resolve(config, workdir_lib.read_kernels(workdir))
   if jax.process_index() == 0:
     workdir_lib.write_kernels(workdir, chosen)

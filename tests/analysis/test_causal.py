@@ -29,7 +29,7 @@ def test_cut_by_hand():
   np.testing.assert_array_equal(cut.targets_BL, both.targets_BL)
 
 
-DROPLESS = dict(dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0)
+DROPLESS = dict(dispatch=Dispatch.GROUPED)
 CHOOSING = dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_factor=1.0)
 
 
@@ -80,12 +80,12 @@ def test_a_hidden_future_is_another_rows_text(one_device):
 def test_causal_routing_has_no_gap(one_device):
   config = toy_config()
   rows = toy_rows([30, 20], [0, 1])
-  found = causal.measure(toy_model(config), rows, config.model.moe, 3, 8, mesh_of())
+  found = causal.measure_losses(toy_model(config), rows, config.model.moe, 3, 8, mesh_of())
   assert found["tokens"] == 3 * 9 and found["gap"] == 0.0
   assert found["loss"] == found["teacher_forced_loss"] > 0
 
 
 def test_one_row_is_too_little_text(one_device):
   config = toy_config()
-  with pytest.raises(UserError, match="2 rows at least"):
-    causal.measure(toy_model(config), toy_rows([12], [0]), config.model.moe, 3, 8, mesh_of())
+  with pytest.raises(UserError, match="needs at least 2"):
+    causal.measure_losses(toy_model(config), toy_rows([12], [0]), config.model.moe, 3, 8, mesh_of())

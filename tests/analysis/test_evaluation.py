@@ -1,6 +1,7 @@
 """eval.py's options: other capacities, what is refused, and all that it writes of a trained run."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -18,10 +19,7 @@ from tests.support.toys import ROOT, toy_config
 
 @pytest.fixture
 def dropless():
-  return toy_config(
-    dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0,
-    capacity_factor=0.0, eval_capacity_factor=0.0,
-  )  # fmt: skip
+  return toy_config(dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0)
 
 
 def test_a_dropless_run_is_gathered_for_a_capacity(dropless):
@@ -31,7 +29,11 @@ def test_a_dropless_run_is_gathered_for_a_capacity(dropless):
 
 
 def test_a_dropless_run_stays_as_it_is_without_a_capacity(dropless):
-  assert evaluation.at_capacity(dropless, 0.0).model.moe == dropless.model.moe
+  assert evaluation.at_capacity(dropless, math.inf).model.moe.dispatch is Dispatch.GROUPED
+
+
+def test_a_dropless_run_has_slots_for_every_token(dropless):
+  assert evaluation.with_slots(dropless.model.moe).eval_capacity_factor == math.inf
 
 
 def test_a_dispatcher_with_a_capacity_stays():
@@ -44,17 +46,22 @@ def test_a_dispatcher_with_a_capacity_stays():
 )
 def test_options_about_experts_are_refused_for_a_dense_run(factors, routing, flag):
   dense = toy_config(num_experts=0)
-  evaluation.check(dense, [], False)
+  evaluation.check_options(dense, [], False)
   with pytest.raises(UserError, match=f"{flag}: config.model.moe.num_experts=0"):
-    evaluation.check(dense, factors, routing)
+    evaluation.check_options(dense, factors, routing)
 
 
 def test_expert_choice_needs_a_capacity():
   config = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
   config.loss.load_balance = 0.0
-  evaluation.check(config, [0.5, 2.0], True)
-  with pytest.raises(UserError, match="set it above 0"):
-    evaluation.check(config, [0.0], True)
+  evaluation.check_options(config, [0.5, 2.0], True)
+  with pytest.raises(UserError, match="set a finite number"):
+    evaluation.check_options(config, [math.inf], True)
+
+
+def test_a_capacity_of_zero_is_refused():
+  with pytest.raises(UserError, match="must be above 0; inf is no limit"):
+    evaluation.check_options(toy_config(), [0.0], True)
 
 
 # All that eval.py writes of a run with domains.
@@ -87,7 +94,7 @@ def examined(shared_folder):
       "--config.train.eval_every=60", "--config.eval.final_batches=40",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    flags = ("--routing", "--causal", "--capacity_factors=0.5,1,2,0")
+    flags = ("--routing", "--causal", "--capacity_factors=0.5,1,2,inf")
     done = start("eval.py", path / "run", *flags)
     assert done.returncode == 0, done.stderr
     return {"output": done.stdout}
@@ -132,7 +139,7 @@ def capacity_points(examined):
 def test_a_larger_capacity_drops_less_and_no_limit_drops_nothing(examined):
   points = capacity_points(examined)
   drops = [np.mean(points[factor]["drop_fraction_Z"]) for factor in (0.5, 1, 2)]
-  assert drops[0] > drops[1] > drops[2] and np.mean(points[0]["drop_fraction_Z"]) == 0
+  assert drops[0] > drops[1] > drops[2] and np.mean(points["inf"]["drop_fraction_Z"]) == 0
 
 
 @pytest.mark.slow

@@ -161,5 +161,5 @@ def test_without_domains_there_are_no_numbers_of_domains():
   assert "domain_load_ZGE" not in found and "domain_separation_Z" not in found
   assert found["text"]["domain"] == ["", ""] and found["text"]["tokens"] == ["a", "a"]
   routing = found | {"layers": [0], "saturation": [{"step": 5, "overlap_Z": [0.5]}]}
-  lines = specialisation.table(routing).splitlines()
+  lines = specialisation.specialisation_table(routing).splitlines()
   assert "apart" not in lines[1] and "as at 5" in lines[1] and "50.0%" in lines[-1]

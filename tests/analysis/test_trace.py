@@ -29,7 +29,7 @@ def traced(request):
   """Two batches on a mesh; the last rows of the second are padding."""
   rows = toy_rows(LENGTHS, LABELS)
   model = toy_model(toy_config(eval_capacity_factor=1.0))
-  batches = list(pipeline.eval_batches(rows, 16, 0))
+  batches = [rows.batch(numbers) for numbers in pipeline.eval_batches(range(len(rows)), 16)]
   assert len(batches) == 1 and not batches[0].segments_BL[-1].any()
   with jax.set_mesh(mesh_of()):
     stats = read(model, batches[0])[1]
@@ -63,9 +63,3 @@ def test_some_choices_are_dropped_and_only_choices_are_kept(traced):
   found = traced.found
   assert not found.kept_ZTE[~found.routed_ZTE].any()
   assert found.kept_ZTE.sum() < found.routed_ZTE.sum()
-
-
-def test_rows_are_spread_over_the_split():
-  assert trace.spread(9, 3) == [0, 4, 8]
-  assert trace.spread(3, 9) == [0, 1, 2]
-  assert trace.spread(1, 4) == [0]

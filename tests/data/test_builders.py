@@ -67,7 +67,7 @@ def test_a_data_set_is_one_record(counting):
 
 
 def test_a_data_set_is_suggested_for_a_name_like_its_own(counting):
-  assert "near: counting" in error_of(dataclasses.replace(counting, name="countin"))
+  assert "similar names: counting" in error_of(dataclasses.replace(counting, name="countin"))
 
 
 def test_the_guide_shows_every_data_set():
@@ -129,8 +129,8 @@ def test_a_set_in_another_file_format_is_refused(catalog, tmp_path):
 
 
 @pytest.mark.parametrize("name, hint", [
-  ("tiny_shakespear", "near: tiny_shakespeare"),
-  ("pyton_stdlib", "near: python_stdlib"),
+  ("tiny_shakespear", "similar names: tiny_shakespeare"),
+  ("pyton_stdlib", "similar names: python_stdlib"),
   ("my data", "Parsing"),
   ("lm1b:9.9.9", "1.1.0"),
   ("huggingface:foo", "community"),

@@ -195,7 +195,7 @@ def test_one_folder_is_no_domain(text):
   for i in range(4):
     (root / "only" / f"{i}.txt").write_text(f"{i}")
   rows = pipeline.load_rows(text, "train")
-  assert rows.domains == () and rows.starts_M is None
+  assert rows.domains == () and (rows.domain_M == -1).all()
   assert (rows.domains_BL([0]) == -1).all()
 
 

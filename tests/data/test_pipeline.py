@@ -18,7 +18,14 @@ def numbered_rows(num_rows, seq_len=4):
   """Rows whose first token divided by seq_len is the row's number."""
   stream_N = 1000 + np.arange(num_rows * seq_len + 1)
   about = dict(num_documents=1, num_bytes=1, digest="")
-  return pipeline.Rows(stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizers.Bytes(), **about)
+  return rows_of(stream_N, [0], seq_len, about)
+
+
+def rows_of(stream_N, starts, seq_len, about):
+  return pipeline.Rows(
+    stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizers.Bytes(), starts_M=np.array(starts),
+    domain_M=np.full(len(starts), -1), source_M=np.arange(len(starts)), **about,
+  )  # fmt: skip
 
 
 def numbers(batch):
@@ -40,14 +47,23 @@ def test_ids_above_16_bits_are_stored_whole(tmp_path, monkeypatch):
   assert stream.tolist() == [70_000, 65_536 + 97, 65_536 + 98, 70_000]
 
 
+def tokenized(texts, folder, seq_len):
+  pipeline._tokenize(documents_of(texts), tokenizers.Bytes(), "x", folder)
+  about = json.loads((folder / "about.json").read_text())
+  stream_N = np.fromfile(folder / "tokens.bin", about.pop("dtype"))
+  return rows_of(stream_N, np.load(folder / "documents.npy")[0], seq_len, about)
+
+
 @pytest.fixture
 def packed(tmp_path):
   """Rows of 4 of the documents ab, nothing, c and defg."""
-  texts = documents_of([b"ab", b"", b"c", b"defg"])
-  pipeline._tokenize(texts, tokenizers.Bytes(), "x", tmp_path)
-  about = json.loads((tmp_path / "about.json").read_text())
-  stream_N = np.fromfile(tmp_path / "tokens.bin", about.pop("dtype"))
-  return pipeline.Rows(stream_N=stream_N, seq_len=4, tokenizer=tokenizers.Bytes(), **about)
+  return tokenized([b"ab", b"", b"c", b"defg"], tmp_path, seq_len=4)
+
+
+def test_where_each_document_starts_and_comes_from_is_stored(packed, tmp_path):
+  starts_M, domain_M, source_M = np.load(tmp_path / "documents.npy")
+  assert starts_M.tolist() == [0, 3, 5] and domain_M.tolist() == [-1] * 3
+  assert source_M.tolist() == [0, 2, 3]  # the empty document is left out
 
 
 def test_a_separator_stands_before_each_document_and_at_the_end(packed):
@@ -78,11 +94,20 @@ def test_a_row_past_the_last_is_an_error(packed):
     packed.batch([3])
 
 
-@pytest.mark.parametrize(("rows", "documents"), [
-  (1, [b"ab", b"c"]), (2, [b"ab", b"c", b"def"]), (9, [b"ab", b"c", b"defg"]),
+@pytest.mark.parametrize(("rows", "texts"), [
+  ([0], [(b"", b"ab"), (b"", b"c")]),
+  ([0, 1], [(b"", b"ab"), (b"", b"c"), (b"", b"def")]),
+  ([0, 1, 2], [(b"", b"ab"), (b"", b"c"), (b"", b"defg")]),
+  ([0, 2], [(b"", b"ab"), (b"", b"c"), (b"def", b"g")]),
 ])  # fmt: skip
-def test_the_documents_of_the_first_rows(rows, documents, packed):
-  assert packed.documents(rows) == documents
+def test_the_texts_of_rows_and_what_stands_before_them(rows, texts, packed):
+  assert list(packed.texts(rows)) == texts
+
+
+def test_each_target_knows_its_document(packed):
+  assert packed.documents_BL([0, 1, 2, -1]).tolist() == [
+    [0, 0, 0, 1], [1, 2, 2, 2], [2, 2, -1, -1], [-1, -1, -1, -1],
+  ]  # fmt: skip
 
 
 def test_every_target_appears_once(stdlib):
@@ -92,7 +117,8 @@ def test_every_target_appears_once(stdlib):
   for index in range(len(documents)):
     expected += [S, *documents[index]]
   targets, inputs = [], []
-  for batch in pipeline.eval_batches(rows, batch_size=7, num_batches=0):
+  for rows_B in pipeline.eval_batches(pipeline.eval_rows(rows, 7, 0), 7):
+    batch = rows.batch(rows_B)
     real_BL = batch.segments_BL > 0
     targets += batch.targets_BL[real_BL].tolist()
     inputs += batch.tokens_BL[real_BL].tolist()
@@ -128,21 +154,27 @@ def test_processes_assemble_the_same_batches(processes):
   for _ in range(8):  # three epochs; batches cross their borders
     assembled = [np.concatenate(fields) for fields in zip(*map(next, parts), strict=True)]
     assert_equal(pipeline.Batch(*assembled), next(whole))
-  whole = list(pipeline.eval_batches(rows, 8, 0))
-  parts = [list(pipeline.eval_batches(rows, 8, 0, p, processes)) for p in range(processes)]
+  whole = list(pipeline.eval_batches(range(21), 8))
+  parts = [list(pipeline.eval_batches(range(21), 8, p, processes)) for p in range(processes)]
   assert len(whole) == 3
-  for n, batch in enumerate(whole):
-    assembled = [np.concatenate(f) for f in zip(*(part[n] for part in parts), strict=True)]
-    assert_equal(pipeline.Batch(*assembled), batch)
+  for n, rows_B in enumerate(whole):
+    assert np.concatenate([part[n] for part in parts]).tolist() == rows_B.tolist()
 
 
-def test_eval_batches_begin_at_the_start_and_end_in_padding():
-  rows = numbered_rows(5)
-  batches = list(pipeline.eval_batches(rows, 2, 0))
-  assert [numbers(batch) for batch in batches[:2]] == [[0, 1], [2, 3]]
-  assert numbers(batches[2])[0] == 4 and not batches[2].segments_BL[1].any()
-  assert len(list(pipeline.eval_batches(rows, 2, 1))) == 1
-  assert len(list(pipeline.eval_batches(rows, 2, 9))) == 3
+def test_evaluation_rows_are_spread_evenly_over_the_split():
+  rows = numbered_rows(100)
+  assert pipeline.eval_rows(rows, 2, 2).tolist() == [12, 37, 62, 87]
+  assert pipeline.eval_rows(rows, 7, 0).tolist() == list(range(100))
+  assert pipeline.eval_rows(rows, 7, 1000).tolist() == list(range(100))
+  for count in range(1, 101):  # as many of each half, and none twice
+    chosen = pipeline.spread(100, count)
+    assert len(set(chosen.tolist())) == count
+    assert abs(np.sum(chosen < 50) - count / 2) <= 0.5
+
+
+def test_the_last_evaluation_batch_ends_in_padding():
+  batches = [rows_B.tolist() for rows_B in pipeline.eval_batches([3, 5, 8], 2)]
+  assert batches == [[3, 5], [8, -1]]
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
@@ -189,7 +221,22 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused():
     pipeline.train_iterator(numbered_rows(9), Data(batch_size=8, seq_len=4), 0, 3)
 
 
-def test_the_gzip_baseline_compresses_each_document_alone():
+def test_the_gzip_baseline_of_a_whole_split_is_that_of_its_files(tmp_path):
   documents = [PROSE.encode(), b"short"]
+  rows = tokenized(documents, tmp_path, seq_len=50)
   size = sum(len(gzip.compress(d, 9)) for d in documents)
-  assert pipeline.gzip_bits_per_byte(documents) == 8 * size / (len(PROSE.encode()) + 5)
+  bits = pipeline.gzip_bits_per_byte(rows, range(len(rows)))
+  assert bits == 8 * size / (len(PROSE.encode()) + 5)
+
+
+def test_the_gzip_baseline_of_single_rows_sums_to_that_of_the_file(tmp_path):
+  """Each row costs what it adds; a repeated text costs little, because its context is known."""
+  noise = bytes(np.random.default_rng(0).integers(33, 120, 4000).astype(np.uint8))
+  rows = tokenized([noise + noise], tmp_path, seq_len=100)
+  num_bytes = [sum(len(text) for _, text in rows.texts([r])) for r in range(len(rows))]
+  each = [pipeline.gzip_bits_per_byte(rows, [r]) for r in range(len(rows))]
+  assert np.dot(each, num_bytes) == pytest.approx(8 * len(gzip.compress(noise * 2, 9)))
+  assert np.mean(each[:39]) > 6 and np.mean(each[41:]) < 1
+  early, late = pipeline.gzip_bits_per_byte(rows, [5, 6]), pipeline.gzip_bits_per_byte(rows, [60])
+  both = pipeline.gzip_bits_per_byte(rows, [5, 6, 60])
+  assert both == pytest.approx((2 * early + late) / 3)

@@ -27,7 +27,7 @@ def train_bpe(path, special=()):
       single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
     )
   model.save(str(path))
-  return tokenizers.load(Data(tokenizer=str(path)))
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
 
 
 def train_sentencepiece(path, **options):
@@ -38,14 +38,14 @@ def train_sentencepiece(path, **options):
       byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
       allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2, **options,
     )  # fmt: skip
-  return tokenizers.load(Data(tokenizer=str(path)))
+  return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
 
 
 HARD = "def f(x):\n\treturn 'é日本'  # <s> <|endoftext|> 🙂\n\n  end"
 
 
 def test_bytes_are_their_own_ids():
-  bytes_ = tokenizers.load(Data())
+  bytes_ = tokenizers.load_tokenizer(Data())
   assert (bytes_.vocab_size, bytes_.separator) == (257, 256)
   ids = bytes_.encode("é")
   assert ids.tolist() == [0xC3, 0xA9] == bytes_.encode("é".encode()).tolist()
@@ -134,7 +134,7 @@ def test_another_tokenizer_makes_other_rows_of_the_same_text(text, tmp_path):
   assert rows.digest != plain.digest and rows.num_targets < plain.num_targets / 2
   assert everything(rows) == everything(plain)
   targets_BL = rows.batch([0]).targets_BL
-  cut = b"".join(rows.documents(1))
+  cut = b"".join(text for _, text in rows.texts([0]))
   assert cut and len(cut) == rows.tokenizer.bytes_V[targets_BL].sum()
   assert everything(plain)[0].startswith(cut)
 
@@ -156,4 +156,4 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
   (tmp_path / "t.json").write_text("{}")
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(UserError, match="pip install tokenizers"):
-    tokenizers.load(Data(tokenizer=str(tmp_path / "t.json")))
+    tokenizers.load_tokenizer(Data(tokenizer=str(tmp_path / "t.json")))

@@ -42,5 +42,5 @@ def test_another_token_is_refused():
       return {"tokens": self.tokens}
 
   workers = [Worker("ours", [[1, 2], [3, 4]]), Worker("theirs", [[1, 2], [3, 5]])]
-  with pytest.raises(UserError, match="theirs draws another token than ours in row 1, 1 after"):
+  with pytest.raises(UserError, match="theirs draws another token than ours in row 1, at place 1"):
     decode._rows(TOY, workers, 2, 1, 2)

@@ -16,7 +16,7 @@ from tests.support.toys import mesh_of
 # What a kernel is on a CPU: the library's own code where it is interpreted, and for cuDNN
 # everything but cuDNN itself.
 KERNELS = {
-  "blocks": attention.ATTENTION[Attention.BLOCKS].function,
+  "blocks": attention.ATTENTION_KERNELS[Attention.BLOCKS].function,
   "splash": functools.partial(attention_splash.attend, interpret=True),
   "cudnn": functools.partial(attention_cudnn.attend, implementation="xla"),
 }
@@ -125,9 +125,9 @@ def test_many_documents_differ():
 
 
 def test_refuses():
-  refusal = {name: kernel.refuses for name, kernel in attention.ATTENTION.items()}
+  refusal = {name: kernel.refuses for name, kernel in attention.ATTENTION_KERNELS.items()}
   q, k = (2, 256, 8, 64), (2, 256, 4, 64)
-  for name in attention.ATTENTION:
+  for name in attention.ATTENTION_KERNELS:
     assert refusal[name](q, k, jnp.bfloat16) == "", name
   assert "37 tokens" in refusal[Attention.SPLASH]((2, 37, 8, 64), (2, 37, 4, 64), jnp.bfloat16)
   assert "float32" in refusal[Attention.CUDNN](q, k, jnp.float32)
@@ -145,7 +145,7 @@ def test_refuses():
     ("tpu", 37, jnp.bfloat16, Attention.REFERENCE, "splash refuses a sequence of 37 tokens"),
     ("gpu", 256, jnp.bfloat16, Attention.CUDNN, "cudnn"),
     ("gpu", 256, jnp.float32, Attention.REFERENCE, "cudnn refuses float32"),
-    ("abacus", 256, jnp.float32, Attention.REFERENCE, "no kernel is for abacus"),
+    ("abacus", 256, jnp.float32, Attention.REFERENCE, "no kernel is made for abacus"),
   ],
 )
 def test_choose(platform, length, dtype, name, says):

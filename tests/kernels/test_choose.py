@@ -14,9 +14,7 @@ from tests.support.toys import mesh_of, toy_config
 
 
 def dropless(**fields):
-  config = toy_config(
-    dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0, **fields
-  )
+  config = toy_config(dispatch=Dispatch.GROUPED, **fields)
   config.data.seq_len = 64  # at which attention goes in blocks
   return config
 
@@ -44,7 +42,10 @@ def test_what_does_not_give_the_references_answer_is_not_taken(monkeypatch):
     return x
 
   identity.defjvp(lambda primals, tangents: (primals[0], 1.01 * tangents[0]))
-  blocks, blocked = attention.ATTENTION[Attention.BLOCKS], experts.KERNELS[GroupedMatmul.BLOCKED]
+  blocks, blocked = (
+    attention.ATTENTION_KERNELS[Attention.BLOCKS],
+    experts.EXPERT_KERNELS[GroupedMatmul.BLOCKED],
+  )
 
   def wrong_gradient(q, k, v, segments):
     return identity(blocks.function(q, k, v, segments))
@@ -53,10 +54,10 @@ def test_what_does_not_give_the_references_answer_is_not_taken(monkeypatch):
     raise NotImplementedError("not on this device")
 
   monkeypatch.setitem(
-    attention.ATTENTION, Attention.BLOCKS, blocks._replace(function=wrong_gradient)
+    attention.ATTENTION_KERNELS, Attention.BLOCKS, blocks._replace(function=wrong_gradient)
   )
   monkeypatch.setitem(
-    experts.KERNELS, GroupedMatmul.BLOCKED, dataclasses.replace(blocked, function=raises)
+    experts.EXPERT_KERNELS, GroupedMatmul.BLOCKED, dataclasses.replace(blocked, function=raises)
   )
   with jax.set_mesh(mesh_of()):
     config, record, lines = choose.resolve(dropless(), {})
@@ -68,11 +69,11 @@ def test_what_does_not_give_the_references_answer_is_not_taken(monkeypatch):
 
 def test_the_fastest_of_several_is_taken(monkeypatch):
   monkeypatch.setitem(
-    experts.KERNELS, GroupedMatmul.RAGGED_DOT,
-    dataclasses.replace(experts.KERNELS[GroupedMatmul.RAGGED_DOT], tried_on=("cpu",)),
+    experts.EXPERT_KERNELS, GroupedMatmul.RAGGED_DOT,
+    dataclasses.replace(experts.EXPERT_KERNELS[GroupedMatmul.RAGGED_DOT], tried_on=("cpu",)),
   )  # fmt: skip
   seconds = iter([3.0, 2.0])
-  monkeypatch.setattr(choose, "_seconds", lambda *_: next(seconds))
+  monkeypatch.setattr(choose, "_step_seconds", lambda *_: next(seconds))
   with jax.set_mesh(mesh_of()):
     config, _, lines = choose.resolve(dropless(), {})
   assert config.model.moe.grouped_matmul is GroupedMatmul.BLOCKED
@@ -86,7 +87,7 @@ def test_the_record_decides_on_the_same_device(monkeypatch):
     "grouped_matmul": "ragged_dot", "exchange": "all_to_all",
   }  # fmt: skip
   with jax.set_mesh(mesh_of()), monkeypatch.context() as patch:
-    patch.setattr(choose, "_compare", None)
+    patch.setattr(choose, "_difference", None)
     config, again, _ = choose.resolve(dropless(), record)
     assert again == record
     assert config.model.attention is Attention.REFERENCE
@@ -98,6 +99,37 @@ def test_the_record_decides_on_the_same_device(monkeypatch):
   assert "the run began on TPU v9" in lines[0]
 
 
+def test_a_kernel_that_a_resumed_run_names_replaces_the_recorded_one():
+  """It is printed and recorded, and from then on `auto` is that one."""
+  with jax.set_mesh(mesh_of()):
+    _, record, _ = choose.resolve(dropless(), {})
+    named = dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT, exchange=Exchange.ALL_TO_ALL)
+    named.model.attention = Attention.REFERENCE
+    _, changed, lines = choose.resolve(named, record)
+    assert [line.split(" ", 1)[1].strip() for line in lines] == [
+      "reference, which the config names; until now the run used blocks",
+      "matmul     ragged_dot, which the config names; until now the run used blocked",
+      "all_to_all, which the config names; until now the run used all_gather",
+    ]
+    assert changed == record | {
+      "attention": "reference", "grouped_matmul": "ragged_dot", "exchange": "all_to_all"
+    }  # fmt: skip
+    config, again, _ = choose.resolve(dropless(), changed)
+    assert again == changed and config.model.moe.exchange is Exchange.ALL_TO_ALL
+
+
+def test_a_kernel_that_the_run_did_not_need_is_chosen_when_it_does():
+  """A run that dispatched into slots recorded no kernel of the grouped dispatch."""
+  slots = toy_config()
+  slots.data.seq_len = 64
+  with jax.set_mesh(mesh_of()):
+    _, record, _ = choose.resolve(slots, {})
+    assert record["grouped_matmul"] == record["exchange"] == "auto"
+    config, record, _ = choose.resolve(dropless(), record)
+  assert config.model.moe.grouped_matmul is GroupedMatmul.BLOCKED
+  assert config.model.moe.exchange is Exchange.ALL_GATHER and record["exchange"] == "all_gather"
+
+
 def test_a_kernel_that_is_named_is_taken_or_refused():
   config = dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT)
   config.model.attention = Attention.REFERENCE
@@ -106,7 +138,7 @@ def test_a_kernel_that_is_named_is_taken_or_refused():
     assert same.model == dataclasses.replace(
       config.model, moe=dataclasses.replace(config.model.moe, exchange=Exchange.ALL_GATHER)
     )
-    assert all("as the config says" in line for line in lines[:2])
+    assert all("which the config names" in line for line in lines[:2])
     config.model.attention = Attention.SPLASH
     config.data.seq_len = 100
     with pytest.raises(UserError, match=r"attention=splash refuses a sequence of 100 tokens"):
@@ -129,5 +161,5 @@ def test_another_platforms_kernels_become_auto(monkeypatch):
 def test_attention_of_no_length_falls_back(monkeypatch):
   """A prompt whose length the run's kernel refuses takes the reference."""
   q, k = jnp.ones((1, 7, 2, 4)), jnp.ones((1, 7, 1, 4))
-  y = attention.attention(q, k, k, jnp.ones((1, 7), jnp.int32), Attention.SPLASH)
+  y = attention.segment_attention(q, k, k, jnp.ones((1, 7), jnp.int32), Attention.SPLASH)
   assert json.dumps(y.shape) == "[1, 7, 2, 4]"

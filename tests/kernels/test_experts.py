@@ -25,11 +25,11 @@ N, D, F, E = 91, 6, 4, 5
 
 
 @pytest.fixture(
-  params=[(4, 12), pytest.param(blocked._ROWS, marks=pytest.mark.slow)],
+  params=[(4, 12), pytest.param(blocked._BLOCK_ROWS, marks=pytest.mark.slow)],
   ids=["small blocks", "blocks"], autouse=True,
 )  # fmt: skip
 def rows(request, monkeypatch):
-  monkeypatch.setattr(blocked, "_ROWS", request.param)
+  monkeypatch.setattr(blocked, "_BLOCK_ROWS", request.param)
 
 
 def arrays(*shapes):
@@ -120,10 +120,7 @@ def test_remat_dots_keeps_the_blocked_activations():
   """The backward pass under remat=dots runs none of the forward pass's loops again."""
   loops = {}
   for remat in config_lib.Remat:
-    config = toy_config(
-      dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0,
-      grouped_matmul=GroupedMatmul.BLOCKED,
-    )  # fmt: skip
+    config = toy_config(dispatch=Dispatch.GROUPED, grouped_matmul=GroupedMatmul.BLOCKED)
     config.model.remat = remat
     mesh, state, step = set_up(config, {})
     with jax.set_mesh(mesh):
@@ -137,7 +134,7 @@ def test_tokamax_missing_is_one_line():
   try:
     import tokamax  # noqa: F401
   except ImportError:
-    config = toy_config(dispatch=Dispatch.GROUPED, capacity_factor=0.0, eval_capacity_factor=0.0)
+    config = toy_config(dispatch=Dispatch.GROUPED)
     config.model.moe.grouped_matmul = GroupedMatmul.TRITON
     with pytest.raises(config_lib.UserError, match=r"grouped_matmul=triton.*pip install"):
       choose.resolve(config, {})

@@ -1,5 +1,7 @@
 """The MoE block against the dense one, gradients of its router, its noise and its precision."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def call_layer(layer, x_BLD, *, train=True, seed=0):
 @pytest.mark.parametrize(("top_k", "renormalize"), [(1, False), (1, True), (2, True), (2, False)])
 def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_device):
   """Through the gates alone, in every combination that validate() allows."""
-  factor = 2.0 if how is Dispatch.GATHER or router is Router.EXPERT_CHOICE else 0.0
+  factor = 2.0 if how is Dispatch.GATHER or router is Router.EXPERT_CHOICE else math.inf
   config = toy_config(
     top_k=top_k, renormalize=renormalize, score=score, router=router, dispatch=how,
     capacity_factor=factor, eval_capacity_factor=factor, grouped_matmul=GroupedMatmul.RAGGED_DOT,
@@ -54,7 +56,7 @@ def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_d
 def test_one_expert_equals_the_dense_layer(how, one_device):
   """E=1, K=1: outputs and gradients of the dense FFN with the same weights."""
   model = toy_config(
-    num_experts=1, top_k=1, renormalize=False, capacity_factor=0.0, expert_dim=14,
+    num_experts=1, top_k=1, capacity_factor=math.inf, expert_dim=14,
     dispatch=Dispatch(how), grouped_matmul=GroupedMatmul.BLOCKED,
   ).model  # fmt: skip
   moe_graph, moe_params = nnx.split(MoEFFN(model, nnx.Rngs(0)))
@@ -84,7 +86,7 @@ def test_one_expert_equals_the_dense_layer(how, one_device):
 @pytest.mark.parametrize("how", list(Dispatch))
 def test_identical_experts_equal_any_one_of_them(how, one_device):
   """With gates that sum to 1 the routing is not to be seen; dropless, or with room for all."""
-  model = toy_config(top_k=2, capacity_factor=0.0, eval_capacity_factor=0.0, dispatch=how).model
+  model = toy_config(capacity_factor=math.inf, eval_capacity_factor=math.inf, dispatch=how).model
   layer = MoEFFN(model, nnx.Rngs(0))
   layer.router_DE[...] = 30 * layer.router_DE[...]
   for weight in (layer.gate_EDF, layer.up_EDF, layer.down_EFD):

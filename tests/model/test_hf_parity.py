@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from typing import NamedTuple
 
 import jax
@@ -143,7 +144,7 @@ def layer_of(moe, **mesh):
 def moe_of(peer, dispatcher):
   """Nothing drops, as theirs; blocked: auto would measure."""
   return config_lib.MoE(
-    capacity_factor=0.0, eval_capacity_factor=0.0, dispatch=dispatcher,
+    capacity_factor=math.inf, eval_capacity_factor=math.inf, dispatch=dispatcher,
     grouped_matmul=config_lib.GroupedMatmul.BLOCKED, **peer.ours,
   )  # fmt: skip
 

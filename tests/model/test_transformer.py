@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def forward(graph, params, tokens, segments, positions, train=True):
 def test_attention_equals_numpy():
   """RoPE, grouped keys, causal and segment mask, in float64, head by head."""
   model = toy_config().model
-  layer = attention.Attention(model, nnx.Rngs(0))
+  layer = attention.AttentionLayer(model, nnx.Rngs(0))
   rng = np.random.default_rng(0)
   B, L, A, H, G = 2, 7, model.head_dim, model.num_heads, model.num_kv_heads
   x_BLD = rng.normal(size=(B, L, model.dim))
@@ -71,7 +72,7 @@ def test_attention_equals_numpy():
     return reference(q_BLHA, k_BLGA, v_BLGA, jnp.asarray(segments)), None
 
   weights = layer.weights(jnp.float32)
-  got, _ = attention.attention(
+  got, _ = attention.attention_layer(
     jnp.asarray(x_BLD, jnp.float32), weights, jnp.asarray(positions), attend, model
   )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # float32 against float64
@@ -102,7 +103,7 @@ def test_no_token_sees_the_future(variant):
 
 def test_packed_documents_do_not_see_each_other():
   """Two documents in a row give the logits that each has alone (nothing dropped)."""
-  config = toy_config(capacity_factor=0.0)
+  config = toy_config(capacity_factor=math.inf)
   graph, params = build(config)
   tokens, _, _ = tokens_of(config, batch=1)
   segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
@@ -183,7 +184,7 @@ def test_tied_and_untied_heads_and_qk_norm():
 
 
 def test_bfloat16_follows_float32():
-  config = toy_config(capacity_factor=0.0)
+  config = toy_config(capacity_factor=math.inf)
   graph, params = build(config)
   exact, _ = forward(graph, params, *tokens_of(config))
   config.model.compute_dtype = config_lib.Dtype.BFLOAT16

@@ -1,11 +1,13 @@
 """Dispatchers by hand: slots, drops, capacity; and the oracle's set of drops."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Dispatch
+from moe_jax.config import Dispatch, MoE, Router
 from moe_jax.moe import dispatch, routers
 from moe_jax.moe.routing import Assignments, RouterInputs
 from tests.support import routings
@@ -44,7 +46,7 @@ def test_the_assignments_dropped_are_the_oracles(routing):
       assert kept == (slot < E * capacity) and (not kept or slot // capacity == expert)
       if real:
         got.add((int(token) + start, int(expert), bool(kept)))
-  assert got == set(routings.expected(routing, False).chosen)
+  assert got == set(routings.expected(routing, False).assignments)
 
 
 def by_hand(experts, real):
@@ -98,7 +100,16 @@ def test_combine_reads_no_empty_slot(dispatcher):
 
 @pytest.mark.parametrize(
   ("factor", "expected_capacity"),
-  [(1.0, 4), (1.25, 5), (1.3, 6), (1.1, 5), (0, 16), (9.0, 16), (0.01, 1)],
+  [(1.0, 4), (1.25, 5), (1.3, 6), (1.1, 5), (math.inf, 16), (9.0, 16), (0.01, 1)],
 )
 def test_capacity_by_hand(factor, expected_capacity):
   assert dispatch.capacity(factor, tokens=16, top_k=2, num_experts=8) == expected_capacity
+
+
+@pytest.mark.parametrize("how", list(Dispatch))
+@pytest.mark.parametrize("router", [Router.TOPK, Router.EXPERT_CHOICE])
+def test_a_dispatch_that_never_drops_ignores_the_capacity_factor(how, router):
+  """Unless the router takes the capacity: expert choice has one with every dispatcher."""
+  moe = MoE(num_experts=8, router=router, dispatch=how, capacity_factor=0.5)
+  dropless = how in (Dispatch.GROUPED, Dispatch.DENSE) and router is Router.TOPK
+  assert dispatch.layout_of(moe, (3, 16), train=True).capacity == (16 if dropless else 2)

@@ -169,7 +169,7 @@ def grid():
 @pytest.fixture
 def small_blocks(monkeypatch):
   """So that a few rows make several full blocks and a rest; fewer sizes compile sooner."""
-  monkeypatch.setattr(blocked, "_ROWS", (4, 12))
+  monkeypatch.setattr(blocked, "_BLOCK_ROWS", (4, 12))
 
 
 @pytest.mark.parametrize(("routing", "dispatch_name", "mesh"), list(grid()))
@@ -197,7 +197,7 @@ def test_the_loads_of_the_grid_are_uneven(routing, dropless):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_grid_drops_where_there_is_a_capacity(routing, dropless):
   """When experts choose, each takes what it can."""
-  dropped = 1 - np.mean([kept for _, _, kept in routings.expected(routing, dropless).chosen])
+  dropped = 1 - np.mean([kept for _, _, kept in routings.expected(routing, dropless).assignments])
   if dropless or routing == "expert-choice":
     assert dropped == 0
   else:

@@ -1,6 +1,7 @@
 """Every router on a case worked by hand; who sees the future; what a new router takes."""
 
 import functools
+import math
 import re
 from typing import NamedTuple
 
@@ -192,7 +193,7 @@ CAUSAL = {
   "choice": (dict(priority=Priority.CHOICE), False, False),
   "score": (dict(priority=Priority.SCORE), False, False),
   "score, dropless evaluation": (
-    dict(priority=Priority.SCORE, eval_capacity_factor=0.0), False, True,
+    dict(priority=Priority.SCORE, eval_capacity_factor=math.inf), False, True,
   ),
   "sinkhorn": (dict(router=Router.SINKHORN), False, True),
   "expert choice": (dict(router=Router.EXPERT_CHOICE, renormalize=False), False, False),

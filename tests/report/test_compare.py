@@ -104,7 +104,7 @@ def examined(tmp_path_factory):
       continue
     capacity = [
       {"capacity_factor": 1.0, "loss": 2.0 + seed, "drop_fraction_Z": [0.1, 0.3]},
-      {"capacity_factor": 0, "loss": 1.5, "drop_fraction_Z": [0.0, 0.0]},
+      {"capacity_factor": "inf", "loss": 1.5, "drop_fraction_Z": [0.0, 0.0]},
     ]
     more = {"domains": {"prose": {"bits_per_byte": 1.25 + seed}}}
     more |= {"causal": {"loss": 2.5, "teacher_forced_loss": 2.25, "gap": 0.25}}

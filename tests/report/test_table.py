@@ -13,7 +13,7 @@ from tests.support.report_runs import FINISHED, row, sweep, write_report
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
   """The sweep of support/report_runs.py: dense, moe and bad with two seeds each."""
-  return table.compare(runs.read_sweep(sweep(tmp_path_factory.mktemp("sweep"))))
+  return table.compare_arms(runs.read_sweep(sweep(tmp_path_factory.mktemp("sweep"))))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def one_seed_above(tmp_path):
 
 
 def test_a_seed_that_misses_the_target_is_left_out_of_its_steps(one_seed_above):
-  reached = table.compare(runs.read_sweep(one_seed_above)).rows[1].reached
+  reached = table.compare_arms(runs.read_sweep(one_seed_above)).rows[1].reached
   assert reached.steps.mean == pytest.approx(250)
   assert reached.steps.n == 1 and reached.speedup is None
 
@@ -124,7 +124,7 @@ def test_nothing_has_no_spread(values):
   ([1.0, math.nan], "nan"),  # a divergence is not left out
 ])  # fmt: skip
 def test_a_spread_is_written_as_mean_and_deviation(values, text):
-  assert blocks.spread(table.spread(values)) == text
+  assert blocks.plus_minus(table.spread(values)) == text
 
 
 @pytest.fixture
@@ -137,16 +137,16 @@ def evaluated(tmp_path):
 
 
 def test_losses_are_of_eval_json_if_all_runs_have_one(evaluated):
-  compared = table.compare(runs.read_sweep(evaluated))
+  compared = table.compare_arms(runs.read_sweep(evaluated))
   assert compared.rows[1].loss.mean == pytest.approx(1.5) and "1,000 tokens" in compared.source
   assert compared.rows[1].drop == pytest.approx(0.3)
 
 
 def test_the_target_is_of_the_curves_that_reach_it(evaluated):
-  assert table.compare(runs.read_sweep(evaluated)).target == pytest.approx(2.1)
+  assert table.compare_arms(runs.read_sweep(evaluated)).target == pytest.approx(2.1)
 
 
 def test_losses_are_of_training_if_one_eval_json_is_of_another_step(evaluated):
   report_runs.write_eval(evaluated / "bad/seed0", 1.0, step=300)
-  compared = table.compare(runs.read_sweep(evaluated))
+  compared = table.compare_arms(runs.read_sweep(evaluated))
   assert compared.rows[1].loss.mean == pytest.approx(1.75) and "eval.json" not in compared.source

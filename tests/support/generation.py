@@ -70,7 +70,7 @@ class Trained:
 
 
 class Made(NamedTuple):
-  model: generate.Model  # ready to generate
+  model: generate.TextGenerator  # ready to generate
   trained: Trained  # what training would have left
 
 
@@ -84,7 +84,9 @@ def model_of(name="topk", mesh=None, **changes) -> Made:
   with jax.set_mesh(mesh):
     ours = decoding.for_inference(model)
     weights = decoding.weights(ours, params, bias_ZE)
-  return Made(generate.Model(ours, weights, mesh, Letters()), Trained(ours, params, bias_ZE))
+  return Made(
+    generate.TextGenerator(ours, weights, mesh, Letters()), Trained(ours, params, bias_ZE)
+  )
 
 
 def full_forward(trained, rows):

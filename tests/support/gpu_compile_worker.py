@@ -1,14 +1,14 @@
-"""Compiles a train step for an H200 that need not be there; writes its optimized HLO.
+"""Compiles a train step for an H200 that need not be present; writes its optimized HLO.
 
-test_gpu_compile.py runs it, in a process of its own.
+test_gpu_compile.py runs this file in a separate process.
 """
 
 import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU that is here would be asked for its memory
-os.environ.pop("XLA_FLAGS", None)  # conftest's are for its simulated devices
+os.environ["JAX_PLATFORMS"] = "cpu"  # otherwise jax takes the memory of a GPU that is present
+os.environ.pop("XLA_FLAGS", None)  # those of conftest simulate devices
 
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
@@ -37,7 +37,7 @@ gpu_device_info {
 
 
 def main() -> None:
-  # jax asks the process's own GPU, not the one that it compiles for.
+  # jax would check the process's own GPU, not the one that it compiles for.
   fused_attention_stablehlo.check_compute_capability = lambda capability: True
   attention, out = sys.argv[1:]
   topology = topologies.get_topology_desc(

@@ -1,7 +1,8 @@
 """The MoE layer in float64 NumPy, and its gradients by central differences.
 
-Shares no code with the package: it does what the papers say, one token or one expert at a time.
-First who goes where (`select`), then the values of that choice (`evaluate`), which are smooth.
+It shares no code with the package, and computes the papers' formulas one token or one expert at a
+time. `select` makes the assignments; `evaluate` computes the layer for given assignments, which is
+a smooth function.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass
 class Spec:
-  """A routing, in the papers' terms."""
+  """A routing in the terms of the papers."""
 
   router: str = "topk"
   top_k: int = 2
@@ -22,13 +23,15 @@ class Spec:
   groups: int = 1
   top_groups: int = 1
   priority: str = "token"
-  factor: float = 0.0  # 0: nothing is dropped
-  group: int = 0  # tokens that compete
+  factor: float = math.inf  # nothing is dropped
+  group: int = 0  # tokens of a routing group
   biased: bool = False
 
 
 @dataclasses.dataclass
 class Inputs:
+  """The inputs and weights of a layer."""
+
   x_BLD: np.ndarray
   real_BL: np.ndarray
   ids_BL: np.ndarray
@@ -51,7 +54,7 @@ def scores(logits, spec):
 
 
 def routed_logits(x_TD, noise_TE, weights, spec):
-  """(logits, logits that choose, noise scale)."""
+  """Returns the logits, the logits of the selection, and the scale of the noise or None."""
   logits = x_TD @ weights["router_DE"]
   if spec.router != "noisy_topk":
     return logits, logits, None
@@ -60,7 +63,7 @@ def routed_logits(x_TD, noise_TE, weights, spec):
 
 
 def capacity(spec, num_experts):
-  if not spec.factor:
+  if spec.factor == math.inf:
     return spec.group
   return min(spec.group, math.ceil(round(spec.factor * spec.group * spec.top_k / num_experts, 9)))
 
@@ -89,7 +92,7 @@ def choices_of_token(logits_E, score_E, token_id, noise_E, plan_E, bias_E, spec)
 
 
 def sinkhorn_plan(logits_TE, real_T):
-  """Columns to (tokens/E) and rows to 1 in turn, 16 times, over the real tokens."""
+  """Scales columns to a sum of tokens/E and rows to 1 in turns, 16 times, over the real tokens."""
   plan = np.exp(logits_TE)
   for _ in range(16):
     plan = plan / plan[real_T].sum(axis=0) * (real_T.sum() / plan.shape[1])
@@ -98,25 +101,25 @@ def sinkhorn_plan(logits_TE, real_T):
 
 
 def select(inputs, spec):
-  """[(token, expert, kept)] of all groups, tokens numbered over the batch."""
+  """Returns [(token, expert, kept)] of all groups; tokens are numbered over the batch."""
   D, E = inputs.weights["router_DE"].shape
   x_TD = inputs.x_BLD.reshape(-1, D)
   noise_TE = inputs.noise_BLE.reshape(-1, E)
   real_T, ids_T = inputs.real_BL.reshape(-1), inputs.ids_BL.reshape(-1)
   logits_TE, choosing_TE, _ = routed_logits(x_TD, noise_TE, inputs.weights, spec)
   score_TE = scores(choosing_TE, spec)
-  slots, chosen = capacity(spec, E), []
+  slots, assignments = capacity(spec, E), []
   for start in range(0, len(x_TD), spec.group):
     tokens = [t for t in range(start, start + spec.group) if real_T[t]]
     if not tokens:
       continue
     if spec.router == "expert_choice":
       for e in range(E):
-        chosen += [(t, e, True) for t in sorted(tokens, key=lambda t: -score_TE[t, e])[:slots]]
+        assignments += [(t, e, True) for t in sorted(tokens, key=lambda t: -score_TE[t, e])[:slots]]
       continue
     part = slice(start, start + spec.group)
     plan = sinkhorn_plan(logits_TE[part], real_T[part]) if spec.router == "sinkhorn" else None
-    wanted = []
+    queue = []
     for t in tokens:
       experts = choices_of_token(
         logits_TE[t], score_TE[t], int(ids_T[t]), noise_TE[t],
@@ -125,16 +128,18 @@ def select(inputs, spec):
       sure = max(score_TE[t, e] for e in experts)
       for rank, e in enumerate(experts):
         order = {"token": (t, rank), "choice": (rank, t), "score": (rank, -sure, t)}[spec.priority]
-        wanted.append((order, t, e))
-    taken = np.zeros(E, int)
-    for _, t, e in sorted(wanted):
-      chosen.append((t, e, bool(taken[e] < slots)))
-      taken[e] += 1
-  return chosen
+        queue.append((order, t, e))
+    slots_used = np.zeros(E, int)
+    for _, t, e in sorted(queue):
+      assignments.append((t, e, bool(slots_used[e] < slots)))
+      slots_used[e] += 1
+  return assignments
 
 
 @dataclasses.dataclass
 class Result:
+  """The output and the statistics of a layer."""
+
   y_BLD: np.ndarray
   tokens: int
   sequences: int
@@ -163,7 +168,7 @@ def cv_plus_one(x_E):
   return float(1 + x_E.var() / x_E.mean() ** 2)
 
 
-def evaluate(inputs, spec, chosen):
+def evaluate(inputs, spec, assignments):
   weights, real_T = inputs.weights, inputs.real_BL.reshape(-1)
   B, L, D = inputs.x_BLD.shape
   E = weights["router_DE"].shape[1]
@@ -171,7 +176,7 @@ def evaluate(inputs, spec, chosen):
   logits, choosing, scale = routed_logits(x_TD, inputs.noise_BLE.reshape(-1, E), weights, spec)
   score = scores(choosing, spec)
   probs = score / score.sum(axis=1, keepdims=True)
-  token, expert, kept = (np.array(column) for column in zip(*chosen, strict=True))
+  token, expert, kept = (np.array(column) for column in zip(*assignments, strict=True))
   gate = score[token, expert]
   if spec.renormalize:
     total = np.zeros(B * L)
@@ -182,9 +187,9 @@ def evaluate(inputs, spec, chosen):
   x_ND = x_TD[token]
   y_TD = np.zeros((B * L, D))
   for e in range(E):
-    mine = (expert == e) & kept
-    h = silu(x_ND[mine] @ weights["gate_EDF"][e]) * (x_ND[mine] @ weights["up_EDF"][e])
-    np.add.at(y_TD, token[mine], gate[mine, None] * (h @ weights["down_EFD"][e]))
+    rows = (expert == e) & kept
+    h = silu(x_ND[rows] @ weights["gate_EDF"][e]) * (x_ND[rows] @ weights["up_EDF"][e])
+    np.add.at(y_TD, token[rows], gate[rows, None] * (h @ weights["down_EFD"][e]))
 
   load_E = np.zeros(E)
   if spec.router == "noisy_topk":
@@ -195,7 +200,7 @@ def evaluate(inputs, spec, chosen):
         load_E[e] += 0.5 * (1 + math.erf(distance / math.sqrt(2)))
   routed_BE = np.zeros((B, E), int)
   np.add.at(routed_BE, (token // L, expert), 1)
-  # A token's choices stand in order, whatever the priority among tokens.
+  # A token's assignments are in the order of its choices under every priority.
   rank = np.array([(token[:i] == t).sum() for i, t in enumerate(token)])
   if spec.router == "expert_choice":
     rank[:] = 0
@@ -227,16 +232,19 @@ def evaluate(inputs, spec, chosen):
   )
 
 
-def loss(inputs, spec, chosen, cotangent_BLD):
-  """A scalar through every differentiable output of the layer."""
-  r = evaluate(inputs, spec, chosen)
+def loss(inputs, spec, assignments, cotangent_BLD):
+  """Returns a scalar that depends on every differentiable output of the layer."""
+  r = evaluate(inputs, spec, assignments)
   total = (r.y_BLD * cotangent_BLD).sum() + 3 * r.balance + r.z / r.tokens
   total += 2 * r.sequence_balance / r.sequences + cv_plus_one(r.importance_E)
   return total + (cv_plus_one(r.load_E) if spec.router == "noisy_topk" else 0)
 
 
-def gradients(inputs, spec, chosen, cotangent_BLD):
-  """{name: gradient of `loss`} by x_BLD and each weight, to about 1e-8; `chosen` stands."""
+def gradients(inputs, spec, assignments, cotangent_BLD):
+  """Returns {name: gradient of `loss`} for x_BLD and each weight, at fixed assignments.
+
+  The error is about 1e-8.
+  """
   copy = dataclasses.replace(
     inputs, x_BLD=inputs.x_BLD.copy(), weights={n: w.copy() for n, w in inputs.weights.items()}
   )
@@ -249,7 +257,7 @@ def gradients(inputs, spec, chosen, cotangent_BLD):
       value, values = array[index], []
       for step in (1e-5, -1e-5):
         array[index] = value + step
-        values.append(loss(copy, spec, chosen, cotangent_BLD))
+        values.append(loss(copy, spec, assignments, cotangent_BLD))
       array[index] = value
       grad[index] = (values[0] - values[1]) / 2e-5
   return grads

@@ -1,4 +1,4 @@
-"""Workdirs as train.py and eval.py leave them, with numbers that can be worked by hand."""
+"""Writes workdirs like those of train.py and eval.py, with numbers that can be checked by hand."""
 
 import json
 import pathlib
@@ -7,10 +7,10 @@ from typing import NamedTuple
 from moe_jax import report
 
 STEPS = (100, 200, 300, 400)
-# Validation losses at STEPS of seeds 0 and 1. The dense runs end at 2.1 in the mean: the target.
+# Validation losses at STEPS of seeds 0 and 1. The dense runs end at a mean of 2.1, the target.
 LOSSES = {
   "dense": ((4.0, 3.0, 2.5, 2.0), (4.0, 3.0, 2.6, 2.2)),
-  "moe": ((4.0, 2.5, 1.7, 1.6), (4.0, 3.0, 2.1, 1.9)),  # reach 2.1 at 250 and 300
+  "moe": ((4.0, 2.5, 1.7, 1.6), (4.0, 3.0, 2.1, 1.9)),  # they reach 2.1 at steps 250 and 300
   "bad": ((4.0, 3.5, 3.2, 3.0), (4.0, 3.5, 3.2, 3.0)),
 }
 SECONDS = {"dense": 0.5, "moe": 1.0, "bad": 1.0}  # per step
@@ -22,7 +22,7 @@ def write_json(path, value):
 
 
 def write_run(path, arm, seed, experts=0, layers=2, steps=STEPS):
-  """Training lines every 50 steps, validation every 100, no evaluation."""
+  """Writes lines of training every 50 steps and of validation every 100, and no evaluation."""
   config = {
     "model": {"moe": {"num_experts": experts, "arm": arm}},
     "data": {"batch_size": 2, "seq_len": 8, "seed": seed},
@@ -34,7 +34,7 @@ def write_run(path, arm, seed, experts=0, layers=2, steps=STEPS):
     line = {"step": step, "train/loss": 9.0, "train/total_loss": 99.0}
     line |= {"train/seconds": SECONDS[arm] * step, "train/tokens_per_s": 1000.0 + seed}
     if experts:
-      # Expert 0 has twice its fair share, the others what is left.
+      # Expert 0 has twice its fair share, the others share the rest.
       load = [2 / experts, *[(1 - 2 / experts) / (experts - 1)] * (experts - 1)]
       line |= {"train/load_ZE": [load] * layers, "train/max_vio_Z": [1.0] * layers}
       line |= {"train/drop_fraction_Z": [0.1] * layers, "train/dead_experts_Z": [0] * layers}
@@ -55,7 +55,10 @@ def write_eval(path, loss, **more):
 
 
 def write_routing(path, experts, layers=2, tokens=("a", "b", " ", "\n", "</script>")):
-  """In layer z, token i goes to experts (i + z) and (i + z + 1); token 1 has lost its best one."""
+  """Writes routing.json: in layer z, token i goes to experts (i + z) and (i + z + 1).
+
+  Token 1 has lost its best expert.
+  """
   count = range(len(tokens))
   text = {"domain": ["prose" if i < 3 else "code" for i in count], "tokens": list(tokens)}
   text["layers"] = [
@@ -77,7 +80,7 @@ def write_routing(path, experts, layers=2, tokens=("a", "b", " ", "\n", "</scrip
 
 
 def write_sweep(out, runs, **more):
-  """`runs`: {(arm, seed): status}; a failed run has an error."""
+  """Writes sweep.json for runs {(arm, seed): status}; a failed run has an error."""
   entries = [
     {
       "arm": arm, "seed": seed, "workdir": f"{arm}/seed{seed}", "status": status, "seconds": 1.0,

@@ -1,6 +1,7 @@
-"""The routings that the grid tests run: config fields, and the same in the oracle's terms."""
+"""The routings of the grid tests, as config fields and in the terms of the oracle."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +33,9 @@ ROUTINGS = {
 
 
 def moe_config(name: str, *, dropless: bool = False, **fields) -> config_lib.MoE:
-  """The routing as a config; expert choice has a capacity with every dispatcher."""
+  """Returns a routing as a config; expert choice has a capacity with every dispatcher."""
   routing, factor, group = ROUTINGS[name]
-  factor = 0.0 if dropless and name != "expert-choice" else factor
+  factor = math.inf if dropless and name != "expert-choice" else factor
   return config_lib.MoE(
     num_experts=E, expert_dim=F, capacity_factor=factor, eval_capacity_factor=factor,
     group_size=group, **routing | fields,
@@ -52,7 +53,10 @@ def spec(moe: config_lib.MoE) -> oracle.Spec:
 
 @functools.cache
 def inputs() -> tuple[oracle.Inputs, np.ndarray]:
-  """(float32 values held in float64, cotangent): a skewed router, as a learned one is; padding."""
+  """Returns inputs and a cotangent, float32 values stored as float64.
+
+  The router is as skewed as a learned one, and rows have padding.
+  """
   rng = np.random.default_rng(0)
   offset_D = rng.normal(size=D)
 
@@ -63,22 +67,22 @@ def inputs() -> tuple[oracle.Inputs, np.ndarray]:
   x_BLD = rng.normal(size=(B, L, D)) + offset_D
   router_DE = 0.5 * rng.normal(size=(D, E)) + np.outer(offset_D, np.linspace(0.6, -0.2, E))
   weights = {"router_DE": router_DE} | {n: rng.normal(size=s) for n, s in shapes.items()}
-  made = oracle.Inputs(
+  values = oracle.Inputs(
     x_BLD=float32(x_BLD),
     real_BL=np.arange(L)[None] < rng.integers(4, L + 1, B)[:, None],
-    # Few ids, as in text: some are much more frequent.
+    # Some ids are much more frequent than others, as in text.
     ids_BL=np.minimum(rng.geometric(0.25, (B, L)), 20).astype(np.int32),
     noise_BLE=float32(rng.normal(size=(B, L, E))),
     bias_E=float32(0.1 * rng.normal(size=E)),
     weights={n: float32(w) for n, w in weights.items()},
   )
-  return made, float32(rng.normal(size=(B, L, D)))
+  return values, float32(rng.normal(size=(B, L, D)))
 
 
 class Expected(NamedTuple):
   """The oracle's answer."""
 
-  chosen: list[tuple[int, int, bool]]  # token, expert, kept
+  assignments: list[tuple[int, int, bool]]  # token, expert, kept
   result: oracle.Result
   gradients: dict[str, np.ndarray]
 
@@ -87,6 +91,6 @@ class Expected(NamedTuple):
 def expected(name: str, dropless: bool) -> Expected:
   values, cotangent_BLD = inputs()
   routing = spec(moe_config(name, dropless=dropless))
-  chosen = oracle.select(values, routing)
-  gradients = oracle.gradients(values, routing, chosen, cotangent_BLD)
-  return Expected(chosen, oracle.evaluate(values, routing, chosen), gradients)
+  assignments = oracle.select(values, routing)
+  gradients = oracle.gradients(values, routing, assignments, cotangent_BLD)
+  return Expected(assignments, oracle.evaluate(values, routing, assignments), gradients)

@@ -1,12 +1,12 @@
-"""Holds every local `name_LETTERS` of the package to its letters, while code runs or is traced.
+"""Checks every local `name_LETTERS` of the package against its letters while code runs.
 
     with shape_names.checked() as lies:
       jax.jit(step).lower(...)
     assert not lies
 
-An array whose name ends in letters has one dimension a letter, and within one call a letter has one
-size. A digit 1 is a dimension of that size (`total_Z1`). Only what a function holds when it returns
-is looked at; what is not an array (a packed weight, a tuple, None) is not.
+An array whose name ends in letters has one dimension for each letter, and within one call a letter
+has one size. A digit 1 is a dimension of that size (`total_Z1`). Only the locals that a function
+has when it returns are checked, and of these only arrays: no packed weights, tuples or None.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ _LETTERS = re.compile(r"(?:^|_)([A-Z1]*[A-Z][A-Z1]*)$")
 
 
 def letters(name: str) -> str:
-  """'x_BLD' -> 'BLD', and '' of a name that has none: `moe`, `E`, `_FEW` of a module."""
+  """Returns the letters of a name, 'x_BLD' -> 'BLD', or '' if it has none: `moe`, `E`, `_FEW`."""
   match = _LETTERS.search(name)
   return match[1] if match and "_" in name and not name.isupper() else ""
 
 
 @contextlib.contextmanager
 def checked() -> Iterator[set[str]]:
-  """A set that fills with a line for each lie of a function of the package called inside."""
+  """Yields a set that gets a line for each false name in functions of the package called inside."""
   lies: set[str] = set()
 
   def look(frame: FrameType, event: str, result: Any) -> None:
@@ -56,6 +56,6 @@ def _lies(frame: FrameType) -> Iterator[str]:
       yield f"{where}: {name} has the shape {shape}"
       continue
     for letter, size in zip(letters(name), shape, strict=True):
-      known, first = sizes.setdefault(letter, (size, name))
-      if known != size:
-        yield f"{where}: {letter} is {known} in {first} and {size} in {name}"
+      expected, first = sizes.setdefault(letter, (size, name))
+      if expected != size:
+        yield f"{where}: {letter} is {expected} in {first} and {size} in {name}"

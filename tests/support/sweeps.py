@@ -3,7 +3,6 @@
 import pathlib
 import textwrap
 
-from moe_jax import command_line
 from moe_jax.sweep import plan as plan_lib
 
 
@@ -25,10 +24,14 @@ def write_sweep(folder, arms, **more):
   return str(path)
 
 
-def make(path, out="runs/x", *, arms=(), seeds=(), overrides=(), measured=None):
-  overrides = command_line.parse_overrides(overrides)
-  return plan_lib.make(
-    path, pathlib.Path(out), arms=arms, seeds=seeds, overrides=overrides, measured=measured or {}
+def make(path, out="runs/x", *, arms=(), seeds=(), overrides=None, measured=None):
+  return plan_lib.make_plan(
+    path,
+    pathlib.Path(out),
+    arms=arms,
+    seeds=seeds,
+    overrides=overrides or {},
+    measured=measured or {},
   )
 
 

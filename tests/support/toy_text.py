@@ -24,6 +24,7 @@ def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
   return pipeline.Rows(
     stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizer, num_documents=len(documents),
     num_bytes=1, digest="", domains=domains, starts_M=starts_M, domain_M=np.array(labels),
+    source_M=np.arange(len(labels)),
   )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def weights():
 
 
 def toy_model(config):
-  return trace.Model(config.model, weights(), np.zeros((2, 4), np.float32))
+  return trace.RestoredModel(config.model, weights(), np.zeros((2, 4), np.float32))
 
 
 def read(model, batch):

@@ -1,6 +1,7 @@
-"""What many tests start from: toy configs, meshes of simulated devices, states and batches."""
+"""Toy configs, meshes of simulated devices, states and batches for many tests."""
 
 import enum
+import math
 import pathlib
 import re
 
@@ -19,12 +20,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def mesh_of(**axes: int) -> jax.sharding.Mesh:
-  """A mesh of the first devices: mesh_of(expert=4, data=2)."""
+  """Returns a mesh of the first devices: mesh_of(expert=4, data=2)."""
   return sharding.make_mesh(config_lib.Mesh(**{"data": 1} | axes))
 
 
 def toy_config(**moe) -> config_lib.Config:
-  """A few thousand parameters in odd sizes; every mesh axis can be 2, data and expert 4."""
+  """Returns a config of some thousand parameters; mesh axes can be 2, data and expert also 4."""
   moe = {"num_experts": 4, "top_k": 2, "expert_dim": 18} | moe
   return config_lib.Config(
     model=config_lib.Model(
@@ -39,21 +40,21 @@ def toy_config(**moe) -> config_lib.Config:
 
 
 def slow_unless(everyday, names):
-  """The names as parameters of a test: those that are not in `everyday` are marked slow."""
+  """Returns the names as parameters of a test; names that are not in `everyday` are slow."""
   return [
     pytest.param(name, marks=[] if name in everyday else [pytest.mark.slow]) for name in names
   ]
 
 
 def example(mentions: str) -> str:
-  """The code block of docs/extending.md that mentions something."""
+  """Returns the code block of docs/extending.md that mentions something."""
   page = (ROOT / "docs/extending.md").read_text()
   (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if mentions in c)
   return code
 
 
 def new_name(monkeypatch: pytest.MonkeyPatch, kind: type[enum.Enum], value: str) -> enum.Enum:
-  """A member that is not in an enum of the config, while a test runs."""
+  """Adds a member to an enum of the config while a test runs, and returns it."""
   member = object.__new__(kind)
   member._name_, member._value_ = value.upper(), value
   monkeypatch.setattr(kind, value.upper(), member, raising=False)
@@ -61,7 +62,7 @@ def new_name(monkeypatch: pytest.MonkeyPatch, kind: type[enum.Enum], value: str)
 
 
 def toy_batch(config, seed=0):
-  """Rows of two documents and ragged padding, each row different."""
+  """Returns rows of two documents and padding, whose lengths differ from row to row."""
   rng = np.random.default_rng(seed)
   B, L = config.data.batch_size, config.data.seq_len
   tokens = rng.integers(0, config.model.vocab_size, (B, L + 1)).astype(np.int32)
@@ -74,7 +75,7 @@ def toy_batch(config, seed=0):
 
 
 def set_up(config, axes):
-  """(mesh, state with routers as uneven as learned ones, jitted step)."""
+  """Returns a mesh, a state whose routers are as uneven as learned ones, and the jitted step."""
   config.mesh = config_lib.Mesh(**{"data": 1} | axes)
   validation.validate(config)
   mesh = mesh_of(**axes)
@@ -100,7 +101,7 @@ def gradients(state, batch, config):
 
 
 def build(config, seed=0):
-  """(graph, params) with routers scaled up, so that routing is as uneven as a learned one."""
+  """Returns graph and params with routers scaled up, so that routing is as uneven as learned."""
   graph, params = nnx.split(transformer.Transformer(config.model, nnx.Rngs(seed)))
   flat = [
     (path, v.replace(v[...] * 30) if path[-1] == "router_DE" else v)
@@ -110,7 +111,7 @@ def build(config, seed=0):
 
 
 def biased_config(rate=0.05):
-  config = toy_config(bias_update_rate=rate, capacity_factor=0.0)
+  config = toy_config(bias_update_rate=rate, capacity_factor=math.inf)
   config.loss = config_lib.Loss(load_balance=0.0)
   return config
 

@@ -1,7 +1,7 @@
-"""Compiles one case for a TPU that need not be there.
+"""Compiles one case for a TPU that need not be present.
 
-Writes [forward, forward and backward], {hlo, flops} of each; of a train step its optimized HLO.
-test_tpu_compile.py runs it, in a process of its own.
+Writes {hlo, flops} of the forward pass and of forward and backward pass, or the optimized HLO of a
+train step. test_tpu_compile.py runs this file in a separate process.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ os.environ |= {
   "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_LOG_DIR": "disabled",
 }  # fmt: skip
-os.environ.pop("XLA_FLAGS", None)  # conftest's are for its simulated devices
+os.environ.pop("XLA_FLAGS", None)  # those of conftest simulate devices
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ _LAYERS = {
 
 
 def compile_both(loss, differentiated, *shapes):
-  """`loss` has an auxiliary output."""
+  """Compiles `loss`, which has an auxiliary output, and its gradient."""
   compiled = []
   for function in (loss, jax.value_and_grad(loss, argnums=differentiated, has_aux=True)):
     program = jax.jit(function).lower(*shapes).compile()
@@ -68,14 +68,15 @@ def array(mesh, shape, dtype, *axes):
 
 
 def layer(devices, **options):
-  """The MoE feed-forward of 8 devices: data=2, expert=4."""
+  """Compiles the MoE layer on 8 devices: data=2, expert=4."""
   mesh = mesh_of(devices, data=2, expert=4)
   moe = config_lib.MoE(num_experts=E, top_k=K, expert_dim=F, **options)
 
   def loss(x_BLD, logits_BLE, experts, real_BL, ids_BL, bias_E):
     inputs = LayerInputs(logits_BLE, real_BL, ids_BL, bias_E)
-    y_BLD, stats, _ = on_mesh(x_BLD, inputs, experts, moe, train=True)
-    return jnp.sum(y_BLD.astype(jnp.float32) ** 2) + jnp.sum(stats.prob_E**2), (y_BLD, stats)
+    out = on_mesh(x_BLD, inputs, experts, moe, train=True)
+    total = jnp.sum(out.y_BLD.astype(jnp.float32) ** 2) + jnp.sum(out.stats.prob_E**2)
+    return total, (out.y_BLD, out.stats)
 
   def tokens(shape, dtype):
     return array(mesh, shape, dtype, sharding.BATCH_AXES)
@@ -92,7 +93,7 @@ def layer(devices, **options):
 
 
 def sorted_experts(devices, kernel):
-  """The experts of rows sorted by expert, on one device."""
+  """Compiles the experts of sorted rows on one device."""
   mesh = mesh_of(devices, data=1, expert=1)
 
   def loss(x_ND, experts, sizes_E):
@@ -119,7 +120,7 @@ def main():
     result = compile_step(devices, case)
   else:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    # Tokamax otherwise sees a CPU, and quietly takes XLA's ragged_dot instead of its own kernels.
+    # Without cross_compile tokamax sees a CPU, and silently uses XLA's ragged_dot.
     with cross_compile() if case.startswith("mosaic") else contextlib.nullcontext():
       if case in _LAYERS:
         result = layer(devices, **_LAYERS[case])

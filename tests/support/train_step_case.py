@@ -1,4 +1,4 @@
-"""A train step compiled for devices that need not be there, and what its program has in memory."""
+"""Compiles a train step for devices that need not be present, and finds large arrays in it."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from moe_jax.config import Attention, Dtype
 from moe_jax.data import pipeline
 from moe_jax.training import train
 
-LENGTH = 1152  # a multiple of 128 that nothing else has for a size, nor by chance as a product
+LENGTH = 1152  # a multiple of 128 that is no other size, and no product of other sizes
 _CONFIG = config_lib.Config(
   model=config_lib.Model(
     vocab_size=512, num_layers=2, dim=256, num_heads=4, num_kv_heads=2, head_dim=128,
@@ -27,7 +27,7 @@ _CONFIG = config_lib.Config(
 
 
 def compile_step(devices: Sequence[jax.Device], attention: str) -> str:
-  """The optimized HLO of a step on four devices: heads over two of them, sequences over two."""
+  """Returns the optimized HLO of a step on four devices: heads over two, sequences over two."""
   model = dataclasses.replace(_CONFIG.model, attention=Attention(attention))
   config = dataclasses.replace(_CONFIG, model=model)
   shape = tuple(getattr(config.mesh, axis) for axis in sharding.AXES)
@@ -46,6 +46,6 @@ def compile_step(devices: Sequence[jax.Device], attention: str) -> str:
 
 
 def square_arrays(hlo: str) -> set[str]:
-  """The types of arrays with two dimensions of LENGTH, 'f32[2,1152,1152]'."""
+  """Returns the types of arrays with two dimensions of LENGTH, such as 'f32[2,1152,1152]'."""
   types = set(re.findall(r"\b[a-z]+\d+\[[\d,]+\]", hlo)) | set(re.findall(r"\bpred\[[\d,]+\]", hlo))
   return {t for t in types if re.findall(r"\d+", t.split("[")[1]).count(str(LENGTH)) > 1}

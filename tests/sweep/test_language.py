@@ -42,7 +42,7 @@ def test_zipped_lists_of_different_lengths_are_refused():
 
 
 def test_a_name_that_is_no_folder_is_refused():
-  with pytest.raises(UserError, match=r"'a/b': a name is a folder"):
+  with pytest.raises(UserError, match=r"'a/b': the name is also a folder"):
     arm("a/b")
 
 

@@ -13,7 +13,7 @@ from moe_jax.config import Router, UserError
 from moe_jax.model import cost, feedforward
 from moe_jax.moe import layer
 from moe_jax.sweep import matching
-from moe_jax.sweep.matching import Times, match
+from moe_jax.sweep.matching import StepTimes, match
 from tests.support.toys import toy_config
 
 BY = {"active_params": "active", "flops_per_token": "flops_per_token", "total_params": "total"}
@@ -134,7 +134,7 @@ def test_widths_that_devices_like():
   (dict(kind="dense", by="flops_per_token", multiple_of=512), "tiny_moe",
    r"within 1%; the nearest, config.model.ffn_dim=512, has"),
   (dict(kind="dense", by="total_params"), "tiny_dense", r"is dense already"),
-  (dict(kind="moe", by="total_params"), "tiny_dense", r"say how many experts"),
+  (dict(kind="moe", by="total_params"), "tiny_dense", r"give the number of experts"),
   (dict(kind="moe", by="total_params", num_expert=4), "tiny_moe",
    r"num_expert; the nearest is config.model.moe.num_experts"),
   (dict(kind="moe", by="active_params", top_k=9), "tiny_moe", r"top_k=9.*num_experts=8"),
@@ -148,7 +148,7 @@ def test_a_config_that_has_no_such_twin_is_refused(twin, of, why):
   (dict(kind="sparse", by="total_params"), "not one of: dense, moe"),
   (dict(kind="dense", by="params"), "active_params, flops_per_token, total_params, wall_clock"),
   (dict(kind="dense", by="total_params", top_k=1), "drop top_k"),
-  (dict(kind="moe", by="total_params", expert_dim=1), "expert_dim is what is solved"),
+  (dict(kind="moe", by="total_params", expert_dim=1), "expert_dim is the width that is solved"),
   (dict(kind="dense", by="total_params", multiple_of=0), "at least 1"),
 ])  # fmt: skip
 def test_a_wrong_match_is_refused(wrong, why):
@@ -163,7 +163,7 @@ def clock(reference_s, fixed, per_width, noise=0.0):
   def measure(width):
     asked.append(width)
     taken = (fixed + per_width * width) * (1 + noise * rng.standard_normal())
-    return Times(reference_s, taken, taken / reference_s)
+    return StepTimes(reference_s, taken, taken / reference_s)
 
   return measure, asked
 

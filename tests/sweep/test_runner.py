@@ -75,11 +75,11 @@ class Fakes:
     (folder / "configs/debug.py").write_text((ROOT / "configs/debug.py").read_text())
     self.folder, self.reports = folder, []
 
-  def sweep(self, arms, jobs=1, overrides=(), names=(), **more):
+  def sweep(self, arms, jobs=1, overrides=None, names=(), **more):
     path = write_sweep(self.folder, arms, seeds=(0,), **more)
     with contextlib.redirect_stdout(io.StringIO()) as output:
       code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
-                        overrides=overrides)  # fmt: skip
+                        overrides=overrides or {})  # fmt: skip
     record = json.loads(pathlib.Path("out/sweep.json").read_text())
     logs = {log.parent.parent.name: log.read_text() for log in pathlib.Path("out").rglob("log.txt")}
     return Swept(code, record, output.getvalue(), logs)
@@ -121,7 +121,7 @@ def history(tmp_path_factory):
       first,
       fakes.sweep(arms, evaluate=("--routing",)),
       fakes.sweep(arms, evaluate=("--causal",), names=["base"]),
-      fakes.sweep(arms, names=["base"], overrides=["train.steps=40"]),
+      fakes.sweep(arms, names=["base"], overrides={"train.steps": 40}),
       reports,
     )
 
@@ -283,7 +283,7 @@ def test_runs_save_their_step_at_a_signal_and_no_report_is_made(interrupted):
 
 
 def test_a_stopped_sweep_says_how_to_go_on(interrupted):
-  assert "stopped; the same command goes on" in interrupted.stopped.output
+  assert "stopped; the same command continues" in interrupted.stopped.output
 
 
 def test_the_same_command_finishes_a_stopped_sweep(interrupted):
@@ -299,7 +299,7 @@ def test_a_stopped_run_goes_on_and_repeats_no_step(interrupted):
 def test_one_sweep_at_a_time_works_in_a_folder(fake):
   out = fake.folder / "out"
   out.mkdir()
-  with runner.locked(out), pytest.raises(UserError, match="another sweep works there"):
+  with runner.locked(out), pytest.raises(UserError, match="another sweep runs there"):
     fake.sweep("[arm('a')]")
   assert fake.sweep("[arm('a')]").code == 0
 

@@ -17,14 +17,14 @@ def test_shares_are_even_and_in_order(things, count, shares):
 
 def test_each_slot_has_gpus_of_its_own(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc,5")
-  two = slots.Slots(2)
+  two = slots.MachineSlots(2)
   assert two.environment(0) == {"CUDA_VISIBLE_DEVICES": "2"}
   assert two.environment(1) == {"CUDA_VISIBLE_DEVICES": "GPU-abc,5"}
 
 
 def test_one_slot_changes_no_environment(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc,5")
-  assert slots.Slots(1).environment(0) == {}
+  assert slots.MachineSlots(1).environment(0) == {}
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def one_gpu(monkeypatch):
 
 def test_slots_share_the_memory_of_one_gpu(one_gpu):
   shared = {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
-  assert slots.Slots(2).environment(1) == shared
+  assert slots.MachineSlots(2).environment(1) == shared
 
 
 several_cores = pytest.mark.skipif(len(slots.cpus()) < 2, reason="one core cannot be shared out")
@@ -45,13 +45,13 @@ def test_the_process_of_a_slot_has_its_cores_and_gpu(one_gpu):
   usable = slots.cpus()
   code = "import os, time; time.sleep(0.3); print(sorted(os.sched_getaffinity(0)), os.environ["
   command = [sys.executable, "-c", code + "'CUDA_VISIBLE_DEVICES'])"]
-  process = slots.Slots(2).start(command, 1, stdout=subprocess.PIPE, text=True)
+  process = slots.MachineSlots(2).start(command, 1, stdout=subprocess.PIPE, text=True)
   assert process.communicate(timeout=60)[0] == f"{usable[len(usable) // 2 :]} 0\n"
 
 
 @several_cores
 def test_the_cores_of_the_first_slot_are_lent_for_a_while(one_gpu):
   usable = slots.cpus()
-  with slots.Slots(2).as_first():
+  with slots.MachineSlots(2).as_first():
     assert slots.cpus() == usable[: len(usable) // 2]
   assert slots.cpus() == usable

@@ -1,4 +1,6 @@
-"""Learning rates of the arms, each the best of three in learning_rate.py (seed 9).
+"""The learning rate of each kind of arm: the best of three in configs/sweeps/learning_rate.py.
+
+Seed 9, which no other sweep uses.
 
 Validation loss in nats per byte at 2.5e-3, 5e-3 and 1e-2:
 

@@ -1,0 +1,232 @@
+"""What a config is made of: a field's default, meaning and bounds in one place, and the choices.
+
+docs/config.md and `train.py --help` are written from here and from config.py. Imports no jax.
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+  """A mistake that one line explains: the field, its value, and the remedy."""
+
+
+class Bounds(NamedTuple):
+  """The values that a number may have; an infinite bound is none."""
+
+  at_least: float = -math.inf
+  above: float = -math.inf
+  at_most: float = math.inf
+  below: float = math.inf
+  infinite: bool = False  # inf is a value too: no limit
+
+  def wrong(self, value: float) -> str:
+    """What is wrong with a value, "must be at least 1"; "" if nothing is."""
+    if not math.isfinite(value) and not (self.infinite and value == math.inf):
+      return "is not a finite number"
+    inside = self.above < value < self.below and self.at_least <= value <= self.at_most
+    return "" if inside or value == math.inf else f"must be {self}"
+
+  def __str__(self) -> str:
+    said = {
+      "at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below
+    }  # fmt: skip
+    words = " and ".join(f"{word} {n:g}" for word, n in said.items() if math.isfinite(n))
+    return words + "; inf is no limit" * self.infinite
+
+
+def option(
+  default: T,
+  help: str,
+  *,
+  at_least: float = -math.inf,
+  above: float = -math.inf,
+  at_most: float = math.inf,
+  below: float = math.inf,
+  infinite: bool = False,
+) -> T:
+  """A field of a section: its default, what it means, and what a number may be."""
+  bounds = Bounds(at_least, above, at_most, below, infinite)
+  return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+
+
+class Section:
+  """Base of a config's sections. An int that is set where a float belongs becomes one."""
+
+  __slots__ = ()
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    if type(value) is int and type(self).__annotations__.get(name) is float:
+      value = float(value)
+    object.__setattr__(self, name, value)
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+  """("model.moe.top_k", its dataclass field, its value) of each field of a config."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(value, Section):
+      yield from walk(value, f"{prefix}{field.name}.")
+    else:
+      yield prefix + field.name, field, value
+
+
+def flatten(config: Any) -> dict[str, Any]:
+  """{"model.moe.top_k": 2, ...}, with values as config.json has them."""
+  return {name: plain(value) for name, _, value in walk(config)}
+
+
+def plain(value: Any) -> Any:
+  """A value of a field as JSON can have it."""
+  if isinstance(value, enum.Enum):
+    return value.value
+  return "inf" if value == math.inf else value
+
+
+def spelled(value: Any) -> str:
+  """A value of a field as the command line takes it."""
+  return str(value).lower() if isinstance(value, bool) else str(plain(value))
+
+
+def from_plain(field: dataclasses.Field, name: str, value: Any) -> Any:
+  """Inverse of what `flatten` does to the value of a field; UserError for an unknown word."""
+  kind = field.type
+  if kind is float and value == "inf":
+    return math.inf
+  if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
+    return value
+  try:
+    return kind(value)
+  except ValueError:
+    choices = ", ".join(member.value for member in kind)
+    raise UserError(f"config.{name}={value!r} is not one of: {choices}") from None
+
+
+class Choice(enum.Enum):
+  """A word of the command line and its meaning, which may also stand in the class's docstring."""
+
+  _value_: str
+  meaning: str
+
+  def __new__(cls, value: str, meaning: str = "") -> "Choice":
+    member = object.__new__(cls)
+    member._value_, member.meaning = value, meaning
+    return member
+
+
+class Router(Choice):
+  """How tokens and experts find each other. docs/routing.md compares the routers."""
+
+  SWITCH = "switch"
+  TOPK = "topk"
+  NOISY_TOPK = "noisy_topk"
+  EXPERT_CHOICE = "expert_choice"
+  SINKHORN = "sinkhorn"
+  HASH = "hash"
+  RANDOM = "random"
+
+
+class Score(Choice):
+  """What a token's logits are made into."""
+
+  SOFTMAX = "softmax", "probabilities: a token's scores sum to 1"
+  SIGMOID = "sigmoid", "each expert is scored alone (DeepSeek-V3)"
+
+
+class Priority(Choice):
+  """Whose assignments find a slot first when an expert is full."""
+
+  TOKEN = "token", "by position: causal"
+  CHOICE = "choice", "all first choices, then all second ones (GShard); not causal"
+  SCORE = "score", "by choice, then the most confident tokens (V-MoE); not causal"
+
+
+class Dispatch(Choice):
+  """How tokens are laid out in rows for the experts."""
+
+  GATHER = "gather", "moved by index into a fixed number of slots per expert; what overflows drops"
+  EINSUM = "einsum", "the same result by matmuls with one-hot matrices (GShard)"
+  GROUPED = "grouped", "sorted by expert, for one grouped matmul; never drops"
+  DENSE = "dense", "every expert computes every token: the oracle of the tests; never drops"
+
+
+class Exchange(Choice):
+  """How the grouped dispatch moves tokens over the `expert` axis of the mesh."""
+
+  AUTO = "auto", "`ragged` on TPU, `all_gather` elsewhere"
+  ALL_TO_ALL = "all_to_all", "fixed buffers of `exchange_factor`; what overflows is counted"
+  ALL_GATHER = "all_gather", "every device sees every token; outputs return by a reduce-scatter"
+  RAGGED = "ragged", "a ragged_all_to_all moves only what is routed; not on CPU"
+
+
+class GroupedMatmul(Choice):
+  """The kernel of the grouped dispatch's experts; kernels/experts.py has a record for each."""
+
+  AUTO = "auto", "the fastest here that gives the reference's answer, chosen when a run starts"
+  RAGGED_DOT = "ragged_dot", "XLA's own: the reference"
+  BLOCKED = "blocked", "a loop of plain matmuls: for CPUs"
+  MOSAIC = "mosaic", "tokamax, for GPU and TPU"
+  MOSAIC_TPU_V2 = "mosaic_tpu_v2", "tokamax, for TPU"
+  TRITON = "triton", "tokamax, for GPU"
+
+
+class Attention(Choice):
+  """The kernel of attention over segments; kernels/attention.py has a record for each."""
+
+  AUTO = "auto", "the platform's, chosen when a run starts"
+  REFERENCE = "reference", "a few lines, for every platform and size"
+  BLOCKS = "blocks", "blocks of queries: for CPUs"
+  CUDNN = "cudnn", "cuDNN's flash attention: for NVIDIA"
+  SPLASH = "splash", "Pallas splash attention: for TPU"
+
+
+class BalanceScope(Choice):
+  """The tokens over which the balance loss takes its two means."""
+
+  SEQUENCE = "sequence", "each row alone (DeepSeek-V3)"
+  MICROBATCH = "microbatch", "one accumulation step, on all devices"
+  GLOBAL = "global", "the whole batch (2501.11873)"
+
+
+class OnAlarm(Choice):
+  """What an alarm does."""
+
+  OFF = "off", "nothing"
+  WARN = "warn", "it writes a line on the terminal and in alarms.jsonl"
+  STOP = "stop", "the same, and the run ends; its newest checkpoint stands"
+
+
+class Remat(Choice):
+  """Which activations of the forward pass are kept for the backward pass."""
+
+  NONE = "none", "all"
+  DOTS = "dots", "the outputs of matmuls; the rest is computed again"
+  FULL = "full", "one for each layer; the rest is computed again"
+
+
+class Dtype(Choice):
+  """A type of floating-point numbers."""
+
+  FLOAT32 = "float32"
+  BFLOAT16 = "bfloat16"
+
+
+class Schedule(Choice):
+  """The learning rate after the warm-up."""
+
+  COSINE = "cosine", "falls along a cosine to final_fraction of the peak"
+  WSD = "wsd", "stays, then falls linearly over the last decay_fraction of the steps"
+  CONSTANT = "constant", "stays"
+
+
+class OptimizerName(Choice):
+  """The update rule. docs/guide.md compares the optimizers; optimizers.py has a record for each."""
+
+  ADAMW = "adamw"
+  ADAFACTOR = "adafactor"
+  MUON = "muon"

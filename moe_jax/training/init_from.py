@@ -1,0 +1,140 @@
+"""Starts a new run with the parameters of another run's checkpoint: --init_from=WORKDIR:STEP."""
+
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax import checkpoint
+from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
+from moe_jax.config import UserError
+from moe_jax.model import cost
+from moe_jax.training import optimizers
+
+_SHOWN = 3  # parameters that an error message names
+
+
+class Source(NamedTuple):
+  """The checkpoint that a run begins with."""
+
+  workdir: str
+  step: int
+  optimizer: bool  # whether the optimizer's state is taken, too
+
+  def __str__(self) -> str:
+    what = "parameters and optimizer state" if self.optimizer else "parameters"
+    return f"the {what} of {self.workdir}, step {self.step}"
+
+
+def find(
+  text: str, optimizer: bool, workdir: pathlib.Path, config: config_lib.Config
+) -> Source | None:
+  """Returns the checkpoint that the run begins or began with; None for a random start.
+
+  A run that was cut off before its first checkpoint begins again as its init.json says.
+
+  Args:
+    text: the value of --init_from, WORKDIR or WORKDIR:STEP; "" where the flag is not given.
+    optimizer: the value of --init_optimizer.
+    workdir: of the run that begins or goes on.
+    config: of that run.
+
+  Raises:
+    UserError: there is no such checkpoint; its arrays are of other shapes than the run's; or the
+      workdir has its own checkpoint, of a run that began otherwise.
+  """
+  if optimizer and not text:
+    raise UserError("--init_optimizer needs --init_from=WORKDIR: whose optimizer state is meant?")
+  values = workdir_lib.read_object(workdir / workdir_lib.INIT)
+  recorded = Source(**values) if values else None
+  own_steps = workdir_lib.saved_steps(workdir)
+  if not text:
+    source = recorded
+  else:
+    named = re.fullmatch(r"(.+):([0-9]+)", text)
+    other = pathlib.Path(named[1] if named else text).resolve()
+    if own_steps:
+      same = recorded and (str(other), optimizer) == (recorded.workdir, recorded.optimizer)
+      if not same or (named and recorded and int(named[2]) != recorded.step):
+        raise UserError(
+          f"--init_from={text}: --workdir={workdir} has a checkpoint of its own, step "
+          f"{own_steps[-1]}, and began with {recorded or 'random parameters'}; name a new workdir, "
+          "or drop the flag to go on with that run"
+        )
+      return recorded
+    steps = workdir_lib.saved_steps(other)
+    if not steps:
+      raise UserError(
+        f"--init_from={text}: no checkpoint there; name the workdir of a run that has saved one"
+      )
+    source = Source(str(other), int(named[2]) if named else steps[-1], optimizer)
+  if source and not own_steps:
+    _check(source, config)
+  return source
+
+
+def _check(source: Source, config: config_lib.Config) -> None:
+  """Raises a UserError if the checkpoint is not there, or does not fit the config's model."""
+  flag = f"--init_from={source.workdir}:{source.step}"
+  steps = workdir_lib.saved_steps(pathlib.Path(source.workdir))
+  if source.step not in steps:
+    raise UserError(f"{flag}: no checkpoint of that step; there are {steps}")
+  other = workdir_lib.read_config(pathlib.Path(source.workdir))
+  differing = _differences(other.model, config.model)
+  if differing:
+    raise UserError(
+      f"{flag}: the parameters have other shapes: {differing}; set config.model as that run has it"
+    )
+  there, here = (
+    [path for path, _ in jax.tree_util.tree_leaves_with_path(optimizers.abstract_state(c))]
+    for c in (other, config)
+  )
+  if source.optimizer and there != here:
+    raise UserError(
+      f"{flag} with --init_optimizer: config.optimizer.name={config.optimizer.name.value} and "
+      f"clip_norm={config.optimizer.clip_norm} do not fit the state of that run's "
+      f"name={other.optimizer.name.value} and clip_norm={other.optimizer.clip_norm}; set them as "
+      "that run has them, or drop --init_optimizer"
+    )
+
+
+def _differences(theirs: config_lib.Model, ours: config_lib.Model) -> str:
+  """Returns the first parameters whose shapes differ, with both; "" where all are equal."""
+  there, here = (
+    {".".join(path): list(array.shape) for path, array in cost.parameters(model).items()}
+    for model in (theirs, ours)
+  )
+  lines = [
+    f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+    for name in there | here
+    if there.get(name) != here.get(name)
+  ]
+  more = [f"{len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+  return ", ".join(lines[:_SHOWN] + more)
+
+
+def load(source: Source, state: Any, shardings: Any) -> Any:
+  """Returns the new train state with the source's arrays, on whatever mesh they were saved.
+
+  Parameters and the bias of loss-free balancing always come along. The step and the learning rate's
+  schedule begin at 0, also where the optimizer's moments come along.
+
+  Args:
+    source: as `find` returned it.
+    state: a new train.TrainState; the memory of the arrays that are replaced is freed.
+    shardings: of that state.
+  """
+  names = ("params", "bias_ZE", *(("opt_state",) if source.optimizer else ()))
+  wanted = {
+    name: checkpoint.abstract(getattr(state, name), getattr(shardings, name)) for name in names
+  }
+  for array in jax.tree.leaves([getattr(state, name) for name in names]):
+    array.delete()  # frees the memory for the array that is read in its place
+  reader = checkpoint.Checkpointer(pathlib.Path(source.workdir))
+  arrays = reader.restore_fields(source.step, wanted)
+  reader.close()
+  if source.optimizer:
+    arrays["opt_state"] = optimizers.restart_schedule(arrays["opt_state"])
+  return state._replace(**arrays)

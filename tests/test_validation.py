@@ -1,0 +1,168 @@
+"""What a config must satisfy: each mistake is one line with the field, the value and the remedy."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import validation
+from moe_jax.config import Dispatch, Exchange, Priority, Router, Score
+from tests.support.toys import ROOT, toy_config
+
+DISAGREEMENTS = {
+  "model.num_kv_heads=3": "config.model.num_heads=4",
+  "model.head_dim=5": "even",
+  "model.moe.top_k=5": "config.model.moe.num_experts=4",
+  "model.moe.router=switch": "top_k=1",
+  "model.moe.capacity_factor=0": "must be above 0; inf is no limit",
+  "model.moe.eval_capacity_factor=nan": "finite",
+  "model.moe.gate_scale=inf": "finite",
+  "model.moe.every=3": "config.model.num_layers=2",
+  "model.moe.first_dense=2": "num_experts=0",
+  "model.moe.group_size=4": "config.data.seq_len=9",
+  "model.moe.jitter=1.5": "below 1",
+  "mesh.expert=3": "config.model.moe.num_experts=4",
+  "mesh.tensor=4": "config.model.num_kv_heads=2",
+  "mesh.fsdp=4": "config.model.dim=10",
+  "mesh.data=3": "config.data.batch_size=8",
+  "mesh.data=0": "-1 for all devices that are left",
+  "mesh.data=-2": "at least -1",
+  "train.accumulation=3": "config.data.batch_size=8",
+  "train.steps=0": "at least 1",
+  "optimizer.learning_rate=-1.0": "above 0",
+  "optimizer.warmup_steps=11": "config.train.steps=10",
+  "optimizer.b2=1.0": "below 1",
+  "optimizer.final_fraction=1.5": "at most 1",
+  "loss.load_balance=nan": "finite",
+}
+
+
+@pytest.mark.parametrize("change", DISAGREEMENTS)
+def test_disagreeing_fields_are_named(change):
+  config = toy_config()
+  validation.validate(config)
+  name, text = change.split("=")
+  *path, leaf = name.split(".")
+  section = config
+  for part in path:
+    section = getattr(section, part)
+  setattr(section, leaf, type(getattr(section, leaf))(text))
+  with pytest.raises(config_lib.UserError) as error:
+    validation.validate(config)
+  message = str(error.value)
+  assert f"config.{name}=" in message and DISAGREEMENTS[change] in message and "\n" not in message
+
+
+HASH = dict(router=Router.HASH, top_k=1)
+# fields of moe, fields of loss: (the two fields that disagree, why or what to do)
+WRONG_ROUTINGS = [
+  (HASH | dict(top_k=2), {}, "router", "top_k", "hashes to one expert"),
+  (HASH, dict(load_balance=0.01), "router", "loss.load_balance", "set load_balance=0"),
+  (dict(router=Router.NOISY_TOPK, top_k=4), {}, "router", "top_k", "lower top_k"),
+  (dict(router=Router.EXPERT_CHOICE), {}, "router", "renormalize", "set renormalize=false"),
+  (
+    dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_factor=math.inf), {},
+    "router", "eval_capacity_factor", "a finite number",
+  ),
+  (
+    dict(router=Router.EXPERT_CHOICE, renormalize=False, priority=Priority.SCORE), {},
+    "router", "priority", "priority=token",
+  ),
+  (dict(router=Router.SINKHORN, score=Score.SIGMOID), {}, "router", "score", "router=topk"),
+  (dict(router=Router.SINKHORN, bias_update_rate=0.1), {}, "router", "bias_update_rate", "topk"),
+  (dict(router=Router.SINKHORN, expert_groups=2), {}, "router", "expert_groups", "groups=1"),
+  (dict(expert_groups=4, top_groups=2), {}, "num_experts", "expert_groups", "two experts"),
+  (dict(expert_groups=2, top_groups=3), {}, "top_groups", "expert_groups", "once"),
+  (dict(expert_groups=2, top_k=3), {}, "top_k", "top_groups", "raise top_groups"),
+  ({}, dict(load=0.1), "router", "loss.load", "set loss.load=0"),
+  (dict(exchange=Exchange.RAGGED), {}, "exchange", "dispatch", "set exchange=auto"),
+  (
+    dict(dispatch=Dispatch.GROUPED, exchange_factor=1.5), {}, "exchange_factor", "exchange",
+    "set exchange_factor=0",
+  ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("moe", "loss", "first", "second", "text"), WRONG_ROUTINGS)
+def test_routings_that_make_no_sense_are_refused(moe, loss, first, second, text):
+  config = toy_config(**moe)
+  config.loss = config_lib.Loss(**{"load_balance": 0.0} | loss)
+  with pytest.raises(config_lib.UserError) as error:
+    validation.validate(config)
+  second = second if second.startswith("loss.") else f"model.moe.{second}"
+  assert str(error.value).startswith(f"config.model.moe.{first}=")
+  assert f"with config.{second}=" in str(error.value) and text in str(error.value)
+
+
+CAPACITIES = {"model.moe.capacity_factor", "model.moe.eval_capacity_factor"}
+
+
+@pytest.mark.parametrize(
+  ("moe", "ignored"),
+  [
+    (dict(), set()),
+    (dict(capacity_factor=math.inf), set()),
+    (dict(dispatch=Dispatch.GROUPED), CAPACITIES),
+    (dict(dispatch=Dispatch.DENSE), CAPACITIES),
+    (dict(dispatch=Dispatch.GROUPED, router=Router.EXPERT_CHOICE, renormalize=False), set()),
+    (dict(top_k=1), {"model.moe.renormalize"}),
+    (dict(top_k=1, router=Router.SWITCH), {"model.moe.renormalize"}),
+    (dict(top_k=1, router=Router.EXPERT_CHOICE), {"model.moe.renormalize"}),
+  ],
+)
+def test_one_field_is_enough(moe, ignored):
+  """Dropless is the dispatch and top-1 is top_k: what others say then is not refused."""
+  config = toy_config(**moe)
+  config.loss = config_lib.Loss(load_balance=0.0)
+  validation.validate(config)
+  assert validation.without_effect(config) == ignored
+
+
+def test_what_cannot_drop_cannot_leak():
+  for dispatch, leaks in ((Dispatch.GATHER, True), (Dispatch.GROUPED, False)):
+    moe = toy_config(dispatch=dispatch, priority=Priority.SCORE).model.moe
+    assert bool(validation.future_leak(moe, train=True)) is leaks
+
+
+def test_to_validate_changes_nothing():
+  config = toy_config()
+  object.__setattr__(config.loss, "z", 1)  # as no assignment can
+  before = copy.deepcopy(config)
+  with pytest.raises(config_lib.UserError, match=r"config.loss.z=1 is of type int, not float"):
+    validation.validate(config)
+  assert config == before and type(config.loss.z) is int
+
+
+def test_fields_alone_need_no_jax():
+  code = (
+    "import sys; from moe_jax import config, validation; c = config.Config(); "
+    "c.model.moe.num_experts = 4; validation.check_fields(c); sys.exit('jax' in sys.modules)"
+  )
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_wrong_type_in_a_file():
+  config = toy_config()
+  config.model.moe.num_experts = "8"
+  with pytest.raises(config_lib.UserError, match=r"config.model.moe.num_experts='8'.*str, not int"):
+    validation.validate(config)
+
+
+def test_mesh_must_match_the_devices():
+  config = toy_config()
+  config.mesh = config_lib.Mesh(expert=2)
+  assert validation.resolve_mesh(config, 8).mesh.data == 4
+  config.mesh = config_lib.Mesh(data=2, expert=2)
+  with pytest.raises(config_lib.UserError, match=r"8 device.*XLA_FLAGS"):
+    validation.resolve_mesh(config, 8)
+
+
+def test_a_mistake_is_told_before_a_device_is_touched():
+  code = (
+    "import sys; from moe_jax import config, validation; validation.validate(config.Config()); "
+    "from jax._src import xla_bridge; sys.exit(xla_bridge.backends_are_initialized())"
+  )
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

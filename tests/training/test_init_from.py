@@ -1,0 +1,234 @@
+"""A new run begins with the parameters of another run: real checkpoints, and a real second run."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import grain
+import jax
+import numpy as np
+import optax
+import pytest
+
+from moe_jax import checkpoint, sharding
+from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
+from moe_jax.config import OptimizerName, UserError
+from moe_jax.training import init_from, train
+from tests.support.toys import ROOT
+
+
+def config_of(text, num_experts=4, learning_rate=0.01, steps=4, **mesh):
+  """A model of some thousand parameters for bytes, on the eight simulated devices."""
+  return config_lib.Config(
+    model=config_lib.Model(
+      num_layers=2, dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24,
+      moe=config_lib.MoE(num_experts=num_experts, expert_dim=16, bias_update_rate=0.01),
+    ),
+    data=config_lib.Data(
+      name="text", path=str(text), cache_dir=str(text.parent / "cache"), seq_len=16, batch_size=8
+    ),
+    optimizer=config_lib.Optimizer(
+      warmup_steps=0, learning_rate=learning_rate, weight_decay=0.0
+    ),
+    train=config_lib.Train(
+      steps=steps, eval_every=2, checkpoint_every=2, keep_latest=2, log_every=1
+    ),
+    eval=config_lib.Eval(batches=1),
+    mesh=config_lib.Mesh(**mesh),
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data") / "text"
+  folder.mkdir()
+  for n in range(40):
+    (folder / f"{n}.txt").write_text(f"document {n} is about the number {n}. " * 40)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def moe_run(text, tmp_path_factory):
+  """The workdir of an MoE run that has saved the steps 2 and 4."""
+  workdir = tmp_path_factory.mktemp("moe") / "run"
+  train.run(config_of(text), str(workdir))
+  assert workdir_lib.saved_steps(workdir) == [2, 4]
+  return workdir
+
+
+def stored(workdir, step):
+  """The state of a checkpoint as flat arrays, read by Orbax alone."""
+  import orbax.checkpoint as ocp
+
+  path = (workdir / "checkpoints" / str(step) / "state").absolute()
+  with ocp.PyTreeCheckpointer() as reader:
+    shapes = reader.metadata(path).item_metadata.tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    return reader.restore(path, restore_args=args)
+
+
+def arrays(tree):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def validation_loss(workdir, step):
+  lines = workdir_lib.read_lines(workdir / workdir_lib.METRICS)
+  return next(v["validation/loss"] for v in lines if v["step"] == step and "validation/loss" in v)
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_the_state_is_the_checkpoints_on_another_mesh(moe_run, text, tmp_path, optimizer):
+  """Bit for bit; step and schedule begin at 0, Adam's count comes with its moments."""
+  config = config_of(text, expert=4, data=2)
+  source = init_from.find(f"{moe_run}:2", optimizer, tmp_path, config)
+  assert source == (str(moe_run), 2, optimizer)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    init, _, shardings = train.init_state(config, mesh)
+    state = init_from.load(source, init(), shardings)
+    fresh = init()
+  want = stored(moe_run, 2)
+  for got, expected in zip(arrays(state.params), arrays(want["params"]), strict=True):
+    np.testing.assert_array_equal(got, expected)
+  assert np.abs(want["bias_ZE"]).max() > 0
+  np.testing.assert_array_equal(state.bias_ZE, want["bias_ZE"])
+  assert state.step == 0
+  assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
+
+  def part(kind):
+    return lambda node: isinstance(node, kind)
+
+  nodes = jax.tree.leaves(state.opt_state, is_leaf=part(optax.ScaleByScheduleState))
+  assert [n.count for n in nodes if isinstance(n, optax.ScaleByScheduleState)] == [0]
+  nodes = jax.tree.leaves(state.opt_state, is_leaf=part(optax.ScaleByAdamState))
+  (adam,) = (n for n in nodes if isinstance(n, optax.ScaleByAdamState))
+  assert adam.count == (2 if optimizer else 0)
+  assert max(np.abs(m).max() for m in arrays(adam.mu)) > 0 or not optimizer
+  saved = [np.shape(x) for x in arrays(want["opt_state"])]
+  assert saved == [np.shape(x) for x in arrays(state.opt_state)]
+
+
+def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsys):
+  """At a learning rate of nearly 0 the new run has the loss of the checkpoint, on another mesh."""
+  config = config_of(text, learning_rate=1e-12, steps=2, expert=2, fsdp=4)
+  config.model.moe.bias_update_rate = 0.0
+  new = tmp_path / "new"
+  train.run(config, str(new), init_from_flag=f"{moe_run}:2")
+  assert f"{new} begins with the parameters of {moe_run}, step 2" in capsys.readouterr().out
+  record = json.loads((new / "init.json").read_text())
+  assert record == {"workdir": str(moe_run), "step": 2, "optimizer": False}
+  # float32 sums in another order, and two steps of at most 1e-12 for each weight
+  assert validation_loss(new, 2) == pytest.approx(validation_loss(moe_run, 2), rel=1e-5)
+  assert workdir_lib.read_lines(new / "metrics.jsonl")[0]["step"] == 1
+
+  config.train.steps = 3
+  train.run(config, str(new), init_from_flag=str(moe_run))
+  said = capsys.readouterr().out
+  assert f"resuming {new} at step 2 from its own checkpoint; it began with the parameters" in said
+  config.train.steps = 4
+  for flag, optimizer in ((f"{moe_run}:4", False), (str(moe_run), True), (str(new), False)):
+    with pytest.raises(UserError, match="has a checkpoint of its own, step 3, and began with the"):
+      train.run(config, str(new), init_from_flag=flag, init_optimizer=optimizer)
+  with pytest.raises(UserError, match="step 4, and began with random parameters"):
+    init_from.find(str(new), False, moe_run, config)
+
+
+@pytest.mark.slow
+def test_a_dense_run_begins_with_a_dense_run(text, tmp_path):
+  config = config_of(text, num_experts=0, steps=2)
+  config.model.moe.bias_update_rate = 0.0
+  train.run(config, str(tmp_path / "old"))
+  config.optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-12)
+  train.run(config, str(tmp_path / "new"), init_from_flag=str(tmp_path / "old"))
+  losses = [validation_loss(tmp_path / run, 2) for run in ("old", "new")]
+  assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_again_as_recorded(
+  moe_run, text, tmp_path
+):
+  record = {"workdir": str(moe_run), "step": 2, "optimizer": True}
+  workdir_lib.write_object(tmp_path / workdir_lib.INIT, record)
+  assert init_from.find("", False, tmp_path, config_of(text)) == tuple(record.values())
+  assert init_from.find(str(moe_run), False, tmp_path, config_of(text)).step == 4
+  assert init_from.find("", False, tmp_path / "another", config_of(text)) is None
+
+
+def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
+  config = config_of(text)
+  (tmp_path / "empty").mkdir()
+
+  def refused(said, flag=str(moe_run), optimizer=False):
+    with pytest.raises(UserError, match=said):
+      train.run(config, str(tmp_path / "new"), init_from_flag=flag, init_optimizer=optimizer)
+    assert not (tmp_path / "new").exists()  # a refused start leaves nothing behind
+
+  refused("none: no checkpoint there", str(tmp_path / "none"))
+  refused("empty: no checkpoint there", str(tmp_path / "empty"))
+  refused(r":3: no checkpoint of that step; there are \[2, 4\]", f"{moe_run}:3")
+  refused(r":0: no checkpoint of that step; there are \[2, 4\]", f"{moe_run}:0")
+  refused("--init_optimizer needs --init_from", "", True)
+  config.optimizer.name = OptimizerName.MUON
+  refused(
+    "name=muon and clip_norm=1.0 do not fit the state of that run's name=adamw", optimizer=True
+  )
+  config.model.moe.num_experts = 8
+  refused(r"down_EFD is \[2, 4, 16, 16\] there and \[2, 8, 16, 16\] here, .*, 1 more; set")
+  config.model.moe.num_experts, config.model.moe.bias_update_rate = 0, 0.0
+  refused(r"router_DE is .* there and absent here|.*\d more; set config.model as that run has it")
+
+
+@pytest.mark.parametrize(
+  ("losses", "kept", "best"),
+  [
+    ((np.nan, 2.0, np.nan, np.inf), [2, 4], 2),
+    ((np.nan, np.inf), [2], 2),
+    ((3.0, 2.0, 2.5), [2, 3], 2),
+    ((np.nan, np.nan), [2], None),
+  ],
+)
+def test_the_best_step_has_a_loss_that_is_a_number(tmp_path, losses, kept, best):
+  """inf is the loss of a step that was saved without an evaluation; nan that of a broken model."""
+  saver = checkpoint.Checkpointer(tmp_path, config_lib.Train(keep_latest=1, keep_best=1))
+  data = iter(grain.MapDataset.range(4).to_iter_dataset())
+  assert saver.best_step() is None
+  for step, loss in enumerate(losses, 1):
+    saver.save(step, {"weights_D": np.ones(2)}, data, loss)
+    saver.wait()
+  assert saver.best_step() == best
+  assert set(saver.steps()) == set(kept)
+  saver.close()
+
+
+@pytest.mark.slow
+def test_the_remedy_of_a_run_that_blew_up_works(moe_run, text, tmp_path):
+  """What the error message says to do, with a lower learning rate, trains."""
+  config, old = config_of(text, steps=6), tmp_path / "old"
+  shutil.copytree(moe_run, old)
+  config.optimizer.learning_rate = 1e30
+  workdir_lib.write_config(old, config)
+  with pytest.raises(UserError, match="not finite at step 5") as error:
+    train.run(config, str(old))
+  line = str(error.value)
+  assert "lower config.optimizer.learning_rate=1e+30 in a new run" in line
+  remedy = re.search(r"--workdir=NEW --init_from=(\S+:4) ", line)
+  assert remedy, line
+  config.optimizer.learning_rate = 1e-3
+  train.run(config, str(tmp_path / "new"), init_from_flag=remedy[1])
+  assert validation_loss(tmp_path / "new", 6) < validation_loss(moe_run, 4)
+
+
+def test_the_command_line_has_the_flags(tmp_path):
+  new = f"--workdir={tmp_path / 'new'}"
+  flags = ["--init_from=none", "--init_optimizer", "--profile=9:10"]
+  done = subprocess.run(
+    [sys.executable, "train.py", "--config=configs/debug.py", new, *flags],
+    cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=100,
+  )  # fmt: skip
+  assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+  assert done.stderr.startswith("error: --init_from=none: no checkpoint there")
