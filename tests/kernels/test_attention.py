@@ -145,7 +145,7 @@ def test_refuses():
     ("tpu", 37, jnp.bfloat16, Attention.REFERENCE, "splash refuses a sequence of 37 tokens"),
     ("gpu", 256, jnp.bfloat16, Attention.CUDNN, "cudnn"),
     ("gpu", 256, jnp.float32, Attention.REFERENCE, "cudnn refuses float32"),
-    ("abacus", 256, jnp.float32, Attention.REFERENCE, "no kernel is for abacus"),
+    ("abacus", 256, jnp.float32, Attention.REFERENCE, "no kernel is made for abacus"),
   ],
 )
 def test_choose(platform, length, dtype, name, says):

@@ -107,9 +107,9 @@ def test_a_kernel_that_a_resumed_run_names_replaces_the_recorded_one():
     named.model.attention = Attention.REFERENCE
     _, changed, lines = choose.resolve(named, record)
     assert [line.split(" ", 1)[1].strip() for line in lines] == [
-      "reference, as the config says; until now the run used blocks",
-      "matmul     ragged_dot, as the config says; until now the run used blocked",
-      "all_to_all, as the config says; until now the run used all_gather",
+      "reference, which the config names; until now the run used blocks",
+      "matmul     ragged_dot, which the config names; until now the run used blocked",
+      "all_to_all, which the config names; until now the run used all_gather",
     ]
     assert changed == record | {
       "attention": "reference", "grouped_matmul": "ragged_dot", "exchange": "all_to_all"
