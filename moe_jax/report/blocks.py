@@ -66,7 +66,7 @@ class Section:
 
   title: str
   blocks: Sequence[Block]
-  conclusion: str = ""  # what a reader may conclude from it
+  conclusion: str = ""  # what a reader may conclude from it, in lines
 
 
 _LABELLED = re.compile(r"([A-Z]\w*) {2,}(\S.*)")

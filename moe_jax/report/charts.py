@@ -120,7 +120,7 @@ def _class(arm: ArmName) -> str:
 
 
 def _limits(lines: list[Line], axes: Axes) -> tuple[float, float, float, float]:
-  xs = [x for line in lines for x, _ in line.points]
+  xs = [x for line in lines for path in (line.points, *line.thin) for x, _ in path]
   low, high = axes.y_range or y_range(lines)
   if axes.guide:
     room = 0.06 * (high - low)
@@ -151,7 +151,7 @@ def _svg(title: str, lines: list[Line], axes: Axes) -> str:
   if top > y_high:
     said = f"first steps, up to {top:.3g}, are above the picture"
     parts.append(f'<text x="{right}" y="14" text-anchor="end">{said}</text>')
-  for y in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(y_low, y_high):
+  for y in MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]).tick_values(y_low, y_high):
     if y_low <= y <= y_high:
       _, down = at(x_low, y)
       parts.append(f'<path class="grid" d="M{_LEFT} {down}H{right}"/>')

@@ -129,19 +129,19 @@ def results(study: Study) -> str:
   if not losses:
     return NOTHING
   order, quantity = lowest(losses), Quantity(unit=" nats per token")
-  diverged = [name for name in losses if name not in order]
-  parts = []
+  lines = []
   if order:
     best = losses[order[0]]
     number = quantity.text(spread(best.values()))
-    parts = [f"{order[0]} ends lowest, at {number} ({over_seeds(best)})."]
-    parts.append(apart(losses, quantity))
-  if diverged:
-    parts.append(f"The loss of {names(diverged)} is not a finite number.")
+    lines.append(
+      f"{order[0]} ends lowest, at {number} ({over_seeds(best)}). {apart(losses, quantity)}"
+    )
   target = study.target_arm
   if len(order) > 2 and target in order[1:]:
-    parts.append(_against(losses, target, [name for name in order if name != target]))
-  return " ".join(parts)
+    lines.append(_against(losses, target, [name for name in order if name != target]))
+  if diverged := [name for name in losses if name not in order]:
+    lines.append(f"The loss of {names(diverged)} is not a finite number.")
+  return "\n".join(lines)
 
 
 def _against(losses: Values, target: str, others: list[str]) -> str:
@@ -176,26 +176,23 @@ def curves(study: Study, compared: Comparison) -> str:
   target = compared.target
   steps = by_seed(study, lambda run: table.crossing(*run.curve(), target))
   steps = {name: seeds for name, seeds in steps.items() if name in reached}
-  first = lowest(steps)[0]
-  many = Quantity(digits=0, unit=" steps", more="later")
-  speedup = reached[first].speedup
-  parts = [
+  first, many = lowest(steps)[0], Quantity(digits=0, unit=" steps", more="later")
+  lines = [
     f"The first arm at {loss}, is {first}, after {many.text(spread(steps[first].values()))} "
-    f"({over_seeds(steps[first])}), {speedup:.2f} times as fast as {own.arm.name}."
+    f"({over_seeds(steps[first])}), {reached[first].speedup:.2f} times as fast as {own.arm.name}."
   ]
   if len(steps) > 1:
-    parts.append(apart(steps, many))
-  quick = {n: r for n, r in reached.items() if r.time_speedup and r.seconds}
+    lines[0] += f" {apart(steps, many)}"
+  quick = {n: r for n, r in reached.items() if r.time_speedup}
   if quick:
     name = max(quick, key=lambda n: quick[n].time_speedup or 0)
-    found = quick[name]
-    took = _took(found.seconds)
-    parts.append(
-      f"In time {name} is first: {took}, {found.time_speedup:.2f} times as fast as {own.arm.name}."
+    lines.append(
+      f"In time the first is {name}, after {_took(quick[name].seconds)}, "
+      f"{quick[name].time_speedup:.2f} times as fast as {own.arm.name}."
     )
   if late := [name for name in rows if name not in reached]:
-    parts.append(f"Not every finished run of {names(late)} reaches it.")
-  return " ".join(parts)
+    lines.append(f"Not every finished run of {names(late)} reaches it.")
+  return "\n".join(lines)
 
 
 def _took(seconds: Spread | None) -> str:

@@ -47,17 +47,16 @@ def balance(study: Study) -> str:
   least = (
     "Late in training {arm} is the best balanced: its MaxVio is {value}; 0 is perfect balance."
   )
-  parts = [_best(violation, Quantity(digits=2), least)]
   dropped = by_seed(study, lambda run: _percent(_late("drop_fraction_Z", np.mean)(run)))
-  parts.append(
-    _most(
-      dropped, "No arm drops anything.", "The most assignments are dropped by", Quantity(1, "%")
-    )
-  )
   dead = by_seed(study, _late("window_dead_experts_Z", np.sum))
-  none = "No arm has a dead expert."
-  parts.append(_most(dead, none, "The most dead experts, of all layers together, has", Quantity(1)))
-  return " ".join(filter(None, parts))
+  lines = [
+    _best(violation, Quantity(digits=2), least),
+    _most(dropped, "No arm drops anything.", "Most assignments are dropped by", Quantity(1, "%")),
+    _most(
+      dead, "No arm has a dead expert.", "Most dead experts, of all layers, are in", Quantity(1)
+    ),
+  ]
+  return "\n".join(filter(None, lines))
 
 
 def _percent(share: float | None) -> float | None:
@@ -100,15 +99,16 @@ def capacity(study: Study) -> str:
   return _best(by_seed(study, rise), Quantity(unit=" nats per token"), sentence)
 
 
+def _bits(domain: str) -> Callable[[Run], float | None]:
+  return lambda run: run.eval.get("domains", {}).get(domain, {}).get("bits_per_byte")
+
+
 def domains(study: Study) -> str:
   """Returns the best arm in each domain, and which routers seem to read later tokens."""
   winners: dict[str, list[str]] = {}
-  kinds = dict.fromkeys(d for _, run in study.runs for d in run.eval.get("domains", {}))
   several = False
-  for domain in kinds:
-    bits = by_seed(
-      study, lambda run: run.eval.get("domains", {}).get(domain, {}).get("bits_per_byte")
-    )
+  for domain in dict.fromkeys(d for _, run in study.runs for d in run.eval.get("domains", {})):
+    bits = by_seed(study, _bits(domain))
     if order := lowest(bits):
       several = several or len(order) > 1
       best = bits[order[0]]
@@ -118,7 +118,7 @@ def domains(study: Study) -> str:
   parts = []
   if several:
     said = "; ".join(f"in {names(where)} {arm}" for arm, where in winners.items())
-    parts.append(f"The fewest bits per byte: {said}.")
+    parts.append(f"The arm with the fewest bits per byte: {said}.")
   gaps = by_seed(study, lambda run: run.eval.get("causal", {}).get("gap"))
   leaks = [name for name in gaps if mean(gaps[name]) > _GAP]
   if leaks:
@@ -127,7 +127,7 @@ def domains(study: Study) -> str:
     parts.append(f"The routers of {names(leaks)} read later tokens: the gap of {worst} is {value}.")
   elif gaps:
     parts.append(f"No router reads later tokens: no gap is above {_GAP:g} nats per token.")
-  return " ".join(parts)
+  return "\n".join(parts)
 
 
 def specialisation(study: Study) -> str:

@@ -64,7 +64,7 @@ def write(out: pathlib.Path, title: str, sections: list[Section], picture: str) 
   for section in sections:
     parts.append(f"## {escape(section.title)}")
     if section.conclusion:
-      parts.append(f"> {escape(section.conclusion)}")
+      parts.append("> " + escape(section.conclusion).replace("\n", "  \n> "))
     for block in section.blocks:
       if isinstance(block, Chart):
         (folder / f"{block.name}.svg").write_text(charts.standalone(block))

@@ -125,7 +125,8 @@ def section_html(section: Section, anchor: str) -> str:
   """Returns the HTML of a section: its conclusion, its charts in a row, then the rest."""
   parts = [f'<section id="{anchor}"><h2>{html.escape(section.title)}</h2>']
   if section.conclusion:
-    parts.append(f'<p class="conclusion">{html.escape(section.conclusion)}</p>')
+    said = html.escape(section.conclusion).replace(" ± ", "\u00a0±\u00a0").replace("\n", "<br>")
+    parts.append(f'<p class="conclusion">{said}</p>')
   row = [block for block in section.blocks if isinstance(block, Chart)]
   if row:
     parts.append(chart_row(row))
