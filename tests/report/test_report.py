@@ -178,7 +178,7 @@ def test_sections_of_eval_and_routing(tmp_path):
   assert "| moe | 3 | 0.250 | 40.0 | 25.0 | 60.0 | 45.0 |" in text
   assert "| moe | 5.0 | 15.0 |" in text  # drops by choice
   pictures = re.findall(r"\]\((report_files/\S+)\)", text)
-  assert len(pictures) == 9
+  assert len(pictures) == 10
   for name in pictures:
     if name.endswith(".svg"):
       ElementTree.parse(tmp_path / name)
