@@ -62,10 +62,11 @@ Block = Text | Table | Chart | Code
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A section of the report; one without blocks is left out."""
+  """A section of the report; one without blocks and without a conclusion is left out."""
 
   title: str
   blocks: Sequence[Block]
+  conclusion: str = ""  # what a reader may conclude from it, in lines
 
 
 _LABELLED = re.compile(r"([A-Z]\w*) {2,}(\S.*)")

@@ -5,31 +5,33 @@ import html
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax.report.blocks import ArmName, Chart, si
 
 Points = list[tuple[float, float]]
-COLOURS = 8  # after these the same colours come again, dashed
+COLOURS = 6  # after these the same colours come again, dashed, and then dotted
 _WIDTH, _HEIGHT = 480, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 30, 40
+_CROP = 2.0
+_MARKED = 25  # a curve of more points has no dots
 
-# Okabe and Ito's colours, told apart by colour-blind readers; lighter on a dark page.
+# Told apart by colour-blind readers too: two of them differ in lightness where not in hue.
 LIGHT = (
   "--bg:#fdfdfc;--ink:#1f2429;--muted:#5d656e;--rule:#e2e2de;"
-  "--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#c45f98;"
-  "--s4:#b87a00;--s5:#3a9fd6;--s6:#6d5bb3;--s7:#777777"
+  "--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#ab90df;--s4:#2b2f36;--s5:#dd9800"
 )
 DARK = (
   "--bg:#14171b;--ink:#e2e5e9;--muted:#9ba4ae;--rule:#2d333a;"
-  "--s0:#4aa8e8;--s1:#ff8b4d;--s2:#2ec99b;--s3:#e79ac5;"
-  "--s4:#f0b429;--s5:#8fd0f5;--s6:#ab9bf0;--s7:#b0b0b0"
+  "--s0:#4aa8e8;--s1:#ff8b4d;--s2:#2ec99b;--s3:#8a6cf5;--s4:#ffffff;--s5:#f5d76e"
 )
 STYLE = (
   "svg text{font:12px system-ui,sans-serif;fill:var(--muted)}"
   "svg .grid{stroke:var(--rule)}svg .guide{stroke:var(--muted);stroke-dasharray:2 3}"
   "svg polyline{fill:none;stroke-width:2;stroke-linejoin:round}"
   "svg .thin{stroke-width:1;opacity:.4}svg .dashed{stroke-dasharray:6 3}"
+  "svg .dotted{stroke-dasharray:2 3}svg .unseen{opacity:0}"
 ) + "".join(f"svg .c{i}{{stroke:var(--s{i})}}svg .d{i}{{fill:var(--s{i})}}" for i in range(COLOURS))
 
 
@@ -46,8 +48,8 @@ class Axes:
   y: str
   guide: tuple[float, str] | None = None  # a level to mark, and what it is
   ticks: Sequence[tuple[float, str]] | None = None  # of x, where they are not plain numbers
-  from_zero: bool = False
-  skip: float = 0.0  # the part at the left, of the width, that may leave the picture at the top
+  y_range: tuple[float, float] | None = None  # what is above it leaves the picture at the top
+  x_end: float = 0.0  # the picture goes at least so far to the right
 
 
 def chart(name: str, title: str, lines: list[Line], axes: Axes) -> list[Chart]:
@@ -83,26 +85,48 @@ def standalone(drawn: Chart) -> str:
   )
 
 
+def y_range(
+  lines: Sequence[Line], from_zero: bool = False, crop: bool = False
+) -> tuple[float, float]:
+  """Returns the y range that charts of one quantity share, with the thin curves inside.
+
+  `crop` leaves out first steps that would flatten the rest: the range is then at most twice as high
+  as that of the second halves of the curves.
+  """
+  paths = [_finite(path) for line in lines for path in (line.points, *line.thin)]
+  paths = [path for path in paths if path]
+  ys = [y for path in paths for _, y in path] or [0.0]
+  low, high = (0.0 if from_zero else min(ys)), max(ys)
+  late = [y for path in paths for x, y in path if 2 * x >= path[-1][0]] or ys
+  if crop and max(late) > min(late):
+    high = min(high, min(late) + _CROP * (max(late) - min(late)))
+  room = 0.06 * (high - low) or max(abs(high), 1.0) * 0.05
+  return low if from_zero else low - room, high + room
+
+
+def binned(points: Points, bins: int) -> Points:
+  """Replaces neighbouring points by their means, so that at most `bins` points are left."""
+  if len(points) <= bins:
+    return points
+  return [tuple(np.mean(part, axis=0)) for part in np.array_split(np.array(points), bins)]
+
+
 def _finite(points: Points) -> Points:
   return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
 def _class(arm: ArmName) -> str:
-  return f"c{arm.colour % COLOURS}" + (" dashed" if arm.colour >= COLOURS else "")
+  return f"c{arm.colour % COLOURS}{('', ' dashed', ' dotted')[min(arm.colour // COLOURS, 2)]}"
 
 
 def _limits(lines: list[Line], axes: Axes) -> tuple[float, float, float, float]:
-  xs = [x for line in lines for x, _ in line.points]
-  ys = []
-  for line in lines:
-    begin = axes.skip * max(x for x, _ in line.points)
-    ys += [y for x, y in line.points if x >= begin]
+  xs = [x for line in lines for path in (line.points, *line.thin) for x, _ in path]
+  low, high = axes.y_range or y_range(lines)
   if axes.guide:
-    ys.append(axes.guide[0])
-  low, high = (0 if axes.from_zero else min(ys)), max(ys)
-  room = 0.06 * (high - low) or max(abs(high), 1.0) * 0.05
+    room = 0.06 * (high - low)
+    low, high = min(low, axes.guide[0] - room), max(high, axes.guide[0] + room)
   x_low = 0 if not axes.ticks else min(xs)
-  return x_low, max(max(xs), x_low + 1e-9), low if axes.from_zero else low - room, high + room
+  return x_low, max(*xs, axes.x_end, x_low + 1e-9), low, high
 
 
 def _svg(title: str, lines: list[Line], axes: Axes) -> str:
@@ -123,7 +147,11 @@ def _svg(title: str, lines: list[Line], axes: Axes) -> str:
   parts.append(
     f'<text x="{right}" y="{_HEIGHT - 5}" text-anchor="end">{html.escape(axes.x)}</text>'
   )
-  for y in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(y_low, y_high):
+  top = max(y for line in lines for _, y in line.points)
+  if top > y_high:
+    said = f"first steps, up to {top:.3g}, are above the picture"
+    parts.append(f'<text x="{right}" y="14" text-anchor="end">{said}</text>')
+  for y in MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]).tick_values(y_low, y_high):
     if y_low <= y <= y_high:
       _, down = at(x_low, y)
       parts.append(f'<path class="grid" d="M{_LEFT} {down}H{right}"/>')
@@ -146,11 +174,12 @@ def _svg(title: str, lines: list[Line], axes: Axes) -> str:
     parts += [path(points, f"thin {_class(line.arm)}") for points in line.thin]
   for line in lines:
     parts.append(path(line.points, _class(line.arm)))
+    dots = f"d{line.arm.colour % COLOURS}" + " unseen" * (len(line.points) > _MARKED)
     for x, y in line.points[:: math.ceil(len(line.points) / 60)]:
       what = f"{line.arm.name}: {y:.4g} at {si(x)}"
       across, down = at(x, y)
       parts.append(
-        f'<circle class="d{line.arm.colour % COLOURS}" cx="{across}" cy="{down}" r="2.6">'
+        f'<circle class="{dots}" cx="{across}" cy="{down}" r="2.6">'
         f"<title>{html.escape(what)}</title></circle>"
       )
   parts.append("</svg>")

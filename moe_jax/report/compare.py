@@ -2,7 +2,7 @@
 
 import pathlib
 
-from moe_jax.report import experts, inside, markdown, page, runs, sections, table
+from moe_jax.report import curves, experts, inside, markdown, page, runs, sections, table
 
 
 def compare(out: pathlib.Path) -> pathlib.Path:
@@ -27,7 +27,7 @@ def write(study: runs.Study, out: pathlib.Path) -> pathlib.Path:
   parts = [
     sections.question(study),
     sections.results(study, compared),
-    sections.curves(study, compared),
+    curves.section(study, compared),
     experts.balance_section(study),
     experts.capacity_section(study),
     experts.domain_section(study),
@@ -35,7 +35,7 @@ def write(study: runs.Study, out: pathlib.Path) -> pathlib.Path:
     sections.failures(study),
     sections.configs(study),
   ]
-  parts = [section for section in parts if section.blocks]
+  parts = [section for section in parts if section.blocks or section.conclusion]
   (out / markdown.FOLDER).mkdir(parents=True, exist_ok=True)
   picture = "load.png" if inside.picture(study, out / markdown.FOLDER / "load.png") else ""
   markdown.write(out, study.title, parts, picture)

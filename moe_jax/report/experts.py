@@ -5,33 +5,31 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_jax.report import blocks, charts, table
+from moe_jax.report import expert_conclusions as conclude
 from moe_jax.report.blocks import UNKNOWN, ArmName, Block, Cell, Section, Table, Text
 from moe_jax.report.runs import ArmRuns, Run, Study, series
-from moe_jax.report.sections import arm_names, pairs, runs_to_draw
+from moe_jax.report.sections import arm_names, last_step, pairs, runs_to_draw
 
 _BINS = 100  # the most points of a curve that has a value for every log line
-# Training metrics with one number for each layer: name, title of the column, factor.
+# Training metrics with one number for each layer: name, title of the column, factor, meaning.
 _LATE = (
-  ("max_vio_Z", "MaxVio", 1), ("drop_fraction_Z", "dropped, %", 100),
-  ("gate_drop_fraction_Z", "gate lost, %", 100), ("window_dead_experts_Z", "dead experts", 1),
-  ("router_entropy_Z", "router entropy", 1), ("load_entropy_Z", "load entropy", 1),
-  ("router_z_Z", "router z", 1), ("device_overload_Z", "device overload", 1),
-)  # fmt: skip
+  ("max_vio_Z", "MaxVio", 1, "the largest load / the fair share - 1; 0 is balanced"),
+  ("drop_fraction_Z", "dropped, %", 100, "assignments of a token to an expert that was full"),
+  ("gate_drop_fraction_Z", "gate lost, %", 100, "the share of the gates' sum that was dropped"),
+  ("window_dead_experts_Z", "dead experts", 1, "without a token over a window of many steps"),
+  ("router_entropy_Z", "router entropy", 1, "of a token's router scores, in nats; 0 is certain"),
+  ("load_entropy_Z", "load entropy", 1, "of the loads, in nats; log of the experts is balanced"),
+  ("router_z_Z", "router z", 1, "the mean square of the logsumexp of the router's logits"),
+  ("device_overload_Z", "device overload", 1, "the busiest device / the mean; 1 is balanced"),
+)
 _ROUTING = (
   "domain_separation_Z", "repeat_rate_Z", "repeat_random", "repeat_any_Z", "repeat_any_random",
 )  # fmt: skip
 
 
-def binned(points: charts.Points, bins: int = _BINS) -> charts.Points:
-  """Replaces neighbouring points by their means, so that at most `bins` points are left."""
-  if len(points) <= bins:
-    return points
-  return [tuple(np.mean(part, axis=0)) for part in np.array_split(np.array(points), bins)]
-
-
 def balance_section(study: Study) -> Section:
   """Returns curves and tables of the experts' balance and of drops in training."""
-  names = arm_names(study)
+  names, end = arm_names(study), last_step(study)
   pictures: list[Block] = []
   for metric, title, unit, scale in (
     ("max_vio_Z", "MaxVio in training", "largest load / fair share - 1", 1),
@@ -41,30 +39,39 @@ def balance_section(study: Study) -> Section:
     for arm in study.arms:
       points = (series(run.train, metric) for run in runs_to_draw(arm))
       curves = [(np.array(x, float), scale * np.mean(y, axis=1)) for x, y in points if x]
-      lines.append(charts.Line(names[arm.name], binned(pairs(*table.mean_curve(curves)))))
-    axes = charts.Axes(x="step", y=f"{unit}, mean of layers", from_zero=True)
+      lines.append(
+        charts.Line(names[arm.name], charts.binned(pairs(*table.mean_curve(curves)), _BINS))
+      )
+    y_range = charts.y_range(lines, from_zero=True)
+    axes = charts.Axes(x="step", y=f"{unit}, mean of layers", y_range=y_range, x_end=end)
+    if metric == "drop_fraction_Z" and not any(y > 0 for line in lines for _, y in line.points):
+      continue  # the conclusion says so
     pictures += charts.chart(metric.removesuffix("_Z"), title, lines, axes)
-  return Section("Balance", [*pictures, *_late(study), *_shares(study)])
+  parts = [*pictures, *_late(study), *_shares(study)]
+  return Section("Balance", parts, conclude.balance(study) if parts else "")
 
 
-def _late(study: Study) -> list[Table]:
-  """Returns a table with a row for each arm and layer, or none."""
+def _late(study: Study) -> list[Block]:
+  """Returns a table with a row for each arm and layer and its legend, or nothing."""
   names = arm_names(study)
   rows: list[list[Cell]] = []
   for arm in study.arms:
     runs = runs_to_draw(arm)
-    means = {name: table.mean_of(table.late(run, name) for run in runs) for name, _, _ in _LATE}
+    means = {name: table.mean_of(table.late(run, name) for run in runs) for name, *_ in _LATE}
     layers = next((run.layers() for run in runs if run.layers()), [])
     for z, layer in enumerate(layers):
       cells = [
         UNKNOWN if means[name] is None else blocks.number(scale * means[name][z])
-        for name, _, scale in _LATE
+        for name, _, scale, _ in _LATE
       ]
       rows.append([names[arm.name], str(layer), *cells])
   if not rows:
     return []
   title = f"Late in training (the last {table.LATE:.0%} of the log), mean over seeds"
-  return [_without_empty(Table(title, ["arm", "layer", *(head for _, head, _ in _LATE)], rows))]
+  head = ["arm", "layer", *(head for _, head, *_ in _LATE)]
+  shown = _without_empty(Table(title, head, rows))
+  notes = [f"{head}: {meaning}" for _, head, _, meaning in _LATE if head in shown.head]
+  return [shown, Text(f"{'. '.join(notes)}.", small=True)]
 
 
 def _without_empty(full: Table) -> Table:
@@ -123,14 +130,16 @@ def capacity_section(study: Study) -> Section:
       charts.Line(arm, [(i, value(points[f])) for i, f in enumerate(factors) if f in points])
       for arm, points in results.items()
     ]
-    axes = charts.Axes(x="capacity factor in evaluation", y=unit, ticks=ticks)
+    y_range = charts.y_range(lines, from_zero=name == "capacity_drop")
+    axes = charts.Axes(x="capacity factor in evaluation", y=unit, ticks=ticks, y_range=y_range)
     pictures += charts.chart(name, title, lines, axes)
   rows: list[list[Cell]] = [
     [arm, *(_loss_and_drop(points[f]) if f in points else UNKNOWN for f in factors)]
     for arm, points in results.items()
   ]
-  numbers = Table("Loss / dropped, %", ["arm", *(_factor(f) for f in factors)], rows)
-  return Section("Capacity in evaluation", [*pictures, numbers])
+  title = "Loss ± standard deviation over seeds / dropped in %, at each capacity factor"
+  numbers = Table(title, ["arm", *(_factor(f) for f in factors)], rows)
+  return Section("Capacity in evaluation", [*pictures, numbers], conclude.capacity(study))
 
 
 def _loss_and_drop(point: tuple[table.Spread | None, float]) -> str:
@@ -156,7 +165,9 @@ def domain_section(study: Study) -> Section:
         for d in domains
       ],
     )
-    tables.append(Table("Bits per byte by domain", ["arm", *domains], rows))
+    tables.append(
+      Table("Bits per byte by domain, ± standard deviation over seeds", ["arm", *domains], rows)
+    )
   if any("causal" in run.eval for _, run in study.runs):
     kinds = ("teacher_forced_loss", "loss", "gap")
     rows = _arm_rows(
@@ -165,10 +176,10 @@ def domain_section(study: Study) -> Section:
         table.spread(run.eval.get("causal", {}).get(kind) for run in arm.finished) for kind in kinds
       ],
     )
-    head = ["arm", "loss, all tokens at once", "loss, token by token", "gap"]
+    head = ["arm", "loss, later tokens seen", "loss, later tokens hidden", "gap"]
     title = "Causal evaluation: a gap shows that the router read later tokens"
     tables.append(Table(title, head, rows))
-  return Section("Domains and causality", tables)
+  return Section("Domains and causality", tables, conclude.domains(study) if tables else "")
 
 
 def _arm_rows(
@@ -202,7 +213,9 @@ def specialisation_section(study: Study) -> Section:
       steps, overlaps = np.array(sorted(points), float).reshape(-1, 2).T
       curves.append((steps, overlaps))
     lines.append(charts.Line(names[arm.name], pairs(*table.mean_curve(curves))))
-  axes = charts.Axes(x="step", y="% of the last checkpoint's choices")
+  axes = charts.Axes(
+    x="step", y="% of the last checkpoint's choices", y_range=(0, 106), x_end=last_step(study)
+  )
   parts: list[Block] = [*charts.chart("saturation", "Router saturation", lines, axes)]
   if rows:
     head = [
@@ -212,10 +225,11 @@ def specialisation_section(study: Study) -> Section:
     parts.append(_without_empty(Table("By layer, mean over seeds", head, rows)))
     note = (
       "Domain separation: mean total-variation distance between the domains' expert histograms, "
-      "0 to 1. Repeats: how often the next token of a document goes to the same expert."
+      "0 to 1. Repeats: how often the next token of a document goes to the same expert. Router "
+      "saturation: how many of a checkpoint's choices of experts are those of the last one."
     )
     parts.append(Text(note, small=True))
-  return Section("Specialisation", parts)
+  return Section("Specialisation", parts, conclude.specialisation(study) if parts else "")
 
 
 def _by_layer(run: Run, name: str) -> list[float] | None:

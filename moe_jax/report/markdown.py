@@ -63,6 +63,8 @@ def write(out: pathlib.Path, title: str, sections: list[Section], picture: str) 
   parts = [f"# {escape(title)}"]
   for section in sections:
     parts.append(f"## {escape(section.title)}")
+    if section.conclusion:
+      parts.append("> " + escape(section.conclusion).replace("\n", "  \n> "))
     for block in section.blocks:
       if isinstance(block, Chart):
         (folder / f"{block.name}.svg").write_text(charts.standalone(block))

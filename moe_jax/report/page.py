@@ -62,7 +62,8 @@ _INSIDE = """\
 def cell(value: Cell) -> str:
   """Returns the HTML inside a table's cell."""
   if isinstance(value, ArmName):
-    kind = f"b{value.colour % charts.COLOURS}" + " hollow" * (value.colour >= charts.COLOURS)
+    kind = f"b{value.colour % charts.COLOURS}"
+    kind += ("", " dashed", " dotted")[min(value.colour // charts.COLOURS, 2)]
     return f'<i class="swatch {kind}"></i>{html.escape(value.name)}'
   return html.escape(value)
 
@@ -121,8 +122,11 @@ def chart_row(row: list[Chart]) -> str:
 
 
 def section_html(section: Section, anchor: str) -> str:
-  """Returns the HTML of a section: its charts in a row, then its other blocks."""
+  """Returns the HTML of a section: its conclusion, its charts in a row, then the rest."""
   parts = [f'<section id="{anchor}"><h2>{html.escape(section.title)}</h2>']
+  if section.conclusion:
+    said = html.escape(section.conclusion).replace(" ± ", "\u00a0±\u00a0").replace("\n", "<br>")
+    parts.append(f'<p class="conclusion">{said}</p>')
   row = [block for block in section.blocks if isinstance(block, Chart)]
   if row:
     parts.append(chart_row(row))

@@ -1,4 +1,4 @@
-"""The report's sections on results: question, table, curves, failures, configs.
+"""The report's sections on results: question, table, failures, configs.
 
 The sections are made of blocks; markdown.py and page.py format them.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.report import blocks, charts, table
+from moe_jax.report import blocks, charts, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, ArmName, Block, Cell, Code, Section, Table, Text
 from moe_jax.report.runs import ArmRuns, Run, Study
 from moe_jax.report.table import Comparison, Row
@@ -52,7 +52,7 @@ def results(study: Study, compared: Comparison) -> Section:
   names = arm_names(study)
   head = ["arm", "seeds", "validation loss", "bits per byte"]
   if study.target_arm:
-    head += [f"loss - {study.target_arm}", "steps to target", "time to target"]
+    head += [f"loss minus {study.target_arm}", "steps to target", "time to target"]
   head += [
     "tokens/s", "FLOPs per token", "parameters, active", "dropped, % (in training)",
     "MaxVio", "dead experts", "alarms",
@@ -62,7 +62,7 @@ def results(study: Study, compared: Comparison) -> Section:
   if compared.target is not None:
     note = _TARGET_NOTE.format(target=compared.target, arm=study.target_arm)
     notes.append(Text(note, small=True))
-  return Section("Results", [Table("", head, rows), *notes])
+  return Section("Results", [Table("", head, rows), *notes], conclusions.results(study))
 
 
 def _cells(row: Row, name: ArmName, compared: Comparison, target_arm: str) -> list[Cell]:
@@ -117,44 +117,9 @@ def runs_to_draw(arm: ArmRuns) -> list[Run]:
   return arm.finished or [run for run in arm.runs if run.train or run.validation]
 
 
-def flops_at(run: Run, arm: ArmRuns, steps: np.ndarray) -> np.ndarray | None:
-  """Returns the training FLOPs until these steps; FLOPs per token are the same for all seeds."""
-  per_token = next((r.eval["flops_per_token"] for r in arm.runs if "flops_per_token" in r.eval), 0)
-  tokens = run.config.get("data.batch_size", 0) * run.config.get("data.seq_len", 0)
-  return per_token * tokens * steps if per_token and tokens else None
-
-
-def curves(study: Study, compared: Comparison) -> Section:
-  """Returns validation losses over steps, training FLOPs and wall-clock time."""
-  names = arm_names(study)
-  ways = (
-    ("loss_steps", "Validation loss over steps", "step", lambda run, arm, steps: steps),
-    ("loss_flops", "Validation loss over training FLOPs", "FLOPs", flops_at),
-    (
-      "loss_time", "Validation loss over wall-clock", "seconds of training",
-      lambda run, arm, steps: run.seconds_at(steps),
-    ),
-  )  # fmt: skip
-  guide = (compared.target, "target") if compared.target is not None else None
-  pictures = []
-  for name, title, x_label, way in ways:
-    lines = []
-    for arm in study.arms:
-      runs = [run for run in runs_to_draw(arm) if run.validation]
-      steps, losses = table.mean_curve([run.curve() for run in runs])
-      where = table.mean_of(way(run, arm, steps) for run in runs)
-      if where is None or not len(steps):
-        continue
-      thin = []
-      for run in runs if len(runs) > 1 else []:
-        at, values = run.curve()
-        if (x := way(run, arm, at)) is not None:
-          thin.append(pairs(x, values))
-      lines.append(charts.Line(names[arm.name], pairs(where, losses), thin))
-    axes = charts.Axes(x=x_label, y="nats per token", guide=guide, skip=1 / 3)
-    pictures += charts.chart(name, title, lines, axes)
-  note = "Bold: mean over seeds; thin: each seed. The first third may lie above the picture."
-  return Section("Curves", [*pictures, Text(note, small=True)] if pictures else [])
+def last_step(study: Study) -> float:
+  """Returns the newest step of any run."""
+  return max((float(run.step) for _, run in study.runs), default=0.0)
 
 
 def pairs(x: np.ndarray, y: np.ndarray) -> charts.Points:
@@ -190,7 +155,7 @@ def failures(study: Study) -> Section:
   if rows:
     head = ["arm", "seed", "alarm", "layer", "first step", "times", "first message"]
     parts.append(Table("Alarms", head, rows, left=(0, 2, 6)))
-  return Section("Failures and alarms", parts or [Text("No run failed and no alarm was raised.")])
+  return Section("Failures and alarms", parts, conclusions.failures(study))
 
 
 def configs(study: Study) -> Section:
@@ -217,7 +182,7 @@ def configs(study: Study) -> Section:
       commands.append("\n".join([f"# {arm.name}, seed {run.seed}", *lines]))
   if commands:
     parts.append(Code("Commands of all runs", "\n\n".join(commands)))
-  return Section("Configs and commands", parts)
+  return Section("Configs and commands", parts, conclusions.configs(study))
 
 
 def _plain(value: Any) -> str:

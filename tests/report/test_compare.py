@@ -127,7 +127,7 @@ def test_a_table_of_the_evaluation_shows(section, line, examined):
 
 def test_every_picture_of_the_markdown_is_a_file_that_can_be_read(examined):
   pictures = re.findall(r"\]\((report_files/\S+)\)", examined.markdown)
-  assert len(pictures) == 9
+  assert len(pictures) == 10
   for name in pictures:
     if name.endswith(".svg"):
       ElementTree.parse(examined.folder / name)

@@ -1,0 +1,231 @@
+"""What the numbers of each section let a reader conclude, in one or two sentences.
+
+An arm is clearly higher than the lowest one if its mean difference, over the seeds that both have,
+is more than twice the standard error of this paired difference. Only finished runs are counted.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from moe_jax.report import blocks, table
+from moe_jax.report.runs import Run, Study
+from moe_jax.report.table import Comparison, Spread, spread
+
+Values = dict[str, dict[int, float]]  # of an arm, of a seed
+
+NOTHING = "No run is finished, so nothing can be concluded yet."
+_NAMED = 5  # so many arms are named one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+  """How a sentence writes a number."""
+
+  digits: int = 4
+  unit: str = ""  # with its space
+  more: str = "higher"
+
+  def text(self, value: Spread | None, error: bool = False) -> str:
+    """Returns 'mean ± deviation unit'."""
+    return blocks.plus_minus(value, self.digits, error=error) + self.unit
+
+
+def by_seed(study: Study, value: Callable[[Run], float | np.ndarray | None]) -> Values:
+  """Returns the value of every finished run that has one; arms without any are left out."""
+  found = {
+    arm.name: {run.seed: float(v) for run in arm.finished if (v := value(run)) is not None}
+    for arm in study.arms
+  }
+  return {name: values for name, values in found.items() if values}
+
+
+def mean(seeds: dict[int, float]) -> float:
+  """Returns the mean over the seeds of an arm."""
+  return statistics.fmean(seeds.values())
+
+
+def lowest(values: Values) -> list[str]:
+  """Returns the names of the arms, the one with the lowest mean first; none with a NaN."""
+  return sorted(
+    (n for n in values if math.isfinite(mean(values[n]))), key=lambda n: mean(values[n])
+  )
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> Spread | None:
+  """Returns the Spread of ours minus theirs over the seeds that both have."""
+  return spread(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+
+
+def clear(found: Spread | None) -> bool:
+  """Returns whether a difference is more than twice its standard error above zero."""
+  return found is not None and found.error is not None and found.mean > 2 * found.error + 1e-9
+
+
+def names(arms: Sequence[str]) -> str:
+  """Returns 'a', 'a and b', 'a, b and c', or 'a, b, c, d and 3 more'."""
+  shown = list(arms)
+  if len(arms) > _NAMED:
+    shown = [*arms[: _NAMED - 1], f"{len(arms) - _NAMED + 1} more"]
+  return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def over_seeds(seeds: dict[int, float]) -> str:
+  """Returns what the number after '±' means."""
+  return "one seed" if len(seeds) == 1 else f"± standard deviation over {len(seeds)} seeds"
+
+
+def apart(values: Values, quantity: Quantity) -> str:
+  """Returns which of the other arms are clearly higher than the lowest."""
+  best, *others = lowest(values)
+  if not others:
+    return "There is no other arm to compare it with."
+  found = {name: difference(values[name], values[best]) for name in others}
+  known = {name: d for name, d in found.items() if d is not None and d.error is not None}
+  if not known:
+    by = f"{mean(values[others[0]]) - mean(values[best]):.{quantity.digits}f}{quantity.unit}"
+    why = "No two arms share two seeds" if any(len(v) > 1 for v in values.values()) else "One seed"
+    return f"The next, {others[0]}, is {quantity.more} by {by}. {why}: no uncertainty is known."
+  far = {name: d for name, d in known.items() if clear(d)}
+  tied = {name: d for name, d in known.items() if name not in far}
+  missing = [name for name in others if name not in known]
+  parts = []
+  if tied:
+    who = f"{_are(tied)} not" if len(tied) < len(others) or len(tied) == 1 else "No other arm is"
+    which = "each paired difference"
+    if len(tied) == 1:
+      which = f"the paired difference, {quantity.text(tied[min(tied)], error=True)},"
+    parts.append(f"{who} clearly {quantity.more}: {which} is at most twice its standard error.")
+  if far:
+    who = _are(far) if len(far) < len(others) or len(far) == 1 else "Every other arm is"
+    nearest = min(far, key=lambda name: far[name].mean)
+    by = "" if len(far) == 1 else f", {nearest}, the nearest,"
+    by += f" by {quantity.text(far[nearest], error=True)}"
+    parts.append(
+      f"{who} {quantity.more} by more than twice the standard error of the paired difference:"
+      f"{by.removeprefix(',')}."
+    )
+  if missing:
+    parts.append(f"No uncertainty is known of {names(missing)}: fewer than two shared seeds.")
+  few = [name for name, d in known.items() if d.n == 2]
+  if few:
+    which = "With two seeds" if len(few) == len(known) else f"With the two seeds of {names(few)}"
+    parts.append(f"{which} the standard error is itself a rough guess.")
+  return " ".join(parts)
+
+
+def _are(arms: Iterable[str]) -> str:
+  listed = list(arms)
+  return f"{names(listed)} {'is' if len(listed) == 1 else 'are'}"
+
+
+def results(study: Study) -> str:
+  """Returns which arm ends with the lowest loss, and how the target arm stands."""
+  last = table.final(table.evaluated(study))
+  losses = by_seed(study, lambda run: last(run).get("loss"))
+  if not losses:
+    return NOTHING
+  order, quantity = lowest(losses), Quantity(unit=" nats per token")
+  lines = []
+  if order:
+    best = losses[order[0]]
+    number = quantity.text(spread(best.values()))
+    lines.append(
+      f"{order[0]} ends lowest, at {number} ({over_seeds(best)}). {apart(losses, quantity)}"
+    )
+  target = study.target_arm
+  if len(order) > 2 and target in order[1:]:
+    lines.append(_against(losses, target, [name for name in order if name != target]))
+  if diverged := [name for name in losses if name not in order]:
+    lines.append(f"The loss of {names(diverged)} is not a finite number.")
+  return "\n".join(lines)
+
+
+def _against(losses: Values, target: str, others: list[str]) -> str:
+  """Returns which arms are clearly better and which are clearly worse than the target arm."""
+  sides: dict[str, list[str]] = {"lower": [], "higher": [], "neither": []}
+  for name in others:
+    ours, theirs = losses[name], losses[target]
+    up, down = clear(difference(ours, theirs)), clear(difference(theirs, ours))
+    sides["higher" if up else "lower" if down else "neither"].append(name)
+  if len(sides["lower"]) == len(others):
+    return f"Every other arm is clearly lower than {target}."
+  said = "; ".join(f"{side}: {names(arms)}" for side, arms in sides.items() if arms)
+  return (
+    f"Against {target}, clearly {said}."
+    if sides["lower"] or sides["higher"]
+    else (f"No arm is clearly lower or higher than {target}.")
+  )
+
+
+def curves(study: Study, compared: Comparison) -> str:
+  """Returns which arm reaches the target loss in the fewest steps, and in the least time."""
+  if compared.target is None:
+    return "No target arm with a finished run: steps and time to a loss are not compared."
+  rows = {row.arm.name: row for row in compared.rows}
+  own = rows.pop(study.target_arm)
+  loss = f"the target, {compared.target:.4f} nats per token, with which {own.arm.name} ends"
+  reached = {n: r.reached for n, r in rows.items() if r.reached and r.reached.speedup}
+  if not rows:
+    return f"There is no arm but {own.arm.name}, so steps and time to a loss are not compared."
+  if not reached:
+    return f"No other arm reaches {loss}, in every finished run."
+  target = compared.target
+  steps = by_seed(study, lambda run: table.crossing(*run.curve(), target))
+  steps = {name: seeds for name, seeds in steps.items() if name in reached}
+  first, many = lowest(steps)[0], Quantity(digits=0, unit=" steps", more="later")
+  lines = [
+    f"The first arm at {loss}, is {first}, after {many.text(spread(steps[first].values()))} "
+    f"({over_seeds(steps[first])}), {reached[first].speedup:.2f} times as fast as {own.arm.name}."
+  ]
+  if len(steps) > 1:
+    lines[0] += f" {apart(steps, many)}"
+  quick = {n: r for n, r in reached.items() if r.time_speedup}
+  if quick:
+    name = max(quick, key=lambda n: quick[n].time_speedup or 0)
+    lines.append(
+      f"In time the first is {name}, after {_took(quick[name].seconds)}, "
+      f"{quick[name].time_speedup:.2f} times as fast as {own.arm.name}."
+    )
+  if late := [name for name in rows if name not in reached]:
+    lines.append(f"Not every finished run of {names(late)} reaches it.")
+  return "\n".join(lines)
+
+
+def _took(seconds: Spread | None) -> str:
+  """Returns 'mean ± deviation' of a time."""
+  if seconds is None or seconds.std is None:
+    return blocks.duration(seconds.mean if seconds else None)
+  return f"{blocks.duration(seconds.mean)} ± {blocks.duration(seconds.std)}"
+
+
+def failures(study: Study) -> str:
+  """Returns how many runs did not finish, and which arms raised alarms."""
+  bad = [arm.name for arm, run in study.runs if run.status not in ("finished", "waiting")]
+  alarmed: dict[str, list[str]] = {}
+  for arm in study.arms:
+    for kind in sorted({str(alarm.get("alarm", "")) for run in arm.runs for alarm in run.alarms}):
+      count = sum(any(a.get("alarm", "") == kind for a in run.alarms) for run in arm.runs)
+      alarmed.setdefault(kind, []).append(f"{arm.name} ({count} of {len(arm.runs)} runs)")
+  if not bad and not alarmed:
+    return "No run failed and no alarm was raised."
+  parts = []
+  if bad:
+    arms = names(list(dict.fromkeys(bad)))
+    parts.append(f"{len(bad)} of {len(study.runs)} runs did not finish, of {arms}.")
+  parts += [f"Alarms of {kind}: {names(arms)}." for kind, arms in alarmed.items()]
+  return " ".join(parts)
+
+
+def configs(study: Study) -> str:
+  """Returns in how many fields the arms differ."""
+  fields = list(table.differing(study))
+  if len(study.arms) == 1:
+    return "There is one arm, so no field differs."
+  if not fields:
+    return "No field of the arms' configs differs."
+  many = "one field" if len(fields) == 1 else f"{len(fields)} fields"
+  return f"The arms differ in {many}, besides their seeds: {names(fields)}."
