@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
 
   With `overrides`, for a script without --config, `main` gets those of `take_overrides`.
   """
-  found: list[dict[str, Any]] = []
+  given_overrides: list[dict[str, Any]] = []
 
   def parse(argv: list[str]) -> list[str]:
     if "--help" in argv:
@@ -32,7 +33,7 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
       sys.exit()
     if overrides:
       given, argv = take_overrides(argv)
-      found.append(given)
+      given_overrides.append(given)
     _check_config_arguments(argv)
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
@@ -41,7 +42,7 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
       logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     return rest
 
-  one_line_errors(lambda: app.run(lambda _: main(*found), flags_parser=parse))
+  one_line_errors(lambda: app.run(lambda _: main(*given_overrides), flags_parser=parse))
 
 
 def help_text(overrides: bool = False) -> str:
@@ -55,13 +56,19 @@ def help_text(overrides: bool = False) -> str:
 
 
 def one_line_errors(main: Callable[[], None]) -> None:
-  """Calls `main`; a mistake of the user becomes one line on stderr and exit code 2."""
+  """Calls `main`; a mistake of the user becomes one line on stderr and exit code 2.
+
+  A reader of the output that closes it, as `head` does, ends the program as SIGPIPE would: 141.
+  """
   try:
     main()
   except (UserError, flags.Error) as error:
     message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+  except BrokenPipeError:  # the reader has what it wanted, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _check_config_arguments(argv: list[str]) -> None:
@@ -111,10 +118,10 @@ def _explain(error: Exception, path: str) -> str:
   message = str(error)
   argument = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
   attribute = re.match(r"'(\w+)' object has no attribute '(\w+)'", message)
-  found = argument or attribute
+  unknown = argument or attribute
   paths = {"Config": ""} | {type(value).__name__: name + "." for name, value in sections(Config())}
-  if found and found[1] in paths:
-    return unknown_field(paths[found[1]] + found[2], where)
+  if unknown and unknown[1] in paths:
+    return unknown_field(paths[unknown[1]] + unknown[2], where)
   return f"{where}: {type(error).__name__}: {message}"
 
 
@@ -123,7 +130,7 @@ def take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]
 
   A field that is given twice has the last value.
   """
-  found: dict[str, Any] = {}
+  values: dict[str, Any] = {}
   others = []
   for argument in arguments:
     name, equals, value = argument.lstrip("-").partition("=")
@@ -137,11 +144,11 @@ def take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     if not equals or (kind is bool and value not in ("true", "false")):
       raise UserError(f"{argument}: write --config.{name}={'true' if kind is bool else 'VALUE'}")
     try:
-      found[name] = value == "true" if kind is bool else kind(value)
+      values[name] = value == "true" if kind is bool else kind(value)
     except ValueError:
       choices = ", ".join(m.value for m in kind) if issubclass(kind, enum.Enum) else kind.__name__
       raise UserError(f"{argument}: {value!r} is not of {choices}") from None
-  return found, others
+  return values, others
 
 
 def override(config: Config, fields: dict[str, Any], where: str) -> Config:

@@ -27,8 +27,8 @@ class Row(NamedTuple):
 def sections() -> Iterator[tuple[str, str, list[Row]]]:
   """(name, what it is about, its fields) of each section: "model", "model.moe", and so on."""
   fields = ((*name.rsplit(".", 1), field, default) for name, field, default in walk(Config()))
-  for name, found in itertools.groupby(fields, operator.itemgetter(0)):
-    rows = [_row(leaf, field, default) for _, leaf, field, default in found]
+  for name, members in itertools.groupby(fields, operator.itemgetter(0)):
+    rows = [_row(leaf, field, default) for _, leaf, field, default in members]
     yield name, inspect.getdoc(operator.attrgetter(name)(Config())) or "", rows
 
 

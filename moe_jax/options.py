@@ -33,10 +33,10 @@ class Bounds(NamedTuple):
     return "" if inside or value == math.inf else f"must be {self}"
 
   def __str__(self) -> str:
-    said = {
+    bounds = {
       "at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below
     }  # fmt: skip
-    words = " and ".join(f"{word} {n:g}" for word, n in said.items() if math.isfinite(n))
+    words = " and ".join(f"{word} {n:g}" for word, n in bounds.items() if math.isfinite(n))
     return words + "; inf is no limit" * self.infinite
 
 

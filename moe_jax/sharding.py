@@ -73,9 +73,9 @@ def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
   # The axes have to be Auto: shard_map's in_specs do not take Explicit, make_mesh's default.
   shape = tuple(getattr(mesh, axis) for axis in AXES)
   devices = jax.devices()[: math.prod(shape)]
-  made = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-  check_processes(np.vectorize(lambda device: device.process_index)(made.devices))
-  return made
+  device_mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  check_processes(np.vectorize(lambda device: device.process_index)(device_mesh.devices))
+  return device_mesh
 
 
 def check_processes(processes: np.ndarray) -> None:

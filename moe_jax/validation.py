@@ -37,12 +37,12 @@ def without_effect(config: Config) -> set[str]:
   from moe_jax.moe import dispatch  # here, so that `import validation` imports no jax
 
   moe = config.model.moe
-  found = set()
+  ignored = set()
   if moe.top_k == 1:
-    found.add("model.moe.renormalize")
+    ignored.add("model.moe.renormalize")
   if not dispatch.has_capacity(moe):
-    found |= {"model.moe.capacity_factor", "model.moe.eval_capacity_factor"}
-  return found
+    ignored |= {"model.moe.capacity_factor", "model.moe.eval_capacity_factor"}
+  return ignored
 
 
 def without_consequence(old: Config, new: Config) -> set[str]:

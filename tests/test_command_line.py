@@ -1,6 +1,7 @@
 """From arguments to a config and back to text; a mistake is one line and leaves nothing."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -146,3 +147,10 @@ def test_mixtral_counts():
     cwd=ROOT, capture_output=True, text=True, timeout=100,
   )  # fmt: skip
   assert "46.70B total, 12.88B active" in done.stdout
+
+
+def test_a_reader_that_closes_the_output_ends_the_program_without_a_traceback():
+  command = f"{sys.executable} train.py --help | head -1; exit ${{PIPESTATUS[0]}}"
+  done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout.startswith("Trains a model") and not done.stderr
+  assert done.returncode in (0, 128 + signal.SIGPIPE)  # 0: all was written before `head` ended

@@ -36,11 +36,11 @@ class Quantity:
 
 def by_seed(study: Study, value: Callable[[Run], float | np.ndarray | None]) -> Values:
   """Returns the value of every finished run that has one; arms without any are left out."""
-  found = {
+  by_arm = {
     arm.name: {run.seed: float(v) for run in arm.finished if (v := value(run)) is not None}
     for arm in study.arms
   }
-  return {name: values for name, values in found.items() if values}
+  return {name: values for name, values in by_arm.items() if values}
 
 
 def mean(seeds: dict[int, float]) -> float:
@@ -60,17 +60,17 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Spread | Non
   return spread(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
 
 
-def clear(found: Spread | None) -> bool:
+def clear(gap: Spread | None) -> bool:
   """Returns whether a difference is more than twice its standard error above zero."""
-  return found is not None and found.error is not None and found.mean > 2 * found.error + 1e-9
+  return gap is not None and gap.error is not None and gap.mean > 2 * gap.error + 1e-9
 
 
 def names(arms: Sequence[str]) -> str:
   """Returns 'a', 'a and b', 'a, b and c', or 'a, b, c, d and 3 more'."""
-  shown = list(arms)
+  listed = list(arms)
   if len(arms) > _NAMED:
-    shown = [*arms[: _NAMED - 1], f"{len(arms) - _NAMED + 1} more"]
-  return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    listed = [*arms[: _NAMED - 1], f"{len(arms) - _NAMED + 1} more"]
+  return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
 
 
 def over_seeds(seeds: dict[int, float]) -> str:
@@ -83,15 +83,15 @@ def apart(values: Values, quantity: Quantity) -> str:
   best, *others = lowest(values)
   if not others:
     return "There is no other arm to compare it with."
-  found = {name: difference(values[name], values[best]) for name in others}
-  known = {name: d for name, d in found.items() if d is not None and d.error is not None}
-  if not known:
+  differences = {name: difference(values[name], values[best]) for name in others}
+  certain = {name: d for name, d in differences.items() if d is not None and d.error is not None}
+  if not certain:
     by = f"{mean(values[others[0]]) - mean(values[best]):.{quantity.digits}f}{quantity.unit}"
     why = "No two arms share two seeds" if any(len(v) > 1 for v in values.values()) else "One seed"
     return f"The next, {others[0]}, is {quantity.more} by {by}. {why}: no uncertainty is known."
-  far = {name: d for name, d in known.items() if clear(d)}
-  tied = {name: d for name, d in known.items() if name not in far}
-  missing = [name for name in others if name not in known]
+  far = {name: d for name, d in certain.items() if clear(d)}
+  tied = {name: d for name, d in certain.items() if name not in far}
+  missing = [name for name in others if name not in certain]
   parts = []
   if tied:
     who = f"{_are(tied)} not" if len(tied) < len(others) or len(tied) == 1 else "No other arm is"
@@ -110,9 +110,9 @@ def apart(values: Values, quantity: Quantity) -> str:
     )
   if missing:
     parts.append(f"No uncertainty is known of {names(missing)}: fewer than two shared seeds.")
-  few = [name for name, d in known.items() if d.n == 2]
+  few = [name for name, d in certain.items() if d.n == 2]
   if few:
-    which = "With two seeds" if len(few) == len(known) else f"With the two seeds of {names(few)}"
+    which = "With two seeds" if len(few) == len(certain) else f"With the two seeds of {names(few)}"
     parts.append(f"{which} the standard error is itself a rough guess.")
   return " ".join(parts)
 

@@ -117,8 +117,8 @@ def domains(study: Study) -> str:
       winners.setdefault(order[0] + mark, []).append(domain)
   parts = []
   if several:
-    said = "; ".join(f"in {names(where)} {arm}" for arm, where in winners.items())
-    parts.append(f"The arm with the fewest bits per byte: {said}.")
+    by_domain = "; ".join(f"in {names(where)} {arm}" for arm, where in winners.items())
+    parts.append(f"The arm with the fewest bits per byte: {by_domain}.")
   gaps = by_seed(study, lambda run: run.eval.get("causal", {}).get("gap"))
   leaks = [name for name in gaps if mean(gaps[name]) > _GAP]
   if leaks:
@@ -135,8 +135,8 @@ def specialisation(study: Study) -> str:
   parts = []
 
   def same(run: Run) -> float | None:
-    found = run.routing.get("domain_separation_Z")
-    return None if not found else -float(np.mean(found))
+    separation_Z = run.routing.get("domain_separation_Z")
+    return None if not separation_Z else -float(np.mean(separation_Z))
 
   # The lowest of the negative values is the highest separation.
   separation = by_seed(study, same)

@@ -69,9 +69,9 @@ def _late(study: Study) -> list[Block]:
     return []
   title = f"Late in training (the last {table.LATE:.0%} of the log), mean over seeds"
   head = ["arm", "layer", *(head for _, head, *_ in _LATE)]
-  shown = _without_empty(Table(title, head, rows))
-  notes = [f"{head}: {meaning}" for _, head, _, meaning in _LATE if head in shown.head]
-  return [shown, Text(f"{'. '.join(notes)}.", small=True)]
+  late = _without_empty(Table(title, head, rows))
+  notes = [f"{head}: {meaning}" for _, head, _, meaning in _LATE if head in late.head]
+  return [late, Text(f"{'. '.join(notes)}.", small=True)]
 
 
 def _without_empty(full: Table) -> Table:

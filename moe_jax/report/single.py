@@ -51,14 +51,14 @@ def routing_table(result: dict[str, Any]) -> str:
   if "load_ZE" not in result:
     return "dense model: no experts to report"
   experts = len(result["load_ZE"][0])
-  shown = min(experts, 16)
-  cut = "" if shown == experts else f"; the first {shown} of {experts} experts"
+  count = min(experts, 16)
+  cut = "" if count == experts else f"; the first {count} of {experts} experts"
   lines = [
     f"expert load, % of a layer's assignments; balanced is {100 / experts:.1f}{cut}",
-    "layer " + "".join(f"{f'e{i}':>6}" for i in range(shown)) + "   dropped  MaxVio  entropy  dead",
+    "layer " + "".join(f"{f'e{i}':>6}" for i in range(count)) + "   dropped  MaxVio  entropy  dead",
   ]
   for z, layer in enumerate(result["layers"]):
-    loads = "".join(f"{100 * share:6.1f}" for share in result["load_ZE"][z][:shown])
+    loads = "".join(f"{100 * share:6.1f}" for share in result["load_ZE"][z][:count])
     lines.append(
       f"{layer:<6}{loads}   {100 * result['drop_fraction_Z'][z]:6.2f}%  "
       f"{result['max_vio_Z'][z]:6.2f}  {result['router_entropy_Z'][z]:7.2f}  "
