@@ -11,27 +11,14 @@ Expect     a validation loss of 1.485 nats per character; nanoGPT's README names
            minutes of a laptop's CPU (4 layers of width 128, 2,000 steps of 12 x 64 characters)
 """
 
-from moe_jax.config import Config, Data, Eval, Model, MoE, Optimizer, OptimizerName, Remat, Train
+from configs import tiny_moe
+from moe_jax.config import Config, Train
 
 
 def get_config() -> Config:
-  return Config(
-    model=Model(
-      num_layers=4,
-      dim=128,
-      num_heads=2,
-      num_kv_heads=1,
-      head_dim=64,
-      qk_norm=True,
-      tied_head=False,
-      ffn_dim=384,
-      remat=Remat.DOTS,
-      moe=MoE(num_experts=8, top_k=2, expert_dim=192, capacity_factor=1.25),
-    ),
-    data=Data(name="tiny_shakespeare", tokenizer="bytes", seq_len=128, batch_size=16),
-    optimizer=Optimizer(
-      name=OptimizerName.MUON, learning_rate=1e-2, warmup_steps=50, final_fraction=0.02
-    ),
-    train=Train(steps=750, log_every=25, eval_every=75, checkpoint_every=75),
-    eval=Eval(batch_size=64, batches=0),
-  )
+  config = tiny_moe.get_config()
+  config.data.name = "tiny_shakespeare"
+  config.optimizer.warmup_steps = 50
+  config.train = Train(steps=750, log_every=25, eval_every=75, checkpoint_every=75)
+  config.eval.batches = 0  # the whole split is small
+  return config
