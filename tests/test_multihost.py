@@ -82,7 +82,7 @@ def test_sigterm_to_one_process_saves_and_stops_both(tmp_path):
 @pytest.mark.slow
 def test_a_tensor_axis_over_two_processes_is_refused(tmp_path):
   """Each would feed its own sequences where the axis needs the same ones on both."""
-  arguments = ["--config.mesh.expert=1", "--config.mesh.tensor=2"]
+  arguments = ["--config.mesh.expert=1", "--config.mesh.tensor=2", "--config.model.num_kv_heads=2"]
   processes = start_two(tmp_path / "run", tmp_path / "cache", *arguments, stderr=subprocess.PIPE)
   errors = [process.communicate(timeout=200)[1] for process in processes]
   assert all(process.returncode for process in processes)
