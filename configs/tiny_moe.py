@@ -4,7 +4,7 @@ Question   Does training work on this machine, and what do eight experts do on r
 Command    make train
            (python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe, then eval.py)
 Hardware   2 CPU cores, 2 GiB of memory
-Time       under 5 minutes, of which 1 for the evaluation
+Time       5 minutes, of which 1 for the evaluation
 Expect     1.66 bits per byte on the whole validation split (gzip -9: 1.69), MaxVio below 0.4, under
            1% of assignments dropped in evaluation and about 5% in training
 """
