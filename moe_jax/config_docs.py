@@ -44,8 +44,8 @@ def text() -> str:
     lines.append(f"config.{name}: {about}")
     for row in rows:
       words = "|".join(c.value for c in row.kind) if issubclass(row.kind, Choice) else row.bounds
-      said = f"  {f'{row.name} = {row.default}':<28} {row.help}" + f" ({words})" * bool(words)
-      lines += textwrap.wrap(said, 100, subsequent_indent=" " * 31, break_on_hyphens=False)
+      line = f"  {f'{row.name} = {row.default}':<28} {row.help}" + f" ({words})" * bool(words)
+      lines += textwrap.wrap(line, 100, subsequent_indent=" " * 31, break_on_hyphens=False)
     lines.append("")
   return "\n".join(lines)
 

@@ -15,20 +15,20 @@ from moe_jax.model import transformer
 from moe_jax.training import losses, metrics
 
 
-class EvalSums(NamedTuple):
-  """Sums over the rows of an evaluation, on the host: int64 and float64, so that none overflows."""
-
-  sums: losses.Sums
-  num_bytes: np.ndarray  # [], bytes of text that the targets stand for
-  documents: "DocumentSums | None"  # None where it was not asked for
-
-
 class DocumentSums(NamedTuple):
   """Sums over the targets of each document of a split; 0 for a document that no row touches."""
 
   nll_M: np.ndarray  # float64, nats
   targets_M: np.ndarray  # int64
   bytes_M: np.ndarray  # int64
+
+
+class EvalSums(NamedTuple):
+  """Sums over the rows of an evaluation, on the host: int64 and float64, so that none overflows."""
+
+  sums: losses.Sums
+  num_bytes: np.ndarray  # [], bytes of text that the targets stand for
+  documents: DocumentSums | None  # None where it was not asked for
 
 
 def eval_step(
@@ -84,7 +84,10 @@ class Evaluator:
   def total(self, params: Any, bias_ZE: jax.Array, *, by_document: bool = False) -> EvalSums:
     """The sums over all rows; those of documents too in a run of one process."""
     total: Any = None
-    documents = DocumentSums(*(np.zeros(len(self._rows.starts_M), d) for d in (float, int, int)))
+    documents = None
+    if by_document:
+      shape = self._rows.starts_M.shape
+      documents = DocumentSums(*(np.zeros(shape, dtype) for dtype in (float, int, int)))
     for numbers_B in pipeline.eval_batches(
       self.numbers, self.batch_size, jax.process_index(), jax.process_count()
     ):
@@ -93,10 +96,10 @@ class Evaluator:
       sums, num_bytes, nll_BL = self._step(params, bias_ZE, batch, self._bytes_V)
       host = jax.tree.map(_wide, jax.device_get((sums, num_bytes)))
       total = host if total is None else jax.tree.map(np.add, total, host)
-      if by_document:
+      if documents is not None:
         self._add_documents(documents, numbers_B, local, jax.device_get(nll_BL))
     sums, num_bytes = total
-    return EvalSums(sums, num_bytes, documents if by_document else None)
+    return EvalSums(sums, num_bytes, documents)
 
   def _add_documents(
     self,
