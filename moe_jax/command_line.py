@@ -46,7 +46,7 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
 
 
 def help_text(overrides: bool = False) -> str:
-  """What --help of a script says: its docstring, its flags, and the fields where it sets them."""
+  """Returns the text of --help: a script's docstring, its flags, and the fields it can set."""
   from moe_jax import config_docs
 
   parts = [sys.modules["__main__"].__doc__ or "", flags.FLAGS.main_module_help()]
@@ -126,7 +126,7 @@ def _explain(error: Exception, path: str) -> str:
 
 
 def take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-  """({"train.steps": 20}, the other arguments) of --config.train.steps=20, as train.py spells it.
+  """Splits arguments into overrides, {"train.steps": 20} of --config.train.steps=20, and the rest.
 
   A field that is given twice has the last value.
   """
@@ -169,12 +169,12 @@ def override(config: Config, fields: dict[str, Any], where: str) -> Config:
 
 
 def words(base: Config, config: Config) -> list[str]:
-  """--config.model.moe.top_k=1 and so on: what makes `config` of `base` on a command line."""
+  """Returns the arguments, such as --config.model.moe.top_k=1, that turn `base` into `config`."""
   return [f"--config.{n}={spelled(v)}" for n, v in config_lib.changes(base, config).items()]
 
 
 def difference(config: Config) -> str:
-  """A line for each field that is not the default: "config.model.moe.top_k = 1   (default 2)"."""
+  """Returns a line for each changed field: "config.model.moe.top_k = 1   (default 2)"."""
   defaults = config_lib.flatten(Config())
   lines = [
     f"config.{name} = {spelled(value)}   (default {spelled(defaults[name]) or 'empty'})"

@@ -33,7 +33,7 @@ def check_fields(config: Config) -> None:
 
 
 def without_effect(config: Config) -> set[str]:
-  """Names of fields that are ignored because of what others say."""
+  """Returns the names of fields that have no effect, because other fields make them so."""
   from moe_jax.moe import dispatch  # here, so that `import validation` imports no jax
 
   moe = config.model.moe
@@ -46,7 +46,7 @@ def without_effect(config: Config) -> set[str]:
 
 
 def without_consequence(old: Config, new: Config) -> set[str]:
-  """Names of fields that may differ between two configs of one run, since its values stay equal."""
+  """Returns the names of fields that may differ, since both configs compute the same values."""
   from moe_jax.moe import dispatch
 
   same = without_effect(old) & without_effect(new)

@@ -131,6 +131,7 @@ class LoadedRun:
       "parameters": counts.total,
       "active_parameters": counts.active,
       "flops_per_token": counts.flops_per_token,
+      "gzip_bits_per_byte": evaluator.gzip_bits_per_byte,
       "device": jax.devices()[0].device_kind,
     }
 
@@ -140,7 +141,7 @@ class LoadedRun:
     for factor in factors:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
-      result = evaluator(model.params, model.bias_ZE)
+      result = evaluator.result(evaluator.total(model.params, model.bias_ZE))
       point = {"capacity_factor": config_lib.plain(factor)}
       points.append(point | {name: result[name] for name in _CAPACITY_METRICS})
       print(

@@ -94,7 +94,7 @@ class Rows:
     )
 
   def documents_BL(self, rows_B: Numbers) -> np.ndarray:
-    """int32, the number of each target's document; -1 at padding.
+    """Returns the number of each target's document, int32; -1 at padding.
 
     The separator after a document belongs to it: the model has to say where it ends.
     """
@@ -104,19 +104,19 @@ class Rows:
     return np.where(real_BL, document_BL, -1).astype(np.int32)
 
   def domains_BL(self, rows_B: Numbers) -> np.ndarray:
-    """int32, the domain of each position's document; -1 at padding and outside of all domains."""
+    """Returns the domain of each position's document, int32; -1 at padding and without a domain."""
     document_BL = self.documents_BL(rows_B)
     return np.where(document_BL >= 0, self.domain_M[document_BL], -1).astype(np.int32)
 
   def texts(self, numbers: Numbers) -> Iterator[tuple[bytes, bytes]]:
-    """The text that the targets of these rows spell, cut where documents end.
+    """Yields the text that the targets of these rows spell, cut where documents end.
 
     Args:
-      numbers: of rows, in rising order. Rows that follow each other are one piece of text.
+      numbers: the rows' numbers, in rising order. Adjacent rows make one piece of text.
 
     Yields:
-      (context, text): the text, and what stands before it in its document, which is empty where
-      the document begins and never longer than DEFLATE can refer back to.
+      (context, text): `context` is the text that precedes `text` in the same document, at most
+      the 32 KiB that gzip can refer back to; it is empty at the beginning of a document.
     """
     rows_N = np.asarray(numbers)
     for run_N in np.split(rows_N, np.flatnonzero(np.diff(rows_N) != 1) + 1):
@@ -233,13 +233,13 @@ def train_iterator(
 
 
 def spread(available: int, count: int) -> np.ndarray:
-  """At most `count` of the numbers below `available`, evenly spaced and rising; int64."""
+  """Returns at most `count` of the numbers below `available`, int64, rising and evenly spaced."""
   count = min(count, available)
   return (2 * np.arange(count) + 1) * available // (2 * max(count, 1))
 
 
 def eval_rows(rows: Rows, batch_size: int, num_batches: int) -> np.ndarray:
-  """The numbers of the rows that an evaluation reads, int64, in rising order.
+  """Returns the numbers of the rows that an evaluation reads, int64, in rising order.
 
   num_batches * batch_size rows, spread evenly over the split, since its files differ: the first
   ones alone can be much easier than the rest. 0 batches, or more than there are, is every row. The
@@ -251,7 +251,7 @@ def eval_rows(rows: Rows, batch_size: int, num_batches: int) -> np.ndarray:
 def eval_batches(
   numbers: Numbers, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[np.ndarray]:
-  """This process's part of each batch: numbers of rows, -1 for the padding of the last batch."""
+  """Yields this process's row numbers of each batch; -1 pads the last batch."""
   local = _local(batch_size, process_count)
   padded = np.full(-(-len(numbers) // batch_size) * batch_size, -1)
   padded[: len(numbers)] = numbers
@@ -267,7 +267,7 @@ def _local(batch_size: int, process_count: int) -> int:
 
 
 def gzip_bits_per_byte(rows: Rows, numbers: Numbers) -> float:
-  """A baseline without a model: the bits that gzip -9 spends on these rows, over their bytes.
+  """Returns a baseline without a model: gzip -9's bits for these rows over their bytes.
 
   Every document is compressed by itself. What a row costs is what it adds to the compressed size
   of the text before it, so that the costs of all rows sum to about those of whole files.

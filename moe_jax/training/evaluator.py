@@ -39,7 +39,7 @@ def eval_step(
   *,
   model: config_lib.Model,
 ) -> tuple[losses.Sums, jax.Array, jax.Array]:
-  """(sums of one batch, bytes of its text, nats of each target nll_BL).
+  """Returns the sums of one batch, the bytes of its text, and the nats of each target (nll_BL).
 
   The router adds no noise and takes the capacity factor of evaluation.
   """
@@ -74,15 +74,16 @@ class Evaluator:
 
   @functools.cached_property
   def gzip_bits_per_byte(self) -> float:
-    """What gzip -9 takes for the same rows."""
+    """The bits per byte that gzip -9 takes for the same rows."""
     return pipeline.gzip_bits_per_byte(self._rows, self.numbers)
 
   def __call__(self, params: Any, bias_ZE: jax.Array) -> dict[str, Any]:
-    """{loss: nats per token, perplexity, bits_per_byte, tokens, ... and metrics.moe_metrics}."""
-    return self.result(self.total(params, bias_ZE))
+    """Returns the numbers of `result`, and gzip's bits per byte of the same rows."""
+    gzip = {"gzip_bits_per_byte": self.gzip_bits_per_byte}
+    return self.result(self.total(params, bias_ZE)) | gzip
 
   def total(self, params: Any, bias_ZE: jax.Array, *, by_document: bool = False) -> EvalSums:
-    """The sums over all rows; those of documents too in a run of one process."""
+    """Returns the sums over all rows; with `by_document`, for one process, also of each document."""
     total: Any = None
     documents = None
     if by_document:
@@ -115,6 +116,7 @@ class Evaluator:
       np.add.at(sums_M, document_BL[real_BL], values_BL[real_BL])
 
   def result(self, total: EvalSums) -> dict[str, Any]:
+    """Returns loss (nats per token), perplexity, bits_per_byte, tokens, bytes and moe_metrics."""
     sums = total.sums
     loss = float(sums.nll / sums.targets)
     result: dict[str, float | np.ndarray] = {
@@ -122,7 +124,6 @@ class Evaluator:
       "perplexity": math.exp(min(loss, 100.0)),
       # The cost of every target, document ends included, over the bytes of text.
       "bits_per_byte": bits_per_byte(sums.nll, total.num_bytes),
-      "gzip_bits_per_byte": self.gzip_bits_per_byte,
       "tokens": int(sums.targets),
       "bytes": int(total.num_bytes),
     }
@@ -135,7 +136,7 @@ class Evaluator:
     return result
 
   def by_domain(self, documents: DocumentSums) -> dict[str, dict[str, Any]]:
-    """{name: the loss of its documents} of the domains that the rows touch."""
+    """Returns {name: loss of its documents} for each domain that the rows touch."""
     losses_of = {}
     for number, name in enumerate(self._rows.domains):
       sums = [np.sum(sums_M[self._rows.domain_M == number]) for sums_M in documents]
@@ -158,12 +159,12 @@ def _loss(nll: Any, targets: Any, num_bytes: Any) -> dict[str, Any]:
 
 
 def bits_per_byte(nll: Any, num_bytes: Any) -> float:
-  """Nats of all targets over the bytes of their text, in bits."""
+  """Returns the nats of all targets, in bits, over the bytes of their text."""
   return float(nll) / math.log(2) / max(int(num_bytes), 1)
 
 
 def standard_error(documents: DocumentSums) -> float:
-  """Of the bits per byte, when the documents are a sample of all there could be.
+  """Returns the standard error of the bits per byte, with the documents as a random sample.
 
   The error of a ratio of two sums over documents (Cochran 1977, Sampling Techniques, eq. 6.13),
   without the correction for a finite population. It takes two documents at least.
@@ -176,14 +177,14 @@ def standard_error(documents: DocumentSums) -> float:
 
 
 def num_documents(documents: DocumentSums) -> int:
-  """How many documents the rows touch."""
+  """Returns the number of documents that the rows touch."""
   return int(np.count_nonzero(documents.targets_M))
 
 
 def largest(
   rows: pipeline.Rows, documents: DocumentSums, count: int
 ) -> list[tuple[int, dict[str, Any]]]:
-  """(number of the document in the split, its loss) of those with the most bytes read."""
+  """Returns (number in the split, loss) of the documents of which most bytes were read."""
   order = np.argsort(-documents.bytes_M, kind="stable")[:count]
   sums_CM = np.stack([np.asarray(x, float) for x in documents])[:, order]
   return [
