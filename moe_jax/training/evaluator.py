@@ -83,7 +83,7 @@ class Evaluator:
     return self.result(self.total(params, bias_ZE)) | gzip
 
   def total(self, params: Any, bias_ZE: jax.Array, *, by_document: bool = False) -> EvalSums:
-    """Returns the sums over all rows; with `by_document`, for one process, also of each document."""
+    """Returns the sums over all rows; `by_document`, of one process, also those of documents."""
     total: Any = None
     documents = None
     if by_document:
