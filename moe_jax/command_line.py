@@ -16,12 +16,13 @@ from typing import Any
 from absl import app, flags, logging
 
 from moe_jax import config as config_lib
-from moe_jax.config import Config, UserError, field_names, unknown_field
+from moe_jax.config import Config, field_names, unknown_field
+from moe_jax.errors import StorageError, UserError, is_storage
 from moe_jax.options import spelled
 
 
 def run(main: Callable[..., None], *, overrides: bool = False) -> None:
-  """Parses sys.argv into absl flags and calls `main`; a UserError becomes one line and exit 2.
+  """Parses sys.argv into absl flags and calls `main`; see `one_line_errors`.
 
   With `overrides`, for a script without --config, `main` gets those of `take_overrides`.
   """
@@ -56,7 +57,7 @@ def help_text(overrides: bool = False) -> str:
 
 
 def one_line_errors(main: Callable[[], None]) -> None:
-  """Calls `main`; a mistake of the user becomes one line on stderr and exit code 2.
+  """Calls `main`; a UserError becomes one line on stderr and its class's exit code.
 
   A reader of the output that closes it, as `head` does, ends the program as SIGPIPE would: 141.
   """
@@ -65,10 +66,15 @@ def one_line_errors(main: Callable[[], None]) -> None:
   except (UserError, flags.Error) as error:
     message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(error.code if isinstance(error, UserError) else UserError.code)
   except BrokenPipeError:  # the reader has what it wanted, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
+  except OSError as error:
+    if not is_storage(error):
+      raise
+    print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+    sys.exit(StorageError.code)
 
 
 def _check_config_arguments(argv: list[str]) -> None:

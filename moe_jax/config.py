@@ -9,6 +9,7 @@ import difflib
 import json
 from typing import Any
 
+from moe_jax.errors import UserError
 from moe_jax.options import (
   Attention,
   BalanceScope,
@@ -24,7 +25,6 @@ from moe_jax.options import (
   Schedule,
   Score,
   Section,
-  UserError,
   flatten,
   from_plain,
   option,

@@ -9,11 +9,9 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
+from moe_jax.errors import UserError
+
 T = TypeVar("T")
-
-
-class UserError(ValueError):
-  """A mistake that one line explains: the field, its value, and the remedy."""
 
 
 class Bounds(NamedTuple):

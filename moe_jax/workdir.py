@@ -8,7 +8,9 @@ import pathlib
 from typing import Any
 
 from moe_jax import config as config_lib
-from moe_jax.config import Config, UserError
+from moe_jax import files
+from moe_jax.config import Config
+from moe_jax.errors import DamagedError, UserError
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream}
@@ -22,6 +24,17 @@ CHECKPOINTS = "checkpoints"  # one folder for each saved step; its name is the s
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"  # the trace of train.py --profile
 LOG = "log.txt"  # the terminal output of a run that a sweep started
+
+# What to do where one of these files is damaged.
+_REMEDY = {
+  CONFIG: "put it back from a copy, or write it again with the run's own command and another "
+  "--workdir, and copy it from there",
+  DATA: "delete it, and the next start trusts the text that is on disk",
+  KERNELS: "delete it, and the next start chooses the kernels again",
+  INIT: "put it back from a copy; without it the run no longer knows what it began with",
+  EVAL: "delete it and run eval.py again",
+  ROUTING: "delete it and run eval.py --routing again",
+}
 
 # Fields that a resumed run may change, since they change no value of the training: where and how
 # long it runs, what is logged and watched, and by which kernels the same values are computed.
@@ -41,13 +54,23 @@ def read_config(workdir: pathlib.Path) -> Config:
     raise UserError(
       f"--workdir={workdir}: no {CONFIG} there, so no run; train one first with train.py"
     )
-  config = config_lib.from_json(path.read_text())
+  config = _stored_config(path)
   validation.validate(config)
   return config
 
 
+def _stored_config(path: pathlib.Path) -> Config:
+  values = read_object(path)  # names what is wrong with the file
+  try:
+    return config_lib.from_json(json.dumps(values))
+  except UserError:
+    raise
+  except Exception as error:  # a value of another type than the field's, in any of many ways
+    raise DamagedError(f"{path} is damaged ({error}); {_REMEDY[CONFIG]}") from None
+
+
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-  (workdir / CONFIG).write_text(config_lib.to_json(config) + "\n")
+  files.write(workdir / CONFIG, config_lib.to_json(config) + "\n")
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
@@ -56,7 +79,7 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
     return
   from moe_jax import validation  # not at the top, since a report does not need it
 
-  before = config_lib.from_json((workdir / CONFIG).read_text())
+  before = _stored_config(workdir / CONFIG)
   old, new = config_lib.flatten(before), config_lib.flatten(config)
   same = validation.without_consequence(before, config)
   changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and n not in same]
@@ -77,7 +100,7 @@ def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
     workdir: the run's folder; its data.json holds the digests of the text at the run's start.
     digests: {split: digest of the token stream that is read now}.
   """
-  recorded = json.loads((workdir / DATA).read_text()) if (workdir / DATA).exists() else {}
+  recorded = read_object(workdir / DATA)
   changed = [split for split, digest in digests.items() if recorded.get(split, digest) != digest]
   if changed:
     raise UserError(
@@ -110,54 +133,49 @@ def is_trained(workdir: pathlib.Path, steps: int) -> bool:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object of a .json file; {} where the file is missing or incomplete."""
-  try:
-    value = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
+  """Returns the object of a .json file; {} where there is no file.
+
+  Raises:
+    DamagedError: the file holds something else.
+  """
+  return files.read_json(path, _REMEDY.get(path.name, "put it back from a copy, or delete it"))
 
 
 def write_object(
   path: pathlib.Path, values: dict[str, Any], indent: int | None = 2
 ) -> dict[str, Any]:
   """Writes a .json file and returns the written object, in which arrays have become lists."""
-  text = json.dumps(values, indent=indent, default=lambda array: array.tolist())
-  path.write_text(text + "\n")
-  return json.loads(text)
+  files.write_json(path, values, indent)
+  return read_object(path)
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the objects of a .jsonl file that have a step.
+  """Returns the objects of a .jsonl file that have a step; [] where there is no file.
 
-  An incomplete line is left out: the last one of a run that is writing it, or was killed.
+  A last line that is incomplete is left out, since a run may be writing it. Other lines that are
+  damaged are left out too, and named on stderr.
   """
-  if not path.is_file():
-    return []
-  lines = map(_line, path.read_text(errors="replace").splitlines())
-  return [line for line in lines if "step" in line]
+  lines, damaged = files.read_lines(path)
+  if damaged:
+    more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+    numbers = ", ".join(map(str, damaged[:3]))
+    files.notice(f"{path} is damaged: line {numbers}{more} left out, {len(lines)} read")
+  return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
-  with path.open("a") as file:
-    file.write(json.dumps(values) + "\n")
+  files.append_line(path, values)
 
 
 def keep_lines(path: pathlib.Path, resume_step: int) -> None:
   """Deletes the lines of later steps than `resume_step` from a .jsonl file, if the file exists.
 
   A run that was killed has logged steps after its last checkpoint. Resumed, it takes and logs these
-  steps again.
+  steps again. A damaged file is kept beside the new one, under another name.
   """
-  if path.exists():
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if _line(line).get("step", resume_step + 1) <= resume_step]
-    path.write_text("".join(line + "\n" for line in kept))
-
-
-def _line(text: str) -> dict[str, Any]:
-  try:
-    value = json.loads(text)
-  except ValueError:
-    return {}
-  return value if isinstance(value, dict) else {}
+  if not path.exists():
+    return
+  kept = [line for line in read_lines(path) if line["step"] <= resume_step]
+  if files.read_lines(path)[1]:
+    files.write(path.with_name(path.name + ".damaged"), path.read_bytes())
+  files.write(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -8,32 +8,35 @@ from tests.support.toys import ROOT
 
 PACKAGE = ROOT / "moe_jax"
 TESTS = ROOT / "tests"
-_CORE = {"config", "validation", "workdir", "sharding", "startup", "data"}
+_CORE = {"config", "errors", "files", "validation", "workdir", "sharding", "startup", "data"}
 _CORE |= {"kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {
-  "options": set(),
-  "config": {"options"},
+  "errors": set(),
+  "files": {"errors"},
+  "options": {"errors"},
+  "config": {"options", "errors"},
   "config_docs": {"config", "options"},
-  "validation": {"config", "options", "moe"},  # the records of routers and dispatchers
-  "command_line": {"config", "config_docs", "options"},
-  "workdir": {"config", "validation"},
-  "data": {"config"},
-  "sharding": {"config"},
-  "startup": {"config", "data"},
+  "validation": {"config", "options", "errors", "moe"},  # the records of routers and dispatchers
+  "command_line": {"config", "config_docs", "options", "errors"},
+  "workdir": {"config", "errors", "files", "validation"},
+  "data": {"config", "errors", "files"},
+  "sharding": {"config", "errors"},
+  "startup": {"config", "data", "errors", "files"},
   # The core can be read and taken alone: no decoder, and below the layer no experts' router.
-  "kernels": {"config", "sharding"},
-  "moe": {"config", "sharding", "kernels"},
-  "model": {"config", "validation", "sharding", "kernels", "moe"},
-  "checkpoint": {"config", "sharding", "workdir"},
+  "kernels": {"config", "errors", "sharding"},
+  "moe": {"config", "errors", "sharding", "kernels"},
+  "model": {"config", "errors", "validation", "sharding", "kernels", "moe"},
+  "checkpoint": {"config", "errors", "files", "sharding", "workdir"},
   # The everyday loss does not depend on the microscope.
   "training": _CORE | {"checkpoint", "command_line"},
   # load() pulls no optimizer and no TensorBoard.
   "inference": _CORE | {"checkpoint"},
   "analysis": _CORE | {"checkpoint", "training"},
   # They run anywhere: a plan starts no trainer, and a report needs no jax.
-  "sweep": {"config", "options", "validation", "workdir", "command_line", "model", "report"},
-  "report": {"config", "workdir", "command_line"},
+  "sweep": {"config", "options", "errors", "files", "validation", "workdir", "command_line"}
+  | {"model", "report"},
+  "report": {"config", "errors", "files", "workdir", "command_line"},
 }
 # A process of its own that sweep/matching.py starts; nobody imports it.
 WORKER = PACKAGE / "sweep/match_worker.py"

@@ -12,6 +12,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import workdir
 from moe_jax.config import Dispatch
+from moe_jax.errors import DamagedError
 
 UNLIMITED = math.inf  # capacity factor
 
@@ -35,7 +36,8 @@ def test_an_object_comes_back_as_the_file_has_it(tmp_path):
   written = workdir.write_object(path, {"loss": 1.5, "load_ZE": np.array([[1, 2]])})
   assert written == workdir.read_object(path) == {"loss": 1.5, "load_ZE": [[1, 2]]}
   path.write_text('{"loss": 1')
-  assert workdir.read_object(path) == {}
+  with pytest.raises(DamagedError, match=r"eval.json is damaged .*; delete it and run eval.py"):
+    workdir.read_object(path)
 
 
 def test_kernels_are_remembered(tmp_path):

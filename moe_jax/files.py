@@ -1,0 +1,138 @@
+"""Reads and writes small files so that a kill, a full disk or a symbolic link loses nothing.
+
+A file is written under another name and renamed, so a reader sees the old contents or the new ones.
+Nothing is written through a symbolic link. Imports no jax.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.errors import DamagedError, StorageError
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes a whole file, or leaves the old one as it was.
+
+  Raises:
+    StorageError: the file cannot be written.
+  """
+  data = content.encode() if isinstance(content, str) else content
+  new = path.with_name(path.name + ".new")
+  with storage_errors(path):
+    with contextlib.suppress(FileNotFoundError):
+      new.unlink()  # of a process that was killed; or a link, which must not be followed
+    try:
+      with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # otherwise a crash can leave the new name with no contents
+      os.replace(new, path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        new.unlink()
+      raise
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any], indent: int | None = 2) -> None:
+  """Writes an object; arrays become lists."""
+  write(path, json.dumps(values, indent=indent, default=lambda array: array.tolist()) + "\n")
+
+
+def read_json(path: pathlib.Path, remedy: str) -> dict[str, Any]:
+  """Returns the object of a .json file; {} where there is no file.
+
+  Raises:
+    DamagedError: the file holds no JSON object; the message ends with `remedy`.
+  """
+  text = read(path, remedy)
+  if text is None:
+    return {}
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise DamagedError(f"{path} is damaged ({_short(error)}); {remedy}") from None
+  if not isinstance(value, dict):
+    raise DamagedError(
+      f"{path} is damaged (it holds a {type(value).__name__}, not an object); {remedy}"
+    )
+  return value
+
+
+def read(path: pathlib.Path, remedy: str) -> str | None:
+  """Returns the text of a file; None where there is no file.
+
+  Raises:
+    DamagedError: the file is not UTF-8 or cannot be read; the message ends with `remedy`.
+  """
+  try:
+    return path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    return None
+  except UnicodeDecodeError:
+    raise DamagedError(f"{path} is damaged (it is not UTF-8 text); {remedy}") from None
+  except OSError as error:
+    raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+
+
+def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
+  """Returns the objects of a .jsonl file, and the numbers of the lines that are damaged.
+
+  An incomplete last line is neither: a run is writing it, or was killed while it did.
+  """
+  try:
+    raw = path.read_bytes()
+  except FileNotFoundError:
+    return [], []
+  except OSError as error:
+    raise DamagedError(
+      f"{path} cannot be read ({error.strerror}); make it a readable file, or remove it"
+    ) from None
+  *whole, _ = raw.split(b"\n")
+  objects, damaged = [], []
+  for number, line in enumerate(whole, 1):
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
+      value = json.loads(line)
+    if isinstance(value, dict):
+      objects.append(value)
+    else:
+      damaged.append(number)
+  return objects, damaged
+
+
+def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Adds an object to a .jsonl file.
+
+  Raises:
+    StorageError: the file cannot be written, or is a symbolic link.
+  """
+  line = (json.dumps(values) + "\n").encode()
+  flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+  with storage_errors(path), open(os.open(path, flags, 0o666), "ab") as file:
+    file.write(line)
+
+
+@contextlib.contextmanager
+def storage_errors(path: pathlib.Path) -> Iterator[None]:
+  """Turns errors of the operating system into one line that names the file."""
+  try:
+    yield
+  except OSError as error:
+    raise StorageError(
+      f"cannot write {path}: {error.strerror or error}; what was saved before is intact, and the "
+      "same command goes on once this can be written"
+    ) from error
+
+
+def notice(text: str) -> None:
+  """Prints one line on stderr."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def _short(error: Exception) -> str:
+  return " ".join(str(error).split())[:120] or type(error).__name__
