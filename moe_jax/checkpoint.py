@@ -5,11 +5,8 @@ the devices while it is saved and again when it is read.
 """
 
 import contextlib
-import functools
-import logging
 import math
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -189,7 +186,7 @@ class Checkpointer:
 
   def _read(self, step: int, **items: Any) -> Any:
     """Returns the items of a step; whatever goes wrong in the libraries is a DamagedError."""
-    _silence_other_reads()
+    checkpoint_files.silence_other_reads()
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # of many types, from three libraries
@@ -304,20 +301,6 @@ class Checkpointer:
         f"checkpoints of steps {workdir_lib.saved_steps(self._workdir)} are intact, and the same "
         "command goes on from there once this can be written"
       ) from error
-
-
-@functools.cache  # once
-def _silence_other_reads() -> None:
-  """Ignores what is still printed of the other arrays when one array cannot be read."""
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  hook = sys.unraisablehook
-
-  def without_late_answers(error: Any) -> None:
-    # TensorStore answers to an event loop that has ended with the first error.
-    if "Event loop is closed" not in str(error.exc_value):
-      hook(error)
-
-  sys.unraisablehook = without_late_answers
 
 
 def _rank(metrics: dict[str, float]) -> float:

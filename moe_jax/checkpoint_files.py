@@ -1,7 +1,11 @@
-"""The small files in a checkpoint's folder, which are read without Orbax. Imports no jax."""
+"""What is around Orbax: a checkpoint's small files, remains of saves, late messages. No jax."""
 
+import functools
+import logging
 import pathlib
 import shutil
+import sys
+from typing import Any
 
 from moe_jax import files
 from moe_jax.errors import DamagedError
@@ -46,3 +50,17 @@ def next_batch(folder: pathlib.Path) -> int | None:
   paths = sorted((folder / "data").glob("process_*.json"))
   number = files.read_json(paths[0], "").get("next_index") if paths else None
   return number if isinstance(number, int) else None
+
+
+@functools.cache  # once
+def silence_other_reads() -> None:
+  """Ignores what is still printed of the other arrays when one array cannot be read."""
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  hook = sys.unraisablehook
+
+  def without_late_answers(error: Any) -> None:
+    # TensorStore answers to an event loop that has ended with the first error.
+    if "Event loop is closed" not in str(error.exc_value):
+      hook(error)
+
+  sys.unraisablehook = without_late_answers
