@@ -5,7 +5,9 @@ the devices while it is saved and again when it is read.
 """
 
 import contextlib
+import errno
 import math
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -296,8 +298,9 @@ class Checkpointer:
       yield
     except Exception as error:  # of many types, from three libraries, for a full disk alone
       which = "a checkpoint" if step is None else f"checkpoint {step}"
+      full, why = os.strerror(errno.ENOSPC), " ".join(str(error).split())
       raise StorageError(
-        f"cannot write {which} in {self._folder} ({' '.join(str(error).split())[:300]}); the "
+        f"cannot write {which} in {self._folder} ({full if full in why else why[:200]}); the "
         f"checkpoints of steps {workdir_lib.saved_steps(self._workdir)} are intact, and the same "
         "command goes on from there once this can be written"
       ) from error

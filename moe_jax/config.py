@@ -199,11 +199,7 @@ class Train(Section):
   checkpoint_every: int = option(
     250, "Steps from one checkpoint to the next, each with an evaluation.", at_least=1
   )
-  keep_latest: int = option(
-    2,
-    "Newest checkpoints that are kept; a second one serves where the first is damaged.",
-    at_least=1,
-  )
+  keep_latest: int = option(2, "Newest checkpoints that are kept.", at_least=1)
   keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
 
 
