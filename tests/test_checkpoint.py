@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, of another model, or not finite: none of them is used in silence."""
+"""Checkpoints that are damaged, of another model, or not finite are never used in silence."""
 
 import os
 import random
