@@ -30,9 +30,9 @@ def main() -> None:
   for number in range(kills + 1):
     child = os.fork()
     if not child:
-      with (path.parent / f"child{number}.log").open("w", buffering=1) as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-          run.run(config, str(path))
+      log = (path.parent / f"child{number}.log").open("w", buffering=1)
+      with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run.run(config, str(path))
       os._exit(0)
     if number < kills:
       wait_for_steps(path, child)
