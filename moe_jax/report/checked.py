@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from moe_jax import config as config_lib
 from moe_jax import files
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import DamagedError
+from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import kinds
 from moe_jax.report.kinds import (
   ANYTHING,
@@ -112,14 +112,17 @@ def read_config(workdir: pathlib.Path, root: pathlib.Path) -> dict[str, Any]:
   """Returns {"model.moe.top_k": 1, ...}; {} if the run has no config yet.
 
   Raises:
-    UserError: the file is damaged or leads out of `root`, or a newer moe_jax has written it.
+    DamagedError: it is damaged or leads out of `root`, or a newer moe_jax has written it.
   """
   path = workdir / workdir_lib.CONFIG
   values = _object(path, root)
   with _named(path):
     _flat(values)
     kinds.check(values, _CONFIG, "", {})
-  return _flat(config_lib.upgraded(values))
+  try:
+    return _flat(config_lib.upgraded(values))
+  except UserError as error:  # of a newer moe_jax
+    raise DamagedError(f"{workdir}: {error}") from None
 
 
 def read_files(workdir: pathlib.Path, root: pathlib.Path) -> RunFiles:

@@ -1,6 +1,7 @@
 """Shows the experts of single runs: loads over time, and a text with the experts of its tokens."""
 
 import io
+import warnings
 from typing import Any
 
 import matplotlib
@@ -107,7 +108,10 @@ def picture(study: Study) -> bytes:
 def png(figure: plt.Figure, dpi: int) -> bytes:
   """Returns a figure as a PNG, and closes it."""
   buffer = io.BytesIO()
-  figure.savefig(buffer, dpi=dpi, format="png")
+  with warnings.catch_warnings():
+    # A letter of a name that the font does not have is drawn as a box.
+    warnings.filterwarnings("ignore", "Glyph", UserWarning)
+    figure.savefig(buffer, dpi=dpi, format="png")
   plt.close(figure)
   return buffer.getvalue()
 

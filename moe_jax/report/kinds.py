@@ -73,14 +73,14 @@ def check(value: Any, kind: Any, name: str, sizes: Sizes) -> None:
   """
   if isinstance(kind, Kind):
     if not kind.holds(value):
-      raise WrongError(f"{name} is {_shown(value)}, not {kind.what}")
+      raise WrongError(f"{name or 'it'} is {_shown(value)}, not {kind.what}")
   elif isinstance(kind, dict | Object | Mapping):
     if not isinstance(value, dict):
-      raise WrongError(f"{name} is {_shown(value)}, not an object")
+      raise WrongError(f"{name or 'it'} is {_shown(value)}, not an object")
     _check_names(value, kind, name, sizes)
   else:
     if not isinstance(value, list):
-      raise WrongError(f"{name} is {_shown(value)}, not a list")
+      raise WrongError(f"{name or 'it'} is {_shown(value)}, not a list")
     item = kind.item if isinstance(kind, Table) else kind[0]
     if isinstance(kind, Table):
       _check_size(len(value), kind.letters[0], name, sizes)

@@ -116,7 +116,7 @@ def read_run(
     run.config = checked.read_config(workdir, root)
     run.seed = run.config.get("train.seed", 0)
     found = checked.read_files(workdir, root)
-  except UserError as error:
+  except DamagedError as error:
     return dataclasses.replace(run, **fields | {"status": "damaged", "error": str(error)})
   for point in found.eval.get("capacity", []):
     # As config_lib.upgraded does: an older run wrote a capacity without limit as 0.
