@@ -8,6 +8,7 @@ may hold symbolic links, and a report must not show what they lead to.
 import contextlib
 import os
 import pathlib
+import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -77,13 +78,18 @@ _ROUTING = Object(
   },
 )  # fmt: skip
 _STATUS = ("waiting", "running", "finished", "failed", "stopped")
+_MEASURED = Object(
+  {"width": COUNT, "device": TEXT, "times": Kind("three numbers", lambda v: _are_three(v))}, {}
+)
 _SWEEP = Object(
   {"arms": [Object({"name": TEXT}, {"overrides": {}, "notes": [TEXT]})], "runs": [ANYTHING]},
-  dict.fromkeys(("question", "sweep", "base", "target_arm", "published", "band"), TEXT),
+  dict.fromkeys(("question", "sweep", "base", "target_arm", "published", "band"), TEXT)
+  | {"measured": Mapping(_MEASURED)},
 )
+_COMMAND = Kind("a command line", lambda v: isinstance(v, str) and _is_command(v))
 _ENTRY = Object(
   {
-    "arm": TEXT, "seed": COUNT, "workdir": TEXT, "command": TEXT, "evaluate": TEXT,
+    "arm": TEXT, "seed": COUNT, "workdir": TEXT, "command": _COMMAND, "evaluate": _COMMAND,
     "status": Kind(f"one of {', '.join(_STATUS)}", lambda v: v in _STATUS),
     "seconds": NUMBER, "error": TEXT,
   }, {},
@@ -251,6 +257,17 @@ def _check_experts(routing: dict[str, Any], sizes: Sizes) -> None:
   for layer in routing.get("text", {}).get("layers", []):
     if max((e for token in layer["experts"] for e in token), default=0) >= sizes["E"]:
       raise WrongError(f"a token went to an expert that is none of {sizes['E']}")
+
+
+def _are_three(value: Any) -> bool:
+  return isinstance(value, list) and len(value) == 3 and all(map(NUMBER.holds, value))
+
+
+def _is_command(text: str) -> bool:
+  try:
+    return bool(shlex.split(text)) or not text
+  except ValueError:  # a quote is not closed
+    return False
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
