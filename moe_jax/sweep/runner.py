@@ -123,7 +123,7 @@ class Runner:
     try:
       job = Job(run, slot, self._out, self._slots, self._lock)
     except StorageError as error:
-      self._full = error
+      self._stop_starting(error)
       return []
     except OSError as error:  # no memory, or too many processes
       self._set(run, "failed", f"cannot start a process: {error}")
@@ -143,12 +143,12 @@ class Runner:
         job.evaluate()
         return False
       except StorageError as error:
-        self._full = error
+        self._stop_starting(error)
     status, lines = job.result(code)
     last = lines[-1] if lines else ""
     self._entries[job.run.arm, job.run.seed]["seconds"] += job.seconds
     if code == StorageError.code and not self._stops:
-      self._full = StorageError(f"{job.name}: {last.removeprefix('error: ')}")
+      self._stop_starting(StorageError(f"{job.name}: {last.removeprefix('error: ')}"))
     if status == "finished":
       say(f"{job.name} finished after {command_line.clock(job.seconds)}, {last}")
     elif status == "stopped" or self._stops:
@@ -172,19 +172,22 @@ class Runner:
       report.compare(self._out)
       self._report_is_old = False
     except StorageError as error:
-      self._full = error
+      self._stop_starting(error)
     except Exception as error:
       say(f"no report: {type(error).__name__}: {error}")
     self._report_seconds = time.monotonic() - start
     return not self._report_is_old
 
   def _save(self) -> None:
-    """Writes the record. On a full disk the runs are stopped, which save where they can."""
     try:
       record_lib.write(self._out, self._record)
     except StorageError as error:
-      if self._full is None:
-        self._stops += 1
+      self._stop_starting(error)
+
+  def _stop_starting(self, error: StorageError) -> None:
+    """After a disk is full nothing more is started; what runs goes on, and saves if it can."""
+    if self._full is None:
+      say(f"{error}; no more runs are started")
       self._full = error
 
   def _status(self, run: PlannedRun) -> str:

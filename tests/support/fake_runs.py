@@ -78,7 +78,10 @@ class Fakes:
       code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
                         overrides=overrides or {})  # fmt: skip
     record = json.loads(pathlib.Path("out/sweep.json").read_text())
-    logs = {log.parent.parent.name: log.read_text() for log in pathlib.Path("out").rglob("log.txt")}
+    logs = {
+      log.parent.parent.name: log.read_text(errors="replace")
+      for log in pathlib.Path("out").rglob("log.txt")
+    }
     return Swept(code, record, output.getvalue(), logs)
 
 
