@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from moe_jax import workdir as workdir_lib
+from tests.support import disks
 from tests.support.scripts import (
   ONE_DEVICE,
   WITHOUT_THREADS,
@@ -57,19 +58,6 @@ def test_thirty_kills_change_nothing(tmp_path, cache):
   assert not any("Traceback" in log or "set aside" in log for log in logs)
 
 
-@contextlib.contextmanager
-def small_disk(folder, size, *options):
-  """A file system of its own; skips where this process may not mount one."""
-  folder.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "none", str(folder)]
-  if subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip("this process may not mount a file system")
-  try:
-    yield
-  finally:
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def attempt(workdir, cache, *arguments, steps=40):
   arguments = ("--config.train.keep_latest=9", *arguments)
   return subprocess.run(
@@ -87,7 +75,7 @@ def one_line(done, code, *said):
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, cache):
   disk, whole = tmp_path / "disk", tmp_path / "whole"
-  with small_disk(disk, "2m"):
+  with disks.small_disk(disk, "2m"):
     for _ in range(2):  # the second start finds it full as well
       done = attempt(disk / "run", cache)
       one_line(done, 3, "No space left on device", "the same command goes on from there")
@@ -103,21 +91,18 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
 
 def test_a_disk_without_room_for_a_line_is_one_line(tmp_path, cache):
   disk = tmp_path / "disk"
-  with small_disk(disk, "600k"):
+  with disks.small_disk(disk, "600k"):
     assert attempt(disk / "run", cache, steps=4).returncode == 0
-    with contextlib.suppress(OSError), (disk / "filling").open("wb") as file:
-      while True:
-        file.write(b"x" * 4096)
-        file.flush()
+    filler = disks.fill(disk)
     one_line(attempt(disk / "run", cache, steps=400), 3, "No space left on device")
     assert workdir_lib.saved_steps(disk / "run") == [4]
-    (disk / "filling").unlink()
+    filler.unlink()
     assert attempt(disk / "run", cache, steps=5).returncode == 0
 
 
 def test_a_read_only_disk_is_one_line(tmp_path, cache):
   disk = tmp_path / "disk"
-  with small_disk(disk, "20m"):
+  with disks.small_disk(disk, "20m"):
     assert attempt(disk / "run", cache, steps=4).returncode == 0
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     one_line(attempt(disk / "run", cache, steps=8), 3, "Read-only file system")
