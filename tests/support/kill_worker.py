@@ -1,8 +1,8 @@
 """Trains in child processes and kills them: python -m tests.support.kill_worker WORKDIR SEED KILLS
 
 A child is a fork of this process, which has imported everything, so a start takes little time. Each
-of the first KILLS children is killed with SIGKILL at a random moment after its first step; the last
-one trains to the end. Prints the number of the steps that were taken when each child was killed.
+of the first KILLS children is killed with SIGKILL at a random moment after some steps; the last one
+trains to the end. Prints the number of the steps that were taken when each child was killed.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from moe_jax import command_line, workdir
 from moe_jax.training import run
 
 OVERRIDES = {
-  "train.steps": 360, "train.eval_every": 45, "train.checkpoint_every": 3, "train.log_every": 1,
+  "train.steps": 600, "train.eval_every": 45, "train.checkpoint_every": 3, "train.log_every": 1,
   "model.moe.jitter": 0.1, "model.moe.bias_update_rate": 0.001, "eval.batches": 1,
   "health.on_alarm": "off",
 }  # fmt: skip
@@ -35,20 +35,19 @@ def main() -> None:
         run.run(config, str(path))
       os._exit(0)
     if number < kills:
-      wait_for_steps(path, child)
-      time.sleep(rng.uniform(0, 0.3))
+      wait_for_steps(path, child, rng.randrange(2, 24))
+      time.sleep(rng.uniform(0, 0.1))
       os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     print(newest(path), os.waitstatus_to_exitcode(status), flush=True)
 
 
-def wait_for_steps(path: pathlib.Path, child: int) -> None:
-  """Returns when the child has logged a step, or has ended."""
-  seen = newest(path)
-  deadline = time.monotonic() + 100
-  while newest(path) <= seen and time.monotonic() < deadline:
+def wait_for_steps(path: pathlib.Path, child: int, steps: int) -> None:
+  """Returns when the child has logged so many new steps, or has ended."""
+  begin = newest(path)
+  while newest(path) < begin + steps:
     time.sleep(0.002)
-    seen = min(seen, newest(path))  # it deletes the lines that it writes again
+    begin = min(begin, newest(path))  # it deletes the lines that it writes again
     if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
       return
 
