@@ -16,7 +16,7 @@ from moe_jax.sweep.plan import Plan, PlannedRun
 def read(out: pathlib.Path) -> dict[str, Any]:
   """Returns the record in a sweep's folder, or {} if there is none."""
   path = out / "sweep.json"
-  return json.loads(path.read_text()) if path.exists() else {}
+  return json.loads(path.read_text()) if os.path.isfile(path) else {}
 
 
 def write(out: pathlib.Path, record: dict[str, Any]) -> None:

@@ -188,6 +188,8 @@ def run(
   window = profiling.parse(profile, config.train.steps)
   startup.start(config.data, multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
+  choose.check(config)
+  cost.check_training_memory(config, optimizers.abstract_state(config))
   path = pathlib.Path(workdir)
   workdir_lib.check_same_config(path, config)
   source = init_from.find(init_from_flag, init_optimizer, path, config)
