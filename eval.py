@@ -9,9 +9,12 @@ gzip's, and the routing report; writes eval.json and the plots. Options (docs/sp
   --documents=10                  the losses of the ten largest documents
 """
 
+import pathlib
+
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
@@ -27,6 +30,8 @@ def main() -> None:
   """Evaluates the checkpoint that the flags name."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
+  workdir_lib.read_config(pathlib.Path(_WORKDIR.value))  # a mistake is told before jax is imported
+  command_line.check_folder("workdir", _WORKDIR.value)
   from moe_jax import report
   from moe_jax.analysis import evaluation, specialisation
 

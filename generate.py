@@ -14,50 +14,50 @@ import sys
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
+from moe_jax.options import GENERATION, check_generation
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to use; 0 is the newest", lower_bound=0)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 _FILE = flags.DEFINE_string("prompt_file", "", "a file with a prompt; - is stdin")
 _LINES = flags.DEFINE_bool("lines", False, "each line of --prompt_file is a prompt")
-_NEW = flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of each continuation")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
-_SEED = flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
-_SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
+flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of each continuation")
+flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token")
+flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
+flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
+flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
+flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
 
 
 def main() -> None:
   """Continues the prompts that the flags name."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
+  options = {name: flags.FLAGS[name].value for name in GENERATION}
+  check_generation(options)
+  workdir_lib.read_config(pathlib.Path(_WORKDIR.value))  # a mistake is told before jax is imported
   prompts = read_prompts()
   import moe_jax
 
   model = moe_jax.load(_WORKDIR.value, _STEP.value)
-  rows = [prompt for prompt in prompts for _ in range(_SAMPLES.value)]
+  rows = [prompt for prompt in prompts for _ in range(options["num_samples"])]
   ids: list[list[int]] = [[] for _ in rows]
-  printed = 0  # characters of the text
-  if len(rows) == 1:
-    show(rows[0])
+  printed = 0  # characters of a single row's prompt and text
   try:
-    for chunk in model.stream(
-      prompts, max_new_tokens=_NEW.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
-      top_p=_TOP_P.value, seed=_SEED.value, num_samples=_SAMPLES.value,
-    ):  # fmt: skip
+    for chunk in model.stream(prompts, **options):
       for row, new in zip(ids, chunk, strict=True):
         row.extend(new)
       if len(rows) == 1:
-        text = model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
+        text = rows[0] + model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
         show(text[printed:])
         printed = max(printed, len(text))
   except KeyboardInterrupt:
     pass  # the text generated so far is printed below
   texts = [model.completion(prompt, row).text for prompt, row in zip(rows, ids, strict=True)]
   if len(rows) == 1:
-    show(texts[0][printed:])  # a last character that stayed incomplete
+    show((rows[0] + texts[0])[printed:])  # a last character that stayed incomplete
   else:
     for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
       show(f"--- {number + 1} of {len(rows)}\n{prompt}{text}\n")

@@ -16,7 +16,7 @@ from moe_jax.config import UserError
 
 _SWEEP = flags.DEFINE_string("sweep", "", "a Python file with a question and get_sweep()")
 _OUT = flags.DEFINE_string("out", "", "the folder of the runs, created if it does not exist")
-_JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1, upper_bound=1000)
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "print the commands and do nothing")
 _ARMS = flags.DEFINE_list("arms", [], "the arms to run; all by default")
 _SEEDS = flags.DEFINE_list("seeds", [], "the seeds to run; by default those of the sweep file")
@@ -29,6 +29,8 @@ def main(overrides: dict[str, Any]) -> None:
       raise UserError(f"--{flag.name} is missing: --sweep=configs/sweeps/NAME.py --out=runs/NAME")
   if not all(seed.isdecimal() for seed in _SEEDS.value):
     raise UserError(f"--seeds={','.join(_SEEDS.value)} are not integers from 0 up, 0,1,2")
+  if not _DRY_RUN.value:
+    command_line.check_folder("out", _OUT.value)
   from moe_jax.sweep import runner  # imports jax
 
   code = runner.run(

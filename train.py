@@ -38,12 +38,13 @@ def main() -> None:
   config = _CONFIG.value
   if config is None:
     raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
+  validation.check_fields(config)  # all that can be said before jax is imported
   if _DIFF.value:
-    validation.check_fields(config)  # the rest of validate() imports jax
     print(command_line.difference(config))
     return
-  validation.validate(config)
   if _DESCRIBE.value:
+    config.mesh.data = max(config.mesh.data, 1)  # no device is asked for
+    validation.validate(config)
     from moe_jax.model import cost
     from moe_jax.training import optimizers
 
@@ -51,6 +52,8 @@ def main() -> None:
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
+  command_line.check_folder("workdir", _WORKDIR.value)
+  validation.validate(config)
   # These import jax, so only when the config is known to be valid.
   if _REPLAY.value:
     from moe_jax.training import replay

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import enum
+import errno
 import importlib.util
 import operator
 import os
@@ -10,6 +11,8 @@ import pathlib
 import re
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,6 +64,7 @@ def one_line_errors(main: Callable[[], None]) -> None:
   """Calls `main`; a UserError becomes one line on stderr and its class's exit code.
 
   A reader of the output that closes it, as `head` does, ends the program as SIGPIPE would: 141.
+  Ctrl-C ends it as SIGINT would: 130.
   """
   try:
     main()
@@ -68,6 +72,8 @@ def one_line_errors(main: Callable[[], None]) -> None:
     message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(error.code if isinstance(error, UserError) else UserError.code)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
   except BrokenPipeError:  # the reader has what it wanted, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
@@ -105,24 +111,25 @@ def load_file(path: str) -> Config:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise UserError(f"--config={path}: it defines no get_config(), which has to return a Config")
     config = module.get_config()
   except UserError:
     raise
-  except Exception as error:  # whatever the file does wrong, say where
+  except (Exception, SystemExit) as error:  # whatever the file does wrong, say where
     raise UserError(_explain(error, path)) from None
   if not isinstance(config, Config):
     raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a moe_jax Config")
   return config
 
 
-def _explain(error: Exception, path: str) -> str:
-  line, trace = 0, error.__traceback__
-  while trace is not None:
-    if os.path.abspath(trace.tb_frame.f_code.co_filename) == os.path.abspath(path):
-      line = trace.tb_lineno
-    trace = trace.tb_next
-  where = f"{path}:{line}" if line else path
-  message = str(error)
+def _explain(error: BaseException, path: str) -> str:
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
+  where = f"{path}:{lines[-1]}" if lines else path
+  if isinstance(error, SyntaxError):
+    where = f"{error.filename or path}:{error.lineno or 1}"
+  message = error.msg if isinstance(error, SyntaxError) else str(error)
   argument = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
   attribute = re.match(r"'(\w+)' object has no attribute '(\w+)'", message)
   unknown = argument or attribute
@@ -130,6 +137,30 @@ def _explain(error: Exception, path: str) -> str:
   if unknown and unknown[1] in paths:
     return unknown_field(paths[unknown[1]] + unknown[2], where)
   return f"{where}: {type(error).__name__}: {message}"
+
+
+def check_folder(flag: str, path: str) -> None:
+  """Refuses a folder in which nothing can be made; a folder that is missing stays missing.
+
+  Raises:
+    StorageError: the disk is read-only or full.
+    UserError: the path goes through a file, has too long a name, or belongs to somebody else.
+  """
+  there, missing = os.path.abspath(path), [""]
+  try:
+    while not os.path.lexists(there):
+      there, name = os.path.split(there)
+      missing.append(name)
+    longest = max(len(os.fsencode(name)) for name in missing)
+    whole = len(os.fsencode(os.path.abspath(path)))
+    if longest > os.pathconf(there, "PC_NAME_MAX") or whole >= os.pathconf(there, "PC_PATH_MAX"):
+      raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    os.rmdir(tempfile.mkdtemp(prefix=".moe_jax-", dir=there))
+  except OSError as error:
+    kind = StorageError if is_storage(error) else UserError
+    raise kind(
+      f"--{flag}={path}: no folder can be made in {there} ({error.strerror}); name another folder"
+    ) from None
 
 
 def take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_jax.errors import UserError
 from moe_jax.options import (
+  LARGEST_SEED,
   Attention,
   BalanceScope,
   Dispatch,
@@ -84,7 +85,7 @@ class MoE(Section):
     0.0, "In training the router's input is times U(1-jitter, 1+jitter).", at_least=0, below=1
   )
   every: int = option(
-    1, "Of the layers after first_dense, each every-th is an MoE layer.", at_least=1
+    1, "Of the layers after first_dense, each every-th is an MoE layer.", at_least=1, at_most=64
   )
   first_dense: int = option(0, "Dense layers before the first MoE layer.", at_least=0)
 
@@ -101,7 +102,7 @@ class Model(Section):
   vocab_size: int = option(
     264, "Rows of the embedding (V). Bytes need 257; the default is a multiple of 8.", at_least=1
   )
-  num_layers: int = option(4, "Decoder layers, dense ones and MoE.", at_least=1)
+  num_layers: int = option(4, "Decoder layers, dense ones and MoE.", at_least=1, at_most=10_000)
   dim: int = option(192, "Width of the residual stream (D).", at_least=1)
   num_heads: int = option(6, "Heads of queries (H).", at_least=1)
   num_kv_heads: int = option(2, "Heads of keys and values (G), a divisor of H.", at_least=1)
@@ -139,8 +140,8 @@ class Data(Section):
   tokenizer: str = option("bytes", "bytes, or the path of a tokenizer.json or SentencePiece model.")
   seq_len: int = option(256, "Tokens of a row (L).", at_least=1)
   batch_size: int = option(32, "Rows of an optimizer step (B), over all devices.", at_least=1)
-  seed: int = option(0, "Sets the order of the training rows.", at_least=0)
-  threads: int = option(4, "Threads of each process that read rows.", at_least=1)
+  seed: int = option(0, "Sets the order of the training rows.", at_least=0, at_most=LARGEST_SEED)
+  threads: int = option(4, "Threads of each process that read rows.", at_least=1, at_most=256)
   cache_dir: str = option(
     "", "Folder of tokens and compiled programs; empty is $MOE_JAX_CACHE or the user's cache."
   )
@@ -190,7 +191,9 @@ class Train(Section):
   """How long a run is, and how often it says and saves something."""
 
   steps: int = option(1000, "Optimizer steps of the run.", at_least=1)
-  seed: int = option(0, "Draws the initial weights and the routers' noise.", at_least=0)
+  seed: int = option(
+    0, "Draws the initial weights and the routers' noise.", at_least=0, at_most=LARGEST_SEED
+  )
   accumulation: int = option(
     1, "Microbatches of an optimizer step; losses equal the full batch's.", at_least=1
   )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from moe_jax.config import Config
-from moe_jax.options import Choice, spelled, walk
+from moe_jax.options import LARGEST_INT, Choice, spelled, walk
 
 
 class Row(NamedTuple):
@@ -56,7 +56,8 @@ def markdown() -> str:
     "",
     "Every field of a run. Set one in a config file, or on the command line of `train.py`,",
     "`sweep.py` and `python -m benchmarks inference`: `--config.model.moe.top_k=1`.",
-    "`train.py --config=FILE --diff` prints where a config differs from these defaults.",
+    "`train.py --config=FILE --diff` prints where a config differs from these defaults. An",
+    f"integer is at most {LARGEST_INT}, where its row does not say otherwise.",
     "",
     "This page is written by `python -m moe_jax.config_docs > docs/config.md` from",
     "[`config.py`](../moe_jax/config.py) and [`options.py`](../moe_jax/options.py).",

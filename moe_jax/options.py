@@ -13,6 +13,10 @@ from moe_jax.errors import UserError
 
 T = TypeVar("T")
 
+LARGEST_INT = 2**31 - 1  # steps, tokens and sizes are int32 on a device
+LARGEST_SEED = 2**32 - 1  # jax would take a larger one modulo 2**32
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # float32: beyond them a number is 0 or infinite on a device
+
 
 class Bounds(NamedTuple):
   """The values that a number may have; an infinite bound is none."""
@@ -25,17 +29,46 @@ class Bounds(NamedTuple):
 
   def wrong(self, value: float) -> str:
     """What is wrong with a value, "must be at least 1"; "" if nothing is."""
-    if not math.isfinite(value) and not (self.infinite and value == math.inf):
+    if value == math.inf and self.infinite:
+      return ""
+    if not -math.inf < value < math.inf:
       return "is not a finite number"
-    inside = self.above < value < self.below and self.at_least <= value <= self.at_most
-    return "" if inside or value == math.inf else f"must be {self}"
+    if not (self.above < value < self.below and self.at_least <= value <= self.at_most):
+      return f"must be {self}"
+    if isinstance(value, int):
+      too_large = value > LARGEST_INT and self.at_most == math.inf
+      return f"is too large: an integer is at most {LARGEST_INT}" if too_large else ""
+    in_range = not value or _SMALLEST <= abs(value) <= _LARGEST
+    return "" if in_range else f"is out of float32's range, {_SMALLEST} to {_LARGEST}"
 
   def __str__(self) -> str:
     bounds = {
       "at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below
     }  # fmt: skip
-    words = " and ".join(f"{word} {n:g}" for word, n in bounds.items() if math.isfinite(n))
+    words = " and ".join(
+      f"{word} {n if isinstance(n, int) else f'{n:g}'}"
+      for word, n in bounds.items()
+      if -math.inf < n < math.inf
+    )
     return words + "; inf is no limit" * self.infinite
+
+
+# What can be asked of a TextGenerator and of generate.py.
+GENERATION = {
+  "max_new_tokens": Bounds(at_least=1),
+  "temperature": Bounds(at_least=0),
+  "top_k": Bounds(at_least=0),
+  "top_p": Bounds(above=0, at_most=1),
+  "seed": Bounds(at_least=0, at_most=LARGEST_SEED),
+  "num_samples": Bounds(at_least=1, at_most=100_000),
+}
+
+
+def check_generation(values: dict[str, Any]) -> None:
+  """Raises a UserError unless each value, by the name of its option, is in its bounds."""
+  for name, value in values.items():
+    if wrong := GENERATION[name].wrong(value):
+      raise UserError(f"{name}={value} {wrong}")
 
 
 def option(

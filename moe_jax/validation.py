@@ -5,21 +5,29 @@ import math
 from typing import Any
 
 from moe_jax.config import Config, Exchange, Model, MoE, Priority, UserError, flatten
-from moe_jax.options import walk
+from moe_jax.options import LARGEST_INT, walk
 
 
 def validate(config: Config) -> None:
   """Raises a UserError for a wrong type, a value out of range, or two fields that disagree."""
   check_fields(config)
+  if config.model.moe.num_experts:  # from here on with the records, which import jax
+    _check_router(config)
+    _check_dispatch(config)
+
+
+def check_fields(config: Config) -> None:
+  """The part of `validate` that no record of a router or dispatcher is needed for; no jax."""
+  _check_each_field(config)
   if config.optimizer.warmup_steps > config.train.steps:
     _refuse(config, "optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
+  _check_data(config)
   _check_model(config.model)
   _check_moe(config)
   _check_mesh(config)
 
 
-def check_fields(config: Config) -> None:
-  """The part of `validate` that looks at each field alone, by what its `option` says; no jax."""
+def _check_each_field(config: Config) -> None:
   for name, field, value in walk(config):
     kind = field.type
     assert isinstance(kind, type)
@@ -81,10 +89,26 @@ def _get(config: Config, name: str) -> Any:
   return flatten(config)[name]
 
 
+def _microbatch(config: Config) -> int:
+  return config.data.batch_size // config.train.accumulation
+
+
 def _refuse(config: Config, first: str, second: str, why: str) -> None:
   raise UserError(
     f"config.{first}={_get(config, first)} with config.{second}={_get(config, second)}: {why}"
   )
+
+
+def _check_data(config: Config) -> None:
+  data, experts = config.data, config.model.moe.num_experts
+  if data.path and data.name != "text":
+    _refuse(config, "data.path", "data.name", "only name=text reads a path; set data.name=text, or "
+            "leave data.path empty")  # fmt: skip
+  choices = config.model.moe.top_k if experts else 1
+  for rows in ("data.batch_size", "eval.batch_size"):
+    if _get(config, rows) * data.seq_len * choices > LARGEST_INT:
+      _refuse(config, rows, "data.seq_len", f"a batch has more than {LARGEST_INT} tokens (times "
+              "model.moe.top_k), so that int32 cannot count them; make one smaller")  # fmt: skip
 
 
 def _check_model(model: Model) -> None:
@@ -104,8 +128,6 @@ def _check_moe(config: Config) -> None:
   if moe.top_k > moe.num_experts:
     _refuse(config, "model.moe.top_k", "model.moe.num_experts", "a token can choose each expert "
             "once, so top_k is at most num_experts")  # fmt: skip
-  _check_router(config)
-  _check_dispatch(config)
   if moe.first_dense >= config.model.num_layers:
     _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
             " for a dense model set num_experts=0")  # fmt: skip
@@ -173,6 +195,22 @@ def _check_dispatch(config: Config) -> None:
   if moe.exchange_factor and moe.exchange not in (Exchange.ALL_TO_ALL, Exchange.RAGGED):
     _refuse(config, "model.moe.exchange_factor", "model.moe.exchange", "only the buffers of "
             "all_to_all and ragged have a size; set exchange_factor=0")  # fmt: skip
+  if config.mesh.data > 0:  # otherwise resolve_mesh will know how many tokens a device has
+    _check_slots(config)
+
+
+def _check_slots(config: Config) -> None:
+  from moe_jax.moe.dispatch import layout_of
+  from moe_jax.moe.routers import ROUTERS
+
+  moe, mesh, microbatch = config.model.moe, config.mesh, _microbatch(config)
+  shards = mesh.data * mesh.fsdp * mesh.expert
+  for batch, train in ((microbatch, True), (config.eval.batch_size or microbatch, False)):
+    layout = layout_of(moe, (batch // shards, config.data.seq_len), train=train)
+    slots = layout.experts * layout.groups * layout.capacity
+    if slots > LARGEST_INT and (layout.slots or ROUTERS[moe.router].takes_capacity):
+      _refuse(config, "model.moe.num_experts", "data.batch_size", f"a device has {slots} slots, "
+              "which int32 cannot number; lower one of them, or the capacity factors")  # fmt: skip
 
 
 def future_leak(moe: MoE, *, train: bool) -> str:
@@ -233,7 +271,7 @@ def _check_mesh(config: Config) -> None:
     _refuse(config, "data.batch_size", "train.accumulation", "the batch must split into equal "
             "microbatches")  # fmt: skip
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
-  microbatch = data.batch_size // config.train.accumulation
+  microbatch = _microbatch(config)
   if microbatch % shards:
     raise UserError(
       f"config.data.batch_size={data.batch_size} over config.train.accumulation="

@@ -4,6 +4,7 @@ Nothing here imports jax, so that a report can read a run on a machine without i
 """
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -54,12 +55,15 @@ def read_config(workdir: pathlib.Path) -> Config:
   from moe_jax import validation  # not at the top, since a report does not need it
 
   path = workdir / CONFIG
-  if not path.is_file():
+  if not os.path.isfile(path):  # False, too, where no path can be so long
     raise UserError(
       f"--workdir={workdir}: no {CONFIG} there, so no run; train one first with train.py"
     )
   config = _stored_config(path)
-  validation.validate(config)
+  try:
+    validation.validate(config)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from None
   return config
 
 

@@ -1,6 +1,10 @@
 """From arguments to a config and back to text; a mistake is one line and leaves nothing."""
 
+import json
 import re
+import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,28 +28,135 @@ COMMANDS = {
   "--config=README.md": "README.md: not a Python file",
   "--config={tmp}/typo.py": "typo.py:5: there is no field config.model.moe.num_expert;",
   "--config={tmp}/broken.py": "broken.py:3: ZeroDivisionError",
+  "--config={tmp}/syntax.py": "syntax.py:2: SyntaxError: ",
+  "--config={tmp}/exits.py": "exits.py:3: SystemExit: 3",
+  "--config={tmp}/empty.py": "defines no get_config()",
+  "--config={tmp}/none.py": "get_config() returned NoneType",
   "--config.train.steps=1": "--config is missing before it",
   "--config=configs/debug.py --config=configs/tiny_moe.py": "--config is given twice",
   "--config=configs/debug.py --config.model.moe.capacity_factor=0": "inf is no limit",
+  "--config=configs/debug.py --config.model.dim=100000000000000000000": "at most 2147483647",
+  "--config=configs/debug.py --config.model.vocab_size=80000000000": "vocab_size=80000000000 is",
+  "--config=configs/debug.py --config.model.num_layers=1000000": "num_layers=1000000 must be",
+  "--config=configs/debug.py --config.train.steps=3000000000": "config.train.steps=3000000000 is",
+  "--config=configs/debug.py --config.train.seed=4294967296": "at most 4294967295",
+  "--config=configs/debug.py --config.data.seed=4294967296": "at most 4294967295",
+  "--config=configs/debug.py --config.data.threads=100000": "at most 256",
+  "--config=configs/debug.py --config.model.moe.capacity_factor=1e300": "float32's range",
+  "--config=configs/debug.py --config.data.path=x": "config.data.name=python_stdlib",
   "": "--config is missing",
 }
+FILES = {
+  "typo.py": "from moe_jax.config import Config, Model, MoE\n\n\ndef get_config():\n"
+  "  return Config(model=Model(moe=MoE(num_expert=8)))\n",
+  "broken.py": "def get_config():\n  n = 0\n  return 1 / n\n",
+  "syntax.py": "def get_config():\n  return 1 +\n",
+  "exits.py": "import sys\ndef get_config():\n  sys.exit(3)\n",
+  "empty.py": "",
+  "none.py": "def get_config():\n  pass\n",
+  "interrupted.py": "import os, signal\ndef get_config():\n  os.kill(os.getpid(), signal.SIGINT)\n",
+}
+# Runs a script in a Python that has no jax, as the shell does otherwise.
+WITHOUT_JAX = (
+  "import runpy, sys; sys.modules['jax'] = None; sys.argv = sys.argv[1:]; "
+  "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def one_line(*command, code=2):
+  """The line on stderr of a command that ends with this code, at once and without jax."""
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = subprocess.run(
+    [sys.executable, "-c", WITHOUT_JAX, *command], cwd=ROOT, capture_output=True, text=True,
+    timeout=100,
+  )  # fmt: skip
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert done.returncode == code, done.stderr
+  assert after.ru_utime - before.ru_utime < 3  # seconds; it takes a tenth of that
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+  assert not done.stdout
+  return done.stderr
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)
 def test_a_wrong_command_is_one_line_and_makes_nothing(arguments, tmp_path):
-  lines = ["from moe_jax.config import Config, Model, MoE", "", "", "def get_config():"]
-  typo = [*lines, "  return Config(model=Model(moe=MoE(num_expert=8)))"]
-  (tmp_path / "typo.py").write_text("\n".join(typo))
-  (tmp_path / "broken.py").write_text("def get_config():\n  n = 0\n  return 1 / n\n")
+  for name, text in FILES.items():
+    (tmp_path / name).write_text(text)
   workdir = tmp_path / "workdir"
-  command = [sys.executable, "train.py", *arguments.format(tmp=tmp_path).split()]
+  command = ["train.py", *arguments.format(tmp=tmp_path).split()]
   if "workdri" not in arguments and arguments:
     command.append(f"--workdir={workdir}")
+  assert COMMANDS[arguments] in one_line(*command)
+  assert not workdir.exists()
+
+
+def test_ctrl_c_has_no_traceback(tmp_path):
+  (tmp_path / "interrupted.py").write_text(FILES["interrupted.py"])
+  command = [sys.executable, "train.py", f"--config={tmp_path / 'interrupted.py'}"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-  assert COMMANDS[arguments] in done.stderr
-  assert not workdir.exists() and not done.stdout
+  assert (done.returncode, done.stderr, done.stdout) == (128 + signal.SIGINT, "", "")
+
+
+TRAIN = ("train.py", "--config=configs/debug.py", "--workdir")
+SWEEP = ("sweep.py", "--sweep=configs/sweeps/balance.py", "--out")
+EVALUATE, GENERATE = ("eval.py", "--workdir"), ("generate.py", "--prompt=a", "--workdir")
+LONG = "n" * 300
+FOLDERS = [
+  (TRAIN, "file", "Not a directory"), (TRAIN, "file/below", "Not a directory"),
+  (TRAIN, LONG, "File name too long"), (TRAIN, f"new/{LONG}", "File name too long"),
+  (TRAIN, "new/" * 1100, "File name too long"), (TRAIN, "/proc/new", "No such file"),
+  (TRAIN, "nowhere", "No such file"), (SWEEP, "file", "Not a directory"),
+  (SWEEP, "/proc/new", "No such file"), (EVALUATE, "file", "no config.json there"),
+  (EVALUATE, LONG, "no config.json there"), (GENERATE, "file/below", "no config.json there"),
+  (GENERATE, LONG, "no config.json there"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("script", "folder", "why"), FOLDERS, ids=[f"{s[0]}-{f[:12]}" for s, f, _ in FOLDERS]
+)
+def test_a_folder_that_cannot_be_made_or_read_is_one_line(script, folder, why, tmp_path):
+  (tmp_path / "file").touch()
+  (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+  line = one_line(*script[:-1], f"{script[-1]}={tmp_path / folder}")
+  assert f"{script[-1]}={tmp_path / folder}" in line and why in line
+  assert {path.name for path in tmp_path.iterdir()} == {"file", "nowhere"}
+
+
+def test_a_folder_that_can_be_made_is_not_made(tmp_path):
+  command_line.check_folder("workdir", str(tmp_path / "a" / "b"))
+  command_line.check_folder("workdir", str(tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_disk_has_a_code_of_its_own(tmp_path):
+  own_mounts = ["unshare", "--map-root-user", "--mount"]
+  if not shutil.which("unshare") or subprocess.run([*own_mounts, "true"]).returncode:
+    pytest.skip("this system lets nobody mount a disk of their own")
+  command = shlex.join([sys.executable, *TRAIN[:-1], f"--workdir={tmp_path}/new"])
+  mount = f"mount -t tmpfs -o ro none {tmp_path}"
+  done = subprocess.run(
+    [*own_mounts, "sh", "-c", f"{mount} && {command}"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 3 and "Read-only file system" in done.stderr, done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("field", "value", "why"), [
+  ("model.dim", 10**20, "config.model.dim=100000000000000000000 is too large"),
+  ("train.seed", -1, "config.train.seed=-1 must be at least 0"),
+  ("data.path", "x", "config.data.path=x with config.data.name=python_stdlib"),
+  ("optimizer.eps", "much", "config.optimizer.eps='much' is of type str, not float"),
+])  # fmt: skip
+def test_a_config_json_gets_the_same_lines(field, value, why, tmp_path):
+  values = json.loads(config_lib.to_json(config_lib.Config()))
+  section, leaf = field.split(".")
+  values[section][leaf] = value
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  for script in (EVALUATE, GENERATE):
+    line = one_line(*script[:-1], f"{script[-1]}={tmp_path}")
+    assert f"{tmp_path}/config.json: {why}" in line
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def said(*arguments, script="train.py"):
@@ -70,7 +181,8 @@ def test_help_lists_every_field():
 
 def test_what_differs_from_the_defaults():
   arguments = "--diff", "--config=configs/debug.py", "--config.model.moe.capacity_factor=inf"
-  lines = said(*arguments, "--config.model.moe.top_k=1", "--config.data.path=x").splitlines()
+  text = "--config.data.name=text", "--config.data.path=x"
+  lines = said(*arguments, "--config.model.moe.top_k=1", *text).splitlines()
   assert "config.model.moe.top_k = 1   (default 2)" in lines
   assert "config.model.moe.capacity_factor = inf   (default 1.25)" in lines
   assert "config.data.path = x   (default empty)" in lines

@@ -8,7 +8,17 @@ from tests.support.toys import ROOT
 
 PACKAGE = ROOT / "moe_jax"
 TESTS = ROOT / "tests"
-_CORE = {"config", "errors", "files", "validation", "workdir", "sharding", "startup", "data"}
+_CORE = {
+  "config",
+  "options",
+  "errors",
+  "files",
+  "validation",
+  "workdir",
+  "sharding",
+  "startup",
+  "data",
+}
 _CORE |= {"kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {

@@ -89,6 +89,7 @@ class LoadedRun:
     mesh = sharding.fit_mesh(config.mesh, batch_size(config))
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
+    cost.check_evaluation_memory(self.config)
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = pipeline.load_rows(config.data, split)

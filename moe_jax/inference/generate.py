@@ -24,7 +24,8 @@ from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, sampling
 from moe_jax.inference.decoding import Weights
 from moe_jax.kernels import choose
-from moe_jax.model import transformer
+from moe_jax.model import cost, transformer
+from moe_jax.options import check_generation
 
 _SLOT_MULTIPLE = 32  # the number of slots of a cache is a multiple of this
 _CHUNK = 32  # the most tokens of a row that the device draws before it returns them
@@ -53,12 +54,14 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   path = pathlib.Path(workdir)
   config = workdir_lib.read_config(path)
   startup.start(config.data)
+  config.mesh = sharding.fit_mesh(config.mesh, batch_size=1)
+  cost.check_weights_memory(config)
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
   model = decoding.for_inference(model)
   reader = checkpoint.Checkpointer(path)
   try:
     step = reader.find(step)
-    mesh = sharding.make_mesh(sharding.fit_mesh(config.mesh, batch_size=1))
+    mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
       stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
       weights = decoding.weights(model, **stored)
@@ -159,21 +162,28 @@ class TextGenerator:
       seed: the same seed draws the same tokens on every mesh.
       num_samples: continuations of each prompt.
     """
-    _check_prompts(prompts, max_new_tokens, num_samples)
+    if not prompts:
+      raise UserError("no prompt: give at least one, which may be empty")
+    check_generation({
+      "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+      "top_p": top_p, "seed": seed, "num_samples": num_samples,
+    })  # fmt: skip
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
     encoded = [
       np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(p)]) for p in prompts
     ]
+    self._check_memory(len(prompts) * num_samples, max(map(len, encoded)) + max_new_tokens)
     rows = [ids for ids in encoded for _ in range(num_samples)]
     padded_BL, first_B = self._padded(rows)
     B, L = padded_BL.shape
     slots = -(-(L + max_new_tokens) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     done = np.arange(B) >= len(rows)
+    seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
     with jax.set_mesh(self.mesh):
       start = time.perf_counter()
       tokens_BL, start_B, done_B = self._put(padded_BL, first_B, done)
       cache, token_B, done_B = self._prefill(
-        self.weights, tokens_BL, start_B, done_B, seed, draw, kind=kind, slots=slots
+        self.weights, tokens_BL, start_B, done_B, seed_of_draws, draw, kind=kind, slots=slots
       )
       first = np.asarray(token_B)[: len(rows), None].tolist()
       self.seconds = {"prefill": time.perf_counter() - start, "decode": 0.0}
@@ -185,7 +195,7 @@ class TextGenerator:
         start = time.perf_counter()
         steps = min(steps, max_new_tokens - length)
         cache, token_B, done_B, out_BN, columns = self._decode(
-          self.weights, cache, token_B, done_B, seed, length, steps, draw, kind=kind
+          self.weights, cache, token_B, done_B, seed_of_draws, length, steps, draw, kind=kind
         )
         new = self._new(np.asarray(out_BN), finished, int(columns), len(rows))
         finished, length = np.asarray(done_B), length + int(columns)
@@ -203,6 +213,17 @@ class TextGenerator:
       for name, count in self.counts.items()
     )
     return "; ".join(rates)
+
+  def _check_memory(self, rows: int, length: int) -> None:
+    """Refuses so many rows of so many tokens if their keys and values cannot fit a device."""
+    model = self.model
+    width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    itemsize = jnp.dtype(model.compute_dtype.value).itemsize
+    cost.refuse_over_memory(
+      rows * length * width * itemsize / self.mesh.size,
+      f"keys and values of {rows} texts of up to {length} tokens",
+      "lower max_new_tokens or num_samples, or give fewer prompts at a time",
+    )
 
   def _new(
     self, out_BN: np.ndarray, finished: np.ndarray, columns: int, rows: int
@@ -232,13 +253,6 @@ class TextGenerator:
 
   def _put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
     return sharding.to_global(arrays, self.mesh)
-
-
-def _check_prompts(prompts: Sequence[str], max_new_tokens: int, num_samples: int) -> None:
-  if not prompts:
-    raise UserError("no prompt: give at least one, which may be empty")
-  sampling.check_least("max_new_tokens", max_new_tokens, 1)
-  sampling.check_least("num_samples", num_samples, 1)
 
 
 def _all_logits(

@@ -1,14 +1,11 @@
 """Draws the next token from its logits: temperature, top-k, top-p, greedy."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from moe_jax.config import UserError
 
 
 class Sampling(NamedTuple):
@@ -27,27 +24,13 @@ class Kind(NamedTuple):
 
 
 def options(temperature: float, top_k: int, top_p: float, vocab_size: int) -> tuple[Sampling, Kind]:
-  """Checks and converts the options of generate.TextGenerator.stream.
-
-  Raises:
-    UserError: a value is out of its range.
-  """
-  check_least("temperature", temperature, 0)
-  check_least("top_k", top_k, 0)
-  if not 0 < top_p <= 1:
-    raise UserError(f"top_p={top_p}: it must be a probability above 0 and at most 1")
+  """Converts the options of generate.TextGenerator.stream."""
   sampling = Sampling(
     temperature=np.float32(temperature or 1),
-    top_k=np.int32(top_k or vocab_size),
+    top_k=np.int32(min(top_k or vocab_size, vocab_size)),
     top_p=np.float32(top_p),
   )
   return sampling, Kind(greedy=temperature == 0, filtered=bool(top_k) or top_p < 1)
-
-
-def check_least(name: str, value: float, least: int) -> None:
-  """Raises UserError unless `value`, of the option `name`, is a finite number >= `least`."""
-  if not value >= least or math.isinf(value):
-    raise UserError(f"{name}={value}: it must be a number of at least {least}")
 
 
 def sample(

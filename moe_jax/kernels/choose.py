@@ -35,6 +35,41 @@ Function = Callable[..., jax.Array]
 Name = TypeVar("Name")
 
 
+def check(config: Config) -> None:
+  """Refuses a kernel or an exchange that the config names and that cannot run here.
+
+  Args:
+    config: of a run; its mesh is resolved.
+
+  Raises:
+    UserError: it does not run on this platform, or not with the run's sizes and mesh.
+  """
+  model, moe = config.model, config.model.moe
+  grouped = moe.num_experts and moe.dispatch is Dispatch.GROUPED
+  wrong = {}
+  if model.attention is not Attention.AUTO:
+    attention = ATTENTION_KERNELS[model.attention]
+    refused = attention.refuses(*_attention_shapes(config))
+    wrong["model.attention"] = _not_for(attention.platforms) or (
+      refused and f"it refuses {refused}"
+    )
+  if grouped and moe.grouped_matmul is not GroupedMatmul.AUTO:
+    experts = EXPERT_KERNELS[moe.grouped_matmul]
+    with jax.set_mesh(sharding.make_mesh(config.mesh)):
+      wrong["model.moe.grouped_matmul"] = _not_for(experts.platforms) or experts.available()
+  if grouped and config.mesh.expert > 1 and not platform.has_exchange(moe.exchange):
+    wrong["model.moe.exchange"] = f"it does not run on {platform.name()}"
+  fields = config_lib.flatten(config)
+  for field, reason in wrong.items():
+    if reason:
+      raise UserError(f"config.{field}={fields[field]}: {reason}; set it to auto")
+
+
+def _not_for(platforms: tuple[str, ...]) -> str:
+  here = platform.name()
+  return "" if here in platforms else f"it runs on {' and '.join(platforms)}, not on {here}"
+
+
 def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str, str], list[str]]:
   """Replaces every `auto` of a kernel in the config.
 
@@ -49,6 +84,7 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
   Raises:
     UserError: a kernel that the config names cannot run on this device.
   """
+  check(config)
   device = jax.devices()[0].device_kind
   model, moe, lines = config.model, config.model.moe, []
   if recorded and recorded["device"] != device:
@@ -77,8 +113,8 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
 def for_reading(model: config_lib.Model, recorded: dict[str, str]) -> config_lib.Model:
   """Returns the model with the kernels that its run recorded, for evaluation and generation.
 
-  On another kind of device than the run's, `auto` remains, and it replaces a kernel that does not
-  run on this platform.
+  On another kind of device than the run's, `auto` remains, and it replaces a kernel or an exchange
+  that does not run on this platform.
   """
   here, moe = platform.name(), model.moe
   attention, grouped_matmul = model.attention, moe.grouped_matmul
@@ -89,7 +125,8 @@ def for_reading(model: config_lib.Model, recorded: dict[str, str]) -> config_lib
     attention = Attention.AUTO
   if grouped_matmul in EXPERT_KERNELS and here not in EXPERT_KERNELS[grouped_matmul].platforms:
     grouped_matmul = GroupedMatmul.AUTO
-  moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul)
+  exchange = moe.exchange if platform.has_exchange(moe.exchange) else Exchange.AUTO
+  moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul, exchange=exchange)
   return dataclasses.replace(model, attention=attention, moe=moe)
 
 
@@ -99,17 +136,19 @@ def _named(name: str, recorded: str) -> str:
   return f"{name}, which the config names{before}"
 
 
-def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
-  model, dtype = config.model, jnp.dtype(config.model.compute_dtype.value)
+def _attention_shapes(config: Config) -> tuple[tuple[int, ...], tuple[int, ...], jnp.dtype]:
+  """Returns the shapes of q_BLHA and k_BLGA of a microbatch, and their dtype."""
+  model = config.model
   batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
   q_shape = (batch, length, model.num_heads, model.head_dim)
   k_shape = (batch, length, model.num_kv_heads, model.head_dim)
+  return q_shape, k_shape, jnp.dtype(model.compute_dtype.value)
+
+
+def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
+  model = config.model
+  q_shape, k_shape, dtype = _attention_shapes(config)
   if model.attention is not Attention.AUTO:
-    reason = ATTENTION_KERNELS[model.attention].refuses(q_shape, k_shape, dtype)
-    if reason:
-      raise UserError(
-        f"config.model.attention={model.attention.value} refuses {reason}; set it to auto"
-      )
     return model.attention, _named(model.attention.value, recorded)
   if recorded:
     return Attention(recorded), f"{recorded}, which the run began with"
@@ -151,9 +190,6 @@ def _attention_difference(
 def _experts_of_run(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
   moe = config.model.moe
   if moe.grouped_matmul is not GroupedMatmul.AUTO:
-    reason = EXPERT_KERNELS[moe.grouped_matmul].available()
-    if reason:
-      raise UserError(f"config.model.moe.grouped_matmul={moe.grouped_matmul.value}: {reason}")
     return moe.grouped_matmul, _named(moe.grouped_matmul.value, recorded)
   if recorded:
     return GroupedMatmul(recorded), f"{recorded}, which the run began with"

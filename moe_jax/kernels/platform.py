@@ -1,8 +1,13 @@
 """The kind of device that this process runs on; no other module of the model asks JAX for it."""
 
+import os
+import pathlib
+
 import jax
 
 from moe_jax.config import Exchange
+
+_ROOT = pathlib.Path("/")
 
 
 def name() -> str:
@@ -15,9 +20,50 @@ def one_cpu() -> bool:
   return name() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
 
 
+def memory_bytes() -> int | None:
+  """Returns the memory of a device of this process; None where it is not known.
+
+  The CPU devices of a process share the machine's memory.
+  """
+  if name() == "cpu":
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([pages, *cgroup_limits(_ROOT)]) // jax.local_device_count()
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("bytes_limit")
+
+
+def cgroup_limits(root: pathlib.Path) -> list[int]:
+  """Returns the limits of memory that Linux sets for this process and the groups around it.
+
+  A container and a job of a scheduler have one. `root` is the folder of /proc and /sys.
+  """
+  try:
+    groups = (root / "proc/self/cgroup").read_text().splitlines()
+  except OSError:
+    return []
+  limits = []
+  for group in groups:
+    _, controllers, path = group.split(":", 2)
+    if controllers and "memory" not in controllers.split(","):
+      continue
+    file = "memory/{}/memory.limit_in_bytes" if controllers else "{}/memory.max"  # version 1 or 2
+    inner = pathlib.PurePath(path.lstrip("/"))
+    for folder in (inner, *inner.parents):
+      try:
+        limits.append(int((root / "sys/fs/cgroup" / file.format(folder)).read_text()))
+      except (OSError, ValueError):  # no such file, or "max"
+        continue
+  return limits
+
+
+def has_exchange(exchange: Exchange) -> bool:
+  """Returns whether this platform has the exchange: XLA:CPU has no ragged_all_to_all."""
+  return exchange is not Exchange.RAGGED or name() != "cpu"
+
+
 def default_exchange() -> Exchange:
   """Returns the exchange that `auto` stands for.
 
-  XLA:CPU has no ragged exchange, and only on a TPU is the ragged exchange known to be fast.
+  Only on a TPU is the ragged exchange known to be fast.
   """
   return Exchange.RAGGED if name() == "tpu" else Exchange.ALL_GATHER

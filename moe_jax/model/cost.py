@@ -10,6 +10,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
+from moe_jax.kernels import platform
 from moe_jax.model.transformer import Tokens, abstract_params, bias_shape, forward, moe_layers
 
 
@@ -54,12 +55,105 @@ def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
   `optimizer_state` is the state as shapes, because this folder does not import the optimizers.
   """
   params = abstract_params(config.model)
-  state = (params, params, optimizer_state)
+  return _bytes_per_device(config, (params, params, optimizer_state), params)
+
+
+def _bytes_per_device(config: config_lib.Config, state: Any, params: Any) -> int:
   shardings = sharding.param_shardings(state, _abstract_mesh(config.mesh), params)
   return sum(
     math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf, placed in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
   )
+
+
+def check_training_memory(config: config_lib.Config, optimizer_state: Any) -> None:
+  """Refuses a run that cannot fit the memory of a device; nothing is allocated.
+
+  What is counted is the least that any compiler needs, so that no run is refused that would fit:
+  weights, the optimizer's state, and the gradients or the activations, because the memory of an
+  activation can be used again for a gradient.
+
+  Args:
+    config: of the run; its mesh is resolved.
+    optimizer_state: as shapes.
+
+  Raises:
+    UserError: names the fields to change.
+  """
+  optimizer, data = config.optimizer.name.value, config.data
+  params = abstract_params(config.model)
+  weights = _bytes_per_device(config, params, params)
+  state = _bytes_per_device(config, (params, optimizer_state), params)
+  refuse_over_memory(
+    weights + state, f"weights, gradients and the state of {optimizer}", _smaller_model(config)
+  )
+  refuse_over_memory(
+    state + activation_bytes(config) / config.mesh.tensor,
+    f"weights, the state of {optimizer} and activations (config.model.remat="
+    f"{config.model.remat.value})",
+    f"lower config.data.batch_size={data.batch_size}, config.data.seq_len={data.seq_len} or "
+    f"config.model.num_layers={config.model.num_layers}, or raise config.train.accumulation="
+    f"{config.train.accumulation}",
+  )
+  check_evaluation_memory(config, state)
+
+
+def check_evaluation_memory(config: config_lib.Config, state: int = 0) -> None:
+  """Refuses an evaluation whose float32 logits cannot fit a device, beside its weights.
+
+  Args:
+    config: its mesh is resolved.
+    state: bytes of weights and an optimizer's state; 0 where there are the weights alone.
+  """
+  data, mesh = config.data, config.mesh
+  state = state or check_weights_memory(config)
+  batch = config.eval.batch_size or data.batch_size // config.train.accumulation
+  tokens = batch // (mesh.data * mesh.fsdp * mesh.expert) * data.seq_len
+  refuse_over_memory(
+    state + 4 * tokens * config.model.vocab_size / mesh.tensor,
+    f"weights and the logits of an evaluation of {batch} sequences at a time",
+    f"lower config.eval.batch_size={config.eval.batch_size} (0: the training microbatch) or "
+    f"config.data.seq_len={data.seq_len}",
+  )
+
+
+def check_weights_memory(config: config_lib.Config) -> int:
+  """Returns the bytes of the weights on each device; refuses a model of which they do not fit."""
+  params = abstract_params(config.model)
+  weights = _bytes_per_device(config, params, params)
+  refuse_over_memory(weights, "weights", _smaller_model(config))
+  return weights
+
+
+def refuse_over_memory(size: float, what: str, remedy: str) -> None:
+  """Raises a UserError if `what`, of that many bytes, does not fit the memory of a device."""
+  memory = platform.memory_bytes()
+  if memory is not None and size > memory:
+    raise config_lib.UserError(
+      f"{what}: at least {gib(size)} on each device, which has {gib(memory)}; {remedy}"
+    )
+
+
+# The field that says the size of a dimension, by its letter in a parameter's name.
+_FIELDS = {
+  "Z": "model.num_layers", "V": "model.vocab_size", "E": "model.moe.num_experts", "D": "model.dim",
+  "H": "model.num_heads", "G": "model.num_kv_heads", "A": "model.head_dim",
+}  # fmt: skip
+
+
+def _smaller_model(config: config_lib.Config) -> str:
+  """Names the fields that make the largest parameter as large as it is."""
+  path, _ = max(parameters(config.model).items(), key=lambda item: math.prod(item[1].shape))
+  letters = "Z" * (path[0] == "scans") + path[-1].rsplit("_", 1)[-1]
+  hidden = ["model.ffn_dim"]
+  if "E" in letters:
+    hidden = ["model.moe.expert_dim"]
+  elif "shared" in path:
+    hidden = ["model.moe.shared_experts", "model.moe.expert_dim"]
+  names = [name for letter in letters for name in (hidden if letter == "F" else [_FIELDS[letter]])]
+  values = config_lib.flatten(config)
+  lower = " or ".join(f"config.{name}={values[name]}" for name in names)
+  return f"lower {lower}, or take more devices (config.mesh)"
 
 
 def _abstract_mesh(mesh: config_lib.Mesh) -> jax.sharding.AbstractMesh:
@@ -159,5 +253,7 @@ def si(number: float) -> str:
 
 
 def gib(number: float) -> str:
-  """Formats a number of bytes in GiB, or in MiB if it is less than one GiB."""
+  """Formats a number of bytes in GiB, in MiB if it is less than one, or in TiB."""
+  if number >= 2**40:
+    return f"{number / 2**40:.2f} TiB"
   return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

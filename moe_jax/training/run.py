@@ -91,6 +91,8 @@ def begin(
   """Starts jax; returns the config with its mesh, and the folder, which has no other config."""
   startup.start(config.data, multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
+  choose.check(config)
+  cost.check_training_memory(config, optimizers.abstract_state(config))
   path = pathlib.Path(workdir)
   workdir_lib.check_same_config(path, config)
   return config, path

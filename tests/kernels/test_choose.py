@@ -139,19 +139,42 @@ def test_a_kernel_that_is_named_is_taken_or_refused():
       config.model, moe=dataclasses.replace(config.model.moe, exchange=Exchange.ALL_GATHER)
     )
     assert all("which the config names" in line for line in lines[:2])
-    config.model.attention = Attention.SPLASH
-    config.data.seq_len = 100
-    with pytest.raises(UserError, match=r"attention=splash refuses a sequence of 100 tokens"):
-      choose.resolve(config, {})
+
+
+def test_what_cannot_run_here_is_refused_before_a_run_starts(monkeypatch):
+  """One line names the field, the platform and the remedy, not an error of the compiler."""
+  config = dropless()
+  choose.check(config)
+  config.model.attention = Attention.SPLASH
+  with pytest.raises(UserError, match=r"config.model.attention=splash: it runs on tpu, not on cpu"):
+    choose.check(config)
+  config.model.attention = Attention.AUTO
+  config.model.moe.grouped_matmul = GroupedMatmul.TRITON
+  with pytest.raises(UserError, match=r"grouped_matmul=triton: it runs on gpu, .*set it to auto"):
+    choose.resolve(config, {})
+  config.model.moe.grouped_matmul = GroupedMatmul.AUTO
+  config.model.moe.exchange = Exchange.RAGGED
+  choose.check(config)  # one device exchanges nothing
+  config.mesh.expert = 2
+  with pytest.raises(
+    UserError, match=r"config.model.moe.exchange=ragged: .*not run on cpu; .*auto"
+  ):
+    choose.check(config)
+  monkeypatch.setattr(platform, "name", lambda: "tpu")
+  choose.check(config)
+  config.model.attention, config.data.seq_len = Attention.SPLASH, 100
+  with pytest.raises(UserError, match=r"attention=splash: it refuses a sequence of 100 tokens"):
+    choose.check(config)
 
 
 def test_another_platforms_kernels_become_auto(monkeypatch):
   """To evaluate on a laptop what was trained on a pod."""
   model = config_lib.Model(attention=Attention.SPLASH)
-  model.moe.grouped_matmul = GroupedMatmul.MOSAIC
+  model.moe.grouped_matmul, model.moe.exchange = GroupedMatmul.MOSAIC, Exchange.RAGGED
   there = {"device": "TPU v9", "attention": "splash", "grouped_matmul": "mosaic"}
   here = choose.for_reading(model, there)
   assert here.attention is Attention.AUTO and here.moe.grouped_matmul is GroupedMatmul.AUTO
+  assert here.moe.exchange is Exchange.AUTO
   same = there | {"device": jax.devices()[0].device_kind, "attention": "reference"}
   assert choose.for_reading(config_lib.Model(), same).attention is Attention.REFERENCE
   monkeypatch.setattr(platform, "name", lambda: "tpu")

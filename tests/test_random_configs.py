@@ -1,0 +1,51 @@
+"""Whatever validate() accepts can be trained and evaluated; whatever it refuses, it names."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import sharding, validation
+from moe_jax.config import Config
+from moe_jax.kernels import choose
+from moe_jax.model import cost
+from moe_jax.options import flatten
+from moe_jax.training import evaluator, optimizers, train
+from tests.support.random_configs import draw
+from tests.support.toy_text import toy_rows
+
+
+def check(config: Config) -> Config:
+  """What train.py checks before a run: the fields, the mesh, the platform, the memory."""
+  validation.validate(config)
+  mesh = config.mesh
+  devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
+  config = validation.resolve_mesh(config, devices if 0 < devices < 8 else 8)
+  choose.check(config)
+  if max(value for value in flatten(config).values() if type(value) is int) > 1000:
+    cost.check_training_memory(config, optimizers.abstract_state(config))  # takes a second
+  return config
+
+
+def numbers_of_a_run(config: Config) -> dict[str, np.ndarray]:
+  """Returns the metrics of two training steps and of an evaluation."""
+  mesh = sharding.make_mesh(config.mesh)
+  rows = toy_rows([5, 40, 1, 30, 60], [0, 1, 0, 1, 1], seq_len=config.data.seq_len)
+  with jax.set_mesh(mesh):
+    init, _, shardings = train.init_state(config, mesh)
+    step, state, numbers = train.compile_step(config, shardings), init(), {}
+    for _ in range(2):
+      batch = rows.batch(np.arange(config.data.batch_size) % len(rows))
+      state, values = step(state, sharding.to_global(batch, mesh))
+      numbers |= {name: np.asarray(value) for name, value in values.items()}
+    result = evaluator.Evaluator(config, rows, mesh, 1)(state.params, state.bias_ZE)
+  return numbers | {f"evaluation {name}": np.asarray(v) for name, v in result.items()}
+
+
+@pytest.mark.parametrize(
+  "seed", [pytest.param(s, marks=[pytest.mark.slow] if s >= 8 else []) for s in range(200)]
+)
+def test_an_accepted_config_trains(seed):
+  config, errors = draw(np.random.default_rng(seed), check)
+  assert all("\n" not in error for error in errors)
+  for name, value in numbers_of_a_run(config).items():
+    assert np.isfinite(value).all(), f"{name} is {value} of {config}"
