@@ -75,7 +75,7 @@ def test_arms_that_fail_do_not_stop_the_others(whole):
 
 
 def test_the_report_says_why_arms_failed(whole):
-  out, ended = whole
+  out, _ = whole
   text = (out / "report.md").read_text()
   for arm, reason in (("diverges", "error: not finite at step"), ("too_large", "Out of memory")):
     block = text.split(f"{arm}/seed0: end of its log")[1].split("```")[1]
