@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.scripts import built
-from tests.support.sweeps import TWO, write_sweep
+from tests.support.sweeps import TWO, start_real, write_sweep
 from tests.support.toys import ROOT
 
 
@@ -66,23 +66,10 @@ def test_a_sweep_without_a_folder_is_refused_in_one_line(tmp_path):
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out is missing" in done.stderr
 
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-ENVIRONMENT["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, and compiles faster
-
-
 ARMS = (
   "[arm('good', {'eval.final_batches': 1}),"
   " arm('bad', {'data.name': 'text', 'data.path': 'nowhere'})]"
 )
-
-
-def start_real(folder, cache, arms, *options):
-  path = write_sweep(folder, arms, seeds=(0,))
-  fields = [f"--config.data.cache_dir={cache}", "--config.train.log_every=1"]
-  return subprocess.Popen(
-    [sys.executable, "sweep.py", f"--sweep={path}", f"--out={folder / 'out'}", *fields, *options],
-    cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True,
-  )  # fmt: skip
 
 
 def ended(process, folder, timeout):

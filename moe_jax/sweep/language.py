@@ -50,7 +50,7 @@ def arm(name: str, *changes: dict[str, Any] | Transform, notes: str = "") -> Arm
   fields: dict[str, Any] = {}
   transforms = []
   for change in changes:
-    if isinstance(change, dict):
+    if isinstance(change, dict) and all(isinstance(field, str) for field in change):
       fields = _merge(name, fields, change)
     elif callable(change):
       transforms.append(change)
@@ -112,10 +112,22 @@ def load_sweep(path: str) -> tuple[str, Sweep]:
     raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from None
   if not isinstance(sweep, Sweep):
     raise UserError(f"{path}: get_sweep() returned {type(sweep).__name__}, not a Sweep")
+  _check_types(path, sweep)
   question = (module["__doc__"] or "").strip()
   if not question:
     raise UserError(f"{path}: it has no docstring; begin with the question that it answers")
   return question, sweep
+
+
+def _check_types(path: str, sweep: Sweep) -> None:
+  for name in ("base", "target", "published", "band"):
+    if not isinstance(getattr(sweep, name), str):
+      raise UserError(f"{path}: {name}={getattr(sweep, name)!r} is not a text")
+  for name, kind in (("arms", Arm), ("seeds", int), ("evaluate", str)):
+    value = getattr(sweep, name)
+    if not isinstance(value, list | tuple | range) or not all(isinstance(v, kind) for v in value):
+      hint = f"; write ({value!r},)" if isinstance(value, kind) else ""
+      raise UserError(f"{path}: {name}={value!r} is not a list of {kind.__name__}{hint}")
 
 
 def _place(error: Exception, path: str) -> str:

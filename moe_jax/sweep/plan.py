@@ -11,7 +11,7 @@ from moe_jax import config as config_lib
 from moe_jax.config import SEEDS, Config, UserError
 from moe_jax.options import spelled
 from moe_jax.sweep import language, matching
-from moe_jax.sweep.language import Arm, Sweep
+from moe_jax.sweep.language import Arm, Sweep, Transform
 from moe_jax.sweep.matching import Measured
 
 _FLAGS_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
@@ -102,10 +102,6 @@ def _check_sweep(path: str, sweep: Sweep, names: list[str], seeds: Sequence[int]
     bad = len(set(numbers)) < len(numbers) or [s for s in numbers if type(s) is not int or s < 0]
     if bad or not sweep.seeds:
       raise UserError(f"{path}: seeds={tuple(numbers)} must be different integers from 0 up")
-  if isinstance(sweep.evaluate, str):
-    raise UserError(
-      f"{path}: evaluate={sweep.evaluate!r} is one string; write ({sweep.evaluate!r},)"
-    )
 
 
 def _check_name(what: str, name: str, names: list[str]) -> None:
@@ -130,13 +126,25 @@ def _planned(
         config, note = transform.solve(config, measured)
         notes.append(note)
       else:
-        config = transform(config)
+        config = _transformed(transform, config)
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
   return PlannedArm(
     a.name, config_lib.changes(base, config), [*notes, matching.sizes(config)], config
   )
+
+
+def _transformed(transform: Transform, config: Config) -> Config:
+  try:
+    changed = transform(config)
+  except UserError:
+    raise
+  except Exception as error:  # a function of the user's
+    raise UserError(f"its transform ended with {type(error).__name__}: {error}") from None
+  if not isinstance(changed, Config):
+    raise UserError(f"its transform returned {changed!r}, not a Config")
+  return changed
 
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:

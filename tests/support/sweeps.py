@@ -1,9 +1,13 @@
 """Sweep files of a few arms, and their plans."""
 
+import os
 import pathlib
+import subprocess
+import sys
 import textwrap
 
 from moe_jax.sweep import plan as plan_lib
+from tests.support.toys import ROOT
 
 
 def write_sweep(folder, arms, **more):
@@ -36,3 +40,17 @@ def make(path, out="runs/x", *, arms=(), seeds=(), overrides=None, measured=None
 
 
 TWO = "[arm('base'), arm('none', {'loss.load_balance': 0.0})]"
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+ENVIRONMENT["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, and compiles faster
+
+
+def start_real(folder, cache, arms, *options):
+  """Starts sweep.py on arms of configs/debug.py, in folder/out, with a line for each step."""
+  path = write_sweep(folder, arms, seeds=(0,))
+  fields = [f"--config.data.cache_dir={cache}", "--config.train.log_every=1"]
+  return subprocess.Popen(
+    [sys.executable, "sweep.py", f"--sweep={path}", f"--out={folder / 'out'}", *fields, *options],
+    cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    start_new_session=True,
+  )  # fmt: skip

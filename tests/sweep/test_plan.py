@@ -124,6 +124,15 @@ WRONG = {
   "[arm('base')], seeds=(0, 0)": "seeds=(0, 0) must be different integers from 0 up",
   "[arm('base')], seeds=()": "seeds=() must be",
   "[arm('base')], evaluate='--routing'": "write ('--routing',)",
+  "['base']": "arms=['base'] is not a list of Arm",
+  "(arm(name) for name in 'ab')": "is not a list of Arm",
+  "[arm('base')], seeds=3": "seeds=3 is not a list of int; write (3,)",
+  "[arm('base')], evaluate=(3,)": "evaluate=(3,) is not a list of str",
+  "[arm('base')], target=3": "target=3 is not a text",
+  "[arm('base')], published=None": "published=None is not a text",
+  "[arm('a', {3: 4})]": "arm a: {3: 4} is neither",
+  "[arm('a', lambda config: None)]": "arm a: its transform returned None, not a Config",
+  "[arm('a', lambda config: 1 / 0)]": "arm a: its transform ended with ZeroDivisionError: division",
   "[arm('base')], base='configs/none.py'": "none.py: no such file",
 }
 
