@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax import config as config_lib
-from moe_jax import sharding
+from moe_jax import remote, sharding
 from moe_jax import workdir as workdir_lib
 
 
@@ -51,7 +51,7 @@ class Checkpointer:
         enable_async_checkpointing=True,
       )
     self._manager = ocp.CheckpointManager(
-      (workdir / workdir_lib.CHECKPOINTS).absolute(),
+      remote.resolved(workdir / workdir_lib.CHECKPOINTS),
       options=options,
       item_names=("state", "data"),
     )

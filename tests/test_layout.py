@@ -13,13 +13,14 @@ _CORE |= {"kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {
   "errors": set(),
-  "files": {"errors"},
+  "remote": {"errors"},
+  "files": {"errors", "remote"},
   "options": {"errors"},
   "config": {"options", "errors"},
   "config_docs": {"config", "options"},
   "validation": {"config", "options", "errors", "moe"},  # the records of routers and dispatchers
   "command_line": {"config", "config_docs", "options", "errors"},
-  "workdir": {"config", "errors", "files", "validation"},
+  "workdir": {"config", "errors", "files", "remote", "validation"},
   "data": {"config", "errors", "files"},
   "sharding": {"config", "errors"},
   "startup": {"config", "data", "errors", "files"},
@@ -27,7 +28,7 @@ GROUPS = {
   "kernels": {"config", "errors", "sharding"},
   "moe": {"config", "errors", "sharding", "kernels"},
   "model": {"config", "errors", "validation", "sharding", "kernels", "moe"},
-  "checkpoint": {"config", "errors", "files", "sharding", "workdir"},
+  "checkpoint": {"config", "errors", "files", "remote", "sharding", "workdir"},
   # The everyday loss does not depend on the microscope.
   "training": _CORE | {"checkpoint", "command_line"},
   # load() pulls no optimizer and no TensorBoard.

@@ -50,7 +50,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   Raises:
     UserError: the workdir has no run or no such checkpoint, or the router cannot generate.
   """
-  path = pathlib.Path(workdir)
+  path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
   startup.start(config.data)
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))

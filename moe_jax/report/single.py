@@ -1,5 +1,6 @@
 """What one run looks like: the text summary that eval.py prints, and the plots."""
 
+import io
 import pathlib
 from typing import Any
 
@@ -9,13 +10,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.report import runs
 
 
 def summary(workdir: str, result: dict[str, Any]) -> str:
   """The text that eval.py prints; draws the plots."""
-  path = pathlib.Path(workdir)
+  path = workdir_lib.open_path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
   measured = workdir_lib.read_lines(path / workdir_lib.METRICS)
@@ -76,7 +78,9 @@ def plot(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]
 
 
 def _save(figure: plt.Figure, path: pathlib.Path, name: str) -> str:
-  figure.savefig(path / name, dpi=120)
+  image = io.BytesIO()
+  figure.savefig(image, format="png", dpi=120)
+  files.write(path / name, image.getvalue())
   plt.close(figure)
   return str(path / name)
 

@@ -12,7 +12,7 @@ import grain
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, command_line, sharding
+from moe_jax import checkpoint, command_line, files, sharding
 from moe_jax import config as config_lib
 from moe_jax.data import pipeline
 from moe_jax.model import cost
@@ -103,6 +103,7 @@ class Loop:
           # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
           loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
           if save or stop:
+            files.flush()  # a run that goes on from this step finds all lines of the steps before
             self.saver.save(step, state, batches, loss)
           self.mark = time.perf_counter()
         if stop and not last:
@@ -110,6 +111,8 @@ class Loop:
           name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
           print(f"{name}: saved step {step}; the same command resumes the run there")
           break
+      self.saver.wait()
+      files.flush()
     finally:
       for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -161,6 +164,7 @@ class Loop:
       self.monitor(step, values)
     except health.StopAlarm as alarm:
       self.saver.wait()
+      files.flush()
       finite = not isinstance(alarm, health.NotFiniteAlarm)
       raise config_lib.UserError(f"{alarm}; {self._remedy(finite)}") from None
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from moe_jax import sharding
+from moe_jax import files, sharding
 from moe_jax import workdir as workdir_lib
 from moe_jax.moe.counts import MoeStats
 
@@ -121,7 +121,7 @@ class Writer:
     """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
     self._path = workdir / workdir_lib.METRICS
     workdir_lib.keep_lines(self._path, resume_step)
-    events = workdir / workdir_lib.TENSORBOARD
+    events = files.growing(workdir / workdir_lib.TENSORBOARD)
     self._events = SummaryWriter(str(events), purge_step=resume_step + 1)
 
   def write(self, step: int, values: dict[str, Any], prefix: str) -> None:

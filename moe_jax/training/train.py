@@ -188,7 +188,7 @@ def run(
   window = profiling.parse(profile, config.train.steps)
   startup.start(config.data, multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
-  path = pathlib.Path(workdir)
+  path = workdir_lib.open_path(workdir)
   workdir_lib.check_same_config(path, config)
   source = init_from.find(init_from_flag, init_optimizer, path, config)
   train_rows = pipeline.load_rows(config.data, "train")

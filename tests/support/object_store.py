@@ -106,6 +106,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if not found:
       raise Refused(501)
     api, bucket, rest = found.groups()
+    if bucket == "closed":  # to everyone
+      raise Refused(403)
     if not (self.root / bucket).is_dir():
       raise Refused(404)
     if api == "upload":
