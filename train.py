@@ -22,6 +22,13 @@ _INIT_FROM = flags.DEFINE_string(
 _INIT_OPTIMIZER = flags.DEFINE_bool(
   "init_optimizer", False, "with --init_from: take that run's optimizer state, too"
 )
+_RESUME_STEP = flags.DEFINE_integer(
+  "resume_step", -1, "go on from this checkpoint, and set newer ones aside; 0 begins again",
+  lower_bound=-1,
+)  # fmt: skip
+_REPLAY = flags.DEFINE_integer(
+  "replay", 0, "take this step again and say where it is not finite; writes nothing", lower_bound=0
+)
 _PROFILE = flags.DEFINE_string(
   "profile", "", "trace the steps FIRST:LAST, both included, into WORKDIR/profile"
 )
@@ -44,15 +51,22 @@ def main() -> None:
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
-  from moe_jax.training import train  # imports jax, so only when the config is known to be valid
+  # These import jax, so only when the config is known to be valid.
+  if _REPLAY.value:
+    from moe_jax.training import replay
 
-  train.run(
+    replay.replay(config, _WORKDIR.value, _REPLAY.value, multihost=_MULTIHOST.value)
+    return
+  from moe_jax.training import run
+
+  run.run(
     config,
     _WORKDIR.value,
     multihost=_MULTIHOST.value,
     init_from_flag=_INIT_FROM.value,
     init_optimizer=_INIT_OPTIMIZER.value,
     profile=_PROFILE.value,
+    resume_step=_RESUME_STEP.value,
   )
 
 

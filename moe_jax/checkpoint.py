@@ -1,20 +1,25 @@
-"""Checkpoints: the train state, data iterator and metrics of a step, which Orbax saves together.
+"""Checkpoints: the train state, place in the data and loss of a step, which Orbax saves together.
 
-No other module imports Orbax.
+No other module imports Orbax. Each checkpoint has digests of all its arrays, which are computed on
+the devices while it is saved and again when it is read.
 """
 
+import contextlib
+import errno
 import math
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from moe_jax import checkpoint_files, digests, files, remote, sharding
 from moe_jax import config as config_lib
-from moe_jax import remote, sharding
 from moe_jax import workdir as workdir_lib
+from moe_jax.errors import DamagedError, StorageError, UserError, is_storage
 
 
 class Checkpointer:
@@ -29,11 +34,25 @@ class Checkpointer:
     Args:
       workdir: the run's folder.
       train: says how many of the latest and of the best steps to keep; the others are deleted.
-        Without it the checkpoints are only read.
+        Then checkpoints that cannot be opened are set aside, and the remains of a save that was
+        cut off are deleted. Without it the checkpoints are only read.
     """
     self._workdir = workdir
-    # read_only implies the other two options, but Orbax prints a warning unless they are given.
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    self._train = train
+    self._folder = workdir / workdir_lib.CHECKPOINTS
+    if train is not None and jax.process_index() == 0:
+      checkpoint_files.delete_partial(self._folder)
+      for step in workdir_lib.saved_steps(workdir):
+        if why := checkpoint_files.unreadable(self._folder / str(step)):
+          self._move_away(step, why)
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    train = self._train
+    # read_only implies the next two options, but Orbax prints a warning unless they are given.
+    options = ocp.CheckpointManagerOptions(
+      read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
+    )
     if train is not None:
       # Orbax's max_to_keep together with best_fn would delete the newest checkpoint.
       keep = [policies.LatestN(train.keep_latest)]
@@ -50,10 +69,8 @@ class Checkpointer:
         best_mode="min",
         enable_async_checkpointing=True,
       )
-    self._manager = ocp.CheckpointManager(
-      remote.resolved(workdir / workdir_lib.CHECKPOINTS),
-      options=options,
-      item_names=("state", "data"),
+    return ocp.CheckpointManager(
+      remote.resolved(self._folder), options=options, item_names=("state", "about")
     )
 
   def latest_step(self) -> int | None:
@@ -69,6 +86,10 @@ class Checkpointer:
     usable = [step for step, saved in metrics.items() if not math.isnan(saved["loss"])]
     return min(usable, key=lambda step: _rank(metrics[step]), default=None)
 
+  def loss(self, step: int) -> float:
+    """Returns the validation loss of a saved step; inf if it was not computed."""
+    return self._manager.metrics(step)["loss"]
+
   def steps(self) -> list[int]:
     """Returns the saved steps in order."""
     return sorted(self._manager.all_steps())
@@ -77,49 +98,68 @@ class Checkpointer:
     """Returns `step`, or the newest saved step for 0; raises a UserError if it is not saved."""
     steps = self.steps()
     if not steps:
-      raise config_lib.UserError(
-        f"--workdir={self._workdir}: no checkpoint there yet; train.py makes one"
-      )
+      raise UserError(f"--workdir={self._workdir}: no checkpoint there yet; train.py makes one")
     if step and step not in steps:
-      raise config_lib.UserError(f"--step={step}: no such checkpoint; there are {steps}")
+      raise UserError(f"--step={step}: no such checkpoint; there are {steps}")
     return step or steps[-1]
 
-  def save(self, step: int, state: Any, data: Any, loss: float) -> None:
+  def save(self, step: int, state: Any, next_batch: int, loss: float) -> bool:
     """Copies the state to the host and returns; the files are written during the next steps.
 
     Args:
       step: the number of steps taken.
-      state: the train state.
-      data: the iterator over the training batches.
+      state: the train state, a NamedTuple.
+      next_batch: the number of the training batch that follows.
       loss: the validation loss, by which the best steps are kept; inf if it was not computed.
-    """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), data=grain.checkpoint.CheckpointSave(data)
-      ),
-      metrics={"loss": loss},
-      force=True,
-    )
 
-  def restore(self, step: int, abstract_state: Any, data: Any) -> tuple[Any, Any]:
-    """Returns the saved state and the data iterator, moved to where the step left it.
+    Returns:
+      Whether it is saved. A state that is not finite is not, since it would take the place of one
+      that a run can go on from.
+
+    Raises:
+      StorageError: this checkpoint or the one before could not be written.
+    """
+    arrays, finite = digests.of(state._asdict())
+    if not finite:
+      return False
+    self.wait()
+    about = {"arrays": arrays, "next_batch": next_batch, "step": step, "loss": str(loss)}
+    stored = digests.sealed(about)
+    with self._storage_errors(step):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(stored)),
+        metrics={"loss": loss},
+        force=True,
+      )
+    return True
+
+  def restore(self, step: int, abstract_state: Any) -> tuple[Any, int]:
+    """Returns the saved state, and the number of the training batch that follows.
 
     Args:
       step: a saved step.
       abstract_state: shapes and shardings; the mesh may differ from the one that saved the step.
-      data: an iterator over the same training batches.
+
+    Raises:
+      DamagedError: the checkpoint cannot be read, or is not what was saved.
+      UserError: it is whole, and of another model or optimizer.
     """
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        ),
-        data=grain.checkpoint.CheckpointRestore(data),
-      ),
-    )
-    return restored["state"], restored["data"]
+    about = self._about(step, abstract_state._asdict())
+    args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    state = self._read(step, state=ocp.args.PyTreeRestore(abstract_state, restore_args=args))[
+      "state"
+    ]
+    if about:
+      self._check(step, about, state._asdict())
+      self._same(step, about["loss"], str(self.loss(step)), "the loss")
+    self._same(step, step, int(state.step), "the number of the step")
+    if about:
+      return state, about["next_batch"]
+    next_batch = checkpoint_files.next_batch(self._folder / str(step))
+    if next_batch is None:
+      raise self._damaged(step, "it does not say where the data go on")
+    return state, next_batch
 
   def restore_part(
     self, step: int, needed: dict[str, Any], mesh: jax.sharding.Mesh
@@ -130,31 +170,150 @@ class Checkpointer:
       step: a saved step.
       needed: {field of the state: its shapes}; a model alone needs no moments of an optimizer.
       mesh: may differ from the one that saved the step.
+
+    Raises:
+      DamagedError: the checkpoint cannot be read, or is not what was saved.
     """
     return self.restore_fields(step, abstract(needed, sharding.param_shardings(needed, mesh)))
 
   def restore_fields(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns some fields of the saved state; `fields` gives their shapes and shardings."""
+    about = self._about(step, fields)
     args = ocp.checkpoint_utils.construct_restore_args(fields)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(fields, restore_args=args, partial_restore=True)
-      ),
+    state = ocp.args.PyTreeRestore(fields, restore_args=args, partial_restore=True)
+    restored = self._read(step, state=state)["state"]
+    if about:
+      self._check(step, about, restored)
+    return restored
+
+  def _read(self, step: int, **items: Any) -> Any:
+    """Returns the items of a step; whatever goes wrong in the libraries is a DamagedError.
+
+    Raises:
+      StorageError: an object store does not answer, which says nothing about the checkpoint.
+    """
+    checkpoint_files.silence_other_reads()
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # of many types, from three libraries
+      if remote.is_remote(self._folder) and is_storage(error):
+        raise remote.unreachable(self._folder / str(step), error) from error
+      cause = error.__cause__ or error  # Orbax wraps it in all it knows of the array
+      raise self._damaged(step, f"{type(cause).__name__}: {cause}") from None
+
+  def _about(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the digests of a step; {} for a checkpoint of before there were digests.
+
+    Raises:
+      DamagedError: the digests cannot be read.
+      UserError: the checkpoint has no arrays of the names, types and shapes of `fields`.
+    """
+    if not checkpoint_files.has_digests(self._folder / str(step)):
+      files.notice(f"note: checkpoint {step} is not verified: it was saved without digests")
+      return {}
+    stored = self._read(step, about=ocp.args.JsonRestore())["about"]
+    about = digests.unsealed(stored)
+    if not about:
+      raise self._damaged(step, "its digests are not what was written")
+    here, there = digests.kinds(fields), about["arrays"]
+    other = [name for name, kind in here.items() if there.get(name, "").split(" ")[0] != kind]
+    if other:
+      saved = there.get(other[0], "absent").split(" ")[0]
+      raise UserError(
+        f"{self._folder / str(step)} is of another model or optimizer: {other[0]} is {saved} there "
+        f"and {here[other[0]]} in this config ({len(other)} arrays differ); it is not this run's"
+      )
+    return about
+
+  def _check(self, step: int, about: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Raises a DamagedError where an array is not the one that was saved."""
+    read, _ = digests.of(fields)
+    wrong = [name for name, digest in read.items() if about["arrays"].get(name) != digest]
+    if wrong:
+      more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+      raise self._damaged(step, f"other values than were saved in {', '.join(wrong[:3])}{more}")
+
+  def _same(self, step: int, saved: Any, read: Any, what: str) -> None:
+    if saved != read:
+      raise self._damaged(step, f"{what} is {read}, not {saved}")
+
+  def _damaged(self, step: int, why: str) -> DamagedError:
+    others = [other for other in workdir_lib.saved_steps(self._workdir) if other != step]
+    return DamagedError(
+      f"{self._folder / str(step)} is damaged ({' '.join(why.split())[:160]}); other checkpoints "
+      f"there: {others or 'none'}"
     )
-    return restored["state"]
+
+  def set_aside(self, step: int, why: str) -> None:
+    """Moves a damaged checkpoint to the folder of those that no run uses, and says so.
+
+    Raises:
+      DamagedError: it is the only one; then it stays where it is.
+    """
+    self._move_away(step, why)
+    self._manager.reload()
+
+  def _move_away(self, step: int, why: str) -> None:
+    others = [other for other in workdir_lib.saved_steps(self._workdir) if other != step]
+    if not others:
+      raise DamagedError(
+        f"{why}; put a whole checkpoint there, or begin again from step 0 with --resume_step=0"
+      )
+    workdir_lib.set_aside(self._workdir, step, why)
+    workdir_lib.record_saved(self._workdir, others[-1])
+
+  def go_back(self, step: int) -> None:
+    """Sets aside all checkpoints that are newer than a step; all of them for step 0.
+
+    Raises:
+      UserError: there is no checkpoint of that step.
+    """
+    steps = self.steps()
+    if step and step not in steps:
+      raise UserError(f"--resume_step={step}: no such checkpoint; there are {steps}")
+    if jax.process_index() == 0:
+      for newer in (other for other in steps if other > step):
+        workdir_lib.set_aside(self._workdir, newer, f"--resume_step={step}")
+      workdir_lib.record_saved(self._workdir, step)
+    self._manager.reload()
 
   def reached_preemption(self, step: int) -> bool:
     """Returns whether the scheduler has asked this job to stop; all processes get one answer."""
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    """Waits until all files are written."""
-    self._manager.wait_until_finished()
+    """Waits until all files are written, and records the newest step.
+
+    Raises:
+      StorageError: a checkpoint could not be written.
+    """
+    with self._storage_errors(None):
+      self._manager.wait_until_finished()
+    newest = self.latest_step()
+    if self._train is not None and newest is not None and jax.process_index() == 0:
+      workdir_lib.record_saved(self._workdir, newest)
 
   def close(self) -> None:
     """Ends Orbax's threads; the object cannot be used any more."""
-    self._manager.close()
+    with contextlib.suppress(Exception):  # `wait` has said what is wrong
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _storage_errors(self, step: int | None) -> Iterator[None]:
+    try:
+      yield
+    except StorageError:
+      raise
+    except Exception as error:  # of many types, from three libraries, for a full disk alone
+      which = "a checkpoint" if step is None else f"checkpoint {step}"
+      if remote.is_remote(self._folder):
+        raise remote.unreachable(self._folder, error, f"cannot write {which} to") from error
+      full, why = os.strerror(errno.ENOSPC), " ".join(str(error).split())
+      raise StorageError(
+        f"cannot write {which} in {self._folder} ({full if full in why else why[:200]}); the "
+        f"checkpoints of steps {workdir_lib.saved_steps(self._workdir)} are intact, and the same "
+        "command goes on from there once this can be written"
+      ) from error
 
 
 def _rank(metrics: dict[str, float]) -> float:

@@ -40,7 +40,8 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
+      # Orbax logs every step of every save, and errors that it also raises.
+      logging.set_verbosity(logging.FATAL)
     return rest
 
   one_line_errors(lambda: app.run(lambda _: main(*given_overrides), flags_parser=parse))

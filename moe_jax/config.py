@@ -18,6 +18,7 @@ from moe_jax.options import (
   Exchange,
   GroupedMatmul,
   OnAlarm,
+  OnNonfinite,
   OptimizerName,
   Priority,
   Remat,
@@ -198,7 +199,7 @@ class Train(Section):
   checkpoint_every: int = option(
     250, "Steps from one checkpoint to the next, each with an evaluation.", at_least=1
   )
-  keep_latest: int = option(1, "Newest checkpoints that are kept.", at_least=1)
+  keep_latest: int = option(2, "Newest checkpoints that are kept.", at_least=1)
   keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
 
 
@@ -223,9 +224,11 @@ class Health(Section):
   )
   loss_spike: float = option(1.0, "Nats of a step's loss above the window's mean.", at_least=0)
   on_alarm: OnAlarm = option(OnAlarm.WARN, "What any of the alarms above does.")
-  on_nonfinite: OnAlarm = option(
-    OnAlarm.STOP, "The same where the loss, a gradient or a router's logits are not finite."
+  on_nonfinite: OnNonfinite = option(
+    OnNonfinite.STOP, "What a loss, a gradient or a router's logits that are not finite do."
   )
+  skip_limit: int = option(5, "Skipped updates in a row that end the run.", at_least=1)
+  rewind_limit: int = option(3, "Rewinds of a run before it ends.", at_least=1)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -42,6 +42,18 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
       raise
 
 
+def move(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Gives a folder another name on the same disk, or in the same object store.
+
+  Raises:
+    StorageError: it cannot be written.
+  """
+  if remote.is_remote(folder):
+    return remote.move(folder, target)
+  with storage_errors(target):
+    folder.rename(target)
+
+
 def write_json(path: pathlib.Path, values: dict[str, Any], indent: int | None = 2) -> None:
   """Writes an object; arrays become lists."""
   write(path, json.dumps(values, indent=indent, default=lambda array: array.tolist()) + "\n")

@@ -199,6 +199,16 @@ class OnAlarm(Choice):
   STOP = "stop", "the same, and the run ends; its newest checkpoint stands"
 
 
+class OnNonfinite(Choice):
+  """What happens after a step whose loss, gradients or router logits are not finite."""
+
+  OFF = "off", "nothing; but a state that is not finite is never saved"
+  WARN = "warn", "the same, and a line on the terminal and in alarms.jsonl"
+  STOP = "stop", "the run ends; its newest checkpoint stands"
+  SKIP = "skip", "the step's update is dropped; `skip_limit` of them in a row end the run"
+  REWIND = "rewind", "back to the newest checkpoint and on with later rows, `rewind_limit` times"
+
+
 class Remat(Choice):
   """Which activations of the forward pass are kept for the backward pass."""
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from moe_jax.errors import StorageError, UserError, is_storage
 
 _UPLOAD_EVERY = 30.0  # seconds between uploads of a file that grows
+_NOT_AGAIN = 10.0  # seconds after a failure
 _NO_ACCESS = ("401", "Forbidden", "403")  # in what gcsfs says where an account has no rights
 _LOG_IN = (
   "log in with `gcloud auth application-default login`, or name the key file of an account that "
@@ -56,7 +57,7 @@ def open_path(text: str) -> pathlib.Path:
   except Exception as error:
     if any(word in str(error) for word in _NO_ACCESS):
       raise UserError(f"{text}: no access ({_short(error)}); {_LOG_IN}") from None
-    raise _unreachable(path, error) from error
+    raise unreachable(path, error) from error
   raise UserError(f"{text}: there is no bucket {bucket}; make it, or name another one")
 
 
@@ -71,19 +72,27 @@ def resolved(path: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def errors(path: pathlib.Path) -> Iterator[None]:
-  """Turns errors of the store into one line that names the file."""
+  """Turns errors of the store into one line that names the file.
+
+  The clients try for half a minute. So a program that ends because the store does not answer does
+  not try again for the next file.
+  """
+  if _STATE.failure and time.monotonic() - _STATE.failed_at < _NOT_AGAIN:
+    raise unreachable(path, _STATE.failure)
   try:
     yield
   except Exception as error:  # of four libraries
     if not (is_storage(error) or isinstance(error, OSError)):
       raise
-    raise _unreachable(path, error) from error
+    _STATE.failure, _STATE.failed_at = error, time.monotonic()
+    raise unreachable(path, error) from error
 
 
-def _unreachable(path: pathlib.Path, error: Exception) -> StorageError:
+def unreachable(path: pathlib.Path, error: Exception, what: str = "cannot reach") -> StorageError:
+  """Returns the error to raise for one of the store's, which says what could not be done."""
   return StorageError(
-    f"cannot reach {path} ({_short(error)}); what was saved before is intact, and the same command "
-    "goes on once the store answers"
+    f"{what} {path} ({_short(error)}); what was saved before is intact, and the same command goes "
+    "on once the store answers"
   )
 
 
@@ -94,7 +103,7 @@ def read(path: pathlib.Path) -> bytes:
     FileNotFoundError: there is none.
     StorageError: the store does not answer.
   """
-  copy = _COPIES.of.get(path)
+  copy = _STATE.of.get(path)
   if copy and copy.is_file():
     return copy.read_bytes()
   with errors(path):
@@ -107,16 +116,23 @@ def read(path: pathlib.Path) -> bytes:
 
 def exists(path: pathlib.Path) -> bool:
   """Returns whether there is an object, or a file that grows and is not yet uploaded."""
-  copy = _COPIES.of.get(path)
+  copy = _STATE.of.get(path)
   with errors(path):
     return bool(copy and copy.exists()) or path.exists()
 
 
 def write(path: pathlib.Path, data: bytes) -> None:
   """Writes an object; the copy of a file that grows begins anew with it."""
-  _COPIES.of.pop(path, None)
+  _STATE.of.pop(path, None)
   with errors(path):
     path.write_bytes(data)
+
+
+def move(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Moves the objects below a folder one by one; a kill may leave some of them in each place."""
+  with errors(folder):
+    (target.parent / ".keep").write_bytes(b"")  # a folder exists while an object is below it
+    folder.rename(target)
 
 
 def local_copy(path: pathlib.Path) -> pathlib.Path:
@@ -124,7 +140,7 @@ def local_copy(path: pathlib.Path) -> pathlib.Path:
 
   The copy of a file begins with what the object has; of a folder it begins empty.
   """
-  return _COPIES.of.get(path) or _COPIES.add(path)
+  return _STATE.of.get(path) or _STATE.add(path)
 
 
 def upload() -> None:
@@ -133,17 +149,17 @@ def upload() -> None:
   Raises:
     StorageError: the store does not answer; the next call tries again.
   """
-  _COPIES.upload()
+  _STATE.upload()
 
 
 def upload_sometimes() -> None:
   """Does the same, unless it was done a moment ago."""
-  if time.monotonic() - _COPIES.uploaded_at > _UPLOAD_EVERY:
+  if time.monotonic() - _STATE.uploaded_at > _UPLOAD_EVERY:
     upload()
 
 
-class _Copies:
-  """The copies of this process."""
+class _State:
+  """The copies of this process, and the store's last failure."""
 
   def __init__(self) -> None:
     self.of: dict[pathlib.Path, pathlib.Path] = {}
@@ -151,6 +167,8 @@ class _Copies:
     self._count = 0
     self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}  # {file: size and time of change}
     self.uploaded_at = time.monotonic()
+    self.failure: Exception | None = None
+    self.failed_at = 0.0
 
   def add(self, path: pathlib.Path) -> pathlib.Path:
     if self._folder is None:
@@ -177,7 +195,7 @@ class _Copies:
     self.uploaded_at = time.monotonic()
 
 
-_COPIES = _Copies()
+_STATE = _State()
 
 
 def _stamp(file: pathlib.Path) -> tuple[int, int]:

@@ -22,6 +22,9 @@ METRICS = "metrics.jsonl"  # one line for each logged step
 ALARMS = "alarms.jsonl"  # one line for each alarm
 EVAL = "eval.json"  # the result of eval.py
 ROUTING = "routing.json"  # the result of eval.py --routing
+SAVED = "saved.json"  # {step: of the newest checkpoint that is complete; 0 before the first one}
+LOCK = "lock.json"  # {host, pid, started} of the process that trains here; empty if none does
+SET_ASIDE = "damaged"  # checkpoints that cannot be used, as they were found
 CHECKPOINTS = "checkpoints"  # one folder for each saved step; its name is the step
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"  # the trace of train.py --profile
@@ -33,6 +36,7 @@ _REMEDY = {
   "--workdir, and copy it from there",
   DATA: "delete it, and the next start trusts the text that is on disk",
   KERNELS: "delete it, and the next start chooses the kernels again",
+  SAVED: "delete it; the checkpoints that are there then count as all",
   INIT: "put it back from a copy; without it the run no longer knows what it began with",
   EVAL: "delete it and run eval.py again",
   ROUTING: "delete it and run eval.py --routing again",
@@ -164,6 +168,51 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     if remote.is_remote(workdir):
       folders = [path for path in folders if (path / "commit_success.txt").exists()]
     return sorted(int(path.name) for path in folders)
+
+
+def make(workdir: pathlib.Path) -> None:
+  """Makes the folder of a run, if it is missing."""
+  with files.storage_errors(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_links(workdir: pathlib.Path) -> None:
+  """Raises a UserError for a symbolic link where a run writes: it would write somewhere else."""
+  if remote.is_remote(workdir):
+    return  # an object store has none
+  for name in (METRICS, ALARMS, LOCK, CHECKPOINTS, SET_ASIDE, TENSORBOARD, PROFILE, LOG):
+    if (workdir / name).is_symlink():
+      raise UserError(
+        f"--workdir={workdir}: {name} is a symbolic link, and a run writes through none; put the "
+        "folder or file itself there, or name the workdir where it should be"
+      )
+
+
+def recorded_step(workdir: pathlib.Path) -> int | None:
+  """Returns the newest step that the run has saved; None where there is no record."""
+  step = read_object(workdir / SAVED).get("step")
+  return step if isinstance(step, int) else None
+
+
+def rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the lines of alarms.jsonl about rewinds: the step each went to, and its next batch."""
+  lines = read_lines(workdir / ALARMS)
+  return [line for line in lines if line.get("alarm") == "rewind" and "next_batch" in line]
+
+
+def record_saved(workdir: pathlib.Path, step: int) -> None:
+  """Records the newest step whose checkpoint is complete, so that its loss would be noticed."""
+  if recorded_step(workdir) != step:
+    write_object(workdir / SAVED, {"step": step})
+
+
+def set_aside(workdir: pathlib.Path, step: int, why: str) -> None:
+  """Moves a checkpoint to the folder of those that no run uses, and says so."""
+  folder = workdir / SET_ASIDE
+  folder.mkdir(exist_ok=True)
+  target = folder / f"{step}.{len(list(folder.glob(f'{step}.*')))}"
+  files.notice(f"checkpoint {step} is set aside as {target}: {why}")
+  files.move(workdir / CHECKPOINTS / str(step), target)
 
 
 def is_trained(workdir: pathlib.Path, steps: int) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import moe_jax
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import evaluation
-from moe_jax.training import train
+from moe_jax.training import run as run_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_run"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -48,7 +48,7 @@ def test_it_goes_on(run):
   config = workdir_lib.read_config(run)
   config.train.steps = 6
   config.mesh.data = -1  # where it runs may change: here, all simulated devices
-  train.run(config, str(run))
+  run_lib.run(config, str(run))
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   losses = {str(line["step"]): line["train/loss"] for line in lines if "train/loss" in line}
   for step, loss in EXPECTED["train_loss"].items():

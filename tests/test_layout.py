@@ -15,6 +15,9 @@ GROUPS = {
   "errors": set(),
   "remote": {"errors"},
   "files": {"errors", "remote"},
+  "digests": set(),
+  "checkpoint_files": {"errors", "files"},
+  "lock": {"errors", "files", "remote", "workdir"},
   "options": {"errors"},
   "config": {"options", "errors"},
   "config_docs": {"config", "options"},
@@ -28,9 +31,10 @@ GROUPS = {
   "kernels": {"config", "errors", "sharding"},
   "moe": {"config", "errors", "sharding", "kernels"},
   "model": {"config", "errors", "validation", "sharding", "kernels", "moe"},
-  "checkpoint": {"config", "errors", "files", "remote", "sharding", "workdir"},
+  "checkpoint": {"checkpoint_files", "config", "digests", "errors", "files", "remote", "sharding"}
+  | {"workdir"},
   # The everyday loss does not depend on the microscope.
-  "training": _CORE | {"checkpoint", "command_line"},
+  "training": _CORE | {"checkpoint", "command_line", "lock"},
   # load() pulls no optimizer and no TensorBoard.
   "inference": _CORE | {"checkpoint"},
   "analysis": _CORE | {"checkpoint", "training"},
@@ -130,8 +134,8 @@ def test_one_module_names_the_files_of_a_run():
 
 def test_the_readme_maps_the_folders():
   section = (ROOT / "README.md").read_text().split("\n## The code")[1]
-  rows = re.findall(r"^\| `([^`]+)` \|", section, re.M)
-  mapped = sorted(row.removeprefix("../") for row in rows)
+  cells = re.findall(r"^\| (`[^|]+`) \|", section, re.M)
+  mapped = sorted(n.removeprefix("../") for cell in cells for n in re.findall(r"`([^`]+)`", cell))
   real = {p.name + "/" * p.is_dir() for p in PACKAGE.iterdir() if p.name[0] not in "_."}
   assert mapped == sorted(real | {"benchmarks/"})
 

@@ -32,7 +32,8 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_copies(monkeypatch):
-  monkeypatch.setattr(remote, "_COPIES", remote._Copies())
+  monkeypatch.setattr(remote, "_STATE", remote._State())
+  monkeypatch.setattr(remote, "_NOT_AGAIN", 0.0)
 
 
 # One file.

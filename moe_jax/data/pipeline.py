@@ -225,11 +225,31 @@ def train_iterator(
       f"config.data.seq_len={config.seq_len}, fewer than config.data.batch_size="
       f"{config.batch_size}; make one of them smaller or give more text"
     )
-  order = grain.MapDataset.range(rows.num_full).seed(config.seed).shuffle().repeat()
   # Batch j of `local` rows belongs to process j % process_count.
-  batches = order.batch(local)[process_index::process_count].map(rows.batch)
+  batches = _order(rows, config).batch(local)[process_index::process_count].map(rows.batch)
   options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)
   return iter(batches.to_iter_dataset(options))
+
+
+def _order(rows: Rows, config: Data) -> grain.MapDataset:
+  """Returns the numbers of the training rows, endlessly, in a new order each epoch."""
+  return grain.MapDataset.range(rows.num_full).seed(config.seed).shuffle().repeat()
+
+
+def batch_rows(rows: Rows, config: Data, number: int) -> list[int]:
+  """Returns the numbers of the rows in the global batch of this number, from 0."""
+  order, first = _order(rows, config), number * config.batch_size
+  return [int(order[place]) for place in range(first, first + config.batch_size)]
+
+
+def place(batches: grain.DatasetIterator) -> int:
+  """Returns the number of the batch that the iterator of `train_iterator` gives next."""
+  return batches.get_state()["next_index"]
+
+
+def move(batches: grain.DatasetIterator, number: int) -> None:
+  """Moves the iterator of `train_iterator`, so that it gives the batch of this number next."""
+  batches.set_state(batches.get_state() | {"next_index": number})
 
 
 def spread(available: int, count: int) -> np.ndarray:

@@ -6,33 +6,51 @@ while the device computes the next step.
 
 import collections
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.config import OnAlarm
+from moe_jax.config import OnAlarm, OnNonfinite
 
 
 class Alarm(NamedTuple):
   """One line of alarms.jsonl."""
 
   step: int
-  alarm: str  # collapse, dead_experts, drop_rate, loss_spike or nonfinite
+  alarm: str  # collapse, dead_experts, drop_rate, loss_spike, nonfinite, skip or rewind
   layer: int  # the layer's index in the network, from 0; -1 for the whole model
   value: float  # the value that is over the limit
   limit: float
   message: str
+  rows: Sequence[int] = ()  # of a step that is not finite: its rows' numbers in the split
+
+  def line(self) -> dict[str, Any]:
+    """Returns what alarms.jsonl holds."""
+    values = self._asdict()
+    return values if self.rows else {k: v for k, v in values.items() if k != "rows"}
 
 
 class StopAlarm(config_lib.UserError):
   """An alarm that ends the run, as config.health says."""
 
+  code = 6
+
 
 class NotFiniteAlarm(StopAlarm):
   """The same, raised because a metric is not finite."""
+
+
+class Rewind(Exception):
+  """Training is to go on from the newest checkpoint, with rows that follow those of a bad step."""
+
+  def __init__(self, alarm: Alarm):
+    super().__init__(alarm.message)
+    self.alarm = alarm
+    self.next_batch = 0  # number of the batch that follows; the loop knows it
 
 
 class Monitor:
@@ -56,36 +74,63 @@ class Monitor:
       workdir_lib.keep_lines(self._path, resume_step)
     self._losses: collections.deque[float] = collections.deque(maxlen=self._health.window)
     self._steps_over: collections.Counter[tuple[str, int]] = collections.Counter()
-    self._nonfinite = False
+    self._nonfinite = 0  # steps in a row
+    lines = workdir_lib.read_lines(self._path)
+    self.skipped = sum(line.get("alarm") == "skip" for line in lines)  # updates of the whole run
 
-  def __call__(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
+  def __call__(
+    self, step: int, values: dict[str, np.ndarray], rows: Callable[[int], Sequence[int]]
+  ) -> list[Alarm]:
     """Returns the alarms that this step raises, and writes them to alarms.jsonl.
+
+    Args:
+      step: the number of the step.
+      values: its metrics.
+      rows: the numbers of a step's rows in the training split.
 
     Raises:
       StopAlarm: an alarm is to end the run; NotFiniteAlarm where a metric is not finite.
+      Rewind: the run is to go on from its newest checkpoint.
     """
-    alarms = self._not_finite(step, values)
-    if not alarms and not self._nonfinite:
-      alarms = self._balance(step, values) + self._spike(step, float(values["loss"]))
-    for alarm in alarms:
-      action = self._health.on_nonfinite if alarm.alarm == "nonfinite" else self._health.on_alarm
-      if action is OnAlarm.OFF:
-        continue
-      if self._writes:
-        workdir_lib.append_line(self._path, alarm._asdict())
-        print(f"alarm: {alarm.message}", flush=True)
-      if action is OnAlarm.STOP:
-        raise (NotFiniteAlarm if alarm.alarm == "nonfinite" else StopAlarm)(alarm.message)
+    broken = self._not_finite(step, values)
+    self._nonfinite = self._nonfinite + 1 if broken else 0
+    if broken:
+      return self._act_on_nonfinite(broken._replace(rows=[int(row) for row in rows(step)]))
+    alarms = self._balance(step, values) + self._spike(step, float(values["loss"]))
+    for alarm in alarms if self._health.on_alarm is not OnAlarm.OFF else ():
+      self._write(alarm)
+      if self._health.on_alarm is OnAlarm.STOP:
+        raise StopAlarm(alarm.message)
     return alarms
 
-  def _not_finite(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
-    already_raised, self._nonfinite = self._nonfinite, False
+  def _act_on_nonfinite(self, alarm: Alarm) -> list[Alarm]:
+    action = self._health.on_nonfinite
+    if action is OnNonfinite.SKIP:
+      self.skipped += 1
+      message = f"update skipped ({self.skipped} in this run): {alarm.message}"
+      self._write(alarm._replace(alarm="skip", message=message))
+      if self._nonfinite >= self._health.skip_limit:
+        limit = f"config.health.skip_limit={self._health.skip_limit} in a row"
+        raise NotFiniteAlarm(f"{alarm.message}, which is {limit}")
+    elif action is OnNonfinite.OFF or (action is OnNonfinite.WARN and self._nonfinite > 1):
+      return []
+    else:
+      self._write(alarm)
+    if action is OnNonfinite.REWIND:
+      raise Rewind(alarm)
+    if action is OnNonfinite.STOP:
+      raise NotFiniteAlarm(alarm.message)
+    return [alarm]
+
+  def _write(self, alarm: Alarm) -> None:
+    if self._writes:
+      workdir_lib.append_line(self._path, alarm.line())
+      print(f"alarm: {alarm.message}", flush=True)
+
+  def _not_finite(self, step: int, values: dict[str, np.ndarray]) -> Alarm | None:
     broken = [name for name, value in values.items() if not np.all(np.isfinite(value))]
     if not broken:
-      return []
-    self._nonfinite = True
-    if already_raised:
-      return []
+      return None
     layer, where = -1, ""
     if "router_z_Z" in broken:
       layer = self._layers[int(np.argmin(np.isfinite(values["router_z_Z"])))]
@@ -94,7 +139,8 @@ class Monitor:
     names = sorted(broken, key=lambda name: (name != "loss", name))
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     message = f"not finite at step {step}: {', '.join(names[:6])}{more}{where}"
-    return [Alarm(step, "nonfinite", layer, float(values["loss"]), 0.0, message)]
+    message += f"; --replay={step} looks into it"
+    return Alarm(step, "nonfinite", layer, float(values["loss"]), 0.0, message)
 
   def _balance(self, step: int, values: dict[str, np.ndarray]) -> list[Alarm]:
     if "window_load_ZE" not in values:

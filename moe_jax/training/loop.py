@@ -1,5 +1,7 @@
 """The loop over the training steps: it logs metrics, evaluates, saves, and stops when asked to."""
 
+import contextlib
+import functools
 import pathlib
 import signal
 import sys
@@ -15,6 +17,7 @@ import numpy as np
 from moe_jax import checkpoint, command_line, files, sharding
 from moe_jax import config as config_lib
 from moe_jax.data import pipeline
+from moe_jax.errors import StorageError
 from moe_jax.model import cost
 from moe_jax.model.transformer import moe_layers
 from moe_jax.training import health, metrics
@@ -56,6 +59,8 @@ class Loop:
     self.monitor = health.Monitor(config, moe_layers(config.model), path, start)
     # The seconds of training so far, without compilation, evaluation and saving.
     self.seconds = self.writer.last("train/seconds") if self.writer else 0.0
+    self.rows: Callable[[int], list[int]] = lambda step: []
+    self.next_batch = 0  # number of the batch of the first step
     self.mark = 0.0  # the clock when `seconds` was last updated
     self.window_seconds = self.seconds  # the value of `seconds` at the last line that was logged
     self.window_steps = 0  # steps since that line
@@ -66,7 +71,9 @@ class Loop:
     batches: grain.DatasetIterator,
     step_fn: "Step",
     evaluator: Evaluator,
-    mesh: jax.sharding.Mesh,
+    rows: pipeline.Rows,
+    *,
+    evaluate: bool = False,
   ) -> None:
     """Trains to the last step, or to the step at which the run is asked to stop.
 
@@ -75,52 +82,91 @@ class Loop:
       batches: of this process, from the next step on.
       step_fn: the compiled step.
       evaluator: computes the validation loss.
-      mesh: that the state is on.
+      rows: that the batches are made of.
+      evaluate: whether to begin with an evaluation.
+
+    Raises:
+      Rewind: training is to go on from the newest checkpoint.
+      StopAlarm: an alarm has ended the run.
+      StorageError: the disk is full.
     """
-    train = self.config.train
+    self.next_batch = pipeline.place(batches)
+    self.rows = functools.partial(self._rows, rows)
     # Of several processes, jax handles SIGTERM: it tells all of them at which step to stop.
     ours = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, self._on_signal) for number in ours}
-    pending = None  # (step, its metrics, which the device may still be computing)
-    step = self.start
     try:
-      while step < train.steps:
-        self.profiler.before(step + 1, state)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-          batch = sharding.to_global(next(batches), mesh)
-          state, step_metrics = step_fn(state, batch)
-        step += 1
-        self.mark += self.profiler.after(step, state)
-        if pending is not None:
-          self._finish(*pending)
-        pending = (step, step_metrics)
-        stop = self._should_stop(step)
-        last = step == train.steps
-        save = step % train.checkpoint_every == 0 or last
-        if step % train.eval_every == 0 or save or stop:
-          self._finish(*pending)
-          pending = None
-          # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
-          loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
-          if save or stop:
-            files.flush()  # a run that goes on from this step finds all lines of the steps before
-            self.saver.save(step, state, batches, loss)
-          self.mark = time.perf_counter()
-        if stop and not last:
-          self.saver.wait()
-          name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
-          print(f"{name}: saved step {step}; the same command resumes the run there")
-          break
+      if evaluate:
+        self._evaluate(self.start, evaluator, state)
+      self._take_steps(state, batches, step_fn, evaluator)
       self.saver.wait()
       files.flush()
     finally:
       for number, handler in handlers.items():
         signal.signal(number, handler)
       self.profiler.close()
-      self.saver.wait()
+      with contextlib.suppress(StorageError):  # already told, by whatever was raised above
+        self.saver.wait()
       self.saver.close()
       if self.writer:
         self.writer.close()
+
+  def _take_steps(
+    self,
+    state: "TrainState",
+    batches: grain.DatasetIterator,
+    step_fn: "Step",
+    evaluator: Evaluator,
+  ) -> None:
+    train, mesh = self.config.train, jax.sharding.get_mesh()
+    pending = None  # (step, its metrics, which the device may still be computing)
+    step = self.start
+    while step < train.steps:
+      self.profiler.before(step + 1, state)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+        batch = sharding.to_global(next(batches), mesh)
+        state, step_metrics = step_fn(state, batch)
+      step += 1
+      self.mark += self.profiler.after(step, state)
+      if pending is not None:
+        self._finish(*pending)
+      pending = (step, step_metrics)
+      stop = self._should_stop(step)
+      last = step == train.steps
+      save = step % train.checkpoint_every == 0 or last
+      if step % train.eval_every == 0 or save or stop:
+        self._finish(*pending)
+        pending = None
+        # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
+        loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
+        if save or stop:
+          self._save(step, state, loss)
+        self.mark = time.perf_counter()
+      if stop and not last:
+        self.saver.wait()
+        name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
+        saved = self.saver.latest_step() or 0
+        print(f"{name}: saved step {saved}; the same command resumes the run there")
+        break
+
+  def _save(self, step: int, state: "TrainState", loss: float) -> None:
+    """Saves a state if it is finite; of the last step it has to be."""
+    files.flush()  # a run that goes on from this step finds all lines of the steps before
+    if self.saver.save(step, state, self._batch_number(step) + 1, loss):
+      return
+    message = f"the state of step {step} is not finite, so it is not saved"
+    if step == self.config.train.steps:
+      raise health.NotFiniteAlarm(f"{message}; {self._remedy(finite=False)}")
+    print(
+      f"{message}; the newest checkpoint is of step {self.saver.latest_step() or 0}", flush=True
+    )
+
+  def _rows(self, rows: pipeline.Rows, step: int) -> list[int]:
+    """Returns the numbers of the rows of a step."""
+    return pipeline.batch_rows(rows, self.config.data, self._batch_number(step))
+
+  def _batch_number(self, step: int) -> int:
+    return self.next_batch + step - self.start - 1
 
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
     """Remembers a first signal until the step ends; raises KeyboardInterrupt at a second one."""
@@ -161,12 +207,15 @@ class Loop:
   def _raise_alarms(self, step: int, values: dict[str, np.ndarray]) -> None:
     """Lets the monitor look at the step; an alarm that ends the run gets a remedy to its line."""
     try:
-      self.monitor(step, values)
+      self.monitor(step, values, self.rows)
+    except health.Rewind as rewind:
+      rewind.next_batch = self._batch_number(step) + 1
+      raise
     except health.StopAlarm as alarm:
       self.saver.wait()
       files.flush()
       finite = not isinstance(alarm, health.NotFiniteAlarm)
-      raise config_lib.UserError(f"{alarm}; {self._remedy(finite)}") from None
+      raise type(alarm)(f"{alarm}; {self._remedy(finite)}") from None
 
   def _remedy(self, finite: bool) -> str:
     """Returns what to do after an alarm: the same command would end in the same way again."""
@@ -182,6 +231,8 @@ class Loop:
   def _log(self, step: int, values: dict[str, np.ndarray]) -> None:
     """Writes the step's metrics to the workdir, and some of them to the terminal."""
     logged: dict[str, Any] = values | self._speed()
+    if self.config.health.on_nonfinite is config_lib.OnNonfinite.SKIP:
+      logged["skipped_updates"] = self.monitor.skipped
     if "load_ZE" in values:
       logged["device_overload_Z"] = metrics.device_overload(
         values["load_ZE"], self.config.mesh.expert

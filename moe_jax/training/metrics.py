@@ -1,12 +1,16 @@
 """The metrics of a run, and the files that they are written to."""
 
+import contextlib
 import pathlib
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moe_jax import files, sharding
 from moe_jax import workdir as workdir_lib
@@ -121,19 +125,38 @@ class Writer:
     """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
     self._path = workdir / workdir_lib.METRICS
     workdir_lib.keep_lines(self._path, resume_step)
-    events = files.growing(workdir / workdir_lib.TENSORBOARD)
-    self._events = SummaryWriter(str(events), purge_step=resume_step + 1)
+    self._folder = files.growing(workdir / workdir_lib.TENSORBOARD)
+    with files.storage_errors(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue blocks.
+      self._events = EventsWriter(str(self._folder / "events"))
+    begin = SessionLog(status=SessionLog.START)  # hides what an earlier start wrote of later steps
+    self._add(Event(wall_time=time.time(), step=resume_step + 1, session_log=begin))
 
   def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
-    """Writes the metrics of a step under the names `prefix`/name."""
+    """Writes the metrics of a step under the names `prefix`/name.
+
+    Raises:
+      StorageError: the disk is full.
+    """
     plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
     workdir_lib.append_line(self._path, {"step": step, **plain})
+    scalars = []
     for name, value in plain.items():
       if isinstance(value, (int, float)):
-        self._events.add_scalar(name, value, step)
+        scalars.append((name, value))
       elif name.endswith("_Z"):
-        for layer, number in enumerate(value):
-          self._events.add_scalar(f"{name}/{layer}", number, step)
+        scalars += [(f"{name}/{layer}", number) for layer, number in enumerate(value)]
+    self._add(*(
+      Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+      for name, value in scalars
+    ))  # fmt: skip
+
+  def _add(self, *events: Event) -> None:
+    with files.storage_errors(self._folder):
+      for event in events:
+        self._events.write_event(event)
+      self._events.flush()
 
   def last(self, name: str) -> float:
     """Returns the newest value that metrics.jsonl has of a metric; 0.0 if there is none."""
@@ -141,4 +164,5 @@ class Writer:
     return next((line[name] for line in reversed(lines) if name in line), 0.0)
 
   def close(self) -> None:
-    self._events.close()
+    with contextlib.suppress(OSError):  # of a full disk, which `write` has told
+      self._events.close()

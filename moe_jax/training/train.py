@@ -1,6 +1,5 @@
-"""Training: the pure step, the state that it changes, and a run from its start to its end."""
+"""The pure training step, the state that it changes, and how both are made."""
 
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -8,17 +7,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_jax import checkpoint, sharding, startup, validation
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding
+from moe_jax.config import OnNonfinite
 from moe_jax.data import pipeline
-from moe_jax.kernels import choose
-from moe_jax.model import cost, transformer
+from moe_jax.model import transformer
 from moe_jax.model.transformer import Tokens, Transformer, bias_shape, moe_layers
 from moe_jax.moe import routers
-from moe_jax.training import init_from, losses, metrics, optimizers, profiling
-from moe_jax.training.evaluator import Evaluator
-from moe_jax.training.loop import Loop
+from moe_jax.training import losses, metrics, optimizers
 
 
 class TrainState(NamedTuple):
@@ -74,7 +70,13 @@ def train_step(
     load_ZE = load_ZE + (step_metrics["load_ZE"] - load_ZE) / config.health.window
     step_metrics["window_load_ZE"] = load_ZE
     step_metrics["window_dead_experts_Z"] = metrics.count_dead(load_ZE)
-  return TrainState(state.step + 1, params, opt_state, bias_ZE, load_ZE), step_metrics
+  new = TrainState(state.step + 1, params, opt_state, bias_ZE, load_ZE)
+  if config.health.on_nonfinite is OnNonfinite.SKIP:
+    watched = [step_metrics[name] for name in ("total_loss", "grad_norm", "param_norm")]
+    finite = jnp.all(jnp.isfinite(jnp.array(watched)))
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    new = new._replace(step=state.step + 1)  # the next step draws other noise
+  return new, step_metrics
 
 
 def batch_sums(
@@ -141,14 +143,19 @@ def init_state(
 
 
 def compile_step(
-  config: config_lib.Config, shardings: TrainState, only: tuple[str, ...] = ()
+  config: config_lib.Config,
+  shardings: TrainState,
+  only: tuple[str, ...] = (),
+  *,
+  donate: bool = True,
 ) -> Any:
-  """Returns the compiled `train_step`, which reuses the memory of the state that it is given.
+  """Returns the compiled `train_step`.
 
   Args:
     config: of the run; kernels and mesh are resolved.
     shardings: of the state, also of the returned one; otherwise the second step would compile anew.
     only: the metrics to return; () is all. Leaving some out shows what they cost.
+    donate: whether the step reuses the memory of the state that it is given.
   """
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
@@ -160,93 +167,4 @@ def compile_step(
 
   mesh = jax.tree.leaves(shardings)[0].mesh
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-
-
-def run(
-  config: config_lib.Config,
-  workdir: str,
-  *,
-  multihost: bool = False,
-  init_from_flag: str = "",
-  init_optimizer: bool = False,
-  profile: str = "",
-) -> None:
-  """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one.
-
-  Args:
-    config: validated.
-    workdir: the run's folder; created if it is missing.
-    multihost: whether this is one of several processes of the run.
-    init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
-    init_optimizer: take that run's optimizer state, too.
-    profile: FIRST:LAST, the steps to trace.
-
-  Raises:
-    UserError: the arguments, the workdir and the text on disk do not fit together.
-  """
-  window = profiling.parse(profile, config.train.steps)
-  startup.start(config.data, multihost=multihost)
-  config = validation.resolve_mesh(config, jax.device_count())
-  path = workdir_lib.open_path(workdir)
-  workdir_lib.check_same_config(path, config)
-  source = init_from.find(init_from_flag, init_optimizer, path, config)
-  train_rows = pipeline.load_rows(config.data, "train")
-  validation_rows = pipeline.load_rows(config.data, "validation")
-  if train_rows.tokenizer.vocab_size > config.model.vocab_size:
-    raise config_lib.UserError(
-      f"config.model.vocab_size={config.model.vocab_size} is less than the "
-      f"{train_rows.tokenizer.vocab_size} of config.data.tokenizer={config.data.tokenizer}"
-    )
-  batches = pipeline.train_iterator(
-    train_rows, config.data, jax.process_index(), jax.process_count()
-  )
-  digests = {"train": train_rows.digest, "validation": validation_rows.digest}
-  workdir_lib.check_same_data(path, digests)
-  path.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
-    _record(config, path, digests)
-
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    saver = checkpoint.Checkpointer(path, config.train)
-    start = saver.latest_step() or 0
-    profiler = profiling.Profiler(window, path, start)
-    if start >= config.train.steps:
-      print(f"{workdir} is finished: step {start} of {config.train.steps}")
-      saver.close()
-      return
-    config = choose_kernels(config, path)
-    init, shapes, shardings = init_state(config, mesh)
-    if start:
-      state, batches = saver.restore(start, checkpoint.abstract(shapes, shardings), batches)
-      began = f" from its own checkpoint; it began with {source}" if source else ""
-      print(f"resuming {workdir} at step {start}{began}")
-    else:
-      state = init()
-      if source:
-        state = init_from.load(source, state, shardings)
-        if jax.process_index() == 0:
-          print(f"{workdir} begins with {source}")
-          workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
-    loop = Loop(config, path, saver, start, profiler)
-    evaluator = Evaluator(config, validation_rows, mesh, config.eval.batches)
-    loop.run(state, batches, compile_step(config, shardings), evaluator, mesh)
-
-
-def _record(config: config_lib.Config, workdir: pathlib.Path, digests: dict[str, str]) -> None:
-  """Writes the config and the text's digests to the workdir, and prints config, cost and device."""
-  workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
-  workdir_lib.write_config(workdir, config)
-  device = jax.devices()[0]
-  print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
-  print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
-
-
-def choose_kernels(config: config_lib.Config, workdir: pathlib.Path) -> config_lib.Config:
-  """Returns the config with a kernel in place of each `auto`; the workdir records the kernels."""
-  config, chosen, lines = choose.resolve(config, workdir_lib.read_kernels(workdir))
-  if jax.process_index() == 0:
-    workdir_lib.write_kernels(workdir, chosen)
-    print("\n".join(lines))
-  return config
+  return jax.jit(step, donate_argnums=0 if donate else (), out_shardings=(shardings, replicated))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax.config import OnAlarm
+from moe_jax.config import OnAlarm, OnNonfinite
 from moe_jax.model import cost
 from moe_jax.moe import counts
 from moe_jax.training import health, metrics
@@ -78,7 +78,8 @@ def test_gradient_norms_by_group():
 def monitor(tmp_path, resume_step=0, **limits):
   config = toy_config()
   config.health = config_lib.Health(window=4, patience=3, **limits)
-  return health.Monitor(config, [1, 3], tmp_path, resume_step)
+  watch = health.Monitor(config, [1, 3], tmp_path, resume_step)
+  return lambda step, values: watch(step, values, lambda step: [10 * step, 10 * step + 1])
 
 
 def values(loss=2.0, load=(0.25, 0.25, 0.25, 0.25), dead=0, drop=0.0, z=1.0):
@@ -145,12 +146,33 @@ def test_stop_and_warn(tmp_path):
     for step in (1, 2, 3):
       watch(step, values(dead=3))
   assert alarm.type is health.StopAlarm
-  where = "not finite at step 7: loss, router_z_Z; first in the router of layer 3"
+  where = "not finite at step 7: loss, router_z_Z; first in the router of layer 3; --replay=7 looks"
   with pytest.raises(health.NotFiniteAlarm, match=where):
     monitor(tmp_path)(7, values(loss=np.nan, z=np.inf))
-  warned = monitor(tmp_path, on_nonfinite=OnAlarm.WARN)
+  warned = monitor(tmp_path, on_nonfinite=OnNonfinite.WARN)
   assert [a.layer for a in warned(1, values(loss=np.nan, z=np.nan))] == [3]
   assert warned(2, values(loss=np.nan)) == []  # said already
+
+
+def test_skipped_updates_are_lines_with_their_rows(tmp_path):
+  watch = monitor(tmp_path, on_nonfinite=OnNonfinite.SKIP, skip_limit=3)
+  for step, loss in enumerate([np.nan, np.inf, 2.0, np.nan, np.nan], 1):
+    watch(step, values(loss=loss))
+  with pytest.raises(health.NotFiniteAlarm, match=r"at step 6: .*skip_limit=3 in a"):
+    watch(6, values(loss=np.nan))
+  lines = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+  assert [(line["alarm"], line["step"]) for line in lines] == [("skip", n) for n in (1, 2, 4, 5, 6)]
+  assert [line["rows"] for line in lines[:2]] == [[10, 11], [20, 21]]
+  assert "update skipped (5 in this run): not finite at step 6" in lines[-1]["message"]
+  config = toy_config()
+  config.health.on_nonfinite = OnNonfinite.SKIP
+  assert health.Monitor(config, [1, 3], tmp_path, 4).skipped == 3  # what is counted is on disk
+
+
+def test_a_rewind_leaves_the_loop(tmp_path):
+  with pytest.raises(health.Rewind) as rewind:
+    monitor(tmp_path, on_nonfinite=OnNonfinite.REWIND)(7, values(loss=np.nan))
+  assert rewind.value.alarm.rows == [70, 71]
 
 
 @pytest.mark.slow
@@ -164,7 +186,7 @@ def test_a_run_that_blows_up_says_where(tmp_path):
     ],
     cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=100,
   )  # fmt: skip
-  assert done.returncode == 2
+  assert done.returncode == health.StopAlarm.code
   (line,) = (tmp_path / "alarms.jsonl").read_text().splitlines()
   alarm = json.loads(line)
   assert alarm["alarm"] in done.stderr and f"at step {alarm['step']}" in done.stderr

@@ -7,9 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import NamedTuple
 
-import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -19,6 +20,7 @@ from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import OptimizerName, UserError
 from moe_jax.training import init_from, train
+from moe_jax.training import run as run_lib
 from tests.support.toys import ROOT
 
 
@@ -56,7 +58,7 @@ def text(tmp_path_factory):
 def moe_run(text, tmp_path_factory):
   """The workdir of an MoE run that has saved the steps 2 and 4."""
   workdir = tmp_path_factory.mktemp("moe") / "run"
-  train.run(config_of(text), str(workdir))
+  run_lib.run(config_of(text), str(workdir))
   assert workdir_lib.saved_steps(workdir) == [2, 4]
   return workdir
 
@@ -118,7 +120,7 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
   config = config_of(text, learning_rate=1e-12, steps=2, expert=2, fsdp=4)
   config.model.moe.bias_update_rate = 0.0
   new = tmp_path / "new"
-  train.run(config, str(new), init_from_flag=f"{moe_run}:2")
+  run_lib.run(config, str(new), init_from_flag=f"{moe_run}:2")
   assert f"{new} begins with the parameters of {moe_run}, step 2" in capsys.readouterr().out
   record = json.loads((new / "init.json").read_text())
   assert record == {"workdir": str(moe_run), "step": 2, "optimizer": False}
@@ -127,13 +129,13 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
   assert workdir_lib.read_lines(new / "metrics.jsonl")[0]["step"] == 1
 
   config.train.steps = 3
-  train.run(config, str(new), init_from_flag=str(moe_run))
+  run_lib.run(config, str(new), init_from_flag=str(moe_run))
   said = capsys.readouterr().out
   assert f"resuming {new} at step 2 from its own checkpoint; it began with the parameters" in said
   config.train.steps = 4
   for flag, optimizer in ((f"{moe_run}:4", False), (str(moe_run), True), (str(new), False)):
     with pytest.raises(UserError, match="has a checkpoint of its own, step 3, and began with the"):
-      train.run(config, str(new), init_from_flag=flag, init_optimizer=optimizer)
+      run_lib.run(config, str(new), init_from_flag=flag, init_optimizer=optimizer)
   with pytest.raises(UserError, match="step 4, and began with random parameters"):
     init_from.find(str(new), False, moe_run, config)
 
@@ -142,9 +144,9 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
 def test_a_dense_run_begins_with_a_dense_run(text, tmp_path):
   config = config_of(text, num_experts=0, steps=2)
   config.model.moe.bias_update_rate = 0.0
-  train.run(config, str(tmp_path / "old"))
+  run_lib.run(config, str(tmp_path / "old"))
   config.optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-12)
-  train.run(config, str(tmp_path / "new"), init_from_flag=str(tmp_path / "old"))
+  run_lib.run(config, str(tmp_path / "new"), init_from_flag=str(tmp_path / "old"))
   losses = [validation_loss(tmp_path / run, 2) for run in ("old", "new")]
   assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -165,7 +167,7 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
 
   def refused(said, flag=str(moe_run), optimizer=False):
     with pytest.raises(UserError, match=said):
-      train.run(config, str(tmp_path / "new"), init_from_flag=flag, init_optimizer=optimizer)
+      run_lib.run(config, str(tmp_path / "new"), init_from_flag=flag, init_optimizer=optimizer)
     assert not (tmp_path / "new").exists()  # a refused start leaves nothing behind
 
   refused("none: no checkpoint there", str(tmp_path / "none"))
@@ -183,6 +185,10 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
   refused(r"router_DE is .* there and absent here|.*\d more; set config.model as that run has it")
 
 
+class Saved(NamedTuple):
+  weights_D: jax.Array
+
+
 @pytest.mark.parametrize(
   ("losses", "kept", "best"),
   [
@@ -195,10 +201,9 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
 def test_the_best_step_has_a_loss_that_is_a_number(tmp_path, losses, kept, best):
   """inf is the loss of a step that was saved without an evaluation; nan that of a broken model."""
   saver = checkpoint.Checkpointer(tmp_path, config_lib.Train(keep_latest=1, keep_best=1))
-  data = iter(grain.MapDataset.range(4).to_iter_dataset())
   assert saver.best_step() is None
   for step, loss in enumerate(losses, 1):
-    saver.save(step, {"weights_D": np.ones(2)}, data, loss)
+    saver.save(step, Saved(jnp.ones(2)), step, loss)
     saver.wait()
   assert saver.best_step() == best
   assert set(saver.steps()) == set(kept)
@@ -213,13 +218,13 @@ def test_the_remedy_of_a_run_that_blew_up_works(moe_run, text, tmp_path):
   config.optimizer.learning_rate = 1e30
   workdir_lib.write_config(old, config)
   with pytest.raises(UserError, match="not finite at step 5") as error:
-    train.run(config, str(old))
+    run_lib.run(config, str(old))
   line = str(error.value)
   assert "lower config.optimizer.learning_rate=1e+30 in a new run" in line
   remedy = re.search(r"--workdir=NEW --init_from=(\S+:4) ", line)
   assert remedy, line
   config.optimizer.learning_rate = 1e-3
-  train.run(config, str(tmp_path / "new"), init_from_flag=remedy[1])
+  run_lib.run(config, str(tmp_path / "new"), init_from_flag=remedy[1])
   assert validation_loss(tmp_path / "new", 6) < validation_loss(moe_run, 4)
 
 

@@ -1,0 +1,66 @@
+"""What is around Orbax: a checkpoint's small files, remains of saves, late messages. No jax."""
+
+import functools
+import logging
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from moe_jax import files
+from moe_jax.errors import DamagedError
+
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is not completely written
+_METADATA = "_CHECKPOINT_METADATA"
+_METRICS = "metrics/metrics"
+
+
+def delete_partial(checkpoints: pathlib.Path) -> None:
+  """Deletes what a save that was cut off has left."""
+  for partial in checkpoints.glob(f"*{_TEMPORARY}*"):
+    partial.unlink() if partial.is_symlink() else shutil.rmtree(partial, ignore_errors=True)
+
+
+def unreadable(folder: pathlib.Path) -> str:
+  """Returns what is wrong with the small files of a checkpoint, without which Orbax does not start.
+
+  "" where they are as they should be.
+  """
+  for name in (_METADATA, _METRICS):
+    try:
+      value = files.read_json(folder / name, "")
+    except DamagedError as error:
+      return str(error)
+    if not value:
+      return f"{folder / name} is missing"
+  return "" if isinstance(value.get("loss"), float) else f"{folder / name} has no loss"
+
+
+def has_digests(folder: pathlib.Path) -> bool:
+  """Returns whether a checkpoint was saved with digests, also where they are missing now."""
+  items = files.read_json(folder / _METADATA, "").get("item_handlers")
+  return (folder / "about").exists() or "about" in (items or {})
+
+
+def next_batch(folder: pathlib.Path) -> int | None:
+  """Returns the number of the batch after a checkpoint of before there were digests.
+
+  Every process wrote a file, all with the same number. None where there is none.
+  """
+  paths = sorted((folder / "data").glob("process_*.json"))
+  number = files.read_json(paths[0], "").get("next_index") if paths else None
+  return number if isinstance(number, int) else None
+
+
+@functools.cache  # once
+def silence_other_reads() -> None:
+  """Ignores what is still printed of the other arrays when one array cannot be read."""
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  hook = sys.unraisablehook
+
+  def without_late_answers(error: Any) -> None:
+    # TensorStore answers to an event loop that has ended with the first error.
+    if "Event loop is closed" not in str(error.exc_value):
+      hook(error)
+
+  sys.unraisablehook = without_late_answers

@@ -1,0 +1,78 @@
+"""Takes one step of a run again, to see where its first number is that is not finite."""
+
+import jax
+import numpy as np
+
+from moe_jax import checkpoint, sharding
+from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
+from moe_jax.data import pipeline
+from moe_jax.errors import UserError
+from moe_jax.training import init_from
+from moe_jax.training.run import begin, begin_state, choose_kernels, next_after, read_text
+from moe_jax.training.train import compile_step, init_state
+
+
+def replay(config: config_lib.Config, workdir: str, step: int, *, multihost: bool = False) -> None:
+  """Takes the steps from the checkpoint before `step` and then that step, under jax_debug_nans.
+
+  A step depends on the state and its rows alone, so it is the one that the run took. Nothing is
+  written to the workdir. The first operation whose result is not finite is printed.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    step: the number of the step to take again.
+    multihost: whether this is one of several processes.
+
+  Raises:
+    UserError: the workdir has no run, or the run has no such step.
+  """
+  config, path = begin(config, workdir, multihost)
+  if not (path / workdir_lib.CONFIG).exists():
+    raise UserError(f"--replay={step}: --workdir={workdir} has no run; name that of the step")
+  if step > config.train.steps:
+    raise UserError(f"--replay={step}: the run has {config.train.steps} steps")
+  text = read_text(config, path)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    config = choose_kernels(config, path, write=False)
+    init, shapes, shardings = init_state(config, mesh)
+    batches = text.batches(config)
+    next_batch = 0
+    start = max([0, *(saved for saved in workdir_lib.saved_steps(path) if saved < step)])
+    if start:
+      reader = checkpoint.Checkpointer(path)
+      state, next_batch = reader.restore(start, checkpoint.abstract(shapes, shardings))
+      reader.close()
+    else:
+      state = begin_state(init, init_from.find("", False, path, config), shardings)
+    pipeline.move(batches, next_after(start, next_batch, workdir_lib.rewinds(path)))
+    print(f"step {step} again, from step {start}", flush=True)
+    take = compile_step(config, shardings, donate=False)
+    for _ in range(start + 1, step):
+      state, _ = take(state, sharding.to_global(next(batches), mesh))
+    numbers = pipeline.batch_rows(text.train, config.data, pipeline.place(batches))
+    batch = sharding.to_global(next(batches), mesh)
+    _, values = take(state, batch)
+    broken = [n for n, value in jax.device_get(values).items() if not np.isfinite(value).all()]
+    lines = [f"rows of the split   {', '.join(map(str, numbers))}"]
+    lines.append(f"not finite          {', '.join(broken) or 'nothing: all metrics are finite'}")
+    if broken:
+      lines.append(f"first of it         {_first(take, state, batch)}")
+  if jax.process_index() == 0:
+    print("\n".join(lines))
+
+
+def _first(take: object, state: object, batch: object) -> str:
+  """Returns what jax says of the first operation whose result is not finite."""
+  jax.config.update("jax_debug_nans", True)
+  jax.config.update("jax_debug_infs", True)
+  try:
+    jax.block_until_ready(take(state, batch))  # type: ignore[operator]
+  except FloatingPointError as error:
+    return " ".join(str(error).split())
+  finally:
+    jax.config.update("jax_debug_nans", False)
+    jax.config.update("jax_debug_infs", False)
+  return "not found by jax_debug_nans"

@@ -1,0 +1,263 @@
+"""A run from its start to its end: what it goes on from, and what it does after a bad step."""
+
+import contextlib
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+
+from moe_jax import checkpoint, lock, sharding, startup, validation
+from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
+from moe_jax.data import pipeline
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.kernels import choose
+from moe_jax.model import cost
+from moe_jax.training import health, init_from, optimizers, profiling
+from moe_jax.training.evaluator import Evaluator
+from moe_jax.training.loop import Loop
+from moe_jax.training.train import TrainState, compile_step, init_state
+
+NEWEST = -1  # a resume_step: the newest checkpoint
+
+
+class Text(NamedTuple):
+  """The rows of a run."""
+
+  train: pipeline.Rows
+  validation: pipeline.Rows
+
+  def batches(self, config: config_lib.Config) -> grain.DatasetIterator:
+    """Returns this process's training batches from the first one on."""
+    return pipeline.train_iterator(
+      self.train, config.data, jax.process_index(), jax.process_count()
+    )
+
+
+def run(
+  config: config_lib.Config,
+  workdir: str,
+  *,
+  multihost: bool = False,
+  init_from_flag: str = "",
+  init_optimizer: bool = False,
+  profile: str = "",
+  resume_step: int = NEWEST,
+) -> None:
+  """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one.
+
+  Args:
+    config: validated.
+    workdir: the run's folder; created if it is missing.
+    multihost: whether this is one of several processes of the run.
+    init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
+    init_optimizer: take that run's optimizer state, too.
+    profile: FIRST:LAST, the steps to trace.
+    resume_step: go on from this checkpoint and set newer ones aside; 0 begins again.
+
+  Raises:
+    UserError: the arguments, the workdir and the text on disk do not fit together.
+    BusyError: another training runs in the workdir.
+    DamagedError: checkpoints are missing, or none can be read.
+    StorageError: the disk is full.
+    StopAlarm: an alarm has ended the run.
+  """
+  window = profiling.parse(profile, config.train.steps)
+  config, path = begin(config, workdir, multihost)
+  source = init_from.find(init_from_flag, init_optimizer, path, config)
+  text = read_text(config, path)
+  with _alone(path):
+    workdir_lib.refuse_links(path)
+    if resume_step == NEWEST:
+      _check_complete(path)
+    if jax.process_index() == 0:
+      _record(config, path, text)
+    rewinds = workdir_lib.rewinds(path)
+    while True:
+      try:
+        with jax.set_mesh(sharding.make_mesh(config.mesh)):
+          return _train(config, path, text, source, window, resume_step, rewinds)
+      except health.Rewind as rewind:
+        resume_step = NEWEST
+        rewinds.append(_rewound(config, path, rewind, len(rewinds)))
+
+
+def begin(
+  config: config_lib.Config, workdir: str, multihost: bool
+) -> tuple[config_lib.Config, pathlib.Path]:
+  """Starts jax; returns the config with its mesh, and the folder, which has no other config."""
+  startup.start(config.data, multihost=multihost)
+  config = validation.resolve_mesh(config, jax.device_count())
+  path = workdir_lib.open_path(workdir)
+  workdir_lib.check_same_config(path, config)
+  return config, path
+
+
+def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:
+  """Returns the rows of the run; raises a UserError if the run was trained on others."""
+  text = Text(
+    pipeline.load_rows(config.data, "train"), pipeline.load_rows(config.data, "validation")
+  )
+  vocab_size = text.train.tokenizer.vocab_size
+  if vocab_size > config.model.vocab_size:
+    raise UserError(
+      f"config.model.vocab_size={config.model.vocab_size} is less than the {vocab_size} of "
+      f"config.data.tokenizer={config.data.tokenizer}"
+    )
+  text.batches(config)  # which refuses a split that is too small
+  workdir_lib.check_same_data(path, {name: getattr(text, name).digest for name in Text._fields})
+  return text
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+  """Makes the folder and holds its lock, in the first process of the run."""
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      workdir_lib.make(path)
+      stack.enter_context(lock.held(path))
+    yield
+
+
+def _check_complete(path: pathlib.Path) -> None:
+  """Raises a DamagedError where the folder has fewer checkpoints than its run has saved."""
+  steps = workdir_lib.saved_steps(path)
+  newest = steps[-1] if steps else 0
+  recorded = workdir_lib.recorded_step(path)
+  logged = workdir_lib.read_lines(path / workdir_lib.METRICS)
+  if recorded is None and not steps and (logged or (path / workdir_lib.CONFIG).exists()):
+    what = f"metrics up to step {logged[-1]['step']}" if logged else workdir_lib.CONFIG
+    raise DamagedError(
+      f"--workdir={path} has {what} and no checkpoint; put {workdir_lib.CHECKPOINTS} back, or "
+      "begin again from step 0 with --resume_step=0"
+    )
+  if (recorded or 0) > newest:
+    there = f"only {steps}" if steps else "none"
+    raise DamagedError(
+      f"--workdir={path}: the run has saved step {recorded}, but of its checkpoints {there} is "
+      f"there; put them back, or go on from step {newest} with --resume_step={newest}"
+    )
+  if not steps and logged and jax.process_index() == 0:
+    print(
+      f"{path} begins again at step 0: it ended after step {logged[-1]['step']}, before its first "
+      "checkpoint was complete"
+    )
+
+
+def _record(config: config_lib.Config, workdir: pathlib.Path, text: Text) -> None:
+  """Writes what the run is made of to the workdir; prints config, cost and device."""
+  if workdir_lib.recorded_step(workdir) is None:  # before the config, which _check_complete sees
+    workdir_lib.record_saved(workdir, max([0, *workdir_lib.saved_steps(workdir)]))
+  digests = {name: getattr(text, name).digest for name in Text._fields}
+  workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
+  workdir_lib.write_config(workdir, config)
+  device = jax.devices()[0]
+  print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
+  print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+
+
+def _train(
+  config: config_lib.Config,
+  path: pathlib.Path,
+  text: Text,
+  source: init_from.Source | None,
+  window: profiling.Window | None,
+  resume_step: int,
+  rewinds: list[dict[str, Any]],
+) -> None:
+  """Trains from a checkpoint, or from step 0, to the end; raises Rewind where it is to go back."""
+  saver = checkpoint.Checkpointer(path, config.train)
+  if resume_step != NEWEST:
+    saver.go_back(resume_step)
+  if (saver.latest_step() or 0) >= config.train.steps:
+    print(f"{path} is finished: step {saver.latest_step()} of {config.train.steps}")
+    saver.close()
+    return
+  config = choose_kernels(config, path)
+  init, shapes, shardings = init_state(config, jax.sharding.get_mesh())
+  start, state, next_batch = _restore_newest(saver, checkpoint.abstract(shapes, shardings))
+  if start:
+    began = f" from its own checkpoint; it began with {source}" if source else ""
+    print(f"resuming {path} at step {start}{began}")
+  else:
+    state = begin_state(init, source, shardings)
+    if source and jax.process_index() == 0:
+      print(f"{path} begins with {source}")
+      workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
+  batches = text.batches(config)
+  pipeline.move(batches, next_after(start, next_batch, rewinds))
+  loop = Loop(config, path, saver, start, profiling.Profiler(window, path, start))
+  evaluator = Evaluator(config, text.validation, jax.sharding.get_mesh(), config.eval.batches)
+  # A run that was asked to stop has saved this step without the evaluation that it was due.
+  due = start % config.train.eval_every == 0 and start > 0 and math.isinf(saver.loss(start))
+  loop.run(state, batches, compile_step(config, shardings), evaluator, text.train, evaluate=due)
+
+
+def begin_state(init: Any, source: init_from.Source | None, shardings: TrainState) -> TrainState:
+  """Returns the state of step 0."""
+  state = init()
+  return init_from.load(source, state, shardings) if source else state
+
+
+def _restore_newest(saver: checkpoint.Checkpointer, abstract_state: Any) -> tuple[int, Any, int]:
+  """Returns the newest step that is whole, its state and its next batch; (0, None, 0) for none.
+
+  Damaged checkpoints on the way are set aside.
+  """
+  while step := saver.latest_step():
+    try:
+      return step, *saver.restore(step, abstract_state)
+    except DamagedError as error:
+      # The others may have read it without an error, so processes do not agree on what to do.
+      if jax.process_count() > 1:
+        raise DamagedError(f"{error}; go on from another one with --resume_step=STEP") from None
+      saver.set_aside(step, str(error))
+  return 0, None, 0
+
+
+def next_after(step: int, saved: int, rewinds: list[dict[str, Any]]) -> int:
+  """Returns the number of the next batch: as saved, or past those that a rewind has left out."""
+  return max([saved, *(rewind["next_batch"] for rewind in rewinds if rewind["step"] == step)])
+
+
+def _rewound(
+  config: config_lib.Config, path: pathlib.Path, rewind: health.Rewind, before: int
+) -> dict[str, Any]:
+  """Returns the line of alarms.jsonl about a rewind, after it is written.
+
+  Raises:
+    NotFiniteAlarm: the run has been rewound too often.
+  """
+  steps = workdir_lib.saved_steps(path)
+  to = steps[-1] if steps else 0
+  if before >= config.health.rewind_limit:
+    raise health.NotFiniteAlarm(
+      f"{rewind.alarm.message}; that is after config.health.rewind_limit={before} rewinds; lower "
+      f"config.optimizer.learning_rate={config.optimizer.learning_rate} in a new run that begins "
+      f"with --workdir=NEW" + (f" --init_from={path}:{to}" if to else "")
+    )
+  message = (
+    f"rewind {before + 1} of {config.health.rewind_limit}, to step {to}, and on from batch "
+    f"{rewind.next_batch}: {rewind.alarm.message}"
+  )
+  # Under the step that it goes back to, so that the line stays when later ones are deleted.
+  alarm = rewind.alarm._replace(step=to, alarm="rewind", message=message)
+  line = alarm.line() | {"next_batch": rewind.next_batch}
+  if jax.process_index() == 0:
+    workdir_lib.append_line(path / workdir_lib.ALARMS, line)
+    print(f"alarm: {message}", flush=True)
+  return line
+
+
+def choose_kernels(
+  config: config_lib.Config, workdir: pathlib.Path, *, write: bool = True
+) -> config_lib.Config:
+  """Returns the config with a kernel in place of each `auto`; the workdir records the kernels."""
+  config, chosen, lines = choose.resolve(config, workdir_lib.read_kernels(workdir))
+  if jax.process_index() == 0 and write:
+    workdir_lib.write_kernels(workdir, chosen)
+    print("\n".join(lines))
+  return config
