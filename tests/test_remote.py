@@ -1,26 +1,22 @@
-"""Workdirs in an object store: the files of a run, and whole runs against a stand-in for the store.
+"""Workdirs in an object store: their files and their lock.
 
-The quick tests take etils' path layer on a disk: remote.py knows a store by that class alone.
+The tests take etils' path layer on a disk: remote.py knows a store by that class alone.
 """
 
-import importlib.util
 import json
 import os
-import shutil
-import signal
+import socket
 import subprocess
 import sys
+import time
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from moe_jax import files, remote
+from moe_jax import files, lock, remote
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import StorageError, UserError, is_storage
-from tests.support.object_store import Store
-from tests.support.scripts import ONE_DEVICE, checkpoint_of, command, evaluate, losses_of
+from moe_jax.errors import BusyError, StorageError, UserError, is_storage
 from tests.support.toys import ROOT
 
 
@@ -139,6 +135,84 @@ def test_errors_of_a_store_are_told_from_others(error, expected):
   assert is_storage(outer) == expected
 
 
+# The lock.
+
+
+@pytest.fixture
+def quick_lock(run, monkeypatch):
+  run.mkdir()
+  for name, seconds in (("_SETTLE", 0.1), ("_BEAT", 0.1), ("_SILENT", 0.5)):
+    monkeypatch.setattr(lock, name, seconds)
+  return run / "lock.json"
+
+
+def owner_of(path):
+  return json.loads(path.read_text())
+
+
+def test_the_lock_names_its_owner_and_is_freed(quick_lock, run):
+  with lock.held(run):
+    assert owner_of(quick_lock)["pid"] == os.getpid()
+    time.sleep(0.5)
+    assert owner_of(quick_lock)["beat"] > 0
+  assert owner_of(quick_lock) == {}
+  with lock.held(run):
+    pass
+
+
+def test_a_second_training_is_refused(quick_lock, run):
+  with (
+    lock.held(run),
+    pytest.raises(BusyError, match=f"process {os.getpid()} on "),
+    lock.held(run),
+  ):
+    pass
+  assert owner_of(quick_lock) == {}
+
+
+def test_the_lock_of_a_process_that_died_elsewhere_is_taken_after_a_silence(
+  quick_lock, run, capsys
+):
+  quick_lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "", "beat": 3}))
+  with lock.held(run):
+    assert owner_of(quick_lock)["pid"] == os.getpid()
+  assert "for a sign of life of process 1 on elsewhere" in capsys.readouterr().err
+
+
+def test_the_lock_of_a_process_that_died_here_is_taken_at_once(quick_lock, run, capsys):
+  dead = subprocess.Popen([sys.executable, "-c", ""])
+  dead.wait()
+  died = {"host": socket.gethostname(), "pid": dead.pid, "started": "", "beat": 3}
+  quick_lock.write_text(json.dumps(died))
+  with lock.held(run):
+    assert owner_of(quick_lock)["pid"] == os.getpid()
+  assert not capsys.readouterr().err
+
+
+def test_of_two_that_begin_at_once_one_is_refused(quick_lock, run, monkeypatch):
+  other = {"host": "elsewhere", "pid": 2, "started": "now", "beat": 0}
+  monkeypatch.setattr(time, "sleep", lambda _: quick_lock.write_text(json.dumps(other)))
+  with pytest.raises(BusyError, match="process 2 on elsewhere"), lock.held(run):
+    pass
+  assert owner_of(quick_lock) == other
+
+
+def test_a_training_whose_lock_another_has_taken_ends_at_once(quick_lock, run):
+  """In a process, since it ends as if it were killed."""
+  code = (
+    "import json, pathlib, time; from etils import epath; from moe_jax import lock\n"
+    f"run = epath.Path({os.fspath(run)!r}); lock._SETTLE = lock._BEAT = 0.1\n"
+    "with lock.held(run):\n"
+    '  (run / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 2}))\n'
+    "  time.sleep(60)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == BusyError.code, done.stderr
+  assert "another training runs there (process 2 on elsewhere" in done.stderr
+
+
 # The name of a workdir.
 
 
@@ -156,164 +230,6 @@ def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   with pytest.raises(UserError, match="pip install gcsfs"):
     workdir_lib.open_path("gs://bucket/a")
-
-
-# Whole runs.
-
-needs_gcsfs = pytest.mark.skipif(
-  importlib.util.find_spec("gcsfs") is None, reason="needs pip install gcsfs"
-)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-  store = Store(tmp_path_factory.mktemp("store"))
-  yield store
-  store.stop()
-
-
-def script(store, *words):
-  """A process with one device, to which the store is Google's."""
-  return subprocess.run(
-    words, cwd=ROOT, env=ONE_DEVICE | store.env, capture_output=True, text=True, timeout=400
-  )  # fmt: skip
-
-
-def cut_off(store, words, beginning, cut):
-  """Calls `cut(process)` when the process prints a line with this beginning; returns its end."""
-  process = subprocess.Popen(
-    words, cwd=ROOT, env=ONE_DEVICE | store.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    text=True,
-  )  # fmt: skip
-  for line in process.stdout:
-    if line.startswith(beginning):
-      cut(process)
-      break
-  _, errors = process.communicate(timeout=400)
-  return process.returncode, errors
-
-
-@pytest.fixture(scope="module")
-def remote_run(store, cache):
-  """A run that is killed, whose store then fails while it goes on, and that goes on once more."""
-  words = command("gs://bucket/run", cache)
-  killed, _ = cut_off(store, words, "step      9/12", lambda p: p.send_signal(signal.SIGKILL))
-  assert killed == -signal.SIGKILL
-  # It is stopped before its next checkpoint, which comes after an evaluation.
-  outage = cut_off(store, words, "step", lambda _: store.stop())
-  store.start()
-  again = script(store, *words)
-  assert again.returncode == 0, again.stderr
-  return {"outage": outage, "again": again.stdout}
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_store_that_fails_ends_a_run_with_one_line_and_code_3(remote_run):
-  code, said = remote_run["outage"]
-  lines = [line for line in said.splitlines() if not line.startswith("I1") and line]
-  assert code == 3 and len(lines) == 1, said
-  assert lines[0].startswith("error: cannot reach gs://bucket/run/metrics.jsonl")
-  assert "goes on once the store answers" in lines[0]
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_run_goes_on_when_its_store_is_back(remote_run):
-  assert "resuming gs://bucket/run at step" in remote_run["again"]
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_cut_off_run_ends_as_a_local_run_that_was_not(remote_run, store, whole_run):
-  """Bit for bit."""
-  got, want = checkpoint_of(store.folder / "run", 12), checkpoint_of(whole_run.workdir, 12)
-  jax.tree.map(np.testing.assert_array_equal, got, want)
-  assert losses_of(store.folder / "run") == losses_of(whole_run.workdir)
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_run_leaves_all_its_files_in_the_store(remote_run, store):
-  names = {path.name for path in (store.folder / "run").iterdir()}
-  assert names >= {"config.json", "data.json", "kernels.json", "metrics.jsonl", "checkpoints"}
-  events = list((store.folder / "run" / "tensorboard").iterdir())
-  assert len(events) >= 2 and all(event.stat().st_size > 1000 for event in events[-1:])
-  assert workdir_lib.saved_steps(epath.Path(store.folder / "run"))[-1] == 12
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_lines_are_not_uploaded_one_by_one(remote_run, store):
-  """In four starts: at each checkpoint, and when later lines are deleted."""
-  assert 0 < store.writes("run/metrics.jsonl") < 12
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_run_in_a_store_is_evaluated(remote_run, store, whole_run, tmp_path):
-  done = script(store, sys.executable, "eval.py", "--workdir=gs://bucket/run")
-  assert done.returncode == 0, done.stderr
-  assert "gs://bucket/run/loss.png" in done.stdout
-  assert (store.folder / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-  got = json.loads((store.folder / "run" / "eval.json").read_text())
-  _, want = evaluate(shutil.copytree(whole_run.workdir, tmp_path / "copy"))
-  assert (got["loss"], got["load_ZE"]) == (want["loss"], want["load_ZE"])
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_run_in_a_store_generates(remote_run, store, whole_run):
-  words = ["--prompt=def ", "--max_new_tokens=4", "--temperature=0"]
-  got, want = (
-    script(store, sys.executable, "generate.py", f"--workdir={workdir}", *words)
-    for workdir in ("gs://bucket/run", whole_run.workdir)
-  )
-  assert got.returncode == 0 and got.stdout == want.stdout, got.stderr
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_run_begins_with_the_parameters_of_one_in_a_store(remote_run, store, whole_run, cache):
-  words = command("gs://bucket/new", cache, steps=1)
-  got = script(store, *words, "--init_from=gs://bucket/run:12", "--profile=1:1")
-  assert got.returncode == 0, got.stderr
-  assert "begins with the parameters of gs://bucket/run, step 12" in got.stdout
-  local = store.folder.parent / "local"
-  want = script(store, *command(local, cache, steps=1), f"--init_from={whole_run.workdir}:12")
-  assert want.returncode == 0, want.stderr
-  assert losses_of(store.folder / "new") == losses_of(local)
-  assert list((store.folder / "new" / "profile").rglob("*.xplane.pb")), "no trace"
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_report_reads_runs_in_a_store(remote_run, store, tmp_path):
-  words = [sys.executable, "-m", "moe_jax.report", "gs://bucket/run"]
-  done = script(store, *words)
-  assert done.returncode == 2 and "--out" in done.stderr
-  done = script(store, *words, f"--out={tmp_path}")
-  assert done.returncode == 0, done.stderr
-  assert "run" in (tmp_path / "report.md").read_text()
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_a_bucket_that_is_missing_is_one_line(store):
-  done = script(store, sys.executable, "eval.py", "--workdir=gs://none/run")
-  assert done.returncode == 2, done.stderr
-  assert done.stderr.startswith("error: gs://none/run: there is no bucket gs://none")
-  assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.slow
-@needs_gcsfs
-def test_an_account_without_access_is_one_line(store):
-  """The stand-in lets nobody into this bucket."""
-  done = script(store, sys.executable, "eval.py", "--workdir=gs://closed/run")
-  assert done.returncode == 2, done.stderr
-  assert done.stderr.startswith("error: gs://closed/run: no access (Forbidden")
-  assert "gcloud auth application-default login" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_sweep_stays_on_this_machine():
