@@ -109,7 +109,7 @@ def read(path: pathlib.Path) -> bytes:
   with errors(path):
     try:
       return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
       missing = error
   raise missing
 
@@ -177,9 +177,10 @@ class _State:
     self._count += 1
     copy = self._folder / str(self._count) / path.name
     copy.parent.mkdir()
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-      copy.write_bytes(read(path))
-      self._uploaded[copy] = _stamp(copy)
+    with errors(path):
+      if path.is_file():  # reading a folder would give b""
+        copy.write_bytes(path.read_bytes())
+        self._uploaded[copy] = _stamp(copy)
     self.of[path] = copy
     return copy
 

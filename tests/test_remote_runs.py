@@ -69,7 +69,7 @@ def test_a_store_that_fails_ends_a_run_with_one_line_and_code_3(remote_run):
   code, said = remote_run["outage"]
   lines = [line for line in said.splitlines() if not line.startswith("I1") and line]
   assert code == 3 and len(lines) == 1, said
-  assert lines[0].startswith("error: cannot reach gs://bucket/run/metrics.jsonl")
+  assert lines[0].startswith("error: cannot reach gs://bucket/run/")
   assert "goes on once the store answers" in lines[0]
 
 

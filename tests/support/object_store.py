@@ -9,6 +9,7 @@ import contextlib
 import http.server
 import json
 import pathlib
+import random
 import re
 import socket
 import subprocess
@@ -32,9 +33,7 @@ class Store:
     self.folder = folder / bucket  # of the bucket's objects
     self.requests = folder / "requests.log"  # a line for each: method, path
     self.folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      self._port = free.getsockname()[1]
+    self._port = free_port()
     self.url = f"http://127.0.0.1:{self._port}"
     self.env = {
       "STORAGE_EMULATOR_HOST": self.url,
@@ -63,6 +62,15 @@ class Store:
     """Returns how often an object was written."""
     lines = self.requests.read_text().splitlines()
     return sum(line.startswith("wrote ") and line.endswith("/" + name) for line in lines)
+
+
+def free_port() -> int:
+  """Returns a port that the system gives to no client, which could take it in an outage."""
+  while True:
+    port = random.randrange(20000, 30000)
+    with socket.socket() as server, contextlib.suppress(OSError):
+      server.bind(("127.0.0.1", port))
+      return port
 
 
 class Refused(Exception):
