@@ -1,14 +1,15 @@
-"""python -m benchmarks layer|train|inference|decode|all [--out=DIR]
+"""python -m benchmarks layer|train|inference|decode|soak|all [--out=DIR]
 
 layer      an MoE layer with each dispatcher against a dense FFN of equal active FLOPs
 train      whole training steps on one CPU, against our dense model and Hugging Face transformers
 inference  decoding and prefill of --config against dense models of its active and its total size
 decode     decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
+soak       half an hour of training, with a SIGKILL every minute: what is lost, what grows
 all        on an accelerator `layer`; on a CPU a part of `layer`, then `train`
 
 Each prints tables, among them targets and whether they are met, and writes DIR/NAME.json. All but
-`decode` draw DIR/NAME.png. `inference` takes overrides of its config as train.py does, as in
---config.model.num_layers=4.
+`decode` and `soak` draw DIR/NAME.png. `inference` and `soak` take overrides of their config as
+train.py does, as in --config.model.num_layers=4.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   add = parser.add_argument
-  add("bench", choices=["layer", "train", "inference", "decode", "all"])
+  add("bench", choices=["layer", "train", "inference", "decode", "soak", "all"])
   add("--out", default="runs/bench", help="folder of the results (runs/bench)")
   add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
   add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
@@ -36,7 +37,9 @@ def parse_arguments() -> argparse.Namespace:
   add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
   add("--peer_python", default=sys.executable, help="train, decode: a Python with torch")
   add("--peer_compile", action="store_true", help="also run the peer under torch.compile")
-  add("--config", default="configs/mixtral_small.py", help="inference: the model's config file")
+  add("--config", default="", help="inference, soak: the config file (mixtral_small, tiny_moe)")
+  add("--minutes", type=float, default=30.0, help="soak: the time of both runs together (30)")
+  add("--kill_every", type=float, default=60.0, help="soak: seconds from one kill to the next (60)")
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
   overrides, rest = command_line.take_overrides(sys.argv[1:])
   args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
@@ -75,11 +78,11 @@ def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]
   from benchmarks import inference, inference_report, plots
   from moe_jax import validation
 
-  config = command_line.load_file(args.config)
-  config = command_line.override(config, args.overrides, args.config)
+  path = args.config or "configs/mixtral_small.py"
+  config = command_line.override(command_line.load_file(path), args.overrides, path)
   validation.validate(config)
   if not config.model.moe.num_experts:
-    raise UserError(f"--config={args.config}: the model is dense; name one with experts")
+    raise UserError(f"--config={path}: the model is dense; name one with experts")
   try:
     batches = [int(b) for b in args.batches.split(",")] if args.batches else inference.BATCHES
   except ValueError:
@@ -103,6 +106,16 @@ def run_decode(args: argparse.Namespace) -> dict[str, Any]:
   return result
 
 
+def run_soak(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  """Runs the benchmark `soak` and prints its table."""
+  from benchmarks import soak
+
+  config = args.config or "configs/tiny_moe.py"
+  result = soak.run(config, out, args.minutes, args.kill_every, args.overrides)
+  print(soak.text(result))
+  return result
+
+
 def main() -> None:
   """Runs the benchmarks that the command line names, and writes their results."""
   args = parse_arguments()
@@ -123,6 +136,8 @@ def main() -> None:
     numbers["decode"] = run_decode(args)
   if args.bench == "inference":
     numbers["inference"] = run_inference(args, out)
+  if args.bench == "soak":
+    numbers["soak"] = run_soak(args, out)
   if args.bench == "all":
     results.write(out, "bench.json", numbers)
   else:

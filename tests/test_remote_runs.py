@@ -117,12 +117,14 @@ def test_a_run_in_a_store_generates(remote_run, store, whole_run):
 
 
 def test_a_run_begins_with_the_parameters_of_one_in_a_store(remote_run, store, whole_run, cache):
-  words = command("gs://bucket/new", cache, steps=1)
-  got = script(store, *words, "--init_from=gs://bucket/run:12", "--profile=1:1")
+  words = ["--config.optimizer.warmup_steps=0", "--profile=1:1"]
+  init = "--init_from=gs://bucket/run:12"
+  got = script(store, *command("gs://bucket/new", cache, *words, init, steps=1))
   assert got.returncode == 0, got.stderr
   assert "begins with the parameters of gs://bucket/run, step 12" in got.stdout
   local = store.folder.parent / "local"
-  want = script(store, *command(local, cache, steps=1), f"--init_from={whole_run.workdir}:12")
+  init = f"--init_from={whole_run.workdir}:12"
+  want = script(store, *command(local, cache, *words, init, steps=1))
   assert want.returncode == 0, want.stderr
   assert losses_of(store.folder / "new") == losses_of(local)
   assert list((store.folder / "new" / "profile").rglob("*.xplane.pb")), "no trace"

@@ -1,6 +1,7 @@
 """The parts of a report before they are Markdown or HTML, and the formats of its numbers."""
 
 import dataclasses
+import html
 import math
 import re
 from collections.abc import Sequence
@@ -90,6 +91,23 @@ def paragraphs(text: str) -> list[list[tuple[str, str]]]:
     if lines:
       result.append(lines)
   return result
+
+
+# Letters that no file should show: those that control a terminal or turn the text around, halves
+# of surrogate pairs, which UTF-8 cannot write, and what XML does not allow.
+_UNPRINTABLE = re.compile(
+  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def printable(text: str) -> str:
+  """Returns a text from a run with a replacement character for each that cannot be shown."""
+  return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def escaped(text: str) -> str:
+  """Returns a text from a run as it may stand in HTML, between tags or in quotes."""
+  return html.escape(printable(text))
 
 
 def si(value: float | None, unit: str = "") -> str:

@@ -1,14 +1,13 @@
 """Line charts as SVG: the same drawing inside the HTML page and as a file beside the Markdown."""
 
 import dataclasses
-import html
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from moe_jax.report.blocks import ArmName, Chart, si
+from moe_jax.report.blocks import ArmName, Chart, escaped, si
 
 Points = list[tuple[float, float]]
 COLOURS = 6  # after these the same colours come again, dashed, and then dotted
@@ -72,7 +71,7 @@ def standalone(drawn: Chart) -> str:
     y = _HEIGHT + 16 * len(rows)
     rows[-1].append(
       f'<polyline class="{_class(arm)}" points="{_LEFT + x},{y - 4} {_LEFT + x + 18},{y - 4}"/>'
-      f'<text x="{_LEFT + x + 23}" y="{y}">{html.escape(arm.name)}</text>'
+      f'<text x="{_LEFT + x + 23}" y="{y}">{escaped(arm.name)}</text>'
     )
     x += width
   height = _HEIGHT + 16 * len(rows) + 8
@@ -143,10 +142,8 @@ def _svg(title: str, lines: list[Line], axes: Axes) -> str:
     where = " ".join(f"{x},{y}" for x, y in (at(*point) for point in _finite(points)))
     return f'<polyline class="{kind}" points="{where}"/>'
 
-  parts = [f'<text x="0" y="14">{html.escape(axes.y)}</text>']
-  parts.append(
-    f'<text x="{right}" y="{_HEIGHT - 5}" text-anchor="end">{html.escape(axes.x)}</text>'
-  )
+  parts = [f'<text x="0" y="14">{escaped(axes.y)}</text>']
+  parts.append(f'<text x="{right}" y="{_HEIGHT - 5}" text-anchor="end">{escaped(axes.x)}</text>')
   top = max(y for line in lines for _, y in line.points)
   if top > y_high:
     said = f"first steps, up to {top:.3g}, are above the picture"
@@ -161,12 +158,12 @@ def _svg(title: str, lines: list[Line], axes: Axes) -> str:
     if x_low <= x <= x_high:
       middle = min(at(x, y_low)[0], _WIDTH - 3.5 * len(label))  # all of it inside
       where = f'x="{middle}" y="{bottom + 17}" text-anchor="middle"'
-      parts.append(f"<text {where}>{html.escape(label)}</text>")
+      parts.append(f"<text {where}>{escaped(label)}</text>")
   if axes.guide:
     level, label = axes.guide
     _, down = at(x_low, level)
     parts.append(f'<path class="guide" d="M{_LEFT} {down}H{right}"/>')
-    parts.append(f'<text x="{_LEFT + 4}" y="{down + 14}">{html.escape(label)}</text>')
+    parts.append(f'<text x="{_LEFT + 4}" y="{down + 14}">{escaped(label)}</text>')
   # Curves stay inside their frame, points included.
   parts.append(f'<svg x="0" y="{_TOP - 4}" width="{_WIDTH}" height="{bottom - _TOP + 8}" ')
   parts.append(f'viewBox="0 {_TOP - 4} {_WIDTH} {bottom - _TOP + 8}">')
@@ -180,11 +177,11 @@ def _svg(title: str, lines: list[Line], axes: Axes) -> str:
       across, down = at(x, y)
       parts.append(
         f'<circle class="{dots}" cx="{across}" cy="{down}" r="2.6">'
-        f"<title>{html.escape(what)}</title></circle>"
+        f"<title>{escaped(what)}</title></circle>"
       )
   parts.append("</svg>")
   return (
-    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
+    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escaped(title)}">'
     + "".join(parts)
     + "</svg>"
   )

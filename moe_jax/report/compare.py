@@ -2,7 +2,21 @@
 
 import pathlib
 
-from moe_jax.report import curves, experts, inside, markdown, page, runs, sections, table
+from moe_jax import files
+from moe_jax.errors import UserError
+from moe_jax.report import (
+  checked,
+  curves,
+  experts,
+  inside,
+  markdown,
+  page,
+  runs,
+  sections,
+  table,
+)
+
+PICTURE = "load.png"
 
 
 def compare(out: pathlib.Path) -> pathlib.Path:
@@ -36,9 +50,14 @@ def write(study: runs.Study, out: pathlib.Path) -> pathlib.Path:
     sections.configs(study),
   ]
   parts = [section for section in parts if section.blocks or section.conclusion]
-  (out / markdown.FOLDER).mkdir(parents=True, exist_ok=True)
-  picture = "load.png" if inside.picture(study, out / markdown.FOLDER / "load.png") else ""
-  markdown.write(out, study.title, parts, picture)
-  path = out / "report.html"
-  path.write_text(page.render(study.title, parts, inside.data(study)))
+  folder, path = out / markdown.FOLDER, out / "report.html"
+  with files.storage_errors(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  if not checked.is_inside(folder, out):
+    raise UserError(f"{folder} is a link that leads out of {out}; remove it")
+  drawn = inside.picture(study)
+  if drawn:
+    files.write(folder / PICTURE, drawn)
+  markdown.write(out, study.title, parts, PICTURE if drawn else "")
+  files.write(path, page.render(study.title, parts, inside.data(study)))
   return path

@@ -204,18 +204,23 @@ def _took(seconds: Spread | None) -> str:
 
 def failures(study: Study) -> str:
   """Returns how many runs did not finish, and which arms raised alarms."""
-  bad = [arm.name for arm, run in study.runs if run.status not in ("finished", "waiting")]
+  fine = ("finished", "waiting", "damaged")
+  bad = [arm.name for arm, run in study.runs if run.status not in fine]
+  damaged = [arm.name for arm, run in study.runs if run.status == "damaged"]
   alarmed: dict[str, list[str]] = {}
   for arm in study.arms:
     for kind in sorted({str(alarm.get("alarm", "")) for run in arm.runs for alarm in run.alarms}):
       count = sum(any(a.get("alarm", "") == kind for a in run.alarms) for run in arm.runs)
       alarmed.setdefault(kind, []).append(f"{arm.name} ({count} of {len(arm.runs)} runs)")
-  if not bad and not alarmed:
+  if not bad and not damaged and not alarmed:
     return "No run failed and no alarm was raised."
   parts = []
   if bad:
     arms = names(list(dict.fromkeys(bad)))
     parts.append(f"{len(bad)} of {len(study.runs)} runs did not finish, of {arms}.")
+  if damaged:
+    arms = names(list(dict.fromkeys(damaged)))
+    parts.append(f"{len(damaged)} of {len(study.runs)} runs are damaged and left out, of {arms}.")
   parts += [f"Alarms of {kind}: {names(arms)}." for kind, arms in alarmed.items()]
   return " ".join(parts)
 

@@ -1,6 +1,7 @@
 """Shows the experts of single runs: loads over time, and a text with the experts of its tokens."""
 
-import pathlib
+import io
+import warnings
 from typing import Any
 
 import matplotlib
@@ -9,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_jax.report.blocks import printable
 from moe_jax.report.runs import Run, Study, series
 
 _COLUMNS = 100  # the most columns of a heat map; fewer if the page would be too large
@@ -23,6 +25,7 @@ def heat(run: Run, columns: int) -> dict[str, Any]:
     return {}
   bins = np.array_split(np.arange(len(steps)), min(len(steps), columns))
   load_SZE = np.array([np.mean([loads[i] for i in part], axis=0) for part in bins])
+  load_SZE = np.clip(np.nan_to_num(load_SZE), 0, 1)  # shares, whatever a damaged file says
   load_ZES = load_SZE.transpose(1, 2, 0) * load_SZE.shape[2]
   return {"steps": [steps[part[-1]] for part in bins], "load_ZES": load_ZES}
 
@@ -63,10 +66,10 @@ def _rounded(value: Any) -> Any:
   return round(value, 3) if isinstance(value, float) else value
 
 
-def picture(study: Study, path: pathlib.Path) -> bool:
+def picture(study: Study) -> bytes:
   """Draws a PNG with a row for each MoE arm (its first run) and a column for each layer.
 
-  Returns whether there is an MoE arm to draw.
+  Returns the PNG, or b"" if there is no MoE arm to draw.
   """
   rows = []
   for arm in study.arms:
@@ -75,7 +78,7 @@ def picture(study: Study, path: pathlib.Path) -> bool:
     if first:
       rows.append((arm, *first))
   if not rows:
-    return False
+    return b""
   columns = [
     np.unique(np.linspace(0, len(loads["load_ZES"]) - 1, _LAYERS).astype(int))
     for _, _, loads in rows
@@ -93,15 +96,24 @@ def picture(study: Study, path: pathlib.Path) -> bool:
       )  # fmt: skip
       place.set_title(f"layer {run.layers()[z]}", fontsize="small")
       place.tick_params(labelsize="x-small")
-    line[0].set_ylabel(f"{arm.name}\nexpert", fontsize="small", parse_math=False)
+    line[0].set_ylabel(f"{printable(arm.name)}\nexpert", fontsize="small", parse_math=False)
     for place in line[len(layers) :]:
       place.set_axis_off()
   for place in axes[-1]:
     place.set_xlabel("step", fontsize="small")
   figure.colorbar(image, ax=axes, extend="max", label="load / fair share")
-  figure.savefig(path, dpi=110)
+  return png(figure, 110)
+
+
+def png(figure: plt.Figure, dpi: int) -> bytes:
+  """Returns a figure as a PNG, and closes it."""
+  buffer = io.BytesIO()
+  with warnings.catch_warnings():
+    # A letter of a name that the font does not have is drawn as a box.
+    warnings.filterwarnings("ignore", "Glyph", UserWarning)
+    figure.savefig(buffer, dpi=dpi, format="png")
   plt.close(figure)
-  return True
+  return buffer.getvalue()
 
 
 def _extent(loads: dict[str, Any]) -> tuple[float, float, float, float]:

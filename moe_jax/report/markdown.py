@@ -5,6 +5,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
+from moe_jax import files
 from moe_jax.report import blocks, charts
 from moe_jax.report.blocks import ArmName, Cell, Chart, Code, Section, Table, Text
 
@@ -13,7 +14,7 @@ FOLDER = "report_files"
 
 def escape(text: str) -> str:
   """Escapes a text, so that it makes no HTML, links, emphasis or cells in Markdown."""
-  text = html.escape(text, quote=False).replace("\\", "\\\\")
+  text = html.escape(blocks.printable(text), quote=False).replace("\\", "\\\\")
   return re.sub(r"([|*_`\[\]#])", r"\\\1", text)
 
 
@@ -44,7 +45,7 @@ def code(block: Code) -> str:
   """Returns the Markdown of a fenced block, with a fence that does not occur in it."""
   longest = max(map(len, re.findall(r"`+", block.text)), default=0)
   fence = "`" * max(3, longest + 1)
-  return f"{escape(block.title)}:\n\n{fence}text\n{block.text}\n{fence}"
+  return f"{cell(block.title)}:\n\n{fence}text\n{blocks.printable(block.text)}\n{fence}"
 
 
 _WRITERS: dict[type, Callable[..., str]] = {Table: table, Text: text, Code: code}
@@ -60,14 +61,14 @@ def write(out: pathlib.Path, title: str, sections: list[Section], picture: str) 
     picture: name of the heat map's file in that folder, or ''.
   """
   folder = out / FOLDER
-  parts = [f"# {escape(title)}"]
+  parts = [f"# {cell(title)}"]
   for section in sections:
     parts.append(f"## {escape(section.title)}")
     if section.conclusion:
       parts.append("> " + escape(section.conclusion).replace("\n", "  \n> "))
     for block in section.blocks:
       if isinstance(block, Chart):
-        (folder / f"{block.name}.svg").write_text(charts.standalone(block))
+        files.write(folder / f"{block.name}.svg", charts.standalone(block))
         title = escape(block.title)
         parts.append(f"**{title}**\n\n![{title}]({FOLDER}/{block.name}.svg)")
       else:
@@ -75,5 +76,5 @@ def write(out: pathlib.Path, title: str, sections: list[Section], picture: str) 
     if section.title == "Balance" and picture:
       parts.append(f"![Load of the experts over the steps]({FOLDER}/{picture})")
   path = out / "report.md"
-  path.write_text("\n\n".join(parts) + "\n")
+  files.write(path, "\n\n".join(parts) + "\n")
   return path

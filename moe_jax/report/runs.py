@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import config as config_lib
+from moe_jax import files
 from moe_jax import workdir as workdir_lib
-from moe_jax.config import SEEDS, UserError
-from moe_jax.workdir import read_lines, read_object
+from moe_jax.config import SEEDS
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.report import checked
 
-_TAIL = 20  # lines of log.txt that explain a failure
+_NO_ARM = "(of no arm)"  # the arm of runs whose entry in sweep.json names none
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,7 +25,8 @@ class Run:
 
   name: str
   seed: int
-  status: str  # waiting, running, finished, failed, stopped; without a sweep also unfinished
+  # waiting, running, finished, failed, stopped, damaged; without a sweep also unfinished
+  status: str
   command: str = ""
   evaluate: str = ""
   seconds: float = 0.0
@@ -35,6 +37,7 @@ class Run:
   eval: dict[str, Any] = dataclasses.field(default_factory=dict)
   routing: dict[str, Any] = dataclasses.field(default_factory=dict)
   alarms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # MoE layers (Z), experts (E)
 
   @property
   def step(self) -> int:
@@ -63,7 +66,6 @@ class ArmRuns:
 
   name: str
   runs: list[Run]
-  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
   notes: list[str] = dataclasses.field(default_factory=list)
 
   @property
@@ -97,32 +99,40 @@ def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]
   return [step for step, _ in points], [value for _, value in points]
 
 
-def read_run(workdir: pathlib.Path, name: str, **fields: Any) -> Run:
-  """Reads a workdir; `fields` of Run, from a sweep's record, replace those read from the files."""
-  lines = read_lines(workdir / workdir_lib.METRICS)
-  stored = read_object(workdir / workdir_lib.CONFIG)
-  config = flat(config_lib.upgraded(stored))
-  evaluated = read_object(workdir / workdir_lib.EVAL)
-  if "format" not in stored:  # as config_lib.upgraded does
-    for point in evaluated.get("capacity", []):
-      point["capacity_factor"] = point["capacity_factor"] or "inf"
-  run = Run(
-    name=name,
-    seed=config.get("train.seed", 0),
-    status="",
-    config=config,
-    train=_with_prefix(lines, "train/"),
-    validation=_with_prefix(lines, "validation/"),
-    eval=evaluated,
-    routing=read_object(workdir / workdir_lib.ROUTING),
-    alarms=read_lines(workdir / workdir_lib.ALARMS),
+def read_run(
+  workdir: pathlib.Path, name: str, *, root: pathlib.Path | None = None, **fields: Any
+) -> Run:
+  """Reads a workdir; a damaged one is a run of that status, whose error says why.
+
+  Args:
+    workdir: the run's folder.
+    name: of the run, for the report.
+    root: the folder out of which no file of the run may lead; by default the workdir.
+    **fields: of Run, from a sweep's record; they replace those read from the files.
+  """
+  root = root or workdir
+  run = Run(name=name, seed=0, status="")
+  try:
+    run.config = checked.read_config(workdir, root)
+    run.seed = run.config.get("train.seed", 0)
+    found = checked.read_files(workdir, root)
+  except DamagedError as error:
+    return dataclasses.replace(run, **fields | {"status": "damaged", "error": str(error)})
+  for point in found.eval.get("capacity", []):
+    # As config_lib.upgraded does: an older run wrote a capacity without limit as 0.
+    point["capacity_factor"] = point["capacity_factor"] or "inf"
+  run.train, run.validation = (
+    _with_prefix(found.metrics, prefix) for prefix in ("train/", "validation/")
   )
+  run.eval, run.routing, run.alarms, run.sizes = (
+    found.eval, found.routing, found.alarms, found.sizes,
+  )  # fmt: skip
   run = dataclasses.replace(run, **fields)
   if not run.status:
-    done = run.step >= config.get("train.steps", 1 << 62) and run.validation
+    done = run.step >= run.config.get("train.steps", 1 << 62) and run.validation
     run.status = "finished" if done else "unfinished"
   if run.status in ("failed", "stopped", "unfinished") and not run.error:
-    run.error = log_tail(workdir)
+    run.error = checked.log_tail(workdir, root)
   return run
 
 
@@ -132,27 +142,33 @@ def read_sweep(out: pathlib.Path) -> Study:
   Raises:
     UserError: the folder has no sweep.json with arms.
   """
-  sweep = read_object(out / "sweep.json")
+  sweep = checked.read_sweep(out)
   if not sweep.get("arms"):
     raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
-  runs: dict[str, list[Run]] = {}
-  recorded = ("seed", "command", "evaluate", "status", "seconds", "error")
-  for entry in sweep.get("runs", []):
-    fields = {name: entry[name] for name in recorded if entry.get(name) is not None}
-    run = read_run(out / entry["workdir"], entry["workdir"], **fields)
-    runs.setdefault(entry["arm"], []).append(run)
-  arms = [
-    ArmRuns(
-      name=arm["name"], runs=runs.get(arm["name"], []), overrides=arm.get("overrides") or {},
-      notes=list(arm.get("notes") or []),
-    )
+  arms = {
+    arm["name"]: ArmRuns(name=arm["name"], runs=[], notes=arm.get("notes", []))
     for arm in sweep["arms"]
-  ]  # fmt: skip
+  }
+  for number, entry in enumerate(sweep["runs"]):
+    run = _recorded_run(out, number, entry)
+    name = entry.get("arm") if isinstance(entry, dict) else None
+    name = name if isinstance(name, str) and name in arms else _NO_ARM
+    arms.setdefault(name, ArmRuns(name=name, runs=[])).runs.append(run)
   texts = ("question", "published", "band", "sweep", "base", "target_arm")
-  return Study(
-    title=pathlib.Path(sweep.get("sweep") or out.resolve().name).stem, arms=arms,
-    **{name: sweep.get(name) or "" for name in texts},
-  )  # fmt: skip
+  return _checked(Study(
+    title=pathlib.PurePath(sweep.get("sweep") or out.resolve().name).stem,
+    arms=list(arms.values()), **{name: sweep.get(name, "") for name in texts},
+  ))  # fmt: skip
+
+
+def _recorded_run(out: pathlib.Path, number: int, entry: Any) -> Run:
+  try:
+    checked.check_entry(out, number, entry)
+  except DamagedError as error:
+    return Run(name=f"runs[{number}]", seed=0, status="damaged", error=str(error))
+  recorded = ("seed", "command", "evaluate", "status", "seconds", "error")
+  fields = {name: entry[name] for name in recorded}
+  return read_run(out / entry["workdir"], entry["workdir"], root=out, **fields)
 
 
 def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
@@ -162,7 +178,7 @@ def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
     UserError: a folder is no workdir, or there is no such target arm.
   """
   for path in workdirs:
-    if not (path / workdir_lib.CONFIG).is_file():
+    if not os.path.lexists(path / workdir_lib.CONFIG):
       raise UserError(f"{path}: neither a run (config.json) nor a sweep (sweep.json) is there")
   paths = list(dict.fromkeys(path.resolve() for path in workdirs))
   root = parent(paths)
@@ -170,7 +186,8 @@ def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
   for path in paths:
     run = read_run(path, path.relative_to(root).as_posix())
     settings = {name: value for name, value in run.config.items() if name not in SEEDS}
-    groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    key = json.dumps(settings, sort_keys=True) if settings else str(path)
+    groups.setdefault(key, []).append(run)
   arms: dict[str, ArmRuns] = {}
   for runs in groups.values():
     name = common_name([run.name for run in runs])
@@ -178,7 +195,22 @@ def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
     arms[name] = ArmRuns(name=name, runs=sorted(runs, key=lambda run: run.seed))
   if target_arm and target_arm not in arms:
     raise UserError(f"--target={target_arm}: no such arm; there are: {', '.join(arms)}")
-  return Study(title=root.name, arms=list(arms.values()), target_arm=target_arm)
+  return _checked(Study(title=root.name, arms=list(arms.values()), target_arm=target_arm))
+
+
+def _checked(study: Study) -> Study:
+  """Names the damaged runs on stderr, and those with other layers or experts than their arm."""
+  for arm in study.arms:
+    shared: dict[str, int] = {}
+    for i, run in enumerate(arm.runs):
+      other = [k for k, n in run.sizes.items() if shared.setdefault(k, n) != n]
+      if other:
+        error = f"{run.name} has other layers or experts than the other runs of its arm"
+        arm.runs[i] = Run(name=run.name, seed=run.seed, status="damaged", error=error)
+  for _, run in study.runs:
+    if run.status == "damaged":
+      files.notice(f"{run.name} is left out: {run.error}")
+  return study
 
 
 def parent(paths: list[pathlib.Path]) -> pathlib.Path:
@@ -193,22 +225,6 @@ def common_name(names: list[str]) -> str:
   same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
   prefix = "".join(letters[0] for letters in same)
   return re.sub(r"[/_.-]+(seed|s)?[=_-]?\d*$", "", prefix) or names[0]
-
-
-def log_tail(workdir: pathlib.Path) -> str:
-  """Returns the last lines of the run's log.txt, or '' if there is none."""
-  path = workdir / workdir_lib.LOG
-  if not path.is_file():
-    return ""
-  return "\n".join(path.read_text(errors="replace").splitlines()[-_TAIL:])
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Flattens nested dicts: {'model': {'dim': 8}} -> {'model.dim': 8}."""
-  fields: dict[str, Any] = {}
-  for name, value in nested.items():
-    fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return fields
 
 
 def _with_prefix(lines: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:

@@ -132,7 +132,12 @@ def failures(study: Study) -> Section:
   names = arm_names(study)
   parts: list[Block] = []
   rows: list[list[Cell]]
-  bad = [(arm, run) for arm, run in study.runs if run.status not in ("finished", "waiting")]
+  damaged = [(arm, run) for arm, run in study.runs if run.status == "damaged"]
+  if damaged:
+    rows = [[names[arm.name], run.name, run.error] for arm, run in damaged]
+    parts.append(Table("Damaged runs, left out", ["arm", "run", "why"], rows, left=(0, 1, 2)))
+  fine = ("finished", "waiting", "damaged")
+  bad = [(arm, run) for arm, run in study.runs if run.status not in fine]
   if bad:
     rows = [[names[arm.name], str(run.seed), run.status, f"{run.step:,}"] for arm, run in bad]
     head = ["arm", "seed", "status", "newest step"]

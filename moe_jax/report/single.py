@@ -1,6 +1,5 @@
 """What one run looks like: the text summary that eval.py prints, and the plots."""
 
-import io
 import pathlib
 from typing import Any
 
@@ -12,7 +11,10 @@ import numpy as np
 
 from moe_jax import files
 from moe_jax import workdir as workdir_lib
-from moe_jax.report import runs
+from moe_jax.errors import DamagedError
+from moe_jax.report import checked, runs
+from moe_jax.report.blocks import printable
+from moe_jax.report.inside import png
 
 
 def summary(workdir: str, result: dict[str, Any]) -> str:
@@ -20,7 +22,10 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   path = workdir_lib.open_path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
-  measured = workdir_lib.read_lines(path / workdir_lib.METRICS)
+  try:
+    measured, damage = checked.read_metrics(path), ""
+  except DamagedError as error:  # which the evaluation does not need
+    measured, damage = [], f"none: {error}"
   rates = runs.series(measured, "train/tokens_per_s")[1]
   lines = [
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
@@ -35,7 +40,8 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   ]
   if "load_balance" in result:
     lines.append(f"load balance loss  {result['load_balance']:.4f} (1.0 is balanced)")
-  lines += [routing_table(result), "plots              " + ", ".join(plot(path, measured, result))]
+  plots = damage or ", ".join(plot(path, measured, result))
+  lines += [routing_table(result), f"plots              {plots}"]
   return "\n".join(lines)
 
 
@@ -78,10 +84,7 @@ def plot(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]
 
 
 def _save(figure: plt.Figure, path: pathlib.Path, name: str) -> str:
-  image = io.BytesIO()
-  figure.savefig(image, format="png", dpi=120)
-  files.write(path / name, image.getvalue())
-  plt.close(figure)
+  files.write(path / name, png(figure, 120))
   return str(path / name)
 
 
@@ -107,7 +110,8 @@ def _plot_loss(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str
   # The first steps of a new model, at the entropy of a uniform guess, would flatten the rest.
   top = max([2 * result["gzip_bits_per_byte"], 2 * result["bits_per_byte"]])
   axes.set_ylim(top=min(axes.get_ylim()[1], top))
-  axes.set(xlabel="step", ylabel="bits per byte of text", title=f"Loss of {path.name}")
+  axes.set(xlabel="step", ylabel="bits per byte of text")
+  axes.set_title(f"Loss of {printable(path.name)}", parse_math=False)
   axes.legend(frameon=False)
   axes.grid(alpha=0.3)
   return _save(figure, path, "loss.png")
@@ -148,7 +152,8 @@ def _plot_balance(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-  top.set_title(f"Balance of the experts in training, {path.name}")
+  title = f"Balance of the experts in training, {printable(path.name)}"
+  top.set_title(title, parse_math=False)
   if len(result["layers"]) <= 12:
     top.legend(frameon=False, ncols=4, fontsize="small")
   bottom.set_xlabel("step")

@@ -1,30 +1,34 @@
 """sweep.json: the sweep, and the state of each of its runs."""
 
-import json
-import os
 import pathlib
 import shlex
 from typing import Any
 
+from moe_jax import files
 from moe_jax import workdir as workdir_lib
-from moe_jax.config import UserError
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.report import checked
+from moe_jax.report.checked import SWEEP, SWEEP_FORMAT
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep.matching import Measured
 from moe_jax.sweep.plan import Plan, PlannedRun
 
 
 def read(out: pathlib.Path) -> dict[str, Any]:
-  """Returns the record in a sweep's folder, or {} if there is none."""
-  path = out / "sweep.json"
-  return json.loads(path.read_text()) if path.exists() else {}
+  """Returns the record in a sweep's folder, or {} if there is none.
+
+  Raises:
+    DamagedError: it is damaged, of something else, or of a newer moe_jax.
+  """
+  record = checked.read_sweep(out)
+  for number, entry in enumerate(record.get("runs", [])):
+    checked.check_entry(out, number, entry)
+  return record
 
 
 def write(out: pathlib.Path, record: dict[str, Any]) -> None:
-  """Writes the record; if this process ends meanwhile, the old record stays."""
-  path = out / "sweep.json"
-  new = path.with_suffix(".json.new")
-  new.write_text(json.dumps(record, indent=2) + "\n")
-  os.replace(new, path)
+  """Writes the record; raises a StorageError, and leaves the old one, where it cannot."""
+  files.write_json(out / SWEEP, record)
 
 
 def make_record(plan: Plan, old: dict[str, Any], measured: Measured) -> dict[str, Any]:
@@ -37,6 +41,11 @@ def make_record(plan: Plan, old: dict[str, Any], measured: Measured) -> dict[str
     old: the folder's record, {} for none.
     measured: measurements for matches by wall-clock.
   """
+  if old and old["runs"] and not {r["arm"] for r in old["runs"]} & {a.name for a in plan.arms}:
+    raise UserError(
+      f"--out={plan.out} holds another sweep, of {old.get('sweep')}, which has none of these arms; "
+      "name another folder"
+    )
   old_entries = {(r["arm"], r["seed"]): r for r in old.get("runs", [])}
   arms = {a.name: a for a in plan.arms}
   runs = {(r.arm, r.seed): r for r in plan.runs}
@@ -46,10 +55,13 @@ def make_record(plan: Plan, old: dict[str, Any], measured: Measured) -> dict[str
       continue
     again = plan_lib.make_run(plan, arms[arm], seed)
     if _options(again.command) == _options(entry["command"]):
-      entries[arm, seed] = entry
+      # Made again like those that will run, since the file may come from somewhere else.
+      made = {"workdir": again.workdir, "command": again.command}
+      entries[arm, seed] = entry | made
   order = list(arms)
   with_runs = {name: a for name, a in arms.items() if any(name == arm for arm, _ in entries)}
   return {
+    "format": SWEEP_FORMAT,
     "question": plan.question,
     "sweep": plan.path,
     "base": plan.sweep.base,
@@ -77,7 +89,10 @@ def _is_finished(run: PlannedRun, out: pathlib.Path, old: dict[str, Any] | None)
 
   Without an old entry, the evaluation was made by the command that --dry-run prints.
   """
-  evaluated = workdir_lib.read_object(out / run.workdir / workdir_lib.EVAL)
+  try:
+    evaluated = workdir_lib.read_object(out / run.workdir / workdir_lib.EVAL)
+  except DamagedError:
+    return False  # eval.py writes it again
   if evaluated.get("step") != run.config.train.steps:
     return False
   if old and old["status"] != "waiting":

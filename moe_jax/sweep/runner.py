@@ -1,96 +1,34 @@
-"""Runs a plan, one run after another or several at once, and keeps sweep.json up to date.
-
-Each run is a subprocess of train.py and then one of eval.py, which write to the workdir's log.txt.
-"""
+"""Runs a plan, one run after another or several at once, and keeps sweep.json up to date."""
 
 import contextlib
 import datetime
 import os
 import pathlib
-import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import types
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import jax
 
-from moe_jax import command_line
+from moe_jax import command_line, files, report
 from moe_jax import workdir as workdir_lib
-from moe_jax.config import UserError
+from moe_jax.errors import BusyError, StorageError, UserError
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
+from moe_jax.sweep.job import Job
 from moe_jax.sweep.plan import Plan, PlannedRun
 from moe_jax.sweep.slots import MachineSlots
 
+_LOCK = "sweep.lock"
 _POLL_SECONDS = 0.2
 _PROGRESS_SECONDS = 30.0
 _CHEAP_REPORT_SECONDS = 5.0
-_TAIL_LINES = 20
+_LAST_SECONDS = 60.0  # to save in, for runs of a sweep that an error ends
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Job:
-  """A run that is being trained or evaluated in a slot."""
-
-  def __init__(self, run: PlannedRun, slot: int, out: pathlib.Path, slots: MachineSlots, lock: int):
-    self.run, self.slot, self._slots, self._lock = run, slot, slots, lock
-    self.started = time.monotonic()
-    self.workdir = out / run.workdir
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    self._log: IO[str] = (self.workdir / workdir_lib.LOG).open("a+")
-    self._begin = self._log.seek(0, os.SEEK_END)
-    self.evaluating = False
-    self._start(run.command)
-
-  def _start(self, command: str) -> None:
-    self._log.write(f"{_now():%Y-%m-%d %H:%M:%S} $ {command}\n")
-    self._log.flush()
-    # In a new session, so that Ctrl-C in the terminal reaches only the sweep, which stops its runs
-    # once. A run inherits the lock, so that after this process is killed no other sweep trains in
-    # the workdir of a run that is still alive.
-    self.process = self._slots.start(
-      [sys.executable, *shlex.split(command)[1:]], self.slot, stdin=subprocess.DEVNULL,
-      stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[self._lock],
-    )  # fmt: skip
-
-  def evaluate(self) -> None:
-    """Starts eval.py."""
-    self.evaluating = True
-    self._start(self.run.evaluate)
-
-  def close(self) -> None:
-    """Closes the log."""
-    self._log.close()
-
-  @property
-  def seconds(self) -> float:
-    """Seconds since the start."""
-    return time.monotonic() - self.started
-
-  def tail(self) -> list[str]:
-    """Returns the last lines of the log that this job has written."""
-    self._log.seek(max(self._begin, self._log.seek(0, os.SEEK_END) - 8192))
-    return self._log.read().splitlines()[-_TAIL_LINES:]
-
-  def is_trained(self) -> bool:
-    """Returns whether the last step is trained."""
-    return workdir_lib.is_trained(self.workdir, self.run.config.train.steps)
-
-  def where(self) -> str:
-    """Describes the job's progress in a few words."""
-    name = f"{self.run.arm}/seed{self.run.seed}"
-    if self.evaluating:
-      return f"{name} evaluating"
-    for line in reversed(self.tail()):
-      match = re.match(r"step +(\d+/\d+) .*?(ETA \S+)?$", line)
-      if match:
-        return f"{name} step {match[1]}" + (f" {match[2]}" if match[2] else "")
-    return f"{name} starting"
 
 
 class Runner:
@@ -102,6 +40,7 @@ class Runner:
     self._entries = {(e["arm"], e["seed"]): e for e in record["runs"]}
     self._stops = 0  # how many signals to stop have come
     self._signal = 0
+    self._full: StorageError | None = None  # why nothing more is started
     self._report_seconds = 0.0
     self._report_is_old = True
 
@@ -110,39 +49,54 @@ class Runner:
 
     Returns the exit code: 0 if all runs are finished, 1 if any is not, 128 + the number of the
     signal that stopped the sweep.
+
+    Raises:
+      StorageError: a disk is full. Runs have saved where they could.
     """
     waiting = [r for r in self._plan.runs if self._status(r) != "finished"]
     done = len(self._plan.runs) - len(waiting)
     if done:
       say(f"{done} of {len(self._plan.runs)} runs were finished before")
-    record_lib.write(self._out, self._record)
+    self._save()
     running: list[Job] = []
-    passed_on, last_progress = 0, time.monotonic()
     with self._signals():
       try:
-        while running or (waiting and not self._stops):
-          free = sorted(set(range(self._slots.number)) - {job.slot for job in running})
-          while waiting and free and not self._stops:
-            running.append(self._begin(waiting.pop(0), free.pop(0)))
-          time.sleep(_POLL_SECONDS)
-          if self._stops > passed_on:
-            passed_on = self._stops
-            self._pass_on(running)
-          running = [job for job in running if not self._ended(job)]
-          if time.monotonic() - last_progress > _PROGRESS_SECONDS:
-            last_progress = time.monotonic()
-            self._progress(running)
-      finally:
-        for job in running:  # empty unless the loop above has raised
-          if job.process.poll() is None:
-            job.process.terminate()
-            self._set(job.run, "stopped")
+        self._loop(waiting, running)
+      except BaseException:
+        for job in running:
+          job.process.terminate()
+        for job in running:
+          with contextlib.suppress(subprocess.TimeoutExpired):
+            job.process.wait(_LAST_SECONDS)
+        raise
     self._progress([])
-    if self._stops:
+    if self._signal:
       say("stopped; the same command continues")
       return 128 + self._signal
-    reported = self._report()
+    reported = self._full is None and self._report()
+    if self._full:
+      self._save()  # there may be room again
+      raise self._full
     return 0 if reported and all(self._status(r) == "finished" for r in self._plan.runs) else 1
+
+  def _loop(self, waiting: list[PlannedRun], running: list[Job]) -> None:
+    """Runs what is waiting, until a signal asks to stop or a disk is full."""
+    passed_on, last_progress = 0, time.monotonic()
+    while running or (waiting and self._goes_on()):
+      free = sorted(set(range(self._slots.number)) - {job.slot for job in running})
+      while waiting and free and self._goes_on():
+        running += self._begin(waiting.pop(0), free.pop(0))
+      time.sleep(_POLL_SECONDS)
+      while passed_on < self._stops:
+        passed_on += 1
+        self._pass_on(running, passed_on)
+      running[:] = [job for job in running if not self._ended(job)]
+      if time.monotonic() - last_progress > _PROGRESS_SECONDS:
+        last_progress = time.monotonic()
+        self._progress(running)
+
+  def _goes_on(self) -> bool:
+    return not self._stops and self._full is None
 
   @contextlib.contextmanager
   def _signals(self) -> Iterator[None]:
@@ -158,42 +112,54 @@ class Runner:
       for number, handler in handlers.items():
         signal.signal(number, handler)
 
-  def _pass_on(self, running: list[Job]) -> None:
-    how = "interrupt again to stop without saving" if self._stops == 1 else "not waiting for them"
+  def _pass_on(self, running: list[Job], times: int) -> None:
+    how = "interrupt again to stop without saving" if times == 1 else "not waiting for them"
     say(f"stopping {len(running)} run(s), which save first; {how}")
     for job in running:
-      job.process.terminate() if self._stops <= 2 else job.process.kill()
+      job.process.terminate() if times <= 2 else job.process.kill()
 
-  def _begin(self, run: PlannedRun, slot: int) -> Job:
-    job = Job(run, slot, self._out, self._slots, self._lock)
+  def _begin(self, run: PlannedRun, slot: int) -> list[Job]:
+    """Returns the job of a run; none if it cannot be started."""
+    try:
+      job = Job(run, slot, self._out, self._slots, self._lock)
+    except StorageError as error:
+      self._stop_starting(error)
+      return []
+    except OSError as error:  # no memory, or too many processes
+      self._set(run, "failed", f"cannot start a process: {error}")
+      say(f"{run.arm}/seed{run.seed} FAILED: cannot start a process: {error}")
+      return []
     self._set(run, "running")
-    say(f"{run.arm}/seed{run.seed} begins: {job.workdir / workdir_lib.LOG}")
-    return job
+    say(f"{job.name} begins: {job.workdir / workdir_lib.LOG}")
+    return [job]
 
   def _ended(self, job: Job) -> bool:
     """Returns whether the job is over, and sets its status; a trained job starts to evaluate."""
     code = job.process.poll()
     if code is None:
       return False
-    if code == 0 and not job.evaluating and job.is_trained() and not self._stops:
-      job.evaluate()
-      return False
-    name = f"{job.run.arm}/seed{job.run.seed}"
-    tail = job.tail()
+    if code == 0 and not job.evaluating and job.is_trained() and self._goes_on():
+      try:
+        job.evaluate()
+        return False
+      except StorageError as error:
+        self._stop_starting(error)
+    status, lines = job.result(code)
+    last = lines[-1] if lines else ""
     self._entries[job.run.arm, job.run.seed]["seconds"] += job.seconds
-    if code == 0 and job.evaluating:
-      self._set(job.run, "finished")
-      loss = workdir_lib.read_object(job.workdir / workdir_lib.EVAL)["loss"]
-      say(f"{name} finished after {command_line.clock(job.seconds)}, loss {loss:.4f}")
-    elif self._stops or code == 0:  # train.py saves and ends with 0 after a signal to stop
-      self._set(job.run, "stopped")
-      say(f"{name} stopped: {tail[-1] if tail else ''}")
+    if code == StorageError.code and not self._stops:
+      self._stop_starting(StorageError(f"{job.name}: {last.removeprefix('error: ')}"))
+    if status == "finished":
+      say(f"{job.name} finished after {command_line.clock(job.seconds)}, {last}")
+    elif status == "stopped" or self._stops:
+      status = "stopped"
+      say(f"{job.name} stopped: {last}")
     else:
-      self._set(job.run, "failed", "\n".join(tail))
-      say(f"{name} FAILED with code {code}: {tail[-1] if tail else ''}")
+      say(f"{job.name} FAILED with code {code}: {last}")
+    self._set(job.run, status, "\n".join(lines) if status == "failed" else "")
     job.close()
     self._report_is_old = True
-    if self._report_seconds < _CHEAP_REPORT_SECONDS and not self._stops:
+    if self._report_seconds < _CHEAP_REPORT_SECONDS and self._goes_on():
       self._report()
     return True
 
@@ -203,21 +169,33 @@ class Runner:
       return True
     start = time.monotonic()
     try:
-      from moe_jax import report
-
       report.compare(self._out)
       self._report_is_old = False
+    except StorageError as error:
+      self._stop_starting(error)
     except Exception as error:
       say(f"no report: {type(error).__name__}: {error}")
     self._report_seconds = time.monotonic() - start
     return not self._report_is_old
+
+  def _save(self) -> None:
+    try:
+      record_lib.write(self._out, self._record)
+    except StorageError as error:
+      self._stop_starting(error)
+
+  def _stop_starting(self, error: StorageError) -> None:
+    """After a disk is full nothing more is started; what runs goes on, and saves if it can."""
+    if self._full is None:
+      say(f"{error}; no more runs are started")
+      self._full = error
 
   def _status(self, run: PlannedRun) -> str:
     return self._entries[run.arm, run.seed]["status"]
 
   def _set(self, run: PlannedRun, status: str, error: str = "") -> None:
     self._entries[run.arm, run.seed].update(status=status, error=error)
-    record_lib.write(self._out, self._record)
+    self._save()
 
   def _progress(self, running: list[Job]) -> None:
     statuses = [self._status(run) for run in self._plan.runs]
@@ -260,15 +238,19 @@ def run(
     The exit code; see Runner.run.
 
   Raises:
-    UserError: the sweep file or an option is wrong, or another sweep runs in the folder.
+    UserError: the sweep file or an option is wrong.
+    DamagedError: the folder's sweep.json is damaged, or of something else.
+    BusyError: another sweep runs in the folder.
+    StorageError: a disk is full.
   """
   # This process computes shapes only, and leaves the accelerators to the runs.
   jax.config.update("jax_platforms", "cpu")
   for script in ("train.py", "eval.py"):
     if not os.path.isfile(script):
       raise UserError(f"{script} is not in this folder; run sweep.py in the folder that has it")
-  old = record_lib.read(out)
-  measured = old.get("measured", {})
+  if out.exists() and not out.is_dir():
+    raise UserError(f"--out={out} is no folder; name another one")
+  measured = record_lib.read(out).get("measured", {})
   with MachineSlots(jobs).as_first():
     plan = plan_lib.make_plan(
       path, out, arms=arms, seeds=seeds, overrides=overrides, measured=measured
@@ -277,18 +259,30 @@ def run(
     print(plan_lib.dry_run(plan))
     return 0
   print(plan_lib.describe_plan(plan), flush=True)
-  out.mkdir(parents=True, exist_ok=True)
+  with files.storage_errors(out):
+    out.mkdir(parents=True, exist_ok=True)
   with locked(out) as lock:
-    return Runner(plan, record_lib.make_record(plan, old, measured), jobs, lock).run()
+    check_places(plan)
+    # Read again, because another sweep may have ended since.
+    record = record_lib.make_record(plan, record_lib.read(out), measured)
+    return Runner(plan, record, jobs, lock).run()
+
+
+def check_places(plan: Plan) -> None:
+  """Raises a UserError for a run whose folders or log are links, which may lead anywhere."""
+  for run in plan.runs:
+    workdir = plan.out / run.workdir
+    for path in (workdir.parent, workdir, workdir / workdir_lib.LOG):
+      if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it")
 
 
 def say(line: str) -> None:
-  """Prints a line with the time of day."""
-  print(f"[{_now():%H:%M:%S}] {line}", flush=True)
-
-
-def _now() -> datetime.datetime:
-  return datetime.datetime.now()
+  """Prints a line with the time of day; the runs go on if nobody can read it any more."""
+  try:
+    print(f"[{datetime.datetime.now():%H:%M:%S}] {line}", flush=True)
+  except OSError:  # the terminal is closed, or the reader of a pipe has ended
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -296,21 +290,24 @@ def locked(out: pathlib.Path) -> Iterator[int]:
   """Locks an existing folder for one sweep at a time; yields the descriptor with the lock.
 
   Raises:
-    UserError: the folder is locked.
+    BusyError: the folder is locked.
   """
   import fcntl
 
-  descriptor = os.open(out, os.O_RDONLY)
+  path = out / _LOCK
+  with files.storage_errors(path):
+    # A file, because file systems of a network lock no folders. It stays, and says nothing.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     os.close(descriptor)
-    raise UserError(
+    raise BusyError(
       f"--out={out}: another sweep runs there, or a run of a killed sweep is still alive; wait for "
       "its end, or end it"
     ) from None
-  except OSError:  # a file system without locks
-    pass
+  except OSError as error:  # a file system without locks
+    say(f"--out={out} cannot be locked ({error.strerror}): start no second sweep there")
   try:
     yield descriptor
   finally:

@@ -110,8 +110,10 @@ class Monitor:
       message = f"update skipped ({self.skipped} in this run): {alarm.message}"
       self._write(alarm._replace(alarm="skip", message=message))
       if self._nonfinite >= self._health.skip_limit:
-        limit = f"config.health.skip_limit={self._health.skip_limit} in a row"
-        raise NotFiniteAlarm(f"{alarm.message}, which is {limit}")
+        raise NotFiniteAlarm(
+          f"config.health.skip_limit={self._health.skip_limit} updates in a row were skipped: "
+          f"{alarm.message}"
+        )
     elif action is OnNonfinite.OFF or (action is OnNonfinite.WARN and self._nonfinite > 1):
       return []
     else:

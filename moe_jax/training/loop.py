@@ -59,6 +59,8 @@ class Loop:
     self.monitor = health.Monitor(config, moe_layers(config.model), path, start)
     # The seconds of training so far, without compilation, evaluation and saving.
     self.seconds = self.writer.last("train/seconds") if self.writer else 0.0
+    # The seconds for which saving has stopped the training so far.
+    self.save_seconds = self.writer.last("train/save_seconds") if self.writer else 0.0
     self.rows: Callable[[int], list[int]] = lambda step: []
     self.next_batch = 0  # number of the batch of the first step
     self.mark = 0.0  # the clock when `seconds` was last updated
@@ -140,7 +142,9 @@ class Loop:
         # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
         loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
         if save or stop:
+          begin = time.perf_counter()
           self._save(step, state, loss)
+          self.save_seconds += time.perf_counter() - begin
         self.mark = time.perf_counter()
       if stop and not last:
         self.saver.wait()
@@ -243,7 +247,7 @@ class Loop:
 
   def _speed(self) -> dict[str, float]:
     """Returns the speed since the last call of this function; of the first step, seconds only."""
-    speed = {"seconds": self.seconds}
+    speed = {"seconds": self.seconds, "save_seconds": self.save_seconds}
     if self.window_steps:
       steps_per_s = self.window_steps / (self.seconds - self.window_seconds)
       speed["steps_per_s"] = steps_per_s

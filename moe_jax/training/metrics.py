@@ -1,6 +1,7 @@
 """The metrics of a run, and the files that they are written to."""
 
 import contextlib
+import math
 import pathlib
 import time
 from typing import Any
@@ -147,9 +148,10 @@ class Writer:
         scalars.append((name, value))
       elif name.endswith("_Z"):
         scalars += [(f"{name}/{layer}", number) for layer, number in enumerate(value)]
-    self._add(*(
+    self._add(*(  # a number that is not finite would be drawn nowhere
       Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
       for name, value in scalars
+      if math.isfinite(value)
     ))  # fmt: skip
 
   def _add(self, *events: Event) -> None:

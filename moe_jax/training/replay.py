@@ -1,5 +1,9 @@
 """Takes one step of a run again, to see where its first number is that is not finite."""
 
+import traceback
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -59,20 +63,20 @@ def replay(config: config_lib.Config, workdir: str, step: int, *, multihost: boo
     lines = [f"rows of the split   {', '.join(map(str, numbers))}"]
     lines.append(f"not finite          {', '.join(broken) or 'nothing: all metrics are finite'}")
     if broken:
-      lines.append(f"first of it         {_first(take, state, batch)}")
+      with jax.debug_nans(True):  # a step that is compiled already would not look
+        found = _first(compile_step(config, shardings, donate=False), state, batch)
+      lines.append(f"first of it         {found}")
   if jax.process_index() == 0:
     print("\n".join(lines))
 
 
-def _first(take: object, state: object, batch: object) -> str:
-  """Returns what jax says of the first operation whose result is not finite."""
-  jax.config.update("jax_debug_nans", True)
-  jax.config.update("jax_debug_infs", True)
+def _first(take: Callable[[Any, Any], Any], state: Any, batch: Any) -> str:
+  """Returns what jax says of the first operation whose result is not a number."""
   try:
-    jax.block_until_ready(take(state, batch))  # type: ignore[operator]
+    jax.block_until_ready(take(state, batch))
   except FloatingPointError as error:
-    return " ".join(str(error).split())
-  finally:
-    jax.config.update("jax_debug_nans", False)
-    jax.config.update("jax_debug_infs", False)
-  return "not found by jax_debug_nans"
+    trace = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in trace if "moe_jax" in frame.filename and frame.name != "_first"]
+    where = f", at {ours[-1].filename}:{ours[-1].lineno} in {ours[-1].name}" if ours else ""
+    return " ".join(str(error).split()) + where
+  return "nothing that jax_debug_nans sees: the values are infinite"

@@ -63,7 +63,6 @@ def unfinished(tmp_path_factory):
   path.write_text(path.read_text()[:-30])
   alarm = {"step": 7, "alarm": "collapse", "layer": 1, "value": 1.0, "limit": 0.5, "message": "oh"}
   (out / "moe/seed1/alarms.jsonl").write_text(json.dumps(alarm) + '\n{"step": 8, "al')
-  (out / "bad/seed0/eval.json").write_text('{"loss": 1.0, "st')
   return write_report(out)
 
 

@@ -1,5 +1,7 @@
 """The page: closed, escaped, and valid JSON inside."""
 
+import base64
+import hashlib
 import html.parser
 import json
 import math
@@ -10,7 +12,9 @@ import pytest
 
 from moe_jax.report import page
 from tests.support import report_runs
-from tests.support.report_runs import sweep, write_report
+from tests.support.report_runs import write_report
+
+UNPRINTABLE = "\x00\x1b[31m\x7f\u202e\udfff\ud800\uffff"
 
 
 class Tags(html.parser.HTMLParser):
@@ -24,19 +28,9 @@ class Tags(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory):
-  """The report of a sweep whose texts are all markup."""
-  markup = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-  out = sweep(tmp_path_factory.mktemp("evil"))
-  record = json.loads((out / "sweep.json").read_text())
-  record["question"] = record["published"] = markup
-  for entry in (*record["arms"], *record["runs"]):
-    key = "name" if "name" in entry else "arm"
-    entry[key] = entry[key].replace("moe", f"moe{markup}|`x`")
-    entry["error"] = f"``` {markup}"
-  record["runs"][0]["status"] = "failed"
-  report_runs.write_json(out / "sweep.json", record)
-  report_runs.write_routing(out / "moe/seed0", 4, tokens=("a", "</script>", "<!--", "d", "e"))
-  return write_report(out)
+  """The report of a sweep whose texts are all markup, quotes and letters that cannot be shown."""
+  markup = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'" + UNPRINTABLE
+  return write_report(report_runs.markup_sweep(tmp_path_factory.mktemp("evil"), markup))
 
 
 @pytest.fixture
@@ -72,7 +66,30 @@ def test_text_of_a_sweep_is_shown_and_no_markup(evil):
 
 def test_text_of_a_run_cannot_end_the_data(evil):
   data = evil.html.split('id="data">')[1].split("</script>")[0]
-  assert json.loads(data)[0]["text"]["tokens"][1] == "</script>"
+  assert json.loads(data)[0]["text"]["tokens"][1].startswith("</script>")
+
+
+@pytest.mark.parametrize("kind", ["script", "style"])
+def test_the_page_allows_its_own_script_and_style_alone(kind, evil):
+  """By their hashes, taken here of the bytes of the file as a browser does."""
+  policy = re.search(r'Security-Policy"\s+content="([^"]*)"', evil.html)[1]
+  allowed = dict(part.split(maxsplit=1) for part in policy.split(";"))
+  raw = (evil.folder / "report.html").read_bytes()
+  own = raw.split(f"<{kind}>".encode())[1].split(f"</{kind}>".encode())[0]
+  digest = base64.b64encode(hashlib.sha256(own).digest()).decode()
+  assert allowed[f"{kind}-src"] == f"'sha256-{digest}'" and allowed["default-src"] == "'none'"
+  assert "unsafe" not in policy
+
+
+def test_no_element_needs_a_style_of_its_own(tags):
+  assert not [name for _, pairs in tags for name, _ in pairs if name == "style"]
+
+
+def test_letters_that_cannot_be_shown_are_replaced(evil):
+  for path in (evil.folder / "report.html", evil.folder / "report.md"):
+    text = path.read_bytes().decode()  # it is UTF-8
+    assert "\ufffd[31m" in text
+    assert not set(text) & set(UNPRINTABLE.replace("[31m", ""))
 
 
 def test_the_markdown_has_no_markup_outside_fences(evil):

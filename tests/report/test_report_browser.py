@@ -199,3 +199,44 @@ def test_tips_and_keys(browser):
   assert tip(browser) == ""
   find(browser, "#legend button")[2].click()
   assert ["dim" in t.get_attribute("class") for t in find(browser, ".tok")] == [1, 0, 1, 1, 1]
+
+
+INJECTED = """
+<script>window.injected = "script"</script>
+<img src="x" onerror="window.injected = 'event'">
+<a id="link" href="javascript:void(window.injected = 'link')">link</a>
+<p id="styled" style="position: fixed">style</p>
+"""
+STATE = """
+return [window.injected ?? null, getComputedStyle(document.getElementById("styled")).position];
+"""
+
+
+def with_injection(made, path, policy):
+  """The report as it would be if some text of a run got into it as markup."""
+  text = made.read_text().replace("</main>", f"{INJECTED}</main>")
+  path.write_text(text if policy else text.replace("Content-Security-Policy", "nothing"))
+  return path.as_uri()
+
+
+def test_a_script_that_gets_into_the_page_does_not_run(browser, made, tmp_path):
+  browser.get(with_injection(made, tmp_path / "page.html", policy=True))
+  browser.find_element("id", "link").click()
+  assert browser.execute_script(STATE) == [None, "static"]
+  assert experts_of(browser) == ["0", "2", None, "3", "0"]  # the page's own script has run
+  find(browser, "#layers button")[1].click()
+  assert experts_of(browser) == ["1", "3", None, "0", "1"]
+  browser.get(with_injection(made, tmp_path / "page.html", policy=False))
+  browser.find_element("id", "link").click()
+  assert browser.execute_script(STATE) == ["link", "fixed"]  # so the policy held them
+
+
+def test_markup_of_runs_is_shown_as_text(browser, tmp_path):
+  markup = "</script><script>injected=1</script><img src=x onerror=injected=1>\"'\x1b"
+  page = report.compare(report_runs.markup_sweep(tmp_path / "out", markup))
+  browser.get_log("performance")
+  browser.get(page.as_uri())
+  assert browser.execute_script("return window.injected ?? null") is None
+  assert_well(browser, page)
+  assert "onerror=injected=1" in browser.find_element("id", "text").text
+  assert "onerror=injected=1" in find(browser, "#run option")[0].text

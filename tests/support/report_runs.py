@@ -54,13 +54,15 @@ def write_eval(path, loss, **more):
   write_json(path / "eval.json", result | {"flops_per_token": 3.0e6} | more)
 
 
-def write_routing(path, experts, layers=2, tokens=("a", "b", " ", "\n", "</script>")):
+def write_routing(
+  path, experts, layers=2, tokens=("a", "b", " ", "\n", "</script>"), label="prose"
+):
   """Writes routing.json: in layer z, token i goes to experts (i + z) and (i + z + 1).
 
   Token 1 has lost its best expert.
   """
   count = range(len(tokens))
-  text = {"domain": ["prose" if i < 3 else "code" for i in count], "tokens": list(tokens)}
+  text = {"domain": [label if i < 3 else "code" for i in count], "tokens": list(tokens)}
   text["layers"] = [
     {
       "experts": [[(i + z) % experts, (i + z + 1) % experts] for i in count],
@@ -71,10 +73,10 @@ def write_routing(path, experts, layers=2, tokens=("a", "b", " ", "\n", "</scrip
   ]
   even = [[[1 / experts] * experts] * 2] * layers
   routing = {"step": STEPS[-1], "layers": [1, 3][:layers], "num_experts": experts, "top_k": 2}
-  routing |= {"domains": ["prose", "code"], "domain_load_ZGE": even, "text": text}
+  routing |= {"domains": [label, "code"], "domain_load_ZGE": even, "text": text}
   routing |= {"domain_separation_Z": [0.125, 0.25], "repeat_rate_Z": [0.3, 0.4]}
   routing |= {"repeat_random": 1 / experts, "repeat_any_Z": [0.5, 0.6], "repeat_any_random": 0.45}
-  routing |= {"top_tokens_ZE": [[[["a", 0.5, 2.0]]] * experts] * layers}
+  routing |= {"top_tokens_ZE": [[[[tokens[1], 0.5, 2.0]]] * experts] * layers}
   routing |= {"saturation": [{"step": 100, "overlap_Z": [0.5, 0.7]}]}
   write_json(path / "routing.json", routing)
 
@@ -104,6 +106,25 @@ def sweep(out, statuses=FINISHED, **more):
     if status != "waiting":
       write_run(out / arm / f"seed{seed}", arm, seed, 0 if arm == "dense" else 4)
   write_sweep(out, statuses, **more)
+  return out
+
+
+def markup_sweep(out, markup):
+  """Writes a sweep in which every text that comes from a run or from sweep.json is markup."""
+  sweep(out)
+  record = json.loads((out / "sweep.json").read_text())
+  record["question"] = record["published"] = record["band"] = markup
+  for entry in (*record["arms"], *record["runs"]):
+    key = "name" if "name" in entry else "arm"
+    entry[key] = entry[key].replace("moe", f"moe{markup}|`x`")
+    entry["error"] = entry["command"] = f"``` {markup}"
+  record["runs"][0]["status"] = "failed"
+  record["runs"][1] |= {"status": "stopped", "error": ""}
+  (out / "dense/seed1/log.txt").write_bytes(markup.encode("utf-8", "surrogatepass"))
+  alarm = {"step": 7, "alarm": markup, "layer": 1, "message": markup}
+  (out / "moe/seed1/alarms.jsonl").write_text(json.dumps(alarm) + "\n")
+  write_json(out / "sweep.json", record)
+  write_routing(out / "moe/seed0", 4, tokens=("a", markup, "<!--", "d", "e"), label=markup)
   return out
 
 

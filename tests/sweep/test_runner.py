@@ -1,12 +1,8 @@
 """The runner with made-up runs: past a failure, stopped and gone on, and what it records."""
 
-import contextlib
-import io
-import json
 import os
 import pathlib
 import signal
-import textwrap
 import threading
 import time
 from typing import NamedTuple
@@ -15,84 +11,10 @@ import pytest
 
 from moe_jax import command_line, report
 from moe_jax import config as config_lib
-from moe_jax.config import UserError
+from moe_jax.errors import BusyError
 from moe_jax.sweep import runner
-from tests.support.sweeps import TWO, write_sweep
-from tests.support.toys import ROOT
-
-FAKE_TRAIN = """
-  import json, pathlib, signal, sys, time
-  words = dict(word.split("=", 1) for word in sys.argv[1:])
-  workdir, steps = pathlib.Path(words["--workdir"]), int(words.get("--config.train.steps", 30))
-  told = []
-  signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-  if "--config.loss.z" in words:
-    sys.exit("error: z is broken")
-  newest = workdir / "newest"
-  start = int(newest.read_text()) if newest.exists() else 0
-  print(f"resuming at step {start}" if start else "new")
-  for step in range(start + 1, steps + 1):
-    print(f"step {step:>6}/{steps}  loss 1.0000  9.00 steps/s  ETA 0:00:01", flush=True)
-    newest.write_text(str(step))
-    deadline = time.time() + 60
-    while step == 5 and pathlib.Path("slow").exists() and not told and time.time() < deadline:
-      time.sleep(0.02)
-    told += [1] * (step == 7 and "--config.loss.router_z" in words)
-    if told:
-      print(f"SIGTERM: saved step {step}")
-      sys.exit(0)
-  (workdir / "checkpoints" / str(steps)).mkdir(parents=True, exist_ok=True)
-"""
-FAKE_EVAL = """
-  import json, pathlib, sys
-  workdir = pathlib.Path(sys.argv[1].partition("=")[2])
-  step = int((workdir / "newest").read_text())
-  (workdir / "eval.json").write_text(json.dumps({"step": step, "loss": 1.5}))
-  print("evaluated", *sys.argv[2:])
-"""
-
-
-class Swept(NamedTuple):
-  """What a sweep left: its code, record and output, and the logs of its runs."""
-
-  code: int
-  record: dict
-  output: str
-  logs: dict[str, str]  # by arm
-
-  @property
-  def statuses(self):
-    return {run["arm"]: run["status"] for run in self.record["runs"]}
-
-
-class Fakes:
-  """A folder with a train.py and an eval.py that need no jax."""
-
-  def __init__(self, folder):
-    for name, text in (("train", FAKE_TRAIN), ("eval", FAKE_EVAL)):
-      (folder / f"{name}.py").write_text(textwrap.dedent(text))
-    (folder / "configs").mkdir()
-    (folder / "configs/debug.py").write_text((ROOT / "configs/debug.py").read_text())
-    self.folder, self.reports = folder, []
-
-  def sweep(self, arms, jobs=1, overrides=None, names=(), **more):
-    path = write_sweep(self.folder, arms, seeds=(0,), **more)
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-      code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
-                        overrides=overrides or {})  # fmt: skip
-    record = json.loads(pathlib.Path("out/sweep.json").read_text())
-    logs = {log.parent.parent.name: log.read_text() for log in pathlib.Path("out").rglob("log.txt")}
-    return Swept(code, record, output.getvalue(), logs)
-
-
-@contextlib.contextmanager
-def fakes_in(folder):
-  """While it lasts, the fakes' folder is the current one, and reports are only noted down."""
-  made = Fakes(folder)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.chdir(folder)
-    patch.setattr(report, "compare", made.reports.append)
-    yield made
+from tests.support.fake_runs import Swept, fakes_in
+from tests.support.sweeps import TWO
 
 
 @pytest.fixture
@@ -299,7 +221,7 @@ def test_a_stopped_run_goes_on_and_repeats_no_step(interrupted):
 def test_one_sweep_at_a_time_works_in_a_folder(fake):
   out = fake.folder / "out"
   out.mkdir()
-  with runner.locked(out), pytest.raises(UserError, match="another sweep runs there"):
+  with runner.locked(out), pytest.raises(BusyError, match="another sweep runs there"):
     fake.sweep("[arm('a')]")
   assert fake.sweep("[arm('a')]").code == 0
 

@@ -1,0 +1,125 @@
+"""A run that is being trained or evaluated: a process of train.py, and then one of eval.py.
+
+Both write to the workdir's log.txt.
+"""
+
+import datetime
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from moe_jax import files
+from moe_jax import workdir as workdir_lib
+from moe_jax.errors import StorageError, UserError
+from moe_jax.sweep.plan import PlannedRun
+from moe_jax.sweep.slots import MachineSlots
+
+_TAIL_LINES = 20
+_TAIL_BYTES = 8192
+
+
+class Job:
+  """The processes of a run, in a slot of the machine."""
+
+  def __init__(self, run: PlannedRun, slot: int, out: pathlib.Path, slots: MachineSlots, lock: int):
+    """Starts train.py.
+
+    Args:
+      run: of the plan.
+      slot: its number.
+      out: folder of the sweep.
+      slots: of the machine.
+      lock: the descriptor that locks the folder; the processes inherit it.
+
+    Raises:
+      StorageError: the log cannot be written.
+    """
+    self.run, self.slot, self._slots, self._lock = run, slot, slots, lock
+    self.started = time.monotonic()
+    self.workdir = out / run.workdir
+    self.evaluating = False
+    self._path = self.workdir / workdir_lib.LOG
+    with files.storage_errors(self._path):
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+      self._log = os.fdopen(os.open(self._path, flags, 0o666), "a+b", buffering=0)
+    self._begin = self._log.seek(0, os.SEEK_END)
+    try:
+      self._start(run.command)
+    except BaseException:
+      self.close()
+      raise
+
+  def _start(self, command: str) -> None:
+    with files.storage_errors(self._path):
+      self._log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} $ {command}\n".encode())
+    # In a new session, so that Ctrl-C in the terminal reaches only the sweep, which stops its runs
+    # once. A run inherits the lock, so that after this process is killed no other sweep trains in
+    # the workdir of a run that is still alive.
+    self.process = self._slots.start(
+      [sys.executable, *shlex.split(command)[1:]], self.slot, stdin=subprocess.DEVNULL,
+      stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[self._lock],
+    )  # fmt: skip
+
+  def evaluate(self) -> None:
+    """Starts eval.py; raises a StorageError if the log cannot be written."""
+    self.evaluating = True
+    self._start(self.run.evaluate)
+
+  def close(self) -> None:
+    """Closes the log."""
+    self._log.close()
+
+  @property
+  def name(self) -> str:
+    """The arm and the seed."""
+    return f"{self.run.arm}/seed{self.run.seed}"
+
+  @property
+  def seconds(self) -> float:
+    """Seconds since the start."""
+    return time.monotonic() - self.started
+
+  def tail(self) -> list[str]:
+    """Returns the last lines of the log that this job has written."""
+    self._log.seek(max(self._begin, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    return self._log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+
+  def is_trained(self) -> bool:
+    """Returns whether the last step is trained."""
+    return workdir_lib.is_trained(self.workdir, self.run.config.train.steps)
+
+  def result(self, code: int) -> tuple[str, list[str]]:
+    """Returns the status of the run after its process has ended, and the lines that say why.
+
+    Args:
+      code: with which the process ended; minus the number of a signal that ended it.
+    """
+    tail = self.tail()
+    if code == 0 and self.evaluating:
+      try:
+        loss = workdir_lib.read_object(self.workdir / workdir_lib.EVAL).get("loss")
+      except UserError as error:
+        return "failed", [*tail, str(error)]
+      return "finished", [f"loss {loss:.4f}" if isinstance(loss, float) else ""]
+    if code in (0, StorageError.code):  # train.py saves and ends with 0 after a signal to stop
+      return "stopped", tail
+    if code < 0:
+      memory = "; the system does this when memory is full" if -code == signal.SIGKILL else ""
+      tail.append(f"ended by signal {-code} ({signal.strsignal(-code)}){memory}")
+    return "failed", tail
+
+  def where(self) -> str:
+    """Describes the job's progress in a few words."""
+    if self.evaluating:
+      return f"{self.name} evaluating"
+    for line in reversed(self.tail()):
+      match = re.match(r"step +(\d+/\d+) .*?(ETA \S+)?$", line)
+      if match:
+        return f"{self.name} step {match[1]}" + (f" {match[2]}" if match[2] else "")
+    return f"{self.name} starting"

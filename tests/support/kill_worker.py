@@ -1,0 +1,62 @@
+"""Trains in child processes and kills them: python -m tests.support.kill_worker WORKDIR SEED KILLS
+
+A child is a fork of this process, which has imported everything, so a start takes little time. Each
+of the first KILLS children is killed with SIGKILL at a random moment after its first step; the last
+one trains to the end. Prints the number of the steps that were taken when each child was killed.
+"""
+
+import contextlib
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+
+from moe_jax import command_line, workdir
+from moe_jax.training import run
+
+OVERRIDES = {
+  "train.steps": 360, "train.eval_every": 45, "train.checkpoint_every": 3, "train.log_every": 1,
+  "model.moe.jitter": 0.1, "model.moe.bias_update_rate": 0.001, "eval.batches": 1,
+  "health.on_alarm": "off",
+}  # fmt: skip
+
+
+def main() -> None:
+  path, seed, kills = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+  config = command_line.override(command_line.load_file("configs/debug.py"), OVERRIDES, "")
+  rng = random.Random(seed)
+  for number in range(kills + 1):
+    child = os.fork()
+    if not child:
+      log = (path.parent / f"child{number}.log").open("w", buffering=1)
+      with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run.run(config, str(path))
+      os._exit(0)
+    if number < kills:
+      wait_for_steps(path, child)
+      time.sleep(rng.uniform(0, 0.3))
+      os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(newest(path), os.waitstatus_to_exitcode(status), flush=True)
+
+
+def wait_for_steps(path: pathlib.Path, child: int) -> None:
+  """Returns when the child has logged a step, or has ended."""
+  seen = newest(path)
+  deadline = time.monotonic() + 100
+  while newest(path) <= seen and time.monotonic() < deadline:
+    time.sleep(0.002)
+    seen = min(seen, newest(path))  # it deletes the lines that it writes again
+    if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+      return
+
+
+def newest(path: pathlib.Path) -> int:
+  lines = workdir.read_lines(path / workdir.METRICS)
+  return lines[-1]["step"] if lines else 0
+
+
+if __name__ == "__main__":
+  main()

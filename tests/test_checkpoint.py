@@ -1,0 +1,188 @@
+"""Checkpoints that are damaged, of another model, or not finite are never used in silence."""
+
+import os
+import random
+import shutil
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, config, digests, sharding, workdir
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.training import run, train
+from tests.support.toys import mesh_of
+
+# Of a checkpoint, by name; those below a folder d/ have names of their own in each checkpoint.
+FILES = (
+  "_CHECKPOINT_METADATA", "commit_success.txt", "about/commit_success.txt", "about/metadata",
+  "metrics/commit_success.txt", "metrics/metrics", "state/_METADATA", "state/_sharding",
+  "state/array_metadatas/process_0", "state/commit_success.txt", "state/d/*",
+  "state/manifest.ocdbt", "state/ocdbt.process_0/d/*", "state/ocdbt.process_0/manifest.ocdbt",
+)  # fmt: skip
+# Those of which a change is noticed at once, whatever else the libraries read.
+ARRAYS = {"state/d/*", "about/metadata", "metrics/metrics", "state/manifest.ocdbt"}
+
+
+def flip(path, rng):
+  data = bytearray(path.read_bytes())
+  data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+  path.write_bytes(data)
+
+
+DAMAGES = {
+  "flipped bit": flip,
+  "cut": lambda path, rng: os.truncate(path, path.stat().st_size // 2),
+  "empty": lambda path, rng: os.truncate(path, 0),
+  "gone": lambda path, rng: path.unlink(),
+  "garbage": lambda path, rng: path.write_bytes(rng.randbytes(path.stat().st_size + 9)),
+}
+
+
+class Restored(NamedTuple):
+  step: int
+  arrays: dict[str, str]
+  next_batch: int
+
+
+def newest_whole(folder, settings):
+  """What a run in the folder would go on from."""
+  mesh = mesh_of()
+  with jax.set_mesh(mesh):
+    _, shapes, shardings = train.init_state(settings, mesh)
+    saver = checkpoint.Checkpointer(folder, settings.train)
+    try:
+      found = run._restore_newest(saver, checkpoint.abstract(shapes, shardings))
+      step, state, next_batch = found
+    finally:
+      saver.close()
+  return Restored(step, digests.of(state._asdict())[0], next_batch)
+
+
+@pytest.fixture(scope="module")
+def undamaged(whole_run, tmp_path_factory):
+  """The steps 8 and 12 of a run, and what they hold."""
+  settings = workdir.read_config(whole_run.workdir)
+  found = {}
+  for step in (12, 8):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(whole_run.workdir, folder)
+    if step == 8:
+      workdir.set_aside(folder, 12, "to read the other one")
+    found[step] = newest_whole(folder, settings)
+  assert found[8].arrays != found[12].arrays
+  return found
+
+
+def damaged_copy(whole_run, folder, name, damage, rng):
+  shutil.copytree(whole_run.workdir, folder)
+  (path, *more) = sorted((folder / "checkpoints/12").glob(name))
+  DAMAGES[damage](rng.choice([path, *more]), rng)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_noticed_or_does_no_harm(name, whole_run, undamaged, tmp_path, capfd):
+  settings = workdir.read_config(whole_run.workdir)
+  rng = random.Random(name)
+  damage = rng.choice([*DAMAGES]) if name not in ARRAYS else "flipped bit"
+  damaged_copy(whole_run, tmp_path / "run", name, damage, rng)
+  check_falls_back(name, settings, undamaged, tmp_path / "run", capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_file_in_every_way(damage, whole_run, undamaged, tmp_path, capfd):
+  settings = workdir.read_config(whole_run.workdir)
+  for name in FILES:
+    for seed in range(4 if damage == "flipped bit" else 1):
+      folder = tmp_path / f"{name.replace('/', '-')}-{seed}"
+      damaged_copy(whole_run, folder, name, damage, random.Random(f"{name}{damage}{seed}"))
+      check_falls_back(name, settings, undamaged, folder, capfd)
+
+
+def check_falls_back(name, settings, undamaged, folder, capfd):
+  found = newest_whole(folder, settings)
+  assert found == undamaged[found.step]
+  said = capfd.readouterr().err
+  assert "Traceback" not in said
+  if found.step == 8:
+    assert (folder / "damaged/12.0").is_dir() and workdir.recorded_step(folder) == 8
+    assert said.count("\n") == 1 and "checkpoint 12 is set aside as" in said
+  else:
+    assert name not in ARRAYS and not said
+
+
+def test_the_files_are_those_of_a_checkpoint(whole_run):
+  folder = whole_run.workdir / "checkpoints/12"
+  names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+  known = {str(p.relative_to(folder)) for name in FILES for p in folder.glob(name)}
+  assert names == known
+
+
+def test_the_only_checkpoint_stays_where_it_is(whole_run, tmp_path):
+  """Nothing begins again from zero in silence."""
+  folder = tmp_path / "run"
+  shutil.copytree(whole_run.workdir, folder)
+  shutil.rmtree(folder / "checkpoints/8")
+  (path,) = (folder / "checkpoints/12/state/d").iterdir()
+  os.truncate(path, 10)
+  with pytest.raises(
+    DamagedError, match=r"12 is damaged .*; put a whole checkpoint there, or begin"
+  ):
+    newest_whole(folder, workdir.read_config(folder))
+  assert workdir.saved_steps(folder) == [12]
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_stays(whole_run, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(whole_run.workdir, folder)
+  settings = workdir.read_config(folder)
+  settings.model.moe.expert_dim = 48
+  with pytest.raises(
+    UserError, match=r"of another model or optimizer: .*_EFD is float32\[2,4,32,32\]"
+  ):
+    newest_whole(folder, settings)
+  assert workdir.saved_steps(folder) == [8, 12]
+
+
+class State(NamedTuple):
+  weights_DF: jax.Array
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+  """It would take the place of one that a run can go on from."""
+  saver = checkpoint.Checkpointer(tmp_path, config.Train(keep_latest=1, keep_best=0))
+  assert saver.save(1, State(jnp.ones((2, 3))), 1, 2.0)
+  for step, bad in enumerate((np.nan, np.inf), 2):
+    assert not saver.save(step, State(jnp.ones((2, 3)).at[1, 2].set(bad)), step, 1.0)
+  saver.wait()
+  assert saver.steps() == [1] and workdir.recorded_step(tmp_path) == 1
+  saver.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(dtype):
+  rng = np.random.default_rng(0)
+  x_ED = jnp.asarray(rng.integers(0, 100, (8, 6)), dtype)
+  (digest,) = digests.of(x_ED)[0].values()
+  mesh = mesh_of(expert=4, fsdp=2)
+  spread = jax.device_put(x_ED, jax.NamedSharding(mesh, sharding.param_spec("x_ED", 2)))
+  assert list(digests.of(spread)[0].values()) == [digest]
+  raw = np.asarray(x_ED).view(np.uint8)
+  seen = {digest}
+  for _ in range(40):
+    changed = raw.copy()
+    changed[rng.integers(8), rng.integers(raw.shape[1])] ^= 1 << rng.integers(8)
+    seen.add(*digests.of(jnp.asarray(changed.view(x_ED.dtype)))[0].values())
+  assert len(seen) > 35 and digest in seen  # the same change may be drawn twice
+  assert list(digests.of(x_ED[::-1])[0].values()) != [digest]
+
+
+def test_values_that_were_sealed_are_known_again():
+  stored = digests.sealed({"step": 3, "loss": "1.5"})
+  assert digests.unsealed(stored) == {"step": 3, "loss": "1.5"}
+  stored["about"]["step"] = 4
+  for other in (stored, {}, [], None, {"about": 1}):
+    assert digests.unsealed(other) == {}

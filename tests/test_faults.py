@@ -1,0 +1,176 @@
+"""Runs of train.py that are killed, share a workdir, or find their disk full or read-only."""
+
+import contextlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import workdir as workdir_lib
+from tests.support import disks
+from tests.support.scripts import (
+  ONE_DEVICE,
+  WITHOUT_THREADS,
+  checkpoint_of,
+  command,
+  losses_of,
+  train,
+)
+from tests.support.toys import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def killed(folder, cache, seed, kills):
+  """Trains in child processes, of which some are killed; [(newest step, exit code), ...]."""
+  folder.mkdir()
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.support.kill_worker", str(folder / "run"), seed, str(kills)],
+    cwd=ROOT, env=ONE_DEVICE | {"MOE_JAX_CACHE": str(cache)}, capture_output=True, text=True,
+    timeout=1500,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+
+def lines_of(workdir):
+  """Metrics without times, which differ from run to run."""
+  lines = workdir_lib.read_lines(workdir / workdir_lib.METRICS)
+  timed = re.compile("train/(seconds|save_seconds|steps_per_s|tokens_per_s)")
+  return [{k: v for k, v in line.items() if not timed.match(k)} for line in lines]
+
+
+def test_thirty_kills_change_nothing(tmp_path, cache):
+  """At random moments, of which many lie in a save: it takes about a third of the time."""
+  assert killed(tmp_path / "whole", cache, "0", 0) == [(360, 0)]
+  ends = killed(tmp_path / "killed", cache, "0", 30)
+  assert len(ends) == 31 and ends[-1] == (360, 0)
+  assert sum(code == -9 for _, code in ends) == 30, ends
+  whole, parts = tmp_path / "whole/run", tmp_path / "killed/run"
+  about = [json.loads((p / "checkpoints/360/about/metadata").read_text()) for p in (whole, parts)]
+  assert about[0] == about[1]
+  assert lines_of(parts) == lines_of(whole)
+  logs = [path.read_text() for path in (tmp_path / "killed").glob("child*.log")]
+  assert sum("resuming" in log for log in logs) > 20
+  assert not any("Traceback" in log or "set aside" in log for log in logs)
+
+
+def attempt(workdir, cache, *arguments, steps=40):
+  arguments = ("--config.train.keep_latest=9", *arguments)
+  return subprocess.run(
+    command(workdir, cache, *arguments, steps=steps), cwd=ROOT, env=ONE_DEVICE,
+    capture_output=True, text=True, timeout=200,
+  )  # fmt: skip
+
+
+def one_line(done, code, *said):
+  assert done.returncode == code, done.stderr
+  assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+  for text in said:
+    assert text in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, cache):
+  disk, whole = tmp_path / "disk", tmp_path / "whole"
+  with disks.small_disk(disk, "2m"):
+    for _ in range(2):  # the second start finds it full as well
+      done = attempt(disk / "run", cache)
+      one_line(done, 3, "No space left on device", "the same command goes on from there")
+      steps = workdir_lib.saved_steps(disk / "run")
+      assert steps and f"of steps {steps} are intact" in done.stderr
+    subprocess.run(["mount", "-o", "remount,size=80m", str(disk)], check=True)
+    done = attempt(disk / "run", cache)
+    assert done.returncode == 0 and f"at step {steps[-1]}" in done.stdout, done.stderr
+    train(whole, cache, steps=40)
+    assert losses_of(disk / "run") == losses_of(whole)
+    assert not list((disk / "run/checkpoints").glob("*tmp*"))
+
+
+def test_a_disk_without_room_for_a_line_is_one_line(tmp_path, cache):
+  disk = tmp_path / "disk"
+  with disks.small_disk(disk, "600k"):
+    assert attempt(disk / "run", cache, steps=4).returncode == 0
+    filler = disks.fill(disk)
+    one_line(attempt(disk / "run", cache, steps=400), 3, "No space left on device")
+    assert workdir_lib.saved_steps(disk / "run") == [4]
+    filler.unlink()
+    assert attempt(disk / "run", cache, steps=5).returncode == 0
+
+
+def test_a_read_only_disk_is_one_line(tmp_path, cache):
+  disk = tmp_path / "disk"
+  with disks.small_disk(disk, "20m"):
+    assert attempt(disk / "run", cache, steps=4).returncode == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    one_line(attempt(disk / "run", cache, steps=8), 3, "Read-only file system")
+    one_line(attempt(disk / "new", cache, steps=8), 3, "Read-only file system")
+    assert workdir_lib.saved_steps(disk / "run") == [4]
+
+
+def test_a_second_training_in_a_workdir_is_refused(tmp_path, cache):
+  """And the first one trains as if nothing had been; after its SIGKILL the workdir is free."""
+  workdir = tmp_path / "run"
+  first = subprocess.Popen(
+    command(workdir, cache, steps=100_000), cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  try:
+    while "step " not in first.stdout.readline():
+      assert first.poll() is None
+    second = attempt(workdir, cache, "--config.train.keep_latest=2", steps=100_000)
+    one_line(second, 5, f"another training runs there (process {first.pid} on ")
+    assert first.poll() is None
+  finally:
+    first.kill()
+    first.communicate()
+  steps = [line["step"] for line in workdir_lib.read_lines(workdir / "metrics.jsonl")]
+  assert steps == sorted(steps)
+  newest = workdir_lib.saved_steps(workdir)[-1]
+  done = attempt(workdir, cache, "--config.train.keep_latest=2", steps=newest + 4)
+  assert done.returncode == 0, done.stderr
+
+
+def test_fewer_and_fewer_devices(tmp_path, cache, whole_run):
+  """8, 4, 2 devices and one: each goes on where the last one ended."""
+  workdir = tmp_path / "run"
+  for devices, steps in ((8, 4), (4, 8), (2, 10), (1, 12)):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    train(workdir, cache, steps=steps, env=WITHOUT_THREADS | {"XLA_FLAGS": flag})
+  assert losses_of(workdir) == pytest.approx(losses_of(whole_run.workdir), rel=2e-5)
+  want, got = (checkpoint_of(path, 12)["load_ZE"] for path in (whole_run.workdir, workdir))
+  assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_a_run_whose_reader_closes_the_pipe_ends_with_its_code(tmp_path, cache):
+  shell = " ".join(command(tmp_path / "run", cache, steps=100_000))
+  done = subprocess.run(
+    ["bash", "-c", f"{shell} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, env=ONE_DEVICE,
+    capture_output=True, text=True, timeout=200,
+  )  # fmt: skip
+  assert done.returncode == 141 and not done.stderr, done.stderr
+
+
+def test_memory_and_threads_do_not_grow(tmp_path, cache):
+  """Of a run of some hundred saves, between its first quarter and its end."""
+  process = subprocess.Popen(
+    command(tmp_path / "run", cache, "--config.train.checkpoint_every=2", steps=300), cwd=ROOT,
+    env=ONE_DEVICE, stdout=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  status, seen = pathlib.Path(f"/proc/{process.pid}/status"), []
+  for line in process.stdout:
+    if match := re.match(r"step +(\d+)/", line):
+      with contextlib.suppress(OSError):
+        text = status.read_text()
+        seen.append([int(match[1]), *(int(re.search(rf"{n}:\s+(\d+)", text)[1]) for n in
+                                      ("VmRSS", "Threads"))])  # fmt: skip
+  assert process.wait() == 0
+  early = [row for row in seen if 60 <= row[0] <= 110]
+  late = [row for row in seen if row[0] > 240]
+  middle = [
+    sum(row[column] for row in rows) / len(rows) for rows in (early, late) for column in (1, 2)
+  ]
+  assert middle[2] < 1.06 * middle[0], middle
+  assert middle[3] < middle[1] + 3, middle
