@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import time
@@ -38,7 +39,7 @@ def open_path(text: str) -> pathlib.Path:
   """
   if "://" not in text:
     return pathlib.Path(text)
-  if not text.startswith("gs://"):
+  if not re.match("gs://[^/]", text):
     raise UserError(
       f"{text}: a run is kept in a folder or in Google Cloud Storage, gs://BUCKET/FOLDER; mount "
       "another store as a folder"

@@ -221,9 +221,10 @@ def test_a_folder_is_a_path_as_ever(tmp_path):
   assert not remote.is_remote(workdir_lib.open_path("runs/a:b"))
 
 
-def test_other_stores_are_refused():
-  with pytest.raises(UserError, match="s3://bucket/a: a run is kept in a folder or in Google"):
-    workdir_lib.open_path("s3://bucket/a")
+@pytest.mark.parametrize("name", ["s3://bucket/a", "gs://", "gs:///a", "file:///a"])
+def test_other_stores_are_refused(name):
+  with pytest.raises(UserError, match=f"{name}: a run is kept in a folder or in Google"):
+    workdir_lib.open_path(name)
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -37,28 +38,50 @@ def script(store, *words):
   )  # fmt: skip
 
 
-def cut_off(store, words, beginning, cut):
-  """Calls `cut(process)` when the process prints a line with this beginning; returns its end."""
+def cut_off(store, words, cuts):
+  """Returns exit code and stderr of a process.
+
+  `cuts` is {beginning of a line: what to call with the process when it prints that line}.
+  """
   process = subprocess.Popen(
     words, cwd=ROOT, env=ONE_DEVICE | store.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     text=True,
   )  # fmt: skip
-  for line in process.stdout:
-    if line.startswith(beginning):
-      cut(process)
-      break
+  while cuts and (line := process.stdout.readline()):
+    for beginning in [beginning for beginning in cuts if line.startswith(beginning)]:
+      cuts.pop(beginning)(process)
   _, errors = process.communicate(timeout=400)
   return process.returncode, errors
 
 
+def wait_for(path):
+  for _ in range(3000):
+    if path.exists():
+      return
+    time.sleep(0.02)
+  raise TimeoutError(path)
+
+
 @pytest.fixture(scope="module")
 def remote_run(store, cache):
-  """A run that is killed, whose store then fails while it goes on, and that goes on once more."""
+  """A run that is killed, whose store then fails while it goes on, and that goes on once more.
+
+  Before, its store fails for some seconds while the first checkpoint is written.
+  """
+
+  def fail_for_seconds(_):
+    wait_for(store.folder / "run/checkpoints/4")
+    store.stop()
+    assert not (store.folder / "run/checkpoints/4/commit_success.txt").exists(), "too late"
+    time.sleep(3)
+    store.start()
+
   words = command("gs://bucket/run", cache)
-  killed, _ = cut_off(store, words, "step      9/12", lambda p: p.send_signal(signal.SIGKILL))
-  assert killed == -signal.SIGKILL
+  cuts = {"step      4": fail_for_seconds, "step      9": lambda p: p.send_signal(signal.SIGKILL)}
+  killed, said = cut_off(store, words, cuts)
+  assert killed == -signal.SIGKILL, said
   # It is stopped before its next checkpoint, which comes after an evaluation.
-  outage = cut_off(store, words, "step", lambda _: store.stop())
+  outage = cut_off(store, words, {"step": lambda _: store.stop()})
   store.start()
   again = script(store, *words)
   assert again.returncode == 0, again.stderr

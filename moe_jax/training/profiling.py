@@ -49,7 +49,6 @@ class Profiler:
   def __init__(self, window: Window | None, workdir: pathlib.Path, start: int):
     """Says so if the run, which goes on from step `start`, has already taken some of the steps."""
     self._folder = workdir / workdir_lib.PROFILE
-    self._written = files.growing(self._folder)
     self._tracing = False
     self._window = window if jax.process_index() == 0 else None
     if self._window and start >= self._window.first:
@@ -62,7 +61,7 @@ class Profiler:
     """Begins the trace if `step` is the first to trace; `state` is what the step starts from."""
     if self._window and step == self._window.first <= self._window.last:
       jax.block_until_ready(state)  # otherwise the trace would hold the end of earlier steps
-      jax.profiler.start_trace(str(self._written))
+      jax.profiler.start_trace(str(files.growing(self._folder)))
       self._tracing = True
 
   def after(self, step: int, state: Any) -> float:

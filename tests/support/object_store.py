@@ -8,6 +8,7 @@ client and tensorstore's all talk to it when they get the environment of `Store`
 import contextlib
 import http.server
 import json
+import os
 import pathlib
 import random
 import re
@@ -45,7 +46,7 @@ class Store:
 
   def start(self) -> None:
     arguments = [str(self.folder.parent), str(self._port)]
-    self._process = subprocess.Popen([sys.executable, __file__, *arguments])
+    self._process = subprocess.Popen([sys.executable, __file__, *arguments], stdin=subprocess.PIPE)
     for _ in range(100):
       with contextlib.suppress(OSError):
         urllib.request.urlopen(self.url + "/storage/v1/b/" + self.folder.name).close()
@@ -56,7 +57,7 @@ class Store:
   def stop(self) -> None:
     """Ends the process at once, as an outage does; the clients' connections are refused."""
     self._process.kill()
-    self._process.wait()
+    self._process.communicate()
 
   def writes(self, name: str) -> int:
     """Returns how often an object was written."""
@@ -266,6 +267,12 @@ def parts_of(content_type: str, body: bytes) -> list[bytes]:
   return [part.split(line_end * 2, 1)[1] for part in parts]
 
 
+def end_with_parent() -> None:
+  sys.stdin.read()  # until the tests end, however they end
+  os._exit(0)
+
+
 if __name__ == "__main__":
+  threading.Thread(target=end_with_parent, daemon=True).start()
   Handler.root = pathlib.Path(sys.argv[1])
   Server(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
