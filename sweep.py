@@ -27,6 +27,8 @@ def main(overrides: dict[str, Any]) -> None:
   for flag in (_SWEEP, _OUT):
     if not flag.value:
       raise UserError(f"--{flag.name} is missing: --sweep=configs/sweeps/NAME.py --out=runs/NAME")
+  if "://" in _OUT.value:
+    raise UserError(f"--out={_OUT.value}: a sweep keeps its runs on this machine; name a folder")
   if not all(seed.isdecimal() for seed in _SEEDS.value):
     raise UserError(f"--seeds={','.join(_SEEDS.value)} are not integers from 0 up, 0,1,2")
   if not _DRY_RUN.value:

@@ -16,10 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moe_jax import checkpoint_files, digests, files, sharding
+from moe_jax import checkpoint_files, digests, files, remote, sharding
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import DamagedError, StorageError, UserError
+from moe_jax.errors import DamagedError, StorageError, UserError, is_storage
 
 
 class Checkpointer:
@@ -70,7 +70,7 @@ class Checkpointer:
         enable_async_checkpointing=True,
       )
     return ocp.CheckpointManager(
-      self._folder.absolute(), options=options, item_names=("state", "about")
+      remote.resolved(self._folder), options=options, item_names=("state", "about")
     )
 
   def latest_step(self) -> int | None:
@@ -187,11 +187,17 @@ class Checkpointer:
     return restored
 
   def _read(self, step: int, **items: Any) -> Any:
-    """Returns the items of a step; whatever goes wrong in the libraries is a DamagedError."""
+    """Returns the items of a step; whatever goes wrong in the libraries is a DamagedError.
+
+    Raises:
+      StorageError: an object store does not answer, which says nothing about the checkpoint.
+    """
     checkpoint_files.silence_other_reads()
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # of many types, from three libraries
+      if remote.is_remote(self._folder) and is_storage(error):
+        raise remote.unreachable(self._folder / str(step), error) from error
       cause = error.__cause__ or error  # Orbax wraps it in all it knows of the array
       raise self._damaged(step, f"{type(cause).__name__}: {cause}") from None
 
@@ -296,8 +302,12 @@ class Checkpointer:
   def _storage_errors(self, step: int | None) -> Iterator[None]:
     try:
       yield
+    except StorageError:
+      raise
     except Exception as error:  # of many types, from three libraries, for a full disk alone
       which = "a checkpoint" if step is None else f"checkpoint {step}"
+      if remote.is_remote(self._folder):
+        raise remote.unreachable(self._folder, error, f"cannot write {which} to") from error
       full, why = os.strerror(errno.ENOSPC), " ".join(str(error).split())
       raise StorageError(
         f"cannot write {which} in {self._folder} ({full if full in why else why[:200]}); the "

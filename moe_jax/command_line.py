@@ -77,10 +77,12 @@ def one_line_errors(main: Callable[[], None]) -> None:
   except BrokenPipeError:  # the reader has what it wanted, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
-  except OSError as error:
+  except Exception as error:
     if not is_storage(error):
       raise
-    print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+    name, text = getattr(error, "filename", None), getattr(error, "strerror", None)
+    message = f"{name or 'a file'}: {text}" if text else " ".join(str(error).split())[:300]
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(StorageError.code)
 
 

@@ -1,11 +1,15 @@
 """The errors that end a program with one line, and its exit codes (docs/reliability.md)."""
 
 import errno
+import re
 
 # Errors of the operating system that mean "this disk cannot be written (or read) now".
 _STORAGE = {
   errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN,
 }  # fmt: skip
+# What an object store's clients raise, by module, or say in a general error (gcsfs, tensorstore).
+_CLIENTS = ("aiohttp", "gcsfs", "requests", "google.auth", "google.api_core", "google.cloud")
+_STORE_SAYS = re.compile(r"^Forbidden: |curl_code|http_response_code='(401|403|408|429|5..)'")
 
 
 class UserError(ValueError):
@@ -15,7 +19,10 @@ class UserError(ValueError):
 
 
 class StorageError(UserError):
-  """A disk is full, read-only or gone. The same command goes on once it can be written again."""
+  """A disk is full, read-only or gone, or an object store does not answer.
+
+  The same command goes on once it can be written again.
+  """
 
   code = 3
 
@@ -38,6 +45,10 @@ class PeerError(UserError):
   code = 7  # 6 is training.health.StopAlarm
 
 
-def is_storage(error: OSError) -> bool:
-  """Returns whether the error means that a disk cannot be used now."""
-  return error.errno in _STORAGE
+def is_storage(error: BaseException) -> bool:
+  """Returns whether the error means that a disk or an object store cannot be used now."""
+  if isinstance(error, OSError) and error.errno in _STORAGE:
+    return True
+  if type(error).__module__.startswith(_CLIENTS) or _STORE_SAYS.search(str(error)):
+    return True
+  return error.__cause__ is not None and is_storage(error.__cause__)

@@ -1,7 +1,8 @@
 """Reads and writes small files so that a kill, a full disk or a symbolic link loses nothing.
 
 A file is written under another name and renamed, so a reader sees the old contents or the new ones.
-Nothing is written through a symbolic link. Imports no jax.
+Nothing is written through a symbolic link. A path in an object store (remote.py) is written whole
+by the store itself. Imports no jax.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax import remote
 from moe_jax.errors import DamagedError, StorageError
 
 
@@ -22,6 +24,8 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     StorageError: the file cannot be written.
   """
   data = content.encode() if isinstance(content, str) else content
+  if remote.is_remote(path):
+    return remote.write(path, data)
   new = path.with_name(path.name + ".new")
   with storage_errors(path):
     with contextlib.suppress(FileNotFoundError):
@@ -36,6 +40,18 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
       with contextlib.suppress(OSError):
         new.unlink()
       raise
+
+
+def move(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Gives a folder another name on the same disk, or in the same object store.
+
+  Raises:
+    StorageError: it cannot be written.
+  """
+  if remote.is_remote(folder):
+    return remote.move(folder, target)
+  with storage_errors(target):
+    folder.rename(target)
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any], indent: int | None = 2) -> None:
@@ -70,7 +86,7 @@ def read(path: pathlib.Path, remedy: str) -> str | None:
     DamagedError: the file is not UTF-8 or cannot be read; the message ends with `remedy`.
   """
   try:
-    return path.read_text(encoding="utf-8")
+    return read_bytes(path).decode("utf-8")
   except FileNotFoundError:
     return None
   except UnicodeDecodeError:
@@ -79,13 +95,21 @@ def read(path: pathlib.Path, remedy: str) -> str | None:
     raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
+def exists(path: pathlib.Path) -> bool:
+  return remote.exists(path) if remote.is_remote(path) else path.exists()
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+  return remote.read(path) if remote.is_remote(path) else path.read_bytes()
+
+
 def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
   """Returns the objects of a .jsonl file, and the numbers of the lines that are damaged.
 
   An incomplete last line is neither: a run is writing it, or was killed while it did.
   """
   try:
-    raw = path.read_bytes()
+    raw = read_bytes(path)
   except FileNotFoundError:
     return [], []
   except OSError as error:
@@ -106,15 +130,31 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Adds an object to a .jsonl file.
+  """Adds an object to a .jsonl file; in an object store it is there after `flush`, or some time.
 
   Raises:
     StorageError: the file cannot be written, or is a symbolic link.
   """
   line = (json.dumps(values) + "\n").encode()
   flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-  with storage_errors(path), open(os.open(path, flags, 0o666), "ab") as file:
+  with storage_errors(path), open(os.open(growing(path), flags, 0o666), "ab") as file:
     file.write(line)
+  if remote.is_remote(path):
+    remote.upload_sometimes()
+
+
+def growing(path: pathlib.Path) -> pathlib.Path:
+  """Returns where to write a file or folder that grows: a copy, where it is in an object store."""
+  return remote.local_copy(path) if remote.is_remote(path) else path
+
+
+def flush() -> None:
+  """Writes to the object store what has grown.
+
+  Raises:
+    StorageError: it does not answer.
+  """
+  remote.upload()
 
 
 @contextlib.contextmanager

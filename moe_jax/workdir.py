@@ -3,13 +3,14 @@
 Nothing here imports jax, so that a report can read a run on a machine without it.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 from typing import Any
 
 from moe_jax import config as config_lib
-from moe_jax import files
+from moe_jax import files, remote
 from moe_jax.config import Config
 from moe_jax.errors import DamagedError, UserError
 
@@ -48,6 +49,39 @@ _MAY_CHANGE = (
   "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir", "model.remat",
   "model.attention", "model.moe.grouped_matmul",
 )  # fmt: skip
+
+
+def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path of a workdir: a folder, or gs://BUCKET/FOLDER.
+
+  Raises:
+    UserError: there is no such bucket, or no way to it from here.
+    StorageError: the store does not answer.
+  """
+  return remote.open_path(os.fspath(workdir))
+
+
+def resolved(workdir: pathlib.Path) -> pathlib.Path:
+  """Returns the path from the root on, the same for all names of a workdir."""
+  return remote.resolved(workdir)
+
+
+def fetched(workdir: str, folder: pathlib.Path) -> pathlib.Path:
+  """Returns a workdir on this machine: of one in an object store, a copy of what a report reads.
+
+  Args:
+    workdir: a folder, or gs://BUCKET/FOLDER.
+    folder: where to copy it to, BUCKET/FOLDER in it.
+  """
+  path = open_path(workdir)
+  if not remote.is_remote(path):
+    return path
+  copy = folder.joinpath(*path.parts[2:])
+  copy.mkdir(parents=True, exist_ok=True)
+  for name in (CONFIG, METRICS, ALARMS, EVAL, ROUTING):
+    with contextlib.suppress(FileNotFoundError):
+      files.write(copy / name, files.read_bytes(path / name))
+  return copy
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -129,10 +163,14 @@ def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
 def saved_steps(workdir: pathlib.Path) -> list[int]:
   """Returns the steps whose checkpoints are complete, in order; [] where there is none.
 
-  Orbax renames a checkpoint's folder to the step only when all its files are written.
+  Orbax renames a checkpoint's folder to the step only when all its files are written. In an object
+  store, where nothing is renamed, it then writes one more file.
   """
-  folders = (workdir / CHECKPOINTS).glob("*")
-  return sorted(int(path.name) for path in folders if path.name.isdecimal())
+  with remote.errors(workdir):
+    folders = [path for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    if remote.is_remote(workdir):
+      folders = [path for path in folders if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in folders)
 
 
 def make(workdir: pathlib.Path) -> None:
@@ -143,6 +181,8 @@ def make(workdir: pathlib.Path) -> None:
 
 def refuse_links(workdir: pathlib.Path) -> None:
   """Raises a UserError for a symbolic link where a run writes: it would write somewhere else."""
+  if remote.is_remote(workdir):
+    return  # an object store has none
   for name in (METRICS, ALARMS, LOCK, CHECKPOINTS, SET_ASIDE, TENSORBOARD, PROFILE, LOG):
     if (workdir / name).is_symlink():
       raise UserError(
@@ -175,7 +215,7 @@ def set_aside(workdir: pathlib.Path, step: int, why: str) -> None:
   folder.mkdir(exist_ok=True)
   target = folder / f"{step}.{len(list(folder.glob(f'{step}.*')))}"
   files.notice(f"checkpoint {step} is set aside as {target}: {why}")
-  (workdir / CHECKPOINTS / str(step)).rename(target)
+  files.move(workdir / CHECKPOINTS / str(step), target)
 
 
 def is_trained(workdir: pathlib.Path, steps: int) -> bool:
@@ -224,9 +264,9 @@ def keep_lines(path: pathlib.Path, resume_step: int) -> None:
   A run that was killed has logged steps after its last checkpoint. Resumed, it takes and logs these
   steps again. A damaged file is kept beside the new one, under another name.
   """
-  if not path.exists():
+  if not files.exists(path):
     return
   kept = [line for line in read_lines(path) if line["step"] <= resume_step]
   if files.read_lines(path)[1]:
-    files.write(path.with_name(path.name + ".damaged"), path.read_bytes())
+    files.write(path.with_name(path.name + ".damaged"), files.read_bytes(path))
   files.write(path, "".join(json.dumps(line) + "\n" for line in kept))

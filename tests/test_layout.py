@@ -23,16 +23,17 @@ _CORE |= {"kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {
   "errors": set(),
-  "files": {"errors"},
+  "remote": {"errors"},
+  "files": {"errors", "remote"},
   "digests": set(),
   "checkpoint_files": {"errors", "files"},
-  "lock": {"errors", "files", "workdir"},
+  "lock": {"errors", "files", "remote", "workdir"},
   "options": {"errors"},
   "config": {"options", "errors"},
   "config_docs": {"config", "options"},
   "validation": {"config", "options", "errors", "moe"},  # the records of routers and dispatchers
   "command_line": {"config", "config_docs", "options", "errors"},
-  "workdir": {"config", "errors", "files", "validation"},
+  "workdir": {"config", "errors", "files", "remote", "validation"},
   "data": {"config", "errors", "files"},
   "sharding": {"config", "errors"},
   "startup": {"config", "data", "errors", "files"},
@@ -40,7 +41,8 @@ GROUPS = {
   "kernels": {"config", "errors", "sharding"},
   "moe": {"config", "errors", "sharding", "kernels"},
   "model": {"config", "errors", "validation", "sharding", "kernels", "moe"},
-  "checkpoint": {"checkpoint_files", "config", "digests", "errors", "files", "sharding", "workdir"},
+  "checkpoint": {"checkpoint_files", "config", "digests", "errors", "files", "remote", "sharding"}
+  | {"workdir"},
   # The everyday loss does not depend on the microscope.
   "training": _CORE | {"checkpoint", "command_line", "lock"},
   # load() pulls no optimizer and no TensorBoard.

@@ -5,7 +5,6 @@ Everything is read from the run's workdir.
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +82,7 @@ class LoadedRun:
 
   def __init__(self, workdir: str, step: int, split: str):
     """Opens a workdir; `step` is that of the checkpoint to evaluate, 0 for the newest."""
-    self.path = pathlib.Path(workdir)
+    self.path = workdir_lib.open_path(workdir)
     config = workdir_lib.read_config(self.path)
     startup.start(config.data)
     mesh = sharding.fit_mesh(config.mesh, batch_size(config))

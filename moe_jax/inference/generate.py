@@ -51,7 +51,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   Raises:
     UserError: the workdir has no run or no such checkpoint, or the router cannot generate.
   """
-  path = pathlib.Path(workdir)
+  path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
   startup.start(config.data)
   config.mesh = sharding.fit_mesh(config.mesh, batch_size=1)

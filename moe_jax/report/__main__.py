@@ -7,8 +7,10 @@ default the folder that contains the workdirs.
 
 import argparse
 import pathlib
+import tempfile
 
 from moe_jax import command_line
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 
 
@@ -18,22 +20,29 @@ def main() -> None:
     prog="python -m moe_jax.report", description=__doc__, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
-  parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
+  parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
   parser.add_argument("--out", type=pathlib.Path, help="folder for the report on workdirs")
   parser.add_argument("--target", default="", help="the arm that the others are compared with")
   args = parser.parse_args()
+  if "://" in f"{args.out}" or (not args.out and any("://" in name for name in args.workdirs)):
+    raise UserError("--out: name a folder on this machine for the report on runs in a store")
+  with tempfile.TemporaryDirectory() as folder:
+    workdirs = [workdir_lib.fetched(name, pathlib.Path(folder)) for name in args.workdirs]
+    path = _write(workdirs, args.out, args.target)
+  print(f"wrote {path.with_suffix('.md')} and {path}")
+
+
+def _write(workdirs: list[pathlib.Path], out: pathlib.Path | None, target: str) -> pathlib.Path:
+  """Writes the report; returns the path of report.html."""
   from moe_jax.report import compare, compare_runs, runs
 
-  if (args.workdirs[0] / "sweep.json").is_file():
-    if len(args.workdirs) > 1 or args.out or args.target:
-      raise UserError(
-        f"{args.workdirs[0]} is a sweep: name it alone, without --target and --out, which it sets"
-      )
-    path = compare(args.workdirs[0])
-  else:
-    out = args.out or runs.parent(args.workdirs)
-    path = compare_runs(args.workdirs, out, args.target)
-  print(f"wrote {path.with_suffix('.md')} and {path}")
+  if not (workdirs[0] / "sweep.json").is_file():
+    return compare_runs(workdirs, out or runs.parent(workdirs), target)
+  if len(workdirs) > 1 or out or target:
+    raise UserError(
+      f"{workdirs[0]} is a sweep: name it alone, without --target and --out, which it sets"
+    )
+  return compare(workdirs[0])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from moe_jax import files
+from moe_jax import workdir as workdir_lib
 from moe_jax.errors import DamagedError
 from moe_jax.report import checked, runs
 from moe_jax.report.blocks import printable
@@ -18,7 +19,7 @@ from moe_jax.report.inside import png
 
 def summary(workdir: str, result: dict[str, Any]) -> str:
   """The text that eval.py prints; draws the plots."""
-  path = pathlib.Path(workdir)
+  path = workdir_lib.open_path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
   try:

@@ -54,7 +54,7 @@ def find(
     source = recorded
   else:
     named = re.fullmatch(r"(.+):([0-9]+)", text)
-    other = pathlib.Path(named[1] if named else text).resolve()
+    other = workdir_lib.resolved(workdir_lib.open_path(named[1] if named else text))
     if own_steps:
       same = recorded and (str(other), optimizer) == (recorded.workdir, recorded.optimizer)
       if not same or (named and recorded and int(named[2]) != recorded.step):
@@ -78,10 +78,11 @@ def find(
 def _check(source: Source, config: config_lib.Config) -> None:
   """Raises a UserError if the checkpoint is not there, or does not fit the config's model."""
   flag = f"--init_from={source.workdir}:{source.step}"
-  steps = workdir_lib.saved_steps(pathlib.Path(source.workdir))
+  path = workdir_lib.open_path(source.workdir)
+  steps = workdir_lib.saved_steps(path)
   if source.step not in steps:
     raise UserError(f"{flag}: no checkpoint of that step; there are {steps}")
-  other = workdir_lib.read_config(pathlib.Path(source.workdir))
+  other = workdir_lib.read_config(path)
   differing = _differences(other.model, config.model)
   if differing:
     raise UserError(
@@ -132,7 +133,7 @@ def load(source: Source, state: Any, shardings: Any) -> Any:
   }
   for array in jax.tree.leaves([getattr(state, name) for name in names]):
     array.delete()  # frees the memory for the array that is read in its place
-  reader = checkpoint.Checkpointer(pathlib.Path(source.workdir))
+  reader = checkpoint.Checkpointer(workdir_lib.open_path(source.workdir))
   arrays = reader.restore_fields(source.step, wanted)
   reader.close()
   if source.optimizer:

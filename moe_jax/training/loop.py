@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, command_line, sharding
+from moe_jax import checkpoint, command_line, files, sharding
 from moe_jax import config as config_lib
 from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
@@ -102,6 +102,7 @@ class Loop:
         self._evaluate(self.start, evaluator, state)
       self._take_steps(state, batches, step_fn, evaluator)
       self.saver.wait()
+      files.flush()
     finally:
       for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -154,6 +155,7 @@ class Loop:
 
   def _save(self, step: int, state: "TrainState", loss: float) -> None:
     """Saves a state if it is finite; of the last step it has to be."""
+    files.flush()  # a run that goes on from this step finds all lines of the steps before
     if self.saver.save(step, state, self._batch_number(step) + 1, loss):
       return
     message = f"the state of step {step} is not finite, so it is not saved"
@@ -215,6 +217,7 @@ class Loop:
       raise
     except health.StopAlarm as alarm:
       self.saver.wait()
+      files.flush()
       finite = not isinstance(alarm, health.NotFiniteAlarm)
       raise type(alarm)(f"{alarm}; {self._remedy(finite)}") from None
 

@@ -126,7 +126,7 @@ class Writer:
     """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
     self._path = workdir / workdir_lib.METRICS
     workdir_lib.keep_lines(self._path, resume_step)
-    self._folder = workdir / workdir_lib.TENSORBOARD
+    self._folder = files.growing(workdir / workdir_lib.TENSORBOARD)
     with files.storage_errors(self._folder):
       self._folder.mkdir(exist_ok=True)
       # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue blocks.

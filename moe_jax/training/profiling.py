@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 
@@ -60,7 +61,7 @@ class Profiler:
     """Begins the trace if `step` is the first to trace; `state` is what the step starts from."""
     if self._window and step == self._window.first <= self._window.last:
       jax.block_until_ready(state)  # otherwise the trace would hold the end of earlier steps
-      jax.profiler.start_trace(str(self._folder))
+      jax.profiler.start_trace(str(files.growing(self._folder)))
       self._tracing = True
 
   def after(self, step: int, state: Any) -> float:
@@ -81,4 +82,5 @@ class Profiler:
     if self._tracing:
       self._tracing = False
       jax.profiler.stop_trace()
+      files.flush()
       print(f"trace written; to see it: pip install xprof, then xprof --logdir={self._folder}")

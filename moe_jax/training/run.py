@@ -93,7 +93,7 @@ def begin(
   config = validation.resolve_mesh(config, jax.device_count())
   choose.check(config)
   cost.check_training_memory(config, optimizers.abstract_state(config))
-  path = pathlib.Path(workdir)
+  path = workdir_lib.open_path(workdir)
   workdir_lib.check_same_config(path, config)
   return config, path
 

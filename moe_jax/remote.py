@@ -1,0 +1,209 @@
+"""Folders in Google Cloud Storage, gs://BUCKET/FOLDER: what differs from a folder on a disk.
+
+An object is written whole or not at all, so it needs no other name and no renaming. But nothing can
+be added to it: a file that grows has a copy on this machine, which is uploaded now and then. A path
+here is an etils.epath.Path, which has the methods of pathlib.Path but absolute() and resolve().
+Imports no jax.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+import typing
+from collections.abc import Iterator
+
+from moe_jax.errors import StorageError, UserError, is_storage
+
+_UPLOAD_EVERY = 30.0  # seconds between uploads of a file that grows
+_NOT_AGAIN = 10.0  # seconds after a failure
+_NO_ACCESS = ("401", "Forbidden", "403")  # in what gcsfs says where an account has no rights
+_LOG_IN = (
+  "log in with `gcloud auth application-default login`, or name the key file of an account that "
+  "may read and write there in GOOGLE_APPLICATION_CREDENTIALS"
+)
+
+
+def open_path(text: str) -> pathlib.Path:
+  """Returns the path of a folder, local or gs://BUCKET/FOLDER.
+
+  Raises:
+    UserError: there is no such bucket, or no way to it from here.
+    StorageError: the store does not answer.
+  """
+  if "://" not in text:
+    return pathlib.Path(text)
+  if not re.match("gs://[^/]", text):
+    raise UserError(
+      f"{text}: a run is kept in a folder or in Google Cloud Storage, gs://BUCKET/FOLDER; mount "
+      "another store as a folder"
+    )
+  if importlib.util.find_spec("gcsfs") is None:
+    raise UserError(f"{text}: gs:// needs the package gcsfs: pip install gcsfs")
+  os.environ.setdefault("EPATH_USE_TF", "false")  # else epath would take TensorFlow if it is there
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells every try with its traceback
+  from etils import epath  # takes a moment
+
+  path = epath.Path(text.rstrip("/"))
+  bucket = epath.Path(*path.parts[:3])  # /, gs, BUCKET
+  try:
+    if bucket.exists():
+      return typing.cast(pathlib.Path, path)
+  except Exception as error:
+    if any(word in str(error) for word in _NO_ACCESS):
+      raise UserError(f"{text}: no access ({_short(error)}); {_LOG_IN}") from None
+    raise unreachable(path, error) from error
+  raise UserError(f"{text}: there is no bucket {bucket}; make it, or name another one")
+
+
+def is_remote(path: pathlib.Path) -> bool:
+  return not isinstance(path, pathlib.Path)
+
+
+def resolved(path: pathlib.Path) -> pathlib.Path:
+  """Returns the path from the root on, without symbolic links."""
+  return path if is_remote(path) else path.resolve()
+
+
+@contextlib.contextmanager
+def errors(path: pathlib.Path) -> Iterator[None]:
+  """Turns errors of the store into one line that names the file.
+
+  The clients try for half a minute. So a program that ends because the store does not answer does
+  not try again for the next file.
+  """
+  if _STATE.failure and time.monotonic() - _STATE.failed_at < _NOT_AGAIN:
+    raise unreachable(path, _STATE.failure)
+  try:
+    yield
+  except Exception as error:  # of four libraries
+    if not (is_storage(error) or isinstance(error, OSError)):
+      raise
+    _STATE.failure, _STATE.failed_at = error, time.monotonic()
+    raise unreachable(path, error) from error
+
+
+def unreachable(path: pathlib.Path, error: Exception, what: str = "cannot reach") -> StorageError:
+  """Returns the error to raise for one of the store's, which says what could not be done."""
+  return StorageError(
+    f"{what} {path} ({_short(error)}); what was saved before is intact, and the same command goes "
+    "on once the store answers"
+  )
+
+
+def read(path: pathlib.Path) -> bytes:
+  """Returns the contents of an object, of a file that grows with what is not yet uploaded.
+
+  Raises:
+    FileNotFoundError: there is none.
+    StorageError: the store does not answer.
+  """
+  copy = _STATE.of.get(path)
+  if copy and copy.is_file():
+    return copy.read_bytes()
+  with errors(path):
+    try:
+      return path.read_bytes()
+    except FileNotFoundError as error:
+      missing = error
+  raise missing
+
+
+def exists(path: pathlib.Path) -> bool:
+  """Returns whether there is an object, or a file that grows and is not yet uploaded."""
+  copy = _STATE.of.get(path)
+  with errors(path):
+    return bool(copy and copy.exists()) or path.exists()
+
+
+def write(path: pathlib.Path, data: bytes) -> None:
+  """Writes an object; the copy of a file that grows begins anew with it."""
+  _STATE.of.pop(path, None)
+  with errors(path):
+    path.write_bytes(data)
+
+
+def move(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Moves the objects below a folder one by one; a kill may leave some of them in each place."""
+  with errors(folder):
+    (target.parent / ".keep").write_bytes(b"")  # a folder exists while an object is below it
+    folder.rename(target)
+
+
+def local_copy(path: pathlib.Path) -> pathlib.Path:
+  """Returns the copy on this machine of a file or folder that grows.
+
+  The copy of a file begins with what the object has; of a folder it begins empty.
+  """
+  return _STATE.of.get(path) or _STATE.add(path)
+
+
+def upload() -> None:
+  """Uploads the copies that have changed.
+
+  Raises:
+    StorageError: the store does not answer; the next call tries again.
+  """
+  _STATE.upload()
+
+
+def upload_sometimes() -> None:
+  """Does the same, unless it was done a moment ago."""
+  if time.monotonic() - _STATE.uploaded_at > _UPLOAD_EVERY:
+    upload()
+
+
+class _State:
+  """The copies of this process, and the store's last failure."""
+
+  def __init__(self) -> None:
+    self.of: dict[pathlib.Path, pathlib.Path] = {}
+    self._folder: pathlib.Path | None = None  # of the copies, while this process lives
+    self._count = 0
+    self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}  # {file: size and time of change}
+    self.uploaded_at = time.monotonic()
+    self.failure: Exception | None = None
+    self.failed_at = 0.0
+
+  def add(self, path: pathlib.Path) -> pathlib.Path:
+    if self._folder is None:
+      self._folder = pathlib.Path(tempfile.mkdtemp(prefix="moe_jax_"))
+      atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+    self._count += 1
+    copy = self._folder / str(self._count) / path.name
+    copy.parent.mkdir()
+    with errors(path):
+      if path.is_file():  # reading a folder would give b""
+        copy.write_bytes(path.read_bytes())
+        self._uploaded[copy] = _stamp(copy)
+    self.of[path] = copy
+    return copy
+
+  def upload(self) -> None:
+    for path, copy in self.of.items():
+      for file in [copy] if copy.is_file() else filter(pathlib.Path.is_file, copy.rglob("*")):
+        if self._uploaded.get(file) == (stamp := _stamp(file)):
+          continue
+        target = path if file == copy else path / file.relative_to(copy).as_posix()
+        with errors(target):
+          target.write_bytes(file.read_bytes())
+        self._uploaded[file] = stamp
+    self.uploaded_at = time.monotonic()
+
+
+_STATE = _State()
+
+
+def _stamp(file: pathlib.Path) -> tuple[int, int]:
+  stat = file.stat()
+  return stat.st_size, stat.st_mtime_ns
+
+
+def _short(error: Exception) -> str:
+  return " ".join(str(error).split())[:160] or type(error).__name__
