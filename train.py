@@ -16,6 +16,12 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it i
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
 _DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes of the run")
+_PEER_TIMEOUT = flags.DEFINE_float(
+  "peer_timeout",
+  60,
+  "with --multihost: seconds until a silent process counts as lost",
+  lower_bound=1,
+)
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "begin a new run with another run's parameters: WORKDIR or WORKDIR:STEP"
 )
@@ -44,16 +50,17 @@ def main() -> None:
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
-  from moe_jax.training import train  # imports jax, so only when the config is known to be valid
+  from moe_jax import startup  # imports jax, so only when the config is known to be valid
+  from moe_jax.training import train
 
-  train.run(
-    config,
-    _WORKDIR.value,
-    multihost=_MULTIHOST.value,
-    init_from_flag=_INIT_FROM.value,
-    init_optimizer=_INIT_OPTIMIZER.value,
-    profile=_PROFILE.value,
-  )
+  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+    train.run(
+      config,
+      _WORKDIR.value,
+      init_from_flag=_INIT_FROM.value,
+      init_optimizer=_INIT_OPTIMIZER.value,
+      profile=_PROFILE.value,
+    )
 
 
 if __name__ == "__main__":

@@ -167,7 +167,6 @@ def run(
   config: config_lib.Config,
   workdir: str,
   *,
-  multihost: bool = False,
   init_from_flag: str = "",
   init_optimizer: bool = False,
   profile: str = "",
@@ -177,7 +176,6 @@ def run(
   Args:
     config: validated.
     workdir: the run's folder; created if it is missing.
-    multihost: whether this is one of several processes of the run.
     init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
     init_optimizer: take that run's optimizer state, too.
     profile: FIRST:LAST, the steps to trace.
@@ -186,7 +184,7 @@ def run(
     UserError: the arguments, the workdir and the text on disk do not fit together.
   """
   window = profiling.parse(profile, config.train.steps)
-  startup.start(config.data, multihost=multihost)
+  startup.start(config.data)
   config = validation.resolve_mesh(config, jax.device_count())
   path = pathlib.Path(workdir)
   workdir_lib.check_same_config(path, config)
