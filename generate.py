@@ -26,6 +26,13 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes")
+_PEER_TIMEOUT = flags.DEFINE_float(
+  "peer_timeout",
+  60,
+  "with --multihost: seconds until a silent process counts as lost",
+  lower_bound=1,
+)
 _SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
 
 
@@ -33,7 +40,19 @@ def main() -> None:
   """Continues the prompts that the flags name."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
+  if _MULTIHOST.value and _FILE.value == "-":
+    raise UserError("--prompt_file=-: with --multihost give a file that every host has")
   prompts = read_prompts()
+  from moe_jax import startup
+
+  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+    generate(prompts)
+
+
+def generate(prompts: list[str]) -> None:
+  """Prints the continuations."""
+  import jax
+
   import moe_jax
 
   model = moe_jax.load(_WORKDIR.value, _STEP.value)
@@ -53,8 +72,9 @@ def main() -> None:
         text = model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
         show(text[printed:])
         printed = max(printed, len(text))
-  except KeyboardInterrupt:
-    pass  # the text generated so far is printed below
+  except KeyboardInterrupt:  # the text generated so far is printed below
+    if _MULTIHOST.value:
+      raise  # the other processes wait for this one's part
   texts = [model.completion(prompt, row).text for prompt, row in zip(rows, ids, strict=True)]
   if len(rows) == 1:
     show(texts[0][printed:])  # a last character that stayed incomplete
@@ -62,7 +82,8 @@ def main() -> None:
     for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
       show(f"--- {number + 1} of {len(rows)}\n{prompt}{text}\n")
   print(file=sys.stdout)
-  print(model.speed(), file=sys.stderr)
+  if jax.process_index() == 0:
+    print(model.speed(), file=sys.stderr)
 
 
 def read_prompts() -> list[str]:

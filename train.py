@@ -53,7 +53,7 @@ def main() -> None:
   from moe_jax import startup  # imports jax, so only when the config is known to be valid
   from moe_jax.training import train
 
-  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value, saves=True):
     train.run(
       config,
       _WORKDIR.value,

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -92,7 +93,7 @@ class Processes:
         server.settimeout(max(deadline - time.monotonic(), 0.01))
         try:
           peer = _Peer(server.accept()[0], _FAREWELL)
-          index, count, peer.name = peer.receive("index", "count", "name")
+          index, count, peer.name, arguments = peer.receive("index", "count", "name", "arguments")
         except _NO_MESSAGE:  # nobody came, or somebody else
           if time.monotonic() < deadline:
             continue
@@ -106,10 +107,16 @@ class Processes:
         self._peers.append(peer)
         threading.Thread(target=self._watch, args=(peer,), daemon=True).start()
         if count != self._count or index in names:
+          number = index if index in names else 0
           raise UserError(
-            f"{peer.name} is number {index} of JAX_NUM_PROCESSES={count}, and "
-            f"{names.get(index, self._name)} is number {index if index in names else 0} of "
-            f"{self._count}; give every process its own JAX_PROCESS_ID and the same number of all"
+            f"{peer.name} has number {index} of JAX_NUM_PROCESSES={count}, and {names[number]} has "
+            f"number {number} of {self._count}; give every process a JAX_PROCESS_ID of its own and "
+            "the same JAX_NUM_PROCESSES"
+          )
+        if different := set(arguments) ^ set(_arguments()):
+          raise UserError(
+            f"{peer.name} was started with other arguments than process 0: "
+            f"{' '.join(sorted(different))}; start the same command on all hosts"
           )
         names[index] = peer.name
     for peer in self._peers:
@@ -121,7 +128,7 @@ class Processes:
       try:
         peer = _Peer(socket.create_connection((host.strip("[]"), int(port)), 5), self._timeout)
         self._peers = [peer]
-        peer.send(index=self._index, count=self._count, name=self._name)
+        peer.send(index=self._index, count=self._count, name=self._name, arguments=_arguments())
         peer.name, line, code = peer.receive("name", "end", "code")
         break
       except _NO_MESSAGE as error:  # not there yet, or an earlier start's
@@ -164,12 +171,13 @@ class Processes:
 
   def fail(self, error: BaseException) -> NoReturn:
     """Prints an error of this process, and ends it and all others."""
-    ours = isinstance(error, UserError)
-    if not ours:
+    code, what = PeerError.code, "was interrupted"
+    if isinstance(error, UserError):
+      code, what = error.code, f"ended with an error: {error}"
+    elif isinstance(error, Exception):
+      what = f"ended with an error: {type(error).__name__}: {error}"
       time.sleep(2 * _BEAT)  # a lost peer also fails the collectives; then _watch says it better
-    what = str(error) if ours else f"{type(error).__name__}: {error}"
-    line = f"{self._name} ended with an error: {' '.join(what.split())[:500]}"
-    self.end(line, error.code if isinstance(error, UserError) else PeerError.code, error)
+    self.end(f"{self._name} {' '.join(what.split())[:500]}", code, error)
 
   def end(self, line: str, code: int, error: BaseException | None = None) -> NoReturn:
     """Ends this process and all others.
@@ -192,6 +200,11 @@ class Processes:
     os._exit(code)  # a usual end waits for the processes that are lost
 
 
+def _arguments() -> list[str]:
+  """Returns those of the command line, which all processes must share but for a local folder."""
+  return [word for word in sys.argv[1:] if not word.startswith("--config.data.cache_dir")]
+
+
 def _listen(port: int) -> socket.socket:
   both = socket.has_dualstack_ipv6()
   try:
@@ -200,8 +213,8 @@ def _listen(port: int) -> socket.socket:
     )
   except OSError as error:
     raise UserError(
-      f"process 0 cannot listen at port {port} ({error.strerror}): end the process that has it, "
-      "perhaps of an earlier start, or choose another port in JAX_COORDINATOR_ADDRESS"
+      f"process 0 cannot listen at port {port} ({os.strerror(error.errno or 0)}): end the process "
+      "that has it, perhaps of an earlier start, or choose another in JAX_COORDINATOR_ADDRESS"
     ) from None
 
 

@@ -34,7 +34,7 @@ def start(data: config_lib.Data) -> None:
 
 
 @contextlib.contextmanager
-def together(multihost: bool, timeout: float) -> Iterator[None]:
+def together(multihost: bool, timeout: float, *, saves: bool = False) -> Iterator[None]:
   """Runs the body as one of several processes, if `multihost`. To be entered before `start`.
 
   Process 0 alone has a stdout. If a process is lost or fails, all end (moe_jax.peers).
@@ -44,6 +44,8 @@ def together(multihost: bool, timeout: float) -> Iterator[None]:
       SLURM; elsewhere the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
       JAX_PROCESS_ID name them.
     timeout: seconds without a sign of life after which a process is lost.
+    saves: whether the body saves and stops when SIGTERM comes (Checkpointer.reached_preemption);
+      otherwise SIGTERM ends the process at once, and so all of them.
 
   Raises:
     UserError: nothing says who the processes are.
@@ -57,6 +59,7 @@ def together(multihost: bool, timeout: float) -> Iterator[None]:
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address
     processes.meet(address, int(bind.rpartition(":")[2]))
     _leave_stdout_to_process_0(index)
+    jax.config.update("jax_enable_preemption_service", saves)
     before = _connections()
     # jax's own time-out is the longer one: it aborts with a dump of the C++ stack.
     jax.distributed.initialize(
@@ -79,7 +82,7 @@ def _place() -> tuple[str, int, int]:
   for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
-      raise UserError(f"{name}={text}: not a number; write one, as in {name}=1")
+      raise UserError(f"{name}={text}: write a whole number, as in {name}=1")
     values.append(text if text is None else int(text))
   if None in values:  # jax knows the environment of TPU pods, SLURM and Open MPI
     address, count, index = values
