@@ -25,7 +25,7 @@ _PEER_TIMEOUT = flags.DEFINE_float(
   "peer_timeout",
   60,
   "with --multihost: seconds until a silent process counts as lost",
-  lower_bound=1,
+  lower_bound=5,
 )
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
 

@@ -31,7 +31,7 @@ _PEER_TIMEOUT = flags.DEFINE_float(
   "peer_timeout",
   60,
   "with --multihost: seconds until a silent process counts as lost",
-  lower_bound=1,
+  lower_bound=5,
 )
 _SAMPLES = flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
 

@@ -20,7 +20,7 @@ _PEER_TIMEOUT = flags.DEFINE_float(
   "peer_timeout",
   60,
   "with --multihost: seconds until a silent process counts as lost",
-  lower_bound=1,
+  lower_bound=5,
 )
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "begin a new run with another run's parameters: WORKDIR or WORKDIR:STEP"

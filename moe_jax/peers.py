@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 from moe_jax import command_line
 from moe_jax.errors import PeerError, UserError
 
-STARTS = 5  # all processes have to start within so many time-outs
-_BEAT = 1.0  # seconds between two signs of life
+_MOMENT = 2.0  # seconds in which the loss of a peer is noticed that makes a collective fail
 _FAREWELL = 5.0  # seconds that an ending process waits for the others to have heard of it
 _AGAIN = "start the same command again on all hosts; training goes on from its last checkpoint"
 # What reading raises that is not from a process of this run, or no longer.
@@ -39,6 +38,10 @@ class _Peer:
     with contextlib.suppress(OSError):  # a peer that is lost is noticed where it is read
       self.connection.sendall(json.dumps(message).encode() + b"\n")
 
+  def close(self) -> None:
+    with contextlib.suppress(OSError):
+      self.connection.shutdown(socket.SHUT_RDWR)
+
   def receive(self, *keys: str) -> list[Any]:
     """Returns these values of the next message that is no sign of life.
 
@@ -56,15 +59,16 @@ class _Peer:
 class Processes:
   """The other processes as this one sees them: process 0 sees all, the others see process 0."""
 
-  def __init__(self, index: int, count: int, timeout: float):
+  def __init__(self, index: int, count: int, timeout: float, patience: float):
     """Prepares the watch.
 
     Args:
       index: of this process.
       count: of all processes.
       timeout: seconds without a sign of life after which a process is lost.
+      patience: seconds in which all processes have to start.
     """
-    self._index, self._count, self._timeout = index, count, timeout
+    self._index, self._count, self._timeout, self._patience = index, count, timeout, patience
     self._name = f"process {index} ({socket.gethostname()}, pid {os.getpid()})"
     self._peers: list[_Peer] = []
     self._end = threading.Lock()
@@ -80,7 +84,7 @@ class Processes:
     Raises:
       UserError: some did not come in time, or they disagree on who they are.
     """
-    deadline = time.monotonic() + STARTS * self._timeout
+    deadline = time.monotonic() + self._patience
     if self._index:
       self._find_first(address, deadline)
     else:
@@ -92,18 +96,20 @@ class Processes:
       while len(names) < self._count:
         server.settimeout(max(deadline - time.monotonic(), 0.01))
         try:
-          peer = _Peer(server.accept()[0], _FAREWELL)
-          index, count, peer.name, arguments = peer.receive("index", "count", "name", "arguments")
-        except _NO_MESSAGE:  # nobody came, or somebody else
-          if time.monotonic() < deadline:
-            continue
+          connection, _ = server.accept()
+        except TimeoutError:
           missing = [str(number) for number in range(self._count) if number not in names]
           raise PeerError(
             f"{len(missing)} of {self._count} processes did not start within "
-            f"{STARTS * self._timeout:g} s: number {', '.join(missing)}; look at their output, and "
+            f"{self._patience:g} s: number {', '.join(missing)}; look at their output, and "
             "start the same command on all hosts"
           ) from None
-        peer.connection.settimeout(self._timeout)
+        peer = _Peer(connection, self._timeout)
+        try:
+          index, count, peer.name, arguments = peer.receive("index", "count", "name", "arguments")
+        except _NO_MESSAGE:  # somebody else's connection
+          peer.close()
+          continue
         self._peers.append(peer)
         threading.Thread(target=self._watch, args=(peer,), daemon=True).start()
         if count != self._count or index in names:
@@ -136,7 +142,7 @@ class Processes:
         if time.monotonic() > deadline:
           raise PeerError(
             f"{self._name} did not find process 0 at JAX_COORDINATOR_ADDRESS={address} within "
-            f"{STARTS * self._timeout:g} s ({error}); start it there, or correct the address"
+            f"{self._patience:g} s ({error}); start it there, or correct the address"
           ) from None
         time.sleep(0.2)
     if line:
@@ -146,7 +152,7 @@ class Processes:
 
   def _beat(self) -> None:
     while True:
-      time.sleep(_BEAT)
+      time.sleep(self._timeout / 10)
       for peer in self._peers:
         peer.send()
 
@@ -176,7 +182,7 @@ class Processes:
       code, what = error.code, f"ended with an error: {error}"
     elif isinstance(error, Exception):
       what = f"ended with an error: {type(error).__name__}: {error}"
-      time.sleep(2 * _BEAT)  # a lost peer also fails the collectives; then _watch says it better
+      time.sleep(_MOMENT)  # a lost peer also fails the collectives; then _watch says it better
     self.end(f"{self._name} {' '.join(what.split())[:500]}", code, error)
 
   def end(self, line: str, code: int, error: BaseException | None = None) -> NoReturn:

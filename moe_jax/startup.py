@@ -43,7 +43,8 @@ def together(multihost: bool, timeout: float, *, saves: bool = False) -> Iterato
     multihost: whether to join the other processes. jax finds them itself on a TPU pod and under
       SLURM; elsewhere the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
       JAX_PROCESS_ID name them.
-    timeout: seconds without a sign of life after which a process is lost.
+    timeout: seconds without a sign of life after which a process is lost. All have to start within
+      five times as long.
     saves: whether the body saves and stops when SIGTERM comes (Checkpointer.reached_preemption);
       otherwise SIGTERM ends the process at once, and so all of them.
 
@@ -53,8 +54,8 @@ def together(multihost: bool, timeout: float, *, saves: bool = False) -> Iterato
   if not multihost:
     yield
     return
-  address, count, index = _place()
-  processes = peers.Processes(index, count, timeout)
+  address, count, index = place()
+  processes = peers.Processes(index, count, timeout, patience=5 * timeout)
   try:
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address
     processes.meet(address, int(bind.rpartition(":")[2]))
@@ -76,7 +77,7 @@ def together(multihost: bool, timeout: float, *, saves: bool = False) -> Iterato
     processes.fail(error)
 
 
-def _place() -> tuple[str, int, int]:
+def place() -> tuple[str, int, int]:
   """Returns the coordinator's address, the number of processes, and the number of this one."""
   values: list[Any] = [os.environ.get("JAX_COORDINATOR_ADDRESS")]
   for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
