@@ -9,8 +9,6 @@ gzip's, and the routing report; writes eval.json and the plots. Options (docs/sp
   --documents=10                  the losses of the ten largest documents
 """
 
-import pathlib
-
 from absl import flags
 
 from moe_jax import command_line
@@ -23,6 +21,13 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"
 _ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: the tokens of each expert")
 _CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; inf: no drops")
 _CAUSAL = flags.DEFINE_bool("causal", False, "also measure the loss with the future hidden")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes")
+_PEER_TIMEOUT = flags.DEFINE_float(
+  "peer_timeout",
+  60,
+  "with --multihost: seconds until a silent process counts as lost",
+  lower_bound=5,
+)
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
 
 
@@ -30,15 +35,21 @@ def main() -> None:
   """Evaluates the checkpoint that the flags name."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
-  workdir_lib.read_config(pathlib.Path(_WORKDIR.value))  # a mistake is told before jax is imported
+  workdir_lib.read_config(
+    workdir_lib.open_path(_WORKDIR.value)
+  )  # a mistake is told before jax is imported
   command_line.check_folder("workdir", _WORKDIR.value)
-  from moe_jax import report
+  factors = capacity_factors()
+  from moe_jax import report, startup
   from moe_jax.analysis import evaluation, specialisation
 
-  result, routing = evaluation.run(
-    _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=capacity_factors(),
-    causal=_CAUSAL.value, documents=_DOCUMENTS.value, routing=_ROUTING.value,
-  )  # fmt: skip
+  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+    result, routing = evaluation.run(
+      _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=factors, causal=_CAUSAL.value,
+      documents=_DOCUMENTS.value, routing=_ROUTING.value,
+    )  # fmt: skip
+  if not result:
+    return  # the first of several processes prints
   texts = [report.summary(_WORKDIR.value, result), evaluation.describe(result)]
   if routing:
     texts.append(specialisation.specialisation_table(routing))

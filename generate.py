@@ -10,6 +10,7 @@ file or from stdin:
 
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -29,6 +30,13 @@ flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from 
 flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
 flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
 flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes")
+_PEER_TIMEOUT = flags.DEFINE_float(
+  "peer_timeout",
+  60,
+  "with --multihost: seconds until a silent process counts as lost",
+  lower_bound=5,
+)
 
 
 def main() -> None:
@@ -37,8 +45,22 @@ def main() -> None:
     raise UserError("--workdir is missing: name a run of train.py")
   options = {name: flags.FLAGS[name].value for name in GENERATION}
   check_generation(options)
-  workdir_lib.read_config(pathlib.Path(_WORKDIR.value))  # a mistake is told before jax is imported
+  workdir_lib.read_config(
+    workdir_lib.open_path(_WORKDIR.value)
+  )  # a mistake is told before jax is imported
+  if _MULTIHOST.value and _FILE.value == "-":
+    raise UserError("--prompt_file=-: with --multihost give a file that every host has")
   prompts = read_prompts()
+  from moe_jax import startup
+
+  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+    generate(prompts, options)
+
+
+def generate(prompts: list[str], options: dict[str, Any]) -> None:
+  """Prints the continuations."""
+  import jax
+
   import moe_jax
 
   model = moe_jax.load(_WORKDIR.value, _STEP.value)
@@ -53,8 +75,9 @@ def main() -> None:
         text = rows[0] + model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
         show(text[printed:])
         printed = max(printed, len(text))
-  except KeyboardInterrupt:
-    pass  # the text generated so far is printed below
+  except KeyboardInterrupt:  # the text generated so far is printed below
+    if _MULTIHOST.value:
+      raise  # the other processes wait for this one's part
   texts = [model.completion(prompt, row).text for prompt, row in zip(rows, ids, strict=True)]
   if len(rows) == 1:
     show((rows[0] + texts[0])[printed:])  # a last character that stayed incomplete
@@ -62,7 +85,8 @@ def main() -> None:
     for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
       show(f"--- {number + 1} of {len(rows)}\n{prompt}{text}\n")
   print(file=sys.stdout)
-  print(model.speed(), file=sys.stderr)
+  if jax.process_index() == 0:
+    print(model.speed(), file=sys.stderr)
 
 
 def read_prompts() -> list[str]:

@@ -2,7 +2,7 @@
 
 Every arm and seed of the sweep file is trained and evaluated in a separate workdir. After an
 interruption the same command continues. --dry-run prints the commands, for a cluster's scheduler.
---config.train.steps=20 changes a field in every arm. Sweep files are Python programs, which are run.
+--config.train.steps=20 changes a field in every arm. A sweep file is a Python program, and is run.
 """
 
 import pathlib

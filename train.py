@@ -16,6 +16,12 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it i
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
 _DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes of the run")
+_PEER_TIMEOUT = flags.DEFINE_float(
+  "peer_timeout",
+  60,
+  "with --multihost: seconds until a silent process counts as lost",
+  lower_bound=5,
+)
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "begin a new run with another run's parameters: WORKDIR or WORKDIR:STEP"
 )
@@ -54,23 +60,21 @@ def main() -> None:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
   command_line.check_folder("workdir", _WORKDIR.value)
   validation.validate(config)
-  # These import jax, so only when the config is known to be valid.
-  if _REPLAY.value:
-    from moe_jax.training import replay
+  from moe_jax import startup  # imports jax, so only when the config is known to be valid
+  from moe_jax.training import replay, run
 
-    replay.replay(config, _WORKDIR.value, _REPLAY.value, multihost=_MULTIHOST.value)
-    return
-  from moe_jax.training import run
-
-  run.run(
-    config,
-    _WORKDIR.value,
-    multihost=_MULTIHOST.value,
-    init_from_flag=_INIT_FROM.value,
-    init_optimizer=_INIT_OPTIMIZER.value,
-    profile=_PROFILE.value,
-    resume_step=_RESUME_STEP.value,
-  )
+  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value, saves=not _REPLAY.value):
+    if _REPLAY.value:
+      replay.replay(config, _WORKDIR.value, _REPLAY.value)
+      return
+    run.run(
+      config,
+      _WORKDIR.value,
+      init_from_flag=_INIT_FROM.value,
+      init_optimizer=_INIT_OPTIMIZER.value,
+      profile=_PROFILE.value,
+      resume_step=_RESUME_STEP.value,
+    )
 
 
 if __name__ == "__main__":

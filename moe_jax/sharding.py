@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax import config as config_lib
@@ -65,14 +66,16 @@ def declared(name: str) -> Parameter | None:
 
 
 def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
-  """Returns the mesh of these sizes, over the first devices.
+  """Returns the mesh of these sizes, over the first devices of each process.
 
   Args:
     mesh: resolved, so that each axis has a size; a run's sizes make up all devices.
   """
   # The axes have to be Auto: shard_map's in_specs do not take Explicit, make_mesh's default.
   shape = tuple(getattr(mesh, axis) for axis in AXES)
-  devices = jax.devices()[: math.prod(shape)]
+  share = math.prod(shape) // jax.process_count()
+  processes = range(jax.process_count())
+  devices = [d for index in processes for d in jax.local_devices(process_index=index)[:share]]
   device_mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
   check_processes(np.vectorize(lambda device: device.process_index)(device_mesh.devices))
   return device_mesh
@@ -100,10 +103,20 @@ def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:
 
   Results do not depend on the mesh, so one device can use a checkpoint of 64 devices. The returned
   mesh has the largest number of devices that divides both `batch_size` and the devices here.
+
+  Raises:
+    UserError: the batch does not split over the processes.
   """
-  if mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count():
+  own = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count()
+  if own and jax.local_device_count() % mesh.tensor == 0:
     return mesh
-  return config_lib.Mesh(data=math.gcd(batch_size, jax.device_count()))
+  devices = math.gcd(batch_size, jax.device_count())
+  if devices % jax.process_count():
+    raise config_lib.UserError(
+      f"--multihost: batches of {batch_size} rows do not split over {jax.process_count()} "
+      "processes; start fewer, or a single one without --multihost"
+    )
+  return config_lib.Mesh(data=devices)
 
 
 def spec(letters: str) -> PartitionSpec:
@@ -196,3 +209,21 @@ def to_global(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """
   sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Returns global arrays, split over the batch axes, of arrays that each process has as a whole.
+
+  Args:
+    batch: arrays [B, ...], the same in all processes.
+    mesh: the mesh to split over.
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+  )
+
+
+def whole(arrays: Any) -> Any:
+  """Returns global arrays as NumPy arrays, in every process."""
+  return multihost_utils.process_allgather(arrays, tiled=True)

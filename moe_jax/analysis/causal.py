@@ -76,7 +76,7 @@ def causal_losses(
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
   def nll(batch: pipeline.Batch[np.ndarray]) -> np.ndarray:
-    return np.asarray(step(model.params, model.bias_ZE, sharding.to_global(batch, mesh)))
+    return sharding.whole(step(model.params, model.bias_ZE, sharding.place(batch, mesh)))
 
   hidden_RL, forced_RL = np.zeros((n, L), np.float32), np.zeros((n, L), np.float32)
   begin, last_print = 0.0, time.monotonic()

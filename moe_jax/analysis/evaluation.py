@@ -56,11 +56,12 @@ def run(
     routing: whether to trace which experts took which tokens.
 
   Returns:
-    The contents of eval.json and of routing.json; {} for the latter without `routing`.
+    The contents of eval.json and of routing.json; {} for the latter without `routing`. Of several
+    processes the first one writes the files, and the others get {} for both.
   """
   run = LoadedRun(workdir, step, split)
   check_options(run.config, capacity_factors, routing)
-  traced = {}
+  traced: dict[str, Any] = {}
   with jax.set_mesh(run.mesh):
     model = run.restore(run.step)
     result = run.loss(model, documents)
@@ -69,10 +70,12 @@ def run(
     if causal:
       result["causal"] = run.causal(model)
     if routing:
-      traced = workdir_lib.write_object(
-        run.path / workdir_lib.ROUTING, run.routing(model), indent=None
-      )
+      traced = run.routing(model)
   run.close()
+  if jax.process_index():
+    return {}, {}
+  if routing:
+    traced = workdir_lib.write_object(run.path / workdir_lib.ROUTING, traced, indent=None)
   # Written last, because this file shows that the evaluation is complete.
   return workdir_lib.write_object(run.path / workdir_lib.EVAL, result), traced
 

@@ -45,8 +45,8 @@ def collect(
   parts: list[Trace] = []
   for rows_B in pipeline.eval_batches(numbers, batch_size):
     batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
-    batch_choices = jax.device_get(
-      choices(model.params, model.bias_ZE, sharding.to_global(batch, mesh))
+    batch_choices = sharding.whole(
+      choices(model.params, model.bias_ZE, sharding.place(batch, mesh))
     )
     real_BL = batch.segments_BL > 0
     indices = np.indices(real_BL.shape)
@@ -58,9 +58,9 @@ def collect(
         segment_T=batch.segments_BL[real_BL],
         place_T=place_BL[real_BL],
         domain_T=domain_BL[real_BL],
-        routed_ZTE=np.asarray(batch_choices.routed_BLE)[:, real_BL],
-        kept_ZTE=np.asarray(batch_choices.kept_BLE)[:, real_BL],
-        gate_ZTE=np.asarray(batch_choices.gate_BLE)[:, real_BL],
+        routed_ZTE=batch_choices.routed_BLE[:, real_BL],
+        kept_ZTE=batch_choices.kept_BLE[:, real_BL],
+        gate_ZTE=batch_choices.gate_BLE[:, real_BL],
       )
     )
   # T is the first dimension of the tokens' arrays and the second of the layers'.

@@ -268,14 +268,11 @@ def eval_rows(rows: Rows, batch_size: int, num_batches: int) -> np.ndarray:
   return spread(len(rows), num_batches * batch_size or len(rows))
 
 
-def eval_batches(
-  numbers: Numbers, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[np.ndarray]:
-  """Yields this process's row numbers of each batch; -1 pads the last batch."""
-  local = _local(batch_size, process_count)
+def eval_batches(numbers: Numbers, batch_size: int) -> Iterator[np.ndarray]:
+  """Yields the row numbers of each batch; -1 pads the last batch."""
   padded = np.full(-(-len(numbers) // batch_size) * batch_size, -1)
   padded[: len(numbers)] = numbers
-  yield from padded.reshape(-1, process_count, local)[:, process_index]
+  yield from padded.reshape(-1, batch_size)
 
 
 def _local(batch_size: int, process_count: int) -> int:

@@ -54,7 +54,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
   startup.start(config.data)
-  config.mesh = sharding.fit_mesh(config.mesh, batch_size=1)
+  config.mesh = sharding.fit_mesh(config.mesh, batch_size=jax.process_count())
   cost.check_weights_memory(config)
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
   model = decoding.for_inference(model)
@@ -117,7 +117,7 @@ class TextGenerator:
     rows = np.atleast_2d(ids_BL)
     tokens_BL, start_B = self._padded(list(rows))
     with jax.set_mesh(self.mesh):
-      logits = np.asarray(self._all_logits(self.weights, *self._put(tokens_BL, start_B)))
+      logits = sharding.whole(self._all_logits(self.weights, *self._put(tokens_BL, start_B)))
     logits = logits[: len(rows), -rows.shape[1] :]
     return logits if ids_BL.ndim == 2 else logits[0]
 
@@ -185,25 +185,27 @@ class TextGenerator:
       cache, token_B, done_B = self._prefill(
         self.weights, tokens_BL, start_B, done_B, seed_of_draws, draw, kind=kind, slots=slots
       )
-      first = np.asarray(token_B)[: len(rows), None].tolist()
+      first_B, finished = sharding.whole((token_B, done_B))
       self.seconds = {"prefill": time.perf_counter() - start, "decode": 0.0}
       self.counts = {"prefill": sum(map(len, rows)), "decode": 0}
-      yield first
+      yield first_B[: len(rows), None].tolist()
       length, steps = 1, 1  # tokens of a row so far; tokens of the next chunk
-      finished = np.asarray(done_B)
       while length < max_new_tokens and not finished.all():
         start = time.perf_counter()
         steps = min(steps, max_new_tokens - length)
-        cache, token_B, done_B, out_BN, columns = self._decode(
+        cache, token_B, done_B, *drawn = self._decode(
           self.weights, cache, token_B, done_B, seed_of_draws, length, steps, draw, kind=kind
         )
-        new = self._new(np.asarray(out_BN), finished, int(columns), len(rows))
-        finished, length = np.asarray(done_B), length + int(columns)
+        before, (finished, out_BN, columns) = finished, sharding.whole((done_B, *drawn))
+        new = self._new(out_BN, before, int(columns), len(rows))
+        length += int(columns)
         seconds = time.perf_counter() - start
         self.seconds["decode"] += seconds
         self.counts["decode"] += sum(map(len, new))
         yield new
-        steps = min(max(int(_CHUNK_SECONDS / seconds * int(columns)), 1), 2 * steps, _CHUNK)
+        steps = min(2 * steps, _CHUNK)
+        if jax.process_count() == 1:  # of several, each has another clock
+          steps = min(steps, max(int(_CHUNK_SECONDS / seconds * int(columns)), 1))
 
   def speed(self) -> str:
     """Describes the speed of the last generation; a first generation includes compilation."""
@@ -252,7 +254,7 @@ class TextGenerator:
     return tokens_BL, start_B
 
   def _put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
-    return sharding.to_global(arrays, self.mesh)
+    return sharding.place(arrays, self.mesh)
 
 
 def _all_logits(

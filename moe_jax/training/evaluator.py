@@ -70,7 +70,12 @@ class Evaluator:
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = batch_size(config)
     self.numbers = pipeline.eval_rows(rows, self.batch_size, num_batches)
-    self._step = jax.jit(functools.partial(eval_step, model=config.model))
+    # Sums are whole on every process; the targets' nats stay where their rows are.
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    self._step = jax.jit(
+      functools.partial(eval_step, model=config.model),
+      out_shardings=(everywhere, everywhere, None),
+    )
 
   @functools.cached_property
   def gzip_bits_per_byte(self) -> float:
@@ -83,22 +88,20 @@ class Evaluator:
     return self.result(self.total(params, bias_ZE)) | gzip
 
   def total(self, params: Any, bias_ZE: jax.Array, *, by_document: bool = False) -> EvalSums:
-    """Returns the sums over all rows; `by_document`, of one process, also those of documents."""
+    """Returns the sums over all rows; `by_document`, also those of documents."""
     total: Any = None
     documents = None
     if by_document:
       shape = self._rows.starts_M.shape
       documents = DocumentSums(*(np.zeros(shape, dtype) for dtype in (float, int, int)))
-    for numbers_B in pipeline.eval_batches(
-      self.numbers, self.batch_size, jax.process_index(), jax.process_count()
-    ):
-      local = self._rows.batch(numbers_B)
-      batch = sharding.to_global(local, self._mesh)
-      sums, num_bytes, nll_BL = self._step(params, bias_ZE, batch, self._bytes_V)
+    for numbers_B in pipeline.eval_batches(self.numbers, self.batch_size):
+      batch = self._rows.batch(numbers_B)
+      placed = sharding.place(batch, self._mesh)
+      sums, num_bytes, nll_BL = self._step(params, bias_ZE, placed, self._bytes_V)
       host = jax.tree.map(_wide, jax.device_get((sums, num_bytes)))
       total = host if total is None else jax.tree.map(np.add, total, host)
       if documents is not None:
-        self._add_documents(documents, numbers_B, local, jax.device_get(nll_BL))
+        self._add_documents(documents, numbers_B, batch, sharding.whole(nll_BL))
     sums, num_bytes = total
     return EvalSums(sums, num_bytes, documents)
 

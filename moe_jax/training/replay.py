@@ -17,7 +17,7 @@ from moe_jax.training.run import begin, begin_state, choose_kernels, next_after,
 from moe_jax.training.train import compile_step, init_state
 
 
-def replay(config: config_lib.Config, workdir: str, step: int, *, multihost: bool = False) -> None:
+def replay(config: config_lib.Config, workdir: str, step: int) -> None:
   """Takes the steps from the checkpoint before `step` and then that step, under jax_debug_nans.
 
   A step depends on the state and its rows alone, so it is the one that the run took. Nothing is
@@ -27,12 +27,11 @@ def replay(config: config_lib.Config, workdir: str, step: int, *, multihost: boo
     config: of the run.
     workdir: of the run.
     step: the number of the step to take again.
-    multihost: whether this is one of several processes.
 
   Raises:
     UserError: the workdir has no run, or the run has no such step.
   """
-  config, path = begin(config, workdir, multihost)
+  config, path = begin(config, workdir)
   if not (path / workdir_lib.CONFIG).exists():
     raise UserError(f"--replay={step}: --workdir={workdir} has no run; name that of the step")
   if step > config.train.steps:

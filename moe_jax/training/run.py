@@ -41,7 +41,6 @@ def run(
   config: config_lib.Config,
   workdir: str,
   *,
-  multihost: bool = False,
   init_from_flag: str = "",
   init_optimizer: bool = False,
   profile: str = "",
@@ -52,7 +51,6 @@ def run(
   Args:
     config: validated.
     workdir: the run's folder; created if it is missing.
-    multihost: whether this is one of several processes of the run.
     init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
     init_optimizer: take that run's optimizer state, too.
     profile: FIRST:LAST, the steps to trace.
@@ -66,7 +64,7 @@ def run(
     StopAlarm: an alarm has ended the run.
   """
   window = profiling.parse(profile, config.train.steps)
-  config, path = begin(config, workdir, multihost)
+  config, path = begin(config, workdir)
   source = init_from.find(init_from_flag, init_optimizer, path, config)
   text = read_text(config, path)
   with _alone(path):
@@ -85,11 +83,9 @@ def run(
         rewinds.append(_rewound(config, path, rewind, len(rewinds)))
 
 
-def begin(
-  config: config_lib.Config, workdir: str, multihost: bool
-) -> tuple[config_lib.Config, pathlib.Path]:
+def begin(config: config_lib.Config, workdir: str) -> tuple[config_lib.Config, pathlib.Path]:
   """Starts jax; returns the config with its mesh, and the folder, which has no other config."""
-  startup.start(config.data, multihost=multihost)
+  startup.start(config.data)
   config = validation.resolve_mesh(config, jax.device_count())
   choose.check(config)
   cost.check_training_memory(config, optimizers.abstract_state(config))

@@ -154,11 +154,6 @@ def test_processes_assemble_the_same_batches(processes):
   for _ in range(8):  # three epochs; batches cross their borders
     assembled = [np.concatenate(fields) for fields in zip(*map(next, parts), strict=True)]
     assert_equal(pipeline.Batch(*assembled), next(whole))
-  whole = list(pipeline.eval_batches(range(21), 8))
-  parts = [list(pipeline.eval_batches(range(21), 8, p, processes)) for p in range(processes)]
-  assert len(whole) == 3
-  for n, rows_B in enumerate(whole):
-    assert np.concatenate([part[n] for part in parts]).tolist() == rows_B.tolist()
 
 
 def test_evaluation_rows_are_spread_evenly_over_the_split():
