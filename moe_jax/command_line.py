@@ -20,12 +20,17 @@ from moe_jax.config import Config, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, is_storage
 from moe_jax.options import spelled
 
+CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
+
 
 def run(main: Callable[..., None], *, overrides: bool = False) -> None:
   """Parses sys.argv into absl flags and calls `main`; see `one_line_errors`.
 
-  With `overrides`, for a script without --config, `main` gets those of `take_overrides`.
+  With `overrides`, for a script without --config, `main` gets those of `take_overrides`. Every
+  script has the flag --cache_dir.
   """
+  flags.DEFINE_string("cache_dir", "", CACHE_DIR)
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["cache_dir"])  # for --help
   given_overrides: list[dict[str, Any]] = []
 
   def parse(argv: list[str]) -> list[str]:
@@ -39,11 +44,18 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
+    set_cache(flags.FLAGS.cache_dir)
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # Orbax tells every step of every save
     return rest
 
   one_line_errors(lambda: app.run(lambda _: main(*given_overrides), flags_parser=parse))
+
+
+def set_cache(folder: str) -> None:
+  """Makes --cache_dir=folder the cache of this process and of those that it starts."""
+  if folder:
+    os.environ["MOE_JAX_CACHE"] = os.path.abspath(os.path.expanduser(folder))
 
 
 def help_text(overrides: bool = False) -> str:

@@ -32,7 +32,9 @@ from moe_jax.options import (
 )
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
-_FORMAT = 1  # of config.json; `upgraded` says what older ones had
+_FORMAT = 2  # of config.json; `upgraded` says what older ones had
+# Fields that are gone, and what to use in their place.
+_REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -140,9 +142,6 @@ class Data(Section):
   batch_size: int = option(32, "Rows of an optimizer step (B), over all devices.", at_least=1)
   seed: int = option(0, "Sets the order of the training rows.", at_least=0)
   threads: int = option(4, "Threads of each process that read rows.", at_least=1)
-  cache_dir: str = option(
-    "", "Folder of tokens and compiled programs; empty is $MOE_JAX_CACHE or the user's cache."
-  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -294,7 +293,8 @@ def from_json(text: str) -> Config:
 def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
   """The values of a config.json of any format, as `to_json` would write them, without a number.
 
-  Format 0, which has no number, wrote a capacity without limit as 0.
+  Format 0, which has no number, wrote a capacity without limit as 0. Formats 0 and 1 named a cache
+  folder, which is dropped: the cache holds programs that are run, so only the user names it.
   """
   values = copy.deepcopy(stored)
   number = values.pop("format", 0)
@@ -304,6 +304,8 @@ def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
   for name in ("capacity_factor", "eval_capacity_factor"):
     if number < 1 and moe.get(name) == 0:
       moe[name] = "inf"
+  if number < 2:
+    values.get("data", {}).pop("cache_dir", None)
   return values
 
 
@@ -312,6 +314,8 @@ def field_names() -> list[str]:
 
 
 def unknown_field(name: str, where: str) -> str:
+  if name in _REMOVED:
+    return f"{where}: there is no field config.{name}; {_REMOVED[name]}"
   names = field_names()
   leaf = name.rsplit(".", 1)[-1]
   close = difflib.get_close_matches(name, names, 1, 0.75) or [

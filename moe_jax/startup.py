@@ -5,15 +5,13 @@ import os
 
 import jax
 
-from moe_jax import config as config_lib
 from moe_jax.data import cache
 
 
-def start(data: config_lib.Data, *, multihost: bool = False) -> None:
+def start(*, multihost: bool = False) -> None:
   """Makes the settings. To be called once, before the first jax computation.
 
   Args:
-    data: its cache_dir also holds compiled programs, so that a second start is quick.
     multihost: whether to join the other processes of the job. jax finds them itself on a TPU pod
       and under SLURM; elsewhere the environment variables JAX_COORDINATOR_ADDRESS,
       JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
@@ -26,7 +24,9 @@ def start(data: config_lib.Data, *, multihost: bool = False) -> None:
     count, index = (None if number is None else int(number) for number in given)
     jax.distributed.initialize(num_processes=count, process_id=index)
   _keep_freed_memory()
-  jax.config.update("jax_compilation_cache_dir", str(cache.directory(data) / "xla"))
+  programs = cache.programs()
+  if programs is not None:
+    jax.config.update("jax_compilation_cache_dir", str(programs))
 
 
 def _keep_freed_memory() -> None:

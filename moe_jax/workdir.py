@@ -40,8 +40,8 @@ _REMEDY = {
 # long it runs, what is logged and watched, and by which kernels the same values are computed.
 _MAY_CHANGE = (
   "mesh.", "eval.", "health.", "train.steps", "train.log_every", "train.eval_every",
-  "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir", "model.remat",
-  "model.attention", "model.moe.grouped_matmul",
+  "train.checkpoint_every", "train.keep_", "data.threads", "model.remat", "model.attention",
+  "model.moe.grouped_matmul",
 )  # fmt: skip
 
 

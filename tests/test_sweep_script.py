@@ -78,7 +78,7 @@ ARMS = (
 
 def start_real(folder, cache, arms, *options):
   path = write_sweep(folder, arms, seeds=(0,))
-  fields = [f"--config.data.cache_dir={cache}", "--config.train.log_every=1"]
+  fields = [f"--cache_dir={cache}", "--config.train.log_every=1"]
   return subprocess.Popen(
     [sys.executable, "sweep.py", f"--sweep={path}", f"--out={folder / 'out'}", *fields, *options],
     cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True,

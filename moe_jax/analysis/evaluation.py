@@ -85,7 +85,7 @@ class LoadedRun:
     """Opens a workdir; `step` is that of the checkpoint to evaluate, 0 for the newest."""
     self.path = pathlib.Path(workdir)
     config = workdir_lib.read_config(self.path)
-    startup.start(config.data)
+    startup.start()
     mesh = sharding.fit_mesh(config.mesh, batch_size(config))
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split

@@ -52,7 +52,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   """
   path = pathlib.Path(workdir)
   config = workdir_lib.read_config(path)
-  startup.start(config.data)
+  startup.start()
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
   model = decoding.for_inference(model)
   reader = checkpoint.Checkpointer(path)

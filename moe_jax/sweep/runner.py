@@ -244,6 +244,7 @@ def run(
   arms: Sequence[str],
   seeds: Sequence[int],
   overrides: dict[str, Any],
+  cache_dir: str = "",
 ) -> int:
   """Expands and checks a sweep file, then runs the runs that are not finished.
 
@@ -255,6 +256,7 @@ def run(
     arms: names of the arms to run; () for all.
     seeds: seeds to run; () for the sweep's.
     overrides: "field=value" for every arm.
+    cache_dir: for the commands of a dry run; the runs themselves inherit $MOE_JAX_CACHE.
 
   Returns:
     The exit code; see Runner.run.
@@ -274,7 +276,7 @@ def run(
       path, out, arms=arms, seeds=seeds, overrides=overrides, measured=measured
     )
   if dry_run:
-    print(plan_lib.dry_run(plan))
+    print(plan_lib.dry_run(plan, f" --cache_dir={shlex.quote(cache_dir)}" if cache_dir else ""))
     return 0
   print(plan_lib.describe_plan(plan), flush=True)
   out.mkdir(parents=True, exist_ok=True)

@@ -186,7 +186,7 @@ def run(
     UserError: the arguments, the workdir and the text on disk do not fit together.
   """
   window = profiling.parse(profile, config.train.steps)
-  startup.start(config.data, multihost=multihost)
+  startup.start(multihost=multihost)
   config = validation.resolve_mesh(config, jax.device_count())
   path = pathlib.Path(workdir)
   workdir_lib.check_same_config(path, config)

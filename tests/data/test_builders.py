@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from moe_jax.config import Data
 from moe_jax.data import builders, pipeline, text_files
+from moe_jax.data import catalog as catalog_lib
 from moe_jax.data.text_files import split_of
 from tests.support.texts import PROSE, SPLITS, error_of, everything, load
 from tests.support.toys import ROOT
@@ -45,7 +46,7 @@ def test_parts_of_a_split_with_almost_one_name_stay_apart(text):
 
 
 @pytest.fixture
-def counting(tmp_path, monkeypatch):
+def counting(own_cache, monkeypatch):
   """A data set of three documents in each of two domains, under a new name."""
 
   def documents(split):
@@ -55,7 +56,7 @@ def counting(tmp_path, monkeypatch):
     return builders.Corpus("counting", lambda: documents, ("a", "b"))
 
   monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
-  return Data(name="counting", cache_dir=str(tmp_path))
+  return Data(name="counting")
 
 
 def test_a_data_set_is_one_record(counting):
@@ -81,7 +82,7 @@ def catalog(tmp_path, monkeypatch):
   """$TFDS_DATA_DIR with TFDS's own tiny_shakespeare, prepared from a text of ours."""
   cls = tfds.builder_cls("tiny_shakespeare")
   splits = {"train": PROSE, "validation": "To be\n", "test": "or not\n"}
-  with monkeypatch.context() as patch, builders._quiet():
+  with monkeypatch.context() as patch, catalog_lib.quiet():
     patch.setattr(
       cls, "_split_generators", lambda self, _: {k: self._generate_examples(k, v)
                                                  for k, v in splits.items()}
@@ -89,7 +90,7 @@ def catalog(tmp_path, monkeypatch):
     builder = cls(data_dir=tmp_path / "tfds")
     builder.download_and_prepare(file_format="array_record")
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-  return Data(name="tiny_shakespeare", cache_dir=str(tmp_path / "cache"))
+  return Data(name="tiny_shakespeare")
 
 
 def test_a_prepared_catalog_set_is_read_by_its_name(catalog, capfd):
@@ -137,7 +138,7 @@ def test_a_set_in_another_file_format_is_refused(catalog, tmp_path):
 ])  # fmt: skip
 def test_an_unknown_name_is_refused_with_a_hint(name, hint, tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  message = error_of(Data(name=name))
   assert f"config.data.name={name!r}" in message and hint in message
 
 
@@ -146,13 +147,13 @@ def test_a_name_of_the_catalog_without_network_is_refused(name, tmp_path, monkey
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   for scheme in ("HTTP_PROXY", "HTTPS_PROXY", "https_proxy", "http_proxy"):
     monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nobody listens there
-  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  message = error_of(Data(name=name))
   for part in (f"config.data.name={name!r}", "no network", "python_stdlib", str(tmp_path)):
     assert part in message
 
 
 def test_a_lookup_that_hangs_counts_as_offline():
   start = time.monotonic()
-  assert not builders._online(lambda *_, **__: time.sleep(3), seconds=0.2)
+  assert not catalog_lib._online(lambda *_, **__: time.sleep(3), seconds=0.2)
   assert time.monotonic() - start < 2
-  assert builders._online(lambda *_, **__: None)
+  assert catalog_lib._online(lambda *_, **__: None)

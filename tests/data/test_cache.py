@@ -15,14 +15,14 @@ _CHILD = """
 import sys
 from moe_jax.data import pipeline
 from moe_jax.config import Data
-rows = pipeline.load_rows(Data(cache_dir=sys.argv[1]), "train")
+rows = pipeline.load_rows(Data(), "train")
 print(rows.digest, len(rows))
 assert "tensorflow" not in sys.modules
 """
 
 
-def test_two_processes_prepare_at_once_without_tensorflow(stdlib, tmp_path):
-  command = [sys.executable, "-W", "error", "-c", _CHILD, str(tmp_path)]
+def test_two_processes_prepare_at_once_without_tensorflow(stdlib, own_cache):
+  command = [sys.executable, "-W", "error", "-c", _CHILD]
   env = os.environ | {"PYTHONPATH": str(ROOT)}
   children = [
     subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -35,7 +35,7 @@ def test_two_processes_prepare_at_once_without_tensorflow(stdlib, tmp_path):
   # The work was done once, and these two lines are all that reached the terminal.
   said = "".join(err for _, err in results).splitlines()
   assert sorted(line.split()[0] for line in said) == ["prepared", "tokenized"]
-  assert not list(tmp_path.glob("*/*.partial"))
+  assert not list(own_cache.glob("*/*.partial"))
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
@@ -56,6 +56,7 @@ def test_second_load_is_silent_and_the_same(stdlib, capfd):
   assert first.digest == second.digest
 
 
-def test_cache_that_cannot_be_written(tmp_path):
-  (tmp_path / "file").write_text("")
-  assert "config.data.cache_dir" in error_of(Data(cache_dir=str(tmp_path / "file")))
+def test_cache_that_cannot_be_written(own_cache):
+  own_cache.write_text("")
+  message = error_of(Data())
+  assert f"cannot use the cache {own_cache}" in message and "--cache_dir or $MOE_JAX" in message
