@@ -151,7 +151,7 @@ def check(folder: pathlib.Path) -> None:
     whole = False
   if not whole:
     raise DamagedError(f"{folder / SEAL} is damaged")
-  suspect = (folder / SUSPECT).exists()
+  suspect = folder / SUSPECT
   for name, (size, crc) in sums.items():
     path = folder / name
     try:
@@ -160,8 +160,10 @@ def check(folder: pathlib.Path) -> None:
       raise DamagedError(f"{path} is damaged: {error.strerror}") from None
     if real_size != size:
       raise DamagedError(f"{path} is damaged: it has {real_size:,} bytes, not {size:,}")
-    if crc is not None and (size <= _LARGE or suspect) and _crc32(path) != crc:
+    if crc is not None and (size <= _LARGE or suspect.exists()) and _crc32(path) != crc:
       raise DamagedError(f"{path} is damaged: its checksum is another one")
+  if suspect.exists():
+    suspect.unlink(missing_ok=True)
 
 
 def _crc32(path: pathlib.Path) -> int:

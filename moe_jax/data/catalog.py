@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf import json_format
 
 from moe_jax.config import UserError
 from moe_jax.data import cache
@@ -93,6 +94,8 @@ def _find(
     names = [*tfds.core.registered.list_imported_builders(), *others]
     near = ", ".join(difflib.get_close_matches(base, names, 3))
     raise refuse(f"TFDS has no such data set{near and '; similar names: ' + near}") from None
+  except (json_format.ParseError, UnicodeDecodeError) as error:  # of dataset_info.json
+    raise damaged(name, os.path.join(data_dir, base), first_line(error)) from None
   except (ValueError, AssertionError, RuntimeError) as error:
     raise refuse(first_line(error)) from None
 

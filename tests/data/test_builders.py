@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shutil
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from moe_jax.config import Data
 from moe_jax.data import builders, pipeline, text_files
 from moe_jax.data import catalog as catalog_lib
 from moe_jax.data.text_files import split_of
+from moe_jax.errors import DamagedError
 from tests.support.texts import PROSE, SPLITS, error_of, everything, load
 from tests.support.toys import ROOT
 
@@ -98,6 +100,44 @@ def test_a_prepared_catalog_set_is_read_by_its_name(catalog, capfd):
   assert [everything(rows[s]) for s in SPLITS] == [[PROSE.encode()], [b"To be\n"], [b"or not\n"]]
   said = capfd.readouterr()
   assert said.out == "" and len(said.err.splitlines()) == 3
+
+
+def flip(path, place):
+  data = bytearray(path.read_bytes())
+  data[place] ^= 16
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+  ("file", "place"), [("*-train.array_record*", 100), ("dataset_info.json", 2)]
+)
+def test_a_damaged_catalog_set_is_refused_in_one_line(file, place, catalog, tmp_path):
+  """It may be the user's only copy, so it is not removed."""
+  folder = tmp_path / "tfds/tiny_shakespeare"
+  (path,) = folder.glob(f"1.0.0/{file}")
+  flip(path, place)
+  with pytest.raises(DamagedError) as caught:
+    pipeline.load_rows(catalog, "train")
+  message = str(caught.value)
+  assert str(folder) in message and "delete that folder" in message and "\n" not in message
+  assert path.exists()
+
+
+@pytest.mark.parametrize("file", ["*-train.array_record*", "*-test.array_record*", "features.json"])
+@pytest.mark.parametrize("damage", [lambda path: flip(path, 100), pathlib.Path.unlink])
+def test_a_damaged_copy_of_the_users_text_is_made_again(file, damage, text, own_cache, capfd):
+  for n in range(40):
+    (pathlib.Path(text.path) / f"{n}.txt").write_text(f"document {n}\n" * n * n)
+  before = [everything(rows) for rows in load(text).values()]
+  (copy,) = (own_cache / "prepared").glob("*/")
+  (path,) = copy.rglob(file)
+  shutil.rmtree(own_cache / "tokens")  # so that the documents are read again
+  damage(path)
+  capfd.readouterr()
+  assert [everything(rows) for rows in load(text).values()] == before
+  said = capfd.readouterr().err
+  assert said.count("removed and made again") == said.count("prepared text") == 1
+  assert f"{copy}" in said.split("is damaged")[0]
 
 
 def test_splits_of_a_catalog_set_can_be_added(catalog):
