@@ -96,7 +96,7 @@ def _find(
     raise refuse(f"TFDS has no such data set{near and '; similar names: ' + near}") from None
   except (json_format.ParseError, UnicodeDecodeError) as error:  # of dataset_info.json
     raise damaged(name, os.path.join(data_dir, base), first_line(error)) from None
-  except (ValueError, AssertionError, RuntimeError) as error:
+  except (ValueError, TypeError, AssertionError, RuntimeError) as error:
     raise refuse(first_line(error)) from None
 
 

@@ -175,6 +175,7 @@ def test_a_set_in_another_file_format_is_refused(catalog, tmp_path):
   ("my data", "Parsing"),
   ("lm1b:9.9.9", "1.1.0"),
   ("huggingface:foo", "community"),
+  ("tiny_shakespeare/data_dir=/tmp", "data_dir"),
 ])  # fmt: skip
 def test_an_unknown_name_is_refused_with_a_hint(name, hint, tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
