@@ -200,18 +200,16 @@ def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: s
 
 
 def _user_text(config: Data) -> Corpus:
-  root, names = text_files.user_files(config)
-  parts = [str(root), config.text_field]
-  for name in names:
-    stat = (root / name).stat()
-    parts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+  files = text_files.user_files(config)
+  parts = [str(files.root), config.text_field]
+  parts += [f"{name} {size} {time_ns}" for name, (size, time_ns) in files.seen.items()]
 
   def documents() -> _ReadSplit:
-    return text_files.split_user_documents(
-      config, lambda: text_files.user_documents(config, root, names)
-    )
+    if files.links:
+      cache.notice(f"note: links to folders are not followed: {', '.join(files.links[:3])}")
+    return text_files.split_user_documents(config, lambda: text_files.user_documents(config, files))
 
-  return Corpus(f"text-{cache.key(*parts)}", documents, text_files.first_folders(names))
+  return Corpus(f"text-{cache.key(*parts)}", documents, text_files.first_folders(files.seen))
 
 
 # The data sets that are made on this machine; any other name is a data set of TFDS.
