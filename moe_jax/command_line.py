@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import enum
 import importlib.util
+import io
 import operator
 import os
 import pathlib
@@ -72,12 +73,20 @@ def one_line_errors(main: Callable[[], None]) -> None:
   """Calls `main`; a UserError becomes one line on stderr and its class's exit code.
 
   A reader of the output that closes it, as `head` does, ends the program as SIGPIPE would: 141.
+  Ctrl-C ends it with 130.
   """
+  _open_streams()
   try:
-    main()
+    try:
+      main()
+    finally:
+      sys.stdout.flush()
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
   except (UserError, flags.Error) as error:
     message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"error: {shown}", file=sys.stderr)
     sys.exit(error.code if isinstance(error, UserError) else UserError.code)
   except BrokenPipeError:  # the reader has what it wanted, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,6 +96,21 @@ def one_line_errors(main: Callable[[], None]) -> None:
       raise
     print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
     sys.exit(StorageError.code)
+
+
+def _open_streams() -> None:
+  """Makes stdin, stdout and stderr safe to use, however this process was started.
+
+  Where one is closed, the next file that is opened would take its number, and what libraries print
+  would be written into that file.
+  """
+  for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+    if getattr(sys, name) is None:
+      null = os.open(os.devnull, os.O_RDWR)
+      os.dup2(null, number)
+      setattr(sys, name, os.fdopen(number, mode))
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all characters
 
 
 def _check_config_arguments(argv: list[str]) -> None:

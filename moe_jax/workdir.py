@@ -13,7 +13,7 @@ from moe_jax.config import Config
 from moe_jax.errors import DamagedError, UserError
 
 CONFIG = "config.json"  # the resolved config
-DATA = "data.json"  # {split: digest of its token stream}
+DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its fingerprint}
 KERNELS = "kernels.json"  # {operation: the implementation that computes it in this run}
 INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters this run began with
 METRICS = "metrics.jsonl"  # one line for each logged step
@@ -106,6 +106,15 @@ def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
     raise UserError(
       f"--workdir={workdir}: the {' and '.join(changed)} text is not the one this run was trained "
       "with (another Python version, or changed files?); use the same text, or a new workdir"
+    )
+
+
+def check_same_tokenizer(workdir: pathlib.Path, fingerprint: str) -> None:
+  """Raises a UserError if the tokenizer is not the one that the run was started with."""
+  if read_object(workdir / DATA).get("tokenizer", fingerprint) != fingerprint:
+    raise UserError(
+      f"--workdir={workdir}: the file of config.data.tokenizer is not the one that this run was "
+      "trained with (changed or damaged?); put that file back in its place"
     )
 
 

@@ -92,6 +92,7 @@ class LoadedRun:
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = pipeline.load_rows(config.data, split)
+    workdir_lib.check_same_tokenizer(self.path, self.rows.tokenizer.fingerprint)
     workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 

@@ -202,10 +202,12 @@ def run(
     train_rows, config.data, jax.process_index(), jax.process_count()
   )
   digests = {"train": train_rows.digest, "validation": validation_rows.digest}
+  fingerprint = train_rows.tokenizer.fingerprint
+  workdir_lib.check_same_tokenizer(path, fingerprint)
   workdir_lib.check_same_data(path, digests)
   path.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
-    _record(config, path, digests)
+    _record(config, path, digests | {"tokenizer": fingerprint})
 
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
