@@ -95,15 +95,19 @@ def check_processes(processes: np.ndarray) -> None:
     )
 
 
-def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:
+def fit_mesh(mesh: config_lib.Mesh, parts: int) -> config_lib.Mesh:
   """Returns a run's own mesh if it takes all devices here, otherwise a mesh that splits the batch.
 
   Results do not depend on the mesh, so one device can use a checkpoint of 64 devices. The returned
-  mesh has the largest number of devices that divides both `batch_size` and the devices here.
+  mesh has the largest number of devices that divides both `parts` and the devices here.
+
+  Args:
+    mesh: of the run.
+    parts: into how many equal parts a batch can be split without a cut through a routing group.
   """
   if mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count():
     return mesh
-  return config_lib.Mesh(data=math.gcd(batch_size, jax.device_count()))
+  return config_lib.Mesh(data=math.gcd(parts, jax.device_count()))
 
 
 def spec(letters: str) -> PartitionSpec:

@@ -86,7 +86,8 @@ class LoadedRun:
     self.path = pathlib.Path(workdir)
     config = workdir_lib.read_config(self.path)
     startup.start(config.data)
-    mesh = sharding.fit_mesh(config.mesh, batch_size(config))
+    group_rows = dispatch.group_rows(config.model.moe, config.data.seq_len)
+    mesh = sharding.fit_mesh(config.mesh, batch_size(config) // group_rows)
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
     self._reader = checkpoint.Checkpointer(self.path)

@@ -58,7 +58,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   reader = checkpoint.Checkpointer(path)
   try:
     step = reader.find(step)
-    mesh = sharding.make_mesh(sharding.fit_mesh(config.mesh, batch_size=1))
+    mesh = sharding.make_mesh(sharding.fit_mesh(config.mesh, parts=1))
     with jax.set_mesh(mesh):
       stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
       weights = decoding.weights(model, **stored)

@@ -19,6 +19,10 @@ class Sampling(NamedTuple):
   top_p: Any  # float32
 
 
+# Logits divided by it, or by less than it, would be inf; and a power of two divides without rounding.
+_LEAST_TEMPERATURE = 2.0**-100
+
+
 class Kind(NamedTuple):
   """The options that a program is compiled for."""
 
@@ -37,7 +41,7 @@ def options(temperature: float, top_k: int, top_p: float, vocab_size: int) -> tu
   if not 0 < top_p <= 1:
     raise UserError(f"top_p={top_p}: it must be a probability above 0 and at most 1")
   sampling = Sampling(
-    temperature=np.float32(temperature or 1),
+    temperature=np.float32(np.clip(temperature, _LEAST_TEMPERATURE, 1 / _LEAST_TEMPERATURE)),
     top_k=np.int32(top_k or vocab_size),
     top_p=np.float32(top_p),
   )

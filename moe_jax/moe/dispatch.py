@@ -74,6 +74,14 @@ def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
   return max(1, min(tokens, math.ceil(factor * tokens * top_k / num_experts - 1e-6)))
 
 
+def group_rows(moe: config_lib.MoE, length: int) -> int:
+  """Returns how many sequences of `length` share a routing group; 1 if each has groups of its own.
+
+  A batch splits over devices, and into microbatches, between groups only.
+  """
+  return max(moe.group_size // length, 1) if moe.num_experts else 1
+
+
 def has_capacity(moe: config_lib.MoE) -> bool:
   """Whether the capacity factors have a meaning: something drops, or experts choose."""
   return DISPATCHERS[moe.dispatch].drops or routers.ROUTERS[moe.router].takes_capacity
