@@ -19,7 +19,7 @@ class Sampling(NamedTuple):
   top_p: Any  # float32
 
 
-# Logits divided by it, or by less than it, would be inf; and a power of two divides without rounding.
+# Less would make logits inf. A power of two, so that dividing by it rounds nothing.
 _LEAST_TEMPERATURE = 2.0**-100
 
 
