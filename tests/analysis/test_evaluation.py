@@ -79,6 +79,7 @@ def test_a_batch_of_training_need_not_split_over_the_devices_here():
   assert evaluation.at_capacity(config, 1.5).mesh.data == 8
 
 
+@pytest.mark.slow
 def test_no_device_evaluates_a_part_of_a_routing_group():
   """Groups of two rows in batches of eight: four devices, and the numbers of one."""
   config = toy_config(group_size=18, eval_capacity_factor=0.8)

@@ -134,7 +134,7 @@ def moe_of(name, E=4, **fields):
   return MoE(num_experts=E, expert_dim=F, capacity_factor=factor, **routing | fields)
 
 
-@pytest.mark.parametrize("routing", slow_unless(["deepseek", "sinkhorn"], ROUTINGS))
+@pytest.mark.parametrize("routing", slow_unless(["deepseek"], ROUTINGS))
 def test_extreme_logits_give_finite_numbers(routing):
   real_BL = np.arange(L)[None] < np.array([5, 5, 4, 3, 5, 5, 0, 1])[:, None]
   ((_, aux), gradients) = computed(moe_of(routing), extreme_logits(4), real_BL, {})
@@ -157,7 +157,8 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", slow_unless(["one expert"], ODD))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ODD)
 def test_odd_sizes_give_finite_numbers(name):
   routing, fields, shape, axes = ODD[name]
   moe = moe_of(routing, **fields)
@@ -166,10 +167,13 @@ def test_odd_sizes_give_finite_numbers(name):
 
 
 @pytest.mark.parametrize(
-  "routing", slow_unless(["mixtral"], ["mixtral", "noisy", "expert-choice", "sinkhorn"])
-)
-@pytest.mark.parametrize("real_rows", [0, 1])
-def test_devices_with_nothing_but_padding_give_finite_numbers(routing, real_rows):
+  ("real_rows", "routing"),
+  [(0, "mixtral")] + [
+    pytest.param(rows, name, marks=pytest.mark.slow)
+    for rows in (0, 1) for name in ("noisy", "deepseek", "expert-choice", "sinkhorn")
+  ],
+)  # fmt: skip
+def test_devices_with_nothing_but_padding_give_finite_numbers(real_rows, routing):
   """All devices, or all but the first; of nothing every loss is 0."""
   real_BL = np.broadcast_to(np.arange(B)[:, None] < real_rows, (B, L))
   found = computed(
