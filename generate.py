@@ -8,8 +8,11 @@ file or from stdin:
   head -3 questions.txt | python generate.py --workdir=runs/tiny_moe --prompt_file=- --lines
 """
 
-import pathlib
+import itertools
+import os
+import signal
 import sys
+import types
 from typing import Any
 
 from absl import flags
@@ -37,6 +40,7 @@ _PEER_TIMEOUT = flags.DEFINE_float(
   "with --multihost: seconds until a silent process counts as lost",
   lower_bound=5,
 )
+_LARGEST = 2**26  # characters of a prompt file, which may be a pipe without an end
 
 
 def main() -> None:
@@ -45,9 +49,7 @@ def main() -> None:
     raise UserError("--workdir is missing: name a run of train.py")
   options = {name: flags.FLAGS[name].value for name in GENERATION}
   check_generation(options)
-  workdir_lib.read_config(
-    workdir_lib.open_path(_WORKDIR.value)
-  )  # a mistake is told before jax is imported
+  workdir_lib.read_config(workdir_lib.open_path(_WORKDIR.value))  # before jax is imported
   if _MULTIHOST.value and _FILE.value == "-":
     raise UserError("--prompt_file=-: with --multihost give a file that every host has")
   prompts = read_prompts()
@@ -59,48 +61,81 @@ def main() -> None:
 
 def generate(prompts: list[str], options: dict[str, Any]) -> None:
   """Prints the continuations."""
+  # Until there is text, Ctrl-C ends the program at once, also inside a compiler.
+  heed = not _MULTIHOST.value and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # nohup
+  if heed:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   import jax
 
   import moe_jax
 
   model = moe_jax.load(_WORKDIR.value, _STEP.value)
+  chunks = model.stream(prompts, **options)
+  # Nothing is made or printed before the first tokens, because the sizes may be refused.
+  ids = next(chunks)
   rows = [prompt for prompt in prompts for _ in range(options["num_samples"])]
-  ids: list[list[int]] = [[] for _ in rows]
-  printed = 0  # characters of a single row's prompt and text
-  try:
-    for chunk in model.stream(prompts, **options):
-      for row, new in zip(ids, chunk, strict=True):
-        row.extend(new)
-      if len(rows) == 1:
-        text = rows[0] + model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
-        show(text[printed:])
-        printed = max(printed, len(text))
-  except KeyboardInterrupt:  # the text generated so far is printed below
-    if _MULTIHOST.value:
-      raise  # the other processes wait for this one's part
+  printed = 0  # characters of the text
+  stops: list[int] = []
+
+  def stop(number: int, _: types.FrameType | None) -> None:
+    """Ends the text after the tokens that are being drawn; a second Ctrl-C ends it at once."""
+    stops.append(number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+  if heed:
+    signal.signal(signal.SIGINT, stop)
+  if len(rows) == 1:
+    show(rows[0])
+  for chunk in itertools.chain([[[] for _ in rows]], chunks):
+    for row, new in zip(ids, chunk, strict=True):
+      row.extend(new)
+    if len(rows) == 1:
+      text = model.completion(rows[0], ids[0]).text.rstrip("\N{REPLACEMENT CHARACTER}")
+      show(text[printed:])
+      printed = max(printed, len(text))
+    if stops:
+      break
   texts = [model.completion(prompt, row).text for prompt, row in zip(rows, ids, strict=True)]
   if len(rows) == 1:
-    show((rows[0] + texts[0])[printed:])  # a last character that stayed incomplete
+    show(texts[0][printed:])  # a last character that stayed incomplete
   else:
     for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
       show(f"--- {number + 1} of {len(rows)}\n{prompt}{text}\n")
-  print(file=sys.stdout)
+  show("\n")
   if jax.process_index() == 0:
     print(model.speed(), file=sys.stderr)
+  if stops:
+    sys.exit(128 + signal.SIGINT)
 
 
 def read_prompts() -> list[str]:
   """Returns the prompts of --prompt and --prompt_file; raises UserError if there are none."""
-  prompts = list(_PROMPT.value)
-  if _FILE.value:
+  prompts = []
+  for prompt in _PROMPT.value:
     try:
-      text = sys.stdin.read() if _FILE.value == "-" else pathlib.Path(_FILE.value).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"--prompt_file={_FILE.value}: {error}") from None
+      prompts.append(os.fsencode(prompt).decode())  # the bytes of the shell, in any locale
+    except UnicodeDecodeError:
+      raise UserError(f"--prompt={prompt}: this is not UTF-8 text; convert it") from None
+  if _FILE.value:
+    text = read_file(_FILE.value)
     prompts += text.splitlines() if _LINES.value else [text]
   if not prompts:
     raise UserError("no prompt: give --prompt=TEXT or --prompt_file=FILE (- is stdin)")
   return prompts
+
+
+def read_file(name: str) -> str:
+  """Returns the text of a file, or of stdin for "-"."""
+  try:
+    with open(0 if name == "-" else name, encoding="utf-8", closefd=name != "-") as file:
+      text = file.read(_LARGEST + 1)
+  except UnicodeDecodeError:
+    raise UserError(f"--prompt_file={name}: this is not UTF-8 text; convert it") from None
+  except OSError as error:
+    raise UserError(f"--prompt_file={name}: {error.strerror}") from None
+  if len(text) > _LARGEST:
+    raise UserError(f"--prompt_file={name}: over {_LARGEST:,} characters; give a shorter text")
+  return text
 
 
 def show(text: str) -> None:

@@ -43,6 +43,7 @@ def main(overrides: dict[str, Any]) -> None:
     arms=_ARMS.value,
     seeds=[int(seed) for seed in _SEEDS.value],
     overrides=overrides,
+    cache_dir=flags.FLAGS.cache_dir,
   )
   sys.exit(code)
 

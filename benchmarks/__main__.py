@@ -40,9 +40,11 @@ def parse_arguments() -> argparse.Namespace:
   add("--config", default="", help="inference, soak: the config file (mixtral_small, tiny_moe)")
   add("--minutes", type=float, default=30.0, help="soak: the time of both runs together (30)")
   add("--kill_every", type=float, default=60.0, help="soak: seconds from one kill to the next (60)")
+  add("--cache_dir", default="", help=command_line.CACHE_DIR)
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
   overrides, rest = command_line.take_overrides(sys.argv[1:])
   args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
+  command_line.set_cache(args.cache_dir)
   for name, least in (("rounds", 1), ("steps", 1), ("tokens", 2)):
     if getattr(args, name) < least:
       parser.error(f"--{name}={getattr(args, name)}: it must be at least {least}")
@@ -121,10 +123,9 @@ def main() -> None:
   args = parse_arguments()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
-  from moe_jax import config as config_lib
   from moe_jax import startup  # imports jax, so it comes after the arguments are checked
 
-  startup.start(config_lib.Data())  # sets the cache of compiled programs, as for a training run
+  startup.start()  # sets the cache of compiled programs, as for a training run
   where = results.environment()
   results.progress(f"{where['device']}, jax {where['jax']}, commit {where['commit'] or 'unknown'}")
   numbers: dict[str, Any] = {"environment": where}

@@ -107,7 +107,7 @@ def main() -> None:
   from moe_jax.model import cost
 
   config = train_worker.make_config(args)
-  startup.start(config.data)
+  startup.start()
   model = inference.build_generator(config, args.seed, Ids(args.vocab_size), never=_BEGIN)
   rng = np.random.default_rng(args.seed)
   prompts_BL = rng.integers(1, args.vocab_size, (args.rows, PROMPT))

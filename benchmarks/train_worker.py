@@ -86,7 +86,7 @@ def main() -> None:
   from moe_jax.training import timing
 
   config = make_config(args)
-  startup.start(config.data)
+  startup.start()
   trainer = timing.Trainer(config, args.bare)
   trainer.measure(timing.WARMUP_STEPS)
   counts = cost.count(config)

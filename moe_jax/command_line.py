@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import errno
 import importlib.util
+import io
 import operator
 import os
 import pathlib
@@ -23,12 +24,17 @@ from moe_jax.config import Config, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, is_storage
 from moe_jax.options import spelled
 
+CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
+
 
 def run(main: Callable[..., None], *, overrides: bool = False) -> None:
   """Parses sys.argv into absl flags and calls `main`; see `one_line_errors`.
 
-  With `overrides`, for a script without --config, `main` gets those of `take_overrides`.
+  With `overrides`, for a script without --config, `main` gets those of `take_overrides`. Every
+  script has the flag --cache_dir.
   """
+  flags.DEFINE_string("cache_dir", "", CACHE_DIR)
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["cache_dir"])  # for --help
   given_overrides: list[dict[str, Any]] = []
 
   def parse(argv: list[str]) -> list[str]:
@@ -42,12 +48,19 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
+    set_cache(flags.FLAGS.cache_dir)
     if not flags.FLAGS["verbosity"].present:
       # Orbax logs every step of every save, and errors that it also raises.
       logging.set_verbosity(logging.FATAL)
     return rest
 
   one_line_errors(lambda: app.run(lambda _: main(*given_overrides), flags_parser=parse))
+
+
+def set_cache(folder: str) -> None:
+  """Makes --cache_dir=folder the cache of this process and of those that it starts."""
+  if folder:
+    os.environ["MOE_JAX_CACHE"] = os.path.abspath(os.path.expanduser(folder))
 
 
 def help_text(overrides: bool = False) -> str:
@@ -66,14 +79,19 @@ def one_line_errors(main: Callable[[], None]) -> None:
   A reader of the output that closes it, as `head` does, ends the program as SIGPIPE would: 141.
   Ctrl-C ends it as SIGINT would: 130.
   """
+  _open_streams()
   try:
-    main()
-  except (UserError, flags.Error) as error:
-    message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(error.code if isinstance(error, UserError) else UserError.code)
+    try:
+      main()
+    finally:
+      sys.stdout.flush()
   except KeyboardInterrupt:
     sys.exit(128 + signal.SIGINT)
+  except (UserError, flags.Error) as error:
+    message = " ".join(str(error).split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"error: {shown}", file=sys.stderr)
+    sys.exit(error.code if isinstance(error, UserError) else UserError.code)
   except BrokenPipeError:  # the reader has what it wanted, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
@@ -84,6 +102,21 @@ def one_line_errors(main: Callable[[], None]) -> None:
     message = f"{name or 'a file'}: {text}" if text else " ".join(str(error).split())[:300]
     print(f"error: {message}", file=sys.stderr)
     sys.exit(StorageError.code)
+
+
+def _open_streams() -> None:
+  """Makes stdin, stdout and stderr safe to use, however this process was started.
+
+  Where one is closed, the next file that is opened would take its number, and what libraries print
+  would be written into that file.
+  """
+  for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+    if getattr(sys, name) is None:
+      null = os.open(os.devnull, os.O_RDWR)
+      os.dup2(null, number)
+      setattr(sys, name, os.fdopen(number, mode))
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all characters
 
 
 def _check_config_arguments(argv: list[str]) -> None:

@@ -34,7 +34,9 @@ from moe_jax.options import (
 )
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
-_FORMAT = 1  # of config.json; `upgraded` says what older ones had
+_FORMAT = 2  # of config.json; `upgraded` says what older ones had
+# Fields that are gone, and what to use in their place.
+_REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -142,9 +144,6 @@ class Data(Section):
   batch_size: int = option(32, "Rows of an optimizer step (B), over all devices.", at_least=1)
   seed: int = option(0, "Sets the order of the training rows.", at_least=0, at_most=LARGEST_SEED)
   threads: int = option(4, "Threads of each process that read rows.", at_least=1, at_most=256)
-  cache_dir: str = option(
-    "", "Folder of tokens and compiled programs; empty is $MOE_JAX_CACHE or the user's cache."
-  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -298,18 +297,17 @@ def from_json(text: str) -> Config:
 
 
 def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
-  """The values of a config.json of any format, as `to_json` would write them, without a number.
-
-  Format 0, which has no number, wrote a capacity without limit as 0.
-  """
+  """The values of a config.json of any format, as `to_json` would write them, without a number."""
   values = copy.deepcopy(stored)
   number = values.pop("format", 0)
   if number > _FORMAT:
     raise UserError(f"config.json is of format {number}, made by a newer moe_jax; update this one")
   moe = values.get("model", {}).get("moe", {})
   for name in ("capacity_factor", "eval_capacity_factor"):
-    if number < 1 and moe.get(name) == 0:
+    if number < 1 and moe.get(name) == 0:  # format 0, which has no number, wrote no limit as 0
       moe[name] = "inf"
+  if number < 2:  # the cache holds programs that are run, so only the user may name it
+    values.get("data", {}).pop("cache_dir", None)
   return values
 
 
@@ -318,6 +316,8 @@ def field_names() -> list[str]:
 
 
 def unknown_field(name: str, where: str) -> str:
+  if name in _REMOVED:
+    return f"{where}: there is no field config.{name}; {_REMOVED[name]}"
   names = field_names()
   leaf = name.rsplit(".", 1)[-1]
   close = difflib.get_close_matches(name, names, 1, 0.75) or [

@@ -208,7 +208,7 @@ class Processes:
 
 def _arguments() -> list[str]:
   """Returns those of the command line, which all processes must share but for a local folder."""
-  return [word for word in sys.argv[1:] if not word.startswith("--config.data.cache_dir")]
+  return [word for word in sys.argv[1:] if not word.startswith("--cache_dir")]
 
 
 def _listen(port: int) -> socket.socket:

@@ -14,23 +14,20 @@ import jax
 from jax._src import clusters
 from jax.extend import backend
 
-from moe_jax import config as config_lib
 from moe_jax import peers
 from moe_jax.data import cache
 from moe_jax.errors import UserError
 
 
-def start(data: config_lib.Data) -> None:
-  """Makes the settings. To be called once, before the first jax computation.
-
-  Args:
-    data: its cache_dir also holds compiled programs, so that a second start is quick.
-  """
+def start() -> None:
+  """Makes the settings. To be called once, before the first jax computation."""
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     # A collective of simulated devices needs a thread for each of them, or it waits for ever.
     os.environ.setdefault("PJRT_NPROC", "32")
   _keep_freed_memory()
-  jax.config.update("jax_compilation_cache_dir", str(cache.directory(data) / "xla"))
+  programs = cache.programs()
+  if programs is not None:
+    jax.config.update("jax_compilation_cache_dir", str(programs))
 
 
 @contextlib.contextmanager

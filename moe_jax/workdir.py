@@ -15,7 +15,7 @@ from moe_jax.config import Config
 from moe_jax.errors import DamagedError, UserError
 
 CONFIG = "config.json"  # the resolved config
-DATA = "data.json"  # {split: digest of its token stream}
+DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its fingerprint}
 KERNELS = "kernels.json"  # {operation: the implementation that computes it in this run}
 INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters this run began with
 METRICS = "metrics.jsonl"  # one line for each logged step
@@ -46,8 +46,8 @@ _REMEDY = {
 # long it runs, what is logged and watched, and by which kernels the same values are computed.
 _MAY_CHANGE = (
   "mesh.", "eval.", "health.", "train.steps", "train.log_every", "train.eval_every",
-  "train.checkpoint_every", "train.keep_", "data.threads", "data.cache_dir", "model.remat",
-  "model.attention", "model.moe.grouped_matmul",
+  "train.checkpoint_every", "train.keep_", "data.threads", "model.remat", "model.attention",
+  "model.moe.grouped_matmul",
 )  # fmt: skip
 
 
@@ -148,6 +148,15 @@ def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
     raise UserError(
       f"--workdir={workdir}: the {' and '.join(changed)} text is not the one this run was trained "
       "with (another Python version, or changed files?); use the same text, or a new workdir"
+    )
+
+
+def check_same_tokenizer(workdir: pathlib.Path, fingerprint: str) -> None:
+  """Raises a UserError if the tokenizer is not the one that the run was started with."""
+  if read_object(workdir / DATA).get("tokenizer", fingerprint) != fingerprint:
+    raise UserError(
+      f"--workdir={workdir}: the file of config.data.tokenizer is not the one that this run was "
+      "trained with (changed or damaged?); put that file back in its place"
     )
 
 

@@ -13,7 +13,7 @@ os.environ["PJRT_NPROC"] = "32"
 import jax
 import pytest
 
-from tests.support.scripts import Run, built, train
+from tests.support.scripts import ONE_DEVICE, WITHOUT_THREADS, Run, built, train
 from tests.support.toys import mesh_of
 
 assert jax.device_count() == 8, "the tests need their eight simulated devices"
@@ -38,10 +38,13 @@ def shared_folder(tmp_path_factory):
   return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache(shared_folder):
-  """Where the text of train.py, eval.py and generate.py is prepared."""
-  return shared_folder / "cache"
+  """The cache of this test run, of this process and of the scripts that it starts."""
+  folder = shared_folder / "cache"
+  for environment in (os.environ, WITHOUT_THREADS, ONE_DEVICE):
+    environment["MOE_JAX_CACHE"] = str(folder)
+  return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """From arguments to a config and back to text; a mistake is one line and leaves nothing."""
 
 import json
+import os
 import re
 import resource
 import shlex
@@ -32,6 +33,8 @@ COMMANDS = {
   "--config={tmp}/exits.py": "exits.py:3: SystemExit: 3",
   "--config={tmp}/empty.py": "defines no get_config()",
   "--config={tmp}/none.py": "get_config() returned NoneType",
+  "--config={tmp}/cache.py": "cache.py:5: there is no field config.data.cache_dir; the flag --cac",
+  "--config=configs/debug.py --config.data.cache_dir=x": "data.cache_dir; the flag --cache_dir",
   "--config.train.steps=1": "--config is missing before it",
   "--config=configs/debug.py --config=configs/tiny_moe.py": "--config is given twice",
   "--config=configs/debug.py --config.model.moe.capacity_factor=0": "inf is no limit",
@@ -82,6 +85,8 @@ def one_line(*command, code=2):
 def test_a_wrong_command_is_one_line_and_makes_nothing(arguments, tmp_path):
   for name, text in FILES.items():
     (tmp_path / name).write_text(text)
+  cached = "from moe_jax.config import Config, Data\n\n\ndef get_config():\n"
+  (tmp_path / "cache.py").write_text(cached + "  return Config(data=Data(cache_dir='x'))")
   workdir = tmp_path / "workdir"
   command = ["train.py", *arguments.format(tmp=tmp_path).split()]
   if "workdri" not in arguments and arguments:
@@ -251,6 +256,28 @@ def test_an_override_takes_the_words_of_config_json():
   config = command_line.override(base, flat, "here")
   assert config_lib.flatten(config) == flat and config.model.remat is config_lib.Remat.DOTS
   assert base == config_lib.Config()  # a copy was changed
+
+
+_PRINTS_THE_CACHE = """
+import subprocess, sys
+from moe_jax import command_line
+
+def main():
+  code = "from moe_jax.data import cache; print(cache.directory())"
+  print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "folder"), [(["--cache_dir=c"], "c"), ([], "of_env")])
+def test_the_flag_names_the_cache_of_a_process_and_of_its_children(arguments, folder, tmp_path):
+  env = {**os.environ, "MOE_JAX_CACHE": str(tmp_path / "of_env"), "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(
+    [sys.executable, "-c", _PRINTS_THE_CACHE, *arguments],
+    cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100,
+  )  # fmt: skip
+  assert done.stdout.strip() == str(tmp_path / folder), done.stderr
 
 
 def test_mixtral_counts():

@@ -42,7 +42,7 @@ def test_no_limit_is_strict_json():
   config = toy_config(capacity_factor=math.inf)
   text = config_lib.to_json(config)
   values = json.loads(text, parse_constant=pytest.fail)  # Infinity, NaN
-  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 1
+  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 2
   assert config_lib.from_json(text) == config
   assert config_lib.flatten(config)["model.moe.capacity_factor"] == "inf"
 
@@ -58,8 +58,19 @@ def test_a_stored_config_of_before_means_what_it_meant():
   assert (moe.capacity_factor, moe.eval_capacity_factor) == (math.inf, 2.0)
   moe = config_lib.from_json(stored(1, **fields)).model.moe
   assert moe.capacity_factor == 0.0  # which validate() refuses
-  with pytest.raises(config_lib.UserError, match="of format 2, made by a newer moe_jax"):
-    config_lib.from_json(stored(2, **fields))
+  with pytest.raises(config_lib.UserError, match="of format 3, made by a newer moe_jax"):
+    config_lib.from_json(stored(3, **fields))
+
+
+def test_a_stored_cache_folder_is_dropped():
+  """Programs in the cache are run, so a workdir from elsewhere must not name it."""
+  config = toy_config()
+  values = json.loads(config_lib.to_json(config))
+  values["data"]["cache_dir"] = "/tmp/elsewhere"
+  for number in (0, 1):
+    assert config_lib.from_json(json.dumps(values | {"format": number})) == config
+  with pytest.raises(config_lib.UserError, match=r"no field config.data.cache_dir; .*--cache_dir"):
+    config_lib.from_json(json.dumps(values))
 
 
 def test_an_int_becomes_a_float_where_one_belongs():

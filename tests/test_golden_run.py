@@ -34,6 +34,11 @@ def run(tmp_path, monkeypatch):
 
 
 def test_it_evaluates_and_generates(run):
+  """Nothing is written to the cache that its config.json names: its programs would be run."""
+  text = (run / "config.json").read_text()
+  elsewhere = run.parent / "elsewhere"
+  (run / "config.json").write_text(text.replace('"cache_dir": ""', f'"cache_dir": "{elsewhere}"'))
+  assert str(elsewhere) in (run / "config.json").read_text()
   result, _ = evaluation.run(str(run), 0, "validation")
   # float32 on another processor
   assert result["loss"] == pytest.approx(EXPECTED["eval_loss"], rel=1e-5)
@@ -41,6 +46,7 @@ def test_it_evaluates_and_generates(run):
   model = moe_jax.load(run)
   logits_LV = model.logits(EXPECTED["ids"])
   np.testing.assert_allclose(logits_LV[-1, :12], EXPECTED["logits"], rtol=1e-4, atol=1e-4)
+  assert not elsewhere.exists()
 
 
 def test_it_goes_on(run):

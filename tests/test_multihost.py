@@ -18,7 +18,7 @@ from tests.support.toys import ROOT
 def command(workdir, cache, *arguments):
   return [
     sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
-    f"--config.data.cache_dir={cache}", "--config.train.steps=6", "--config.train.log_every=1",
+    f"--cache_dir={cache}", "--config.train.steps=6", "--config.train.log_every=1",
     "--config.model.moe.dispatch=grouped", "--config.train.eval_every=6",
     "--config.train.checkpoint_every=6", "--config.mesh.expert=2",
     *arguments,

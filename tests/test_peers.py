@@ -157,7 +157,7 @@ def test_processes_that_disagree_all_end(options, message):
 
 
 def test_the_cache_folder_may_be_another_one_on_each_host():
-  folders = [[f"--config.data.cache_dir={name}"] for name in "ab"]
+  folders = [[f"--cache_dir={name}"] for name in "ab"]
   with Started("leave", "leave", arguments=folders) as run:
     assert run.ends() == [(0, ""), (0, "")]
 

@@ -87,7 +87,7 @@ class LoadedRun:
     """Opens a workdir; `step` is that of the checkpoint to evaluate, 0 for the newest."""
     self.path = workdir_lib.open_path(workdir)
     config = workdir_lib.read_config(self.path)
-    startup.start(config.data)
+    startup.start()
     mesh = sharding.fit_mesh(config.mesh, batch_size(config))
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
@@ -95,6 +95,7 @@ class LoadedRun:
     self._reader = checkpoint.Checkpointer(self.path)
     self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = pipeline.load_rows(config.data, split)
+    workdir_lib.check_same_tokenizer(self.path, self.rows.tokenizer.fingerprint)
     workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 

@@ -1,29 +1,20 @@
-"""TFDS data sets, prepared on first use and read by random access; no TensorFlow needed."""
+"""Data sets, prepared on first use and read by random access; no TensorFlow needed."""
 
-import contextlib
-import difflib
 import functools
 import hashlib
-import importlib.util
-import io
 import json
-import os
 import pathlib
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from moe_jax.config import Data, UserError
-from moe_jax.data import cache, domains, text_files
-
-_FORMAT = "array_record"  # TFDS's format with random access; its parquet loses rows
-
+from moe_jax.data import cache, catalog, domains, text_files
+from moe_jax.errors import DamagedError
 
 _PYTHON = ".".join(map(str, sys.version_info[:3]))
 _ReadSplit = Callable[[str], Iterator[text_files.Document]]
@@ -52,6 +43,18 @@ class Dataset(NamedTuple):
   field: str = ""  # the field of the text in TFDS's records; "" for config.data.text_field
 
 
+class DamagedCopy(DamagedError):
+  """The prepared documents in the cache, which can be made again, are damaged."""
+
+  def __init__(self, folder: pathlib.Path, inode: int, why: str):
+    super().__init__(f"{folder} is damaged: {why}; delete it, and the next start makes it again")
+    self._remove = functools.partial(cache.remove, folder, inode, f"{folder} is damaged: {why}")
+
+  def remove(self) -> None:
+    """Removes the copy, unless another process has made it again by now."""
+    self._remove()
+
+
 class Documents:
   """Random access to the documents of one split as UTF-8 bytes.
 
@@ -59,23 +62,38 @@ class Documents:
   domains: the labels that a document can have, the same for every split; () if there are none.
   """
 
-  def __init__(self, source: Any, field: str, identity: str, domains: tuple[str, ...] = ()):
+  def __init__(
+    self,
+    source: Any,
+    field: str,
+    identity: str,
+    domains: tuple[str, ...] = (),
+    damaged: Callable[[str], DamagedError] = DamagedError,
+  ):
+    """Keeps the arguments; `damaged(why)` makes the error for a document that cannot be read."""
     self.identity = identity
     self.domains = domains
     self._source = source
     self._field = field
+    self._damaged = damaged
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> bytes:
-    text = self._source[index][self._field]
+    text = self._read(index)[self._field]
     return text.encode() if isinstance(text, str) else text
 
   def name(self, index: int) -> str:
     """The document's path, or its number in the split where the data set names none."""
-    path = self._source[index].get("path", f"document {index}")
+    path = self._read(index).get("path", f"document {index}")
     return path if isinstance(path, str) else path.decode()
+
+  def _read(self, index: int) -> dict[str, Any]:
+    try:
+      return self._source[index]
+    except RuntimeError as error:  # which array_record raises for a wrong checksum
+      raise self._damaged(catalog.first_line(error)) from None
 
   def domain(self, index: int) -> int:
     """Returns the index in `domains` of the first folder of a document's path; -1 if not there."""
@@ -94,13 +112,19 @@ def prepare(config: Data, split: str) -> Documents:
   """
   field = config.text_field
   labels: tuple[str, ...] = ()
+  damaged: Callable[[str], DamagedError]
   if config.name in DATASETS:
     record = DATASETS[config.name]
     corpus = record.read(config)
-    builder, labels = _prepare_corpus(config, record.version, corpus), corpus.labels
+    copy = _prepare_corpus(config, record.version, corpus)
+    damaged = functools.partial(DamagedCopy, copy, copy.stat().st_ino)
+    with catalog.quiet():
+      builder = tfds.builder_from_directory(copy / config.name / record.version)
+    labels = corpus.labels
     field = record.field or field
   else:
-    builder = _catalog(config)
+    builder = catalog.find(config.name, list(DATASETS))
+    damaged = functools.partial(catalog.damaged, config.name, builder.data_dir)
   if field not in builder.info.features:
     raise UserError(
       f"config.data.text_field={field!r} is not a field of config.data.name={config.name!r}, which "
@@ -109,24 +133,22 @@ def prepare(config: Data, split: str) -> Documents:
   name = getattr(config, f"{split}_split")
   folder = pathlib.Path(builder.data_dir)
   try:
-    with _quiet():
+    with catalog.quiet():
       source = builder.as_data_source(name)
       first = source[0][field]
   except (ValueError, KeyError, AssertionError, IndexError) as error:
     raise UserError(
       f"config.data.{split}_split={name!r} is not a split of config.data.name={config.name!r}, or "
-      f"is empty; the splits are: {', '.join(builder.info.splits)} ({_first_line(error)})"
+      f"is empty; the splits are: {', '.join(builder.info.splits)} ({catalog.first_line(error)})"
     ) from None
   except RuntimeError as error:
-    raise UserError(
-      f"config.data.name={config.name!r}: cannot read {folder} ({_first_line(error)}); delete that "
-      "folder to prepare it again"
-    ) from None
+    raise damaged(catalog.first_line(error)) from None
   if not isinstance(first, bytes | str):
     raise UserError(f"config.data.text_field={field!r} holds {type(first).__name__}, not text")
   info = hashlib.sha256((folder / "dataset_info.json").read_bytes()).hexdigest()
   time_ns = (folder / "dataset_info.json").stat().st_mtime_ns
-  return Documents(source, field, json.dumps([str(folder), info, time_ns, name, field]), labels)
+  identity = json.dumps([str(folder), info, time_ns, name, field])
+  return Documents(source, field, identity, labels, damaged)
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # tfds adds it
@@ -178,18 +200,16 @@ def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: s
 
 
 def _user_text(config: Data) -> Corpus:
-  root, names = text_files.user_files(config)
-  parts = [str(root), config.text_field]
-  for name in names:
-    stat = (root / name).stat()
-    parts.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+  files = text_files.user_files(config)
+  parts = [str(files.root), config.text_field]
+  parts += [f"{name} {size} {time_ns}" for name, (size, time_ns) in files.seen.items()]
 
   def documents() -> _ReadSplit:
-    return text_files.split_user_documents(
-      config, lambda: text_files.user_documents(config, root, names)
-    )
+    if files.links:
+      cache.notice(f"note: links to folders are not followed: {', '.join(files.links[:3])}")
+    return text_files.split_user_documents(config, lambda: text_files.user_documents(config, files))
 
-  return Corpus(f"text-{cache.key(*parts)}", documents, text_files.first_folders(names))
+  return Corpus(f"text-{cache.key(*parts)}", documents, text_files.first_folders(files.seen))
 
 
 # The data sets that are made on this machine; any other name is a data set of TFDS.
@@ -209,14 +229,17 @@ DATASETS = {
 }  # fmt: skip
 
 
-def _prepare_corpus(config: Data, version: str, corpus: Corpus) -> tfds.core.DatasetBuilder:
+def _prepare_corpus(config: Data, version: str, corpus: Corpus) -> pathlib.Path:
+  """Returns the folder in the cache with the documents of a corpus, for all splits."""
+
   def build(folder: pathlib.Path) -> None:
     start = time.monotonic()
     documents = corpus.documents()
-    with _quiet():
+    with catalog.quiet():
       builder = _Builder(config.name, version, documents, folder)
-      builder.download_and_prepare(file_format=_FORMAT)
+      builder.download_and_prepare(file_format=catalog.FORMAT)
     shutil.rmtree(folder / "downloads", ignore_errors=True)  # an empty folder that TFDS makes
+    cache.seal(folder, without="*.array_record*")
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     cache.notice(
       f"prepared {config.name} {config.path or version}: "
@@ -224,100 +247,4 @@ def _prepare_corpus(config: Data, version: str, corpus: Corpus) -> tfds.core.Dat
       + f" documents, {builder.info.dataset_size}, {time.monotonic() - start:.1f} s"
     )
 
-  folder = cache.build_once(cache.directory(config) / "tfds" / corpus.key, build)
-  with _quiet():
-    return tfds.builder_from_directory(folder / config.name / version)
-
-
-def _catalog(config: Data) -> tfds.core.DatasetBuilder:
-  import requests
-  import tensorflow_datasets.text  # noqa: F401  registers c4, wikipedia and other old data sets
-
-  data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-  refuse = functools.partial(_refusal, config.name, data_dir)
-  with _quiet():
-    builder = _find(config.name, data_dir, refuse)
-    prepared = builder.is_prepared()
-  if not prepared:
-    if not _online(requests.head):
-      raise refuse("it is not prepared there, and there is no network to download it")
-    cache.notice(f"downloading and preparing {config.name} in {data_dir}")
-    tfds.enable_progress_bar()
-    try:
-      builder.download_and_prepare(file_format=_FORMAT)
-    except Exception as error:  # networks, disks, Beam and TensorFlow raise errors of many types
-      why = f"preparing it failed: {_first_line(error)}"
-      if importlib.util.find_spec("tensorflow") is None:
-        why += "; some sets need TensorFlow to be prepared: pip install tensorflow-cpu"
-      raise refuse(why) from error
-  formats = sorted(kind.value for kind in builder.info.available_file_formats())
-  if _FORMAT not in formats:
-    raise refuse(
-      f"it is prepared as {', '.join(formats)}, which has no random access; prepare it with "
-      f"download_and_prepare(file_format='{_FORMAT}') in another folder and set TFDS_DATA_DIR"
-    )
-  return builder
-
-
-def _refusal(name: str, data_dir: str, why: str) -> UserError:
-  return UserError(
-    f"config.data.name={name!r} (looked in {data_dir}): {why}. Without a network there are "
-    f"{', '.join(DATASETS)}, and any TFDS set prepared as {_FORMAT} in {data_dir} (or "
-    "TFDS_DATA_DIR)"
-  )
-
-
-def _find(name: str, data_dir: str, refuse: Callable[[str], UserError]) -> tfds.core.DatasetBuilder:
-  base = name.split("/")[0]
-  if ":" in base and not base.split(":")[1][:1].isdigit():
-    # For a community name TFDS asks the network, with retries, before it refuses.
-    raise refuse(
-      "community data sets are not supported; write its text to .jsonl and use name='text'"
-    )
-  try:
-    return tfds.builder(name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError:
-    # Not tfds.list_builders(), which asks the network too.
-    names = [*tfds.core.registered.list_imported_builders(), *DATASETS]
-    near = ", ".join(difflib.get_close_matches(base, names, 3))
-    raise refuse(f"TFDS has no such data set{near and '; similar names: ' + near}") from None
-  except (ValueError, AssertionError, RuntimeError) as error:
-    raise refuse(_first_line(error)) from None
-
-
-def _online(head: Callable[..., Any], seconds: float = 5) -> bool:
-  """Returns whether the web answers within `seconds`; TFDS itself would retry for minutes."""
-  answered = threading.Event()
-
-  def ask(host: str) -> None:
-    with contextlib.suppress(Exception):
-      head(f"https://{host}", timeout=seconds)  # through the user's proxy, which TFDS uses too
-      answered.set()
-
-  hosts = ("storage.googleapis.com", "raw.githubusercontent.com", "huggingface.co")
-  # Threads, because looking up a host's name has no timeout.
-  threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
-  for thread in threads:
-    thread.start()
-  end = time.monotonic() + seconds
-  while any(t.is_alive() for t in threads) and time.monotonic() < end and not answered.is_set():
-    answered.wait(0.1)
-  return answered.is_set()
-
-
-def _first_line(error: BaseException) -> str:
-  lines = [line for line in str(error).splitlines() if line.strip()]
-  return f"{type(error).__name__}: {' '.join(lines[0].split()) if lines else ''}"[:300]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Suppresses TFDS's banners, progress bars and warnings."""
-  level = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  tfds.disable_progress_bar()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    logging.set_verbosity(level)
+  return cache.build_once(cache.directory() / "prepared" / corpus.key, build, cache.check)

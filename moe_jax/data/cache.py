@@ -3,20 +3,58 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 
-from moe_jax.config import Data, UserError
+from moe_jax.errors import DamagedError, StorageError, UserError, is_storage
+
+SEAL = "checksums.json"  # {"files": {name: [size, CRC-32 or null]}, "crc32": of the former}
+SUSPECT = "suspect"  # an empty file, where a reader has found damage in a large file
+_LARGE = 2**32  # bytes; a larger file is not read whole to check it, unless it is suspect
+_REMEDY = "--cache_dir or $MOE_JAX_CACHE can name another folder"
 
 
-def directory(config: Data) -> pathlib.Path:
-  """Returns the cache folder: config.cache_dir, MOE_JAX_CACHE, or the user's cache folder."""
+def directory() -> pathlib.Path:
+  """Returns the cache folder: $MOE_JAX_CACHE, which --cache_dir sets, or the user's cache folder.
+
+  Nothing in a run's folder names it, because compiled programs in the cache are run.
+  """
   default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moe_jax")
-  path = config.cache_dir or os.environ.get("MOE_JAX_CACHE") or default
-  return pathlib.Path(path).expanduser().absolute()
+  return pathlib.Path(os.environ.get("MOE_JAX_CACHE") or default).expanduser().absolute()
+
+
+def make(path: pathlib.Path) -> None:
+  """Makes a folder of the cache. What of the cache does not exist is made for this user alone."""
+  directory().mkdir(0o700, parents=True, exist_ok=True)
+  path.mkdir(0o700, exist_ok=True)
+
+
+def programs() -> pathlib.Path | None:
+  """Returns the folder of compiled programs.
+
+  Returns None, and says why in one line, where it cannot be made or where another user could put
+  programs into it; then each process compiles its own.
+  """
+  path = directory() / "xla"
+  try:
+    make(path)
+    for part in (path.parent, path):
+      stat = part.stat()
+      stranger = stat.st_uid not in (0, os.geteuid()) and os.geteuid() != 0
+      if stranger or stat.st_mode & 0o002:
+        notice(
+          f"note: compiled programs are not stored: other users can write to {part}; {_REMEDY}"
+        )
+        return None
+  except OSError as error:
+    notice(f"note: compiled programs are not stored: {path}: {error.strerror}; {_REMEDY}")
+    return None
+  return path
 
 
 def key(*parts: str) -> str:
@@ -29,39 +67,119 @@ def notice(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def build_once(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+def build_once(
+  path: pathlib.Path,
+  build: Callable[[pathlib.Path], None],
+  check: Callable[[pathlib.Path], None] = lambda path: None,
+) -> pathlib.Path:
   """Returns `path`, after `build(empty folder)` has made its contents if `path` did not exist.
 
   The folder appears under its name only when it is complete. Other processes wait for the process
-  that builds it.
+  that builds it. If `check(path)` raises a DamagedError, the folder is removed and built again.
 
   Raises:
     UserError: the cache folder cannot be written.
   """
-  if path.exists():
-    return path
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_name(path.name + ".lock")):
-      if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-        try:
-          partial.mkdir()
-          build(partial)
-          os.replace(partial, path)
-        finally:
-          shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(DamagedError):  # looked at again below, behind the lock
+      if path.exists():
+        check(path)
+        return path
+    make(path.parent)
+    with _lock(path):
+      try:
+        if path.exists():
+          check(path)
+          return path
+      except DamagedError as error:
+        _remove(path, str(error))
+      partial = path.with_name(path.name + ".partial")
+      shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+      try:
+        partial.mkdir()
+        build(partial)
+        os.replace(partial, path)
+      finally:
+        shutil.rmtree(partial, ignore_errors=True)
   except OSError as error:
-    raise UserError(
-      f"config.data.cache_dir: cannot write {path.parent} ({error.strerror or error}); "
-      "set --config.data.cache_dir or MOE_JAX_CACHE to a local folder with space"
-    ) from error
+    kind = StorageError if is_storage(error) else UserError
+    raise kind(f"cannot use the cache {path}: {error.strerror or error}; {_REMEDY}") from error
   return path
+
+
+def remove(path: pathlib.Path, inode: int, why: str) -> None:
+  """Removes a damaged folder and says so, unless another process has built it again by now.
+
+  `inode` is the st_ino of the folder that is damaged.
+  """
+  with _lock(path):
+    if path.exists() and path.stat().st_ino == inode:
+      _remove(path, why)
+
+
+def _remove(path: pathlib.Path, why: str) -> None:
+  notice(f"{why}; it is removed and made again")
+  shutil.rmtree(path)
+
+
+def seal(folder: pathlib.Path, without: str = "") -> None:
+  """Writes the sizes and checksums of all files in a folder into it, for `check`.
+
+  Files that match the pattern `without` get no checksum, because what reads them has its own.
+  """
+  sums = {}
+  for path in sorted(folder.rglob("*")):
+    if path.is_file():
+      crc = None if without and path.match(without) else _crc32(path)
+      sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
+  (folder / SEAL).write_text(json.dumps({"files": sums, "crc32": zlib.crc32(_bytes(sums))}))
+
+
+def check(folder: pathlib.Path) -> None:
+  """Compares the files of a folder with what `seal` wrote.
+
+  Of a file over 4 GiB only the size is compared, unless something called it suspect.
+
+  Raises:
+    DamagedError: a file is not what was written, or is missing; no remedy is named.
+  """
+  try:
+    stored = json.loads((folder / SEAL).read_bytes())
+    sums = stored["files"]
+    whole = stored["crc32"] == zlib.crc32(_bytes(sums))
+  except (FileNotFoundError, ValueError, RecursionError, TypeError, KeyError):
+    whole = False
+  if not whole:
+    raise DamagedError(f"{folder / SEAL} is damaged")
+  suspect = folder / SUSPECT
+  for name, (size, crc) in sums.items():
+    path = folder / name
+    try:
+      real_size = path.stat().st_size
+    except OSError as error:
+      raise DamagedError(f"{path} is damaged: {error.strerror}") from None
+    if real_size != size:
+      raise DamagedError(f"{path} is damaged: it has {real_size:,} bytes, not {size:,}")
+    if crc is not None and (size <= _LARGE or suspect.exists()) and _crc32(path) != crc:
+      raise DamagedError(f"{path} is damaged: its checksum is another one")
+  if suspect.exists():
+    suspect.unlink(missing_ok=True)
+
+
+def _crc32(path: pathlib.Path) -> int:
+  crc = 0
+  with open(path, "rb") as file:  # not a memory map, where a disk's error ends the process
+    while block := file.read(2**20):
+      crc = zlib.crc32(block, crc)
+  return crc
+
+
+def _bytes(values: object) -> bytes:
+  return json.dumps(values, sort_keys=True).encode()
 
 
 @contextlib.contextmanager
 def _lock(path: pathlib.Path) -> Iterator[None]:
-  with open(path, "w") as file:
+  with open(path.with_name(path.name + ".lock"), "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)  # the system unlocks when the process ends, even if killed
     yield

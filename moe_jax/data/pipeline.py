@@ -7,8 +7,6 @@ once.
 
 import array
 import dataclasses
-import hashlib
-import json
 import pathlib
 import re
 import time
@@ -20,9 +18,9 @@ import grain
 import numpy as np
 
 from moe_jax.config import Data, UserError
-from moe_jax.data import builders, cache, tokenizers
+from moe_jax.data import builders, cache, token_files, tokenizers
 
-_VERSION = "3"  # of the stored files' layout; part of its cache key
+_VERSION = "4"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
 _GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
 Numbers = Sequence[int] | np.ndarray  # of rows
@@ -42,7 +40,7 @@ class Batch(NamedTuple, Generic[Array]):
 class Rows:
   """Rows of seq_len tokens of one split; documents follow each other and may cross rows."""
 
-  stream_N: np.ndarray
+  stream_N: np.ndarray | token_files.Tokens
   seq_len: int  # L
   tokenizer: tokenizers.Tokenizer
   num_documents: int
@@ -138,27 +136,40 @@ class Rows:
 def load_rows(config: Data, split: str) -> Rows:
   """Returns the rows of `split`: train, validation or test.
 
-  The first call prepares and tokenises the data. The caller must check that the tokenizer's
-  vocab_size fits the model.
+  The first call prepares and tokenises the data. Later ones compare what is stored with its
+  checksums, and what is damaged is prepared and tokenised again. The caller must check that the
+  tokenizer's vocab_size fits the model.
 
   Raises:
     UserError: the config's data set, split or tokenizer cannot be read.
   """
   tokenizer = tokenizers.load_tokenizer(config)
+  try:
+    documents, stored = _stored(config, split, tokenizer)
+  except builders.DamagedCopy as error:
+    error.remove()
+    documents, stored = _stored(config, split, tokenizer)
+  starts_M, domain_M, source_M = stored.documents_3M
+  return Rows(
+    stream_N=stored.stream_N, seq_len=config.seq_len, tokenizer=tokenizer, digest=stored.digest,
+    domains=documents.domains, starts_M=starts_M, domain_M=domain_M, source_M=source_M,
+    **stored.counts,
+  )  # fmt: skip
+
+
+def _stored(
+  config: Data, split: str, tokenizer: tokenizers.Tokenizer
+) -> tuple[builders.Documents, token_files.Stored]:
   documents = builders.prepare(config, split)
   label = f"{config.name} {getattr(config, split + '_split')}"
   key = cache.key(_VERSION, documents.identity, tokenizer.fingerprint)
+  name = re.sub(r"[^\w.-]+", "_", label)[:100]  # a sum of many splits would be too long for a name
   folder = cache.build_once(
-    cache.directory(config) / "tokens" / re.sub(r"[^\w.-]+", "_", f"{label}-{key}"),
+    cache.directory() / "tokens" / f"{name}-{key}",
     lambda folder: _tokenize(documents, tokenizer, label, folder),
+    cache.check,
   )
-  about = json.loads((folder / "about.json").read_text())
-  stream_N = np.memmap(folder / "tokens.bin", about.pop("dtype"), "r")
-  starts_M, domain_M, source_M = np.load(folder / "documents.npy", mmap_mode="r")
-  return Rows(
-    stream_N=stream_N, seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains,
-    starts_M=starts_M, domain_M=domain_M, source_M=source_M, **about,
-  )  # fmt: skip
+  return documents, token_files.read(folder)
 
 
 def _tokenize(
@@ -166,26 +177,21 @@ def _tokenize(
 ) -> None:
   dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
   separator = np.array([tokenizer.separator], dtype)
-  digest = hashlib.sha256()
-  num_documents = num_bytes = num_tokens = counted = 0
+  num_documents = num_bytes = num_tokens = counted = empty = 0
   starts, domains, sources = (array.array("q") for _ in range(3))  # as in Rows
   start = last_notice = time.monotonic()
-  with open(folder / "tokens.bin", "wb") as file:
-
-    def write(tokens: np.ndarray) -> None:
-      digest.update(tokens.tobytes())
-      file.write(tokens.tobytes())
-
+  with token_files.Writer(folder, dtype) as writer:
     for index in range(len(documents)):
       text = documents[index]
       if not text:
+        empty += 1
         continue
       ids = tokenizer.encode(text)
       assert not (ids == tokenizer.separator).any(), "the separator stands for no text"
       starts.append(num_documents + num_tokens)
       domains.append(documents.domain(index) if documents.domains else -1)
       sources.append(index)
-      write(np.concatenate([separator, ids.astype(dtype)]))
+      writer.add(np.concatenate([separator, ids.astype(dtype)]))
       num_documents += 1
       num_bytes += len(text)
       num_tokens += len(ids)
@@ -193,14 +199,13 @@ def _tokenize(
       if time.monotonic() - last_notice > _SECONDS:
         last_notice = time.monotonic()
         cache.notice(f"tokenizing {label}: {index + 1:,} of {len(documents):,} documents")
-    write(separator)
-  # Stored as contiguous rows, so that a search reads few pages of the map and copies nothing.
-  np.save(folder / "documents.npy", np.array([starts, domains, sources], np.int64))
-  about = dict(num_documents=num_documents, num_bytes=num_bytes, digest=digest.hexdigest())
-  (folder / "about.json").write_text(json.dumps(about | {"dtype": dtype.name}))
+    writer.add(separator)
+    counts = dict(num_documents=num_documents, num_bytes=num_bytes)
+    writer.finish(np.array([starts, domains, sources], np.int64), counts)
+  left_out = f"; left out {empty:,} documents without text" if empty else ""
   cache.notice(
     f"tokenized {label}: {num_documents:,} documents, {num_bytes:,} bytes, {num_tokens:,} tokens, "
-    f"{time.monotonic() - start:.1f} s"
+    f"{time.monotonic() - start:.1f} s{left_out}"
   )
   if not 0.99 * num_bytes <= counted <= 1.01 * num_bytes + num_documents:
     cache.notice(f"note: this tokenizer changes the text: its tokens stand for {counted:,} bytes")

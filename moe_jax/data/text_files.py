@@ -5,18 +5,23 @@ added or removed.
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import re
+import stat
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from moe_jax.config import Data, UserError
+from moe_jax.data import cache
 
 SPLITS = ("train", "validation", "test")
 _MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text
+_UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls; bytes that are no UTF-8
 _LARGEST = 2**30  # the most bytes of one document, because a TFDS record ends at 2 GiB
 
 Document = tuple[str, str]  # name, text
@@ -33,13 +38,22 @@ def split_of(name: str) -> str:
   return "train" if place < 0.9 else "validation" if place < 0.95 else "test"
 
 
-def list_files(root: pathlib.Path, skip: frozenset[str] = frozenset()) -> list[str]:
-  """Returns the sorted paths of files below `root`; leaves out hidden names and those in `skip`."""
+def list_files(
+  root: pathlib.Path,
+  skip: frozenset[str] = frozenset(),
+  fail: Callable[[OSError], None] | None = None,
+) -> list[str]:
+  """Returns the sorted paths of files below `root`; leaves out hidden names and those in `skip`.
+
+  Links to folders are not followed; they are among the files. `fail` is called with the error of a
+  folder that cannot be read, which is otherwise left out.
+  """
   paths = []
-  for folder, folders, files in os.walk(root):
+  for folder, folders, files in os.walk(root, onerror=fail):
     folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-    paths += [os.path.join(folder, name) for name in files if not name.startswith(".")]
-  return sorted(pathlib.Path(path).relative_to(root).as_posix() for path in paths)
+    links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+    paths += [os.path.join(folder, name) for name in files + links if not name.startswith(".")]
+  return sorted(os.path.relpath(path, root) for path in paths)
 
 
 def stdlib() -> tuple[pathlib.Path, list[str]]:
@@ -50,7 +64,8 @@ def stdlib() -> tuple[pathlib.Path, list[str]]:
   """
   root = pathlib.Path(sysconfig.get_path("stdlib"))
   skip = frozenset(["site-packages", "dist-packages", "__pycache__"])
-  return root, [name for name in list_files(root, skip) if name.endswith(".py")]
+  names = [name for name in list_files(root, skip) if name.endswith(".py")]
+  return root, [name for name in names if (root / name).is_file()]
 
 
 def stdlib_documents(root: pathlib.Path, names: Iterable[str]) -> Iterator[Document]:
@@ -64,28 +79,61 @@ def stdlib_documents(root: pathlib.Path, names: Iterable[str]) -> Iterator[Docum
       yield name, text
 
 
-def user_files(config: Data) -> tuple[pathlib.Path, list[str]]:
-  """Returns the folder of config.path and the names of the files in it, or of the one file.
+class UserFiles(NamedTuple):
+  """The user's files as they were when they were listed."""
+
+  root: pathlib.Path
+  seen: dict[str, tuple[int, int]]  # {name: size and time of change}, sorted by name
+  links: list[str]  # links to folders, which are not followed
+
+
+def user_files(config: Data) -> UserFiles:
+  """Returns the files in the folder config.path, or the one file.
 
   Raises:
-    UserError: config.path is empty, does not exist, or is a folder without files.
+    UserError: config.path is empty, does not exist, or is a folder without files; or what is in it
+      cannot be read as a file.
   """
   path = pathlib.Path(config.path).expanduser().absolute()
   if not config.path:
     raise UserError(
       "config.data.name='text' needs config.data.path: a .txt or .jsonl file, or a folder of them"
     )
-  if not path.exists():
+  if not os.path.lexists(path):
     raise UserError(f"config.data.path={config.path!r}: no such file or folder")
-  if path.is_file():
-    return path.parent, [path.name]
-  names = list_files(path)
-  if not names:
+  if not os.path.isdir(path):
+    return UserFiles(path.parent, {path.name: _look(config, path)}, [])
+
+  def fail(error: OSError) -> None:
+    raise _refusal(config, error.filename, f"cannot be read ({error.strerror})") from None
+
+  names = list_files(path, fail=fail)
+  links = [name for name in names if (path / name).is_dir()]
+  seen = {name: _look(config, path / name) for name in names if name not in links}
+  if not seen:
     raise UserError(f"config.data.path={config.path!r}: no files in this folder")
-  return path, names
+  return UserFiles(path, seen, links)
 
 
-def first_folders(names: list[str]) -> tuple[str, ...]:
+def _look(config: Data, path: pathlib.Path, file: BinaryIO | None = None) -> tuple[int, int]:
+  """Returns the size and the time of change of a regular file, which may be open as `file`."""
+  if _UNPRINTED.search(str(path)):
+    raise _refusal(config, path, "has a name that is not UTF-8 or does not print", "rename it")
+  try:
+    about = os.fstat(file.fileno()) if file else path.stat()
+  except OSError as error:
+    raise _refusal(config, path, f"cannot be read ({error.strerror})") from None
+  if not stat.S_ISREG(about.st_mode):
+    raise _refusal(config, path, "is no regular file but a pipe, socket or device", "remove it")
+  return about.st_size, about.st_mtime_ns
+
+
+def _refusal(config: Data, path: object, why: str, remedy: str = "mend or remove it") -> UserError:
+  shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+  return UserError(f"config.data.path={config.path!r}: {shown} {why}; {remedy}")
+
+
+def first_folders(names: Iterable[str]) -> tuple[str, ...]:
   """Returns the folders directly below the user's folder, which label the documents in them.
 
   Returns () if there are fewer than 2 or more than 32.
@@ -94,73 +142,84 @@ def first_folders(names: list[str]) -> tuple[str, ...]:
   return tuple(folders) if 2 <= len(folders) <= _MOST_DOMAINS else ()
 
 
-def user_documents(config: Data, root: pathlib.Path, names: list[str]) -> Iterator[Document]:
-  """Yields the documents in the user's files.
+def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
+  """Yields the documents in the user's files; the text of those without any is "".
 
   Each line of a .jsonl file is a document, whose text is in the field config.text_field; any other
   file is one document.
 
   Raises:
-    UserError: a file cannot be read, is too large or not UTF-8, or a line has no such text.
+    UserError: a file cannot be read, is too large or not UTF-8, or has changed since it was listed;
+      or a line has no such text.
   """
-  for name in names:
-    if name.endswith(".jsonl"):
-      yield from _lines(config, root / name, name)
-    else:
-      if (root / name).stat().st_size > _LARGEST:
-        raise UserError(
-          f"config.data.path={config.path!r}: {root / name} is over 1 GiB; cut it into several "
-          "files, or into lines of a .jsonl file"
-        )
-      with _open(config, root / name) as file:
-        text = _decode_text(config, file.read(), str(root / name))
-      if text.strip():
-        yield name, text
+  for name in files.seen:
+    path = files.root / name
+    with _opened(config, path, files.seen[name]) as file:
+      if name.endswith(".jsonl"):
+        yield from _lines(config, path, name, file)
+      else:
+        text = _decode_text(config, _limited(config, path, file.read(_LARGEST + 1)), path)
+        yield name, text if text.strip() else ""
 
 
-def _lines(config: Data, path: pathlib.Path, name: str) -> Iterator[Document]:
-  field = config.text_field
-  with _open(config, path) as file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        example = json.loads(_decode_text(config, line, f"{path}:{number}"))
-      except json.JSONDecodeError as error:
-        raise UserError(
-          f"config.data.path={config.path!r}: {path}:{number} is not JSON: {error}"
-        ) from None
-      fields = example if isinstance(example, dict) else {}
-      text = fields.get(field)
-      if not isinstance(text, str):
-        texts = [key for key, value in fields.items() if isinstance(value, str)]
-        raise UserError(
-          f"config.data.text_field={field!r}: {path}:{number} has no such text; its text fields: "
-          f"{', '.join(texts) or 'none'}"
-        )
-      if text:
-        # JSON may contain half of a surrogate pair, which UTF-8 cannot encode.
-        yield f"{name}:{number}", text.encode(errors="replace").decode()
-
-
-def _open(config: Data, path: pathlib.Path) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(config: Data, path: pathlib.Path, seen: tuple[int, int]) -> Iterator[BinaryIO]:
+  """Opens a file, and refuses it where it changes between its listing and the end of reading."""
+  changed = _refusal(config, path, "has changed while it was read", "start again when it is whole")
   try:
-    return open(path, "rb")
+    # The flag: a pipe that has taken the file's place would wait for a writer.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+      if _look(config, path, file) != seen:
+        raise changed
+      yield file
+      if _look(config, path, file) != seen:
+        raise changed
   except OSError as error:
-    raise UserError(
-      f"config.data.path={config.path!r}: cannot read {path}: {error.strerror}"
-    ) from None
+    raise _refusal(config, path, f"cannot be read ({error.strerror})") from None
 
 
-def _decode_text(config: Data, data: bytes, where: str) -> str:
+def _limited(config: Data, where: object, data: bytes) -> bytes:
+  if len(data) > _LARGEST:
+    raise _refusal(
+      config, where, "is over 1 GiB", "cut it into several files, or into lines of a .jsonl file"
+    )
+  return data
+
+
+def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Iterator[Document]:
+  field = config.text_field
+  lines = iter(lambda: file.readline(_LARGEST + 1), b"")
+  for number, line in enumerate(lines, 1):
+    where = f"{path}:{number}"
+    text = _decode_text(config, _limited(config, where, line), where)
+    if number == 1:
+      text = text.removeprefix("\ufeff")  # a byte order mark
+    if not text.strip():
+      continue
+    try:
+      example = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
+      raise _refusal(config, where, f"is not JSON: {error}") from None
+    fields = example if isinstance(example, dict) else {}
+    document = fields.get(field)
+    if not isinstance(document, str):
+      texts = [key for key, value in fields.items() if isinstance(value, str)]
+      names = ", ".join(key if key.isprintable() else ascii(key) for key in texts[:9])
+      raise UserError(
+        f"config.data.text_field={field!r}: {where} has no such text; its text fields: "
+        f"{names or 'none'}"
+      )
+    # JSON may contain half of a surrogate pair, which UTF-8 cannot encode.
+    yield f"{name}:{number}", document.encode(errors="replace").decode()
+
+
+def _decode_text(config: Data, data: bytes, where: object) -> str:
   try:
     if b"\0" not in data:
       return data.decode()
   except UnicodeDecodeError:
     pass
-  raise UserError(
-    f"config.data.path={config.path!r}: {where} is not UTF-8 text; convert it or remove it"
-  )
+  raise _refusal(config, where, "is not UTF-8 text", "convert it or remove it")
 
 
 def split_user_documents(
@@ -168,9 +227,10 @@ def split_user_documents(
 ) -> Callable[[str], Iterator[Document]]:
   """Returns a function from a split to its documents.
 
-  First reads all documents once, so that a mistake is reported before any work. If a split would be
-  empty, the two documents of the highest hashes become validation and test. One or two documents
-  are each cut by length instead, 90/5/5, at ends of lines.
+  First reads all documents once, so that a mistake is reported before any work, and says in one
+  line how many have no text and are left out. If a split would be empty, the two documents of the
+  highest hashes become validation and test. One or two documents are each cut by length instead,
+  90/5/5, at ends of lines.
 
   Args:
     config: names the path for error messages.
@@ -181,26 +241,36 @@ def split_user_documents(
   """
   counts: collections.Counter[str] = collections.Counter()
   names: list[str] = []
-  for name, _ in read():
+  empty = 0
+
+  def with_text() -> Iterator[Document]:
+    return ((name, text) for name, text in read() if text)
+
+  for name, text in read():
+    if not text:
+      empty += 1
+      continue
     counts[split_of(name)] += 1
     if len(names) < 10_000:  # with more documents no split is empty
       names.append(name)
   if not names:
     raise UserError(f"config.data.path={config.path!r}: no text in it")
+  if empty:
+    cache.notice(f"left out {empty:,} documents of {config.path} that have no text")
   if len(names) < 3:
-    for name, text in read():
+    for name, text in with_text():
       if not all(_parts(text).values()):
         raise UserError(
           f"config.data.path={config.path!r}: {name} is too short to be cut into train, validation "
           "and test; give more text"
         )
-    return lambda split: ((name, _parts(text)[split]) for name, text in read())
+    return lambda split: ((name, _parts(text)[split]) for name, text in with_text())
   splits: dict[str, str] = {}
   if len(counts) < 3:
     *rest, validation, test = sorted(names, key=hash_of)
     splits = dict.fromkeys(rest, "train") | {validation: "validation", test: "test"}
   return lambda split: (
-    (name, text) for name, text in read() if (splits.get(name) or split_of(name)) == split
+    (name, text) for name, text in with_text() if (splits.get(name) or split_of(name)) == split
   )
 
 

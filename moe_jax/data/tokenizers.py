@@ -27,6 +27,7 @@ _SEPARATORS = (
   "<eos>",
   "[EOS]",
 )
+_MOST = 2**24  # ids of a vocabulary, which has gaps where a file is damaged
 
 
 class Tokenizer:
@@ -89,6 +90,8 @@ class HuggingFace(Tokenizer):
     special = {token.content: i for i, token in added.items() if token.special}
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
+    if size > _MOST:
+      raise UserError(f"config.data.tokenizer={path!r}: an id of {size - 1:,} is over {_MOST:,}")
     separator = next((special[name] for name in _SEPARATORS if name in special), size)
     self._byte_level = '"ByteLevel"' in json.dumps(_text_rules(path))
     pieces_V = [b""] * max(size, separator + 1)
@@ -97,10 +100,17 @@ class HuggingFace(Tokenizer):
         pieces_V[i] = b"" if added[i].special else piece.encode()
       else:
         pieces_V[i] = _byte_level(piece) if self._byte_level else _metaspace(piece)
+    self._path = path
     super().__init__(pieces_V, separator, _fingerprint(path))
 
   def encode(self, text: bytes | str) -> np.ndarray:
-    return np.array(self._model.encode(_to_str(text), add_special_tokens=False).ids, np.int64)
+    try:
+      ids = self._model.encode(_to_str(text), add_special_tokens=False).ids
+    except Exception as error:  # bare; a vocabulary without a piece for unknown characters
+      raise UserError(
+        f"config.data.tokenizer={self._path!r} cannot encode a text: {_why(error)}"
+      ) from error
+    return np.array(ids, np.int64)
 
   def decode(self, ids: Iterable[int]) -> str:
     if self._byte_level:
@@ -148,15 +158,15 @@ def load_tokenizer(config: Data) -> Tokenizer:
       "(Hugging Face tokenizers) or .model (SentencePiece)"
     )
   if not os.path.isfile(name):
-    raise UserError(f"config.data.tokenizer={name!r}: no such file")
+    why = "no regular file" if os.path.exists(name) else "no such file"
+    raise UserError(f"config.data.tokenizer={name!r}: {why}")
   try:
     return kind(name)
   except UserError:
     raise
   except Exception as error:  # both libraries raise bare Exception or RuntimeError
-    why = " ".join(str(error).split())
     raise UserError(
-      f"config.data.tokenizer={name!r} is not a {kind.__name__} file: {why}"
+      f"config.data.tokenizer={name!r} is not a {kind.__name__} file, or is damaged: {_why(error)}"
     ) from error
 
 
@@ -167,6 +177,10 @@ def _import(package: str, path: str) -> Any:
     raise UserError(
       f"config.data.tokenizer={path!r} needs a package: pip install {package}"
     ) from None
+
+
+def _why(error: Exception) -> str:
+  return f"{type(error).__name__} {' '.join(str(error).split())}"[:200]
 
 
 def _to_str(text: bytes | str) -> str:

@@ -21,7 +21,7 @@ from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
-from moe_jax.inference import decoding, sampling
+from moe_jax.inference import decoding, memory, padding, sampling
 from moe_jax.inference.decoding import Weights
 from moe_jax.kernels import choose
 from moe_jax.model import cost, transformer
@@ -53,9 +53,11 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   """
   path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
-  startup.start(config.data)
+  startup.start()
   config.mesh = sharding.fit_mesh(config.mesh, batch_size=jax.process_count())
   cost.check_weights_memory(config)
+  tokenizer = tokenizers.load_tokenizer(config.data)
+  workdir_lib.check_same_tokenizer(path, tokenizer.fingerprint)
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
   model = decoding.for_inference(model)
   reader = checkpoint.Checkpointer(path)
@@ -67,7 +69,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
       weights = decoding.weights(model, **stored)
   finally:
     reader.close()
-  return TextGenerator(model, weights, mesh, tokenizers.load_tokenizer(config.data), step)
+  return TextGenerator(model, weights, mesh, tokenizer, step)
 
 
 class TextGenerator:
@@ -97,6 +99,7 @@ class TextGenerator:
     self._decode = jax.jit(
       functools.partial(_decode, **options), static_argnames="kind", donate_argnames="cache"
     )
+    self._memory = memory.Memory(mesh)
     self.seconds = {"prefill": 0.0, "decode": 0.0}  # of the last generation
     self.counts = {"prefill": 0, "decode": 0}  # tokens of the last generation
 
@@ -115,7 +118,10 @@ class TextGenerator:
     if ids_BL.min() < 0 or ids_BL.max() >= self.model.vocab_size:
       raise UserError(f"a token of {ids_BL.max()}: ids are from 0 to {self.model.vocab_size - 1}")
     rows = np.atleast_2d(ids_BL)
-    tokens_BL, start_B = self._padded(list(rows))
+    sizes = padding.sizes(len(rows), rows.shape[1], self._rows)
+    what = f"{len(rows):,} rows of {rows.shape[1]:,} tokens"
+    self._memory.check(what, self._all_logits, self.weights, sizes, (np.int32, np.int32))
+    tokens_BL, start_B = padding.padded(list(rows), self._rows)
     with jax.set_mesh(self.mesh):
       logits = sharding.whole(self._all_logits(self.weights, *self._put(tokens_BL, start_B)))
     logits = logits[: len(rows), -rows.shape[1] :]
@@ -169,17 +175,22 @@ class TextGenerator:
       "top_p": top_p, "seed": seed, "num_samples": num_samples,
     })  # fmt: skip
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
+    seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
     encoded = [
       np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(p)]) for p in prompts
     ]
-    self._check_memory(len(prompts) * num_samples, max(map(len, encoded)) + max_new_tokens)
-    rows = [ids for ids in encoded for _ in range(num_samples)]
-    padded_BL, first_B = self._padded(rows)
-    B, L = padded_BL.shape
+    longest, count = max(map(len, encoded)), len(encoded) * num_samples
+    B, L = padding.sizes(count, longest, self._rows)
     slots = -(-(L + max_new_tokens) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+    what = f"{count:,} prompts of up to {longest:,} tokens and {max_new_tokens:,} new ones"
+    arrays = (np.int32, np.int32, np.bool_)  # as below
+    self._memory.check(
+      what, self._prefill, self.weights, (B, L), arrays, seed_of_draws, draw, kind=kind, slots=slots
+    )
+    rows = [ids for ids in encoded for _ in range(num_samples)]
+    padded_BL, first_B = padding.padded(rows, self._rows)
     done = np.arange(B) >= len(rows)
-    seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), memory.one_line(what):
       start = time.perf_counter()
       tokens_BL, start_B, done_B = self._put(padded_BL, first_B, done)
       cache, token_B, done_B = self._prefill(
@@ -216,17 +227,6 @@ class TextGenerator:
     )
     return "; ".join(rates)
 
-  def _check_memory(self, rows: int, length: int) -> None:
-    """Refuses so many rows of so many tokens if their keys and values cannot fit a device."""
-    model = self.model
-    width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    itemsize = jnp.dtype(model.compute_dtype.value).itemsize
-    cost.refuse_over_memory(
-      rows * length * width * itemsize / self.mesh.size,
-      f"keys and values of {rows} texts of up to {length} tokens",
-      "lower max_new_tokens or num_samples, or give fewer prompts at a time",
-    )
-
   def _new(
     self, out_BN: np.ndarray, finished: np.ndarray, columns: int, rows: int
   ) -> list[list[int]]:
@@ -237,21 +237,6 @@ class TextGenerator:
         ids = ids[: ids.index(self.tokenizer.separator) + 1]
       new.append([] if done else ids)
     return new
-
-  def _padded(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Aligns rows at their ends and rounds both sizes up, so that few programs are compiled.
-
-    Returns:
-      tokens_BL, and start_B, which lies beyond every slot in rows that are only padding.
-    """
-    length = max(16, 1 << (max(map(len, rows)) - 1).bit_length())
-    batch = self._rows * (1 << (-(-len(rows) // self._rows) - 1).bit_length())
-    tokens_BL = np.zeros((batch, length), np.int32)
-    start_B = np.full(batch, np.iinfo(np.int32).max // 2, np.int32)
-    for number, ids in enumerate(rows):
-      tokens_BL[number, length - len(ids) :] = ids
-      start_B[number] = length - len(ids)
-    return tokens_BL, start_B
 
   def _put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
     return sharding.place(arrays, self.mesh)

@@ -25,7 +25,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return worker
 
   reference, twin = (config_lib.from_json(job[name]) for name in ("reference", "twin"))
-  startup.start(reference.data)
+  startup.start()
   opponent = trainer(reference)
 
   def measure_width(width: int) -> matching.StepTimes:

@@ -184,7 +184,11 @@ def describe_plan(plan: Plan) -> str:
   return "\n".join(lines)
 
 
-def dry_run(plan: Plan) -> str:
-  """Returns `describe_plan` as comments, then a shell's command line for each run."""
+def dry_run(plan: Plan, flags: str = "") -> str:
+  """Returns `describe_plan` as comments, then a shell's command line for each run.
+
+  `flags`, each with a space before it, ends both commands of a run.
+  """
   comments = [f"# {line}".rstrip() for line in describe_plan(plan).splitlines()]
-  return "\n".join([*comments, *(f"{run.command} && {run.evaluate}" for run in plan.runs)])
+  commands = (f"{run.command}{flags} && {run.evaluate}{flags}" for run in plan.runs)
+  return "\n".join([*comments, *commands])

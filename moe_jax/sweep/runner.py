@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -222,6 +223,7 @@ def run(
   arms: Sequence[str],
   seeds: Sequence[int],
   overrides: dict[str, Any],
+  cache_dir: str = "",
 ) -> int:
   """Expands and checks a sweep file, then runs the runs that are not finished.
 
@@ -233,6 +235,7 @@ def run(
     arms: names of the arms to run; () for all.
     seeds: seeds to run; () for the sweep's.
     overrides: "field=value" for every arm.
+    cache_dir: for the commands of a dry run; the runs themselves inherit $MOE_JAX_CACHE.
 
   Returns:
     The exit code; see Runner.run.
@@ -256,7 +259,7 @@ def run(
       path, out, arms=arms, seeds=seeds, overrides=overrides, measured=measured
     )
   if dry_run:
-    print(plan_lib.dry_run(plan))
+    print(plan_lib.dry_run(plan, f" --cache_dir={shlex.quote(cache_dir)}" if cache_dir else ""))
     return 0
   print(plan_lib.describe_plan(plan), flush=True)
   with files.storage_errors(out):

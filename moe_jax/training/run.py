@@ -85,7 +85,7 @@ def run(
 
 def begin(config: config_lib.Config, workdir: str) -> tuple[config_lib.Config, pathlib.Path]:
   """Starts jax; returns the config with its mesh, and the folder, which has no other config."""
-  startup.start(config.data)
+  startup.start()
   config = validation.resolve_mesh(config, jax.device_count())
   choose.check(config)
   cost.check_training_memory(config, optimizers.abstract_state(config))
@@ -105,6 +105,7 @@ def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:
       f"config.model.vocab_size={config.model.vocab_size} is less than the {vocab_size} of "
       f"config.data.tokenizer={config.data.tokenizer}"
     )
+  workdir_lib.check_same_tokenizer(path, text.train.tokenizer.fingerprint)
   text.batches(config)  # which refuses a split that is too small
   workdir_lib.check_same_data(path, {name: getattr(text, name).digest for name in Text._fields})
   return text
@@ -150,6 +151,7 @@ def _record(config: config_lib.Config, workdir: pathlib.Path, text: Text) -> Non
   if workdir_lib.recorded_step(workdir) is None:  # before the config, which _check_complete sees
     workdir_lib.record_saved(workdir, max([0, *workdir_lib.saved_steps(workdir)]))
   digests = {name: getattr(text, name).digest for name in Text._fields}
+  digests["tokenizer"] = text.train.tokenizer.fingerprint
   workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
   workdir_lib.write_config(workdir, config)
   device = jax.devices()[0]

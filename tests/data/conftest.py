@@ -6,13 +6,20 @@ from moe_jax.config import Data
 
 
 @pytest.fixture(scope="session")
-def stdlib(tmp_path_factory):
+def stdlib():
   """python_stdlib, prepared once."""
-  return Data(cache_dir=str(tmp_path_factory.mktemp("cache")))
+  return Data()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+  """A cache that only this test uses."""
+  monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "own_cache"))
+  return tmp_path / "own_cache"
 
 
 @pytest.fixture
 def text(tmp_path):
   """A config for the test's own files in tmp_path / "files"."""
   (tmp_path / "files").mkdir()
-  return Data(name="text", path=str(tmp_path / "files"), cache_dir=str(tmp_path / "cache"))
+  return Data(name="text", path=str(tmp_path / "files"))

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shutil
 import time
 
 import pytest
@@ -11,7 +12,9 @@ import tensorflow_datasets as tfds
 
 from moe_jax.config import Data
 from moe_jax.data import builders, pipeline, text_files
+from moe_jax.data import catalog as catalog_lib
 from moe_jax.data.text_files import split_of
+from moe_jax.errors import DamagedError
 from tests.support.texts import PROSE, SPLITS, error_of, everything, load
 from tests.support.toys import ROOT
 
@@ -45,7 +48,7 @@ def test_parts_of_a_split_with_almost_one_name_stay_apart(text):
 
 
 @pytest.fixture
-def counting(tmp_path, monkeypatch):
+def counting(own_cache, monkeypatch):
   """A data set of three documents in each of two domains, under a new name."""
 
   def documents(split):
@@ -55,7 +58,7 @@ def counting(tmp_path, monkeypatch):
     return builders.Corpus("counting", lambda: documents, ("a", "b"))
 
   monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
-  return Data(name="counting", cache_dir=str(tmp_path))
+  return Data(name="counting")
 
 
 def test_a_data_set_is_one_record(counting):
@@ -81,7 +84,7 @@ def catalog(tmp_path, monkeypatch):
   """$TFDS_DATA_DIR with TFDS's own tiny_shakespeare, prepared from a text of ours."""
   cls = tfds.builder_cls("tiny_shakespeare")
   splits = {"train": PROSE, "validation": "To be\n", "test": "or not\n"}
-  with monkeypatch.context() as patch, builders._quiet():
+  with monkeypatch.context() as patch, catalog_lib.quiet():
     patch.setattr(
       cls, "_split_generators", lambda self, _: {k: self._generate_examples(k, v)
                                                  for k, v in splits.items()}
@@ -89,7 +92,7 @@ def catalog(tmp_path, monkeypatch):
     builder = cls(data_dir=tmp_path / "tfds")
     builder.download_and_prepare(file_format="array_record")
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-  return Data(name="tiny_shakespeare", cache_dir=str(tmp_path / "cache"))
+  return Data(name="tiny_shakespeare")
 
 
 def test_a_prepared_catalog_set_is_read_by_its_name(catalog, capfd):
@@ -97,6 +100,44 @@ def test_a_prepared_catalog_set_is_read_by_its_name(catalog, capfd):
   assert [everything(rows[s]) for s in SPLITS] == [[PROSE.encode()], [b"To be\n"], [b"or not\n"]]
   said = capfd.readouterr()
   assert said.out == "" and len(said.err.splitlines()) == 3
+
+
+def flip(path, place):
+  data = bytearray(path.read_bytes())
+  data[place] ^= 16
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+  ("file", "place"), [("*-train.array_record*", 100), ("dataset_info.json", 2)]
+)
+def test_a_damaged_catalog_set_is_refused_in_one_line(file, place, catalog, tmp_path):
+  """It may be the user's only copy, so it is not removed."""
+  folder = tmp_path / "tfds/tiny_shakespeare"
+  (path,) = folder.glob(f"1.0.0/{file}")
+  flip(path, place)
+  with pytest.raises(DamagedError) as caught:
+    pipeline.load_rows(catalog, "train")
+  message = str(caught.value)
+  assert str(folder) in message and "delete that folder" in message and "\n" not in message
+  assert path.exists()
+
+
+@pytest.mark.parametrize("file", ["*-train.array_record*", "*-test.array_record*", "features.json"])
+@pytest.mark.parametrize("damage", [lambda path: flip(path, 100), pathlib.Path.unlink])
+def test_a_damaged_copy_of_the_users_text_is_made_again(file, damage, text, own_cache, capfd):
+  for n in range(40):
+    (pathlib.Path(text.path) / f"{n}.txt").write_text(f"document {n}\n" * n * n)
+  before = [everything(rows) for rows in load(text).values()]
+  (copy,) = (own_cache / "prepared").glob("*/")
+  (path,) = copy.rglob(file)
+  shutil.rmtree(own_cache / "tokens")  # so that the documents are read again
+  damage(path)
+  capfd.readouterr()
+  assert [everything(rows) for rows in load(text).values()] == before
+  said = capfd.readouterr().err
+  assert said.count("removed and made again") == said.count("prepared text") == 1
+  assert f"{copy}" in said.split("is damaged")[0]
 
 
 def test_splits_of_a_catalog_set_can_be_added(catalog):
@@ -134,10 +175,11 @@ def test_a_set_in_another_file_format_is_refused(catalog, tmp_path):
   ("my data", "Parsing"),
   ("lm1b:9.9.9", "1.1.0"),
   ("huggingface:foo", "community"),
+  ("tiny_shakespeare/data_dir=/tmp", "data_dir"),
 ])  # fmt: skip
 def test_an_unknown_name_is_refused_with_a_hint(name, hint, tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  message = error_of(Data(name=name))
   assert f"config.data.name={name!r}" in message and hint in message
 
 
@@ -146,13 +188,13 @@ def test_a_name_of_the_catalog_without_network_is_refused(name, tmp_path, monkey
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   for scheme in ("HTTP_PROXY", "HTTPS_PROXY", "https_proxy", "http_proxy"):
     monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nobody listens there
-  message = error_of(Data(name=name, cache_dir=str(tmp_path)))
+  message = error_of(Data(name=name))
   for part in (f"config.data.name={name!r}", "no network", "python_stdlib", str(tmp_path)):
     assert part in message
 
 
 def test_a_lookup_that_hangs_counts_as_offline():
   start = time.monotonic()
-  assert not builders._online(lambda *_, **__: time.sleep(3), seconds=0.2)
+  assert not catalog_lib._online(lambda *_, **__: time.sleep(3), seconds=0.2)
   assert time.monotonic() - start < 2
-  assert builders._online(lambda *_, **__: None)
+  assert catalog_lib._online(lambda *_, **__: None)

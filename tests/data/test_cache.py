@@ -1,8 +1,11 @@
 """What is built once: by one of two processes, whole or not at all, silently the second time."""
 
 import os
+import pathlib
+import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -15,14 +18,14 @@ _CHILD = """
 import sys
 from moe_jax.data import pipeline
 from moe_jax.config import Data
-rows = pipeline.load_rows(Data(cache_dir=sys.argv[1]), "train")
+rows = pipeline.load_rows(Data(), "train")
 print(rows.digest, len(rows))
 assert "tensorflow" not in sys.modules
 """
 
 
-def test_two_processes_prepare_at_once_without_tensorflow(stdlib, tmp_path):
-  command = [sys.executable, "-W", "error", "-c", _CHILD, str(tmp_path)]
+def test_two_processes_prepare_at_once_without_tensorflow(stdlib, own_cache):
+  command = [sys.executable, "-W", "error", "-c", _CHILD]
   env = os.environ | {"PYTHONPATH": str(ROOT)}
   children = [
     subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -35,7 +38,7 @@ def test_two_processes_prepare_at_once_without_tensorflow(stdlib, tmp_path):
   # The work was done once, and these two lines are all that reached the terminal.
   said = "".join(err for _, err in results).splitlines()
   assert sorted(line.split()[0] for line in said) == ["prepared", "tokenized"]
-  assert not list(tmp_path.glob("*/*.partial"))
+  assert not list(own_cache.glob("*/*.partial"))
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
@@ -56,6 +59,51 @@ def test_second_load_is_silent_and_the_same(stdlib, capfd):
   assert first.digest == second.digest
 
 
-def test_cache_that_cannot_be_written(tmp_path):
-  (tmp_path / "file").write_text("")
-  assert "config.data.cache_dir" in error_of(Data(cache_dir=str(tmp_path / "file")))
+def test_what_is_made_is_this_users_alone(own_cache):
+  pipeline.load_rows(Data(), "test")
+  cache.programs()
+  for folder in (own_cache, *own_cache.glob("*/")):
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
+  assert {folder.name for folder in own_cache.iterdir()} == {"prepared", "tokens", "xla"}
+
+
+@pytest.mark.parametrize("part", [".", "xla"])
+def test_programs_are_not_taken_from_a_folder_that_others_can_write(part, own_cache, capfd):
+  assert cache.programs() == own_cache / "xla" and not capfd.readouterr().err
+  (own_cache / part).chmod(0o777)
+  assert cache.programs() is None
+  said = capfd.readouterr().err
+  assert f"other users can write to {own_cache / part};" in said and said.count("\n") == 1
+
+
+_ANOTHER_USER = """
+import os, sys
+from moe_jax.data import cache
+os.seteuid(65534)
+print(cache.programs())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_programs_are_not_taken_from_a_folder_of_another_user():
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    theirs, others = pathlib.Path(folder) / "theirs", pathlib.Path(folder) / "others"
+    for path, owner in ((theirs, 65534), (others, 65533)):
+      (path / "xla").mkdir(parents=True)
+      os.chown(path, owner, owner)
+      os.chown(path / "xla", owner, owner)
+    said = []
+    for path in (theirs, others):
+      env = os.environ | {"PYTHONPATH": str(ROOT), "MOE_JAX_CACHE": str(path)}
+      said.append(subprocess.run(
+        [sys.executable, "-c", _ANOTHER_USER], env=env, capture_output=True, text=True, check=True
+      ))  # fmt: skip
+    assert said[0].stdout == f"{theirs / 'xla'}\n" and not said[0].stderr
+    assert said[1].stdout == "None\n" and f"other users can write to {others};" in said[1].stderr
+
+
+def test_cache_that_cannot_be_written(own_cache):
+  own_cache.write_text("")
+  message = error_of(Data())
+  assert f"cannot use the cache {own_cache}" in message and "--cache_dir or $MOE_JAX" in message

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax.config import Data, UserError
-from moe_jax.data import builders, pipeline, tokenizers
+from moe_jax.data import builders, pipeline, token_files, tokenizers
 from tests.support.texts import PROSE, S, documents_of, everything, joined
 
 
@@ -42,16 +42,19 @@ def test_ids_above_16_bits_are_stored_whole(tmp_path, monkeypatch):
   wide = tokenizers.Tokenizer([b""] * 70_001, 70_000, "wide")
   wide.encode = lambda text: np.array([65_536 + byte for byte in text])
   pipeline._tokenize(documents_of([b"ab"]), wide, "x", tmp_path)
-  about = json.loads((tmp_path / "about.json").read_text())
-  stream = np.fromfile(tmp_path / "tokens.bin", about["dtype"])
-  assert stream.tolist() == [70_000, 65_536 + 97, 65_536 + 98, 70_000]
+  assert token_files.read(tmp_path).stream_N[:].tolist() == [
+    70_000,
+    65_536 + 97,
+    65_536 + 98,
+    70_000,
+  ]
 
 
 def tokenized(texts, folder, seq_len):
   pipeline._tokenize(documents_of(texts), tokenizers.Bytes(), "x", folder)
-  about = json.loads((folder / "about.json").read_text())
-  stream_N = np.fromfile(folder / "tokens.bin", about.pop("dtype"))
-  return rows_of(stream_N, np.load(folder / "documents.npy")[0], seq_len, about)
+  stored = token_files.read(folder)
+  about = stored.counts | {"digest": stored.digest}
+  return rows_of(stored.stream_N, stored.documents_3M[0], seq_len, about)
 
 
 @pytest.fixture
@@ -67,8 +70,8 @@ def test_where_each_document_starts_and_comes_from_is_stored(packed, tmp_path):
 
 
 def test_a_separator_stands_before_each_document_and_at_the_end(packed):
-  assert packed.stream_N.dtype == np.uint16
-  assert packed.stream_N.tolist() == [S, *b"ab", S, *b"c", S, *b"defg", S]
+  assert packed.stream_N[:].dtype == np.uint16
+  assert packed.stream_N[:].tolist() == [S, *b"ab", S, *b"c", S, *b"defg", S]
 
 
 def test_rows_documents_and_bytes_are_counted(packed):

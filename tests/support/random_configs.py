@@ -27,7 +27,7 @@ SIZES = {
   "mesh.expert": (1, 2, 4), "mesh.tensor": (1, 1, 2),
 }  # fmt: skip
 # The text, which validate() does not read.
-_TEXT = re.compile(r"data\.(name|text_field|tokenizer|cache_dir|.*_split)")
+_TEXT = re.compile(r"data\.(name|text_field|tokenizer|.*_split)")
 
 
 def draw(rng: np.random.Generator, check: Callable[[Config], Config]) -> tuple[Config, list[str]]:

@@ -23,7 +23,7 @@ ONE_DEVICE = WITHOUT_THREADS | {"XLA_FLAGS": ""}
 def command(workdir, cache, *arguments, steps=12):
   return [
     sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
-    f"--config.data.cache_dir={cache}", f"--config.train.steps={steps}",
+    f"--cache_dir={cache}", f"--config.train.steps={steps}",
     "--config.train.eval_every=4", "--config.train.checkpoint_every=4",
     "--config.train.log_every=1", "--config.model.moe.jitter=0.1",
     "--config.model.moe.bias_update_rate=0.001", *arguments,

@@ -48,7 +48,7 @@ ENVIRONMENT["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, a
 def start_real(folder, cache, arms, *options):
   """Starts sweep.py on arms of configs/debug.py, in folder/out, with a line for each step."""
   path = write_sweep(folder, arms, seeds=(0,))
-  fields = [f"--config.data.cache_dir={cache}", "--config.train.log_every=1"]
+  fields = [f"--cache_dir={cache}", "--config.train.log_every=1"]
   return subprocess.Popen(
     [sys.executable, "sweep.py", f"--sweep={path}", f"--out={folder / 'out'}", *fields, *options],
     cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -230,7 +230,7 @@ def test_a_measurement_that_missed_is_refused_and_not_kept(jobs):
 def test_real_steps_are_measured(monkeypatch, tmp_path):
   monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
   config = toy_config()
-  config.mesh.data, config.data.cache_dir = -1, str(tmp_path)
+  config.mesh.data = -1
   twin = command_line.override(config, {"model.moe.num_experts": 0}, "")
   job = {"reference": config_lib.to_json(config), "twin": config_lib.to_json(twin),
          "field": "model.ffn_dim", "step": 4, "start": 40}  # fmt: skip

@@ -32,7 +32,7 @@ def config_of(text, num_experts=4, learning_rate=0.01, steps=4, **mesh):
       moe=config_lib.MoE(num_experts=num_experts, expert_dim=16, bias_update_rate=0.01),
     ),
     data=config_lib.Data(
-      name="text", path=str(text), cache_dir=str(text.parent / "cache"), seq_len=16, batch_size=8
+      name="text", path=str(text), seq_len=16, batch_size=8
     ),
     optimizer=config_lib.Optimizer(
       warmup_steps=0, learning_rate=learning_rate, weight_decay=0.0

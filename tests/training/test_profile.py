@@ -63,7 +63,7 @@ def test_a_run_leaves_a_trace_of_its_steps(tmp_path, capsys):
   config = config_lib.Config(
     model=config_lib.Model(num_layers=1, dim=8, num_heads=1, num_kv_heads=1, head_dim=8, ffn_dim=8),
     data=config_lib.Data(
-      name="text", path=str(tmp_path / "text"), cache_dir=str(tmp_path), seq_len=16, batch_size=8
+      name="text", path=str(tmp_path / "text"), seq_len=16, batch_size=8
     ),
     optimizer=config_lib.Optimizer(warmup_steps=0),
     train=config_lib.Train(steps=5, eval_every=5, checkpoint_every=5),

@@ -1,0 +1,117 @@
+"""Refuses a program that does not fit into memory, before anything of it is allocated.
+
+On a CPU nothing else would refuse it: the system promises more memory than there is, and ends the
+process when the memory is used.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import psutil
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import sharding
+from moe_jax.config import UserError
+
+_MOST = 2**30  # tokens of all rows, since their places are 32-bit numbers
+
+# Where Linux tells the limit of a container.
+_LIMITS = (
+  pathlib.Path("/sys/fs/cgroup/memory.max"),
+  pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+class Memory:
+  """Knows which programs fit into the memory of the mesh's devices."""
+
+  def __init__(self, mesh: jax.sharding.Mesh):
+    self._mesh = mesh
+    self._fitting: set[Any] = set()  # programs and sizes
+
+  def check(
+    self,
+    what: str,
+    function: Any,
+    weights: Any,
+    sizes: tuple[int, int],
+    types: Sequence[type],
+    *more: Any,
+    slots: int = 0,
+    **static: Any,
+  ) -> None:
+    """Compiles a program and compares the memory that it needs with what this process can have.
+
+    A call of the program with the same sizes is not compiled again.
+
+    Args:
+      what: of which size the call is, for the error.
+      function: a jitted function.
+      weights: its first argument.
+      sizes: B and L. The arguments after the weights are arrays [B, L], [B], [B], ...
+      types: of these arrays.
+      more: the arguments after these.
+      slots: of a cache; 0 for a function without this argument.
+      static: other arguments that the function is compiled for.
+
+    Raises:
+      UserError: the memory does not suffice.
+    """
+    B, L = sizes
+    key = (function, sizes, slots, *static.values())
+    if key in self._fitting:
+      return
+    if B * max(L, slots) > _MOST:
+      raise UserError(f"{what} are over {_MOST:,} tokens in all; give fewer or shorter ones")
+    split = NamedSharding(self._mesh, PartitionSpec(sharding.BATCH_AXES))
+    shapes = [
+      jax.ShapeDtypeStruct(sizes[:1] if number else sizes, dtype, sharding=split)
+      for number, dtype in enumerate(types)
+    ]
+    static |= {"slots": slots} if slots else {}
+    with jax.set_mesh(self._mesh), one_line(what):
+      program = function.lower(weights, *shapes, *more, **static).compile()
+    needed, have = self._needed(program), self._have()
+    if needed > have:
+      raise UserError(
+        f"{what} need {needed / 1e9:,.1f} GB of memory, and there are {have / 1e9:,.1f}; give "
+        "fewer or shorter ones"
+      )
+    self._fitting.add(key)
+
+  def _needed(self, program: jax.stages.Compiled) -> int:
+    usage = program.memory_analysis()
+    if usage is None:  # some platforms do not tell
+      return 0
+    inputs, outputs = usage.argument_size_in_bytes, usage.output_size_in_bytes
+    needed = inputs + outputs - usage.alias_size_in_bytes + usage.temp_size_in_bytes
+    devices = self._mesh.local_devices
+    return needed * (1 if devices[0].memory_stats() else len(devices))
+
+  def _have(self) -> int:
+    stats = self._mesh.local_devices[0].memory_stats()  # None on a CPU, whose devices share it
+    return stats["bytes_limit"] if stats and "bytes_limit" in stats else _host_memory()
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+  """Turns a device's error that memory is exhausted into one line."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    why = " ".join(str(error).split())[:200]
+    raise UserError(f"{what} do not fit into memory ({why}); give fewer or shorter ones") from error
+
+
+def _host_memory() -> int:
+  """Returns the bytes that this process has and can still get."""
+  have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+  for path in _LIMITS:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+      have = min(have, int(path.read_text()))
+  return have
