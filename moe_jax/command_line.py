@@ -181,6 +181,8 @@ def check_folder(flag: str, path: str) -> None:
     StorageError: the disk is read-only or full.
     UserError: the path goes through a file, has too long a name, or belongs to somebody else.
   """
+  if "://" in path:
+    return  # no folder here; workdir.open_path says whether it can be used
   there, missing = os.path.abspath(path), [""]
   try:
     while not os.path.lexists(there):
