@@ -218,7 +218,8 @@ def test_a_router_that_needs_later_tokens_is_refused():
 
 @pytest.mark.parametrize(("name", "value"), [
   ("max_new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1),
-  ("top_p", 0.0), ("num_samples", 0),
+  ("top_p", 0.0), ("num_samples", 0), ("seed", -1), ("seed", 2**32), ("temperature", 1e-300),
+  ("top_k", 2**31),
 ])  # fmt: skip
 def test_an_option_out_of_range_is_refused(name, value, made):
   with pytest.raises(UserError, match=f"{name}={value}"):
@@ -228,3 +229,17 @@ def test_an_option_out_of_range_is_refused(name, value, made):
 def test_no_prompt_is_refused(made):
   with pytest.raises(UserError, match="no prompt"):
     made.model.generate([])
+
+
+def test_a_seed_of_32_bits_draws_a_text_of_its_own(made):
+  """A Python integer from 2**31 on would be no int32, and one from 2**32 on another seed."""
+  texts = {
+    made.model.generate("a", max_new_tokens=16, seed=seed)[0].text
+    for seed in (0, 2**31 - 1, 2**31, 2**32 - 1)
+  }
+  assert len(texts) == 4
+
+
+def test_more_text_than_the_memory_holds_is_refused(made):
+  with pytest.raises(UserError, match=r"keys and values of 1 texts .*GiB.*; lower max_new_tokens"):
+    made.model.generate("a", max_new_tokens=2**31 - 1)
