@@ -22,7 +22,8 @@ GROUPS = {
   "workdir": {"config", "errors", "files", "validation"},
   "data": {"config", "errors", "files"},
   "sharding": {"config", "errors"},
-  "startup": {"config", "data", "errors", "files"},
+  "peers": {"command_line", "errors"},
+  "startup": {"config", "data", "errors", "files", "peers"},
   # The core can be read and taken alone: no decoder, and below the layer no experts' router.
   "kernels": {"config", "errors", "sharding"},
   "moe": {"config", "errors", "sharding", "kernels"},
