@@ -39,10 +39,11 @@ def numbers(workdir):
   return {name: [line[name] for line in lines if name in line] for name in names}
 
 
-def assert_equal_numbers(got, want):
+def assert_equal_values(got, want):
+  """Floats may differ by rounding: sums over two devices, in a process or over a network."""
   assert jax.tree.structure(got) == jax.tree.structure(want)
-  # Float32 sums of two devices: of one process, or over a network.
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+  for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    assert a == b or a == pytest.approx(b, rel=1e-5, abs=1e-6), path
 
 
 @pytest.mark.slow
@@ -51,7 +52,7 @@ def test_two_processes_train_as_one(one, tmp_path, cache):
     (code, output, _), (other_code, other_output, _) = two.ends()
   assert code == other_code == 0
   assert "step      6/6" in output and not other_output
-  assert_equal_numbers(numbers(tmp_path / "two"), numbers(one.workdir))
+  assert_equal_values(numbers(tmp_path / "two"), numbers(one.workdir))
 
 
 @pytest.mark.slow
@@ -74,9 +75,10 @@ def test_two_processes_evaluate_as_one(one, tmp_path):
       assert code == other_code == 0 and not other_output
       outputs.append(output)
     results.append([json.loads((workdir / f"{x}.json").read_text()) for x in ("eval", "routing")])
-  assert_equal_numbers(results[1], results[0])
+  assert_equal_values(results[1], results[0])
   assert len(results[0][0]["largest_documents"]) == 3
-  same = [[x for x in text.splitlines() if not x.startswith("plots")] for text in outputs]
+  other = ("plots", "causal evaluation")  # a path, and what the clock makes
+  same = [[x for x in text.splitlines() if not x.startswith(other)] for text in outputs]
   assert same[0] == same[1]
 
 
@@ -152,9 +154,10 @@ def test_sigterm_to_one_process_saves_and_stops_both(tmp_path, cache):
 def test_a_second_ctrl_c_ends_both_without_saving(tmp_path, cache):
   with Together(train_command(tmp_path / "run", cache, *LONG)) as two:
     two.until("step      3/")
-    for index in (1, 1):
-      two.processes[index].send_signal(signal.SIGINT)
-      two.processes[index].stderr.readline()
+    two.processes[1].send_signal(signal.SIGINT)
+    while not two.processes[1].stderr.readline().startswith("stopping after this step"):
+      pass
+    two.processes[1].send_signal(signal.SIGINT)
     (code, _, line), (own_code, _, _) = two.ends()
   assert code == own_code == 130
   assert line[0].endswith("was interrupted")
