@@ -18,6 +18,13 @@ from moe_jax import peers
 from moe_jax.data import cache
 from moe_jax.errors import UserError
 
+_KEEPER = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler sends it to all processes
+sys.stdin.read()  # until the other end closes
+time.sleep(10)
+"""
+
 
 def start() -> None:
   """Makes the settings. To be called once, before the first jax computation."""
@@ -69,6 +76,7 @@ def together(multihost: bool, timeout: float, *, saves: bool = False) -> Iterato
     jax.distributed.shutdown()  # waits for the others, which may still be writing
     if keeper:
       keeper.kill()
+      keeper.wait()
     processes.leave()
   except BaseException as error:
     processes.fail(error)
@@ -132,7 +140,7 @@ def _keep(connections: set[int]) -> "subprocess.Popen[bytes]":
   the process can say what happened. Returns the process that keeps them.
   """
   return subprocess.Popen(
-    ["sh", "-c", "trap '' TERM INT HUP; read line; sleep 10"],  # reads until this process ends
+    [sys.executable, "-I", "-c", _KEEPER],
     stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     pass_fds=connections, start_new_session=True,
   )  # fmt: skip

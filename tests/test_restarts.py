@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.processes import Two, alone, train_command
+from tests.support.processes import Together, alone, train_command
 from tests.support.scripts import checkpoint_of, losses_of
 from tests.support.toys import ROOT
 
@@ -46,13 +46,13 @@ def cut_off(command, devices, step, number):
 def test_two_processes_then_one_then_two_end_as_if_never_cut_off(tmp_path, cache):
   subprocess.run(command(tmp_path / "whole", cache), cwd=ROOT, env=alone(2), check=True)
   workdir = tmp_path / "run"
-  with Two(command(workdir, cache)) as two:
+  with Together(command(workdir, cache)) as two:
     two.until("step      5/")
     code, (line,) = two.lose(1)
     assert code == 7 and "process 1 (" in line and " is gone; " in line
   seen = cut_off(command(workdir, cache), 2, 10, signal.SIGTERM)
   assert any(line.startswith(f"resuming {workdir} at step ") for line in seen)
-  with Two(command(workdir, cache)) as two:
+  with Together(command(workdir, cache)) as two:
     (code, output, _), (other_code, _, _) = two.ends()
     assert code == other_code == 0
     assert f"resuming {workdir} at step 1" in output and f"step     {STEPS}/{STEPS}" in output

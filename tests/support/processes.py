@@ -1,4 +1,4 @@
-"""Two real processes of one run, started as on two hosts, with one simulated device each."""
+"""Real processes of one run, started as on several hosts, with one simulated device each."""
 
 import os
 import re
@@ -26,10 +26,11 @@ def train_command(workdir, cache, *arguments):
   ]  # fmt: skip
 
 
-class Two:
-  """Two processes of the same command; those that still run are killed at the end of a `with`."""
+class Together:
+  """Processes of one command; those that still run are killed at the end of a `with`."""
 
   def __init__(self, command, environments=({}, {})):
+    """Starts a process for each of the environments, which say what differs."""
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
       port = probe.getsockname()[1]
@@ -37,7 +38,7 @@ class Two:
     for index, more in enumerate(environments):
       env = alone(1) | {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_PROCESSES": str(len(environments)),
         "JAX_PROCESS_ID": str(index),
       }
       self.processes.append(
@@ -77,7 +78,7 @@ class Two:
     return ends
 
   def lose(self, index, number=signal.SIGKILL, timeout=60):
-    """Sends a signal to one process, and returns (exit code, our lines) of the other."""
+    """Sends a signal to one of two processes; returns (exit code, our lines) of the other."""
     self.processes[index].send_signal(number)
     other = self.processes[1 - index]
     _, stderr = other.communicate(timeout=timeout)
