@@ -50,13 +50,18 @@ class MoE(Section):
   router: Router = option(Router.TOPK, "What decides which token uses which experts.")
   score: Score = option(Score.SOFTMAX, "What the router makes of a token's logits.")
   renormalize: bool = option(True, "K > 1: a token's K gates are scaled to sum to 1 (Mixtral).")
-  gate_scale: float = option(1.0, "Every gate is multiplied by it (DeepSeek-V3: 2.5).", above=0)
+  gate_scale: float = option(
+    1.0, "Every gate is multiplied by it (DeepSeek-V3: 2.5).", above=0, at_most=1e4
+  )
   expert_groups: int = option(
     1, "The experts are divided into so many groups for the choice (DeepSeek-V3).", at_least=1
   )
   top_groups: int = option(1, "A token's experts come from so many of the groups.", at_least=1)
   bias_update_rate: float = option(
-    0.0, "u of loss-free balancing by a bias (2408.15664: 1e-3); 0 is no bias.", at_least=0
+    0.0,
+    "u of loss-free balancing by a bias (2408.15664: 1e-3); 0 is no bias.",
+    at_least=0,
+    at_most=1,
   )
   priority: Priority = option(Priority.TOKEN, "Who finds a slot first when an expert is full.")
   dispatch: Dispatch = option(Dispatch.GATHER, "How tokens are laid out in rows for the experts.")

@@ -18,8 +18,11 @@ from typing import Any, NoReturn
 from moe_jax import command_line
 from moe_jax.errors import PeerError, UserError
 
-_MOMENT = 2.0  # seconds in which the loss of a peer is noticed that makes a collective fail
+# Seconds between two things that belong together: the loss of a peer and the error of a collective,
+# or the same mistake in all processes, each of which then says it itself.
+_MOMENT = 2.0
 _FAREWELL = 5.0  # seconds that an ending process waits for the others to have heard of it
+_INTERRUPTED = 130  # the exit code, as of a shell
 _AGAIN = "start the same command again on all hosts; training goes on from its last checkpoint"
 # What reading raises that is not from a process of this run, or no longer.
 _NO_MESSAGE = (OSError, EOFError, ValueError, KeyError, TypeError)
@@ -168,6 +171,7 @@ class Processes:
     if code is None:
       self.end(f"{peer.name} {line}; {_AGAIN}", PeerError.code)
     if line:
+      time.sleep(_MOMENT)
       self.end(line, code)
 
   def leave(self) -> None:
@@ -177,12 +181,12 @@ class Processes:
 
   def fail(self, error: BaseException) -> NoReturn:
     """Prints an error of this process, and ends it and all others."""
-    code, what = PeerError.code, "was interrupted"
+    code, what = _INTERRUPTED, "was interrupted"
     if isinstance(error, UserError):
       code, what = error.code, f"ended with an error: {error}"
     elif isinstance(error, Exception):
-      what = f"ended with an error: {type(error).__name__}: {error}"
-      time.sleep(_MOMENT)  # a lost peer also fails the collectives; then _watch says it better
+      code, what = PeerError.code, f"ended with an error: {type(error).__name__}: {error}"
+      time.sleep(_MOMENT)  # if a peer is lost, _watch says it better and ends this process
     self.end(f"{self._name} {' '.join(what.split())[:500]}", code, error)
 
   def end(self, line: str, code: int, error: BaseException | None = None) -> NoReturn:
@@ -235,7 +239,7 @@ def _print_error(error: BaseException) -> int:
   except SystemExit as end:
     return int(end.code or 0)
   except KeyboardInterrupt:
-    return 130
+    return _INTERRUPTED
   except BaseException:
     traceback.print_exc()
   return 1

@@ -98,11 +98,15 @@ def check_processes(processes: np.ndarray) -> None:
     )
 
 
-def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:
+def fit_mesh(mesh: config_lib.Mesh, parts: int) -> config_lib.Mesh:
   """Returns a run's own mesh if it takes all devices here, otherwise a mesh that splits the batch.
 
   Results do not depend on the mesh, so one device can use a checkpoint of 64 devices. The returned
-  mesh has the largest number of devices that divides both `batch_size` and the devices here.
+  mesh has the largest number of devices that divides both `parts` and the devices here.
+
+  Args:
+    mesh: of the run.
+    parts: into how many equal parts a batch can be split without a cut through a routing group.
 
   Raises:
     UserError: the batch does not split over the processes.
@@ -110,10 +114,10 @@ def fit_mesh(mesh: config_lib.Mesh, batch_size: int) -> config_lib.Mesh:
   own = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count()
   if own and jax.local_device_count() % mesh.tensor == 0:
     return mesh
-  devices = math.gcd(batch_size, jax.device_count())
+  devices = math.gcd(parts, jax.device_count())
   if devices % jax.process_count():
     raise config_lib.UserError(
-      f"--multihost: batches of {batch_size} rows do not split over {jax.process_count()} "
+      f"--multihost: a batch of {parts} parts does not split over {jax.process_count()} "
       "processes; start fewer, or a single one without --multihost"
     )
   return config_lib.Mesh(data=devices)

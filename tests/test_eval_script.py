@@ -94,6 +94,19 @@ def test_eval_refuses_in_one_line(whole_run, arguments, message):
   assert message in refused([sys.executable, "eval.py", *given])
 
 
+@pytest.mark.slow
+def test_eight_devices_evaluate_groups_of_two_rows_as_one_device_does(tmp_path, cache):
+  """That drop a quarter."""
+  flags = ("--config.model.moe.group_size=128", "--config.model.moe.eval_capacity_factor=1.0")
+  train(tmp_path / "run", cache, *flags)
+  eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  _, one = evaluate(tmp_path / "run")
+  _, many = evaluate(tmp_path / "run", "--capacity_factors=0.5", env=WITHOUT_THREADS | eight)
+  assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+  assert many["drop_fraction_Z"] == pytest.approx(one["drop_fraction_Z"], abs=1e-3)
+  assert np.mean(one["drop_fraction_Z"]) > 0.05 and many["capacity"]
+
+
 @pytest.fixture(scope="module")
 def expert_parallel(shared_folder, cache):
   """The command of the README on eight devices; then eval.py on one device."""

@@ -1,12 +1,21 @@
 """generate.py as a process: the same text as in Python, and what is refused."""
 
+import json
+import os
+import shlex
 import shutil
+import signal
+import stat
+import subprocess
 import sys
+import time
 
 import pytest
 
 import moe_jax
-from tests.support.scripts import built, generate, refused
+from moe_jax.config import UserError
+from tests.support.scripts import ONE_DEVICE, built, generate, refused
+from tests.support.toys import ROOT
 
 PROMPTS = ["def ", "import os", "x"]
 
@@ -23,8 +32,8 @@ def generated(shared_folder, whole_run):
     workdir = shutil.copytree(whole_run.workdir, path / "run")
     (workdir / "data.json").unlink()
     done = generate(
-      f"--workdir={workdir}", "--max_new_tokens=24", "--temperature=0", "--prompt=def ",
-      "--prompt_file=-", "--lines", stdin="import os\nx"
+      f"--workdir={workdir}", f"--cache_dir={path / 'cache'}", "--max_new_tokens=24",
+      "--temperature=0", "--prompt=def ", "--prompt_file=-", "--lines", stdin="import os\nx"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return {"stdout": done.stdout, "stderr": done.stderr}
@@ -39,6 +48,13 @@ def test_the_command_generates_what_python_does(generated):
   assert all(len(c.tokens) == 24 or c.finished for c in texts)
   parts = (f"--- {n + 1} of 3\n{c.prompt}{c.text}\n" for n, c in enumerate(texts))
   assert generated.said["stdout"] == as_read("".join(parts) + "\n")
+
+
+@pytest.mark.slow
+def test_programs_are_stored_where_the_flag_says_for_this_user_alone(generated):
+  programs = generated.path / "cache/xla"
+  assert any("prefill" in path.name for path in programs.iterdir())
+  assert [stat.S_IMODE(p.stat().st_mode) for p in (programs, programs.parent)] == [0o700] * 2
 
 
 @pytest.mark.slow
@@ -61,10 +77,94 @@ def test_one_text_is_shown_as_it_is_drawn(whole_run, tmp_path):
   [
     ((), "--workdir is missing"),
     (("--workdir=WORKDIR",), "give --prompt=TEXT or --prompt_file=FILE"),
-    (("--workdir=WORKDIR", "--prompt_file=none.txt"), "--prompt_file=none.txt: "),
+    (("--workdir=WORKDIR", "--prompt_file=none.txt"), "--prompt_file=none.txt: No such file"),
+    (("--workdir=WORKDIR", "--prompt_file=tests"), "--prompt_file=tests: Is a directory"),
+    (("--workdir=WORKDIR", "--prompt_file=/dev/zero"), "--prompt_file=/dev/zero: over 67,108,864"),
+    (("--workdir=WORKDIR", b"--prompt=a\xff"), r"--prompt=a\udcff: this is not UTF-8"),
     (("--workdir=nowhere", "--prompt=a"), "nowhere"),
   ],
 )
 def test_generate_refuses_in_one_line(whole_run, arguments, message):
-  given = [a.replace("WORKDIR", str(whole_run.workdir)) for a in arguments]
+  given = [os.fsdecode(a).replace("WORKDIR", str(whole_run.workdir)) for a in arguments]
   assert message in refused([sys.executable, "generate.py", *given])
+
+
+def test_a_prompt_on_stdin_that_is_not_text_is_refused(whole_run):
+  command = [sys.executable, "generate.py", f"--workdir={whole_run.workdir}", "--prompt_file=-"]
+  done = subprocess.run(command, cwd=ROOT, env=ONE_DEVICE, input=b"a\xff", capture_output=True)
+  assert (done.returncode, done.stdout) == (2, b"")
+  assert done.stderr == b"error: --prompt_file=-: this is not UTF-8 text; convert it\n"
+
+
+def started(whole_run, *options, **streams):
+  return subprocess.Popen(
+    [sys.executable, "generate.py", f"--workdir={whole_run.workdir}", *options],
+    cwd=ROOT, env=ONE_DEVICE, stderr=subprocess.PIPE, text=True, **streams,
+  )  # fmt: skip
+
+
+LONG = ("--prompt=def ", "--max_new_tokens=100000")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_text_where_it_is(whole_run):
+  process = started(whole_run, *LONG, stdout=subprocess.PIPE)
+  first = process.stdout.read(5)
+  time.sleep(1)
+  process.send_signal(signal.SIGINT)
+  rest, said = process.communicate(timeout=60)
+  assert process.returncode == 130 and (first + rest).startswith("def ") and rest.endswith("\n")
+  assert said.count("\n") == 1 and "tokens/s" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [2, 4, 6])
+def test_ctrl_c_before_there_is_text_ends_at_once(seconds, whole_run, tmp_path):
+  """While jax is imported, weights are read, and programs are compiled anew."""
+  process = started(whole_run, *LONG, f"--cache_dir={tmp_path}", stdout=subprocess.PIPE)
+  time.sleep(seconds)
+  process.send_signal(signal.SIGINT)
+  out, said = process.communicate(timeout=30)
+  assert process.returncode in (-signal.SIGINT, 130)  # a shell calls both 130
+  assert "Traceback" not in said and (not out or out.startswith("def "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_reader_that_goes_away_ends_the_text(samples, whole_run):
+  """As `| head -1` does."""
+  read, write = os.pipe()
+  process = started(whole_run, *LONG[:1], f"--num_samples={samples}", stdout=write)
+  os.close(write)
+  os.close(read)
+  _, said = process.communicate(timeout=60)
+  assert (process.returncode, said) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.slow
+def test_other_streams_may_be_closed(whole_run):
+  command = shlex.join([sys.executable, "generate.py", f"--workdir={whole_run.workdir}"])
+  text = command + " --prompt=x --max_new_tokens=4 --temperature=0"
+  done = subprocess.run(
+    ["bash", "-c", text + " <&- 2>&-"], cwd=ROOT, env=ONE_DEVICE, capture_output=True
+  )
+  full = subprocess.run(["bash", "-c", text], cwd=ROOT, env=ONE_DEVICE, capture_output=True)
+  assert done.returncode == full.returncode == 0 and done.stdout == full.stdout
+  disk = subprocess.run(
+    ["bash", "-c", text + " >/dev/full"], cwd=ROOT, env=ONE_DEVICE, capture_output=True
+  )
+  assert disk.returncode == 3 and b"No space left" in disk.stderr
+
+
+def test_another_tokenizer_file_than_in_training_is_refused(tmp_path):
+  run = shutil.copytree(ROOT / "tests/golden_run", tmp_path / "run")
+  data = json.loads((run / "data.json").read_text())
+  (run / "data.json").write_text(json.dumps(data | {"tokenizer": "bytes"}))
+  assert moe_jax.load(run).tokenizer.fingerprint == "bytes"
+  (run / "data.json").write_text(json.dumps(data | {"tokenizer": "0123456789abcdef"}))
+  with pytest.raises(UserError, match=r"file of config.data.tokenizer is not the one"):
+    moe_jax.load(run)
+
+
+def test_a_run_records_its_tokenizer(whole_run):
+  assert json.loads((whole_run.workdir / "data.json").read_text())["tokenizer"] == "bytes"

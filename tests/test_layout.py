@@ -36,7 +36,8 @@ GROUPS = {
   "workdir": {"config", "errors", "files", "remote", "validation"},
   "data": {"config", "errors", "files"},
   "sharding": {"config", "errors"},
-  "startup": {"config", "data", "errors", "files"},
+  "peers": {"command_line", "errors"},
+  "startup": {"data", "errors", "peers"},
   # The core can be read and taken alone: no decoder, and below the layer no experts' router.
   "kernels": {"config", "errors", "sharding"},
   "moe": {"config", "errors", "sharding", "kernels"},

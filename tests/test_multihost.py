@@ -1,92 +1,165 @@
-"""Two real processes with experts on both train as one process does."""
+"""Two real processes train, evaluate and generate as one does, and end together."""
 
 import json
-import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from moe_jax import sharding
 from moe_jax.config import UserError
+from tests.support.processes import Two, alone, train_command
+from tests.support.scripts import Run, built
 from tests.support.toys import ROOT
 
-
-def command(workdir, cache, *arguments):
-  return [
-    sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
-    f"--cache_dir={cache}", "--config.train.steps=6", "--config.train.log_every=1",
-    "--config.model.moe.dispatch=grouped", "--config.train.eval_every=6",
-    "--config.train.checkpoint_every=6", "--config.mesh.expert=2",
-    *arguments,
-  ]  # fmt: skip
+LONG = [f"--config.train.{name}=100000" for name in ("steps", "eval_every", "checkpoint_every")]
 
 
-def values(workdir, name):
+@pytest.fixture(scope="module")
+def one(shared_folder, cache):
+  """A run of one process with two devices."""
+
+  def run(path):
+    command = train_command(path / "run", cache, "--config.train.steps=6")
+    subprocess.run(command, cwd=ROOT, env=alone(2), check=True)
+    return {}
+
+  return Run(built(shared_folder / "multihost_one", run).path / "run", "")
+
+
+def numbers(workdir):
+  """{name: values of all lines} of metrics.jsonl, without those that the clock makes."""
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return np.array([line[name] for line in lines if name in line])
+  names = {name for line in lines for name in line if not name.endswith(("_s", "seconds", "mfu"))}
+  return {name: [line[name] for line in lines if name in line] for name in names}
 
 
-def start_two(workdir, cache, *arguments, **options):
-  """Two processes of one device each that train together."""
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  processes = []
-  for index in range(2):
-    env = {
-      **os.environ,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-      "JAX_NUM_PROCESSES": "2",
-      "JAX_PROCESS_ID": str(index),
-    }
-    line = command(workdir, cache, "--multihost", *arguments)
-    processes.append(subprocess.Popen(line, cwd=ROOT, env=env, text=True, **options))
-  return processes
+def assert_equal_numbers(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  # Float32 sums of two devices: of one process, or over a network.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-  one = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-  subprocess.run(command(tmp_path / "one", tmp_path / "cache"), cwd=ROOT, env=one, check=True)
-  processes = start_two(tmp_path / "two", tmp_path / "cache")
-  assert [process.wait(timeout=500) for process in processes] == [0, 0]
-
-  chosen = [json.loads((tmp_path / run / "kernels.json").read_text()) for run in ("one", "two")]
-  assert chosen[0] == chosen[1] and chosen[0]["grouped_matmul"] == "blocked"
-  for name in ("train/loss", "train/load_balance", "validation/loss", "validation/tokens"):
-    got, want = values(tmp_path / "two", name), values(tmp_path / "one", name)
-    assert len(got) == len(want) > 0
-    np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)  # float32 sums, other order
+def test_two_processes_train_as_one(one, tmp_path, cache):
+  with Two(train_command(tmp_path / "two", cache, "--config.train.steps=6")) as two:
+    (code, output, _), (other_code, other_output, _) = two.ends()
+  assert code == other_code == 0
+  assert "step      6/6" in output and not other_output
+  assert_equal_numbers(numbers(tmp_path / "two"), numbers(one.workdir))
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_saves_and_stops_both(tmp_path):
-  arguments = ["--config.train.steps=100000", "--config.train.eval_every=100000",
-               "--config.train.checkpoint_every=100000"]  # fmt: skip
-  processes = start_two(tmp_path / "run", tmp_path / "cache", *arguments, stdout=subprocess.PIPE)
-  for line in processes[0].stdout:
-    if line.startswith("step      3/"):
-      break
-  processes[1].send_signal(signal.SIGTERM)
-  printed = [process.communicate(timeout=200)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0]
+def test_two_processes_evaluate_as_one(one, tmp_path):
+  """Sums over documents and the traced routing, too, whose rows are on both processes."""
+  options = ["--documents=3", "--routing", "--capacity_factors=0.5", "--causal"]
+  results, outputs = [], []
+  for name in ("alone", "together"):
+    workdir = tmp_path / name / "run"
+    shutil.copytree(one.workdir, workdir)
+    command = [sys.executable, "eval.py", f"--workdir={workdir}", *options]
+    if name == "alone":
+      done = subprocess.run(
+        command, cwd=ROOT, env=alone(2), check=True, capture_output=True, text=True
+      )
+      outputs.append(done.stdout)
+    else:
+      with Two(command) as two:
+        (code, output, _), (other_code, other_output, _) = two.ends()
+      assert code == other_code == 0 and not other_output
+      outputs.append(output)
+    results.append([json.loads((workdir / f"{x}.json").read_text()) for x in ("eval", "routing")])
+  assert_equal_numbers(results[1], results[0])
+  assert len(results[0][0]["largest_documents"]) == 3
+  same = [[x for x in text.splitlines() if not x.startswith("plots")] for text in outputs]
+  assert same[0] == same[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--num_samples=2", "--prompt=class A"]])
+def test_two_processes_generate_the_text_of_one(options, one):
+  command = [sys.executable, "generate.py", f"--workdir={one.workdir}", "--prompt=def ",
+             "--max_new_tokens=40", *options]  # fmt: skip
+  text = subprocess.run(
+    command, cwd=ROOT, env=alone(1), check=True, capture_output=True, text=True
+  ).stdout
+  with Two(command) as two:
+    ends = two.ends()
+  assert [end[:2] for end in ends] == [(0, text), (0, "")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost, number", [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_lost_process_ends_the_other_with_one_line(lost, number, tmp_path, cache):
+  """Though jax would abort at once where process 0 is gone, and wait where the other hangs."""
+  with Two(train_command(tmp_path / "run", cache, *LONG, "--peer_timeout=10")) as two:
+    two.until("step      3/")
+    code, (line,) = two.lose(lost, number)
+    pid = two.processes[lost].pid
+  assert code == 7
+  assert line.startswith(f"error: process {lost} ({socket.gethostname()}, pid {pid}) ")
+  assert line.endswith(
+    "; start the same command again on all hosts; training goes on from its last checkpoint"
+  )
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_host_ends_both(tmp_path):
+  caches = [{"MOE_JAX_CACHE": str(tmp_path)}, {"MOE_JAX_CACHE": "/proc/nowhere"}]
+  command = [x for x in train_command(tmp_path / "run", "") if "cache_dir" not in x]
+  with Two(command, caches) as two:
+    (code, _, line), (own_code, _, own_line) = two.ends()
+  assert code == own_code == 2
+  assert "cannot write /proc/nowhere" in own_line[0]
+  assert line[0].endswith("ended with an error: " + own_line[0].removeprefix("error: "))
+
+
+@pytest.mark.slow
+def test_an_alarm_ends_both_with_the_same_line(tmp_path, cache):
+  alarm = ["drop_fraction=0.01", "patience=3", "on_alarm=stop"]
+  arguments = [f"--config.health.{setting}" for setting in alarm]
+  with Two(train_command(tmp_path / "run", cache, *arguments)) as two:
+    (code, _, line), (other_code, _, other_line) = two.ends()
+  assert code == other_code != 7
+  assert line == other_line and "of the assignments are dropped" in line[0]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_and_stops_both(tmp_path, cache):
+  with Two(train_command(tmp_path / "run", cache, *LONG)) as two:
+    two.until("step      3/")
+    two.processes[1].send_signal(signal.SIGTERM)
+    (code, output, _), (other_code, _, _) = two.ends()
+  assert code == other_code == 0
   (step,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
-  assert f"saved step {step}; the same command resumes the run there" in printed[0]
+  assert f"saved step {step}; the same command resumes the run there" in output
 
 
 @pytest.mark.slow
-def test_a_tensor_axis_over_two_processes_is_refused(tmp_path):
+def test_a_second_ctrl_c_ends_both_without_saving(tmp_path, cache):
+  with Two(train_command(tmp_path / "run", cache, *LONG)) as two:
+    two.until("step      3/")
+    for index in (1, 1):
+      two.processes[index].send_signal(signal.SIGINT)
+      two.processes[index].stderr.readline()
+    (code, _, line), (own_code, _, _) = two.ends()
+  assert code == own_code == 130
+  assert line[0].endswith("was interrupted")
+
+
+@pytest.mark.slow
+def test_a_tensor_axis_over_two_processes_is_refused(tmp_path, cache):
   """Each would feed its own sequences where the axis needs the same ones on both."""
   arguments = ["--config.mesh.expert=1", "--config.mesh.tensor=2", "--config.model.num_kv_heads=2"]
-  processes = start_two(tmp_path / "run", tmp_path / "cache", *arguments, stderr=subprocess.PIPE)
-  errors = [process.communicate(timeout=200)[1] for process in processes]
-  assert all(process.returncode for process in processes)
-  assert "config.mesh.tensor=2: every process feeds sequences of its own" in errors[0]
+  with Two(train_command(tmp_path / "run", cache, *arguments)) as two:
+    for code, _, (line,) in two.ends():
+      assert code == 2
+      assert "config.mesh.tensor=2: every process feeds sequences of its own" in line
 
 
 def test_every_sequence_is_of_one_process():

@@ -114,7 +114,7 @@ def test_an_exception_of_one_process_ends_the_others_as_if_it_were_lost():
 
 def test_an_interrupted_process_ends_the_others():
   with Started("interrupt", "wait") as run:
-    assert run.ends() == [(130, ""), (7, f"error: {run.name(0)} was interrupted\n")]
+    assert run.ends() == [(130, ""), (130, f"error: {run.name(0)} was interrupted\n")]
 
 
 @pytest.mark.parametrize("first", slow_unless([0], [0, 1]))

@@ -37,6 +37,13 @@ DISAGREEMENTS = {
   "optimizer.b2=1.0": "below 1",
   "optimizer.final_fraction=1.5": "at most 1",
   "loss.load_balance=nan": "finite",
+  "loss.z=1e39": "float32's range",
+  "optimizer.eps=1e-46": "float32's range",
+  "data.path=x": "config.data.name=python_stdlib: only name=text reads a path",
+  "data.batch_size=134217728": "config.data.seq_len=9: a batch has more than 2147483647 tokens",
+  "eval.batch_size=134217728": "config.data.seq_len=9: a batch has more than 2147483647 tokens",
+  "train.steps=2147483648": "an integer is at most 2147483647",
+  "train.seed=4294967296": "at least 0 and at most 4294967295",
 }
 
 
@@ -166,3 +173,26 @@ def test_a_mistake_is_told_before_a_device_is_touched():
     "from jax._src import xla_bridge; sys.exit(xla_bridge.backends_are_initialized())"
   )
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_largest_numbers_are_allowed():
+  config = toy_config()
+  config.train.seed = config.data.seed = 2**32 - 1
+  config.train.steps = config.train.eval_every = config.health.window = 2**31 - 1
+  config.model.moe.capacity_factor = 3e38  # as good as inf: no group has so many tokens
+  validation.validate(config)
+
+
+def test_slots_that_int32_cannot_number_are_refused():
+  """With all devices that are left (data=-1) it is not known yet how many slots one has."""
+  config = toy_config(num_experts=2**20, capacity_factor=math.inf, dispatch=Dispatch.EINSUM)
+  config.data.batch_size = 512
+  config.mesh.data = -1
+  validation.validate(config)
+  with pytest.raises(
+    config_lib.UserError, match=r"num_experts=1048576 with .*batch_size=512: a dev"
+  ):
+    validation.resolve_mesh(config, 2)
+  validation.resolve_mesh(config, 512)
+  config.model.moe.dispatch = Dispatch.GROUPED  # has rows for what is routed alone
+  validation.resolve_mesh(config, 1)

@@ -14,6 +14,7 @@ from moe_jax import sharding
 from moe_jax.analysis import trace
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
+from moe_jax.moe import dispatch
 from moe_jax.training import losses
 
 _SECONDS = 10  # between lines of progress
@@ -115,7 +116,7 @@ def measure_losses(
   Raises:
     UserError: the split has too few rows.
   """
-  group_rows = max(moe.group_size // rows.seq_len, 1) if moe.num_experts else 1
+  group_rows = dispatch.group_rows(moe, rows.seq_len)
   numbers = pipeline.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
   numbers = numbers[: len(numbers) - len(numbers) % group_rows]
   if len(numbers) < 2 * group_rows:

@@ -88,7 +88,7 @@ class LoadedRun:
     self.path = workdir_lib.open_path(workdir)
     config = workdir_lib.read_config(self.path)
     startup.start()
-    mesh = sharding.fit_mesh(config.mesh, batch_size(config))
+    mesh = mesh_here(config)
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
     cost.check_evaluation_memory(self.config)
@@ -189,6 +189,12 @@ class LoadedRun:
     return about | report | {"saturation": saturation}
 
 
+def mesh_here(config: config_lib.Config) -> config_lib.Mesh:
+  """Returns the mesh of an evaluation here, of which every device holds whole routing groups."""
+  group_rows = dispatch.group_rows(config.model.moe, config.data.seq_len)
+  return sharding.fit_mesh(config.mesh, batch_size(config) // group_rows)
+
+
 def check_options(config: config_lib.Config, factors: Sequence[float], routing: bool) -> None:
   """Raises UserError for an option that has no meaning for this model."""
   for flag, value in (("--capacity_factors", factors), ("--routing", routing)):
@@ -210,7 +216,8 @@ def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
   moe = with_slots(config.model.moe) if factor < math.inf else config.model.moe
   moe = dataclasses.replace(moe, eval_capacity_factor=factor)
   changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
-  validation.validate(changed)
+  # Without the mesh: it is made for evaluation, and a batch of training need not split over it.
+  validation.validate(dataclasses.replace(changed, mesh=config_lib.Mesh()))
   return changed
 
 

@@ -237,7 +237,10 @@ def _prepare_corpus(config: Data, version: str, corpus: Corpus) -> pathlib.Path:
     documents = corpus.documents()
     with catalog.quiet():
       builder = _Builder(config.name, version, documents, folder)
-      builder.download_and_prepare(file_format=catalog.FORMAT)
+      try:
+        builder.download_and_prepare(file_format=catalog.FORMAT)
+      except RuntimeError as error:  # which array_record raises for a full disk
+        raise cache.failed(folder, " ".join(str(error).split())[:200]) from error
     shutil.rmtree(folder / "downloads", ignore_errors=True)  # an empty folder that TFDS makes
     cache.seal(folder, without="*.array_record*")
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}

@@ -103,8 +103,13 @@ def build_once(
         shutil.rmtree(partial, ignore_errors=True)
   except OSError as error:
     kind = StorageError if is_storage(error) else UserError
-    raise kind(f"cannot use the cache {path}: {error.strerror or error}; {_REMEDY}") from error
+    raise failed(path, error.strerror or str(error), kind) from error
   return path
+
+
+def failed(path: pathlib.Path, why: str, kind: type[UserError] = StorageError) -> UserError:
+  """Returns the error for a folder of the cache that cannot be read or written."""
+  return kind(f"cannot use the cache {path}: {why}; {_REMEDY}")
 
 
 def remove(path: pathlib.Path, inode: int, why: str) -> None:

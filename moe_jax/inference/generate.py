@@ -54,7 +54,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
   startup.start()
-  config.mesh = sharding.fit_mesh(config.mesh, batch_size=jax.process_count())
+  config.mesh = sharding.fit_mesh(config.mesh, parts=jax.process_count())
   cost.check_weights_memory(config)
   tokenizer = tokenizers.load_tokenizer(config.data)
   workdir_lib.check_same_tokenizer(path, tokenizer.fingerprint)

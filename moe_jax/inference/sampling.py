@@ -16,6 +16,10 @@ class Sampling(NamedTuple):
   top_p: Any  # float32
 
 
+# Less would make logits inf. A power of two, so that dividing by it rounds nothing.
+_LEAST_TEMPERATURE = 2.0**-100
+
+
 class Kind(NamedTuple):
   """The options that a program is compiled for."""
 
@@ -26,7 +30,7 @@ class Kind(NamedTuple):
 def options(temperature: float, top_k: int, top_p: float, vocab_size: int) -> tuple[Sampling, Kind]:
   """Converts the options of generate.TextGenerator.stream."""
   sampling = Sampling(
-    temperature=np.float32(temperature or 1),
+    temperature=np.float32(np.clip(temperature, _LEAST_TEMPERATURE, 1 / _LEAST_TEMPERATURE)),
     top_k=np.int32(min(top_k or vocab_size, vocab_size)),
     top_p=np.float32(top_p),
   )

@@ -189,9 +189,9 @@ def activation_bytes(config: config_lib.Config) -> float:
 
   with jax.sharding.use_abstract_mesh(_abstract_mesh(config_lib.Mesh())):
     saved = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
-  # The backward pass reads the weights too, but state_bytes counts them.
-  weights = {(p.shape, p.dtype) for p in jax.tree.leaves(params)}
-  saved = [s for s in saved if s.dtype != jax.dtypes.float0 and (s.shape, s.dtype) not in weights]
+  # The backward pass reads the weights too, also in the compute dtype; state_bytes counts them.
+  weights = {p.shape for p in jax.tree.leaves(params)}
+  saved = [s for s in saved if s.dtype != jax.dtypes.float0 and s.shape not in weights]
   return sum(math.prod(s.shape) * s.dtype.itemsize for s in saved)
 
 

@@ -71,7 +71,15 @@ def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
   if factor == math.inf:
     return tokens
   # The small term keeps 1.1 * 10 = 11.000000000000002 from becoming 12.
-  return max(1, min(tokens, math.ceil(factor * tokens * top_k / num_experts - 1e-6)))
+  return max(1, math.ceil(min(factor * tokens * top_k / num_experts, tokens) - 1e-6))
+
+
+def group_rows(moe: config_lib.MoE, length: int) -> int:
+  """Returns how many sequences of `length` share a routing group; 1 if each has groups of its own.
+
+  A batch splits over devices, and into microbatches, between groups only.
+  """
+  return max(moe.group_size // length, 1) if moe.num_experts else 1
 
 
 def has_capacity(moe: config_lib.MoE) -> bool:

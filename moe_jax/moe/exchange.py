@@ -212,7 +212,7 @@ def _unsort(y_RD: jax.Array, received: ExpertRows, order: tuple[Assignments, Lay
 
 def _buffer_rows(factor: float, fair: float, most: int) -> int:
   """Returns `factor` times the fair share, at least 1 and at most `most`; factor 0 means `most`."""
-  return min(most, max(1, math.ceil(factor * fair - 1e-6))) if factor else most
+  return max(1, math.ceil(min(factor * fair, most) - 1e-6)) if factor else most
 
 
 class RaggedPlan(NamedTuple):

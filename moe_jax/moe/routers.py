@@ -59,10 +59,12 @@ def topk(inputs: RouterInputs, moe: MoE) -> Routing:
   (2408.15664) and the limit to `top_groups` (DeepSeek-V3 2412.19437 section 2.1.2) change which
   experts are selected and never a gate. Causal.
   """
-  score_TE = _scores(inputs.logits_TE, moe)
-  choice_TE = jax.lax.stop_gradient(score_TE) + inputs.bias_E[None]
+  log_score_TE = _log_scores(inputs.logits_TE, moe)
+  log_TE = jax.lax.stop_gradient(log_score_TE)
+  # The last term orders experts whose scores are too small for float32, and rounds away otherwise.
+  choice_TE = jnp.exp(log_TE) + inputs.bias_E[None] + 1e-30 * log_TE
   expert_TK = jax.lax.top_k(_limit_groups(choice_TE, moe), moe.top_k)[1]
-  return token_choice(inputs, score_TE, expert_TK, moe)
+  return token_choice(inputs, log_score_TE, expert_TK, moe)
 
 
 def switch(inputs: RouterInputs, moe: MoE) -> Routing:
@@ -100,7 +102,7 @@ def noisy_topk(inputs: RouterInputs, moe: MoE) -> Routing:
   last_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
   threshold_TE = jnp.where(noisy_TE >= last_T1, next_T1, last_T1)
   distance_TE = (inputs.logits_TE - threshold_TE) / scale_TE
-  routing = token_choice(inputs, _scores(noisy_TE, moe), expert_TK[:, :-1], moe)
+  routing = token_choice(inputs, _log_scores(noisy_TE, moe), expert_TK[:, :-1], moe)
   return routing._replace(load_TE=_normal_cdf(distance_TE))
 
 
@@ -110,9 +112,10 @@ def expert_choice(inputs: RouterInputs, moe: MoE, *, capacity: int) -> Routing:
   The load is balanced by construction. The router is not causal: a later token can push an earlier
   one out of an expert, so the loss of a language model looks better than it is.
   """
-  probs_TE = _scores(inputs.logits_TE, moe)
-  candidate_ET = jnp.where(inputs.real_T[:, None], jax.lax.stop_gradient(probs_TE), -1).T
-  token_EC = jax.lax.top_k(candidate_ET, capacity)[1]
+  log_score_TE = _log_scores(inputs.logits_TE, moe)
+  probs_TE = jnp.exp(log_score_TE)
+  candidate_TE = jnp.where(inputs.real_T[:, None], jax.lax.stop_gradient(log_score_TE), -jnp.inf)
+  token_EC = jax.lax.top_k(candidate_TE.T, capacity)[1]
   expert_EC = jnp.broadcast_to(jnp.arange(moe.num_experts)[:, None], token_EC.shape)
   token_N, expert_N = token_EC.reshape(-1), expert_EC.reshape(-1)
   return Routing(
@@ -132,7 +135,6 @@ def sinkhorn(inputs: RouterInputs, moe: MoE) -> Routing:
   tokens of the group, so training is not causal; evaluation uses `topk`. Gates are the softmax of
   the logits.
   """
-  probs_TE = _scores(inputs.logits_TE, moe)
   real_T1 = inputs.real_T[:, None]
   share = jnp.maximum(jnp.sum(inputs.real_T), 1) / moe.num_experts
   log_share = jnp.log(share.astype(jnp.float32))
@@ -144,7 +146,8 @@ def sinkhorn(inputs: RouterInputs, moe: MoE) -> Routing:
 
   # After 16 rounds the experts' sums of a trained router's plan differ by some per cent.
   plan_TE = jax.lax.fori_loop(0, 16, balance, jax.lax.stop_gradient(inputs.logits_TE))
-  return token_choice(inputs, probs_TE, jax.lax.top_k(plan_TE, moe.top_k)[1], moe)
+  expert_TK = jax.lax.top_k(plan_TE, moe.top_k)[1]
+  return token_choice(inputs, _log_scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
 def hash_ids(inputs: RouterInputs, moe: MoE) -> Routing:
@@ -157,7 +160,7 @@ def hash_ids(inputs: RouterInputs, moe: MoE) -> Routing:
   mixed_T = (mixed_T ^ (mixed_T >> 15)) * jnp.uint32(0x85EBCA77)
   expert_T = (mixed_T ^ (mixed_T >> 13)) % jnp.uint32(moe.num_experts)
   expert_TK = expert_T.astype(jnp.int32)[:, None]
-  return token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
+  return token_choice(inputs, _log_scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
 def uniform_random(inputs: RouterInputs, moe: MoE) -> Routing:
@@ -167,12 +170,13 @@ def uniform_random(inputs: RouterInputs, moe: MoE) -> Routing:
   """
   assert inputs.noise_TE is not None
   expert_TK = jax.lax.top_k(inputs.noise_TE, moe.top_k)[1]
-  return token_choice(inputs, _scores(inputs.logits_TE, moe), expert_TK, moe)
+  return token_choice(inputs, _log_scores(inputs.logits_TE, moe), expert_TK, moe)
 
 
-def _scores(logits_TE: jax.Array, moe: MoE) -> jax.Array:
-  score = {Score.SOFTMAX: jax.nn.softmax, Score.SIGMOID: jax.nn.sigmoid}[moe.score]
-  return score(logits_TE.astype(moe.router_dtype.value)).astype(jnp.float32)
+def _log_scores(logits_TE: jax.Array, moe: MoE) -> jax.Array:
+  """Returns the logarithms of the scores, float32; they are finite where a score rounds to 0."""
+  log_score = {Score.SOFTMAX: jax.nn.log_softmax, Score.SIGMOID: jax.nn.log_sigmoid}[moe.score]
+  return log_score(logits_TE.astype(moe.router_dtype.value)).astype(jnp.float32)
 
 
 def _limit_groups(choice_TE: jax.Array, moe: MoE) -> jax.Array:
@@ -188,16 +192,19 @@ def _limit_groups(choice_TE: jax.Array, moe: MoE) -> jax.Array:
 
 
 def token_choice(
-  inputs: RouterInputs, score_TE: jax.Array, expert_TK: jax.Array, moe: MoE
+  inputs: RouterInputs, log_score_TE: jax.Array, expert_TK: jax.Array, moe: MoE
 ) -> Routing:
-  """Builds the Routing of tokens that chose expert_TK: gates from scores, order from priority."""
+  """Builds the Routing of tokens that chose expert_TK: gates from scores, order from priority.
+
+  Scores come as logarithms, because two of them can be too small for float32 and their ratio, of
+  which a normalised gate is made, is not.
+  """
   T, K = expert_TK.shape
-  gate_TK = jnp.take_along_axis(score_TE, expert_TK, axis=1)
+  log_gate_TK = jnp.take_along_axis(log_score_TE, expert_TK, axis=1)
   rank_T = jnp.arange(T)
   if moe.priority is Priority.SCORE:  # Batch Prioritized Routing, V-MoE 2106.05974 section 3.3
-    rank_T = jnp.argsort(-jnp.max(gate_TK, axis=1), stable=True)
-  if moe.renormalizes:
-    gate_TK = gate_TK / (jnp.sum(gate_TK, axis=1, keepdims=True) + 1e-20)
+    rank_T = jnp.argsort(-jnp.max(log_gate_TK, axis=1), stable=True)
+  gate_TK = jax.nn.softmax(log_gate_TK) if moe.renormalizes else jnp.exp(log_gate_TK)
 
   def flat(x_TK: jax.Array) -> jax.Array:
     if moe.priority is Priority.TOKEN:
@@ -209,8 +216,8 @@ def token_choice(
     expert_N=flat(expert_TK.astype(jnp.int32)),
     gate_N=flat(moe.gate_scale * gate_TK),
     real_N=flat(jnp.broadcast_to(inputs.real_T[:, None], (T, K))),
-    probs_TE=score_TE / jnp.sum(score_TE, axis=1, keepdims=True),
-    load_TE=jnp.zeros_like(score_TE),
+    probs_TE=jax.nn.softmax(log_score_TE),
+    load_TE=jnp.zeros_like(log_score_TE),
   )
 
 

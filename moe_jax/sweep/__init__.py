@@ -1,4 +1,4 @@
-"""Sweeps: plans the runs that answer a question (language, plan) and runs them (runner, slots).
+"""Sweeps: plans the runs of a question (language, plan) and runs them (runner, job, slots).
 
 Sweep files import the names below.
 """

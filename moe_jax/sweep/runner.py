@@ -149,7 +149,10 @@ class Runner:
     last = lines[-1] if lines else ""
     self._entries[job.run.arm, job.run.seed]["seconds"] += job.seconds
     if code == StorageError.code and not self._stops:
-      self._stop_starting(StorageError(f"{job.name}: {last.removeprefix('error: ')}"))
+      # The log may be on the same disk, and then the run's own words may be missing.
+      said = "a disk is full or cannot be written; the same command goes on when it can"
+      said = next((x for x in reversed(lines) if x.startswith("error: ")), said)
+      self._stop_starting(StorageError(f"{job.name}: {said.removeprefix('error: ')}"))
     if status == "finished":
       say(f"{job.name} finished after {command_line.clock(job.seconds)}, {last}")
     elif status == "stopped" or self._stops:

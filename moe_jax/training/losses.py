@@ -82,9 +82,10 @@ def load_balance(sums: Sums, scope: BalanceScope) -> jax.Array:
 def cv_squared_plus_one(x_ZE: jax.Array) -> jax.Array:
   """Returns E * sum(x^2) / sum(x)^2, float32 [Z]: 1 + CV(x)^2 of 1701.06538 eq. 7.
 
-  It is 1.0 if all entries of a row are equal.
+  It is 1.0 if all entries of a row are equal, and 0.0, with no gradient, if all are 0.
   """
-  total_Z = jnp.maximum(jnp.sum(x_ZE, axis=-1), 1e-20)
+  # The gradient divides by the square of the total, which float32 has to hold.
+  total_Z = jnp.maximum(jnp.sum(x_ZE, axis=-1), 1e-15)
   return x_ZE.shape[-1] * jnp.sum((x_ZE / total_Z[:, None]) ** 2, axis=-1)
 
 
@@ -106,8 +107,11 @@ def total(sums: Sums, loss: config_lib.Loss, num_moe_layers: int) -> Losses:
     router_z = jnp.mean(moe.z / tokens_Z)  # ST-MoE 2202.08906 eq. 5
     importance = jnp.mean(cv_squared_plus_one(moe.importance_E))
     load = jnp.mean(cv_squared_plus_one(moe.load_E))
-  weighted = (
-    loss.load_balance * balance + loss.router_z * router_z + loss.z * z
-    + loss.importance * importance + loss.load * load
+  terms = (
+    (loss.load_balance, balance), (loss.router_z, router_z), (loss.z, z),
+    (loss.importance, importance), (loss.load, load),
   )  # fmt: skip
-  return Losses(cross_entropy + weighted, cross_entropy, balance, router_z, z, importance, load)
+  # A term of weight 0 is logged only: added as 0 times a value, it would have a backward pass, and
+  # make NaN of a value or a gradient that is not finite.
+  minimised = cross_entropy + sum(weight * term for weight, term in terms if weight)
+  return Losses(minimised, cross_entropy, balance, router_z, z, importance, load)

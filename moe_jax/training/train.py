@@ -13,7 +13,7 @@ from moe_jax.config import OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Tokens, Transformer, bias_shape, moe_layers
-from moe_jax.moe import routers
+from moe_jax.moe import dispatch, routers
 from moe_jax.training import losses, metrics, optimizers
 
 
@@ -102,11 +102,15 @@ def batch_sums(
   if accumulation == 1:
     return forward(params, batch, key)
 
+  group_rows = dispatch.group_rows(config.model.moe, config.data.seq_len)
+
   def split(x_BL: jax.Array) -> jax.Array:
-    # Every device keeps its own rows: a microbatch is every `accumulation`-th row of each device.
-    x = x_BL.reshape(x_BL.shape[0] // accumulation, accumulation, -1).swapaxes(0, 1)
+    # Every device keeps its own rows, and the rows of a routing group stay together: a microbatch
+    # is every `accumulation`-th group of each device.
+    B, L = x_BL.shape
+    x = x_BL.reshape(-1, accumulation, group_rows, L).swapaxes(0, 1)
     spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x.reshape(accumulation, B // accumulation, L), spec)
 
   micro = jax.tree.map(split, batch)
   keys = jax.random.split(key, accumulation)

@@ -1,5 +1,6 @@
 """eval.py's options: other capacities, what is refused, and all that it writes of a trained run."""
 
+import functools
 import json
 import math
 import os
@@ -8,12 +9,17 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
+from moe_jax import config as config_lib
+from moe_jax import sharding
 from moe_jax.analysis import evaluation
 from moe_jax.config import Dispatch, Exchange, Router, UserError
+from moe_jax.training import evaluator
 from tests.support.scripts import built
+from tests.support.toy_text import toy_rows, weights
 from tests.support.toys import ROOT, toy_config
 
 
@@ -62,6 +68,44 @@ def test_expert_choice_needs_a_capacity():
 def test_a_capacity_of_zero_is_refused():
   with pytest.raises(UserError, match="must be above 0; inf is no limit"):
     evaluation.check_options(toy_config(), [0.0], True)
+
+
+def test_a_batch_of_training_need_not_split_over_the_devices_here():
+  """Microbatches of two rows, evaluated in batches of eight on eight devices."""
+  config = toy_config()
+  config.train.accumulation, config.eval.batch_size = 4, 8
+  config.mesh = evaluation.mesh_here(config)
+  assert config.mesh.data == 8
+  assert evaluation.at_capacity(config, 1.5).mesh.data == 8
+
+
+@pytest.mark.slow
+def test_no_device_evaluates_a_part_of_a_routing_group():
+  """Groups of two rows in batches of eight: four devices, and the numbers of one."""
+  config = toy_config(group_size=18, eval_capacity_factor=0.8)
+  mesh = evaluation.mesh_here(config)
+  assert mesh.data == 4
+  rows, totals = toy_rows([30, 3, 17, 25, 40, 9, 28], [0, 1, 0, 1, 0, 1, 1]), []
+  assert len(rows) % 8  # so that padding fills the last batch
+  for some in (config_lib.Mesh(data=1), mesh):
+    devices = sharding.make_mesh(some)
+    with jax.set_mesh(devices):
+      total = evaluator.Evaluator(config, rows, devices, 0).total(weights(), np.zeros((2, 4)))
+    totals.append(total.sums)
+  one, four = totals
+  assert 0.05 < 1 - one.moe.kept_E.sum() / one.moe.routed_E.sum() < 0.6
+  np.testing.assert_array_equal(four.moe.kept_E, one.moe.kept_E)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), four, one)  # rounding
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_mesh_for_any_group(rows):
+  mesh = evaluation.mesh_here(toy_config(group_size=9 * rows))
+  assert mesh.data == 8 // rows
+
+
+def test_a_dense_model_has_no_routing_groups():
+  assert evaluation.mesh_here(toy_config(num_experts=0, group_size=18)).data == 8
 
 
 # All that eval.py writes of a run with domains.

@@ -5,10 +5,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
+import tempfile
 
 import numpy as np
 import pytest
 
+from moe_jax.config import Data, UserError
 from moe_jax.data import text_files
 from moe_jax.data.text_files import split_of
 from tests.support.texts import PROSE, SPLITS, error_of, everything, joined, load
@@ -93,9 +96,143 @@ def test_a_path_that_is_missing_is_refused(path, why, text, tmp_path):
   ({"a.jsonl": b'{"text": "x"}\n\n{"text": '}, ["a.jsonl:3", "not JSON"]),
   ({"a.jsonl": b"[1]"}, ["config.data.text_field='text'", "a.jsonl:1"]),
   ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl:1", "not UTF-8"]),
+  ({"a.jsonl": b"[" * 100_000}, ["a.jsonl:1", "not JSON", "mend or remove"]),
+  ({"a.jsonl": b'{"text": "x", "n": ' + b"1" * 10_000 + b"}"}, ["a.jsonl:1", "not JSON"]),
+  ({"a.jsonl": b'{"a\\u001b[31m\\nb": "x"}'}, ["a.jsonl:1", r"fields: 'a\x1b[31m\nb'"]),
+  ({"a.txt": "text".encode("utf-16")}, ["a.txt", "not UTF-8"]),
+  ({"a\nb.txt": b"text"}, [r"a\nb.txt", "does not print", "rename it"]),
+  ({os.fsdecode(b"\xff.txt"): b"text"}, [r"\udcff.txt", "not UTF-8", "rename it"]),
 ])  # fmt: skip
 def test_files_that_hold_no_text_are_refused(files, parts, text):
   for name, content in files.items():
     (pathlib.Path(text.path) / name).write_bytes(content)
   message = error_of(text)
   assert all(part in message for part in parts), message
+
+
+def fifo(path):
+  os.mkfifo(path)
+
+
+def socket_file(path):
+  with socket.socket(socket.AF_UNIX) as made:
+    made.bind(str(path))
+
+
+def link_to(target):
+  return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+@pytest.mark.parametrize(("make", "why"), [
+  (fifo, "no regular file"), (link_to("/dev/zero"), "no regular file"),
+  (link_to("x.txt"), "cannot be read"), (link_to("nowhere"), "cannot be read"),
+  (socket_file, "no regular file"),
+], ids=["pipe", "device", "loop", "dangling", "socket"])  # fmt: skip
+def test_what_is_no_file_is_refused_at_once(make, why, name, text, tmp_path, monkeypatch):
+  """A pipe would wait for a writer for ever, and /dev/zero would fill the memory."""
+  monkeypatch.chdir(text.path)  # the path of a socket may not be long
+  pathlib.Path("good.txt").write_text(PROSE)
+  make(pathlib.Path(name))
+  for path in (text.path, str(pathlib.Path(text.path) / name)):
+    message = error_of(dataclasses.replace(text, path=path), seconds=5)
+    assert f"{text.path}/{name} " in message and why in message and "remove it" in message
+
+
+def test_a_pipe_that_takes_a_files_place_is_refused(text):
+  (pathlib.Path(text.path) / "a.txt").write_text(PROSE)
+  files = text_files.user_files(text)
+  (pathlib.Path(text.path) / "a.txt").unlink()
+  os.mkfifo(pathlib.Path(text.path) / "a.txt")
+  with pytest.raises(UserError, match=r"a.txt is no regular file"):
+    list(text_files.user_documents(text, files))
+
+
+def grow(path):
+  with open(path, "a") as file:
+    file.write('{"text": "more"}\n')
+
+
+@pytest.mark.parametrize(("change", "why"), [
+  (grow, "has changed while it was read"), (os.remove, "cannot be read (No such file")
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
+def test_a_file_that_changes_while_it_is_read_is_refused(change, why, name, text):
+  """Every read looks again, since the documents are read once to check them and once to store."""
+  for n in range(9):
+    (pathlib.Path(text.path) / f"a{n}.txt").write_text(PROSE)
+  path = pathlib.Path(text.path) / name
+  path.write_text('{"text": "x"}\n' * 5)
+  config = dataclasses.replace(text)
+  files = text_files.user_files(config)
+  read = text_files.split_user_documents(config, lambda: text_files.user_documents(config, files))
+  change(path)
+  for split in SPLITS:
+    with pytest.raises(UserError) as caught:
+      list(read(split))
+    assert f"{path} {why}" in str(caught.value)
+
+
+def test_a_file_that_grows_under_the_reader_is_refused(text):
+  path = pathlib.Path(text.path) / "a.jsonl"
+  path.write_text('{"text": "x"}\n' * 5)
+  documents = text_files.user_documents(text, text_files.user_files(text))
+  next(documents)
+  grow(path)
+  with pytest.raises(UserError, match="has changed while it was read"):
+    list(documents)
+
+
+def test_documents_without_text_are_counted(text, capfd):
+  root = pathlib.Path(text.path)
+  (root / "a.jsonl").write_text('{"text": "x"}\n\n{"text": ""}\n{"text": "y"}\n{"text": ""}')
+  (root / "b.txt").write_text("z")
+  (root / "c.txt").write_text(" \n\t")
+  (root / "d.txt").write_text("")
+  rows = load(text)
+  assert sorted(joined(map(everything, rows.values()))) == [b"x", b"y", b"z"]
+  assert f"left out 4 documents of {text.path} that have no text\n" in capfd.readouterr().err
+
+
+def test_carriage_returns_byte_order_marks_and_nul_characters(text):
+  root = pathlib.Path(text.path)
+  (root / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one\\r\\n"}\r\n{"text": "a\\u0000b"}\r\n')
+  (root / "b.txt").write_bytes(b"two\r\n")
+  found = joined(map(everything, load(text).values()))
+  assert sorted(found) == [b"a\0b", b"one\r\n", b"two\r\n"]
+
+
+def test_links_to_folders_are_not_followed_and_named(text, tmp_path, capfd):
+  root = pathlib.Path(text.path)
+  (root / "sub").mkdir()
+  (root / "sub" / "back").symlink_to(root)
+  for name in ("a", "b", "sub/c"):
+    (root / f"{name}.txt").write_text(name)
+  assert sum(rows.num_documents for rows in load(text).values()) == 3
+  assert "links to folders are not followed: sub/back\n" in capfd.readouterr().err
+  load(text)
+  assert not capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_cannot_be_read_is_refused():
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    (pathlib.Path(folder) / "a.txt").write_text("text")
+    (pathlib.Path(folder) / "closed").mkdir(mode=0o700)
+    os.seteuid(65534)  # a user who is not root
+    try:
+      with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\)"):
+        text_files.user_files(Data(name="text", path=folder))
+    finally:
+      os.seteuid(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_document_over_a_gibibyte_is_refused(name, text):
+  path = pathlib.Path(text.path) / name
+  path.touch()
+  os.truncate(path, 2**30 + 1)  # it takes no place on the disk
+  message = error_of(text, seconds=60)
+  assert "is over 1 GiB" in message and "cut it" in message

@@ -1,6 +1,8 @@
 """Tokenizers: text comes back, every byte is counted, special tokens of the file stay out."""
 
 import dataclasses
+import json
+import os
 import pathlib
 import sys
 
@@ -141,15 +143,59 @@ def test_another_tokenizer_makes_other_rows_of_the_same_text(text, tmp_path):
 
 @pytest.mark.parametrize(("name", "why"), [
   ("gpt2", "neither"), ("none.json", "no such file"), ("FOLDER/bad.json", "is not a"),
-  ("FOLDER/bad.model", "is not a"),
+  ("FOLDER/bad.model", "is not a"), ("FOLDER/pipe.json", "no regular file"),
+  ("FOLDER/pipe.model", "no regular file"),
 ])  # fmt: skip
 def test_a_tokenizer_that_cannot_be_read_is_refused(name, why, text, tmp_path):
   (tmp_path / "bad.json").write_text("{}")
   (tmp_path / "bad.model").write_text("x")
+  os.mkfifo(tmp_path / "pipe.json")
+  os.mkfifo(tmp_path / "pipe.model")
   name = name.replace("FOLDER", str(tmp_path))
   message = error_of(dataclasses.replace(text, tokenizer=name))
   assert f"config.data.tokenizer={name!r}" in message
   assert why in message or "pip install" in message
+
+
+@pytest.mark.parametrize("kind", ["json", "model"])
+def test_a_damaged_tokenizer_is_refused_in_one_line_or_is_another_one(kind, tmp_path):
+  good = tmp_path / f"good.{kind}"
+  whole = (train_bpe if kind == "json" else train_sentencepiece)(good)
+  data, bad = good.read_bytes(), tmp_path / f"bad.{kind}"
+  rng = np.random.default_rng(0)
+  refused = 0
+  for n in range(60):
+    place = int(rng.integers(len(data)))
+    damaged = bytearray(data[:place] if n % 3 == 0 else data)
+    if n % 3:
+      damaged[place] ^= 1 << n % 8
+    bad.write_bytes(damaged)
+    try:
+      found = tokenizers.load_tokenizer(Data(tokenizer=str(bad)))
+    except UserError as error:
+      assert "\n" not in str(error) and f"{bad}" in str(error)
+      refused += 1
+    else:
+      assert found.fingerprint != whole.fingerprint  # so the run is not continued with it
+  assert refused > 20
+
+
+def test_a_vocabulary_with_a_huge_id_is_refused(tmp_path):
+  train_bpe(tmp_path / "t.json")
+  values = json.loads((tmp_path / "t.json").read_text())
+  values["model"]["vocab"]["far"] = 2**31
+  (tmp_path / "t.json").write_text(json.dumps(values))
+  with pytest.raises(UserError, match=r"id of 2,147,483,648 is over"):
+    tokenizers.load_tokenizer(Data(tokenizer=str(tmp_path / "t.json")))
+
+
+def test_text_that_a_vocabulary_cannot_spell_is_refused(tmp_path, text):
+  hf = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+  words = hf.Tokenizer(hf.models.WordLevel({"known": 0}, unk_token="[UNK]"))
+  words.save(str(tmp_path / "t.json"))
+  (pathlib.Path(text.path) / "a.txt").write_text("unknown\n" * 99)
+  message = error_of(dataclasses.replace(text, tokenizer=str(tmp_path / "t.json")))
+  assert "t.json' cannot encode a text" in message
 
 
 def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Generation: greedy and drawn tokens, batches, meshes, compiled programs, and what is refused."""
 
 import dataclasses
+import logging
 import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 
 from moe_jax.config import Router, UserError
@@ -20,7 +22,7 @@ from tests.support.generation import (
   model_of,
   rows_of,
 )
-from tests.support.toys import mesh_of, toy_config
+from tests.support.toys import mesh_of, slow_unless, toy_config
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +220,8 @@ def test_a_router_that_needs_later_tokens_is_refused():
 
 @pytest.mark.parametrize(("name", "value"), [
   ("max_new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1),
-  ("top_p", 0.0), ("num_samples", 0),
+  ("top_p", 0.0), ("num_samples", 0), ("seed", -1), ("seed", 2**32), ("temperature", 1e-300),
+  ("top_k", 2**31),
 ])  # fmt: skip
 def test_an_option_out_of_range_is_refused(name, value, made):
   with pytest.raises(UserError, match=f"{name}={value}"):
@@ -228,3 +231,51 @@ def test_an_option_out_of_range_is_refused(name, value, made):
 def test_no_prompt_is_refused(made):
   with pytest.raises(UserError, match="no prompt"):
     made.model.generate([])
+
+
+def test_a_seed_of_32_bits_draws_a_text_of_its_own(made):
+  """A Python integer from 2**31 on would be no int32, and one from 2**32 on another seed."""
+  texts = {
+    made.model.generate("a", max_new_tokens=16, seed=seed)[0].text
+    for seed in (0, 2**31 - 1, 2**31, 2**32 - 1)
+  }
+  assert len(texts) == 4
+
+
+TOO_LARGE = {
+  "long": (["a" * 100_000], {}, "1 prompts of up to 100,001 tokens and 256 new ones need "),
+  "many": (["a", "b"], {"num_samples": 10**7}, "20,000,000 prompts of up to 2 tokens"),
+  "endless": (["a"], {"max_new_tokens": 10**9}, "1,000,000,000 new ones need "),
+  "no_size": (["a"], {"max_new_tokens": 10**18}, "are over 1,073,741,824 tokens in all"),
+}
+
+
+@pytest.mark.parametrize("case", slow_unless(["endless", "no_size"], TOO_LARGE))
+def test_what_does_not_fit_into_memory_is_refused_before_anything_is_allocated(case, made):
+  prompts, options, why = TOO_LARGE[case]
+  before = psutil.Process().memory_info().rss
+  with pytest.raises(UserError, match=re.escape(why)) as caught:
+    made.model.generate(prompts, **options)
+  assert "give fewer or shorter ones" in str(caught.value)
+  assert psutil.Process().memory_info().rss < before + 3e9  # what the compiler takes
+
+
+@pytest.mark.slow
+def test_a_program_is_compiled_once_though_its_memory_is_looked_at_first(made):
+  with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+    compiled = []
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    patch.setattr(logger, "handle", lambda record: compiled.append(record.getMessage()))
+    made.model.generate("a" * 70, max_new_tokens=3)  # no other test has a prompt this long
+  assert sum("Compiling jit(_prefill)" in line for line in compiled) == 1, compiled
+
+
+def test_the_memory_that_is_asked_for_is_that_of_the_program(made):
+  """By hand: the cache, beside which the rest is small."""
+  model = made.model.model
+  slots = 10**9 // 32 * 32 + 32
+  cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4 * slots
+  with pytest.raises(UserError) as caught:
+    made.model.generate("a", max_new_tokens=10**9)
+  needed = float(re.search(r"need ([\d,.]+) GB", str(caught.value))[1].replace(",", ""))
+  assert needed == pytest.approx(cache / 1e9, rel=0.01)

@@ -6,6 +6,35 @@ import pytest
 
 from moe_jax.inference import sampling
 
+TOP = np.array([-1.5, 0.25, 3.0, 2.999, -50.0, 3.5], np.float32)
+
+
+def drawn(logits, number_of_rows, **options):
+  draw, kind = sampling.options(vocab_size=len(logits), **dict(top_k=0, top_p=1.0) | options)
+  rows = jnp.tile(jnp.asarray(logits)[None], (number_of_rows, 1))
+  return np.asarray(sampling.sample(rows, 0, 0, draw, kind, 5))  # id 5 is not the tokenizer's
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-38, 1e-30, 1e-6])
+@pytest.mark.parametrize("filters", [{}, dict(top_k=3), dict(top_p=0.9), dict(top_k=4, top_p=0.5)])
+def test_a_temperature_near_zero_takes_the_most_probable_token(temperature, filters):
+  """As 0 does, also where float32 has no such number, or logits over it are none."""
+  with np.errstate(all="raise"):
+    got = drawn(TOP, 50, temperature=temperature, **filters)
+  assert got.tolist() == [2] * 50 == drawn(TOP, 50, temperature=0.0, **filters).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+@pytest.mark.parametrize(("filters", "ids"), [
+  ({}, range(5)), (dict(top_k=3), [1, 2, 3]), (dict(top_p=0.5), [1, 2, 3]),
+])  # fmt: skip
+def test_a_huge_temperature_draws_every_token_alike(temperature, filters, ids):
+  """Of the tokenizer's, and with filters of those that they keep."""
+  with np.errstate(all="raise"):
+    got = np.bincount(drawn(TOP, 2000, temperature=temperature, **filters), minlength=6)
+  expected = [1 / len(ids) if i in ids else 0 for i in range(6)]
+  np.testing.assert_allclose(got / 2000, expected, atol=0.05)
+
 
 def chances(logits, **options):
   """How often each id is drawn, of 20,000 rows."""

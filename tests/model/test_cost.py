@@ -1,12 +1,19 @@
 """Parameter counts against arithmetic by hand, and the description printed before a run."""
 
 import importlib
+import time
 
+import jax
 import pytest
 
-from moe_jax.config import Router
+import moe_jax
+from moe_jax import command_line, validation, workdir
+from moe_jax.analysis import evaluation
+from moe_jax.config import Config, Mesh, Router, UserError
+from moe_jax.kernels import platform
 from moe_jax.model import cost
-from tests.support.toys import toy_config
+from moe_jax.training import optimizers, train
+from tests.support.toys import mesh_of, toy_batch, toy_config
 
 
 def test_mixtral_8x7b():
@@ -53,3 +60,98 @@ def test_describe_says_what_is_not_causal():
   report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False), ())
   assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
   assert "not causal" not in cost.report(toy_config(), ())
+
+
+def debug_config(**fields) -> Config:
+  config = importlib.import_module("configs.debug").get_config()
+  changed = {name.replace("__", "."): value for name, value in fields.items()}
+  return command_line.override(config, changed | {"mesh.data": 1}, "here")
+
+
+TOO_LARGE = [
+  (dict(model__dim=4_000_000), "config.model.vocab_size=264 or config.model.dim=4000000"),
+  (dict(model__vocab_size=2**31 - 1), "config.model.vocab_size=2147483647 or config.model.dim=32"),
+  (dict(model__num_layers=10_000, model__ffn_dim=10**5, model__moe__num_experts=0),
+   "config.model.num_layers=10000 or config.model.ffn_dim=100000 or config.model.dim=32"),
+  (dict(model__moe__num_experts=10**7, model__moe__expert_dim=10**5),
+   "config.model.moe.num_experts=10000000 or config.model.moe.expert_dim=100000 or "),
+  (dict(model__moe__shared_experts=10**9), "config.model.moe.shared_experts=1000000000 or "),
+  (dict(model__num_heads=10**9), "config.model.num_heads=1000000000 or config.model.head_dim=16"),
+  (dict(data__batch_size=10**5), "config.data.batch_size=100000, config.data.seq_len=64"),
+  (dict(model__num_layers=10_000, data__batch_size=64, data__seq_len=512),
+   "config.model.num_layers=10000, or raise config.train.accumulation=1"),
+  (dict(eval__batch_size=3 * 10**6), "config.eval.batch_size=3000000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "remedy"), TOO_LARGE, ids=lambda value: str(value)[:30])
+def test_what_no_device_can_hold_is_refused_at_once(fields, remedy):
+  config = debug_config(**fields)
+  validation.validate(config)
+  start = time.process_time()
+  with pytest.raises(UserError, match=r"at least \d.*[GT]iB on each device, which has") as error:
+    cost.check_training_memory(config, optimizers.abstract_state(config))
+  assert time.process_time() - start < 10  # seconds; from shapes alone it takes one
+  assert remedy in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_fits_passes():
+  config = debug_config()
+  cost.check_training_memory(config, optimizers.abstract_state(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_no_run_is_refused_that_would_fit(optimizer, monkeypatch):
+  """The check asks for no more than the compiled step takes, and for half of its state at least."""
+  config = toy_config()
+  config = command_line.override(config, {"optimizer.name": optimizer, "model.dim": 64}, "here")
+  mesh = mesh_of()
+  with jax.set_mesh(mesh):
+    _, shapes, shardings = train.init_state(config, mesh)
+    batch = jax.tree.map(_shape, toy_batch(config))
+    step = train.compile_step(config, shardings).lower(shapes, batch).compile()
+  taken = step.memory_analysis()
+  state = optimizers.abstract_state(config)
+  for memory, fits in (
+    (taken.argument_size_in_bytes + taken.temp_size_in_bytes, True),
+    (taken.argument_size_in_bytes // 2, False),
+  ):
+    monkeypatch.setattr(platform, "memory_bytes", lambda memory=memory: memory)
+    if fits:
+      cost.check_training_memory(config, state)
+    else:
+      with pytest.raises(UserError):
+        cost.check_training_memory(config, state)
+
+
+def _shape(array):
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def test_a_mesh_divides_what_a_device_holds(monkeypatch):
+  """Over 4 devices, each holds a quarter of the experts and of the batch."""
+  config = toy_config(num_experts=8, expert_dim=500)
+  config.mesh = Mesh(data=1)
+  state = optimizers.abstract_state(config)
+  whole = cost.state_bytes(config, state)
+  monkeypatch.setattr(platform, "memory_bytes", lambda: 0.6 * whole)
+  with pytest.raises(UserError, match=r"moe.num_experts=8 or .* or take more devices"):
+    cost.check_training_memory(config, state)
+  config.mesh = Mesh(data=1, expert=4)
+  cost.check_training_memory(config, state)
+
+
+@pytest.mark.parametrize(("fields", "why"), [
+  (dict(model__dim=10**7), "^weights: at least .*lower config.model.vocab_size=264 or "),
+  (dict(eval__batch_size=3 * 10**6), "logits of an evaluation of 3000000 sequences"),
+])  # fmt: skip
+def test_a_run_that_this_machine_cannot_hold_is_not_read(fields, why, tmp_path):
+  """Its config.json is enough to say so; there are no checkpoints here."""
+  workdir.write_config(tmp_path, debug_config(**fields))
+  with pytest.raises(UserError, match=why):
+    evaluation.LoadedRun(str(tmp_path), 0, "validation")
+  if "model__dim" in fields:
+    with pytest.raises(UserError, match=why):
+      moe_jax.load(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -1,5 +1,6 @@
 """Any router, any dispatcher, any mesh: one answer, the NumPy oracle's."""
 
+import dataclasses
 import functools
 import os
 import zlib
@@ -17,7 +18,7 @@ from moe_jax.moe import counts
 from moe_jax.moe import layer as layer_lib
 from moe_jax.moe.routing import LayerInputs
 from moe_jax.training import losses
-from tests.support import routings
+from tests.support import routings, unread
 from tests.support.routings import ROUTINGS, E
 from tests.support.toys import mesh_of
 
@@ -92,9 +93,11 @@ def layer_loss(x_BLD, weights, rest, cotangent_BLD, moe):
   return loss, Outputs(y_BLD, stats, choices, balance)
 
 
-def run(moe, axes) -> Answer:
-  """On a mesh."""
+def run(moe, axes, padding=None) -> Answer:
+  """On a mesh; with numbers of the size of `padding` at all that stands at padding."""
   values, cotangent_BLD = routings.inputs()
+  if padding is not None:
+    values = dataclasses.replace(values, **at_padding(values, padding))
   bias_E = values.bias_E if moe.bias_update_rate else np.zeros(E)
   with jax.set_mesh(mesh_of(**axes)):
     to32 = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32))
@@ -105,6 +108,14 @@ def run(moe, axes) -> Answer:
       *to32((values.x_BLD, values.weights)), rest, to32(cotangent_BLD)
     )
   return Answer(outputs, {"x_BLD": dx_BLD} | dweights)
+
+
+def at_padding(values, size):
+  pad_BL1, rng = ~values.real_BL[..., None], np.random.default_rng(3)
+  ids_BL = np.where(values.real_BL, values.ids_BL, rng.integers(0, 20, (values.ids_BL.shape)))
+  arrays = {"x_BLD": values.x_BLD, "noise_BLE": values.noise_BLE}
+  junk = {n: np.where(pad_BL1, size * rng.normal(size=a.shape), a) for n, a in arrays.items()}
+  return junk | {"ids_BL": ids_BL.astype(np.int32)}
 
 
 def assert_close(got, want, name=""):
@@ -211,19 +222,54 @@ def test_every_weight_of_the_grid_has_a_gradient(routing, dropless):
     assert np.abs(gradient).max() > 1 or (name == "noise_DE" and routing != "noisy"), name
 
 
-def test_unset_memory_does_not_show(monkeypatch, small_blocks):
-  """The blocked matmuls' scratch filled with NaN: outputs and gradients are those of any other."""
-  moe = routings.moe_config(
-    "deepseek", dropless=True, dispatch=Dispatch.GROUPED, grouped_matmul=GroupedMatmul.BLOCKED
-  )
-  filled = []
+UNREAD = {
+  "gather": {"rows", "outputs"},
+  "einsum": {"outputs"},
+  "dense": {"outputs"},
+  "blocked-all-gather": {"rows", "outputs", "scratch"},
+  "ragged-dot-all-to-all": {"rows", "outputs", "buffers"},
+}
+EVERYDAY = {
+  "blocked-all-gather": "one", "ragged-dot-all-to-all": "expert4"
+}  # fmt: skip
 
-  def empty(shape, dtype):
-    filled.append(shape)
-    return jnp.full(shape, jnp.nan, dtype)
 
-  monkeypatch.setattr(jax.lax, "empty", empty)
-  got, want = run(moe, {}), routings.expected("deepseek", True)
-  assert len(filled) >= 3
+@pytest.mark.parametrize(
+  ("dispatch_name", "mesh"),
+  [
+    pytest.param(name, mesh, marks=[] if EVERYDAY.get(name) == mesh else [pytest.mark.slow])
+    for name in UNREAD
+    for mesh in ("one", "expert4", "expert4-data2", "expert2-fsdp2", "expert2-tensor2")
+  ],
+)
+def test_what_stands_in_rows_of_nothing_does_not_show(
+  dispatch_name, mesh, monkeypatch, small_blocks
+):
+  """Slots without a token, rows past the last, buffers, scratch, and the tokens of padding.
+
+  Outputs, statistics and gradients are the oracle's, which has no such rows.
+  """
+  dropless, fields = DISPATCHES[dispatch_name]
+  moe = routings.moe_config("deepseek", dropless=dropless, **fields)
+  filled, want = unread.fill(monkeypatch, moe), routings.expected("deepseek", dropless)
+  got = run(moe, MESHES[mesh], padding=unread.JUNK)
+  buffers = set() if mesh != "one" else {"buffers"}  # one device sends none
+  assert filled == UNREAD[dispatch_name] - buffers
   assert_close(got.outputs.y_BLD, want.result.y_BLD)
+  assert_counts_equal(got.outputs, want.result)
+  assert_statistics_close(got.outputs, want.result)
+  assert_gradients_close(got.gradients, want.gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_what_stands_at_padding_does_not_show(routing):
+  """To no router."""
+  got, want = (
+    run(routings.moe_config(routing), {}, padding=unread.JUNK),
+    routings.expected(routing, False),
+  )
+  assert_close(got.outputs.y_BLD, want.result.y_BLD)
+  assert_counts_equal(got.outputs, want.result)
+  assert_statistics_close(got.outputs, want.result)
   assert_gradients_close(got.gradients, want.gradients)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 from typing import NamedTuple
 
 from moe_jax import report
@@ -117,7 +118,8 @@ def markup_sweep(out, markup):
   for entry in (*record["arms"], *record["runs"]):
     key = "name" if "name" in entry else "arm"
     entry[key] = entry[key].replace("moe", f"moe{markup}|`x`")
-    entry["error"] = entry["command"] = f"``` {markup}"
+    entry["error"] = f"``` {markup}"
+    entry["command"] = shlex.quote(markup)
   record["runs"][0]["status"] = "failed"
   record["runs"][1] |= {"status": "stopped", "error": ""}
   (out / "dense/seed1/log.txt").write_bytes(markup.encode("utf-8", "surrogatepass"))

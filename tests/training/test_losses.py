@@ -21,6 +21,42 @@ def test_the_squared_variation_of_even_values_is_zero(experts):
   np.testing.assert_allclose(losses.cv_squared_plus_one(even_ZE), 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1.0, 1e18])
+def test_the_squared_variation_of_any_values_is_finite(scale):
+  """Of nothing it is 0. Also where XLA squares before it divides, as in some programs on meshes."""
+  x_ZE = scale * jnp.array([[4.0, 0.0, 1.0, 1.0]])
+  value, gradient = jax.value_and_grad(lambda x: losses.cv_squared_plus_one(x)[0])(x_ZE)
+  assert np.isfinite(value) and np.isfinite(gradient).all()
+  if scale >= 1:
+    np.testing.assert_allclose(value, 4 * 18 / 36, rtol=1e-6)
+  if scale == 0:
+    assert value == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("name", ["load_balance", "router_z", "z", "importance", "load"])
+def test_a_loss_of_weight_zero_is_logged_only(name):
+  """It neither enters the total nor has a gradient, though here it is not finite."""
+  stats = counts.zeros(1, 2, 1)._replace(
+    tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), prob_E=jnp.ones((1, 2)),
+    z=jnp.ones(1), importance_E=jnp.ones((1, 2)), load_E=jnp.ones((1, 2)),
+  )  # fmt: skip
+  sums = losses.sums(jnp.ones((1, 4, 2)), jnp.zeros((1, 4), int), jnp.ones((1, 4), bool), stats)
+  source = {"load_balance": "prob_E", "router_z": "z", "importance": "importance_E"}
+  source = source.get(name, "load_E")
+
+  def total(x, weight):
+    made = sums._replace(z=x) if name == "z" else sums._replace(moe=stats._replace(**{source: x}))
+    others = config_lib.Loss(**(dict(load_balance=0.1, router_z=0.1) | {name: weight}))
+    all_losses = losses.total(made, others, 1)
+    return all_losses.total, all_losses
+
+  broken = jnp.full_like(sums.z if name == "z" else getattr(stats, source), jnp.inf)
+  gradient, all_losses = jax.grad(total, has_aux=True)(broken, 0.0)
+  assert np.isfinite(all_losses.total) and not gradient.any()
+  assert not np.isfinite(getattr(all_losses, name))
+  assert not np.isfinite(total(broken, 0.5)[0])
+
+
 def test_a_lost_statistic_raises():
   stats = counts.zeros(1, 4, 1)
   sums = losses.sums(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), stats)

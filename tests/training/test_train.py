@@ -139,6 +139,39 @@ def test_two_microbatches_have_the_metrics_of_the_batch(mesh):
   compare(accumulated_on(mesh).first, steps_on(mesh).first, atol=1e-6)
 
 
+def grouped_config(accumulation):
+  """Two rows share a routing group, and compete for its slots."""
+  config = weighty_config(accumulation)
+  config.model.moe.group_size = 2 * config.data.seq_len
+  return config
+
+
+def test_microbatches_have_the_routing_groups_of_the_batch():
+  """Rows of a group stay in one microbatch: the sums, and so drops and losses, of the batch."""
+  mesh, state, _ = set_up(grouped_config(1), {})
+
+  def sums(accumulation):
+    config, key = grouped_config(accumulation), jax.random.key(0)
+    compute = jax.jit(functools.partial(train.batch_sums, key=key, config=config))
+    return jax.device_get(compute(state.params, state.bias_ZE, toy_batch(config)))
+
+  with jax.set_mesh(mesh):
+    whole, parts = sums(1), sums(4)
+  assert 0.05 < 1 - whole.moe.kept_E.sum() / whole.moe.routed_E.sum() < 0.6
+  compare(parts.moe, whole.moe, atol=1e-6)
+  np.testing.assert_allclose([parts.nll, parts.z], [whole.nll, whole.z], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.preflight
+@pytest.mark.parametrize("mesh", [{}, dict(data=2), dict(expert=2)], ids=str)
+def test_microbatches_of_groups_of_rows_take_the_step_of_the_batch(mesh):
+  whole, parts = take_steps(grouped_config(1), {}), take_steps(grouped_config(2), mesh)
+  assert 0.05 < whole.first["drop_fraction_Z"].mean() < 0.6
+  compare(parts.grads, whole.grads, atol=1e-6)
+  compare(parts.first, whole.first, atol=1e-6)
+
+
 @functools.cache
 def compiled_text(remat, mesh):
   config = toy_config()

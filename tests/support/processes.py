@@ -1,0 +1,85 @@
+"""Two real processes of one run, started as on two hosts, with one simulated device each."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+from tests.support.toys import ROOT
+
+# Compiles faster; the same for all runs that are compared.
+FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+
+
+def alone(devices):
+  """The environment of one process with simulated devices."""
+  return {**os.environ, "XLA_FLAGS": f"{FLAGS}{devices}"}
+
+
+def train_command(workdir, cache, *arguments):
+  return [
+    sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
+    f"--cache_dir={cache}", "--config.train.log_every=1", "--config.mesh.expert=2",
+    *arguments,
+  ]  # fmt: skip
+
+
+class Two:
+  """Two processes of the same command; those that still run are killed at the end of a `with`."""
+
+  def __init__(self, command, environments=({}, {})):
+    with socket.socket() as probe:
+      probe.bind(("localhost", 0))
+      port = probe.getsockname()[1]
+    self.processes = []
+    for index, more in enumerate(environments):
+      env = alone(1) | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+      }
+      self.processes.append(
+        subprocess.Popen(
+          [*command, "--multihost"],
+          cwd=ROOT,
+          env=env | more,
+          text=True,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+        )
+      )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.processes:
+      process.kill()
+      process.communicate()
+
+  def until(self, start):
+    """Waits for a line that process 0 prints."""
+    for line in self.processes[0].stdout:
+      if line.startswith(start):
+        return
+    raise AssertionError(self.processes[0].stderr.read())
+
+  def ends(self, timeout=500):
+    """Returns (exit code, stdout, our lines of stderr) of each; nothing else may be an error."""
+    ends = []
+    for process in self.processes:
+      stdout, stderr = process.communicate(timeout=timeout)
+      ours = [line for line in stderr.splitlines() if line.startswith("error: ")]
+      assert not re.search(r"Traceback|Fatal|stack trace|^F\d{4} ", stderr, re.M), stderr
+      ends.append((process.returncode, stdout, ours))
+    return ends
+
+  def lose(self, index, number=signal.SIGKILL, timeout=60):
+    """Sends a signal to one process, and returns (exit code, our lines) of the other."""
+    self.processes[index].send_signal(number)
+    other = self.processes[1 - index]
+    _, stderr = other.communicate(timeout=timeout)
+    assert not re.search(r"Traceback|Fatal|stack trace|^F\d{4} ", stderr, re.M), stderr
+    return other.returncode, [x for x in stderr.splitlines() if x.startswith("error: ")]
