@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +152,25 @@ def test_a_run_begins_with_the_parameters_of_one_in_a_store(remote_run, store, w
   assert want.returncode == 0, want.stderr
   assert losses_of(store.folder / "new") == losses_of(local)
   assert list((store.folder / "new" / "profile").rglob("*.xplane.pb")), "no trace"
+
+
+def test_two_processes_share_a_workdir_in_a_store(store, whole_run, cache):
+  """Up to the order of sums, as one process does."""
+  words = command("gs://bucket/two", cache, "--config.mesh.expert=2", "--multihost")
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    address = f"localhost:{probe.getsockname()[1]}"
+  place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+  processes = [
+    subprocess.Popen(
+      words, cwd=ROOT, env=ONE_DEVICE | store.env | place | {"JAX_PROCESS_ID": index}
+    )
+    for index in "01"
+  ]
+  assert [process.wait(timeout=600) for process in processes] == [0, 0]
+  got, want = losses_of(store.folder / "two"), losses_of(whole_run.workdir)
+  assert got == pytest.approx(want, rel=1e-5)
+  assert list((store.folder / "two/checkpoints/12/state").glob("ocdbt.process_1/*"))
 
 
 def test_a_report_reads_runs_in_a_store(remote_run, store, tmp_path):
