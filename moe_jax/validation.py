@@ -128,6 +128,7 @@ def _check_moe(config: Config) -> None:
   if moe.top_k > moe.num_experts:
     _refuse(config, "model.moe.top_k", "model.moe.num_experts", "a token can choose each expert "
             "once, so top_k is at most num_experts")  # fmt: skip
+  _check_groups(config)
   if moe.first_dense >= config.model.num_layers:
     _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
             " for a dense model set num_experts=0")  # fmt: skip
@@ -159,11 +160,10 @@ def _check_router(config: Config) -> None:
   if moe.bias_update_rate and not spec.takes_bias:
     _refuse(config, router, "model.moe.bias_update_rate", "a bias balances a choice by score: "
             f"{others('takes_bias')}, or set bias_update_rate=0")  # fmt: skip
-  if moe.expert_groups > 1 or moe.top_groups > 1:
-    if not spec.takes_groups:
-      _refuse(config, router, "model.moe.expert_groups", "this router has no groups; set "
+  for groups in ("expert_groups", "top_groups"):
+    if getattr(moe, groups) > 1 and not spec.takes_groups:
+      _refuse(config, router, f"model.moe.{groups}", "this router has no groups; set "
               f"expert_groups=1 and top_groups=1, or {others('takes_groups')}")  # fmt: skip
-    _check_groups(config)
   if loss.load_balance and not spec.load_is_learned:
     _refuse(config, router, "loss.load_balance", "the load is not the router's to change, so the "
             "loss would only distort the gates; set load_balance=0")  # fmt: skip
@@ -174,7 +174,9 @@ def _check_router(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
   moe = config.model.moe
-  if moe.num_experts % moe.expert_groups or moe.num_experts < 2 * moe.expert_groups:
+  if moe.expert_groups > 1 and (
+    moe.num_experts % moe.expert_groups or moe.num_experts < 2 * moe.expert_groups
+  ):
     _refuse(config, "model.moe.num_experts", "model.moe.expert_groups", "groups are of equal size, "
             "two experts at least")  # fmt: skip
   if moe.top_groups > moe.expert_groups:

@@ -81,6 +81,7 @@ WRONG_ROUTINGS = [
   (dict(router=Router.SINKHORN, score=Score.SIGMOID), {}, "router", "score", "router=topk"),
   (dict(router=Router.SINKHORN, bias_update_rate=0.1), {}, "router", "bias_update_rate", "topk"),
   (dict(router=Router.SINKHORN, expert_groups=2), {}, "router", "expert_groups", "groups=1"),
+  (dict(router=Router.SINKHORN, top_groups=2), {}, "top_groups", "expert_groups", "once"),
   (dict(expert_groups=4, top_groups=2), {}, "num_experts", "expert_groups", "two experts"),
   (dict(expert_groups=2, top_groups=3), {}, "top_groups", "expert_groups", "once"),
   (dict(expert_groups=2, top_k=3), {}, "top_k", "top_groups", "raise top_groups"),
