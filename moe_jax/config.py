@@ -82,11 +82,9 @@ class MoE(Section):
     infinite=True,
   )
   eval_capacity_factor: float = option(2.0, "The same in evaluation.", above=0, infinite=True)
-  group_size: int = option(
-    0, "Tokens that compete for the same slots (T); 0 is one sequence.", at_least=0
-  )
+  group_size: int = option(0, "Tokens that compete for slots (T); 0 is one sequence.", at_least=0)
   router_dtype: Dtype = option(
-    Dtype.FLOAT32, "Type of the router's logits and scores (Switch 2101.03961 section 2.4)."
+    Dtype.FLOAT32, "Type of the router's logits and scores (2101.03961)."
   )
   jitter: float = option(
     0.0, "In training the router's input is times U(1-jitter, 1+jitter).", at_least=0, below=1
@@ -243,9 +241,7 @@ class Eval(Section):
   """How much of the held-out text is evaluated at a time."""
 
   batch_size: int = option(0, "Rows of a batch; 0 is the training microbatch.", at_least=0)
-  batches: int = option(
-    16, "Batches of an evaluation in training, of rows spread over the split; 0 is all.", at_least=0
-  )
+  batches: int = option(16, "Batches of an evaluation in training; 0 is the split.", at_least=0)
   final_batches: int = option(0, "The same for eval.py, of any split.", at_least=0)
 
 

@@ -108,7 +108,7 @@ def check_falls_back(name, settings, undamaged, folder, capfd):
   said = capfd.readouterr().err
   assert "Traceback" not in said
   if found.step == 8:
-    assert (folder / "damaged/12.0").is_dir() and workdir.recorded_step(folder) == 8
+    assert (folder / "set_aside/12.0").is_dir() and workdir.recorded_step(folder) == 8
     assert said.count("\n") == 1 and "checkpoint 12 is set aside as" in said
   else:
     assert name not in ARRAYS and not said

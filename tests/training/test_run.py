@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for(text, trained, tmp_path, 
   assert "resuming" in said.out and "checkpoint 8 is set aside" in said.err
   assert losses_of(workdir) == losses_of(trained)
   assert arrays_of(workdir, 8) == arrays_of(trained, 8)
-  assert (workdir / "damaged/8.0").is_dir()
+  assert (workdir / "set_aside/8.0").is_dir()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(text, tmp_path, trained, capsys):
