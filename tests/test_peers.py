@@ -89,7 +89,7 @@ def test_a_process_that_hangs_is_lost_after_the_time_out(lost):
 
 
 def test_a_process_that_computes_for_longer_than_the_time_out_is_not_lost():
-  with Started("compute", "compute", timeout=1.5) as run:
+  with Started("compute", "compute", timeout=2.5) as run:
     assert run.meet().ends() == [(0, ""), (0, "")]
 
 
@@ -119,7 +119,7 @@ def test_an_interrupted_process_ends_the_others():
 
 @pytest.mark.parametrize("first", slow_unless([0], [0, 1]))
 def test_a_process_that_is_done_is_not_lost(first):
-  bodies = ["compute", "compute"]
+  bodies = ["nap", "nap"]
   bodies[first] = "leave"
   with Started(*bodies) as run:
     assert run.processes[first].wait(timeout=20) == 0

@@ -28,7 +28,9 @@ def main(index, count, port, timeout, patience, body):
     if body == "interrupt":
       raise KeyboardInterrupt
     if body == "compute":
-      compute(2.5)
+      compute(4)
+    if body == "nap":
+      time.sleep(1)
     if body == "wait":
       time.sleep(60)
     processes.leave()
