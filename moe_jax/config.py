@@ -201,9 +201,7 @@ class Train(Section):
   )
   log_every: int = option(10, "Steps from one line of metrics to the next.", at_least=1)
   eval_every: int = option(250, "Steps from one evaluation to the next.", at_least=1)
-  checkpoint_every: int = option(
-    250, "Steps from one checkpoint to the next, each with an evaluation.", at_least=1
-  )
+  checkpoint_every: int = option(250, "Steps between checkpoints, each evaluated.", at_least=1)
   keep_latest: int = option(2, "Newest checkpoints that are kept.", at_least=1)
   keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
 
