@@ -13,8 +13,6 @@ from moe_jax import workdir as workdir_lib
 from tests.support import disks
 from tests.support.scripts import (
   ONE_DEVICE,
-  WITHOUT_THREADS,
-  checkpoint_of,
   command,
   losses_of,
   train,
@@ -131,17 +129,6 @@ def test_a_second_training_in_a_workdir_is_refused(tmp_path, cache):
   newest = workdir_lib.saved_steps(workdir)[-1]
   done = attempt(workdir, cache, "--config.train.keep_latest=2", steps=newest + 4)
   assert done.returncode == 0, done.stderr
-
-
-def test_fewer_and_fewer_devices(tmp_path, cache, whole_run):
-  """8, 4, 2 devices and one: each goes on where the last one ended."""
-  workdir = tmp_path / "run"
-  for devices, steps in ((8, 4), (4, 8), (2, 10), (1, 12)):
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    train(workdir, cache, steps=steps, env=WITHOUT_THREADS | {"XLA_FLAGS": flag})
-  assert losses_of(workdir) == pytest.approx(losses_of(whole_run.workdir), rel=2e-5)
-  want, got = (checkpoint_of(path, 12)["load_ZE"] for path in (whole_run.workdir, workdir))
-  assert got == pytest.approx(want, abs=1e-4)
 
 
 def test_a_run_whose_reader_closes_the_pipe_ends_with_its_code(tmp_path, cache):
