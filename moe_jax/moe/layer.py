@@ -93,7 +93,8 @@ def moe_layer(
 
   Args:
     x_BLD: tokens of the whole mesh, compute dtype.
-    real_BL: bool, False at padding, which is neither routed nor counted.
+    real_BL: bool, False at padding, which is neither routed nor counted. What stands there, in any
+      array, changes nothing, but must be finite: gradients multiply it by 0.
     ids_BL: int32 token ids, for routers that read them.
     weights: the weights of the router and the experts.
     moe: the configuration of the layer.
