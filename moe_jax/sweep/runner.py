@@ -275,10 +275,10 @@ def run(
 
 
 def check_places(plan: Plan) -> None:
-  """Raises a UserError for a run whose folders or log are links, which may lead anywhere."""
+  """Raises a UserError for a link in the folder of a run, since it may lead anywhere."""
   for run in plan.runs:
     workdir = plan.out / run.workdir
-    for path in (workdir.parent, workdir, workdir / workdir_lib.LOG):
+    for path in (workdir.parent, workdir, *workdir.rglob("*")):
       if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it")
 

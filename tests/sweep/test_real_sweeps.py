@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
 import time
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ BAD = (
   "[arm('diverges', {'optimizer.learning_rate': 1e30}),"
   " arm('too_large', {'model.moe.expert_dim': 2_000_000_000})]"
 )
-SECONDS = 600
+SECONDS = 1800
 
 
 class Ended(NamedTuple):
@@ -34,7 +35,12 @@ class Ended(NamedTuple):
 
 
 def end(process, out) -> Ended:
-  output, errors = process.communicate(timeout=SECONDS)
+  try:
+    output, errors = process.communicate(timeout=SECONDS)
+  except subprocess.TimeoutExpired:
+    process.terminate()  # and the run of the sweep with it
+    process.communicate()
+    raise
   record = json.loads((out / "sweep.json").read_text())
   return Ended(process.returncode, output, errors, record)
 
