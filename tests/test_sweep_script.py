@@ -24,7 +24,7 @@ class DryRun(NamedTuple):
 
 def dry_run(path, out):
   command = [sys.executable, "sweep.py", f"--sweep={path}", f"--out={out}", "--dry-run",
-             "--seeds=0,4", "--config.train.steps=20"]  # fmt: skip
+             "--seeds=0,4", "--config.train.steps=20", "--cache_dir=my cache"]  # fmt: skip
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
@@ -52,8 +52,8 @@ def test_a_dry_run_prints_the_commands_of_each_run(dry):
   assert len(dry.lines) == 4
   assert dry.lines[1] == (
     "python train.py --config=configs/debug.py --config.data.seed=4 --config.train.steps=20 "
-    f"--config.train.seed=4 '--workdir={dry.out}/a/seed4' && "
-    f"python eval.py '--workdir={dry.out}/a/seed4'"
+    f"--config.train.seed=4 '--workdir={dry.out}/a/seed4' --cache_dir='my cache' && "
+    f"python eval.py '--workdir={dry.out}/a/seed4' --cache_dir='my cache'"
   )
 
 

@@ -1,4 +1,4 @@
-"""Turns documents into batches: tokenises them once into a memory map and reads rows of the map.
+"""Turns documents into batches: tokenises them once into a file and reads rows of the file.
 
 The stream is a separator and the tokens of each document, and one last separator. Row i has the
 inputs stream[i*L : i*L+L] and the targets one place later, so every token but the first is a target
