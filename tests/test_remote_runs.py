@@ -121,6 +121,18 @@ def test_lines_are_not_uploaded_one_by_one(remote_run, store):
   assert 0 < store.writes("run/metrics.jsonl") < 12
 
 
+def test_a_checkpoint_that_cannot_be_reached_is_not_damaged(remote_run, store, cache):
+  """It must not be set aside, and the run must not go on from an older one."""
+  store.refused.write_text("checkpoints/12/state/ocdbt")
+  try:
+    done = script(store, *command("gs://bucket/run", cache, steps=13))
+  finally:
+    store.refused.unlink()
+  assert done.returncode == 3 and "cannot reach gs://bucket/run/checkpoints/12" in done.stderr
+  assert workdir_lib.saved_steps(epath.Path(store.folder / "run"))[-1] == 12
+  assert not (store.folder / "run" / "damaged").exists()
+
+
 def test_a_run_in_a_store_is_evaluated(remote_run, store, whole_run, tmp_path):
   done = script(store, sys.executable, "eval.py", "--workdir=gs://bucket/run")
   assert done.returncode == 0, done.stderr

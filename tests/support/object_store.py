@@ -32,7 +32,8 @@ class Store:
   def __init__(self, folder: pathlib.Path, bucket: str = "bucket"):
     """Starts the process with an empty bucket, or with what `folder` has of an earlier one."""
     self.folder = folder / bucket  # of the bucket's objects
-    self.requests = folder / "requests.log"  # a line for each: method, path
+    self.requests = folder / "requests.log"  # a line for each object that was written
+    self.refused = folder / "refused.txt"  # objects with this text in their names are refused
     self.folder.mkdir(parents=True, exist_ok=True)
     self._port = free_port()
     self.url = f"http://127.0.0.1:{self._port}"
@@ -127,6 +128,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     name, *target = rest.split("/")
     name = urllib.parse.unquote(name)
     path = self.root / bucket / name
+    refused = self.root / "refused.txt"
+    if refused.exists() and refused.read_text() in name:
+      raise Refused(403)
     if not path.is_file():
       raise Refused(404)
     check_conditions(path, query)
