@@ -53,18 +53,18 @@ def main() -> None:
   if _MULTIHOST.value and _FILE.value == "-":
     raise UserError("--prompt_file=-: with --multihost give a file that every host has")
   prompts = read_prompts()
-  from moe_jax import startup
-
-  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
-    generate(prompts, options)
-
-
-def generate(prompts: list[str], options: dict[str, Any]) -> None:
-  """Prints the continuations."""
   # Until there is text, Ctrl-C ends the program at once, also inside a compiler.
   heed = not _MULTIHOST.value and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # nohup
   if heed:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+  from moe_jax import startup
+
+  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+    generate(prompts, options, heed)
+
+
+def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
+  """Prints the continuations; with `heed`, Ctrl-C ends them where they are."""
   import jax
 
   import moe_jax

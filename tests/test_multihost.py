@@ -87,7 +87,7 @@ def test_an_evaluation_that_does_not_split_over_the_processes_is_refused(one):
   command = [sys.executable, "eval.py", f"--workdir={one.workdir}"]
   with Together(command, [{}] * 3) as three:
     for code, _, (line,) in three.ends():
-      assert code == 2 and "batches of 8 rows do not split over 3 processes" in line
+      assert code == 2 and "a batch of 8 parts does not split over 3 processes" in line
 
 
 @pytest.mark.slow

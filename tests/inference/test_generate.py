@@ -244,7 +244,6 @@ def test_a_seed_of_32_bits_draws_a_text_of_its_own(made):
 
 TOO_LARGE = {
   "long": (["a" * 100_000], {}, "1 prompts of up to 100,001 tokens and 256 new ones need "),
-  "many": (["a", "b"], {"num_samples": 10**7}, "20,000,000 prompts of up to 2 tokens"),
   "endless": (["a"], {"max_new_tokens": 10**9}, "1,000,000,000 new ones need "),
   "no_size": (["a"], {"max_new_tokens": 2**31 - 1}, "are over 1,073,741,824 tokens in all"),
 }
