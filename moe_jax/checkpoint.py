@@ -4,6 +4,7 @@ No other module imports Orbax. Each checkpoint has digests of all its arrays, wh
 the devices while it is saved and again when it is read.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import math
@@ -40,8 +41,10 @@ class Checkpointer:
     self._workdir = workdir
     self._train = train
     self._folder = workdir / workdir_lib.CHECKPOINTS
+    self._deleting = concurrent.futures.ThreadPoolExecutor(1)
+    checkpoint_files.silence_late_answers()
     if train is not None and jax.process_index() == 0:
-      checkpoint_files.delete_partial(self._folder)
+      checkpoint_files.delete_remains(self._folder)
       for step in workdir_lib.saved_steps(workdir):
         if why := checkpoint_files.unreadable(self._folder / str(step)):
           self._move_away(step, why)
@@ -68,6 +71,7 @@ class Checkpointer:
         best_fn=_rank,  # without it the metrics are not written
         best_mode="min",
         enable_async_checkpointing=True,
+        todelete_subdir=checkpoint_files.DELETED,  # renamed first, so a kill leaves no part of one
       )
     return ocp.CheckpointManager(
       remote.resolved(self._folder), options=options, item_names=("state", "about")
@@ -192,7 +196,6 @@ class Checkpointer:
     Raises:
       StorageError: an object store does not answer, which says nothing about the checkpoint.
     """
-    checkpoint_files.silence_other_reads()
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # of many types, from three libraries
@@ -292,11 +295,16 @@ class Checkpointer:
     newest = self.latest_step()
     if self._train is not None and newest is not None and jax.process_index() == 0:
       workdir_lib.record_saved(self._workdir, newest)
+      if not remote.is_remote(self._folder):  # there Orbax deletes
+        self._deleting.submit(checkpoint_files.delete_unneeded, self._folder)
 
   def close(self) -> None:
     """Ends Orbax's threads; the object cannot be used any more."""
     with contextlib.suppress(Exception):  # `wait` has said what is wrong
       self._manager.close()
+    self._deleting.shutdown()
+    with contextlib.suppress(OSError):  # there is none, or it has something
+      (self._folder / checkpoint_files.DELETED).rmdir()
 
   @contextlib.contextmanager
   def _storage_errors(self, step: int | None) -> Iterator[None]:

@@ -10,15 +10,23 @@ from typing import Any
 from moe_jax import files
 from moe_jax.errors import DamagedError
 
+DELETED = "deleted"  # a folder in that of the checkpoints, of those that no run needs
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is not completely written
 _METADATA = "_CHECKPOINT_METADATA"
 _METRICS = "metrics/metrics"
 
 
-def delete_partial(checkpoints: pathlib.Path) -> None:
-  """Deletes what a save that was cut off has left."""
+def delete_remains(checkpoints: pathlib.Path) -> None:
+  """Deletes what a save or a deletion that was cut off has left."""
+  delete_unneeded(checkpoints)
   for partial in checkpoints.glob(f"*{_TEMPORARY}*"):
     partial.unlink() if partial.is_symlink() else shutil.rmtree(partial, ignore_errors=True)
+
+
+def delete_unneeded(checkpoints: pathlib.Path) -> None:
+  """Deletes the checkpoints that Orbax has moved out of the way, which takes it no time."""
+  for folder in (checkpoints / DELETED).glob("*"):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def unreadable(folder: pathlib.Path) -> str:
@@ -53,8 +61,8 @@ def next_batch(folder: pathlib.Path) -> int | None:
 
 
 @functools.cache  # once
-def silence_other_reads() -> None:
-  """Ignores what is still printed of the other arrays when one array cannot be read."""
+def silence_late_answers() -> None:
+  """Ignores what is still printed of other arrays when one cannot be read or written."""
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   hook = sys.unraisablehook
 

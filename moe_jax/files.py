@@ -96,7 +96,9 @@ def read(path: pathlib.Path, remedy: str) -> str | None:
 
 
 def exists(path: pathlib.Path) -> bool:
-  return remote.exists(path) if remote.is_remote(path) else path.exists()
+  if remote.is_remote(path):
+    return remote.exists(path)
+  return os.path.exists(path)  # False, too, where no path can be so long
 
 
 def read_bytes(path: pathlib.Path) -> bytes:

@@ -89,7 +89,7 @@ def read_config(workdir: pathlib.Path) -> Config:
   from moe_jax import validation  # not at the top, since a report does not need it
 
   path = workdir / CONFIG
-  if not os.path.isfile(path):  # False, too, where no path can be so long
+  if not files.exists(path):
     raise UserError(
       f"--workdir={workdir}: no {CONFIG} there, so no run; train one first with train.py"
     )

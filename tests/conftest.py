@@ -2,11 +2,10 @@
 
 import os
 
+from tests.support import xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8"
-  " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles faster
-)
+os.environ["XLA_FLAGS"] = xla.flags(devices=8)
 # XLA's collectives need a thread per simulated device, or they deadlock on few cores.
 os.environ["PJRT_NPROC"] = "32"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.scripts import (
-  WITHOUT_THREADS,
+  EIGHT_DEVICES,
   built,
   evaluate,
   losses_of,
@@ -99,9 +99,8 @@ def test_eight_devices_evaluate_groups_of_two_rows_as_one_device_does(tmp_path, 
   """That drop a quarter."""
   flags = ("--config.model.moe.group_size=128", "--config.model.moe.eval_capacity_factor=1.0")
   train(tmp_path / "run", cache, *flags)
-  eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   _, one = evaluate(tmp_path / "run")
-  _, many = evaluate(tmp_path / "run", "--capacity_factors=0.5", env=WITHOUT_THREADS | eight)
+  _, many = evaluate(tmp_path / "run", "--capacity_factors=0.5", env=EIGHT_DEVICES)
   assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
   assert many["drop_fraction_Z"] == pytest.approx(one["drop_fraction_Z"], abs=1e-3)
   assert np.mean(one["drop_fraction_Z"]) > 0.05 and many["capacity"]
@@ -114,7 +113,7 @@ def expert_parallel(shared_folder, cache):
   def build(path):
     train(
       path / "run", cache, "--config.mesh.expert=4", "--config.mesh.data=2",
-      env=WITHOUT_THREADS | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+      env=EIGHT_DEVICES,
     )  # fmt: skip
     return {"result": evaluate(path / "run")[1]}
 

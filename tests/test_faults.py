@@ -66,7 +66,9 @@ def attempt(workdir, cache, *arguments, steps=40):
 
 def one_line(done, code, *said):
   assert done.returncode == code, done.stderr
-  assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+  data = ("prepared ", "tokenized ")  # what the first run with this cache says
+  lines = [line for line in done.stderr.splitlines() if not line.startswith(data)]
+  assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
   for text in said:
     assert text in done.stderr
 
@@ -76,9 +78,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
   with disks.small_disk(disk, "2m"):
     for _ in range(2):  # the second start finds it full as well
       done = attempt(disk / "run", cache)
-      one_line(done, 3, "No space left on device", "the same command goes on from there")
+      one_line(done, 3, "No space left on device", "intact, and the same command goes on")
       steps = workdir_lib.saved_steps(disk / "run")
-      assert steps and f"of steps {steps} are intact" in done.stderr
+      assert steps
     subprocess.run(["mount", "-o", "remount,size=80m", str(disk)], check=True)
     done = attempt(disk / "run", cache)
     assert done.returncode == 0 and f"at step {steps[-1]}" in done.stdout, done.stderr
@@ -89,23 +91,23 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
 
 def test_a_disk_without_room_for_a_line_is_one_line(tmp_path, cache):
   disk = tmp_path / "disk"
-  with disks.small_disk(disk, "600k"):
-    assert attempt(disk / "run", cache, steps=4).returncode == 0
+  with disks.small_disk(disk, "2m"):
+    assert attempt(disk / "run", cache, steps=8).returncode == 0
     filler = disks.fill(disk)
     one_line(attempt(disk / "run", cache, steps=400), 3, "No space left on device")
-    assert workdir_lib.saved_steps(disk / "run") == [4]
+    assert workdir_lib.saved_steps(disk / "run") == [4, 8]
     filler.unlink()
-    assert attempt(disk / "run", cache, steps=5).returncode == 0
+    assert attempt(disk / "run", cache, steps=9).returncode == 0
 
 
 def test_a_read_only_disk_is_one_line(tmp_path, cache):
   disk = tmp_path / "disk"
   with disks.small_disk(disk, "20m"):
-    assert attempt(disk / "run", cache, steps=4).returncode == 0
+    assert attempt(disk / "run", cache, steps=8).returncode == 0
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    one_line(attempt(disk / "run", cache, steps=8), 3, "Read-only file system")
-    one_line(attempt(disk / "new", cache, steps=8), 3, "Read-only file system")
-    assert workdir_lib.saved_steps(disk / "run") == [4]
+    one_line(attempt(disk / "run", cache, steps=12), 3, "Read-only file system")
+    one_line(attempt(disk / "new", cache, steps=12), 3, "Read-only file system")
+    assert workdir_lib.saved_steps(disk / "run") == [4, 8]
 
 
 def test_a_second_training_in_a_workdir_is_refused(tmp_path, cache):
@@ -147,13 +149,14 @@ def test_memory_and_threads_do_not_grow(tmp_path, cache):
     env=ONE_DEVICE, stdout=subprocess.PIPE, text=True,
   )  # fmt: skip
   status, seen = pathlib.Path(f"/proc/{process.pid}/status"), []
-  for line in process.stdout:
-    if match := re.match(r"step +(\d+)/", line):
-      with contextlib.suppress(OSError):
-        text = status.read_text()
-        seen.append([int(match[1]), *(int(re.search(rf"{n}:\s+(\d+)", text)[1]) for n in
-                                      ("VmRSS", "Threads"))])  # fmt: skip
-  assert process.wait() == 0
+  with process:
+    for line in process.stdout:
+      if match := re.match(r"step +(\d+)/", line):
+        with contextlib.suppress(OSError):
+          text = status.read_text()
+          now = [int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads")]
+          seen.append([int(match[1]), *now])
+  assert process.returncode == 0
   early = [row for row in seen if 60 <= row[0] <= 110]
   late = [row for row in seen if row[0] > 240]
   middle = [

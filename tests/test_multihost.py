@@ -125,7 +125,7 @@ def test_a_mistake_on_one_host_ends_both(tmp_path):
   with Together(command, caches) as two:
     (code, _, line), (own_code, _, own_line) = two.ends()
   assert code == own_code == 2
-  assert "cannot write /proc/nowhere" in own_line[0]
+  assert "cannot use the cache /proc/nowhere" in own_line[0]
   assert line[0].endswith("ended with an error: " + own_line[0].removeprefix("error: "))
 
 

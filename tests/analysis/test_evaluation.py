@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from moe_jax import sharding
 from moe_jax.analysis import evaluation
 from moe_jax.config import Dispatch, Exchange, Router, UserError
 from moe_jax.training import evaluator
-from tests.support.scripts import built
+from tests.support.scripts import ONE_DEVICE, built
 from tests.support.toy_text import toy_rows, weights
 from tests.support.toys import ROOT, toy_config
 
@@ -115,7 +114,7 @@ def start(script, workdir, *arguments):
   """The process after its end; one device."""
   return subprocess.run(
     [sys.executable, script, f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
 
 

@@ -7,15 +7,13 @@ import socket
 import subprocess
 import sys
 
+from tests.support import xla
 from tests.support.toys import ROOT
-
-# Compiles faster; the same for all runs that are compared.
-FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 
 
 def alone(devices):
   """The environment of one process with simulated devices."""
-  return {**os.environ, "XLA_FLAGS": f"{FLAGS}{devices}"}
+  return {**os.environ, "XLA_FLAGS": xla.flags(devices)}
 
 
 def train_command(workdir, cache, *arguments):

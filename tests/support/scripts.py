@@ -13,11 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.data import cache as cache_lib
+from tests.support import xla
 from tests.support.toys import ROOT
 
 # As in a user's shell: the package itself must set the threads that collectives need.
 WITHOUT_THREADS = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-ONE_DEVICE = WITHOUT_THREADS | {"XLA_FLAGS": ""}
+ONE_DEVICE = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags()}
+EIGHT_DEVICES = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags(devices=8)}
 
 
 def command(workdir, cache, *arguments, steps=12):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 from moe_jax.sweep import plan as plan_lib
+from tests.support import xla
 from tests.support.toys import ROOT
 
 
@@ -42,7 +43,7 @@ def make(path, out="runs/x", *, arms=(), seeds=(), overrides=None, measured=None
 TWO = "[arm('base'), arm('none', {'loss.load_balance': 0.0})]"
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-ENVIRONMENT["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, and compiles faster
+ENVIRONMENT["XLA_FLAGS"] = xla.flags()
 
 
 def start_real(folder, cache, arms, *options):

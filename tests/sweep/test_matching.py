@@ -14,6 +14,7 @@ from moe_jax.model import cost, feedforward
 from moe_jax.moe import layer
 from moe_jax.sweep import matching
 from moe_jax.sweep.matching import StepTimes, match
+from tests.support import xla
 from tests.support.toys import toy_config
 
 BY = {"active_params": "active", "flops_per_token": "flops_per_token", "total_params": "total"}
@@ -228,7 +229,7 @@ def test_a_measurement_that_missed_is_refused_and_not_kept(jobs):
 
 @pytest.mark.slow
 def test_real_steps_are_measured(monkeypatch, tmp_path):
-  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
+  monkeypatch.setenv("XLA_FLAGS", xla.flags())
   config = toy_config()
   config.mesh.data = -1
   twin = command_line.override(config, {"model.moe.num_experts": 0}, "")

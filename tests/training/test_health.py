@@ -1,7 +1,6 @@
 """What training says of its experts: by hand, and in a run that goes wrong."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from moe_jax.config import OnAlarm, OnNonfinite
 from moe_jax.model import cost
 from moe_jax.moe import counts
 from moe_jax.training import health, metrics
+from tests.support.scripts import ONE_DEVICE
 from tests.support.toys import ROOT, toy_config
 
 
@@ -184,7 +184,7 @@ def test_a_run_that_blows_up_says_where(tmp_path):
       "--config.optimizer.learning_rate=3.0", "--config.health.on_alarm=stop",
       "--config.health.window=3", "--config.train.eval_every=30",
     ],
-    cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=100,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=100,
   )  # fmt: skip
   assert done.returncode == health.StopAlarm.code
   (line,) = (tmp_path / "alarms.jsonl").read_text().splitlines()

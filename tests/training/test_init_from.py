@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from moe_jax import workdir as workdir_lib
 from moe_jax.config import OptimizerName, UserError
 from moe_jax.training import init_from, train
 from moe_jax.training import run as run_lib
+from tests.support.scripts import ONE_DEVICE
 from tests.support.toys import ROOT
 
 
@@ -233,7 +233,7 @@ def test_the_command_line_has_the_flags(tmp_path):
   flags = ["--init_from=none", "--init_optimizer", "--profile=9:10"]
   done = subprocess.run(
     [sys.executable, "train.py", "--config=configs/debug.py", new, *flags],
-    cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=100,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=100,
   )  # fmt: skip
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
   assert done.stderr.startswith("error: --init_from=none: no checkpoint there")
