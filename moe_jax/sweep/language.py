@@ -105,10 +105,12 @@ def load_sweep(path: str) -> tuple[str, Sweep]:
     raise UserError(f"--sweep={path}: no such file")
   try:
     module = runpy.run_path(path)
+    if "get_sweep" not in module:
+      raise UserError("it defines no get_sweep(), which has to return a Sweep")
     sweep = module["get_sweep"]()
   except UserError as error:
     raise UserError(f"{_place(error, path)}: {error}") from None
-  except Exception as error:  # the user's file can raise anything; the message names the line
+  except (Exception, SystemExit) as error:  # the user's file can raise anything
     raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from None
   if not isinstance(sweep, Sweep):
     raise UserError(f"{path}: get_sweep() returned {type(sweep).__name__}, not a Sweep")
@@ -130,6 +132,6 @@ def _check_types(path: str, sweep: Sweep) -> None:
       raise UserError(f"{path}: {name}={value!r} is not a list of {kind.__name__}{hint}")
 
 
-def _place(error: Exception, path: str) -> str:
+def _place(error: BaseException, path: str) -> str:
   lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
   return f"{path}:{lines[-1]}" if lines else path

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from moe_jax import command_line, validation
 from moe_jax import config as config_lib
 from moe_jax.config import SEEDS, Config, UserError
-from moe_jax.options import spelled
+from moe_jax.options import LARGEST_SEED, spelled
 from moe_jax.sweep import language, matching
 from moe_jax.sweep.language import Arm, Sweep, Transform
 from moe_jax.sweep.matching import Measured
@@ -99,9 +99,11 @@ def _check_sweep(path: str, sweep: Sweep, names: list[str], seeds: Sequence[int]
   if sweep.target:
     _check_name(f"{path}: target={sweep.target}", sweep.target, names)
   for numbers in (sweep.seeds, seeds):
-    bad = len(set(numbers)) < len(numbers) or [s for s in numbers if type(s) is not int or s < 0]
-    if bad or not sweep.seeds:
-      raise UserError(f"{path}: seeds={tuple(numbers)} must be different integers from 0 up")
+    known = all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in numbers)
+    if not known or len(set(numbers)) < len(numbers) or not sweep.seeds:
+      raise UserError(
+        f"{path}: seeds={tuple(numbers)} must be different integers from 0 to {LARGEST_SEED}"
+      )
 
 
 def _check_name(what: str, name: str, names: list[str]) -> None:
