@@ -1,15 +1,17 @@
-"""python -m benchmarks layer|train|inference|decode|soak|all [--out=DIR]
+"""python -m benchmarks layer|train|inference|decode|startup|soak|all [--out=DIR]
 
 layer      an MoE layer with each dispatcher against a dense FFN of equal active FLOPs
 train      whole training steps on one CPU, against our dense model and Hugging Face transformers
 inference  decoding and prefill of --config against dense models of its active and its total size
 decode     decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
+startup    what a user waits for: --help, compiling, the first step; and a run's memory
 soak       half an hour of training, with a SIGKILL every minute: what is lost, what grows
 all        on an accelerator `layer`; on a CPU a part of `layer`, then `train`
 
-Each prints tables, among them targets and whether they are met, and writes DIR/NAME.json. All but
-`decode` and `soak` draw DIR/NAME.png. `inference` and `soak` take overrides of their config as
-train.py does, as in --config.model.num_layers=4.
+Each prints tables, among them targets and whether they are met, and writes DIR/NAME.json, which
+`python benchmarks/compare.py OLD.json NEW.json` compares with that of another commit. All but
+`decode`, `startup` and `soak` draw DIR/NAME.png. `inference` and `soak` take overrides of their
+config as train.py does, as in --config.model.num_layers=4.
 """
 
 import argparse
@@ -17,9 +19,11 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks import results
+from benchmarks import compare, results
 from moe_jax import command_line
 from moe_jax.config import UserError
+
+BENCHES = ["layer", "train", "inference", "decode", "startup", "soak", "all"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   add = parser.add_argument
-  add("bench", choices=["layer", "train", "inference", "decode", "soak", "all"])
+  add("bench", choices=BENCHES)
   add("--out", default="runs/bench", help="folder of the results (runs/bench)")
   add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
   add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
@@ -108,6 +112,15 @@ def run_decode(args: argparse.Namespace) -> dict[str, Any]:
   return result
 
 
+def run_startup(args: argparse.Namespace) -> dict[str, Any]:
+  """Runs the benchmark `startup` and prints its table."""
+  from benchmarks import startup
+
+  result = startup.run(args.rounds)
+  print(startup.text(result))
+  return result
+
+
 def run_soak(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   """Runs the benchmark `soak` and prints its table."""
   from benchmarks import soak
@@ -137,12 +150,15 @@ def main() -> None:
     numbers["decode"] = run_decode(args)
   if args.bench == "inference":
     numbers["inference"] = run_inference(args, out)
+  if args.bench == "startup":
+    numbers["startup"] = run_startup(args)
   if args.bench == "soak":
     numbers["soak"] = run_soak(args, out)
   if args.bench == "all":
     results.write(out, "bench.json", numbers)
   else:
     results.write(out, f"{args.bench}.json", {"environment": where, **numbers[args.bench]})
+  print(results.met(list(compare.aims(numbers))))
 
 
 if __name__ == "__main__":

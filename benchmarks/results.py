@@ -87,6 +87,11 @@ def target_table(targets: list[dict[str, Any]]) -> str:
   )  # fmt: skip
 
 
+def met(targets: list[dict[str, Any]]) -> str:
+  """Returns the last line of a benchmark."""
+  return f"met {sum(t['met'] for t in targets)} of {len(targets)} aims"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
   """Formats a table whose columns are as wide as their widest entry; the first is left-aligned."""
   widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -43,12 +43,12 @@ def lines_of(workdir):
 
 def test_thirty_kills_change_nothing(tmp_path, cache):
   """At random moments, of which many lie in a save: it takes about a third of the time."""
-  assert killed(tmp_path / "whole", cache, "0", 0) == [(600, 0)]
+  assert killed(tmp_path / "whole", cache, "0", 0) == [(330, 0)]
   ends = killed(tmp_path / "killed", cache, "0", 30)
-  assert len(ends) == 31 and ends[-1] == (600, 0)
+  assert len(ends) == 31 and ends[-1] == (330, 0)
   assert sum(code == -9 for _, code in ends) == 30, ends
   whole, parts = tmp_path / "whole/run", tmp_path / "killed/run"
-  about = [json.loads((p / "checkpoints/600/about/metadata").read_text()) for p in (whole, parts)]
+  about = [json.loads((p / "checkpoints/330/about/metadata").read_text()) for p in (whole, parts)]
   assert about[0] == about[1]
   assert lines_of(parts) == lines_of(whole)
   logs = [path.read_text() for path in (tmp_path / "killed").glob("child*.log")]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,6 +121,18 @@ def test_lines_are_not_uploaded_one_by_one(remote_run, store):
   assert 0 < store.writes("run/metrics.jsonl") < 12
 
 
+def test_a_checkpoint_that_cannot_be_reached_is_not_damaged(remote_run, store, cache):
+  """It must not be set aside, and the run must not go on from an older one."""
+  store.refused.write_text("checkpoints/12/state/ocdbt")
+  try:
+    done = script(store, *command("gs://bucket/run", cache, steps=13))
+  finally:
+    store.refused.unlink()
+  assert done.returncode == 3 and "cannot reach gs://bucket/run/checkpoints/12" in done.stderr
+  assert workdir_lib.saved_steps(epath.Path(store.folder / "run"))[-1] == 12
+  assert not (store.folder / "run" / workdir_lib.SET_ASIDE).exists()
+
+
 def test_a_run_in_a_store_is_evaluated(remote_run, store, whole_run, tmp_path):
   done = script(store, sys.executable, "eval.py", "--workdir=gs://bucket/run")
   assert done.returncode == 0, done.stderr
@@ -151,6 +164,25 @@ def test_a_run_begins_with_the_parameters_of_one_in_a_store(remote_run, store, w
   assert want.returncode == 0, want.stderr
   assert losses_of(store.folder / "new") == losses_of(local)
   assert list((store.folder / "new" / "profile").rglob("*.xplane.pb")), "no trace"
+
+
+def test_two_processes_share_a_workdir_in_a_store(store, whole_run, cache):
+  """Up to the order of sums, as one process does."""
+  words = command("gs://bucket/two", cache, "--config.mesh.expert=2", "--multihost")
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    address = f"localhost:{probe.getsockname()[1]}"
+  place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+  processes = [
+    subprocess.Popen(
+      words, cwd=ROOT, env=ONE_DEVICE | store.env | place | {"JAX_PROCESS_ID": index}
+    )
+    for index in "01"
+  ]
+  assert [process.wait(timeout=600) for process in processes] == [0, 0]
+  got, want = losses_of(store.folder / "two"), losses_of(whole_run.workdir)
+  assert got == pytest.approx(want, rel=1e-5)
+  assert list((store.folder / "two/checkpoints/12/state").glob("ocdbt.process_1/*"))
 
 
 def test_a_report_reads_runs_in_a_store(remote_run, store, tmp_path):

@@ -116,6 +116,25 @@ command_line.one_line_errors(lambda: print(len(pipeline.load_rows(data, "train")
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [50_000, 200_000])
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half(limit, text, own_cache):
+  """The text, prepared, has under 134 KB, and its tokens 247 KB."""
+  pathlib.Path(text.path, "a.txt").write_text(
+    "".join(f"{i} {i * i % 977}\n" for i in range(15_000))
+  )
+  command = [sys.executable, "-c", _FULL_DISK, text.path]
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run([*command, str(limit)], env=env, capture_output=True, text=True)
+  *_, last = done.stderr.splitlines()
+  assert done.returncode == 3 and last.startswith(f"error: cannot use the cache {own_cache}/"), last
+  assert "File too large" in last and "--cache_dir" in last and "Traceback" not in done.stderr
+  assert done.stderr.startswith("prepared text ") == (limit == 200_000)
+  assert not list(own_cache.glob("*/*.partial"))
+  again = subprocess.run([*command, "-1"], env=env, capture_output=True, text=True)
+  assert again.returncode == 0 and int(again.stdout) > 100, again.stderr
+
+
 def test_cache_that_cannot_be_written(own_cache):
   own_cache.write_text("")
   message = error_of(Data())

@@ -17,7 +17,7 @@ from moe_jax import command_line, workdir
 from moe_jax.training import run
 
 OVERRIDES = {
-  "train.steps": 600, "train.eval_every": 45, "train.checkpoint_every": 3, "train.log_every": 1,
+  "train.steps": 330, "train.eval_every": 45, "train.checkpoint_every": 3, "train.log_every": 1,
   "model.moe.jitter": 0.1, "model.moe.bias_update_rate": 0.001, "eval.batches": 1,
   "health.on_alarm": "off",
 }  # fmt: skip
@@ -35,7 +35,7 @@ def main() -> None:
         run.run(config, str(path))
       os._exit(0)
     if number < kills:
-      wait_for_steps(path, child, rng.randrange(2, 24))
+      wait_for_steps(path, child, rng.randrange(2, 12))
       time.sleep(rng.uniform(0, 0.1))
       os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

@@ -1,6 +1,10 @@
 """Real runs of a sweep that is killed, has arms that fail, or whose disk is full."""
 
 import json
+import os
+import pathlib
+import re
+import signal
 import subprocess
 import time
 from typing import NamedTuple
@@ -8,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from moe_jax import workdir as workdir_lib
+from tests.support.disks import fill, small_disk
 from tests.support.sweeps import start_real
 
 pytestmark = pytest.mark.slow
@@ -85,3 +90,46 @@ def test_the_report_says_why_arms_failed(whole):
     block = text.split(f"{name}/seed0: end of its log")[1].split("```")[1]
     assert reason in block
   assert "2 of 4 runs did not finish, of diverges and too\\_large." in text
+
+
+def test_a_killed_sweep_ends_with_the_values_of_one_that_was_not(whole, tmp_path, cache):
+  """The machine goes down in the middle of the second run."""
+  first = start_real(tmp_path, cache, GOOD)
+  out, log = tmp_path / "out", tmp_path / "out/second/seed0/log.txt"
+  wait_for_a_checkpoint(log.parent)
+  children = pathlib.Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+  first.kill()
+  for child in children:
+    os.kill(int(child), signal.SIGKILL)
+  first.communicate()
+  assert not workdir_lib.is_trained(log.parent, 150)
+  assert statuses(json.loads((out / "sweep.json").read_text())) == {
+    "first": "finished", "second": "running",
+  }  # fmt: skip
+  before = (out / "first/seed0/log.txt").read_text()
+  ended = end(start_real(tmp_path, cache, GOOD), out)
+  assert ended.code == 0, ended.output
+  assert (out / "first/seed0/log.txt").read_text() == before
+  assert re.search(r"resuming \S+ at step [1-9]", log.read_text())
+  for arm in ("first", "second"):
+    assert values(out, arm) == values(whole[0], arm)
+
+
+def test_a_sweep_goes_on_when_a_full_disk_has_room_again(whole, tmp_path, cache):
+  with small_disk(tmp_path / "out", "64m") as out:
+    process = start_real(tmp_path, cache, GOOD, "--arms=first")
+    log = out / "first/seed0/log.txt"
+    wait_for_a_checkpoint(log.parent)
+    filler = fill(out)
+    ended = end(process, out)
+    assert ended.code == 3 and ended.errors.count("\n") == 1, ended
+    assert re.match(r"error: first/seed0: .*(No space left|a disk is full)", ended.errors)
+    before = (out / "sweep.json").read_bytes()
+    ended = end(start_real(tmp_path, cache, GOOD, "--arms=first"), out)
+    assert ended.code == 3 and ended.errors.count("\n") == 1
+    assert (out / "sweep.json").read_bytes() == before
+    filler.unlink()
+    ended = end(start_real(tmp_path, cache, GOOD, "--arms=first"), out)
+    assert ended.code == 0, log.read_text(errors="replace")[-2000:]
+    assert re.search(r"resuming \S+ at step [1-9]", log.read_text())
+    assert values(out, "first") == values(whole[0], "first")
