@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels.activation import Activation
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL, vary, varying
+from moe_jax.kernels.matmul import weight_gradient
 
 # Sizes of a block, in rows. An expert's rows are cut into full blocks of the last size, then one
 # block of the smallest size that holds the rest. More sizes waste fewer rows and take longer to
@@ -126,8 +127,7 @@ class _Block:
 
   def add(self, dw_EDF: jax.Array, a_RD: jax.Array, b_RF: jax.Array) -> jax.Array:
     """Returns dw_EDF with the product of a_RD, transposed, and b_RF added to the expert's part."""
-    dw_DF = jnp.dot(a_RD.T, b_RF, preferred_element_type=dw_EDF.dtype)
-    dw_DF += self.weights(dw_EDF)
+    dw_DF = weight_gradient(a_RD, b_RF, dw_EDF.dtype) + self.weights(dw_EDF)
     return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, self.expert, 0)
 
 

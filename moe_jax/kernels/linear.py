@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels import platform
+from moe_jax.kernels.matmul import matmul
 from moe_jax.kernels.output_first import OutputFirst
 
 Weight = jax.Array | OutputFirst  # in the layout of training, or packed for inference (packing.py)
@@ -29,6 +31,8 @@ def linear(
   x_RI = x.reshape(-1, math.prod(summed))
   if isinstance(weight, OutputFirst):
     y_RO = weight.product(x_RI, dtype)
+  elif dtype is None and platform.name() == "cpu":
+    y_RO = matmul(x_RI, weight.reshape(x_RI.shape[1], -1))
   else:
     y_RO = jnp.dot(x_RI, weight.reshape(x_RI.shape[1], -1), preferred_element_type=dtype)
   return y_RO.reshape(*rows, *outer)
