@@ -21,13 +21,7 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"
 _ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: the tokens of each expert")
 _CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; inf: no drops")
 _CAUSAL = flags.DEFINE_bool("causal", False, "also measure the loss with the future hidden")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes")
-_PEER_TIMEOUT = flags.DEFINE_float(
-  "peer_timeout",
-  60,
-  "with --multihost: seconds until a silent process counts as lost",
-  lower_bound=5,
-)
+_MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
 
 

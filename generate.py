@@ -33,13 +33,7 @@ flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from 
 flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
 flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
 flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes")
-_PEER_TIMEOUT = flags.DEFINE_float(
-  "peer_timeout",
-  60,
-  "with --multihost: seconds until a silent process counts as lost",
-  lower_bound=5,
-)
+_MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
 _LARGEST = 2**26  # characters of a prompt file, which may be a pipe without an end
 
 

@@ -15,13 +15,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config
 _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it is missing")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
 _DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "this is one of several processes of the run")
-_PEER_TIMEOUT = flags.DEFINE_float(
-  "peer_timeout",
-  60,
-  "with --multihost: seconds until a silent process counts as lost",
-  lower_bound=5,
-)
+_MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "begin a new run with another run's parameters: WORKDIR or WORKDIR:STEP"
 )

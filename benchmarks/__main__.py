@@ -1,9 +1,10 @@
-"""python -m benchmarks layer|train|inference|decode|startup|soak|all [--out=DIR]
+"""python -m benchmarks BENCH [--out=DIR], with BENCH one of
 
 layer      an MoE layer with each dispatcher against a dense FFN of equal active FLOPs
 train      whole training steps on one CPU, against our dense model and Hugging Face transformers
 inference  decoding and prefill of --config against dense models of its active and its total size
 decode     decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
+accelerator  one GPU or TPU in ten minutes: whether every kernel is right there, then its speed
 startup    what a user waits for: --help, compiling, the first step; and a run's memory
 soak       half an hour of training, with a SIGKILL every minute: what is lost, what grows
 all        on an accelerator `layer`; on a CPU a part of `layer`, then `train`
@@ -23,7 +24,7 @@ from benchmarks import compare, results
 from moe_jax import command_line
 from moe_jax.config import UserError
 
-BENCHES = ["layer", "train", "inference", "decode", "startup", "soak", "all"]
+BENCHES = ["layer", "train", "inference", "decode", "accelerator", "startup", "soak", "all"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
   add("--peer_python", default=sys.executable, help="train, decode: a Python with torch")
   add("--peer_compile", action="store_true", help="also run the peer under torch.compile")
   add("--config", default="", help="inference, soak: the config file (mixtral_small, tiny_moe)")
-  add("--minutes", type=float, default=30.0, help="soak: the time of both runs together (30)")
+  add("--minutes", type=float, default=0.0, help="soak: of both runs (30); accelerator (9)")
   add("--kill_every", type=float, default=60.0, help="soak: seconds from one kill to the next (60)")
   add("--cache_dir", default="", help=command_line.CACHE_DIR)
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
@@ -112,6 +113,15 @@ def run_decode(args: argparse.Namespace) -> dict[str, Any]:
   return result
 
 
+def run_accelerator(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  """Runs the benchmark `accelerator` and prints its tables."""
+  from benchmarks import accelerator
+
+  result = accelerator.run(out, args.rounds, args.minutes or 9)
+  print(accelerator.text(result))
+  return result
+
+
 def run_startup(args: argparse.Namespace) -> dict[str, Any]:
   """Runs the benchmark `startup` and prints its table."""
   from benchmarks import startup
@@ -126,7 +136,7 @@ def run_soak(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   from benchmarks import soak
 
   config = args.config or "configs/tiny_moe.py"
-  result = soak.run(config, out, args.minutes, args.kill_every, args.overrides)
+  result = soak.run(config, out, args.minutes or 30, args.kill_every, args.overrides)
   print(soak.text(result))
   return result
 
@@ -150,6 +160,8 @@ def main() -> None:
     numbers["decode"] = run_decode(args)
   if args.bench == "inference":
     numbers["inference"] = run_inference(args, out)
+  if args.bench == "accelerator":
+    numbers["accelerator"] = run_accelerator(args, out)
   if args.bench == "startup":
     numbers["startup"] = run_startup(args)
   if args.bench == "soak":

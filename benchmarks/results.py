@@ -64,14 +64,17 @@ def commit() -> str:
 def target(what: str, measured: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
   """Returns one target and its verdict: "met", or by how much it is missed."""
   met = measured >= limit if at_least else measured <= limit
-  missed = 1 - measured / limit if at_least else measured / limit - 1
+  missed = "missed"
+  if limit:
+    share = 1 - measured / limit if at_least else measured / limit - 1
+    missed = f"missed by {100 * share:.0f}%"
   return {
     "what": what,
     "measured": measured,
     "limit": limit,
     "at_least": at_least,
     "met": met,
-    "verdict": "met" if met else f"missed by {100 * missed:.0f}%",
+    "verdict": "met" if met else missed,
   }
 
 

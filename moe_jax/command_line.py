@@ -57,6 +57,16 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
   one_line_errors(lambda: app.run(lambda _: main(*given_overrides), flags_parser=parse))
 
 
+def multihost_flags() -> tuple["flags.FlagHolder[bool]", "flags.FlagHolder[float]"]:
+  """Defines --multihost and --peer_timeout for a script that can be one of several processes."""
+  multihost = flags.DEFINE_bool("multihost", False, "this is one of several processes")
+  what = "with --multihost: seconds until a silent process counts as lost"
+  timeout = flags.DEFINE_float("peer_timeout", 60, what, lower_bound=5)
+  for flag in (multihost, timeout):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # for --help
+  return multihost, timeout
+
+
 def set_cache(folder: str) -> None:
   """Makes --cache_dir=folder the cache of this process and of those that it starts."""
   if folder:

@@ -1,12 +1,12 @@
 """Every command of the README runs; only steps and sizes are cut."""
 
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 
+from tests.support.scripts import ONE_DEVICE
 from tests.support.toys import ROOT
 
 FEW = (
@@ -42,7 +42,7 @@ def test_every_command_runs(tmp_path):
     if "sweep.py" in command and "--dry-run" not in command:
       command += " --seeds=0 --arms=top2-none,sigmoid-bias"
       command += "".join(f" --config.{field}" for field in FEW)
-    env = {"MOE_JAX_CACHE": str(tmp_path / "cache"), **os.environ, "XLA_FLAGS": ""}
+    env = ONE_DEVICE | {"MOE_JAX_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
       command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
     )

@@ -158,19 +158,19 @@ def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
     if name is Attention.REFERENCE:
       return name, line
     try:
-      difference = _attention_difference(name, (1, *q_shape[1:]), (1, *k_shape[1:]), dtype)
+      off = attention_difference(name, (1, *q_shape[1:]), (1, *k_shape[1:]), dtype)
     except Exception as error:  # a library that is missing, or does not know this device
       why = str(error).splitlines()[0]
       return Attention.REFERENCE, f"reference, because {name.value} does not run here: {why}"
-    if not difference <= _TOLERANCE[dtype.name]:
-      why = f"{name.value} differs from it by {difference:.1e}"
+    if not off <= _TOLERANCE[dtype.name]:
+      why = f"{name.value} differs from it by {off:.1e}"
       return Attention.REFERENCE, f"reference, because {why}"
-    return name, f"{line}; differs from the reference by {difference:.0e}"
+    return name, f"{line}; differs from the reference by {off:.0e}"
 
   return _first_process_decides(decide, list(Attention))
 
 
-def _attention_difference(
+def attention_difference(
   kernel: Attention, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype
 ) -> float:
   """Returns how much `kernel` differs from the reference on a row of three documents."""
@@ -184,7 +184,7 @@ def _attention_difference(
     def bound(name: Attention) -> Function:
       return lambda q, k, v: ATTENTION_KERNELS[name].function(q, k, v, segments_BL)
 
-    return _difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
+    return difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
 
 
 def _experts_of_run(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
@@ -214,14 +214,14 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
     few, many = (_trial(n, D, F, E, dtype) for n in (min(rows, _COMPARED_ROWS), rows))
     for kernel in candidates:
       try:
-        ours, theirs = (_bound(name, few.sizes_E) for name in (kernel, _REFERENCE))
-        difference = _difference(ours, theirs, few.arrays, few.dy_ND)
-        if not difference <= _TOLERANCE[dtype.name]:
-          notes.append(f"{kernel.value} differs from the reference by {difference:.1e}")
+        ours, theirs = (with_sizes(name, few.sizes_E) for name in (kernel, _REFERENCE))
+        off = difference(ours, theirs, few.arrays, few.dy_ND)
+        if not off <= _TOLERANCE[dtype.name]:
+          notes.append(f"{kernel.value} differs from the reference by {off:.1e}")
         elif len(candidates) == 1:
-          return kernel, f"{kernel.value}; differs from the reference by {difference:.0e}"
+          return kernel, f"{kernel.value}; differs from the reference by {off:.0e}"
         else:
-          function = _bound(kernel, many.sizes_E)
+          function = with_sizes(kernel, many.sizes_E)
           seconds[kernel] = _step_seconds(function, many.arrays, many.dy_ND)
           notes.append(f"{kernel.value} {1e3 * seconds[kernel]:.2f} ms")
       except Exception as error:  # a kernel that does not know this device or these sizes
@@ -249,7 +249,9 @@ def _trial(N: int, D: int, F: int, E: int, dtype: jnp.dtype) -> _Trial:
   return _Trial(arrays, sizes_E, jnp.asarray(rng.normal(size=(N, D)), dtype))
 
 
-def _bound(kernel: GroupedMatmul, sizes_E: jax.Array) -> Function:
+def with_sizes(kernel: GroupedMatmul, sizes_E: jax.Array) -> Function:
+  """Returns (x_ND, gate_EDF, up_EDF, down_EFD) -> y_ND of a kernel, for rows sorted by expert."""
+
   def experts(
     x_ND: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
   ) -> jax.Array:
@@ -266,7 +268,7 @@ def _with_gradients(function: Function) -> Function:
   return jax.jit(both)
 
 
-def _difference(
+def difference(
   function: Function, reference: Function, arrays: tuple[jax.Array, ...], dy: jax.Array
 ) -> float:
   """Returns the largest difference of values or gradients, as a part of the largest element."""

@@ -1,6 +1,7 @@
 """The cost of a config, computed from shapes: parameters, FLOPs per token, memory per device."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -169,6 +170,12 @@ def activation_bytes(config: config_lib.Config) -> float:
   The remat policy of the config applies. `auto` experts count as `blocked`, because kernels are not
   measured here.
   """
+  return _activation_bytes(config_lib.to_json(config))
+
+
+@functools.cache  # a start asks twice, and tracing takes a second
+def _activation_bytes(config_text: str) -> float:
+  config = config_lib.from_json(config_text)
   model, mesh = config.model, config.mesh
   if model.moe.grouped_matmul is config_lib.GroupedMatmul.AUTO:
     moe = dataclasses.replace(model.moe, grouped_matmul=config_lib.GroupedMatmul.BLOCKED)

@@ -12,6 +12,8 @@ def test_targets_say_by_how_much():
   assert results.target("time", 1.1, 1.15)["verdict"] == "met"
   assert results.target("time", 1.38, 1.15)["verdict"] == "missed by 20%"
   assert results.target("speed", 0.55, 1.1, at_least=True)["verdict"] == "missed by 50%"
+  assert results.target("wrong kernels", 0.0, 0.0)["verdict"] == "met"
+  assert results.target("wrong kernels", 1.0, 0.0)["verdict"] == "missed"
 
 
 def test_command_line_refuses():

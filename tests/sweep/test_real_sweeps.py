@@ -85,7 +85,7 @@ def test_arms_that_fail_do_not_stop_the_others(whole):
 def test_the_report_says_why_arms_failed(whole):
   out, _ = whole
   text = (out / "report.md").read_text()
-  for arm, reason in (("diverges", "error: not finite at step"), ("too_large", "needs at least")):
+  for arm, reason in (("diverges", "error: not finite at step"), ("too_large", "at least")):
     name = arm.replace("_", "\\_")
     block = text.split(f"{name}/seed0: end of its log")[1].split("```")[1]
     assert reason in block
