@@ -31,8 +31,8 @@ def linear(
   x_RI = x.reshape(-1, math.prod(summed))
   if isinstance(weight, OutputFirst):
     y_RO = weight.product(x_RI, dtype)
-  elif dtype is None and platform.name() == "cpu":
-    y_RO = matmul(x_RI, weight.reshape(x_RI.shape[1], -1))
+  elif platform.name() == "cpu":
+    y_RO = matmul(x_RI, weight.reshape(x_RI.shape[1], -1), dtype)
   else:
     y_RO = jnp.dot(x_RI, weight.reshape(x_RI.shape[1], -1), preferred_element_type=dtype)
   return y_RO.reshape(*rows, *outer)

@@ -1,7 +1,9 @@
-"""The product of rows with a matrix, whose weight gradient is fast on XLA:CPU.
+"""The product of rows with a matrix, whose gradient is fast on XLA:CPU.
 
 R: rows. I: inner, the elements summed over. O: outer, the elements of a row of the result.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +11,34 @@ import jax.numpy as jnp
 from moe_jax.kernels.autodiff import vary_alike
 
 
-def matmul(x_RI: jax.Array, w_IO: jax.Array) -> jax.Array:
-  """Returns y_RO; both arguments and the result have one dtype."""
-  return _matmul(*vary_alike(x_RI, w_IO))
+def matmul(x_RI: jax.Array, w_IO: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+  """Returns y_RO; both arguments may have the same leading dimensions.
+
+  Args:
+    x_RI: the rows.
+    w_IO: the matrix, of the dtype of x_RI.
+    dtype: of the result and of the sums; None for that of x_RI.
+  """
+  return _matmul(*vary_alike(x_RI, w_IO), dtype)
 
 
-@jax.custom_vjp
-def _matmul(x_RI: jax.Array, w_IO: jax.Array) -> jax.Array:
-  return x_RI @ w_IO
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x_RI: jax.Array, w_IO: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+  return jnp.matmul(x_RI, w_IO, preferred_element_type=dtype)
 
 
-def _forward(x_RI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return x_RI @ w_IO, (x_RI, w_IO)
+def _forward(
+  x_RI: jax.Array, w_IO: jax.Array, dtype: jnp.dtype | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _matmul(x_RI, w_IO, dtype), (x_RI, w_IO)
 
 
 def _backward(
-  residuals: tuple[jax.Array, jax.Array], dy_RO: jax.Array
+  dtype: jnp.dtype | None, residuals: tuple[jax.Array, jax.Array], dy_RO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   x_RI, w_IO = residuals
-  return dy_RO @ w_IO.T, weight_gradient(x_RI, dy_RO)
+  dx_RI = jnp.matmul(dy_RO, w_IO.swapaxes(-1, -2))
+  return dx_RI.astype(x_RI.dtype), weight_gradient(x_RI, dy_RO).astype(w_IO.dtype)
 
 
 _matmul.defvjp(_forward, _backward)
@@ -36,12 +47,12 @@ _matmul.defvjp(_forward, _backward)
 def weight_gradient(
   x_RI: jax.Array, dy_RO: jax.Array, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
-  """Returns the sum over rows of x times dy, as dw_IO in `dtype`, or in that of x if None.
+  """Returns the sum over rows of x times dy, as dw_IO in `dtype`, or in that of x and dy if None.
 
   XLA:CPU takes 1.4 to 2 times as long where the transposed side is the wider one. So the narrower
   one is transposed, and then the result; the barrier keeps XLA from undoing it.
   """
-  if x_RI.shape[1] <= dy_RO.shape[1]:
-    return jnp.dot(x_RI.T, dy_RO, preferred_element_type=dtype)
-  dw_OI = jnp.dot(dy_RO.T, x_RI, preferred_element_type=dtype)
-  return jax.lax.optimization_barrier(dw_OI).T
+  if x_RI.shape[-1] <= dy_RO.shape[-1]:
+    return jnp.matmul(x_RI.swapaxes(-1, -2), dy_RO, preferred_element_type=dtype)
+  dw_OI = jnp.matmul(dy_RO.swapaxes(-1, -2), x_RI, preferred_element_type=dtype)
+  return jax.lax.optimization_barrier(dw_OI).swapaxes(-1, -2)
