@@ -4,7 +4,6 @@ No other module imports Orbax. Each checkpoint has digests of all its arrays, wh
 the devices while it is saved and again when it is read.
 """
 
-import concurrent.futures
 import contextlib
 import errno
 import math
@@ -41,7 +40,7 @@ class Checkpointer:
     self._workdir = workdir
     self._train = train
     self._folder = workdir / workdir_lib.CHECKPOINTS
-    self._deleting = concurrent.futures.ThreadPoolExecutor(1)
+    self._unneeded = checkpoint_files.Unneeded(self._folder)
     checkpoint_files.silence_late_answers()
     if train is not None and jax.process_index() == 0:
       checkpoint_files.delete_remains(self._folder)
@@ -60,12 +59,7 @@ class Checkpointer:
       # Orbax's max_to_keep together with best_fn would delete the newest checkpoint.
       keep = [policies.LatestN(train.keep_latest)]
       if train.keep_best:
-        best = policies.BestN(
-          get_metric_fn=_rank,
-          reverse=True,
-          n=train.keep_best,
-        )
-        keep.append(best)
+        keep.append(policies.BestN(get_metric_fn=_rank, reverse=True, n=train.keep_best))
       options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         best_fn=_rank,  # without it the metrics are not written
@@ -296,15 +290,13 @@ class Checkpointer:
     if self._train is not None and newest is not None and jax.process_index() == 0:
       workdir_lib.record_saved(self._workdir, newest)
       if not remote.is_remote(self._folder):  # there Orbax deletes
-        self._deleting.submit(checkpoint_files.delete_unneeded, self._folder)
+        self._unneeded.delete()
 
   def close(self) -> None:
     """Ends Orbax's threads; the object cannot be used any more."""
     with contextlib.suppress(Exception):  # `wait` has said what is wrong
       self._manager.close()
-    self._deleting.shutdown()
-    with contextlib.suppress(OSError):  # there is none, or it has something
-      (self._folder / checkpoint_files.DELETED).rmdir()
+    self._unneeded.close()
 
   @contextlib.contextmanager
   def _storage_errors(self, step: int | None) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """What is around Orbax: a checkpoint's small files, remains of saves, late messages. No jax."""
 
+import concurrent.futures
+import contextlib
 import functools
 import logging
 import pathlib
@@ -18,15 +20,32 @@ _METRICS = "metrics/metrics"
 
 def delete_remains(checkpoints: pathlib.Path) -> None:
   """Deletes what a save or a deletion that was cut off has left."""
-  delete_unneeded(checkpoints)
+  _delete_all(checkpoints / DELETED)
   for partial in checkpoints.glob(f"*{_TEMPORARY}*"):
     partial.unlink() if partial.is_symlink() else shutil.rmtree(partial, ignore_errors=True)
 
 
-def delete_unneeded(checkpoints: pathlib.Path) -> None:
-  """Deletes the checkpoints that Orbax has moved out of the way, which takes it no time."""
-  for folder in (checkpoints / DELETED).glob("*"):
-    shutil.rmtree(folder, ignore_errors=True)
+class Unneeded:
+  """The checkpoints that no run needs. Orbax moves them to one folder, which takes it no time."""
+
+  def __init__(self, checkpoints: pathlib.Path):
+    self._folder = checkpoints / DELETED
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+  def delete(self) -> None:
+    """Deletes them while training goes on."""
+    self._thread.submit(_delete_all, self._folder)
+
+  def close(self) -> None:
+    """Waits until they are deleted."""
+    self._thread.shutdown()
+    with contextlib.suppress(OSError):  # there is none
+      self._folder.rmdir()
+
+
+def _delete_all(folder: pathlib.Path) -> None:
+  for path in folder.glob("*"):
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def unreadable(folder: pathlib.Path) -> str:

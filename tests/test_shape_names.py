@@ -34,7 +34,7 @@ PATHS = {
 ROUTERS = {f"router {name}": (fields, {}) for name, (fields, *_) in routings.ROUTINGS.items()}
 
 
-EVERYDAY = [*PATHS, "router expert-choice", "router noisy", "router priority-score"]
+EVERYDAY = ["gather, expert 2, data 2", "blocked", "all_to_all", "router expert-choice"]
 
 
 @pytest.mark.parametrize("name", slow_unless(EVERYDAY, PATHS | ROUTERS))

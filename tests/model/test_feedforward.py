@@ -27,7 +27,11 @@ def call_layer(layer, x_BLD, *, train=True, seed=0):
 @pytest.mark.parametrize("how", [Dispatch.GATHER, Dispatch.GROUPED])
 @pytest.mark.parametrize("router", list(Router))
 @pytest.mark.parametrize("score", list(config_lib.Score))
-@pytest.mark.parametrize(("top_k", "renormalize"), [(1, False), (1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(
+  ("top_k", "renormalize"),
+  [(1, False), (2, True)]
+  + [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, True), (2, False))],
+)
 def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_device):
   """Through the gates alone, in every combination that validate() allows."""
   factor = 2.0 if how is Dispatch.GATHER or router is Router.EXPERT_CHOICE else math.inf
@@ -120,6 +124,7 @@ def test_shared_experts_add_the_dense_layer(one_device):
   ],
   ids=["jitter", "noisy", "random"],
 )
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_the_mesh(fields):
   model = toy_config(**fields).model
   outputs = []

@@ -87,6 +87,7 @@ def test_the_twin_differs_only_where_it_must(name):
   assert config.model.moe.num_experts
 
 
+@pytest.mark.slow
 def test_initial_scales_agree():
   """Of the twin's feed-forward and of one expert: their standard deviations times sqrt(fan-in)."""
   config = toy_config(num_experts=2, top_k=1, renormalize=False, expert_dim=64)

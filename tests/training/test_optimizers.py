@@ -16,6 +16,7 @@ from tests.support.toys import (
   example,
   mesh_of,
   new_name,
+  slow_unless,
   toy_batch,
   toy_config,
 )
@@ -171,7 +172,7 @@ def train_losses(name, axes):
   return losses
 
 
-@pytest.mark.parametrize("name", OptimizerName)
+@pytest.mark.parametrize("name", slow_unless([OptimizerName.MUON], OptimizerName))
 def test_training_lowers_the_loss(name):
   losses = train_losses(name, {})
   assert losses[-1] < losses[0] - 0.05

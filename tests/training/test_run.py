@@ -103,6 +103,7 @@ def test_an_update_that_is_not_finite_is_skipped(text, tmp_path, nan_in_one_batc
   assert "nothing: all metrics are finite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_rewind_goes_past_the_rows_and_can_be_killed(text, tmp_path, nan_in_one_batch):
   """After a rewind to step 8 k the run trains as if the batches up to the bad one did not exist."""
   workdir = tmp_path / "run"
@@ -122,6 +123,7 @@ def test_a_rewind_goes_past_the_rows_and_can_be_killed(text, tmp_path, nan_in_on
   assert len(alarms_of(other, "rewind")) == 1
 
 
+@pytest.mark.slow
 def test_too_many_rewinds_end_the_run(text, tmp_path, monkeypatch):
   """A model that is broken for good is broken after a rewind, too."""
   config = config_of(text, steps=16, on_nonfinite=OnNonfinite.REWIND, rewind_limit=2)
@@ -133,6 +135,7 @@ def test_too_many_rewinds_end_the_run(text, tmp_path, monkeypatch):
   assert len(alarms_of(tmp_path / "run", "rewind")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [OnNonfinite.WARN, OnNonfinite.OFF])
 def test_no_state_that_is_not_finite_replaces_a_good_one(action, text, tmp_path):
   """`warn` goes on, and the checkpoints of before stay the newest ones."""
@@ -186,6 +189,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(text, trained, tm
   assert workdir_lib.saved_steps(workdir) == [1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_step_that_is_asked_for(text, trained, tmp_path, capfd):
   workdir = copy_of(trained, tmp_path)
   run_lib.run(config_of(text, steps=8, every=4), str(workdir), resume_step=4)
@@ -196,6 +200,7 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for(text, trained, tmp_path, 
   assert (workdir / "set_aside/8.0").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(text, tmp_path, trained, capsys):
   workdir = copy_of(trained, tmp_path)
   shutil.rmtree(workdir / "checkpoints")
@@ -208,6 +213,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(text, tmp_pat
   assert losses_of(workdir) == losses_of(trained)
 
 
+@pytest.mark.slow
 def test_a_step_that_was_due_an_evaluation_gets_it_when_the_run_goes_on(text, tmp_path):
   """A run that is asked to stop saves at once; its validation line is written by the next start."""
   whole, parts = tmp_path / "whole", tmp_path / "parts"
