@@ -69,6 +69,8 @@ def multihost_flags() -> tuple["flags.FlagHolder[bool]", "flags.FlagHolder[float
 
 def set_cache(folder: str) -> None:
   """Makes --cache_dir=folder the cache of this process and of those that it starts."""
+  if "://" in folder:
+    raise UserError(f"--cache_dir={folder}: the cache is a folder on this machine")
   if folder:
     os.environ["MOE_JAX_CACHE"] = os.path.abspath(os.path.expanduser(folder))
 

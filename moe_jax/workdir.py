@@ -161,8 +161,22 @@ def check_same_tokenizer(workdir: pathlib.Path, fingerprint: str) -> None:
 
 
 def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns {operation: the implementation that computes it in this run}; {} for a new run."""
-  return read_object(workdir / KERNELS)
+  """Returns {operation: the implementation that computes it in this run}; {} for a new run.
+
+  Raises:
+    DamagedError: the file names no device, or no known implementation of an operation.
+  """
+  path = workdir / KERNELS
+  kernels = read_object(path)
+  try:
+    if kernels:
+      _ = kernels["device"] + ""  # a text
+      config_lib.Attention(kernels["attention"])
+      config_lib.GroupedMatmul(kernels["grouped_matmul"])
+      config_lib.Exchange(kernels.get("exchange", "auto"))
+  except (KeyError, TypeError, ValueError) as error:
+    raise DamagedError(f"{path} is damaged ({error!r}); {_REMEDY[KERNELS]}") from None
+  return kernels
 
 
 def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ COMMANDS = {
   "--config={tmp}/none.py": "get_config() returned NoneType",
   "--config={tmp}/cache.py": "cache.py:5: there is no field config.data.cache_dir; the flag --cac",
   "--config=configs/debug.py --config.data.cache_dir=x": "data.cache_dir; the flag --cache_dir",
+  "--config=configs/debug.py --cache_dir=gs://b/c": "--cache_dir=gs://b/c: the cache is a folder",
   "--config.train.steps=1": "--config is missing before it",
   "--config=configs/debug.py --config=configs/tiny_moe.py": "--config is given twice",
   "--config=configs/debug.py --config.model.moe.capacity_factor=0": "inf is no limit",

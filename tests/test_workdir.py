@@ -42,9 +42,24 @@ def test_an_object_comes_back_as_the_file_has_it(tmp_path):
 
 def test_kernels_are_remembered(tmp_path):
   assert workdir.read_kernels(tmp_path) == {}
-  workdir.write_kernels(tmp_path, {"experts": "blocked"})
-  assert workdir.read_kernels(tmp_path) == {"experts": "blocked"}
+  kernels = {"device": "cpu", "attention": "blocks", "grouped_matmul": "blocked"}
+  workdir.write_kernels(tmp_path, kernels)
+  assert workdir.read_kernels(tmp_path) == kernels
   assert (tmp_path / "kernels.json").is_file()
+
+
+@pytest.mark.parametrize(
+  "kernels",
+  [
+    {"attention": "blocks", "grouped_matmul": "auto"},
+    {"device": "cpu", "attention": "fast", "grouped_matmul": "auto"},
+    {"device": 1, "attention": "blocks", "grouped_matmul": "auto"},
+  ],
+)
+def test_kernels_that_do_not_exist_are_one_line(kernels, tmp_path):
+  (tmp_path / workdir.KERNELS).write_text(json.dumps(kernels))
+  with pytest.raises(DamagedError, match=r"kernels.json is damaged .*; delete it"):
+    workdir.read_kernels(tmp_path)
 
 
 def test_a_run_goes_on_with_its_own_text_alone(tmp_path):
