@@ -156,7 +156,7 @@ class ModelOutput(NamedTuple):
   choices: Choices | None  # [Z, B, L, E]; None without `trace` or in a dense model
 
 
-_REMAT_POLICIES = {
+REMAT_POLICIES = {
   config_lib.Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable,
     jax.checkpoint_policies.save_only_these_names(SAVED_BY_KERNEL),
@@ -249,7 +249,7 @@ class Transformer(nnx.Module):
 
     if model.remat is not config_lib.Remat.NONE:
       # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
-      body = jax.checkpoint(body, policy=_REMAT_POLICIES[model.remat], prevent_cse=False)
+      body = jax.checkpoint(body, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
     return jax.lax.scan(body, x_BLD, (params, bias_ZE, keys_Z))
 
 
