@@ -1,4 +1,4 @@
-"""The product with its own gradient is the plain one, and is not computed again in a backward pass."""
+"""The product with its own gradient is the plain one, and remat keeps it as it keeps others."""
 
 import jax
 import jax.numpy as jnp
