@@ -74,6 +74,7 @@ def measure(folder: pathlib.Path, rounds: int) -> dict[str, float]:
     values[what] = first_step(command, folder / name)
     progress(f"{what}: {values[what]:.1f}")
   ended = process(*command, f"--workdir={folder / 'memory'}", "--config.train.steps=30",
+                  "--config.optimizer.warmup_steps=10",
                   "--config.train.eval_every=30", "--config.eval.batches=2")  # fmt: skip
   values["train.py of tiny_moe, peak memory of 30 steps, MiB"] = ended.memory
   for config in COMPILED:

@@ -30,7 +30,7 @@ def test_experts_and_training_have_rates(result):
     assert all(0 < row[kind] < math.inf for kind in ("forward", "weight gradient", "all"))
   assert [row["error"] for row in result["training"]] == ["", ""]
   assert all(row["flops"] > 0 and math.isfinite(row["loss"]) for row in result["training"])
-  assert list(result["decoding"]["rows"])
+  assert result["decoding"]["decode"]
 
 
 def test_the_text_says_that_the_sizes_are_toys(result):

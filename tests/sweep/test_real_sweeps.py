@@ -124,10 +124,10 @@ def test_a_sweep_goes_on_when_a_full_disk_has_room_again(whole, tmp_path, cache)
     ended = end(process, out)
     assert ended.code == 3 and ended.errors.count("\n") == 1, ended
     assert re.match(r"error: first/seed0: .*(No space left|a disk is full)", ended.errors)
-    before = (out / "sweep.json").read_bytes()
+    before = statuses(ended.record)
     ended = end(start_real(tmp_path, cache, GOOD, "--arms=first"), out)
     assert ended.code == 3 and ended.errors.count("\n") == 1
-    assert (out / "sweep.json").read_bytes() == before
+    assert statuses(ended.record) == before
     filler.unlink()
     ended = end(start_real(tmp_path, cache, GOOD, "--arms=first"), out)
     assert ended.code == 0, log.read_text(errors="replace")[-2000:]
