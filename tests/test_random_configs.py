@@ -45,7 +45,7 @@ def numbers_of_a_run(config: Config) -> dict[str, np.ndarray]:
 
 # RANDOM_CONFIGS=200 trains so many; each is compiled for some seconds.
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_CONFIGS", "12"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_CONFIGS", "6"))))
 def test_an_accepted_config_trains(seed):
   config, _ = draw(np.random.default_rng(seed), check)
   for name, value in numbers_of_a_run(config).items():

@@ -156,14 +156,16 @@ BY_DEVICES = (
 
 
 def grid():
-  """Every routing x dispatch x {1, 2, 4, 8} devices, and one routing with two dispatches on every
-  mesh. MOE_JAX_GRID=all takes every mesh for all. Everyday: each routing with one or two
-  dispatches on one mesh, and one routing on every mesh. The rest is slow."""
+  """Every routing x dispatch on two of {1, 2, 4, 8} devices, by turns, and one routing with two
+  dispatches on every mesh. MOE_JAX_GRID=all takes every mesh for all. Everyday: each routing with
+  one or two dispatches on one mesh, and one routing on every mesh. The rest is slow."""
   for row, routing in enumerate(ROUTINGS):
     for column, dispatch_name in enumerate(DISPATCHES):
       number = zlib.crc32(f"{routing} {dispatch_name}".encode())
-      chosen = [meshes[number % len(meshes)] for meshes in BY_DEVICES]
-      everyday = chosen[number // 3 % len(chosen)]
+      by_devices = [meshes[number % len(meshes)] for meshes in BY_DEVICES]
+      first, step = number // 3, 1 + number // 12 % 3  # two numbers of devices that differ
+      chosen = [by_devices[place % len(by_devices)] for place in (first, first + step)]
+      everyday = chosen[0]
       every_mesh = routing == "deepseek" and dispatch_name in ("gather", "blocked-all-gather")
       if every_mesh or os.environ.get("MOE_JAX_GRID") == "all":
         chosen = list(MESHES)
