@@ -38,19 +38,20 @@ class Checkpointer:
         cut off are deleted. Without it the checkpoints are only read.
     """
     self._workdir = workdir
-    self._train = train
+    self._writes = train is not None and jax.process_index() == 0
     self._folder = workdir / workdir_lib.CHECKPOINTS
-    self._unneeded = checkpoint_files.Unneeded(self._folder)
+    self._unneeded: checkpoint_files.Unneeded | None = None
     checkpoint_files.silence_late_answers()
-    if train is not None and jax.process_index() == 0:
+    if self._writes:
+      if not remote.is_remote(self._folder):
+        self._unneeded = checkpoint_files.Unneeded(self._folder)
       checkpoint_files.delete_remains(self._folder)
       for step in workdir_lib.saved_steps(workdir):
         if why := checkpoint_files.unreadable(self._folder / str(step)):
           self._move_away(step, why)
-    self._manager = self._open()
+    self._manager = self._open(train)
 
-  def _open(self) -> ocp.CheckpointManager:
-    train = self._train
+  def _open(self, train: config_lib.Train | None) -> ocp.CheckpointManager:
     # read_only implies the next two options, but Orbax prints a warning unless they are given.
     options = ocp.CheckpointManagerOptions(
       read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
@@ -145,9 +146,8 @@ class Checkpointer:
     """
     about = self._about(step, abstract_state._asdict())
     args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-    state = self._read(step, state=ocp.args.PyTreeRestore(abstract_state, restore_args=args))[
-      "state"
-    ]
+    wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=args)
+    state = self._read(step, state=wanted)["state"]
     if about:
       self._check(step, about, state._asdict())
       self._same(step, about["loss"], str(self.loss(step)), "the loss")
@@ -287,16 +287,17 @@ class Checkpointer:
     with self._storage_errors(None):
       self._manager.wait_until_finished()
     newest = self.latest_step()
-    if self._train is not None and newest is not None and jax.process_index() == 0:
+    if self._writes and newest is not None:
       workdir_lib.record_saved(self._workdir, newest)
-      if not remote.is_remote(self._folder):  # there Orbax deletes
-        self._unneeded.delete()
+    if self._unneeded is not None:
+      self._unneeded.delete()
 
   def close(self) -> None:
     """Ends Orbax's threads; the object cannot be used any more."""
     with contextlib.suppress(Exception):  # `wait` has said what is wrong
       self._manager.close()
-    self._unneeded.close()
+    if self._unneeded is not None:
+      self._unneeded.close()
 
   @contextlib.contextmanager
   def _storage_errors(self, step: int | None) -> Iterator[None]:
@@ -324,7 +325,5 @@ def _rank(metrics: dict[str, float]) -> float:
 def abstract(tree: Any, shardings: Any) -> Any:
   """Returns the shapes and types of a tree's arrays, each with its sharding."""
   return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    tree,
-    shardings,
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
   )

@@ -26,7 +26,10 @@ def delete_remains(checkpoints: pathlib.Path) -> None:
 
 
 class Unneeded:
-  """The checkpoints that no run needs. Orbax moves them to one folder, which takes it no time."""
+  """The checkpoints that no run needs. Orbax moves them to one folder, which takes it no time.
+
+  That is so on a disk. In an object store Orbax deletes them itself.
+  """
 
   def __init__(self, checkpoints: pathlib.Path):
     self._folder = checkpoints / DELETED

@@ -173,6 +173,34 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   saver.close()
 
 
+def test_a_deletion_that_is_cut_off_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+  """The next start deletes the rest of it, and a process that only reads leaves it alone."""
+  keep, cut_off = config.Train(keep_latest=1, keep_best=0), tmp_path / "checkpoints/deleted/1"
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.checkpoint_files.Unneeded, "delete", lambda self: None)
+    saver = checkpoint.Checkpointer(tmp_path, keep)
+    for step in (1, 2):
+      assert saver.save(step, State(jnp.ones((2, 3))), step, 1.0)
+    saver.wait()
+    saver.close()
+  assert (cut_off / "metrics/metrics").is_file() and workdir.saved_steps(tmp_path) == [2]
+  reader = checkpoint.Checkpointer(tmp_path)
+  assert reader.steps() == [2]
+  reader.close()
+  assert cut_off.exists()
+  checkpoint.Checkpointer(tmp_path, keep).close()
+  assert not cut_off.parent.exists() and workdir.saved_steps(tmp_path) == [2]
+
+
+def test_a_checkpoint_that_no_run_needs_is_deleted(tmp_path):
+  saver = checkpoint.Checkpointer(tmp_path, config.Train(keep_latest=1, keep_best=0))
+  for step in (1, 2, 3):
+    assert saver.save(step, State(jnp.ones((2, 3))), step, 1.0)
+  saver.wait()
+  saver.close()
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
 def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(dtype):
   rng = np.random.default_rng(0)
