@@ -1,18 +1,18 @@
 """python -m benchmarks BENCH [--out=DIR], with BENCH one of
 
-layer      an MoE layer with each dispatcher against a dense FFN of equal active FLOPs
-train      whole training steps on one CPU, against our dense model and Hugging Face transformers
-inference  decoding and prefill of --config against dense models of its active and its total size
-decode     decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
+layer        an MoE layer with each dispatcher against a dense FFN of equal active FLOPs
+train        whole training steps on one CPU, against our dense model and Hugging Face transformers
+inference    decoding and prefill of --config against dense models of its active and its total size
+decode       decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
 accelerator  one GPU or TPU in ten minutes: whether every kernel is right there, then its speed
-startup    what a user waits for: --help, compiling, the first step; and a run's memory
-soak       half an hour of training, with a SIGKILL every minute: what is lost, what grows
-all        on an accelerator `layer`; on a CPU a part of `layer`, then `train`
+startup      what a user waits for: --help, compiling, the first step; and a run's memory
+soak         half an hour of training, with a SIGKILL every minute: what is lost, what grows
+all          on an accelerator `layer`; on a CPU a part of `layer`, then `train`
 
 Each prints tables, among them targets and whether they are met, and writes DIR/NAME.json, which
-`python benchmarks/compare.py OLD.json NEW.json` compares with that of another commit. All but
-`decode`, `startup` and `soak` draw DIR/NAME.png. `inference` and `soak` take overrides of their
-config as train.py does, as in --config.model.num_layers=4.
+`python benchmarks/compare.py OLD.json NEW.json` compares with that of another commit. `layer`,
+`train` and `inference` draw DIR/NAME.png. `inference` and `soak` take overrides of their config as
+train.py does, as in --config.model.num_layers=4.
 """
 
 import argparse
@@ -24,8 +24,6 @@ from benchmarks import compare, results
 from moe_jax import command_line
 from moe_jax.config import UserError
 
-BENCHES = ["layer", "train", "inference", "decode", "accelerator", "startup", "soak", "all"]
-
 
 def parse_arguments() -> argparse.Namespace:
   """Parses and checks the command line."""
@@ -34,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   add = parser.add_argument
-  add("bench", choices=BENCHES)
+  add("bench", choices=[*RUNS, "all"])
   add("--out", default="runs/bench", help="folder of the results (runs/bench)")
   add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
   add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
@@ -101,7 +99,7 @@ def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]
   return result
 
 
-def run_decode(args: argparse.Namespace) -> dict[str, Any]:
+def run_decode(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   """Runs the benchmark `decode` and prints its tables."""
   from benchmarks import decode
 
@@ -122,7 +120,7 @@ def run_accelerator(args: argparse.Namespace, out: pathlib.Path) -> dict[str, An
   return result
 
 
-def run_startup(args: argparse.Namespace) -> dict[str, Any]:
+def run_startup(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   """Runs the benchmark `startup` and prints its table."""
   from benchmarks import startup
 
@@ -141,6 +139,12 @@ def run_soak(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   return result
 
 
+RUNS = {
+  "layer": run_layer, "train": run_train, "inference": run_inference, "decode": run_decode,
+  "accelerator": run_accelerator, "startup": run_startup, "soak": run_soak,
+}  # fmt: skip
+
+
 def main() -> None:
   """Runs the benchmarks that the command line names, and writes their results."""
   args = parse_arguments()
@@ -152,20 +156,11 @@ def main() -> None:
   where = results.environment()
   results.progress(f"{where['device']}, jax {where['jax']}, commit {where['commit'] or 'unknown'}")
   numbers: dict[str, Any] = {"environment": where}
-  if args.bench in ("layer", "all"):
-    numbers["layer"] = run_layer(args, out)
-  if args.bench == "train" or (args.bench == "all" and where["platform"] == "cpu"):
-    numbers["train"] = run_train(args, out)
-  if args.bench == "decode":
-    numbers["decode"] = run_decode(args)
-  if args.bench == "inference":
-    numbers["inference"] = run_inference(args, out)
-  if args.bench == "accelerator":
-    numbers["accelerator"] = run_accelerator(args, out)
-  if args.bench == "startup":
-    numbers["startup"] = run_startup(args)
-  if args.bench == "soak":
-    numbers["soak"] = run_soak(args, out)
+  names = [args.bench]
+  if args.bench == "all":
+    names = ["layer", "train"] if where["platform"] == "cpu" else ["layer"]
+  for name in names:
+    numbers[name] = RUNS[name](args, out)
   if args.bench == "all":
     results.write(out, "bench.json", numbers)
   else:

@@ -22,14 +22,12 @@ from moe_jax import config as config_lib
 from moe_jax import sharding, validation
 from moe_jax.config import Attention, Config, Dispatch, Dtype, GroupedMatmul, Remat
 from moe_jax.kernels import choose, platform
-from moe_jax.kernels.activation import gated
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.experts import EXPERT_KERNELS, Experts, experts
 from moe_jax.model import cost
 from moe_jax.training import metrics, timing
 
 _GROUPED, _SLOTS = 0.60, 0.80  # FLOP/s / those of one dense matmul
-_TOLERANCE = {Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 3e-2}  # of the largest element
 _DECODE_SECONDS = 200  # that decoding is expected to take on an accelerator
 
 
@@ -132,7 +130,7 @@ def run(out: pathlib.Path, rounds: int, minutes: float) -> dict[str, Any]:
       for row in expert_rates(shape, sizes.dtype, rounds, result["machine"]["matmul_flops"], wrong)
     ]
   result["training"] = [
-    training_row(case, dispatch, rounds, out / "profile" / f"{case.name} {dispatch.value}")
+    training_row(case, dispatch, rounds, result["machine"]["peak_flops"], out / "profile")
     for case in sizes.training
     for dispatch in case.aims
     if time.monotonic() < end
@@ -155,7 +153,7 @@ def correctness(dtype: Dtype) -> list[dict[str, Any]]:
   number = jnp.dtype(dtype.value)
   for kernel, loads in itertools.product(EXPERT_KERNELS, ("even", "uneven", "empty")):
     record = EXPERT_KERNELS[kernel]
-    if platform.name() not in record.platforms or kernel is GroupedMatmul.RAGGED_DOT:
+    if platform.name() not in record.platforms or kernel is choose.REFERENCE:
       continue
     compare = functools.partial(_experts_difference, kernel, loads, number)
     rows.append(_compared(f"experts {kernel.value}", f"{loads} loads", record.available, compare))
@@ -167,7 +165,7 @@ def correctness(dtype: Dtype) -> list[dict[str, Any]]:
     compare = functools.partial(choose.attention_difference, kernel, *shapes, number)
     rows.append(_compared(f"attention {kernel.value}", "3 documents", refused, compare))
   for row in rows:
-    limit = _TOLERANCE[dtype]
+    limit = choose.TOLERANCE[dtype.value]
     if not row["error"] and not row["difference"] <= limit:
       row["error"] = f"differs by {row['difference']:.1e}, more than {limit:.0e}"
     progress(f"{row['kernel']}, {row['case']}: {row['error'] or 'agrees'}")
@@ -195,8 +193,7 @@ def _experts_difference(kernel: GroupedMatmul, loads: str, dtype: jnp.dtype) -> 
   }[loads]
   x_ND, weights, dy_ND = _arrays(Shape("", E, D, F, N), dtype)
   function, reference = (
-    choose.with_sizes(name, jnp.asarray(sizes_E, jnp.int32))
-    for name in (kernel, GroupedMatmul.RAGGED_DOT)
+    choose.with_sizes(name, jnp.asarray(sizes_E, jnp.int32)) for name in (kernel, choose.REFERENCE)
   )
   return choose.difference(function, reference, (x_ND, *weights), dy_ND)
 
@@ -251,15 +248,16 @@ def expert_rates(
   x_ND, weights, dy_ND = _arrays(shape, jnp.dtype(dtype.value))
   E, N, D = shape.num_experts, shape.rows, shape.dim
   sizes_E = jnp.full((E,), N // E, jnp.int32)
-  functions: dict[str, Callable[[jax.Array, Experts], jax.Array]] = {
-    "slots": lambda x, w: experts(
-      x.reshape(E, N // E, D), None, w, GroupedMatmul.AUTO
-    ).reshape(N, D)
-  }  # fmt: skip
+
+  def slots(x_ND: jax.Array, *weights: jax.Array) -> jax.Array:
+    x_ERD = x_ND.reshape(E, N // E, D)
+    return experts(x_ERD, None, Experts(*weights), GroupedMatmul.AUTO).reshape(N, D)
+
+  functions = {"slots": slots}
   for kernel, record in EXPERT_KERNELS.items():
     here = platform.name() in record.platforms and not record.available()
     if here and f"experts {kernel.value}" not in wrong:
-      functions[kernel.value] = functools.partial(_sorted, kernel, sizes_E)
+      functions[kernel.value] = choose.with_sizes(kernel, sizes_E)
   flops = 6 * N * D * shape.expert_dim  # of each of the three
   rows = []
   for name, function in functions.items():
@@ -278,31 +276,25 @@ def expert_rates(
   return rows
 
 
-def _sorted(
-  kernel: GroupedMatmul, sizes_E: jax.Array, x_ND: jax.Array, weights: Experts
-) -> jax.Array:
-  return EXPERT_KERNELS[kernel].function(x_ND, tuple(weights), sizes_E, gated)
-
-
 def _thunks(
   function: Callable[..., jax.Array], x_ND: jax.Array, weights: Experts, dy_ND: jax.Array
 ) -> dict[str, Callable[[], Any]]:
   """Returns what to time. A gradient is computed from what the forward pass has kept."""
   # The other argument is closed over, so that its gradient is not computed.
-  _, of_x = jax.jit(lambda x, w: jax.vjp(lambda x: function(x, w), x))(x_ND, weights)
-  _, of_w = jax.jit(lambda x, w: jax.vjp(lambda w: function(x, w), w))(x_ND, weights)
+  _, of_x = jax.jit(lambda x, *w: jax.vjp(lambda x: function(x, *w), x))(x_ND, *weights)
+  _, of_w = jax.jit(lambda x, *w: jax.vjp(functools.partial(function, x), *w))(x_ND, *weights)
   gradient = jax.jit(lambda vjp, dy: vjp(dy))
   return {
-    "forward": functools.partial(jax.jit(function), x_ND, weights),
+    "forward": functools.partial(jax.jit(function), x_ND, *weights),
     "input gradient": functools.partial(gradient, of_x, dy_ND),
     "weight gradient": functools.partial(gradient, of_w, dy_ND),
   }
 
 
 def training_row(
-  case: Training, dispatch: Dispatch, rounds: int, trace: pathlib.Path
+  case: Training, dispatch: Dispatch, rounds: int, peak: float, profile: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains a model on one batch and writes a trace of a step.
+  """Trains a model on one batch and writes a trace of a step, into a folder below `profile`.
 
   Returns:
     A row: its MFU, tokens per second, loss and drops; or `error`.
@@ -315,6 +307,7 @@ def training_row(
     optimizer=config_lib.Optimizer(warmup_steps=0),
     mesh=config_lib.Mesh(data=1),
   )
+  trace = profile / f"{case.name} {dispatch.value}"
   row: dict[str, Any] = {"name": case.name, "dispatch": dispatch.value, "error": ""}
   try:
     validation.validate(config)
@@ -331,7 +324,6 @@ def training_row(
     return row
   speed = case.batch_size * case.seq_len / took["wall_s"]
   flops = speed * cost.count(config).flops_per_token
-  peak = metrics.peak_flops(jax.devices()[0].device_kind)
   row |= {
     "tokens_per_s": speed, "flops": flops, "mfu": flops / peak if peak else None,
     "loss": took["loss"], "drop_fraction": took.get("drop_fraction", 0.0),

@@ -47,13 +47,11 @@ class Ended(NamedTuple):
 def run(rounds: int) -> dict[str, Any]:
   """Measures each of BUDGETS; the first steps and the memory once, and the others `rounds` times.
 
-  Returns {"rows": [{what, measured, budget}], "targets"}.
+  Returns {"targets"}: the budgets, and what was measured.
   """
   with tempfile.TemporaryDirectory() as folder:
     measured = measure(pathlib.Path(folder), rounds)
-  rows = [{"what": what, "measured": measured[what], "budget": BUDGETS[what]} for what in BUDGETS]
-  targets = [results.target(row["what"], row["measured"], row["budget"]) for row in rows]
-  return {"rows": rows, "targets": targets}
+  return {"targets": [results.target(what, measured[what], BUDGETS[what]) for what in BUDGETS]}
 
 
 def measure(folder: pathlib.Path, rounds: int) -> dict[str, float]:
@@ -65,9 +63,7 @@ def measure(folder: pathlib.Path, rounds: int) -> dict[str, float]:
   }
   cache = folder / "cache"
   command = [*tiny, f"--cache_dir={cache}", "--config.train.log_every=1"]
-  first_step(
-    command, folder / "data"
-  )  # prepares the data, which takes the time of a machine's first run
+  first_step(command, folder / "data")  # prepares the data
   shutil.rmtree(cache / "xla", ignore_errors=True)
   for name in ("nothing", "programs"):
     what = f"train.py of tiny_moe to step 1, {name} cached, s"

@@ -168,12 +168,14 @@ def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
   """
   path = workdir / KERNELS
   kernels = read_object(path)
+  if not kernels:
+    return {}
   try:
-    if kernels:
-      _ = kernels["device"] + ""  # a text
-      config_lib.Attention(kernels["attention"])
-      config_lib.GroupedMatmul(kernels["grouped_matmul"])
-      config_lib.Exchange(kernels.get("exchange", "auto"))
+    if not isinstance(kernels["device"], str):
+      raise TypeError("its device is no text")
+    config_lib.Attention(kernels["attention"])
+    config_lib.GroupedMatmul(kernels["grouped_matmul"])
+    config_lib.Exchange(kernels.get("exchange", "auto"))
   except (KeyError, TypeError, ValueError) as error:
     raise DamagedError(f"{path} is damaged ({error!r}); {_REMEDY[KERNELS]}") from None
   return kernels

@@ -29,7 +29,7 @@ from moe_jax.kernels.experts import EXPERT_KERNELS
 _COMPARED_ROWS = 512  # of a comparison with the reference
 _ROUNDS = 3
 # Allowed difference as a part of the array's largest element: kernels round and sum differently.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 Function = Callable[..., jax.Array]
 Name = TypeVar("Name")
@@ -162,7 +162,7 @@ def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
     except Exception as error:  # a library that is missing, or does not know this device
       why = str(error).splitlines()[0]
       return Attention.REFERENCE, f"reference, because {name.value} does not run here: {why}"
-    if not off <= _TOLERANCE[dtype.name]:
+    if not off <= TOLERANCE[dtype.name]:
       why = f"{name.value} differs from it by {off:.1e}"
       return Attention.REFERENCE, f"reference, because {why}"
     return name, f"{line}; differs from the reference by {off:.0e}"
@@ -214,9 +214,9 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
     few, many = (_trial(n, D, F, E, dtype) for n in (min(rows, _COMPARED_ROWS), rows))
     for kernel in candidates:
       try:
-        ours, theirs = (with_sizes(name, few.sizes_E) for name in (kernel, _REFERENCE))
+        ours, theirs = (with_sizes(name, few.sizes_E) for name in (kernel, REFERENCE))
         off = difference(ours, theirs, few.arrays, few.dy_ND)
-        if not off <= _TOLERANCE[dtype.name]:
+        if not off <= TOLERANCE[dtype.name]:
           notes.append(f"{kernel.value} differs from the reference by {off:.1e}")
         elif len(candidates) == 1:
           return kernel, f"{kernel.value}; differs from the reference by {off:.0e}"
@@ -226,11 +226,11 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
           notes.append(f"{kernel.value} {1e3 * seconds[kernel]:.2f} ms")
       except Exception as error:  # a kernel that does not know this device or these sizes
         notes.append(f"{kernel.value} does not run here: {str(error).splitlines()[0]}")
-  best = min(seconds, key=seconds.__getitem__, default=_REFERENCE)
+  best = min(seconds, key=seconds.__getitem__, default=REFERENCE)
   return best, f"{best.value} ({', '.join(notes)}; {rows} rows)"
 
 
-_REFERENCE = GroupedMatmul.RAGGED_DOT
+REFERENCE = GroupedMatmul.RAGGED_DOT
 
 
 class _Trial(NamedTuple):
