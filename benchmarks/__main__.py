@@ -1,7 +1,7 @@
 """python -m benchmarks BENCH [--out=DIR], with BENCH one of
 
 layer        an MoE layer with each dispatcher against a dense FFN of equal active FLOPs
-train        whole training steps on one CPU, against our dense model and Hugging Face transformers
+train        whole training steps on a CPU, against our dense model and Hugging Face transformers
 inference    decoding and prefill of --config against dense models of its active and its total size
 decode       decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
 accelerator  one GPU or TPU in ten minutes: whether every kernel is right there, then its speed
@@ -35,6 +35,8 @@ def parse_arguments() -> argparse.Namespace:
   add("bench", choices=[*RUNS, "all"])
   add("--out", default="runs/bench", help="folder of the results (runs/bench)")
   add("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (5)")
+  add("--workload", default="small", help="train: the size of the models, small or large (small)")
+  add("--threads", type=int, default=1, help="train: CPUs that each model takes (1)")
   add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
   add("--tokens", type=int, default=64, help="decode: new tokens of each row in a round (64)")
   add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
@@ -71,7 +73,7 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 
   result = train.run(
     remat=args.remat.split(","), rounds=args.rounds, steps=args.steps, peer_python=args.peer_python,
-    peer_compile=args.peer_compile,
+    peer_compile=args.peer_compile, workload=args.workload, threads=args.threads,
   )  # fmt: skip
   print(train.text(result))
   plots.train(out, result)

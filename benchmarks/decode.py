@@ -42,7 +42,7 @@ def peer_commands(python: str, compiled: bool, cpu: int, folder: str) -> list[Co
   if not has_torch(python):
     raise UserError(f"{python} has no torch and transformers: pip install -e '.[hf]', or name "
                     "a Python that has them with --peer_python")  # fmt: skip
-  base = [python, "-m", "benchmarks.peer_decode", f"--cpu={cpu}", f"--weights={folder}"]
+  base = [python, "-m", "benchmarks.peer_decode", f"--cpus={cpu}", f"--weights={folder}"]
   commands = [Command("peer", [*base, f"--experts={e}"]) for e in ("grouped_mm", "eager")]
   if compiled:
     commands.append(Command("peer", [*commands[0].arguments, "--compile"]))
@@ -73,7 +73,7 @@ def run(
 
 def _run(workload, rounds, steps, batches, cpu, peer, folder):
   ours = [sys.executable, "-m", "benchmarks.decode_worker", f"--weights={folder}"]
-  ours += [f"--cpu={cpu}", f"--rows={max(batches)}"]
+  ours += [f"--cpus={cpu}", f"--rows={max(batches)}"]
   ours += [f"--{name}={value}" for name, value in workload.sizes.items()]
   commands = peer_commands(*peer, cpu, folder)
   workers: list[Worker] = []

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import train_worker
-from benchmarks.workload import W
+from benchmarks import train_worker, workload
 
 PROMPT = 16  # tokens of a prompt; the first is the separator that begins a document
 _BEGIN = 0
@@ -32,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
   add = parser.add_argument
   add("--weights", type=pathlib.Path, help="folder to write the weights and prompts to")
   add("--rows", type=int, default=32, help="prompts, the largest batch")
-  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
-  for name, default in W.items():
+  add("--cpus", type=workload.cpus, help="the CPUs to run on, where the system can pin")
+  for name, default in workload.W.items():
     add(f"--{name}", type=int, default=default)
   args = parser.parse_args()
   args.head_dim = args.dim // args.heads
@@ -98,7 +97,7 @@ def peer_weights(weights: Any) -> dict[str, np.ndarray]:
 def main() -> None:
   """Writes the weights if asked to, then answers the lines on stdin."""
   args = parse_arguments()
-  out = train_worker.pin_to_cpu(args.cpu)
+  out = train_worker.pin(args.cpus)
   import jax
 
   from benchmarks import inference

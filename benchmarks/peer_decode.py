@@ -17,7 +17,7 @@ import pathlib
 import sys
 import time
 
-from benchmarks import peer_train
+from benchmarks import peer_train, workload
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
   add("--weights", type=pathlib.Path, required=True, help="the folder; config.json has the shape")
   add("--experts", default="grouped_mm", choices=["grouped_mm", "eager", "batched_mm"])
   add("--compile", action="store_true", help="torch.compile and a static cache")
-  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
+  add("--cpus", type=workload.cpus, help="the CPUs to run on, where the system can pin")
   return parser.parse_args()
 
 
@@ -91,7 +91,7 @@ class PeerDecoder:
 def main() -> None:
   """Answers the lines on stdin."""
   args = parse_arguments()
-  out = peer_train.one_thread(args.cpu)
+  out = peer_train.pinned(args.cpus)
   import numpy as np
   import torch
   import transformers

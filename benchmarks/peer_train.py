@@ -1,10 +1,10 @@
-"""The peer of our training benchmark: Hugging Face transformers on PyTorch, one CPU thread.
+"""The peer of our training benchmark: Hugging Face transformers on PyTorch, a thread for each CPU.
 
 Trains Mixtral (`--model=mixtral`), or Mistral with an FFN of equal active (`dense`) or equal total
 (`dense_total`) size, in float32 on one fixed batch of random tokens. A step is forward, loss with
 the router's balance loss, backward, AdamW, zero_grad. It needs `pip install 'moe_jax[hf]'`.
 
-  python -m benchmarks.peer_train --model=mixtral --experts=grouped_mm --compile --cpu=0
+  python -m benchmarks.peer_train --model=mixtral --experts=grouped_mm --compile --cpus=0
 
 prints one line. With `--worker` a parent process asks several peers in turns, so that measurements
 interleave. The protocol, in lines (-> stdout, which has no other lines; <- stdin):
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from benchmarks.workload import W
+from benchmarks import workload
 
 WARMUP_STEPS = 2
 
@@ -40,8 +40,8 @@ def parse_arguments() -> argparse.Namespace:
   add("--compile", action="store_true", help="torch.compile; needs a C++ compiler and a minute")
   add("--worker", action="store_true", help="answer `step N` lines on stdin")
   add("--steps", type=int, default=5, help="timed steps without --worker")
-  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
-  for name, default in W.items():
+  add("--cpus", type=workload.cpus, help="the CPUs to run on, where the system can pin")
+  for name, default in workload.W.items():
     add(f"--{name}", type=int, default=default)
   add("--head_dim", type=int, help="default: dim / heads")
   args = parser.parse_args()
@@ -143,8 +143,8 @@ def measure(step: Callable[[], float], steps: int) -> dict[str, float]:
   return {"cpu_s": cpu / steps, "wall_s": wall / steps, "loss": loss}
 
 
-def one_thread(cpu: int | None) -> TextIO:
-  """Pins this process, imports torch with one thread, and returns the real stdout.
+def pinned(cpus: list[int] | None) -> TextIO:
+  """Pins this process, imports torch with a thread for each CPU, and returns the real stdout.
 
   From now on text that libraries and compilers print to stdout goes to stderr.
   """
@@ -152,25 +152,26 @@ def one_thread(cpu: int | None) -> TextIO:
   os.dup2(2, 1)
   keep_freed_memory()
   # Both settings come before torch is imported, because the import sizes its thread pools.
-  if cpu is not None and hasattr(os, "sched_setaffinity"):
+  if cpus and hasattr(os, "sched_setaffinity"):
     try:
-      os.sched_setaffinity(0, {cpu})
+      os.sched_setaffinity(0, cpus)
     except OSError:
-      fail(f"--cpu={cpu}: this process may use {sorted(os.sched_getaffinity(0))}")
-  os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+      fail(f"--cpus={cpus}: this process may use {sorted(os.sched_getaffinity(0))}")
+  threads = len(cpus or [0])
+  os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
   try:
     import torch
     import transformers  # noqa: F401
   except ImportError as error:
     fail(f"{error.name or error} is missing: pip install 'moe_jax[hf]'")
-  torch.set_num_threads(1)
+  torch.set_num_threads(threads)
   return out
 
 
 def main() -> None:
   """Trains a fixed number of steps, or with --worker answers the lines on stdin."""
   args = parse_arguments()
-  out = one_thread(args.cpu)
+  out = pinned(args.cpus)
   import torch
   import transformers
 

@@ -61,15 +61,16 @@ def layer(out: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def train(out: pathlib.Path, result: dict[str, Any]) -> None:
-  """Draws train.png: tokens per CPU-second of every model."""
-  rows = sorted(result["rows"], key=lambda r: r["tokens_per_cpu_s"])
+  """Draws train.png: tokens per second of every model."""
+  rows = sorted(result["rows"], key=lambda r: r["tokens_per_s"])
   figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
-  speed = [r["tokens_per_cpu_s"] for r in rows]
+  speed = [r["tokens_per_s"] for r in rows]
   colours = ["#cb181d" if "peer" in r["kind"] else _COLOURS[r["kind"]] for r in rows]
   axes.barh([r["name"] for r in rows], speed, color=colours)
   for number, value in enumerate(speed):
     axes.text(value, number, f" {value:,.0f}", va="center", fontsize=8)
-  axes.set(xlabel="tokens per CPU-second, one thread", title="Training step")
+  unit = "CPU-second, one thread" if result["threads"] == 1 else "second"
+  axes.set(xlabel=f"tokens per {unit}", title="Training step")
   axes.margins(x=0.12)
   _save(figure, out, "train.png")
 

@@ -1,4 +1,4 @@
-"""A worker of the `train` benchmark: trains our model in one process on one CPU.
+"""A worker of the `train` benchmark: trains our model in one process, pinned to its CPUs.
 
 Its protocol is that of peer_train.py, in lines (-> stdout, <- stdin):
 
@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TextIO
 
-from benchmarks.workload import W
+from benchmarks import workload
 from moe_jax import config as config_lib
 
 
@@ -26,8 +26,8 @@ def parse_arguments() -> argparse.Namespace:
   add("--capacity_factor", type=float, default=1.25)
   add("--remat", default="dots", choices=[r.value for r in config_lib.Remat])
   add("--bare", action="store_true", help="compute no metrics but the loss")
-  add("--cpu", type=int, help="the one CPU to run on, where the system can pin")
-  for name, default in W.items():
+  add("--cpus", type=workload.cpus, help="the CPUs to run on, where the system can pin")
+  for name, default in workload.W.items():
     add(f"--{name}", type=int, default=default)
   add("--head_dim", type=int, help="default: dim / heads")
   args = parser.parse_args()
@@ -62,15 +62,15 @@ def make_config(args: argparse.Namespace) -> config_lib.Config:
   )  # fmt: skip
 
 
-def pin_to_cpu(cpu: int | None) -> TextIO:
+def pin(cpus: list[int] | None) -> TextIO:
   """Pins this process, before jax sizes its thread pools, and returns the real stdout.
 
   From now on text that libraries print to stdout goes to stderr.
   """
   out = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
-  if cpu is not None and hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {cpu})
+  if cpus and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, cpus)
   os.environ["JAX_PLATFORMS"] = "cpu"
   return out
 
@@ -78,7 +78,7 @@ def pin_to_cpu(cpu: int | None) -> TextIO:
 def main() -> None:
   """Answers the lines on stdin."""
   args = parse_arguments()
-  out = pin_to_cpu(args.cpu)
+  out = pin(args.cpus)
   import jax
 
   from moe_jax import startup

@@ -13,16 +13,18 @@ def test_train_compares_rounds():
   """Of the same round: the second round is slow for all, and the ratio does not see it."""
 
   def row(kind, *cpu_s):
-    return {"kind": kind, "name": kind, "cpu_s": min(cpu_s), "rounds_cpu_s": list(cpu_s)}
+    return {"kind": kind, "name": f"moe_jax {kind} dots", "rounds_s": list(cpu_s)}
 
   rows = [row("ffn", 1, 4), row("grouped", 1.1, 4.4), row("peer mixtral", 2.2, 8.8)]
-  rows.append(row("bare", 1.08, 4.4) | {"name": "grouped without metrics"})
-  targets = {t["what"]: t["measured"] for t in train._compare(rows)}
+  rows += [row("peer mixtral", 3, 9), row("peer dense", 0.5, 2)]
+  rows.append(row("bare", 1.08, 4.4) | {"name": "moe_jax grouped without metrics dots"})
+  targets = {t["what"]: t["measured"] for t in train._compare(rows, "small")}
   assert targets == pytest.approx(
     {
       "step / step without metrics": (1.1 / 1.08 + 1) / 2,
-      "grouped time / our dense": 1.1,
-      "grouped speed / peer mixtral": 2.0,
+      "moe_jax ffn dots speed / moe_jax peer dense dots": 0.5,
+      "moe_jax grouped dots time / our dense": 1.1,
+      "moe_jax grouped dots speed / moe_jax peer mixtral dots": 2.0,
     }
   )
 
@@ -35,7 +37,7 @@ def worker(tmp_path_factory):
   """A toy's training process on one CPU, which speaks the protocol of its peers."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("MOE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    commands = train.our_commands(["none"], CPU, TOY_SIZES)
+    commands = train.our_commands(["none"], str(CPU), TOY_SIZES)
     started = train.Worker(next(c for c in commands if c.kind == "gather"))
   yield started
   started.close()

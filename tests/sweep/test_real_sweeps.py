@@ -55,7 +55,9 @@ def without_outcomes(record):
   It can be full before the run's end is recorded, and the run is "waiting" or "running" then.
   """
   assert not {run["status"] for run in record["runs"]} & {"finished", "failed"}
-  return record | {"runs": [run | {"error": "", "status": "", "seconds": 0} for run in record["runs"]]}
+  return record | {
+    "runs": [run | {"error": "", "status": "", "seconds": 0} for run in record["runs"]]
+  }
 
 
 def values(out, arm):
