@@ -8,7 +8,7 @@ Time       about 1 minute a run
 Expect     see docs/reproductions.md
 """
 
-from moe_jax.config import Config, Data, Eval, Loss, Model, MoE, Optimizer, Remat, Train
+from moe_jax.config import Config, Data, Eval, Loss, Model, MoE, Optimizer, QKNorm, Remat, Train
 
 
 def get_config() -> Config:
@@ -19,7 +19,7 @@ def get_config() -> Config:
       num_heads=4,
       num_kv_heads=4,
       head_dim=24,
-      qk_norm=True,
+      qk_norm=QKNorm.HEAD,
       tied_head=False,
       ffn_dim=256,  # K * expert_dim
       remat=Remat.DOTS,

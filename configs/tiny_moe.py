@@ -18,6 +18,7 @@ from moe_jax.config import (
   MoE,
   Optimizer,
   OptimizerName,
+  QKNorm,
   Remat,
   Train,
 )
@@ -31,7 +32,7 @@ def get_config() -> Config:
       num_heads=2,
       num_kv_heads=1,
       head_dim=64,
-      qk_norm=True,  # at 400 steps 0.2 bits per byte better than without
+      qk_norm=QKNorm.HEAD,  # at 400 steps 0.2 bits per byte better than without
       tied_head=False,
       ffn_dim=384,  # K * expert_dim: the width of tiny_dense, which has no experts
       remat=Remat.DOTS,  # on a CPU, storing activations takes longer than computing them again

@@ -22,7 +22,9 @@ from moe_jax.options import (
   OnNonfinite,
   OptimizerName,
   Priority,
+  QKNorm,
   Remat,
+  RopeKind,
   Router,
   Schedule,
   Score,
@@ -34,7 +36,7 @@ from moe_jax.options import (
 )
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
-_FORMAT = 2  # of config.json; `upgraded` says what older ones had
+_FORMAT = 3  # of config.json; `upgraded` says what older ones had
 # Fields that are gone, and what to use in their place.
 _REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 
@@ -47,6 +49,10 @@ class MoE(Section):
   top_k: int = option(2, "Experts that a token uses (K).", at_least=1)
   expert_dim: int = option(256, "Hidden width of one expert (F).", at_least=1)
   shared_experts: int = option(0, "More experts, which every token uses (2401.06066).", at_least=0)
+  shared_dim: int = option(0, "Hidden width of a shared expert; 0 is expert_dim.", at_least=0)
+  shared_gate: bool = option(
+    False, "The shared experts' output is times sigmoid(x . w) (Qwen2-MoE)."
+  )
   router: Router = option(Router.TOPK, "What decides which token uses which experts.")
   score: Score = option(Score.SOFTMAX, "What the router makes of a token's logits.")
   renormalize: bool = option(True, "K > 1: a token's K gates are scaled to sum to 1 (Mixtral).")
@@ -95,9 +101,31 @@ class MoE(Section):
   first_dense: int = option(0, "Dense layers before the first MoE layer.", at_least=0)
 
   @property
+  def shared_width(self) -> int:
+    """The hidden width of all shared experts together."""
+    return self.shared_experts * (self.shared_dim or self.expert_dim)
+
+  @property
   def renormalizes(self) -> bool:
     """One gate that is scaled to sum to 1 would be constant, and the router would not learn."""
     return self.renormalize and self.top_k > 1
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class RopeScaling(Section):
+  """The stretching of rotary positions, for text longer than the weights were first trained on."""
+
+  kind: RopeKind = option(RopeKind.NONE, "Which wavelengths are stretched.")
+  factor: float = option(1.0, "How many times longer they get.", at_least=1)
+  original_length: int = option(8192, "yarn, llama3: tokens of a row before.", at_least=1)
+  beta_fast: float = option(32.0, "yarn: turns in a row above which none is stretched.", above=0)
+  beta_slow: float = option(1.0, "yarn: turns in a row below which all of it is.", above=0)
+  truncate: bool = option(True, "yarn: the ramp begins and ends at whole dimensions.")
+  attention_factor: float = option(
+    0.0, "yarn: rotated queries and keys are times it; 0 is 0.1 ln(factor) + 1.", at_least=0
+  )
+  low_freq_factor: float = option(1.0, "llama3: turns in a row below which all of it is.", above=0)
+  high_freq_factor: float = option(4.0, "llama3: turns above which none is stretched.", above=0)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -114,8 +142,25 @@ class Model(Section):
   head_dim: int = option(32, "Width of a head (A), even.", at_least=1)
   ffn_dim: int = option(512, "Hidden width of a dense feed-forward (F).", at_least=1)
   rope_base: float = option(10_000.0, "Base of the rotary embedding's wavelengths.", above=0)
+  rotary_fraction: float = option(
+    1.0,
+    "Share of a head's width that is rotated, from its start (GLM-4.5: 0.5).",
+    above=0,
+    at_most=1,
+  )
+  rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
   norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", above=0)
-  qk_norm: bool = option(False, "RMSNorm of each head's queries and keys.")
+  qk_norm: QKNorm = option(QKNorm.NONE, "RMSNorm of queries and keys.")
+  qkv_bias: bool = option(False, "Queries, keys and values have biases (Qwen2).")
+  out_bias: bool = option(False, "The attention's output has a bias.")
+  attention_scale: float = option(
+    0.0, "Times the products of queries and keys; 0 is head_dim^-0.5.", at_least=0
+  )
+  embedding_multiplier: float = option(1.0, "Times the embeddings (Granite: 12).", above=0)
+  residual_multiplier: float = option(
+    1.0, "Times what a layer adds to the residual stream (Granite: 0.22).", above=0
+  )
+  logit_multiplier: float = option(1.0, "Times the output logits (Granite: 1/6).", above=0)
   tied_head: bool = option(True, "The output matrix is the embedding's transpose.")
   compute_dtype: Dtype = option(
     Dtype.FLOAT32, "Type of activations and matmuls; parameters stay float32."
@@ -305,6 +350,9 @@ def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
   for name in ("capacity_factor", "eval_capacity_factor"):
     if number < 1 and moe.get(name) == 0:  # format 0, which has no number, wrote no limit as 0
       moe[name] = "inf"
+  model = values.get("model", {})
+  if number < 3 and isinstance(model.get("qk_norm"), bool):
+    model["qk_norm"] = "head" if model["qk_norm"] else "none"
   if number < 2:  # the cache holds programs that are run, so only the user may name it
     values.get("data", {}).pop("cache_dir", None)
   return values

@@ -162,6 +162,23 @@ class Router(Choice):
   RANDOM = "random"
 
 
+class QKNorm(Choice):
+  """The RMSNorm of queries and keys before positions are added."""
+
+  NONE = "none", "none"
+  HEAD = "head", "of each head by itself, with one scale for all heads (Qwen3)"
+  WIDTH = "width", "over all heads together, with a scale for each (OLMoE)"
+
+
+class RopeKind(Choice):
+  """How the rotary embedding's wavelengths are stretched for text longer than `original_length`."""
+
+  NONE = "none", "not at all"
+  LINEAR = "linear", "all alike, by `factor` (2306.15595)"
+  YARN = "yarn", "the long ones by `factor`, with a ramp from beta_fast to beta_slow (2309.00071)"
+  LLAMA3 = "llama3", "the long ones by `factor`, with a ramp over wavelengths (2407.21783)"
+
+
 class Score(Choice):
   """What a token's logits are made into."""
 

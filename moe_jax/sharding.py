@@ -60,6 +60,11 @@ class Parameter:
 _declared: dict[str, Parameter] = {}
 
 
+def is_matrix(name: str) -> bool:
+  """Returns whether a parameter is one, or a stack of them: no scale of a norm, and no bias."""
+  return len(name.rsplit("_", 1)[-1]) > 1 and not name.startswith("norm_") and "bias_" not in name
+
+
 def declared(name: str) -> Parameter | None:
   """Returns the record of a parameter; None where the letters of its name say everything."""
   return _declared.get(name)

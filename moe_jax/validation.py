@@ -119,6 +119,19 @@ def _check_model(model: Model) -> None:
     )
   if model.head_dim % 2:
     raise UserError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs")
+  width = int(model.head_dim * model.rotary_fraction)
+  if width % 2 or not width:
+    raise UserError(
+      f"config.model.rotary_fraction={model.rotary_fraction} of config.model.head_dim="
+      f"{model.head_dim} is {width} dimensions; RoPE rotates pairs, so make it even"
+    )
+  scaling = model.rope_scaling
+  for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+    if getattr(scaling, low) >= getattr(scaling, high):
+      raise UserError(
+        f"config.model.rope_scaling.{low}={getattr(scaling, low)} must be below {high}="
+        f"{getattr(scaling, high)}: the ramp lies between them"
+      )
 
 
 def _check_moe(config: Config) -> None:
@@ -128,6 +141,10 @@ def _check_moe(config: Config) -> None:
   if moe.top_k > moe.num_experts:
     _refuse(config, "model.moe.top_k", "model.moe.num_experts", "a token can choose each expert "
             "once, so top_k is at most num_experts")  # fmt: skip
+  for field in ("shared_gate", "shared_dim"):
+    if getattr(moe, field) and not moe.shared_experts:
+      _refuse(config, f"model.moe.{field}", "model.moe.shared_experts", "there is no shared "
+              "expert; set shared_experts=1")  # fmt: skip
   _check_groups(config)
   if moe.first_dense >= config.model.num_layers:
     _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
@@ -264,6 +281,7 @@ def _check_mesh(config: Config) -> None:
   ]
   if moe.num_experts:
     divisions += [("model.moe.num_experts", "mesh.expert"), ("model.moe.expert_dim", "mesh.tensor")]
+    divisions += [("model.moe.shared_dim", "mesh.tensor")]
   if not moe.num_experts or moe.first_dense or moe.every > 1:
     divisions += [("model.ffn_dim", "mesh.tensor")]
   for size, axis in divisions:

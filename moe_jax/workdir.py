@@ -27,6 +27,7 @@ LOCK = "lock.json"  # {host, pid, started} of the process that trains here; empt
 SET_ASIDE = "set_aside"  # checkpoints that cannot be used, as they were found
 CHECKPOINTS = "checkpoints"  # one folder for each saved step; its name is the step
 TENSORBOARD = "tensorboard"
+HF = "hf"  # what came with an imported checkpoint: config, tokenizer
 PROFILE = "profile"  # the trace of train.py --profile
 LOG = "log.txt"  # the terminal output of a run that a sweep started
 

@@ -193,12 +193,12 @@ def test_what_differs_from_the_defaults():
   assert "config.model.moe.capacity_factor = inf   (default 1.25)" in lines
   assert "config.data.path = x   (default empty)" in lines
   assert "config.model.moe.num_experts = 4   (default 0)" in lines
-  assert not any("qk_norm" in line for line in lines)
+  assert not any("qkv_bias" in line for line in lines)
   assert command_line.difference(config_lib.Config()) == "every field has its default"
 
 
 OVERRIDES = {
-  "model.qk_norm": True, "model.moe.router": Router.HASH, "loss.z": 1.0, "data.path": "a=b",
+  "model.qkv_bias": True, "model.moe.router": Router.HASH, "loss.z": 1.0, "data.path": "a=b",
   "model.moe.capacity_factor": float("inf"), "train.steps": 2,
 }  # fmt: skip
 
@@ -206,7 +206,7 @@ OVERRIDES = {
 def test_overrides_are_spelled_as_in_train():
   """The last word of a field counts, and what is no override is left for the flags."""
   overrides, rest = command_line.take_overrides(
-    ["sweep.py", "--config.model.qk_norm=true", "--config.model.moe.router=hash", "--jobs=2",
+    ["sweep.py", "--config.model.qkv_bias=true", "--config.model.moe.router=hash", "--jobs=2",
      "-config.loss.z=1", "--config.data.path=a=b", "--config.model.moe.capacity_factor=inf",
      "--config.train.steps=1", "--config.train.steps=2"]
   )  # fmt: skip
@@ -217,7 +217,7 @@ def test_overrides_become_words_again():
   config = command_line.override(config_lib.Config(), OVERRIDES, "here")
   assert config.model.moe.router is Router.HASH and config.loss.z == 1.0
   assert command_line.words(config_lib.Config(), config)[:2] == [
-    "--config.model.qk_norm=true", "--config.model.moe.router=hash"
+    "--config.model.qkv_bias=true", "--config.model.moe.router=hash"
   ]  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def test_overrides_become_words_again():
   ("--config.train.step=3", "nearest is config.train.steps"),
   ("--config.train.steps=many", "'many' is not of int"),
   ("--config.model.moe.router=best", "not of switch, topk"),
-  ("--config.model.qk_norm=1", "write --config.model.qk_norm=true"),
+  ("--config.model.qkv_bias=1", "write --config.model.qkv_bias=true"),
   ("--config.train.steps", "write --config.train.steps=VALUE"),
 ])  # fmt: skip
 def test_a_wrong_override_is_refused(argument, why):

@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax import command_line, validation
 from moe_jax import config as config_lib
-from moe_jax.config import Dispatch
+from moe_jax.config import Dispatch, QKNorm
 from moe_jax.options import Choice, walk
 from tests.support.toys import ROOT, toy_config
 
@@ -42,7 +42,7 @@ def test_no_limit_is_strict_json():
   config = toy_config(capacity_factor=math.inf)
   text = config_lib.to_json(config)
   values = json.loads(text, parse_constant=pytest.fail)  # Infinity, NaN
-  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 2
+  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 3
   assert config_lib.from_json(text) == config
   assert config_lib.flatten(config)["model.moe.capacity_factor"] == "inf"
 
@@ -58,8 +58,14 @@ def test_a_stored_config_of_before_means_what_it_meant():
   assert (moe.capacity_factor, moe.eval_capacity_factor) == (math.inf, 2.0)
   moe = config_lib.from_json(stored(1, **fields)).model.moe
   assert moe.capacity_factor == 0.0  # which validate() refuses
-  with pytest.raises(config_lib.UserError, match="of format 3, made by a newer moe_jax"):
-    config_lib.from_json(stored(3, **fields))
+  with pytest.raises(config_lib.UserError, match="of format 4, made by a newer moe_jax"):
+    config_lib.from_json(stored(4, **fields))
+
+
+@pytest.mark.parametrize(("word", "meant"), [(True, QKNorm.HEAD), (False, QKNorm.NONE)])
+def test_a_stored_norm_of_queries_and_keys_was_a_bool(word, meant):
+  text = json.dumps({"format": 2, "model": {"qk_norm": word}})
+  assert config_lib.from_json(text).model.qk_norm is meant
 
 
 def test_a_stored_cache_folder_is_dropped():

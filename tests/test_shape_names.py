@@ -41,7 +41,7 @@ EVERYDAY = ["gather, expert 2, data 2", "blocked", "all_to_all", "router expert-
 def test_a_training_step(name):
   fields, axes = (PATHS | ROUTERS)[name]
   config = toy_config(shared_experts=1, **dict(num_experts=8) | fields)
-  config.model.qk_norm, config.model.num_layers = True, 1
+  config.model.qk_norm, config.model.num_layers = config_lib.QKNorm.HEAD, 1
   config.train.accumulation, config.data.batch_size = 2, 16
   config.loss = config_lib.Loss(load_balance=0.0)  # which some routers do not take
   config.mesh = config_lib.Mesh(**{"data": 1} | axes)

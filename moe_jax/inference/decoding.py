@@ -168,7 +168,7 @@ def forward_with_cache(
   tokens = Tokens(
     ids_BL=tokens_BL, segments_BL=real_BL.astype(jnp.int32), positions_BL=positions_BL
   )
-  x_BLD = transformer.embed(weights.embed_VD, tokens_BL)
+  x_BLD = transformer.embed(weights.embed_VD, tokens_BL, model)
   key = jax.random.key(0)  # not used: validate_generation refuses routers with noise in evaluation
   layers: list[KeysValues] = []
   choices: list[Choices] = []

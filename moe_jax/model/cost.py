@@ -42,7 +42,7 @@ def count(config: config_lib.Config) -> Counts:
     active += active_size
     embedding += size if name in ("embed_VD", "head_DV") else 0
     # Looking up an embedding multiplies nothing, but a tied embedding is the output head too.
-    if len(letters) > 1 and (name != "embed_VD" or model.tied_head):
+    if sharding.is_matrix(name) and (name != "embed_VD" or model.tied_head):
       matmul += active_size
   # In causal attention a query meets (L+1)/2 keys on average, in two products.
   attention = 2 * 2 * model.num_layers * model.num_heads * model.head_dim
@@ -150,7 +150,8 @@ def _smaller_model(config: config_lib.Config) -> str:
   if "E" in letters:
     hidden = ["model.moe.expert_dim"]
   elif "shared" in path:
-    hidden = ["model.moe.shared_experts", "model.moe.expert_dim"]
+    width = "shared_dim" if config.model.moe.shared_dim else "expert_dim"
+    hidden = ["model.moe.shared_experts", f"model.moe.{width}"]
   names = [name for letter in letters for name in (hidden if letter == "F" else [_FIELDS[letter]])]
   values = config_lib.flatten(config)
   lower = " or ".join(f"config.{name}={values[name]}" for name in names)

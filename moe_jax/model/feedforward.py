@@ -12,6 +12,14 @@ from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.moe.layer import MoELayer, MoEOutput, MoEWeights, moe_layer
 
+SHARED_GATE_D = sharding.Parameter(
+  name="shared_gate_D",
+  initial=lambda rngs, sizes: sizes["D"] ** -0.5 * jax.random.normal(rngs.params(), (sizes["D"],)),
+  replicated=False,
+  decays=False,
+  group="router",
+)
+
 
 class FFNWeights(NamedTuple):
   """The matrices of a dense feed-forward, in the compute dtype.
@@ -29,6 +37,7 @@ class MoEFFNWeights(NamedTuple):
 
   moe: MoEWeights
   shared: FFNWeights | None
+  shared_gate_D: jax.Array | None  # compute dtype
 
 
 class DenseFFN(nnx.Module):
@@ -57,14 +66,16 @@ class DenseFFN(nnx.Module):
 class MoEFFN(MoELayer):
   """The parameters of a router, its experts, and the shared experts that every token uses.
 
-  Shared experts have the size of the routed ones, as in DeepSeekMoE (2401.06066). n shared experts
-  are computed as one feed-forward that is n times as wide.
+  Shared experts have the size of the routed ones, as in DeepSeekMoE (2401.06066), or one of their
+  own. n shared experts are computed as one feed-forward that is n times as wide.
   """
 
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
     super().__init__(model, rngs)
-    width = model.moe.shared_experts * model.moe.expert_dim
+    width = model.moe.shared_width
     self.shared = DenseFFN(model, width, rngs) if width else None
+    if model.moe.shared_gate:
+      self.shared_gate_D = nnx.Param(SHARED_GATE_D.initial(rngs, {"D": model.dim}))
 
   def ffn_weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> MoEFFNWeights:
     """Returns the weights of router, experts and shared experts; experts are in `dtype`.
@@ -72,7 +83,8 @@ class MoEFFN(MoELayer):
     `bias_E` is the float32 balancing bias, zeros without loss-free balancing.
     """
     shared = self.shared.weights(dtype) if self.shared is not None else None
-    return MoEFFNWeights(self.weights(dtype, bias_E), shared)
+    gate_D = self.shared_gate_D[...].astype(dtype) if self.moe.shared_gate else None
+    return MoEFFNWeights(self.weights(dtype, bias_E), shared, gate_D)
 
   def __call__(
     self, x_BLD: jax.Array, real_BL: jax.Array, ids_BL: jax.Array, bias_E: jax.Array,
@@ -103,7 +115,11 @@ def moe_feedforward(
   if weights.shared is None:
     return out
   with jax.named_scope("shared"):
-    return out._replace(y_BLD=out.y_BLD + feedforward(x_BLD, weights.shared))
+    y_BLD = feedforward(x_BLD, weights.shared)
+    if weights.shared_gate_D is not None:
+      gate_BL1 = jax.nn.sigmoid(linear(x_BLD, weights.shared_gate_D[:, None]))
+      y_BLD = y_BLD * gate_BL1
+    return out._replace(y_BLD=out.y_BLD + y_BLD)
 
 
 def feedforward(x_BLD: jax.Array, weights: FFNWeights, activation: Activation = gated) -> jax.Array:

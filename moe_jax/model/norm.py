@@ -6,11 +6,11 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-  """The scale of a norm; `letter` is the shape letter of the dimension that it scales."""
+  """The scale of a norm; `letters` are the shape letters of the dimensions that it scales."""
 
-  def __init__(self, letter: str, size: int):
-    self.name = f"norm_{letter}"
-    setattr(self, self.name, nnx.Param(jnp.ones((size,))))
+  def __init__(self, letters: str, *sizes: int):
+    self.name = f"norm_{letters}"
+    setattr(self, self.name, nnx.Param(jnp.ones(sizes)))
 
   def weights(self) -> jax.Array:
     """Returns the scale, float32."""
@@ -18,11 +18,12 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """Returns x / sqrt(mean(x^2) + eps) * scale, with the mean over the last dimension.
+  """Returns x / sqrt(mean(x^2) + eps) * scale, with the mean over the dimensions of the scale.
 
-  Computes in float32 and returns the dtype of x.
+  These are the last ones of x. Computes in float32 and returns the dtype of x.
   """
   square = jnp.square(x.astype(jnp.float32))
-  inverse = jax.lax.rsqrt(jnp.mean(square, axis=-1, keepdims=True) + eps)
-  scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+  axes = tuple(range(-scale.ndim, 0))
+  inverse = jax.lax.rsqrt(jnp.mean(square, axis=axes, keepdims=True) + eps)
+  scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
   return (x.astype(jnp.float32) * inverse * scale).astype(x.dtype)

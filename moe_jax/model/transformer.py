@@ -88,7 +88,7 @@ def decoder_layer(
   with jax.named_scope("attention"):
     h_BLD = rms_norm(x_BLD, weights.attention_norm_D, model.norm_eps)
     y_BLD, cache = attention_layer(h_BLD, weights.attention, tokens.positions_BL, attend, model)
-    x_BLD += y_BLD
+    x_BLD += _scaled(y_BLD, model.residual_multiplier)
   h_BLD, stats, choices = rms_norm(x_BLD, weights.ffn_norm_D, model.norm_eps), None, None
   if isinstance(weights.ffn, FFNWeights):
     with jax.named_scope("ffn"):
@@ -99,14 +99,19 @@ def decoder_layer(
       h_BLD, real_BL, tokens.ids_BL, weights.ffn, model.moe, key, train=train, trace=trace
     )
     y_BLD, stats, choices = out.y_BLD, out.stats, out.choices
-  x_BLD = sharding.constrain(x_BLD + y_BLD, "BLD")
+  x_BLD = sharding.constrain(x_BLD + _scaled(y_BLD, model.residual_multiplier), "BLD")
   return LayerOutput(x_BLD=x_BLD, stats=stats, choices=choices, cache=cache)
 
 
-def embed(embed_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+def _scaled(x: jax.Array, multiplier: float) -> jax.Array:
+  return x if multiplier == 1 else x * multiplier
+
+
+def embed(embed_VD: jax.Array, ids_BL: jax.Array, model: config_lib.Model) -> jax.Array:
   """Looks up the embeddings x_BLD of ids_BL, in the dtype of the table embed_VD."""
   # Gathers the table along D first; otherwise each token's row is gathered from several devices.
-  return sharding.constrain(sharding.constrain(embed_VD, "VD")[ids_BL], "BLD")
+  x_BLD = sharding.constrain(sharding.constrain(embed_VD, "VD")[ids_BL], "BLD")
+  return _scaled(x_BLD, model.embedding_multiplier)
 
 
 def next_token_logits(
@@ -115,7 +120,8 @@ def next_token_logits(
   """Returns float32 logits_BLV of the last layer's x_BLD, after the final norm."""
   x_BLD = rms_norm(x_BLD, final_norm_D, model.norm_eps)
   with jax.named_scope("head"):
-    return sharding.constrain(linear(x_BLD, head_DV, dtype=jnp.dtype(jnp.float32)), "BLV")
+    logits_BLV = linear(x_BLD, head_DV, dtype=jnp.dtype(jnp.float32))
+    return sharding.constrain(_scaled(logits_BLV, model.logit_multiplier), "BLV")
 
 
 class DecoderLayer(nnx.Module):
@@ -196,7 +202,7 @@ class Transformer(nnx.Module):
       trace: whether to return the experts of each token in each MoE layer too.
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
-    x_BLD = embed(self.embed_VD[...].astype(dtype), tokens.ids_BL)
+    x_BLD = embed(self.embed_VD[...].astype(dtype), tokens.ids_BL, model)
     stats = [counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))]
     choices, first = [], 0
     for index, stack in enumerate(self.scans):

@@ -94,13 +94,13 @@ _GROUPS = {"embed": "embed", "head": "head"}
 
 
 def parameter_group(name: str) -> str:
-  """Returns embed, head, router, experts, attention, ffn or norm for a parameter's name."""
+  """Returns embed, head, router, experts, attention, ffn, norm or bias for a parameter's name."""
   parameter = sharding.declared(name)
   if parameter is not None:
     return parameter.group
   prefix, letters = name.split("_")[0], name.rsplit("_", 1)[-1]
-  if len(letters) == 1:
-    return "norm"
+  if not sharding.is_matrix(name):
+    return "bias" if "bias_" in name else "norm"
   kind = "experts" if letters[0] == "E" else "attention" if set(letters) & set("HG") else "ffn"
   return _GROUPS.get(prefix, kind)
 

@@ -46,13 +46,13 @@ def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
 def decays(name: str) -> bool:
   """Returns whether weight decay applies to the parameter of that name.
 
-  It applies to matrices, but not to embeddings, routers and norm scales. The name decides, not the
-  shape, since the stacked norm scales of all layers have two dimensions, too.
+  It applies to matrices, but not to embeddings, routers, biases and norm scales. The name decides,
+  not the shape, since the stacked norm scales of all layers have two dimensions, too.
   """
   parameter = sharding.declared(name)
   if parameter is not None:
     return parameter.decays
-  return len(name.rsplit("_", 1)[-1]) > 1 and not name.startswith("embed_")
+  return sharding.is_matrix(name) and not name.startswith("embed_")
 
 
 def _by_name(params: Any, value: Callable[[str, int], Any]) -> Any:

@@ -37,7 +37,7 @@ def decoded(request):
   """Prompts of different lengths in one batch, then token after token through the cache."""
   name = request.param
   # The dense model's norms are scaled by hand, as it has no router to be uneven.
-  qk_norm = name in ("deepseek", "dense")
+  qk_norm = config_lib.QKNorm.HEAD if name in ("deepseek", "dense") else config_lib.QKNorm.NONE
   ours, trained = model_of(name, qk_norm=qk_norm, tied_head=name == "switch")
   rows = rows_of((9, 14, 11))
   full = full_forward(trained, rows)

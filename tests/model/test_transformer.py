@@ -175,7 +175,7 @@ def test_remat_changes_no_value(remat):
 
 def test_tied_and_untied_heads_and_qk_norm():
   config = toy_config()
-  config.model.tied_head, config.model.qk_norm = False, True
+  config.model.tied_head, config.model.qk_norm = False, config_lib.QKNorm.HEAD
   graph, params = build(config)
   names = [path[-1] for path, _ in nnx.to_flat_state(params)]
   assert "head_DV" in names and names.count("norm_A") == 2

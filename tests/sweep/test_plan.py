@@ -54,7 +54,7 @@ WORDS = """[
     arm('k1', {'model.moe.router': 'switch', 'model.moe.top_k': 1,
                'model.moe.capacity_factor': float('inf'),
                'optimizer.learning_rate': 1e-5, 'data.train_split': "train[:5%] & 'x' "}),
-    arm('dense', {'model.qk_norm': True}, match('dense', by='flops_per_token')),
+    arm('dense', {'model.qkv_bias': True}, match('dense', by='flops_per_token')),
     arm('cosine', {'mesh.data': 1, 'data.text_field': ''})]"""
 RUNS = [(name, seed) for name in ("k1", "dense", "cosine") for seed in (0, 3)]
 

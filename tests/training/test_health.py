@@ -56,7 +56,7 @@ def test_moe_metrics_by_hand():
 def test_gradient_norms_by_group():
   """Every parameter of a model with all kinds of them is in the group that its name says."""
   config = toy_config(first_dense=1, shared_experts=1)
-  config.model.tied_head, config.model.qk_norm = False, True
+  config.model.tied_head, config.model.qk_norm = False, config_lib.QKNorm.HEAD
   groups = {}
   for path in cost.parameters(config.model):
     groups.setdefault(metrics.parameter_group(path[-1]), set()).add(path[-1])

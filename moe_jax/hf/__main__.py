@@ -1,0 +1,143 @@
+"""python -m moe_jax.hf import|export|check: weights of Hugging Face checkpoints, in and out.
+
+import --from=DIR --workdir=W   safetensors onto the mesh, piece by piece, and saved as a workdir
+                                that eval.py, generate.py and train.py --init_from=W read;
+                                --dry-run reads only headers, and says what it would take
+export --workdir=W --to=DIR     safetensors, config.json and tokenizer that from_pretrained loads
+check --from=DIR                ours and transformers' on one text: KL, top-1 agreement, by layer
+
+docs/checkpoints.md says which families there are, and what is verified.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from moe_jax import command_line
+from moe_jax.config import Mesh, UserError
+
+_TEXT = "The quick brown fox jumps over the lazy dog. def main():\n  return 0\n"
+
+
+def parse_arguments() -> argparse.Namespace:
+  """Parses the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m moe_jax.hf", description=__doc__, allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  commands = parser.add_subparsers(dest="command", required=True)
+
+  def command(name: str, help: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=help, allow_abbrev=False)
+
+  reading = command("import", "read a checkpoint into a new workdir")
+  checking = command("check", "compare with transformers on a text")
+  for parser_ in (reading, checking):
+    parser_.add_argument("--from", dest="folder", required=True, help="folder of the checkpoint")
+    for axis in ("fsdp", "expert", "tensor"):
+      parser_.add_argument(f"--mesh.{axis}", dest=axis, type=int, default=1,
+                           help=f"devices along the mesh's {axis} axis (1)")  # fmt: skip
+  reading.add_argument("--workdir", help="new folder for the run")
+  reading.add_argument("--dry-run", action="store_true", help="read headers only")
+  checking.add_argument("--text", default="", help="a text file (a built-in sentence)")
+  checking.add_argument("--tokens", type=int, default=256, help="tokens to compare (256)")
+  writing = command("export", "write a run's checkpoint for transformers")
+  writing.add_argument("--workdir", required=True, help="a run of train.py, or an import")
+  writing.add_argument("--to", required=True, help="new folder for the checkpoint")
+  writing.add_argument("--step", type=int, default=0, help="of the checkpoint; 0 is the newest")
+  writing.add_argument("--family", default="", help="whose names to use (the first that fits)")
+  writing.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+  writing.add_argument("--file_gb", type=float, default=5.0, help="size of a file (5)")
+  return parser.parse_args()
+
+
+def run_import(args: argparse.Namespace) -> None:
+  """Imports a checkpoint, or says what that would take."""
+  import jax
+
+  from moe_jax import sharding, startup
+  from moe_jax import workdir as workdir_lib
+  from moe_jax.hf import importing
+
+  startup.start()
+  made = importing.plan(args.folder, _mesh(args))
+  print(importing.report(made), flush=True)
+  if args.dry_run:
+    return
+  if not args.workdir:
+    raise UserError("--workdir is missing: name a new folder for the run")
+  command_line.check_folder("workdir", args.workdir)
+  path = workdir_lib.open_path(args.workdir)
+  if path.exists() and any(path.iterdir()):
+    raise UserError(f"--workdir={args.workdir} is not empty; name a new folder")
+  mesh = sharding.make_mesh(made.config.mesh)
+  with jax.set_mesh(mesh):
+    importing.save(made, importing.read(made, mesh, _progress), path)
+  print(f"{path} holds it as step 0: eval.py and generate.py take --workdir={path}, "
+        f"train.py --init_from={path}")  # fmt: skip
+
+
+def run_export(args: argparse.Namespace) -> None:
+  """Exports a run's checkpoint."""
+  from moe_jax import startup
+  from moe_jax.hf import exporting
+
+  startup.start()
+  loaded = exporting.load(args.workdir, args.step)
+  named = args.family
+  known = loaded.beside / "family"
+  if not named and known.is_file():
+    named = known.read_text().strip()
+  family = exporting.choose(loaded.config.model, named)
+  target = pathlib.Path(args.to)
+  exporting.export(loaded, family, target, args.dtype, int(args.file_gb * 1e9), _progress)
+  print(f"{target} holds step {loaded.step} as {family.model_type} in {args.dtype}: "
+        f"AutoModelForCausalLM.from_pretrained('{target}')")  # fmt: skip
+
+
+def run_check(args: argparse.Namespace) -> None:
+  """Compares our model with transformers'."""
+  import jax
+
+  from moe_jax import sharding, startup
+  from moe_jax.hf import check, importing
+
+  startup.start()
+  made = importing.plan(args.folder, _mesh(args))
+  text = _TEXT
+  if args.text:
+    try:
+      text = pathlib.Path(args.text).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f"--text={args.text}: {error}") from None
+  ids_L = check.ids_of(made, text, args.tokens)
+  mesh = sharding.make_mesh(made.config.mesh)
+  with jax.set_mesh(mesh):
+    ours = check.streams(made, importing.read(made, mesh, _progress), ids_L)
+  print(check.report(check.compare(ours, check.theirs(pathlib.Path(args.folder), ids_L))))
+
+
+def _mesh(args: argparse.Namespace) -> Mesh:
+  import jax
+
+  others = args.fsdp * args.expert * args.tensor
+  if others < 1 or jax.device_count() < others:
+    raise UserError(
+      f"--mesh: fsdp={args.fsdp} x expert={args.expert} x tensor={args.tensor} needs {others} "
+      f"devices, and there are {jax.device_count()}"
+    )
+  return Mesh(data=1, fsdp=args.fsdp, expert=args.expert, tensor=args.tensor)
+
+
+def _progress(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+  """Runs the command that the command line names."""
+  args = parse_arguments()
+  {"import": run_import, "export": run_export, "check": run_check}[args.command](args)
+
+
+if __name__ == "__main__":
+  command_line.one_line_errors(main)

@@ -1,0 +1,125 @@
+"""Compares our model with transformers' on one text: logits, and the residual stream by layer."""
+
+import importlib
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import UserError
+from moe_jax.data import tokenizers
+from moe_jax.hf.importing import Plan, Weights
+from moe_jax.inference import decoding
+from moe_jax.kernels.attention import segment_attention
+from moe_jax.model import transformer
+from moe_jax.model.transformer import Tokens
+
+_PARTS = 1e-3  # a difference, relative to the largest value, from which two layers are said to part
+
+
+class Comparison(NamedTuple):
+  """How far ours and theirs are apart."""
+
+  kl: float  # nats, mean over tokens: of theirs to ours
+  top_1: float  # share of tokens with the same most likely next token
+  logits: float  # the largest difference over the largest logit
+  layers: list[float]  # the same of the residual stream: of the embedding, then after each layer
+
+
+def streams(made: Plan, weights: Weights, ids_L: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Returns logits [L, V], and the residual stream [L, D] of the embedding and after each layer."""
+  model = decoding.for_inference(made.config.model)
+  unrolled = decoding.weights(model, weights.params, weights.bias_ZE)
+  ids_BL = jnp.asarray(ids_L, jnp.int32)[None]
+  places = jnp.arange(len(ids_L), dtype=jnp.int32)[None]
+  tokens = Tokens(ids_BL=ids_BL, segments_BL=jnp.ones_like(ids_BL), positions_BL=places)
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    return segment_attention(q, k, v, tokens.segments_BL, model.attention), None
+
+  x_BLD = transformer.embed(unrolled.embed_VD, ids_BL, model)
+  found = [x_BLD]
+  for layer in unrolled.layers:
+    out = transformer.decoder_layer(
+      x_BLD, layer, tokens, attend, model, jax.random.key(0), train=False
+    )
+    x_BLD = out.x_BLD
+    found.append(x_BLD)
+  logits_BLV = transformer.next_token_logits(x_BLD, unrolled.final_norm_D, unrolled.head_DV, model)
+  return np.asarray(logits_BLV[0]), [np.asarray(x[0], np.float32) for x in found]
+
+
+def theirs(folder: pathlib.Path, ids_L: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Returns the same of transformers, in float32.
+
+  Raises:
+    UserError: transformers or torch is missing.
+  """
+  try:
+    torch, transformers = map(importlib.import_module, ("torch", "transformers"))
+  except ImportError as error:
+    raise UserError(f"{error.name} is missing: pip install 'moe_jax[hf]'") from None
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=False, experts_implementation="eager"
+  ).eval()
+  found: list[Any] = []
+  hooks = [model.model.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))]
+  for layer in model.model.layers:
+    hooks.append(
+      layer.register_forward_hook(
+        lambda _, args, out: found.append(out[0] if isinstance(out, tuple) else out)
+      )
+    )
+  with torch.no_grad():
+    logits = model(torch.tensor(ids_L[None])).logits[0]
+  for hook in hooks:
+    hook.remove()
+  return logits.float().numpy(), [x.reshape(-1, x.shape[-1]).float().numpy() for x in found]
+
+
+def compare(ours: tuple[Any, list[Any]], other: tuple[Any, list[Any]]) -> Comparison:
+  """Compares two results of `streams`."""
+  (logits, layers), (want, want_layers) = ours, other
+  log_p, log_q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x))) for x in (want, logits))
+  return Comparison(
+    kl=float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
+    top_1=float(np.mean(want.argmax(-1) == logits.argmax(-1))),
+    logits=_difference(logits, want),
+    layers=[_difference(x, y) for x, y in zip(layers, want_layers, strict=True)],
+  )
+
+
+def _difference(x: np.ndarray, want: np.ndarray) -> float:
+  return float(np.abs(x - want).max() / np.abs(want).max())
+
+
+def ids_of(made: Plan, text: str, most: int) -> np.ndarray:
+  """Returns the ids of a text by the checkpoint's tokenizer, or by bytes where it has none."""
+  ids = tokenizers.load_tokenizer(made.config.data).encode(text)[:most]
+  if not len(ids) or ids.max() >= made.config.model.vocab_size:
+    raise UserError("--text: it has no token of this model's vocabulary")
+  return ids
+
+
+def report(result: Comparison) -> str:
+  """Formats a comparison, in one screen."""
+  parted = next((i for i, d in enumerate(result.layers) if d > _PARTS), None)
+  lines = [
+    f"KL                 {result.kl:.2e} nats per token, of transformers to ours",
+    f"top-1              {100 * result.top_1:.2f}% of tokens agree",
+    f"logits             differ by {result.logits:.1e} of the largest",
+  ]
+  shown = result.layers
+  per_line = 8
+  for first in range(0, len(shown), per_line):
+    names = "residual stream   " if not first else " " * 18
+    values = " ".join(f"{d:.0e}" for d in shown[first : first + per_line])
+    lines.append(f"{names} {values}")
+  if parted is None:
+    lines.append(f"they agree         in all {len(shown) - 1} layers, to {_PARTS:g}")
+  else:
+    after = "in the embedding" if not parted else f"in layer {parted - 1}"
+    lines.append(f"they part          {after}, by {shown[parted]:.1e} of the largest value")
+  return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""Writes a run's checkpoint as a Hugging Face checkpoint that `from_pretrained` loads unchanged."""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax import checkpoint, sharding
+from moe_jax import workdir as workdir_lib
+from moe_jax.config import Config, UserError
+from moe_jax.hf import families, fields, files, layout
+from moe_jax.hf.fields import Family
+from moe_jax.model import cost, transformer
+
+_SECONDS = 5.0  # between lines of progress
+
+
+class Loaded(NamedTuple):
+  """A run's weights on the mesh."""
+
+  config: Config
+  weights: dict[str, Any]  # params, bias_ZE
+  step: int
+  beside: pathlib.Path  # the folder of files that came with an import; it may be missing
+
+
+def load(workdir: str, step: int) -> Loaded:
+  """Restores the weights of a run on this machine's devices.
+
+  Raises:
+    UserError: there is no such run or no such checkpoint.
+  """
+  path = workdir_lib.open_path(workdir)
+  config = workdir_lib.read_config(path)
+  config.mesh = sharding.fit_mesh(config.mesh, parts=jax.process_count())
+  cost.check_weights_memory(config)
+  reader = checkpoint.Checkpointer(path)
+  try:
+    step = reader.find(step)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+      needed = transformer.abstract_weights(config.model)
+      weights = reader.restore_part(step, needed, mesh)
+  finally:
+    reader.close()
+  return Loaded(config, weights, step, path / workdir_lib.HF)
+
+
+def choose(model: Any, named: str) -> Family:
+  """Returns the family that is named, or the first that can say the model.
+
+  Raises:
+    UserError: there is no such family, or none can; then what hinders the nearest one.
+  """
+  if named:
+    if named not in families.FAMILIES:
+      raise UserError(f"--family={named}: there are {', '.join(families.FAMILIES)}")
+    return families.FAMILIES[named]
+  refusals = {}
+  for family in families.FAMILIES.values():
+    try:
+      fields.to_theirs(family, model)
+    except UserError as error:
+      refusals[family.model_type] = str(error)
+    else:
+      return family
+  nearest = min(refusals.values(), key=lambda text: text.count(";"))
+  raise UserError(f"no family can say this model; the nearest: {nearest}")
+
+
+def export(
+  loaded: Loaded,
+  family: Family,
+  target: pathlib.Path,
+  dtype: str = "float32",
+  largest: int = 5 * 10**9,
+  progress: Callable[[str], None] | None = None,
+) -> None:
+  """Writes safetensors, config.json, and the tokenizer's files where the run has them.
+
+  Args:
+    loaded: the weights.
+    family: whose tensors and config to write.
+    target: a folder that does not exist yet, or is empty.
+    dtype: of the tensors: float32, bfloat16 or float16.
+    largest: bytes of a file.
+    progress: takes a line now and then.
+
+  Raises:
+    UserError: the family cannot say the model, or the target has files.
+    StorageError: the target cannot be written; then nothing is left there.
+  """
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UserError(f"--to={target} is not empty; name a new folder")
+  model = loaded.config.model
+  theirs = _config(loaded, family, dtype)
+  found = layout.tensors(model, families.TOP, family.layer, families.LAYER)
+  bias_ZE = np.asarray(sharding.whole(loaded.weights["bias_ZE"]))
+  arrays = {
+    layout.path_of(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.weights["params"])
+  } | {layout.BIAS: bias_ZE}
+  if bias_ZE.any() and not any(p.path == layout.BIAS for t in found for p in t.parts):
+    raise UserError(
+      f"{family.model_type} has no bias that balances the choice of experts, and this run has one; "
+      "choose a --family that has, as glm4_moe"
+    )
+  width = np.dtype(files.WRITTEN[dtype]).itemsize
+  sizes = {tensor.name: int(np.prod(tensor.shape)) * width for tensor in found}
+  writer = files.Writer(target, sizes, largest)
+  started = told = time.monotonic()
+  done = 0
+  try:
+    for tensor in found:
+      parts = [_part(arrays[part.path], part) for part in tensor.parts]
+      writer.add(tensor.name, np.ascontiguousarray(tensor.pack(parts).astype(files.WRITTEN[dtype])))
+      done += sizes[tensor.name]
+      now = time.monotonic()
+      if progress and now - told > _SECONDS:
+        told = now
+        whole = sum(sizes.values())
+        progress(f"wrote {done / 1e9:.2f} of {whole / 1e9:.2f} GB, "
+                 f"{done / 1e9 / (now - started):.2f} GB/s")  # fmt: skip
+    writer.finish(theirs, loaded.beside if loaded.beside.is_dir() else None)
+  except BaseException:
+    writer.drop()
+    raise
+
+
+def _part(array: Any, part: layout.Part) -> np.ndarray:
+  """Returns one layer's or one expert's values, on the host."""
+  piece = array[part.place] if part.place else array
+  return np.asarray(piece if isinstance(piece, np.ndarray) else sharding.whole(piece))
+
+
+def _config(loaded: Loaded, family: Family, dtype: str) -> dict[str, Any]:
+  """Returns config.json: what came with an import, under what the model says now."""
+  theirs = fields.to_theirs(family, loaded.config.model) | {"dtype": dtype, "torch_dtype": dtype}
+  before: dict[str, Any] = {}
+  if (loaded.beside / files.CONFIG).is_file():
+    before = files.read_json(loaded.beside / files.CONFIG)
+    if before.get("model_type") != family.model_type:
+      before = {}
+  longest = {"max_position_embeddings": loaded.config.data.seq_len}
+  ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+  return longest | ends | before | theirs

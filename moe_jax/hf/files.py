@@ -1,0 +1,203 @@
+"""The files of a Hugging Face checkpoint: config.json, safetensors with an index, the tokenizer.
+
+Only headers and the ranges that are asked for are read, by the package `safetensors`, which checks
+a header before it uses it. Nothing of a file is executed: pickled weights (.bin) are not read.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from moe_jax import files
+from moe_jax.errors import StorageError, UserError, is_storage
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+# Files beside the weights that travel with them.
+BESIDE = (
+  CONFIG, "generation_config.json", TOKENIZER, "tokenizer.model", "tokenizer_config.json",
+  "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+_DTYPES: dict[str, Any] = {
+  "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+}  # fmt: skip
+WRITTEN = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_LARGEST_JSON = 2**26  # bytes
+
+
+class Stored:
+  """The tensors of a checkpoint on disk: their shapes, and ranges of their values."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Reads the headers.
+
+    Raises:
+      UserError: there are no safetensors, or a file is missing or damaged.
+    """
+    self.folder = folder
+    self.shapes: dict[str, tuple[int, ...]] = {}
+    self.types: dict[str, str] = {}
+    self._files: dict[str, pathlib.Path] = {}
+    self._open: dict[pathlib.Path, Any] = {}
+    self.bytes_read = 0
+    for path in self._paths():
+      for name in self._handle(path).keys():  # noqa: SIM118 (the handle is no dict)
+        part = self._handle(path).get_slice(name)
+        self._files[name], self.types[name] = path, part.get_dtype()
+        self.shapes[name] = tuple(part.get_shape())
+
+  def _paths(self) -> list[pathlib.Path]:
+    if (self.folder / SINGLE).is_file():
+      return [self.folder / SINGLE]
+    if not (self.folder / INDEX).is_file():
+      raise UserError(
+        f"{self.folder}: neither {SINGLE} nor {INDEX} there; weights in other files (.bin, .pth) "
+        "are pickled programs, which are not run: convert them to safetensors first"
+      )
+    where = read_json(self.folder / INDEX).get("weight_map")
+    names: set[Any] = set(where.values()) if isinstance(where, dict) else {None}
+    for name in names:
+      if not isinstance(name, str) or os.path.basename(name) != name or not name:
+        raise UserError(f"{self.folder / INDEX}: weight_map names {name!r}, which is no file there")
+    return [self.folder / name for name in sorted(names)]
+
+  def _handle(self, path: pathlib.Path) -> Any:
+    if path not in self._open:
+      if not path.is_file():
+        raise UserError(f"{path}: no such file, though {INDEX} names it: an incomplete download")
+      try:
+        self._open[path] = safetensors.safe_open(path, "numpy")
+      except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, or no safetensors file: {error}") from None
+    return self._open[path]
+
+  def size(self, name: str) -> int:
+    """Returns the bytes of a tensor."""
+    width = np.dtype(_DTYPES[self.types[name]]).itemsize if self.readable(name) else 1
+    return math.prod(self.shapes[name]) * width
+
+  def readable(self, name: str) -> bool:
+    """Returns whether a tensor is of a type that can be read."""
+    return self.types[name] in _DTYPES
+
+  def read(self, name: str, ranges: tuple[slice, ...]) -> np.ndarray:
+    """Returns a range of a tensor's values, in the file's type."""
+    part = self._handle(self._files[name]).get_slice(name)
+    values = part[ranges] if ranges else part[...]
+    self.bytes_read += values.nbytes
+    return values
+
+  def close(self) -> None:
+    """Drops the mapped files."""
+    self._open.clear()
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object of a JSON file.
+
+  Raises:
+    UserError: there is no such file, or it is none.
+  """
+  try:
+    if path.stat().st_size > _LARGEST_JSON:
+      raise UserError(f"{path}: over {_LARGEST_JSON:,} bytes, so it is no such file")
+    values = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError) as error:
+    why = error.strerror if isinstance(error, OSError) else f"damaged ({type(error).__name__})"
+    raise UserError(f"{path}: {why}") from None
+  if not isinstance(values, dict):
+    raise UserError(f"{path}: it is a {type(values).__name__} and no object")
+  return values
+
+
+def copy_beside(source: pathlib.Path, target: pathlib.Path) -> list[str]:
+  """Copies what is beside the weights, small files of known names; returns the names."""
+  names = [name for name in BESIDE if (source / name).is_file()]
+  target.mkdir(parents=True, exist_ok=True)
+  for name in names:
+    shutil.copyfile(source / name, target / name)
+  return names
+
+
+class Writer:
+  """Writes safetensors in files of at most so many bytes, and their index.
+
+  All is written into a folder beside the target, which takes the target's name at the end.
+  """
+
+  def __init__(self, target: pathlib.Path, sizes: Mapping[str, int], largest: int):
+    """Plans the files.
+
+    Args:
+      target: a folder that does not exist yet, or is empty.
+      sizes: {tensor: its bytes}, in the order in which they will come.
+      largest: bytes of a file; a single tensor may be larger.
+    """
+    self.target, self._sizes = target, dict(sizes)
+    self.folder = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(self.folder, ignore_errors=True)
+    self._planned: list[list[str]] = [[]]
+    room = largest
+    for name, size in sizes.items():
+      if size > room and self._planned[-1]:
+        self._planned.append([])
+        room = largest
+      self._planned[-1].append(name)
+      room -= size
+    self._held: dict[str, np.ndarray] = {}
+    self._written = 0
+    with _storage(target):
+      self.folder.mkdir(parents=True)
+
+  def add(self, name: str, values: np.ndarray) -> None:
+    """Adds the next tensor; a file is written when its last one has come."""
+    self._held[name] = values
+    if list(self._held) == self._planned[self._written]:
+      path = self.folder / self._file(self._written)
+      with _storage(self.target):
+        safetensors.numpy.save_file(self._held, path, metadata={"format": "pt"})
+      self._held, self._written = {}, self._written + 1
+
+  def _file(self, number: int) -> str:
+    total = len(self._planned)
+    return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+  def finish(self, config: Mapping[str, Any], beside: pathlib.Path | None) -> None:
+    """Writes the index and config.json, copies the tokenizer's files, and names the folder."""
+    with _storage(self.target):
+      if beside is not None:
+        copy_beside(beside, self.folder)
+      if len(self._planned) > 1:
+        where = {n: self._file(i) for i, names in enumerate(self._planned) for n in names}
+        index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": where}
+        files.write(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+      files.write(self.folder / CONFIG, json.dumps(config, indent=2) + "\n")
+      if self.target.exists():
+        self.target.rmdir()  # it is empty
+      self.folder.rename(self.target)
+
+  def drop(self) -> None:
+    """Deletes what is not finished."""
+    shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _storage(target: pathlib.Path) -> Any:
+  try:
+    yield
+  except (OSError, safetensors.SafetensorError) as error:
+    if isinstance(error, safetensors.SafetensorError) or is_storage(error):
+      raise StorageError(f"{target}: cannot be written ({error})") from error
+    raise UserError(f"{target}: cannot be written ({error})") from error

@@ -1,0 +1,246 @@
+"""Reads a Hugging Face checkpoint onto the mesh, piece by piece, and saves it as a run's workdir.
+
+A device asks for its own piece of each parameter, and only that piece is read. So a host holds what
+its devices hold, and one tensor of the file more.
+"""
+
+import pathlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import checkpoint, command_line, sharding, validation
+from moe_jax import config as config_lib
+from moe_jax import files as file_lib
+from moe_jax import workdir as workdir_lib
+from moe_jax.config import Config, Dispatch, Loss, Mesh, UserError
+from moe_jax.data import tokenizers
+from moe_jax.hf import families, fields, files, layout
+from moe_jax.hf.fields import Family
+from moe_jax.hf.layout import Tensor
+from moe_jax.model import cost, transformer
+
+_SECONDS = 5.0  # between lines of progress
+_READ, _WRITTEN = 5e8, 3e8  # bytes per second, for the prediction of --dry-run
+
+
+class Plan(NamedTuple):
+  """What an import would do."""
+
+  family: Family
+  config: Config
+  tensors: list[Tensor]
+  stored: files.Stored
+  notes: list[str]
+
+  @property
+  def bytes_to_read(self) -> int:
+    """The bytes of all tensors that are read."""
+    return sum(self.stored.size(tensor.name) for tensor in self.tensors)
+
+  @property
+  def largest(self) -> int:
+    """The bytes of the largest tensor."""
+    return max(self.stored.size(tensor.name) for tensor in self.tensors)
+
+
+class Weights(NamedTuple):
+  """What a checkpoint of a run without an optimizer holds."""
+
+  params: Any
+  bias_ZE: jax.Array
+
+
+def plan(folder: str, mesh: Mesh) -> Plan:
+  """Reads config.json and the headers, and compares them with our model.
+
+  Args:
+    folder: of the checkpoint.
+    mesh: to put the weights on.
+
+  Raises:
+    UserError: names what is missing, left over, of another shape, or cannot be expressed.
+  """
+  path = pathlib.Path(folder)
+  if not path.is_dir():
+    raise UserError(f"--from={folder}: no such folder; download the checkpoint into one first")
+  theirs = files.read_json(path / files.CONFIG)
+  where = str(path / files.CONFIG)
+  family = families.family_of(theirs, where)
+  model, unread = fields.to_model(family, theirs, where)
+  notes = [f"not read of {files.CONFIG}: {', '.join(unread)}"] if unread else []
+  config = _config(model, mesh, theirs, path)
+  validation.validate(config)
+  try:
+    tensors = layout.tensors(model, families.TOP, family.layer, families.LAYER)
+  except KeyError as error:
+    raise UserError(f"{where}: a {family.model_type} has no {error.args[0]}") from None
+  stored = files.Stored(path)
+  notes += _compare(family, model, tensors, stored)
+  return Plan(family, config, tensors, stored, notes)
+
+
+def _config(
+  model: config_lib.Model, mesh: Mesh, theirs: Mapping[str, Any], folder: pathlib.Path
+) -> Config:
+  """Returns the config of the workdir: their model, without dropped tokens as there."""
+  model.moe.dispatch = Dispatch.GROUPED
+  tokenizer = folder / files.TOKENIZER
+  if not tokenizer.is_file():
+    tokenizer = folder / "tokenizer.model"
+  longest = theirs.get("max_position_embeddings")
+  data = config_lib.Data(
+    tokenizer=str(tokenizer) if tokenizer.is_file() else "bytes",
+    seq_len=min(longest, 2048) if isinstance(longest, int) and longest > 0 else 2048,
+    batch_size=8 * max(mesh.data, 1) * mesh.fsdp * mesh.expert,
+  )
+  coefficient = theirs.get("router_aux_loss_coef")
+  balance = float(coefficient) * model.moe.top_k if isinstance(coefficient, int | float) else 0.0
+  loss = Loss(load_balance=balance if model.moe.num_experts else 0.0, router_z=0.0)
+  return Config(model=model, mesh=mesh, data=data, loss=loss)
+
+
+def _compare(
+  family: Family, model: config_lib.Model, tensors: list[Tensor], stored: files.Stored
+) -> list[str]:
+  """Returns notes about tensors that are left out; raises a UserError where some do not fit."""
+  wanted = {tensor.name: tensor for tensor in tensors}
+  left_out = family.left_out.format(num_layers=model.num_layers)
+  tied = {"lm_head.weight"} if model.tied_head else set()
+  extra: list[str] = []
+  skipped: list[str] = []
+  for name in stored.shapes:
+    if name in wanted or name in tied or re.fullmatch(families.COMPUTED, name):
+      continue
+    (skipped if left_out and re.fullmatch(left_out, name) else extra).append(name)
+  wrong = [f"missing: {name}" for name in wanted if name not in stored.shapes]
+  wrong += [f"not of this model: {name}" for name in extra]
+  for name in wanted.keys() & stored.shapes.keys():
+    if stored.shapes[name] != wanted[name].shape:
+      wrong.append(f"of another shape: {layout.describe(wanted[name], stored.shapes[name])}")
+    elif not stored.readable(name):
+      wrong.append(f"of a type that is not read: {name} is {stored.types[name]}")
+  if wrong:
+    lines = "\n  ".join(sorted(wrong))
+    raise UserError(
+      f"{stored.folder}: {len(wrong)} tensor(s) do not fit its config.json:\n  {lines}"
+    )
+  if skipped:
+    return [f"left out: {len(skipped)} tensors of {family.why_left_out}"]
+  return []
+
+
+def read(
+  made: Plan, mesh: jax.sharding.Mesh, progress: Callable[[str], None] | None = None
+) -> Weights:
+  """Reads the weights onto a mesh.
+
+  Args:
+    made: what `plan` returned.
+    mesh: to split over.
+    progress: takes a line now and then.
+
+  Raises:
+    UserError: a tensor has values that are not finite; all of them are named.
+  """
+  model = made.config.model
+  parameters = layout.by_parameter(made.tensors)
+  damaged: set[str] = set()
+  started = told = time.monotonic()
+
+  def read_range(name: str, ranges: tuple[slice, ...]) -> np.ndarray:
+    nonlocal told
+    values = made.stored.read(name, ranges)
+    if not np.isfinite(values).all():
+      damaged.add(name)
+    now = time.monotonic()
+    if progress and now - told > _SECONDS:
+      told = now
+      done = made.stored.bytes_read
+      rate = done / (now - started)
+      left = command_line.clock(max(made.bytes_to_read - done, 0) / rate)
+      progress(f"read {_gb(done)} of {_gb(made.bytes_to_read)}, {_gb(rate)}/s, {left} left")
+    return values
+
+  def array(path: layout.Path, shape: tuple[int, ...], where: Any) -> jax.Array:
+    pieces: dict[Any, np.ndarray] = {}
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+      index = index or ()
+      key = tuple((i.start, i.stop) for i in index)
+      if key not in pieces:
+        pieces.clear()  # devices that hold the same piece come one after another
+        pieces[key] = layout.assemble(path, shape, index, parameters[path], read_range)
+      return pieces[key]
+
+    return jax.make_array_from_callback(shape, where, piece)
+
+  abstract = transformer.abstract_params(model)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf, where: array(layout.path_of(path), leaf.shape, where),
+    abstract,
+    sharding.param_shardings(abstract, mesh),
+  )
+  shape = transformer.bias_shape(model)
+  if layout.BIAS in parameters:
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    bias_ZE = array(layout.BIAS, shape, where)
+  else:
+    bias_ZE = jnp.zeros(shape)
+  if damaged:
+    raise UserError(
+      f"{made.stored.folder}: values that are not finite in {', '.join(sorted(damaged))}"
+    )
+  return Weights(params, bias_ZE)
+
+
+def save(made: Plan, weights: Weights, workdir: pathlib.Path) -> None:
+  """Writes a workdir with the weights as its checkpoint 0, and their files beside them in hf/.
+
+  config.json comes last: a workdir without it is no run.
+  """
+  workdir_lib.make(workdir)
+  saver = checkpoint.Checkpointer(workdir, config_lib.Train())
+  try:
+    saver.save(0, weights, next_batch=0, loss=float("inf"))
+    saver.wait()
+  finally:
+    saver.close()
+  files.copy_beside(made.stored.folder, workdir / workdir_lib.HF)
+  config = made.config
+  if config.data.tokenizer != "bytes":
+    name = pathlib.Path(config.data.tokenizer).name
+    config.data.tokenizer = str(workdir_lib.resolved(workdir) / workdir_lib.HF / name)
+    fingerprint = tokenizers.load_tokenizer(config.data).fingerprint
+    workdir_lib.write_object(workdir / workdir_lib.DATA, {"tokenizer": fingerprint})
+  file_lib.write(workdir / workdir_lib.HF / "family", made.family.model_type + "\n")
+  workdir_lib.write_config(workdir, config)
+
+
+def report(made: Plan) -> str:
+  """Describes an import before it is made: sizes, memory and time."""
+  counts = cost.count(made.config)
+  mesh = made.config.mesh
+  devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
+  held = cost.check_weights_memory(made.config)
+  seconds = made.bytes_to_read / _READ + 4 * counts.total / _WRITTEN
+  lines = [
+    f"family             {made.family.model_type}, {len(made.tensors)} tensors in "
+    f"{_gb(made.bytes_to_read)} of files, the largest {_gb(made.largest)}",
+    f"parameters         {cost.si(counts.total)} total, {cost.si(counts.active)} active per token",
+    f"memory             {_gb(held)} on each of {devices} device(s), in float32; on the host "
+    f"{_gb(1.5 * made.largest)} beside it",
+    f"disk               {_gb(4 * counts.total)} for the checkpoint",
+    f"time               about {command_line.clock(seconds)}, reading {_gb(_READ)}/s and writing "
+    f"{_gb(_WRITTEN)}/s",
+  ]
+  return "\n".join(lines + made.notes)
+
+
+def _gb(size: float) -> str:
+  return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,243 @@
+"""Where each of our parameters stands in a Hugging Face checkpoint, and how it lies there.
+
+A `Row` of a family's table says: our parameter, their tensor, and the layout of their tensor in the
+shape letters of ours. `(HA)D` is a matrix whose first dimension counts heads and their widths, so
+q_DHA is transposed and flattened. `2` counts two of our parameters in one tensor, gate and up. The
+same row serves both directions.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.config import Model
+from moe_jax.model import cost
+from moe_jax.model.transformer import bias_shape, layer_pattern, moe_layers
+
+BIAS = ("bias_ZE",)  # the path of the balancing bias, which stands beside the parameters
+
+Path = tuple[str, ...]  # of a parameter in the Transformer, layers stacked on Z: cost.parameters
+# Their tensor's name, and a range of each of its dimensions -> the values.
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+class Row(NamedTuple):
+  """One line of a family's table."""
+
+  ours: str  # below a layer: "attention.q_DHA"; two with a comma between them stand on `2`
+  theirs: str  # below their layer; with {expert} each expert has a tensor of its own
+  layout: str
+
+
+class Part(NamedTuple):
+  """What a whole tensor of theirs has of one of our parameters."""
+
+  path: Path
+  place: tuple[int, ...]  # on the parameter's first dimensions: (), (layer,) or (layer, expert)
+  half: int  # which of two; 0 where there is one
+
+
+class Tensor(NamedTuple):
+  """One tensor of their checkpoint."""
+
+  name: str
+  layout: str
+  parts: tuple[Part, ...]
+  sizes: dict[str, int]  # of the letters of the layout
+
+  @property
+  def groups(self) -> list[str]:
+    """The letters of each dimension: ["HA", "D"]."""
+    return [flat or one for flat, one in re.findall(r"\((\w+)\)|(\w)", self.layout)]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of their tensor."""
+    return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.groups)
+
+  def pack(self, arrays: list[np.ndarray]) -> np.ndarray:
+    """Returns their tensor of the arrays of its parts, in our layout."""
+    letters = _letters(self.parts[0])
+    whole = arrays[0]
+    if "2" in self.layout:
+      whole, letters = np.stack(arrays), "2" + letters
+    if "1" in self.layout:
+      whole, letters = whole[None], "1" + letters
+    order = [letters.index(letter) for group in self.groups for letter in group]
+    return whole.transpose(order).reshape(self.shape)
+
+  def unpack(self, read: Read, part: Part, wanted: dict[str, slice]) -> np.ndarray:
+    """Returns a piece of one of our parameters, in our layout.
+
+    Args:
+      read: reads a range of their tensor.
+      part: of `parts`.
+      wanted: the range of each letter of our parameter.
+    """
+    ranges = wanted | {"2": slice(part.half, part.half + 1), "1": slice(0, 1)}
+    bounds, lengths, chosen = [], [], []
+    for group in self.groups:
+      sizes = [self.sizes[letter] for letter in group]
+      parts = [ranges[letter] for letter in group]
+      first = np.ravel_multi_index([r.start for r in parts], sizes)
+      last = np.ravel_multi_index([r.stop - 1 for r in parts], sizes)
+      counts = [r.stop - r.start for r in parts]
+      if last + 1 - first == math.prod(counts):  # they lie side by side
+        bounds.append(slice(int(first), int(last) + 1))
+        lengths += counts
+        chosen += [slice(None)] * len(group)
+      else:
+        bounds.append(slice(0, math.prod(sizes)))
+        lengths += sizes
+        chosen += parts
+    piece = read(self.name, tuple(bounds)).reshape(lengths)[tuple(chosen)]
+    letters = "".join(self.groups)
+    order = [letters.index(letter) for letter in _letters(part)]
+    unit = [letters.index(letter) for letter in "12" if letter in letters]
+    return piece.transpose(order + unit).reshape([piece.shape[axis] for axis in order])
+
+
+def _letters(part: Part) -> str:
+  """The shape letters of a part of a parameter, without those of its place."""
+  letters = part.path[-1].rsplit("_", 1)[-1]
+  if part.path == BIAS:
+    letters = letters[1:]
+  return letters[max(len(part.place) - 1, 0) :]
+
+
+def tensors(
+  model: Model, top: tuple[Row, ...], layer: tuple[Row, ...], prefix: str
+) -> list[Tensor]:
+  """Returns all tensors of a checkpoint of this model, in the order of the layers.
+
+  Args:
+    model: the configuration.
+    top: rows of what stands beside the layers.
+    layer: rows of one layer. A row counts where the layer has its parameter.
+    prefix: of their layers' names: "model.layers.{layer}.".
+
+  Raises:
+    KeyError: a parameter of the model stands in no row; its path.
+  """
+  shapes = {path: shape.shape for path, shape in cost.parameters(model).items()}
+  if moe_layers(model):
+    shapes[BIAS] = bias_shape(model)
+  found = [t for row in top for t in _of_row(row, row.theirs, {}, (), shapes)]
+  for number, (where, index) in enumerate(_layers(model)):
+    bias = {"bias_ZE": (BIAS, (moe_layers(model).index(number),))} if _is_moe(model, number) else {}
+    below: dict[str, tuple[Path, tuple[int, ...]]] = bias | {
+      ".".join(path[len(where) :]): (path, index) for path in shapes if path[: len(where)] == where
+    }
+    for row in layer:
+      name = prefix.format(layer=number) + row.theirs
+      found += _of_row(row, name, below, index, shapes)
+  placed = {part.path for tensor in found for part in tensor.parts}
+  for path in shapes:
+    if path not in placed and path != BIAS:
+      raise KeyError(".".join(path))
+  return found
+
+
+def _is_moe(model: Model, number: int) -> bool:
+  return number in moe_layers(model)
+
+
+def _layers(model: Model) -> Iterator[tuple[Path, tuple[int, ...]]]:
+  """Yields (path of the stacked layer, (its place on Z,)) of each layer, first layer first."""
+  for scan, (repeats, pattern) in enumerate(layer_pattern(model)):
+    for repeat, block in itertools.product(range(repeats), range(len(pattern))):
+      yield ("scans", str(scan), "blocks", str(block)), (repeat,)
+
+
+def _of_row(
+  row: Row,
+  name: str,
+  below: Mapping[str, tuple[Path, tuple[int, ...]]],
+  index: tuple[int, ...],
+  shapes: Mapping[Path, tuple[int, ...]],
+) -> list[Tensor]:
+  """Returns the tensors of a row: none where the model lacks the parameter, E of {expert}."""
+  ours = row.ours.split(",")
+  if index:
+    places = [below[o] for o in ours if o in below]
+  else:
+    places = [(path, ()) for o in ours if (path := tuple(o.split("."))) in shapes]
+  if not places:
+    return []
+  shape = shapes[places[0][0]]
+  letters = places[0][0][-1].rsplit("_", 1)[-1]
+  sizes = dict(zip(reversed(letters), reversed(shape), strict=False)) | {"1": 1, "2": len(ours)}
+  experts: list[tuple[int, ...]] = [()]
+  if "{expert}" in name:
+    experts = [(expert,) for expert in range(sizes["E"])]
+  return [
+    Tensor(
+      name.format(expert=expert[0]) if expert else name,
+      row.layout,
+      tuple(Part(path, at + expert, half) for half, (path, at) in enumerate(places)),
+      {letter: sizes[letter] for group in row.layout for letter in group if letter not in "()"},
+    )
+    for expert in experts
+  ]
+
+
+def path_of(keys: tuple[Any, ...]) -> Path:
+  """Returns the Path of a parameter, of its keys in the tree of all parameters."""
+  return tuple(str(key.key) for key in keys if hasattr(key, "key"))
+
+
+def leaf_slices(path: Path, shape: tuple[int, ...], index: tuple[slice, ...]) -> dict[str, slice]:
+  """Returns the range of each letter of a parameter, with Z for the layers where it is stacked."""
+  letters = path[-1].rsplit("_", 1)[-1]
+  letters = "Z" * (len(shape) - len(letters)) + letters
+  ranges = (slice(*i.indices(size)[:2]) for i, size in zip(index, shape, strict=True))
+  return dict(zip(letters, ranges, strict=True))
+
+
+def assemble(
+  path: Path,
+  shape: tuple[int, ...],
+  index: tuple[slice, ...],
+  parts: Mapping[tuple[int, ...], tuple[Tensor, Part]],
+  read: Read,
+) -> np.ndarray:
+  """Returns a piece of a stacked parameter, float32, reading no more than that piece.
+
+  Args:
+    path: of the parameter.
+    shape: of the whole parameter.
+    index: of the piece, as jax.make_array_from_callback gives it.
+    parts: {Part.place: where it stands} of this parameter.
+    read: reads a range of their tensor.
+  """
+  ranges = leaf_slices(path, shape, index)
+  depth = len(next(iter(parts)))
+  outer = list(ranges)[:depth]
+  inner = {letter: r for letter, r in ranges.items() if letter not in outer}
+  sizes = [r.stop - r.start for r in ranges.values()]
+  whole = np.empty(sizes, np.float32)
+  for at in itertools.product(*(range(ranges[o].start, ranges[o].stop) for o in outer)):
+    tensor, part = parts[at]
+    place = tuple(i - ranges[o].start for i, o in zip(at, outer, strict=True))
+    whole[place] = tensor.unpack(read, part, inner)
+  return whole
+
+
+def by_parameter(
+  found: list[Tensor],
+) -> dict[Path, dict[tuple[int, ...], tuple[Tensor, Part]]]:
+  """Returns {path: {Part.place: (tensor, part)}} of all parameters."""
+  parameters: dict[Path, dict[tuple[int, ...], tuple[Tensor, Part]]] = {}
+  for tensor in found:
+    for part in tensor.parts:
+      parameters.setdefault(part.path, {})[part.place] = (tensor, part)
+  return parameters
+
+
+def describe(tensor: Tensor, shape: Any) -> str:
+  """Says what is wrong with the shape of a tensor, "w.weight is [3, 4], not [4, 4]"."""
+  return f"{tensor.name} is {list(shape)}, not {list(tensor.shape)}"

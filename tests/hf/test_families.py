@@ -1,0 +1,195 @@
+"""Every family against transformers: files written there are read here, and the other way."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax.hf import check, exporting, families, importing, layout
+from moe_jax.inference import decoding, generate
+from moe_jax.model import transformer
+from moe_jax.model.transformer import Tokens
+from tests.support import hf_models
+from tests.support.generation import Letters
+from tests.support.hf_models import CONFIGS, torch, transformers
+from tests.support.toys import mesh_of
+
+
+class Pair:
+  """A model of transformers, and ours read from its files."""
+
+  def __init__(self, name, folder):
+    self.peer = hf_models.build(name, folder)
+    self.made = importing.plan(str(folder), config_lib.Mesh(data=1))
+    self.model = self.made.config.model
+    self.mesh = mesh_of()
+    with jax.set_mesh(self.mesh):
+      self.weights = importing.read(self.made, self.mesh)
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def pair(request, tmp_path_factory):
+  return Pair(request.param, tmp_path_factory.mktemp(request.param) / "theirs")
+
+
+def inputs(ids_BL):
+  ids_BL = jnp.asarray(ids_BL, jnp.int32)
+  places_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape).astype(jnp.int32)
+  return Tokens(ids_BL=ids_BL, segments_BL=jnp.ones_like(ids_BL), positions_BL=places_BL)
+
+
+def forward(pair, params, ids_BL):
+  return transformer.forward(
+    pair.model, params, pair.weights.bias_ZE, inputs(ids_BL), jax.random.key(0), train=True,
+    trace=True,
+  )  # fmt: skip
+
+
+def close(got, want, what="", tolerance=1e-5):
+  want = np.asarray(want)
+  largest = np.abs(want).max()
+  assert largest > 1e-3, f"{what} is zero on both sides"
+  np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * largest, err_msg=what)
+
+
+def test_logits_and_gradients(pair):
+  """Of every weight, in our layout and back in theirs."""
+  ids_BL = hf_models.tokens()
+  cotangent_BLV = np.random.default_rng(4).normal(size=(*ids_BL.shape, 37)).astype(np.float32)
+  model = pair.peer.model
+  model.zero_grad()
+  logits = model(torch.tensor(ids_BL)).logits
+  logits.backward(torch.tensor(cotangent_BLV))
+  with jax.set_mesh(pair.mesh):
+    got, pull = jax.vjp(lambda p: forward(pair, p, ids_BL).logits_BLV, pair.weights.params)
+    (grads,) = pull(jnp.asarray(cotangent_BLV))
+  close(got, logits.detach(), "logits")
+  ours = as_theirs(pair, grads)
+  wanted = {name: p.grad.numpy() for name, p in model.named_parameters()}
+  wanted = their_files(model, wanted)
+  assert ours.keys() == wanted.keys()
+  unused = [name for name in wanted if not wanted[name].any()]  # experts that no token chose
+  assert all(".experts." in name and not ours[name].any() for name in unused)
+  assert len(unused) < len(wanted) / 10
+  for name in wanted.keys() - set(unused):
+    close(ours[name], wanted[name], name, 3e-5)
+
+
+def as_theirs(pair, params):
+  """{their name: values} of our parameters, without the bias, which has no gradient."""
+  arrays = {
+    layout.path_of(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  family = pair.made.family
+  found = layout.tensors(pair.model, families.TOP, family.layer, families.LAYER)
+  return {
+    t.name: t.pack([arrays[p.path][p.place] for p in t.parts])
+    for t in found
+    if t.parts[0].path != layout.BIAS
+  }
+
+
+def their_files(model, values):
+  """Gradients by the names that save_pretrained writes, of which it is a linear map."""
+  with torch.no_grad():
+    kept = {name: p.clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+      parameter.copy_(torch.tensor(values[name]))
+    state = transformers.core_model_loading.revert_weight_conversion(model, model.state_dict())
+    arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
+    for name, parameter in model.named_parameters():
+      parameter.copy_(kept[name])
+  tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+  return {
+    name: array
+    for name, array in arrays.items()
+    if name not in tied and "e_score_correction_bias" not in name
+  }
+
+
+def test_routers_choose_the_same_experts(pair):
+  if not pair.model.moe.num_experts:
+    pytest.skip("a dense family")
+  chosen = []
+  hooks = []
+  for module in pair.peer.model.modules():
+    if type(module).__name__.lower().endswith(("router", "topkgating")):
+      hooks.append(module.register_forward_hook(lambda m, i, out: chosen.append(out)))
+  ids_BL = hf_models.tokens()
+  with torch.no_grad():
+    pair.peer.model(torch.tensor(ids_BL))
+  for hook in hooks:
+    hook.remove()
+  with jax.set_mesh(pair.mesh):
+    choices = forward(pair, pair.weights.params, ids_BL).choices
+  ours_ZBLE = np.asarray(choices.kept_BLE)
+  assert len(chosen) == len(ours_ZBLE)
+  for out, ours in zip(chosen, ours_ZBLE, strict=True):
+    experts = next(o for o in out if not o.is_floating_point()).reshape(ids_BL.size, -1).numpy()
+    want = np.zeros((ids_BL.size, pair.model.moe.num_experts), bool)
+    np.put_along_axis(want, experts, True, axis=1)
+    np.testing.assert_array_equal(ours.reshape(want.shape), want)
+    assert want.sum(0).max() > want.sum(0).min(), "routing must be unbalanced"
+
+
+def test_the_same_greedy_tokens(pair):
+  ours = decoding.for_inference(pair.model)
+  with jax.set_mesh(pair.mesh):
+    weights = decoding.weights(ours, pair.weights.params, pair.weights.bias_ZE)
+  ids_BL = hf_models.tokens(9)
+  new = 64
+  with torch.no_grad():
+    want = pair.peer.model.generate(
+      torch.tensor(ids_BL), max_new_tokens=new, do_sample=False, eos_token_id=None,
+      pad_token_id=0,
+    )  # fmt: skip
+  want = want.numpy()[:, ids_BL.shape[1] :]
+  text = generate.TextGenerator(ours, weights, pair.mesh, Letters())
+  for row, ids in zip(want, ids_BL, strict=True):
+    full = np.concatenate([ids, row])
+    logits = text.logits(full)
+    np.testing.assert_array_equal(logits[len(ids) - 1 : -1].argmax(-1), row)
+
+
+def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path):
+  loaded = exporting.Loaded(
+    pair.made.config, pair.weights._asdict(), 0, pair.peer.folder
+  )  # fmt: skip
+  exporting.export(loaded, pair.made.family, tmp_path / "ours", largest=20_000)
+  assert (tmp_path / "ours/model.safetensors.index.json").exists()
+  theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "ours", dtype=torch.float32, output_loading_info=True, attn_implementation="eager",
+    experts_implementation="eager",
+  )
+  assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+  ids = torch.tensor(hf_models.tokens())
+  with torch.no_grad():
+    got, want = theirs.eval()(ids).logits, pair.peer.model(ids).logits
+  close(got, want, "logits", 1e-6)
+  again = importing.plan(str(tmp_path / "ours"), config_lib.Mesh(data=1))
+  assert again.config.model == pair.model
+  with jax.set_mesh(pair.mesh):
+    weights = importing.read(again, pair.mesh)
+  for one, other in zip(jax.tree.leaves(weights), jax.tree.leaves(pair.weights), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_family_that_fits_is_chosen(pair):
+  family = exporting.choose(pair.model, "")
+  assert family.model_type == pair.made.family.model_type or not json.loads(
+    (pair.peer.folder / "config.json").read_text()
+  ).get("num_local_experts")
+
+
+def test_check_finds_them_equal(pair):
+  ids_L = hf_models.tokens()[0]
+  with jax.set_mesh(pair.mesh):
+    ours = check.streams(pair.made, pair.weights, ids_L)
+  result = check.compare(ours, check.theirs(pair.peer.folder, ids_L))
+  assert result.top_1 == 1 and abs(result.kl) < 1e-6 and result.logits < 1e-5
+  assert len(result.layers) == pair.model.num_layers + 1 and max(result.layers) < 1e-5
+  assert "they agree" in check.report(result)

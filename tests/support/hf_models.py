@@ -1,0 +1,114 @@
+"""Tiny models of each family, with random weights, as transformers builds and writes them."""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
+torch = pytest.importorskip("torch", reason=MISSING)
+transformers = pytest.importorskip("transformers", reason=MISSING)
+
+# Odd sizes, at least two layers of each kind, every option on that the family has.
+_COMMON: dict[str, Any] = dict(
+  vocab_size=37, hidden_size=20, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+  head_dim=6, max_position_embeddings=96, rms_norm_eps=1e-4, bos_token_id=None, eos_token_id=None,
+  pad_token_id=None, initializer_range=0.02,
+)  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 3.0, "beta_fast": 8.0,
+         "original_max_position_embeddings": 32}  # fmt: skip
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 4.0, "low_freq_factor": 1.0,
+           "high_freq_factor": 3.0, "original_max_position_embeddings": 24}  # fmt: skip
+_LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
+
+
+def _theta(base: float) -> dict[str, Any]:
+  return {"rope_type": "default", "rope_theta": base}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+  "mixtral": dict(
+    model_type="mixtral", num_local_experts=5, num_experts_per_tok=2, intermediate_size=14,
+    rope_parameters=_theta(100.0), router_aux_loss_coef=0.02,
+  ),
+  "olmoe": dict(
+    model_type="olmoe", num_experts=7, num_experts_per_tok=3, intermediate_size=6, hidden_size=24,
+    num_attention_heads=6, head_dim=4, attention_bias=True, norm_topk_prob=False,
+    rope_parameters=_LINEAR,
+  ),
+  "qwen2_moe": dict(
+    model_type="qwen2_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8,
+    intermediate_size=18, shared_expert_intermediate_size=10, num_hidden_layers=4,
+    decoder_sparse_step=2, norm_topk_prob=False, qkv_bias=True, rope_parameters=_YARN,
+  ),
+  "qwen3_moe": dict(
+    model_type="qwen3_moe", num_experts=9, num_experts_per_tok=4, moe_intermediate_size=4,
+    intermediate_size=18, mlp_only_layers=[0], norm_topk_prob=True, attention_bias=True,
+    rope_parameters=_theta(1000.0),
+  ),
+  "granitemoe": dict(
+    model_type="granitemoe", num_local_experts=6, num_experts_per_tok=3, intermediate_size=8,
+    attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=6.0,
+    attention_multiplier=0.3, tie_word_embeddings=True, rope_parameters=_theta(100.0),
+  ),
+  "glm4_moe": dict(
+    model_type="glm4_moe", n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=6,
+    intermediate_size=18, n_shared_experts=2, n_group=4, topk_group=2, routed_scaling_factor=1.7,
+    first_k_dense_replace=1, head_dim=8, attention_bias=True, use_qk_norm=True,
+    norm_topk_prob=True,
+    rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5}, num_nextn_predict_layers=0,
+  ),
+  "llama": dict(
+    model_type="llama", intermediate_size=18, hidden_size=36, attention_bias=True, rope_parameters=_LLAMA3
+  ),
+  "mistral": dict(
+    model_type="mistral", intermediate_size=18, sliding_window=None, rope_parameters=_theta(100.0)
+  ),
+  "qwen2": dict(
+    model_type="qwen2", intermediate_size=18, tie_word_embeddings=True,
+    rope_parameters=_YARN | {"attention_factor": 1.3},
+  ),
+  "qwen3": dict(
+    model_type="qwen3", intermediate_size=18, attention_bias=True, rope_parameters=_theta(100.0)
+  ),
+}  # fmt: skip
+
+
+class Peer(NamedTuple):
+  """A model of transformers and the folder that it was saved in."""
+
+  model: Any
+  folder: Any
+
+
+def build(name: str, folder) -> Peer:
+  """A model with random weights, saved as it saves itself."""
+  fields = _COMMON | CONFIGS[name]
+  config = transformers.AutoConfig.for_model(**fields)
+  config._experts_implementation = "eager"
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  rng = np.random.default_rng(sum(map(ord, name)))
+  with torch.no_grad():
+    for key, weight in (*model.named_parameters(), *_biases(model)):
+      values = rng.normal(size=weight.shape)
+      if weight.ndim == 1:
+        values = 0.5 * values if "bias" in key else 1 + 0.3 * values
+      else:
+        values = values * (1.5 if "embed" not in key else 10) * weight.shape[-1] ** -0.5
+      weight.copy_(torch.tensor(values))
+  model.tie_weights()
+  model.save_pretrained(folder)
+  return Peer(model, folder)
+
+
+def _biases(model) -> list[tuple[str, Any]]:
+  return [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+
+
+@functools.cache
+def tokens(length: int = 23) -> np.ndarray:
+  """Ids of two rows."""
+  return np.random.default_rng(3).integers(0, _COMMON["vocab_size"], (2, length))
