@@ -148,7 +148,14 @@ def _check_config_arguments(argv: list[str]) -> None:
 
 
 def load_file(path: str) -> Config:
-  """Runs `get_config()` of a Python file, with one-line errors for what can go wrong in it."""
+  """Runs `get_config()` of a Python file, with one-line errors for what can go wrong in it.
+
+  FILE.py:WORD runs `get_config("WORD")`.
+  """
+  arguments = []
+  if not os.path.isfile(path) and ":" in path:
+    path, _, word = path.partition(":")
+    arguments = [word]
   if not os.path.isfile(path):
     shipped = sorted(p.stem for p in pathlib.Path("configs").glob("*.py"))
     raise UserError(f"--config={path}: no such file (in configs/: {', '.join(shipped)})")
@@ -160,7 +167,7 @@ def load_file(path: str) -> Config:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
       raise UserError(f"--config={path}: it defines no get_config(), which has to return a Config")
-    config = module.get_config()
+    config = module.get_config(*arguments)
   except UserError:
     raise
   except (Exception, SystemExit) as error:  # whatever the file does wrong, say where

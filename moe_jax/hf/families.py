@@ -163,7 +163,8 @@ _ALL = [
       Row("ffn.shared_gate_D", "mlp.shared_expert_gate.weight", "1D"),
     ),
     fixed={"moe.shared_experts": 1, "moe.shared_gate": True}, allowed=_SILU | _WINDOW_OFF,
-    check=_qwen_period,
+    check=lambda model: _qwen_period(model) or (
+      "" if model.moe.shared_dim else "moe.shared_dim=0: its shared expert has a width of its own"),
   ),
   Family(
     "qwen3_moe", "Qwen3MoeForCausalLM",

@@ -93,7 +93,11 @@ def to_model(family: Family, theirs: Mapping[str, Any], where: str) -> tuple[Mod
   model = _model(values, where)
   if why := family.check(model):
     raise UserError(f"{where}: {why}")
-  known = {name for f in family.fields for name in (f.theirs, f.also)} | set(family.allowed) | set(_UNREAD)
+  known = (
+    {name for f in family.fields for name in (f.theirs, f.also)}
+    | set(family.allowed)
+    | set(_UNREAD)
+  )
   return model, sorted(set(theirs) - known)
 
 
@@ -126,8 +130,6 @@ def to_theirs(family: Family, model: Model) -> dict[str, Any]:
   values, wrong = flatten(model), []
   theirs: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
   for field in family.fields:
-    if field.ours not in relevant(model):
-      continue
     value = field.to_theirs(values[field.ours])
     if field.theirs in theirs and theirs[field.theirs] != value:
       wrong.append(f"{field.ours}={values[field.ours]} beside another of the same {field.theirs}")

@@ -4,10 +4,11 @@ A device asks for its own piece of each parameter, and only that piece is read. 
 its devices hold, and one tensor of the file more.
 """
 
+import functools
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -167,18 +168,17 @@ def read(
       progress(f"read {_gb(done)} of {_gb(made.bytes_to_read)}, {_gb(rate)}/s, {left} left")
     return values
 
-  def array(path: layout.Path, shape: tuple[int, ...], where: Any) -> jax.Array:
-    pieces: dict[Any, np.ndarray] = {}
-
-    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
-      index = index or ()
-      key = tuple((i.start, i.stop) for i in index)
-      if key not in pieces:
-        pieces.clear()  # devices that hold the same piece come one after another
-        pieces[key] = layout.assemble(path, shape, index, parameters[path], read_range)
-      return pieces[key]
-
-    return jax.make_array_from_callback(shape, where, piece)
+  def array(path: layout.Path, shape: tuple[int, ...], where: jax.sharding.Sharding) -> jax.Array:
+    shards: dict[Any, jax.Array] = {}
+    found = []
+    for device, index in where.addressable_devices_indices_map(shape).items():
+      ranges = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), shape, strict=True))
+      key = tuple((r.start, r.stop) for r in ranges)
+      if key not in shards:
+        pieces = layout.pieces(path, shape, ranges, parameters[path], read_range)
+        shards[key] = _fill(tuple(r.stop - r.start for r in ranges), pieces, device)
+      found.append(jax.device_put(shards[key], device))
+    return jax.make_array_from_single_device_arrays(shape, where, found)
 
   abstract = transformer.abstract_params(model)
   params = jax.tree_util.tree_map_with_path(
@@ -197,6 +197,31 @@ def read(
       f"{made.stored.folder}: values that are not finite in {', '.join(sorted(damaged))}"
     )
   return Weights(params, bias_ZE)
+
+
+def _fill(
+  shape: tuple[int, ...], pieces: Iterator[tuple[tuple[int, ...], np.ndarray]], device: jax.Device
+) -> jax.Array:
+  """Returns a float32 array on a device, which takes one piece after another."""
+  with jax.default_device(device):
+    whole = None
+    for place, values in pieces:
+      values = values.astype(np.float32)
+      if values.shape == shape:  # a single piece
+        return jax.device_put(values, device)
+      if whole is None:
+        whole = jnp.zeros(shape)
+      values = values.reshape((1,) * len(place) + values.shape)
+      start = (*place, *(0 for _ in range(len(shape) - len(place))))
+      whole = _placed(whole, values, start)
+      whole.block_until_ready()  # so that the host holds one piece at a time
+    assert whole is not None
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _placed(whole: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.Array:
+  return jax.lax.dynamic_update_slice(whole, piece, start)
 
 
 def save(made: Plan, weights: Weights, workdir: pathlib.Path) -> None:

@@ -198,19 +198,21 @@ def leaf_slices(path: Path, shape: tuple[int, ...], index: tuple[slice, ...]) ->
   return dict(zip(letters, ranges, strict=True))
 
 
-def assemble(
+def pieces(
   path: Path,
   shape: tuple[int, ...],
   index: tuple[slice, ...],
   parts: Mapping[tuple[int, ...], tuple[Tensor, Part]],
   read: Read,
-) -> np.ndarray:
-  """Returns a piece of a stacked parameter, float32, reading no more than that piece.
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+  """Yields (place, values) of a part of a stacked parameter, reading no more than that part.
+
+  One piece is what one tensor of theirs has of it: of one layer, or of one expert.
 
   Args:
     path: of the parameter.
     shape: of the whole parameter.
-    index: of the piece, as jax.make_array_from_callback gives it.
+    index: of the part, as a sharding gives it to a device.
     parts: {Part.place: where it stands} of this parameter.
     read: reads a range of their tensor.
   """
@@ -218,13 +220,10 @@ def assemble(
   depth = len(next(iter(parts)))
   outer = list(ranges)[:depth]
   inner = {letter: r for letter, r in ranges.items() if letter not in outer}
-  sizes = [r.stop - r.start for r in ranges.values()]
-  whole = np.empty(sizes, np.float32)
   for at in itertools.product(*(range(ranges[o].start, ranges[o].stop) for o in outer)):
     tensor, part = parts[at]
     place = tuple(i - ranges[o].start for i, o in zip(at, outer, strict=True))
-    whole[place] = tensor.unpack(read, part, inner)
-  return whole
+    yield place, tensor.unpack(read, part, inner)
 
 
 def by_parameter(

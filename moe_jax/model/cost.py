@@ -220,6 +220,8 @@ def report(config: config_lib.Config, optimizer_state: Any) -> str:
     f"({100 * counts.active / counts.total:.1f}%) with embedding and head, as Mixtral counts",
     f"                   {si(counts.total - counts.embedding)} total, "
     f"{si(counts.active - counts.embedding)} active without both, as Qwen counts (non-embedding)",
+    f"                   {si(counts.active - model.vocab_size * model.dim)} active without the "
+    "embedding alone, as gpt-oss counts",
     f"FLOPs per token    {si(counts.flops_per_token)} in training "
     f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
     f"memory per device  {gib(state_bytes(config, optimizer_state))} weights, gradients and "

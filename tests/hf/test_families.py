@@ -13,7 +13,6 @@ from moe_jax.inference import decoding, generate
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Tokens
 from tests.support import hf_models
-from tests.support.generation import Letters
 from tests.support.hf_models import CONFIGS, torch, transformers
 from tests.support.toys import mesh_of
 
@@ -140,19 +139,18 @@ def test_the_same_greedy_tokens(pair):
   ours = decoding.for_inference(pair.model)
   with jax.set_mesh(pair.mesh):
     weights = decoding.weights(ours, pair.weights.params, pair.weights.bias_ZE)
-  ids_BL = hf_models.tokens(9)
-  new = 64
-  with torch.no_grad():
-    want = pair.peer.model.generate(
-      torch.tensor(ids_BL), max_new_tokens=new, do_sample=False, eos_token_id=None,
-      pad_token_id=0,
-    )  # fmt: skip
-  want = want.numpy()[:, ids_BL.shape[1] :]
-  text = generate.TextGenerator(ours, weights, pair.mesh, Letters())
-  for row, ids in zip(want, ids_BL, strict=True):
-    full = np.concatenate([ids, row])
-    logits = text.logits(full)
-    np.testing.assert_array_equal(logits[len(ids) - 1 : -1].argmax(-1), row)
+  text = generate.TextGenerator(ours, weights, pair.mesh, hf_models.Pieces())
+  prompts = [text.tokenizer.decode(ids) for ids in 1 + hf_models.tokens(72).reshape(-1, 9) % 36]
+  rows = text.generate(prompts, max_new_tokens=64, temperature=0)
+  for prompt, row in zip(prompts, rows, strict=True):
+    ids = torch.tensor([[0, *text.tokenizer.encode(prompt)]])
+    with torch.no_grad():
+      want = pair.peer.model.generate(
+        ids, max_new_tokens=64, do_sample=False, eos_token_id=0, pad_token_id=0
+      )
+    want = want[0, ids.shape[1] :].tolist()
+    assert row.tokens == (want[:-1] if row.finished else want)
+  assert sum(len(row.tokens) for row in rows) > 64
 
 
 def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path):
@@ -162,7 +160,10 @@ def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path)
   exporting.export(loaded, pair.made.family, tmp_path / "ours", largest=20_000)
   assert (tmp_path / "ours/model.safetensors.index.json").exists()
   theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-    tmp_path / "ours", dtype=torch.float32, output_loading_info=True, attn_implementation="eager",
+    tmp_path / "ours",
+    dtype=torch.float32,
+    output_loading_info=True,
+    attn_implementation="eager",
     experts_implementation="eager",
   )
   assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

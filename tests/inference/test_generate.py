@@ -86,6 +86,7 @@ ON_MESHES = [
   pytest.param("topk", "expert2-tensor2", marks=pytest.mark.slow),
   *(pytest.param("topk", name, marks=pytest.mark.slow) for name in list(MESHES)[:-1]),
   pytest.param("deepseek", "expert2-tensor2", marks=pytest.mark.slow),
+  pytest.param("options", "expert2-tensor2", marks=pytest.mark.slow),
 ]
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from moe_jax.data import tokenizers
+
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
 torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
@@ -60,7 +62,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5}, num_nextn_predict_layers=0,
   ),
   "llama": dict(
-    model_type="llama", intermediate_size=18, hidden_size=36, attention_bias=True, rope_parameters=_LLAMA3
+    model_type="llama", intermediate_size=18, hidden_size=36, attention_bias=True,
+    rope_parameters=_LLAMA3,
   ),
   "mistral": dict(
     model_type="mistral", intermediate_size=18, sliding_window=None, rope_parameters=_theta(100.0)
@@ -106,6 +109,16 @@ def build(name: str, folder) -> Peer:
 
 def _biases(model) -> list[tuple[str, Any]]:
   return [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+
+
+class Pieces(tokenizers.Tokenizer):
+  """37 ids: the separator 0, and one byte for each other."""
+
+  def __init__(self):
+    super().__init__([b""] + [bytes([64 + i]) for i in range(1, 37)], 0, "pieces")
+
+  def encode(self, text):
+    return np.frombuffer(text.encode(), np.uint8) - 64
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Toy configs, meshes of simulated devices, states and batches for many tests."""
 
+import dataclasses
 import enum
 import math
 import pathlib
@@ -101,13 +102,33 @@ def gradients(state, batch, config):
 
 
 def build(config, seed=0):
-  """Returns graph and params with routers scaled up, so that routing is as uneven as learned."""
+  """Returns graph and params with routers scaled up, so that routing is as uneven as learned.
+
+  Biases, which begin at zero, are drawn.
+  """
   graph, params = nnx.split(transformer.Transformer(config.model, nnx.Rngs(seed)))
-  flat = [
-    (path, v.replace(v[...] * 30) if path[-1] == "router_DE" else v)
-    for path, v in nnx.to_flat_state(params)
-  ]
+
+  def changed(name, v):
+    if name == "router_DE":
+      return v.replace(v[...] * 30)
+    if "bias_" in name:
+      return v.replace(0.3 * jax.random.normal(jax.random.key(seed), v.shape))
+    return v
+
+  flat = [(path, changed(path[-1], v)) for path, v in nnx.to_flat_state(params)]
   return graph, nnx.from_flat_state(flat)
+
+
+def with_options(model):
+  """Returns a toy model with every option of its layers that is off by default."""
+  return dataclasses.replace(
+    model, qk_norm=config_lib.QKNorm.WIDTH, qkv_bias=True, out_bias=True, rotary_fraction=0.67,
+    rope_scaling=config_lib.RopeScaling(
+      kind=config_lib.RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0
+    ),
+    attention_scale=0.7, embedding_multiplier=2.0, residual_multiplier=0.5, logit_multiplier=1.5,
+    moe=dataclasses.replace(model.moe, shared_experts=1, shared_dim=14, shared_gate=True),
+  )  # fmt: skip
 
 
 def biased_config(rate=0.05):

@@ -1,0 +1,121 @@
+"""The shapes of published models, by name.
+
+Question   How large are published models, and what does a token of them cost?
+           The shapes are those of their config.json, so that `--describe` repeats the published
+           parameter counts (tests/model/test_published.py). Training one from scratch needs the
+           data and the mesh of your own; `python -m moe_jax.hf import` reads their weights.
+Command    python train.py --config=configs/published.py:qwen3_30b_a3b --describe
+Hardware   for --describe any
+Time       --describe: seconds
+Expect     of qwen3_30b_a3b 30.53B parameters, 3.35B active per token
+"""
+
+from moe_jax.config import (
+  Config,
+  Data,
+  Dtype,
+  Loss,
+  Model,
+  MoE,
+  QKNorm,
+  Remat,
+  RopeKind,
+  RopeScaling,
+  Score,
+)
+
+
+def _model(V: int, L: int, D: int, H: int, G: int, F: int, A: int = 128, **fields) -> Model:
+  """Vocabulary, layers, width, heads, key/value heads, width of a dense FFN, width of a head."""
+  fields = dict(tied_head=False, compute_dtype=Dtype.BFLOAT16, remat=Remat.FULL) | fields
+  return Model(
+    vocab_size=V, num_layers=L, dim=D, num_heads=H, num_kv_heads=G, head_dim=A, ffn_dim=F, **fields
+  )
+
+
+def _moe(E: int, K: int, F: int, **fields) -> MoE:
+  """Experts, experts of a token, width of an expert."""
+  return MoE(num_experts=E, top_k=K, expert_dim=F, **fields)
+
+
+def _glm(E: int, F: int, **fields) -> MoE:
+  return _moe(
+    E, 8, F, score=Score.SIGMOID, shared_experts=1, bias_update_rate=1e-3, **fields
+  )  # fmt: skip
+
+
+_QWEN_SHARED = dict(renormalize=False, shared_experts=1, shared_gate=True)
+_GRANITE = dict(
+  tied_head=True, rope_base=1e4, embedding_multiplier=12.0, residual_multiplier=0.22,
+  logit_multiplier=1 / 6, attention_scale=1 / 64,
+)  # fmt: skip
+_LLAMA3 = RopeScaling(kind=RopeKind.LLAMA3, factor=8.0, original_length=8192)
+
+MODELS = {
+  "mixtral_8x7b": _model(32_000, 32, 4096, 32, 8, 14_336, rope_base=1e6, moe=_moe(8, 2, 14_336)),
+  "mixtral_8x22b": _model(32_768, 56, 6144, 48, 8, 16_384, rope_base=1e6, moe=_moe(8, 2, 16_384)),
+  "olmoe_1b_7b": _model(
+    50_304, 16, 2048, 16, 16, 1024, qk_norm=QKNorm.WIDTH, moe=_moe(64, 8, 1024, renormalize=False)
+  ),
+  "qwen1_5_moe_a2_7b": _model(
+    151_936, 24, 2048, 16, 16, 5632, qkv_bias=True, rope_base=1e6,
+    moe=_moe(60, 4, 1408, shared_dim=5632, **_QWEN_SHARED),
+  ),
+  "qwen2_57b_a14b": _model(
+    151_936, 28, 3584, 28, 4, 18_944, qkv_bias=True, rope_base=1e6,
+    moe=_moe(64, 8, 2560, shared_dim=20_480, **_QWEN_SHARED),
+  ),
+  "qwen3_30b_a3b": _model(
+    151_936, 48, 2048, 32, 4, 6144, qk_norm=QKNorm.HEAD, rope_base=1e6, norm_eps=1e-6,
+    moe=_moe(128, 8, 768),
+  ),
+  "qwen3_235b_a22b": _model(
+    151_936, 94, 4096, 64, 4, 12_288, qk_norm=QKNorm.HEAD, rope_base=1e6, norm_eps=1e-6,
+    moe=_moe(128, 8, 1536),
+  ),
+  "glm_4_5_air": _model(
+    151_552, 46, 4096, 96, 8, 10_944, qkv_bias=True, rotary_fraction=0.5, rope_base=1e6,
+    moe=_glm(128, 1408, first_dense=1),
+  ),
+  "glm_4_5": _model(
+    151_552, 92, 5120, 96, 8, 12_288, qkv_bias=True, rotary_fraction=0.5, rope_base=1e6,
+    qk_norm=QKNorm.HEAD, moe=_glm(160, 1536, first_dense=3, gate_scale=2.5),
+  ),
+  "minimax_m2": _model(
+    200_064, 62, 3072, 48, 8, 1536, rotary_fraction=0.5, rope_base=5e6, qk_norm=QKNorm.WIDTH,
+    moe=_moe(256, 8, 1536, score=Score.SIGMOID, bias_update_rate=1e-3),
+  ),
+  "ernie_4_5_21b_a3b": _model(
+    103_424, 28, 2560, 20, 4, 12_288, tied_head=True, rope_base=5e5,
+    moe=_moe(64, 6, 1536, shared_experts=2, first_dense=1, bias_update_rate=1e-3),
+  ),
+  "granite_3_1_1b_a400m": _model(
+    49_155, 24, 1024, 16, 8, 512, A=64, moe=_moe(32, 8, 512), **_GRANITE
+  ),
+  "granite_3_1_3b_a800m": _model(
+    49_155, 32, 1536, 24, 8, 512, A=64, moe=_moe(40, 8, 512), **_GRANITE
+  ),
+  "hunyuan_a13b": _model(
+    128_167, 32, 4096, 32, 8, 3072, qk_norm=QKNorm.HEAD, tied_head=True,
+    moe=_moe(64, 8, 3072, shared_experts=1),
+  ),
+  "llama_2_7b": _model(32_000, 32, 4096, 32, 32, 11_008),
+  "llama_2_70b": _model(32_000, 80, 8192, 64, 8, 28_672),
+  "llama_3_1_8b": _model(128_256, 32, 4096, 32, 8, 14_336, rope_base=5e5, rope_scaling=_LLAMA3),
+  "llama_3_1_70b": _model(128_256, 80, 8192, 64, 8, 28_672, rope_base=5e5, rope_scaling=_LLAMA3),
+  "mistral_7b": _model(32_000, 32, 4096, 32, 8, 14_336),
+  "qwen3_8b": _model(
+    151_936, 36, 4096, 32, 8, 12_288, qk_norm=QKNorm.HEAD, rope_base=1e6, norm_eps=1e-6
+  ),
+}  # fmt: skip
+
+
+def get_config(name: str = "qwen3_30b_a3b") -> Config:
+  """Returns the config of a published model, trained without dropped tokens."""
+  if name not in MODELS:
+    raise ValueError(f"{name!r} is not one of: {', '.join(MODELS)}")
+  model = MODELS[name]
+  has_experts = model.moe.num_experts > 0
+  by_bias = model.moe.bias_update_rate > 0
+  loss = Loss(load_balance=0.001 if has_experts and not by_bias else 0.0, router_z=0.0)
+  return Config(model=model, data=Data(seq_len=4096, batch_size=8), loss=loss)

@@ -1,0 +1,328 @@
+"""Checkpoints in the format of Hugging Face as files: what is refused, and what a host holds."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from moe_jax import config as config_lib
+from moe_jax.config import QKNorm, UserError
+from moe_jax.errors import StorageError
+from moe_jax.hf import exporting, families, fields, files, importing, layout
+from moe_jax.model import transformer
+from tests.support.disks import fill, small_disk
+from tests.support.scripts import ONE_DEVICE
+from tests.support.toys import ROOT, build, mesh_of, toy_config
+
+
+def toy():
+  """As Qwen3-MoE has it, at toy size."""
+  config = toy_config(num_experts=4, top_k=2)
+  config.model.qk_norm = QKNorm.HEAD
+  return config
+
+
+def loaded(config):
+  _, params = build(config)
+  bias_ZE = np.zeros(transformer.bias_shape(config.model), np.float32)
+  return exporting.Loaded(config, {"params": params, "bias_ZE": bias_ZE}, 7, pathlib.Path("none"))
+
+
+def exact_leaves():
+  return jax.tree.leaves(loaded(toy()).weights["params"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A checkpoint of several files."""
+  path = tmp_path_factory.mktemp("hf") / "whole"
+  with jax.set_mesh(mesh_of()):
+    family = families.FAMILIES["qwen3_moe"]
+    exporting.export(loaded(toy()), family, path, largest=4000)
+  return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+  return shutil.copytree(folder, tmp_path / "copy")
+
+
+def plan(path, **mesh):
+  return importing.plan(str(path), config_lib.Mesh(**{"data": 1} | mesh))
+
+
+def read(path, **axes):
+  with jax.set_mesh(mesh_of(**axes)) as mesh:
+    return importing.read(plan(path, **axes), mesh or mesh_of(**axes))
+
+
+def change(path, name, edit):
+  """Edits one tensor in its file."""
+  index = json.loads((path / files.INDEX).read_text())["weight_map"]
+  held = safetensors.numpy.load_file(path / index[name])
+  held = edit(dict(held))
+  safetensors.numpy.save_file(held, path / index[name])
+
+
+def set_config(path, **values):
+  config = json.loads((path / files.CONFIG).read_text())
+  (path / files.CONFIG).write_text(json.dumps(config | values))
+
+
+DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+  "axes",
+  [dict(expert=4), dict(expert=2, fsdp=2, tensor=2), dict(data=2, fsdp=2)],
+  ids=str,
+)
+def test_every_mesh_reads_the_same_weights(folder, axes):
+  mesh = mesh_of(**axes)
+  with jax.set_mesh(mesh):
+    got = importing.read(plan(folder, **axes), mesh)
+  for one, other in zip(jax.tree.leaves(got.params), exact_leaves(), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_device_reads_its_own_part(folder):
+  """Of four devices along `expert`, each reads a quarter of the experts, and no byte twice."""
+  mesh = mesh_of(expert=4)
+  made = plan(folder, expert=4)
+  with jax.set_mesh(mesh):
+    importing.read(made, mesh)
+  assert made.stored.bytes_read <= made.bytes_to_read
+
+
+def test_bfloat16_is_read_as_it_stands(tmp_path):
+  with jax.set_mesh(mesh_of()):
+    family = families.FAMILIES["qwen3_moe"]
+    exporting.export(loaded(toy()), family, tmp_path / "half", "bfloat16")
+    got = importing.read(plan(tmp_path / "half"), mesh_of())
+  for one, exact in zip(jax.tree.leaves(got.params), exact_leaves(), strict=True):
+    assert one.dtype == np.float32
+    np.testing.assert_array_equal(one, np.asarray(exact).astype(ml_dtypes.bfloat16))
+
+
+def test_all_that_does_not_fit_is_named(copy):
+  change(copy, DOWN, lambda held: held | {DOWN: held[DOWN][:, :-1].copy(), "more.weight": held[DOWN]})  # fmt: skip  # noqa: E501
+  gone = "model.layers.0.self_attn.q_proj.weight"
+  change(copy, gone, lambda held: {k: v for k, v in held.items() if k != gone})
+  with pytest.raises(UserError) as error:
+    plan(copy)
+  said = str(error.value)
+  assert "3 tensor(s) do not fit" in said and f"missing: {gone}" in said
+  assert "not of this model: more.weight" in said and f"of another shape: {DOWN} is" in said
+
+
+def test_values_that_are_not_finite_are_named(copy):
+  def spoil(held):
+    held[DOWN] = held[DOWN].copy()
+    held[DOWN][0, 0] = np.nan
+    return held
+
+  change(copy, DOWN, spoil)
+  made = plan(copy)
+  with jax.set_mesh(mesh_of()), pytest.raises(UserError, match=f"not finite in {DOWN}"):
+    importing.read(made, mesh_of())
+
+
+BAD = {
+  "no folder": (lambda p: shutil.rmtree(p), "no such folder"),
+  "no config": (lambda p: (p / files.CONFIG).unlink(), "config.json: No such file"),
+  "no json": (lambda p: (p / files.CONFIG).write_text("{"), "config.json: damaged"),
+  "a list": (lambda p: (p / files.CONFIG).write_text("[]"), "it is a list and no object"),
+  "deep": (lambda p: (p / files.CONFIG).write_text("[" * 10**5), "config.json: damaged"),
+  "unknown family": (lambda p: set_config(p, model_type="gpt9"), "model_type='gpt9' is not known"),
+  "no field": (lambda p: set_config(p, hidden_size=None), "hidden_size is missing"),
+  "wrong type": (lambda p: set_config(p, hidden_size="wide"), "no value of config.model.dim"),
+  "activation": (lambda p: set_config(p, hidden_act="gelu"), "hidden_act='gelu' cannot be"),
+  "window": (lambda p: set_config(p, use_sliding_window=True), "use_sliding_window=True cannot"),
+  "dense layers": (lambda p: set_config(p, mlp_only_layers=[1]), "are not the first ones"),
+  "rope": (lambda p: set_config(p, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+           "rope_type='dynamic' cannot be expressed"),
+  "heads": (lambda p: set_config(p, num_key_value_heads=3), "config.model.num_kv_heads=3"),
+  "pickled": (lambda p: [f.rename(f.with_suffix(".bin")) for f in p.glob("*.safetensors*")],
+              "are pickled programs, which are not run"),
+  "a cut file": (lambda p: os.truncate(p / "model-00001-of-00007.safetensors", 900), "damaged"),
+  "a missing file": (lambda p: (p / "model-00002-of-00007.safetensors").unlink(), "no such file"),
+  "a path in the index": (
+    lambda p: (p / files.INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+    "names '../x.safetensors', which is no file there",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_one_line(name, copy):
+  spoil, said = BAD[name]
+  assert len(list(copy.glob("*.safetensors"))) == 7
+  spoil(copy)
+  with pytest.raises(UserError, match=said):
+    plan(copy)
+
+
+def test_what_a_family_cannot_say_is_named():
+  model = toy().model
+  model.moe.gate_scale, model.rotary_fraction, model.moe.shared_experts = 2.0, 0.67, 1
+  with pytest.raises(UserError) as error:
+    fields.to_theirs(families.FAMILIES["qwen3_moe"], model)
+  said = str(error.value)
+  assert "moe.gate_scale=2.0 (it has 1.0)" in said and "rotary_fraction=0.67" in said
+  assert "moe.shared_experts=1 (it has 0)" in said
+  with pytest.raises(UserError, match="no family can say this model; the nearest"):
+    exporting.choose(model, "")
+  with pytest.raises(UserError, match="--family=gpt9: there are mixtral"):
+    exporting.choose(model, "gpt9")
+  dense = toy_config(num_experts=0).model
+  with pytest.raises(UserError, match=r"moe.num_experts=0: it has experts"):
+    fields.to_theirs(families.FAMILIES["mixtral"], dense)
+  assert exporting.choose(dense, "").model_type == "llama"
+
+
+def test_a_balancing_bias_is_not_dropped(tmp_path):
+  run = loaded(toy())
+  run.weights["bias_ZE"] = run.weights["bias_ZE"] + 0.1
+  with jax.set_mesh(mesh_of()), pytest.raises(UserError, match="no bias that balances"):
+    exporting.export(run, families.FAMILIES["qwen3_moe"], tmp_path / "out")
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_has_no_room_leaves_nothing(tmp_path):
+  with small_disk(tmp_path / "disk", "1m") as disk, jax.set_mesh(mesh_of()):
+    filler = fill(disk)
+    with pytest.raises(StorageError, match="cannot be written"):
+      exporting.export(loaded(toy()), families.FAMILIES["qwen3_moe"], disk / "out")
+    filler.unlink()
+    assert not list(disk.iterdir())
+    exporting.export(loaded(toy()), families.FAMILIES["qwen3_moe"], disk / "out")
+    plan(disk / "out")
+
+
+def test_a_folder_with_files_is_not_written_to(folder):
+  with pytest.raises(UserError, match="is not empty"):
+    exporting.export(loaded(toy()), families.FAMILIES["qwen3_moe"], folder)
+
+
+@pytest.mark.parametrize("layouts", ["(HA)D", "D(HA)", "AHD", "(AD)H"])
+def test_a_piece_of_a_tensor_is_the_piece_of_the_whole(layouts):
+  """Every range of every letter, against a transpose of the whole."""
+  sizes = {"D": 4, "H": 3, "A": 2}
+  ours = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
+  part = layout.Part(("q_DHA",), (), 0)
+  tensor = layout.Tensor("w", layouts, (part,), sizes)
+  stored = tensor.pack([ours])
+  assert stored.shape == tensor.shape
+  for d, h, a in np.ndindex(4, 3, 2):
+    wanted = {"D": slice(d, 4), "H": slice(0, h + 1), "A": slice(a, a + 1)}
+    got = tensor.unpack(lambda _, ranges: stored[ranges], part, wanted)
+    np.testing.assert_array_equal(got, ours[d:4, : h + 1, a : a + 1])
+
+
+@pytest.mark.parametrize("layouts", ["E(2F)D", "ED(F2)"])
+def test_a_pair_of_parameters_shares_a_tensor(layouts):
+  rng = np.random.default_rng(0)
+  gate, up = (rng.normal(size=(3, 4, 5)).astype(np.float32) for _ in range(2))
+  parts = tuple(layout.Part((name,), (), half) for half, name in enumerate(("g_EDF", "u_EDF")))
+  tensor = layout.Tensor("w", layouts, parts, {"E": 3, "D": 4, "F": 5, "2": 2})
+  stored = tensor.pack([gate, up])
+  wanted = {"E": slice(1, 3), "D": slice(0, 4), "F": slice(2, 5)}
+  for part, whole in zip(parts, (gate, up), strict=True):
+    got = tensor.unpack(lambda _, ranges: stored[ranges], part, wanted)
+    np.testing.assert_array_equal(got, whole[1:3, :, 2:5])
+
+
+def hf(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "moe_jax.hf", *arguments], cwd=ROOT, env=ONE_DEVICE,
+    capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_in_generate_and_out_again_by_command(folder, tmp_path):
+  done = hf("import", f"--from={folder}", f"--workdir={tmp_path / 'run'}")
+  assert not done.returncode and "holds it as step 0" in done.stdout, done.stderr
+  wrote = subprocess.run(
+    [sys.executable, "train.py", f"--init_from={tmp_path / 'run'}", "--describe",
+     "--config=configs/debug.py"], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
+  )  # fmt: skip
+  assert not wrote.returncode
+  done = hf("export", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
+  assert not done.returncode and "as qwen3_moe in float32" in done.stdout, done.stderr
+  before, after = (plan(p) for p in (folder, tmp_path / "out"))
+  for tensor in before.tensors:
+    ranges = tuple(slice(0, n) for n in tensor.shape)
+    np.testing.assert_array_equal(
+      before.stored.read(tensor.name, ranges), after.stored.read(tensor.name, ranges)
+    )
+  again = hf("import", f"--from={folder}", f"--workdir={tmp_path / 'run'}")
+  assert again.returncode == 2 and "is not empty" in again.stderr
+  dry = hf("import", f"--from={folder}", "--dry-run")
+  assert not dry.returncode and "memory" in dry.stdout and not (tmp_path / "dry").exists()
+
+
+_WITHIN = """
+import resource, sys
+gigabytes = float(sys.argv[1])
+import jax
+from moe_jax import config as config_lib, sharding
+from moe_jax.hf import importing
+made = importing.plan(sys.argv[2], config_lib.Mesh(data=1))
+mesh = sharding.make_mesh(made.config.mesh)
+base = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (base + int(gigabytes * 2**30),) * 2)
+if sys.argv[3] == "whole":
+  import safetensors.numpy
+  held = {n: t for f in made.stored.folder.glob("*.safetensors")
+          for n, t in safetensors.numpy.load_file(f).items()}
+with jax.set_mesh(mesh):
+  weights = importing.read(made, mesh)
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 2**30)
+"""
+
+
+@pytest.mark.slow
+def test_a_host_holds_what_its_devices_hold_and_a_little_more(tmp_path):
+  """1 GB of weights, under a limit at which reading the whole checkpoint first fails."""
+  config = toy_config(num_experts=8, top_k=2, expert_dim=1024)
+  model = config.model
+  model.dim, model.num_layers, model.qk_norm, model.vocab_size = 768, 14, QKNorm.HEAD, 256
+  stored_names = write_synthetic(config, tmp_path / "large")
+  made = plan(tmp_path / "large")
+  held = 4 * sum(int(np.prod(t.shape)) for t in made.tensors) / 2**30
+  assert held > 0.95 and len(stored_names) > 100
+  room = held + 2 * 4 * 768 * 1024 / 2**30 + 0.1  # two of its largest tensors, and programs
+  done = within(room, tmp_path / "large", "parts")
+  assert not done.returncode, done.stderr[-2000:]
+  assert float(done.stdout) == pytest.approx(held, rel=0.01)
+  done = within(room, tmp_path / "large", "whole")
+  assert done.returncode and "emory" in done.stderr
+
+
+def within(gigabytes, path, how):
+  return subprocess.run(
+    [sys.executable, "-c", _WITHIN, str(gigabytes), str(path), how],
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
+  )  # fmt: skip
+
+
+def write_synthetic(config, path):
+  """A checkpoint of this shape with random values, written without ever holding the model."""
+  family = families.FAMILIES["qwen3_moe"]
+  found = layout.tensors(config.model, families.TOP, family.layer, families.LAYER)
+  sizes = {t.name: 4 * int(np.prod(t.shape)) for t in found}
+  writer = files.Writer(path, sizes, 2 * 10**8)
+  rng = np.random.default_rng(0)
+  for tensor in found:
+    writer.add(tensor.name, rng.standard_normal(tensor.shape, np.float32))
+  writer.finish(fields.to_theirs(family, config.model) | {"max_position_embeddings": 64}, None)
+  return list(sizes)
