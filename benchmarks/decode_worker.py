@@ -15,7 +15,6 @@ import math
 import pathlib
 import sys
 import time
-from typing import Any
 
 import numpy as np
 
@@ -52,48 +51,6 @@ class Ids:
     return np.asarray(text, np.int32)
 
 
-def peer_config(model: Any) -> dict[str, Any]:
-  """Returns the fields of transformers.MixtralConfig for a config.Model."""
-  return dict(
-    vocab_size=model.vocab_size, hidden_size=model.dim, num_hidden_layers=model.num_layers,
-    num_attention_heads=model.num_heads, num_key_value_heads=model.num_kv_heads,
-    head_dim=model.head_dim, intermediate_size=model.moe.expert_dim,
-    num_local_experts=model.moe.num_experts, num_experts_per_tok=model.moe.top_k,
-    rms_norm_eps=model.norm_eps, tie_word_embeddings=False,
-    rope_parameters={"rope_type": "default", "rope_theta": model.rope_base},
-  )  # fmt: skip
-
-
-def peer_weights(weights: Any) -> dict[str, np.ndarray]:
-  """Returns weights of decoding.unstacked as those of transformers' Mixtral, by their names there.
-
-  Matrices of transformers are [outer, inner].
-  """
-  by_name = {
-    "model.embed_tokens.weight": weights.embed_VD, "lm_head.weight": weights.head_DV.T,
-    "model.norm.weight": weights.final_norm_D,
-  }  # fmt: skip
-  for number, layer in enumerate(weights.layers):
-    heads, moe, experts = layer.attention, layer.ffn.moe, layer.ffn.moe.experts
-    D = layer.ffn_norm_D.shape[0]
-    gate_up_EDF = np.concatenate([experts.gate_EDF, experts.up_EDF], axis=2)
-    by_name |= {
-      f"model.layers.{number}.{name}": array
-      for name, array in {
-        "input_layernorm.weight": layer.attention_norm_D,
-        "self_attn.q_proj.weight": heads.q_DHA.reshape(D, -1).T,
-        "self_attn.k_proj.weight": heads.k_DGA.reshape(D, -1).T,
-        "self_attn.v_proj.weight": heads.v_DGA.reshape(D, -1).T,
-        "self_attn.o_proj.weight": heads.out_HAD.reshape(-1, D).T,
-        "post_attention_layernorm.weight": layer.ffn_norm_D,
-        "mlp.gate.weight": moe.router["router_DE"].T,
-        "mlp.experts.gate_up_proj": gate_up_EDF.swapaxes(1, 2),
-        "mlp.experts.down_proj": np.swapaxes(experts.down_EFD, 1, 2),
-      }.items()
-    }
-  return {name: np.ascontiguousarray(array) for name, array in by_name.items()}
-
-
 def main() -> None:
   """Writes the weights if asked to, then answers the lines on stdin."""
   args = parse_arguments()
@@ -102,7 +59,7 @@ def main() -> None:
 
   from benchmarks import inference
   from moe_jax import startup
-  from moe_jax.inference import decoding
+  from moe_jax.hf import exporting, families
   from moe_jax.model import cost
 
   config = train_worker.make_config(args)
@@ -114,11 +71,9 @@ def main() -> None:
   if args.weights:
     with jax.set_mesh(model.mesh):
       params, bias_ZE = inference.random_parameters(config, args.seed, never=_BEGIN)
-      unpacked = decoding.unstacked(model.model, params, bias_ZE)
-    for name, array in peer_weights(unpacked).items():
-      np.save(args.weights / f"{name}.npy", array)
+      run = exporting.Loaded(config, {"params": params, "bias_ZE": bias_ZE}, 0, pathlib.Path())
+      exporting.export(run, families.FAMILIES["mixtral"], args.weights / "mixtral")
     np.save(args.weights / "prompts.npy", prompts_BL)
-    (args.weights / "config.json").write_text(json.dumps(peer_config(config.model)))
 
   total = cost.count(config).total
   ready = dict(ready=True, name="moe_jax", parameters=total, versions={"jax": jax.__version__})

@@ -1,9 +1,8 @@
 """The peer of our decoding benchmark: Hugging Face transformers' Mixtral, greedy, one CPU thread.
 
 It calls the model on one token of each row at a time, with its KV cache. That is what the method
-`generate` of transformers does, without its bookkeeping. The weights are a folder of .npy files,
-one for each parameter by its name, which `python -m benchmarks decode` writes. The protocol, in
-lines (-> stdout, <- stdin):
+`generate` of transformers does, without its bookkeeping. The weights are what `python -m benchmarks
+decode` exports (moe_jax.hf). The protocol, in lines (-> stdout, <- stdin):
 
   ->                {"ready": true, "name", "parameters", "versions"}
   <- decode B N     N tokens after each of the first B prompts of prompts.npy
@@ -26,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
-  add("--weights", type=pathlib.Path, required=True, help="the folder; config.json has the shape")
+  add("--weights", type=pathlib.Path, required=True, help="the folder of mixtral/ and prompts.npy")
   add("--experts", default="grouped_mm", choices=["grouped_mm", "eager", "batched_mm"])
   add("--compile", action="store_true", help="torch.compile and a static cache")
   add("--cpus", type=workload.cpus, help="the CPUs to run on, where the system can pin")
@@ -35,20 +34,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_peer(folder: pathlib.Path, experts: str):
   """Returns transformers' Mixtral with the weights in a folder."""
-  import numpy as np
   import torch
   import transformers
 
-  config = transformers.MixtralConfig(
-    **json.loads((folder / "config.json").read_text()), sliding_window=None,
-    bos_token_id=None, eos_token_id=None,
-  )  # fmt: skip
-  model = transformers.AutoModelForCausalLM.from_config(
-    config, attn_implementation="sdpa", dtype=torch.float32, experts_implementation=experts
-  )
-  state = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in model.state_dict()}
-  model.load_state_dict(state)
-  return model.eval()
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    folder / "mixtral", attn_implementation="sdpa", dtype=torch.float32,
+    experts_implementation=experts,
+  ).eval()  # fmt: skip
 
 
 class PeerDecoder:

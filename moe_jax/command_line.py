@@ -50,11 +50,15 @@ def run(main: Callable[..., None], *, overrides: bool = False) -> None:
       raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
     set_cache(flags.FLAGS.cache_dir)
     if not flags.FLAGS["verbosity"].present:
-      # Orbax logs every step of every save, and errors that it also raises.
-      logging.set_verbosity(logging.FATAL)
+      quiet()
     return rest
 
   one_line_errors(lambda: app.run(lambda _: main(*given_overrides), flags_parser=parse))
+
+
+def quiet() -> None:
+  """Silences Orbax, which logs every step of every save, and errors that it also raises."""
+  logging.set_verbosity(logging.FATAL)
 
 
 def multihost_flags() -> tuple["flags.FlagHolder[bool]", "flags.FlagHolder[float]"]:

@@ -9,8 +9,9 @@ import difflib
 import json
 from typing import Any
 
+from moe_jax.config_model import Model, MoE, RopeScaling  # noqa: F401 (config_lib.MoE)
 from moe_jax.errors import UserError
-from moe_jax.options import (
+from moe_jax.options import (  # noqa: F401 (config_lib.Dispatch)
   LARGEST_SEED,
   Attention,
   BalanceScope,
@@ -39,140 +40,6 @@ SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an a
 _FORMAT = 3  # of config.json; `upgraded` says what older ones had
 # Fields that are gone, and what to use in their place.
 _REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class MoE(Section):
-  """The MoE layers: their experts, who uses which, and how tokens get there."""
-
-  num_experts: int = option(0, "Experts of an MoE layer (E); 0 is a dense model.", at_least=0)
-  top_k: int = option(2, "Experts that a token uses (K).", at_least=1)
-  expert_dim: int = option(256, "Hidden width of one expert (F).", at_least=1)
-  shared_experts: int = option(0, "More experts, which every token uses (2401.06066).", at_least=0)
-  shared_dim: int = option(0, "Hidden width of a shared expert; 0 is expert_dim.", at_least=0)
-  shared_gate: bool = option(
-    False, "The shared experts' output is times sigmoid(x . w) (Qwen2-MoE)."
-  )
-  router: Router = option(Router.TOPK, "What decides which token uses which experts.")
-  score: Score = option(Score.SOFTMAX, "What the router makes of a token's logits.")
-  renormalize: bool = option(True, "K > 1: a token's K gates are scaled to sum to 1 (Mixtral).")
-  gate_scale: float = option(
-    1.0, "Every gate is multiplied by it (DeepSeek-V3: 2.5).", above=0, at_most=1e4
-  )
-  expert_groups: int = option(
-    1, "The experts are divided into so many groups for the choice (DeepSeek-V3).", at_least=1
-  )
-  top_groups: int = option(1, "A token's experts come from so many of the groups.", at_least=1)
-  bias_update_rate: float = option(
-    0.0,
-    "u of loss-free balancing by a bias (2408.15664: 1e-3); 0 is no bias.",
-    at_least=0,
-    at_most=1,
-  )
-  priority: Priority = option(Priority.TOKEN, "Who finds a slot first when an expert is full.")
-  dispatch: Dispatch = option(Dispatch.GATHER, "How tokens are laid out in rows for the experts.")
-  grouped_matmul: GroupedMatmul = option(
-    GroupedMatmul.AUTO, "The kernel of the experts, with dispatch=grouped."
-  )
-  exchange: Exchange = option(
-    Exchange.AUTO, "How tokens travel over the mesh's `expert` axis, with dispatch=grouped."
-  )
-  exchange_factor: float = option(
-    0.0, "Rows of an exchange buffer over their balanced number; 0 holds any load.", at_least=0
-  )
-  capacity_factor: float = option(
-    1.25,
-    "Slots of an expert in training over its fair share, T*K/E. A dispatch that never drops "
-    "(grouped, dense) has no slots and ignores it; expert_choice takes so many tokens in any case.",
-    above=0,
-    infinite=True,
-  )
-  eval_capacity_factor: float = option(2.0, "The same in evaluation.", above=0, infinite=True)
-  group_size: int = option(0, "Tokens that compete for slots (T); 0 is one sequence.", at_least=0)
-  router_dtype: Dtype = option(
-    Dtype.FLOAT32, "Type of the router's logits and scores (2101.03961)."
-  )
-  jitter: float = option(
-    0.0, "In training the router's input is times U(1-jitter, 1+jitter).", at_least=0, below=1
-  )
-  every: int = option(
-    1, "Of the layers after first_dense, each every-th is an MoE layer.", at_least=1, at_most=64
-  )
-  first_dense: int = option(0, "Dense layers before the first MoE layer.", at_least=0)
-
-  @property
-  def shared_width(self) -> int:
-    """The hidden width of all shared experts together."""
-    return self.shared_experts * (self.shared_dim or self.expert_dim)
-
-  @property
-  def renormalizes(self) -> bool:
-    """One gate that is scaled to sum to 1 would be constant, and the router would not learn."""
-    return self.renormalize and self.top_k > 1
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class RopeScaling(Section):
-  """The stretching of rotary positions, for text longer than the weights were first trained on."""
-
-  kind: RopeKind = option(RopeKind.NONE, "Which wavelengths are stretched.")
-  factor: float = option(1.0, "How many times longer they get.", at_least=1)
-  original_length: int = option(8192, "yarn, llama3: tokens of a row before.", at_least=1)
-  beta_fast: float = option(32.0, "yarn: turns in a row above which none is stretched.", above=0)
-  beta_slow: float = option(1.0, "yarn: turns in a row below which all of it is.", above=0)
-  truncate: bool = option(True, "yarn: the ramp begins and ends at whole dimensions.")
-  attention_factor: float = option(
-    0.0, "yarn: rotated queries and keys are times it; 0 is 0.1 ln(factor) + 1.", at_least=0
-  )
-  low_freq_factor: float = option(1.0, "llama3: turns in a row below which all of it is.", above=0)
-  high_freq_factor: float = option(4.0, "llama3: turns above which none is stretched.", above=0)
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class Model(Section):
-  """The decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
-
-  vocab_size: int = option(
-    264, "Rows of the embedding (V). Bytes need 257; the default is a multiple of 8.", at_least=1
-  )
-  num_layers: int = option(4, "Decoder layers, dense ones and MoE.", at_least=1, at_most=10_000)
-  dim: int = option(192, "Width of the residual stream (D).", at_least=1)
-  num_heads: int = option(6, "Heads of queries (H).", at_least=1)
-  num_kv_heads: int = option(2, "Heads of keys and values (G), a divisor of H.", at_least=1)
-  head_dim: int = option(32, "Width of a head (A), even.", at_least=1)
-  ffn_dim: int = option(512, "Hidden width of a dense feed-forward (F).", at_least=1)
-  rope_base: float = option(10_000.0, "Base of the rotary embedding's wavelengths.", above=0)
-  rotary_fraction: float = option(
-    1.0,
-    "Share of a head's width that is rotated, from its start (GLM-4.5: 0.5).",
-    above=0,
-    at_most=1,
-  )
-  rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
-  norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", above=0)
-  qk_norm: QKNorm = option(QKNorm.NONE, "RMSNorm of queries and keys.")
-  qkv_bias: bool = option(False, "Queries, keys and values have biases (Qwen2).")
-  out_bias: bool = option(False, "The attention's output has a bias.")
-  attention_scale: float = option(
-    0.0, "Times the products of queries and keys; 0 is head_dim^-0.5.", at_least=0
-  )
-  embedding_multiplier: float = option(1.0, "Times the embeddings (Granite: 12).", above=0)
-  residual_multiplier: float = option(
-    1.0, "Times what a layer adds to the residual stream (Granite: 0.22).", above=0
-  )
-  logit_multiplier: float = option(1.0, "Times the output logits (Granite: 1/6).", above=0)
-  tied_head: bool = option(True, "The output matrix is the embedding's transpose.")
-  compute_dtype: Dtype = option(
-    Dtype.FLOAT32, "Type of activations and matmuls; parameters stay float32."
-  )
-  remat: Remat = option(Remat.NONE, "What is kept for the backward pass.")
-  attention: Attention = option(Attention.AUTO, "The kernel of attention.")
-  moe: MoE = dataclasses.field(default_factory=MoE)
-
-  @property
-  def residual_scale(self) -> float:
-    """Of the initial weights that write to the residual stream: its variance stays near 1."""
-    return (2 * self.num_layers) ** -0.5
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

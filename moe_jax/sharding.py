@@ -166,6 +166,11 @@ def param_name(path: tuple[Any, ...]) -> str:
   return next((n for n in reversed(names) if "_" in n and n.rsplit("_", 1)[-1].isupper()), "")
 
 
+def path_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+  """Returns the names on the path of a parameter, as model.cost.parameters has them."""
+  return tuple(str(key.key) for key in path if hasattr(key, "key"))
+
+
 def param_shardings(
   tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, params: Any = ()
 ) -> Any:

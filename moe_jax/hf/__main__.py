@@ -136,6 +136,7 @@ def _progress(line: str) -> None:
 def main() -> None:
   """Runs the command that the command line names."""
   args = parse_arguments()
+  command_line.quiet()
   {"import": run_import, "export": run_export, "check": run_check}[args.command](args)
 
 

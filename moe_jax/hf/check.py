@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checkpoint import Weights
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
-from moe_jax.hf.importing import Plan, Weights
+from moe_jax.hf.importing import Plan
 from moe_jax.inference import decoding
 from moe_jax.kernels.attention import segment_attention
 from moe_jax.model import transformer

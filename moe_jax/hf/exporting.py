@@ -100,7 +100,7 @@ def export(
   found = layout.tensors(model, families.TOP, family.layer, families.LAYER)
   bias_ZE = np.asarray(sharding.whole(loaded.weights["bias_ZE"]))
   arrays = {
-    layout.path_of(path): leaf
+    sharding.path_of(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.weights["params"])
   } | {layout.BIAS: bias_ZE}
   if bias_ZE.any() and not any(p.path == layout.BIAS for t in found for p in t.parts):

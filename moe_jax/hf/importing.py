@@ -19,6 +19,7 @@ from moe_jax import checkpoint, command_line, sharding, validation
 from moe_jax import config as config_lib
 from moe_jax import files as file_lib
 from moe_jax import workdir as workdir_lib
+from moe_jax.checkpoint import Weights
 from moe_jax.config import Config, Dispatch, Loss, Mesh, UserError
 from moe_jax.data import tokenizers
 from moe_jax.hf import families, fields, files, layout
@@ -48,13 +49,6 @@ class Plan(NamedTuple):
   def largest(self) -> int:
     """The bytes of the largest tensor."""
     return max(self.stored.size(tensor.name) for tensor in self.tensors)
-
-
-class Weights(NamedTuple):
-  """What a checkpoint of a run without an optimizer holds."""
-
-  params: Any
-  bias_ZE: jax.Array
 
 
 def plan(folder: str, mesh: Mesh) -> Plan:
@@ -182,7 +176,7 @@ def read(
 
   abstract = transformer.abstract_params(model)
   params = jax.tree_util.tree_map_with_path(
-    lambda path, leaf, where: array(layout.path_of(path), leaf.shape, where),
+    lambda path, leaf, where: array(sharding.path_of(path), leaf.shape, where),
     abstract,
     sharding.param_shardings(abstract, mesh),
   )
@@ -230,12 +224,7 @@ def save(made: Plan, weights: Weights, workdir: pathlib.Path) -> None:
   config.json comes last: a workdir without it is no run.
   """
   workdir_lib.make(workdir)
-  saver = checkpoint.Checkpointer(workdir, config_lib.Train())
-  try:
-    saver.save(0, weights, next_batch=0, loss=float("inf"))
-    saver.wait()
-  finally:
-    saver.close()
+  checkpoint.save_weights(workdir, weights)
   files.copy_beside(made.stored.folder, workdir / workdir_lib.HF)
   config = made.config
   if config.data.tokenizer != "bytes":

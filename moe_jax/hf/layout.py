@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.config import Model
 from moe_jax.model import cost
-from moe_jax.model.transformer import bias_shape, layer_pattern, moe_layers
+from moe_jax.model.transformer import bias_shape, layer_places, moe_layers
 
 BIAS = ("bias_ZE",)  # the path of the balancing bias, which stands beside the parameters
 
@@ -127,8 +127,10 @@ def tensors(
   if moe_layers(model):
     shapes[BIAS] = bias_shape(model)
   found = [t for row in top for t in _of_row(row, row.theirs, {}, (), shapes)]
-  for number, (where, index) in enumerate(_layers(model)):
-    bias = {"bias_ZE": (BIAS, (moe_layers(model).index(number),))} if _is_moe(model, number) else {}
+  with_experts = moe_layers(model)
+  for number, (where, place) in enumerate(layer_places(model)):
+    index = (place,)
+    bias = {"bias_ZE": (BIAS, (with_experts.index(number),))} if number in with_experts else {}
     below: dict[str, tuple[Path, tuple[int, ...]]] = bias | {
       ".".join(path[len(where) :]): (path, index) for path in shapes if path[: len(where)] == where
     }
@@ -140,17 +142,6 @@ def tensors(
     if path not in placed and path != BIAS:
       raise KeyError(".".join(path))
   return found
-
-
-def _is_moe(model: Model, number: int) -> bool:
-  return number in moe_layers(model)
-
-
-def _layers(model: Model) -> Iterator[tuple[Path, tuple[int, ...]]]:
-  """Yields (path of the stacked layer, (its place on Z,)) of each layer, first layer first."""
-  for scan, (repeats, pattern) in enumerate(layer_pattern(model)):
-    for repeat, block in itertools.product(range(repeats), range(len(pattern))):
-      yield ("scans", str(scan), "blocks", str(block)), (repeat,)
 
 
 def _of_row(
@@ -183,11 +174,6 @@ def _of_row(
     )
     for expert in experts
   ]
-
-
-def path_of(keys: tuple[Any, ...]) -> Path:
-  """Returns the Path of a parameter, of its keys in the tree of all parameters."""
-  return tuple(str(key.key) for key in keys if hasattr(key, "key"))
 
 
 def leaf_slices(path: Path, shape: tuple[int, ...], index: tuple[slice, ...]) -> dict[str, slice]:

@@ -307,6 +307,16 @@ def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]
   return [(repeats, pattern) for repeats, pattern in scans if repeats]
 
 
+def layer_places(model: config_lib.Model) -> list[tuple[tuple[str, ...], int]]:
+  """Returns (path of the parameters in which it is stacked, its place on Z) of each layer."""
+  return [
+    (("scans", str(scan), "blocks", str(block)), repeat)
+    for scan, (repeats, pattern) in enumerate(layer_pattern(model))
+    for repeat in range(repeats)
+    for block in range(len(pattern))
+  ]
+
+
 def moe_layers(model: config_lib.Model) -> list[int]:
   """Returns the index of each MoE layer in the network, in the order of Z in statistics."""
   flat = [is_moe for repeats, pattern in layer_pattern(model) for is_moe in pattern * repeats]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
+from moe_jax import sharding
 from moe_jax.hf import check, exporting, families, importing, layout
 from moe_jax.inference import decoding, generate
 from moe_jax.model import transformer
@@ -80,7 +81,7 @@ def test_logits_and_gradients(pair):
 def as_theirs(pair, params):
   """{their name: values} of our parameters, without the bias, which has no gradient."""
   arrays = {
-    layout.path_of(path): np.asarray(leaf)
+    sharding.path_of(path): np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   family = pair.made.family

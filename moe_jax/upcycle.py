@@ -1,0 +1,225 @@
+"""Makes an MoE model of a dense run's weights (sparse upcycling, 2212.05055):
+
+python -m moe_jax.upcycle --from=W_DENSE[:STEP] --config=FILE --workdir=W [--method=copy|noise|drop]
+python train.py --config=FILE --workdir=W_MOE --init_from=W
+
+Every expert begins as the dense feed-forward. Where an expert is n times narrower than it, the
+feed-forward is split into n parts, and each n experts hold one copy (2410.07524). Their routers
+begin alike, so that a token chooses all parts of a copy; so the parts must divide top_k.
+
+  copy    nothing more
+  noise   each expert's weights are plus --amount of their standard deviation, times N(0, 1)
+  drop    --amount of each expert's hidden units begin anew, drawn with the mean and the standard
+          deviation of the dense weights (drop-upcycling, 2502.19261)
+
+With `copy` the MoE model computes what the dense one does, to rounding, where the gates of a token
+sum to 1 (renormalize, with top_k above 1). The command says whether they do.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import checkpoint, command_line, sharding, startup, validation
+from moe_jax import config as config_lib
+from moe_jax import workdir as workdir_lib
+from moe_jax.checkpoint import Weights
+from moe_jax.config import Config, Model, UserError
+from moe_jax.model import transformer
+from moe_jax.moe import routers
+
+METHODS = {"copy": 0.0, "noise": 0.1, "drop": 0.5}  # and the default of --amount
+Path = tuple[str, ...]
+
+
+def check(dense: Model, model: Model) -> int:
+  """Returns into how many parts the dense feed-forward is split.
+
+  Raises:
+    UserError: names the fields because of which `model` cannot be made of `dense`.
+  """
+  moe = model.moe
+  if dense.moe.num_experts:
+    raise UserError(f"--from: that run has {dense.moe.num_experts} experts; name a dense run")
+  if not moe.num_experts:
+    raise UserError("--config: config.model.moe.num_experts=0; name a config with experts")
+  if moe.shared_experts:
+    raise UserError(
+      f"config.model.moe.shared_experts={moe.shared_experts}: a shared expert beside copies of the "
+      "feed-forward would count it twice; set shared_experts=0"
+    )
+  skipped = ("moe.", "remat", "attention", "compute_dtype", "ffn_dim")
+  before, after = config_lib.flatten(dense), config_lib.flatten(model)
+  other = [n for n in after if not n.startswith(skipped) and before[n] != after[n]]
+  if other:
+    words = ", ".join(f"config.model.{n}={after[n]} (dense: {before[n]})" for n in other)
+    raise UserError(f"--config: the decoder is not that of the dense run: {words}")
+  parts = dense.ffn_dim // moe.expert_dim
+  if dense.ffn_dim % moe.expert_dim:
+    raise UserError(
+      f"config.model.moe.expert_dim={moe.expert_dim} does not divide the dense run's ffn_dim="
+      f"{dense.ffn_dim}; a feed-forward is split into equal parts"
+    )
+  for field in ("num_experts", "top_k"):
+    if getattr(moe, field) % parts:
+      raise UserError(
+        f"config.model.moe.{field}={getattr(moe, field)} is not a multiple of the {parts} parts "
+        f"into which ffn_dim={dense.ffn_dim} is split; a token needs all of them"
+      )
+  if len(transformer.moe_layers(model)) < model.num_layers and model.ffn_dim != dense.ffn_dim:
+    raise UserError(
+      f"config.model.ffn_dim={model.ffn_dim}: the dense run's is {dense.ffn_dim}, and some layers "
+      "stay dense"
+    )
+  return parts
+
+
+def is_exact(model: Model, method: str) -> bool:
+  """Returns whether the MoE model begins as the same function as the dense one."""
+  return method == "copy" and model.moe.renormalizes
+
+
+def upcycle(
+  params: Any, dense: Model, model: Model, method: str, amount: float, key: jax.Array
+) -> Any:
+  """Returns the parameters of `model`, made of those of `dense`.
+
+  Args:
+    params: the nnx state of the dense Transformer, float32.
+    dense: its config.
+    model: the config with experts; `check` has accepted it.
+    method: of METHODS.
+    amount: of noise, or of the hidden units that begin anew.
+    key: draws the routers, the noise and the new units.
+  """
+  parts = check(dense, model)
+  old = {sharding.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  old_places, places = transformer.layer_places(dense), transformer.layer_places(model)
+
+  def layer(number: int, name: Path, shape: tuple[int, ...]) -> jax.Array:
+    """One layer's parameter of that name."""
+    where, place = old_places[number]
+    if where + name in old:
+      return old[where + name][place]
+    layer_key = jax.random.fold_in(key, number)
+    if name[-1] == "router_DE":
+      return _router(layer_key, shape, parts)
+    dense_name = {"gate_EDF": "gate_DF", "up_EDF": "up_DF", "down_EFD": "down_FD"}.get(name[-1])
+    if dense_name is None:
+      return jnp.zeros(shape)  # other parameters of a router
+    source = old[(*where, *name[:-1], dense_name)][place]
+    inner = dense_name.rsplit("_", 1)[-1].index("F")
+    split = jnp.stack(jnp.split(source, parts, axis=inner))  # [parts, ...]
+    copies = jnp.tile(split, (model.moe.num_experts // parts, 1, 1))
+    if method != "copy":
+      copies = _changed(copies, source, 1 + inner, method, amount, layer_key, dense_name)
+    if dense_name == "down_FD" and model.moe.renormalizes:
+      # The gates of a token sum to gate_scale; each part needs a sum of 1.
+      copies = copies * (parts / model.moe.gate_scale)
+    return copies
+
+  def stacked(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    name = sharding.path_of(path)
+    if name in old and not name[0].startswith("scans"):
+      return old[name]
+    where, below = name[:4], name[4:]
+    numbers = [number for number, (at, _) in enumerate(places) if at == where]
+    return jnp.stack([layer(number, below, leaf.shape[1:]) for number in numbers])
+
+  return jax.tree_util.tree_map_with_path(stacked, transformer.abstract_params(model))
+
+
+def _router(key: jax.Array, shape: tuple[int, ...], parts: int) -> jax.Array:
+  """Returns a router [D, E] that gives the experts of one copy the same logits."""
+  D, E = shape
+  sizes = {"D": D, "E": E // parts}
+  draw: Callable[[Any, dict[str, int]], jax.Array] = routers.ROUTER_DE.initial
+  return jnp.repeat(draw(nnx.Rngs(key), sizes), parts, axis=1)
+
+
+def _changed(
+  copies: jax.Array, source: jax.Array, hidden: int, method: str, amount: float, key: jax.Array,
+  name: str,
+) -> jax.Array:  # fmt: skip
+  """Returns the experts [E, ...] with noise, or with new hidden units."""
+  units_key, values_key = jax.random.split(key)
+  values_key = jax.random.fold_in(values_key, ("gate_DF", "up_DF", "down_FD").index(name))
+  drawn = jax.random.normal(values_key, copies.shape)
+  if method == "noise":
+    return copies + amount * jnp.std(source) * drawn
+  experts, F = copies.shape[0], copies.shape[hidden]
+  # The same units of gate, up and down.
+  order = jax.vmap(lambda k: jax.random.permutation(k, F))(jax.random.split(units_key, experts))
+  new = order < round(amount * F)
+  new = jnp.expand_dims(new, 3 - hidden)
+  return jnp.where(new, jnp.mean(source) + jnp.std(source) * drawn, copies)
+
+
+def run(source: str, config: Config, workdir: str, method: str, amount: float) -> None:
+  """Reads a dense run, and writes the workdir of the MoE model, as its step 0."""
+  named = re.fullmatch(r"(.+):([0-9]+)", source)
+  name, number = (named[1], int(named[2])) if named else (source, 0)
+  path = workdir_lib.open_path(name)
+  before = workdir_lib.read_config(path)
+  startup.start()
+  config = validation.resolve_mesh(config, jax.device_count())
+  parts = check(before.model, config.model)
+  target = workdir_lib.open_path(workdir)
+  if target.exists() and any(target.iterdir()):
+    raise UserError(f"--workdir={workdir} is not empty; name a new folder")
+  mesh = sharding.make_mesh(config.mesh)
+  reader = checkpoint.Checkpointer(path)
+  try:
+    step = reader.find(number)
+    with jax.set_mesh(mesh):
+      stored = reader.restore_part(step, transformer.abstract_weights(before.model), mesh)
+  finally:
+    reader.close()
+  where = sharding.param_shardings(transformer.abstract_params(config.model), mesh)
+  with jax.set_mesh(mesh):
+    key = jax.random.key(config.train.seed)
+    make = jax.jit(
+      lambda params: upcycle(params, before.model, config.model, method, amount, key),
+      out_shardings=where,
+    )
+    weights = Weights(make(stored["params"]), jnp.zeros(transformer.bias_shape(config.model)))
+    workdir_lib.make(target)
+    checkpoint.save_weights(target, weights)
+  workdir_lib.write_config(target, config)
+  each = "a copy" if parts == 1 else f"one of {parts} parts"
+  same = "what that run does, to rounding" if is_exact(config.model, method) else "something else"
+  print(f"{target} holds {config.model.moe.num_experts} experts, each of them {each} of the "
+        f"feed-forward of {path}, step {step}. It computes {same}. Go on with train.py "
+        f"--init_from={target}")  # fmt: skip
+
+
+def main() -> None:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m moe_jax.upcycle", description=__doc__, allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  parser.add_argument("--from", dest="source", required=True, help="a dense run: WORKDIR[:STEP]")
+  parser.add_argument("--config", required=True, help="the config file of the MoE model")
+  parser.add_argument("--workdir", required=True, help="new folder for the weights")
+  parser.add_argument("--method", default="copy", choices=list(METHODS))
+  parser.add_argument("--amount", type=float, help="noise (0.1), or new units (0.5)")
+  overrides, rest = command_line.take_overrides(sys.argv[1:])
+  args = parser.parse_args(rest)
+  command_line.quiet()
+  config = command_line.override(command_line.load_file(args.config), overrides, args.config)
+  validation.validate(config)
+  amount = METHODS[args.method] if args.amount is None else args.amount
+  if not 0 <= amount <= 1:
+    raise UserError(f"--amount={amount} must be from 0 to 1")
+  run(args.source, config, args.workdir, args.method, amount)
+
+
+if __name__ == "__main__":
+  command_line.one_line_errors(main)

@@ -1,0 +1,212 @@
+"""MoE models made of dense ones: the same function, the methods that change it, what is refused."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import sharding, upcycle
+from moe_jax.config import Dispatch, UserError
+from moe_jax.model import transformer
+from moe_jax.training import train
+from tests.support.scripts import ONE_DEVICE
+from tests.support.toys import (
+  ROOT,
+  build,
+  mesh_of,
+  slow_unless,
+  toy_batch,
+  toy_config,
+  with_options,
+)
+
+FFN = 36  # of the dense toy
+
+
+def dense_config():
+  config = toy_config(num_experts=0)
+  config.model.ffn_dim = FFN
+  return config
+
+
+def moe_config(**fields):
+  config = dense_config()
+  fields = dict(num_experts=4, top_k=2, expert_dim=FFN, dispatch=Dispatch.GROUPED) | fields
+  config.model.moe = config_lib.MoE(**fields)
+  return config
+
+
+def made(config, method="copy", amount=0.0, dense=None, axes=None):
+  """(dense parameters, parameters with experts)."""
+  dense = dense or dense_config()
+  _, params = build(dense)
+  mesh = mesh_of(**(axes or {}))
+  with jax.set_mesh(mesh):
+    where = sharding.param_shardings(transformer.abstract_params(config.model), mesh)
+    key = jax.random.key(1)
+    new = jax.jit(
+      lambda p: upcycle.upcycle(p, dense.model, config.model, method, amount, key),
+      out_shardings=where,
+    )(params)
+  return params, new
+
+
+def logits(model, params, batch, axes=None):
+  mesh = mesh_of(**(axes or {}))
+  with jax.set_mesh(mesh):
+    tokens = transformer.Tokens.of(sharding.place(batch, mesh))
+    bias_ZE, key = jnp.zeros(transformer.bias_shape(model)), jax.random.key(0)
+
+    @jax.jit
+    def forward(params):
+      out = transformer.forward(model, params, bias_ZE, tokens, key, train=False)
+      return out.logits_BLV
+
+    return np.asarray(forward(params))[batch.segments_BL > 0]  # experts compute no padding
+
+
+SAME = {
+  "copies": (dict(), {}),
+  "gather": (dict(dispatch=Dispatch.GATHER, eval_capacity_factor=4.0), {}),
+  "dense dispatch": (dict(dispatch=Dispatch.DENSE), {}),
+  "three of five": (dict(num_experts=5, top_k=3), {}),
+  "halves": (dict(num_experts=8, top_k=4, expert_dim=FFN // 2), {}),
+  "thirds, one copy": (dict(num_experts=3, top_k=3, expert_dim=FFN // 3), {}),
+  "scaled gates": (dict(num_experts=6, top_k=3, expert_dim=FFN // 3, gate_scale=2.5), {}),
+  "sigmoid": (dict(score=config_lib.Score.SIGMOID), {}),
+  "every second layer": (dict(every=2), {}),
+  "halves on a mesh": (dict(num_experts=8, top_k=4, expert_dim=FFN // 2), dict(expert=4)),
+  "a mesh of all axes": (dict(), dict(expert=2, fsdp=2, tensor=2)),
+}
+
+
+@pytest.mark.parametrize("name", slow_unless(["copies", "halves", "halves on a mesh"], SAME))
+def test_it_begins_as_the_dense_model(name):
+  fields, axes = SAME[name]
+  config = moe_config(**fields)
+  assert upcycle.is_exact(config.model, "copy")
+  params, new = made(config, axes=axes)
+  batch = toy_batch(config)
+  want = logits(dense_config().model, params, batch)
+  got = logits(config.model, new, batch, axes)
+  np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_every_option_of_the_attention_comes_along():
+  dense, config = dense_config(), moe_config()
+  for c in (dense, config):
+    moe = c.model.moe
+    c.model = with_options(c.model)
+    c.model.moe = moe
+  params, new = made(config, dense=dense)
+  batch = toy_batch(config)
+  np.testing.assert_allclose(
+    logits(config.model, new, batch), logits(dense.model, params, batch), rtol=0, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(("method", "amount"), [("noise", 0.1), ("drop", 0.5)])
+def test_the_other_methods_change_the_experts(method, amount):
+  config = moe_config()
+  assert not upcycle.is_exact(config.model, method)
+  params, new = made(config, method, amount)
+  dense = {sharding.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+  moe = {sharding.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(new)}
+  where = ("scans", "0", "blocks", "0", "ffn")
+  kept = []
+  for name, old, axis in (("gate_EDF", "gate_DF", 2), ("up_EDF", "up_DF", 2),
+                          ("down_EFD", "down_FD", 1)):  # fmt: skip
+    got, want = np.asarray(moe[*where, name][0]), np.asarray(dense[*where, old][0])
+    assert not np.array_equal(got[0], got[1])
+    assert np.std(got) == pytest.approx(np.std(want), rel=0.2)
+    if method == "drop":
+      same = (got == want).all(axis=3 - axis)
+      assert same.sum() == 4 * FFN // 2  # half of the units of each expert
+      kept.append(same)
+    else:
+      assert np.std(got - want) == pytest.approx(0.1 * np.std(want), rel=0.1)
+  if method == "drop":  # the same units of all three matrices, other ones in each expert
+    np.testing.assert_array_equal(kept[0], kept[1])
+    np.testing.assert_array_equal(kept[0], kept[2])
+    assert not np.array_equal(kept[0][0], kept[0][1])
+
+
+def test_it_trains():
+  """The loss falls from that of the dense model, and the copies part."""
+  config = moe_config()
+  _, new = made(config)
+  mesh = mesh_of()
+  with jax.set_mesh(mesh):
+    init, _, shardings = train.init_state(config, mesh)
+    state = init()._replace(params=new)
+    step = train.compile_step(config, shardings)
+    batch = sharding.to_global(toy_batch(config), mesh)
+    losses = []
+    for _ in range(8):
+      state, metrics = step(state, batch)
+      losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0] - 0.1
+  experts = next(
+    np.asarray(x[0]) for p, x in jax.tree_util.tree_leaves_with_path(state.params)
+    if "up_EDF" in jax.tree_util.keystr(p)
+  )  # fmt: skip
+  assert not np.array_equal(experts[0], experts[1])
+
+
+REFUSED = {
+  "experts already": (lambda d, m: setattr(d, "moe", m.moe), "name a dense run"),
+  "no experts": (lambda d, m: setattr(m, "moe", config_lib.MoE()), "num_experts=0"),
+  "shared": (lambda d, m: setattr(m.moe, "shared_experts", 1), "shared_experts=1"),
+  "another width": (lambda d, m: setattr(m, "num_layers", 4), "config.model.num_layers=4"),
+  "no divisor": (lambda d, m: setattr(m.moe, "expert_dim", 10), "expert_dim=10 does not divide"),
+  "too few": (lambda d, m: setattr(m.moe, "expert_dim", FFN // 4), "top_k=2 is not a multiple"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(name):
+  dense, model = dense_config().model, moe_config().model
+  change, said = REFUSED[name]
+  change(dense, model)
+  with pytest.raises(UserError, match=said):
+    upcycle.check(dense, model)
+
+
+def test_gates_that_do_not_sum_to_one_are_no_copy():
+  assert not upcycle.is_exact(moe_config(renormalize=False).model, "copy")
+  assert not upcycle.is_exact(moe_config(top_k=1).model, "copy")
+
+
+@pytest.mark.slow
+def test_by_command_and_then_trained(tmp_path):
+  """A dense run of debug.py, its MoE twin, and a step of training from there."""
+  base = ["--config=configs/debug.py", "--config.data.batch_size=2", "--config.train.log_every=1",
+          "--config.eval.batches=1", "--config.model.ffn_dim=64"]  # fmt: skip
+  moe = [*base, "--config.model.moe.expert_dim=32", "--config.model.moe.dispatch=grouped"]
+
+  def call(*arguments):
+    return subprocess.run(
+      [sys.executable, *arguments, f"--cache_dir={tmp_path / 'cache'}"], cwd=ROOT, env=ONE_DEVICE,
+      capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+  steps = ["--config.train.steps=6", "--config.optimizer.warmup_steps=1"]
+  done = call("train.py", *base, *steps, "--config.model.moe.num_experts=0",
+              f"--workdir={tmp_path / 'dense'}")  # fmt: skip
+  assert not done.returncode, done.stderr
+  made = subprocess.run(
+    [sys.executable, "-m", "moe_jax.upcycle", f"--from={tmp_path / 'dense'}", *moe,
+     f"--workdir={tmp_path / 'up'}"], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
+  )  # fmt: skip
+  assert not made.returncode, made.stderr
+  assert "one of 2 parts" in made.stdout and "what that run does, to rounding" in made.stdout
+  done = call("train.py", *moe, *steps, f"--init_from={tmp_path / 'up'}",
+              f"--workdir={tmp_path / 'moe'}")  # fmt: skip
+  assert not done.returncode and "begins with" in done.stdout, done.stderr
+  ours = call("train.py", *moe, *steps, f"--workdir={tmp_path / 'up'}")
+  assert ours.returncode == 2 and "--init_from" in ours.stderr
