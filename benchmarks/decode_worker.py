@@ -61,6 +61,7 @@ def main() -> None:
   from moe_jax import startup
   from moe_jax.hf import exporting, families
   from moe_jax.model import cost
+  from moe_jax.weights import Weights
 
   config = train_worker.make_config(args)
   startup.start()
@@ -71,7 +72,7 @@ def main() -> None:
   if args.weights:
     with jax.set_mesh(model.mesh):
       params, bias_ZE = inference.random_parameters(config, args.seed, never=_BEGIN)
-      run = exporting.Loaded(config, {"params": params, "bias_ZE": bias_ZE}, 0, pathlib.Path())
+      run = exporting.Loaded(config, Weights(params, bias_ZE), 0, pathlib.Path())
       exporting.export(run, families.FAMILIES["mixtral"], args.weights / "mixtral")
     np.save(args.weights / "prompts.npy", prompts_BL)
 

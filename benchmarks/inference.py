@@ -17,7 +17,7 @@ from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
-from moe_jax.model import transformer
+from moe_jax.model import pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.sweep import matching
 from moe_jax.training import timing
@@ -64,7 +64,7 @@ def random_parameters(
   )
   if never >= 0:  # a logit of 0 is never the largest; the head must not be tied to the embedding
     params["head_DV"] = params["head_DV"].replace(params["head_DV"][...].at[:, never].set(0))
-  return params, jnp.zeros(transformer.bias_shape(model))
+  return params, jnp.zeros(pattern.bias_shape(model))
 
 
 def build_generator(

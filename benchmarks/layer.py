@@ -21,6 +21,8 @@ from benchmarks.results import progress
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import Dispatch, Dtype, UserError
+from moe_jax.kernels import experts as expert_kernels
+from moe_jax.kernels.experts import Experts
 from moe_jax.model.feedforward import DenseFFN, MoEFFN
 from moe_jax.training import metrics, timing
 
@@ -63,7 +65,7 @@ class Arrays(NamedTuple):
 
   params: Any
   x_BLD: jax.Array
-  real_BL: jax.Array
+  real_BL: jax.Array | None
   dy_BLD: jax.Array
 
 
@@ -71,7 +73,9 @@ class Candidate(NamedTuple):
   """A layer and its compiled programs."""
 
   name: str
-  moe: config_lib.MoE | None  # None: the dense FFN
+  kind: str  # "ffn", a dispatcher, or "slots" and "blocks": the experts alone
+  experts: int
+  moe: config_lib.MoE | None  # None: nothing is routed
   graph: Any
   forward: Callable[..., Any]  # (*Arrays) -> (y_BLD, MoeStats or None)
   step: Callable[..., Any]  # (*Arrays) -> (y_BLD, MoeStats or None, (dparams, dx_BLD))
@@ -148,7 +152,8 @@ def candidates(setting: Setting) -> Iterator[Candidate]:
   x_BLD, real_BL, dy_BLD = _inputs(setting)
   model = config_lib.Model(dim=setting.dim, compute_dtype=setting.dtype)
   graph, params = _init(model, 0, setting.top_k * setting.expert_dim)
-  yield Candidate("ffn", None, graph, *_programs(graph), Arrays(params, x_BLD, real_BL, dy_BLD))
+  dense = Arrays(params, x_BLD, real_BL, dy_BLD)
+  yield Candidate("ffn", "ffn", 0, None, graph, *_programs(graph), dense)
   for experts in setting.experts:
     dispatchers = [Dispatch.GATHER, Dispatch.GROUPED]
     if setting.oracles and experts == min(setting.experts):
@@ -159,7 +164,39 @@ def candidates(setting: Setting) -> Iterator[Candidate]:
       graph, fresh = _init(dataclasses.replace(model, moe=moe), experts, 0)
       params = params or fresh  # one copy, because the weights do not depend on the dispatcher
       arrays = Arrays(params, x_BLD, real_BL, dy_BLD)
-      yield Candidate(f"{dispatch.value} E={experts}", moe, graph, *_programs(graph), arrays)
+      name = f"{dispatch.value} E={experts}"
+      yield Candidate(name, dispatch.value, experts, moe, graph, *_programs(graph), arrays)
+    yield from _experts_alone(setting, experts, params, x_BLD, dy_BLD)
+
+
+def _experts_alone(
+  setting: Setting, experts: int, params: Any, x_BLD: jax.Array, dy_BLD: jax.Array
+) -> Iterator[Candidate]:
+  """Yields what bounds the dispatchers: the same matrices and rows, equally many for each expert.
+
+  Nothing is routed, so that what a layer takes longer is the routing. Slots are the layout of
+  `gather`, and blocks that of `grouped`.
+  """
+  matrices = {name: params[name][...] for name in Experts._fields}
+  x_ND, dy_ND = (jnp.tile(a.reshape(-1, setting.dim), (setting.top_k, 1)) for a in (x_BLD, dy_BLD))
+  rows = len(x_ND) // experts
+  for kind in ("slots", "blocks"):
+
+    def forward(matrices, x, real_BL, dy, kind=kind):
+      sizes_E = jnp.full((experts,), rows) if kind == "blocks" else None
+      kernel = config_lib.GroupedMatmul.AUTO
+      return expert_kernels.experts(x, sizes_E, Experts(**matrices), kernel), None
+
+    def step(matrices, x, real_BL, dy, forward=forward):
+      y, vjp = jax.vjp(lambda m, x: forward(m, x, None, None)[0], matrices, x)
+      return y, None, vjp(dy)
+
+    arrays = Arrays(matrices, x_ND, None, dy_ND)
+    if kind == "slots":
+      shape = (experts, rows, setting.dim)
+      arrays = Arrays(matrices, x_ND.reshape(shape), None, dy_ND.reshape(shape))
+    name = f"{kind} E={experts}, not routed"
+    yield Candidate(name, kind, experts, None, None, jax.jit(forward), jax.jit(step), arrays)
 
 
 def check(
@@ -267,7 +304,7 @@ def run_setting(
       thunks[f"{candidate.name} {kind}"] = functools.partial(
         getattr(candidate, kind), *candidate.arrays
       )
-    results[candidate.name] = candidate.moe, stats, error
+    results[candidate.name] = candidate, stats, error
     few_experts = candidate.moe and candidate.moe.num_experts == min(setting.experts)
     if setting.phases and few_experts and candidate.moe.dispatch in phases.SPLIT:
       for name, thunk in phases.thunks(candidate.graph, candidate.moe, candidate.arrays).items():
@@ -279,13 +316,13 @@ def run_setting(
   return rows, [phases.row(setting.name, name, splits[name], times) for name in splits]
 
 
-def _row(setting, name, moe, stats, error, times) -> dict[str, Any]:
+def _row(setting, name, candidate, stats, error, times) -> dict[str, Any]:
   balance = {"drop_fraction_Z": [0.0], "max_vio_Z": [0.0]}
   if stats is not None:
     balance = metrics.moe_metrics(jax.tree.map(lambda a: a[None], stats))
   row = {"setting": setting.name, "candidate": name, **setting._asdict()}
-  row |= {"dtype": setting.dtype.value, "num_experts": moe.num_experts if moe else 0}
-  row |= {"dispatch": moe.dispatch.value if moe else "ffn", "error": error}
+  row |= {"dtype": setting.dtype.value, "num_experts": candidate.experts}
+  row |= {"dispatch": candidate.kind, "error": error}
   for kind, products in (("forward", 1), ("step", 3)):
     key = f"{name} {kind}"
     row[f"{kind}_s"] = timing.median(times, key)

@@ -4,8 +4,9 @@ from typing import Any
 
 from benchmarks import results
 
-_LIMITS = {"gather": 1.15, "grouped": 1.25}  # time / dense FFN's time, forward and backward
-_GROWTH = 1.2  # time with 64 experts / time with 8, at equal active experts
+_LIMITS = {"gather": 1.10, "grouped": 1.20}  # time / dense FFN's time, forward and backward
+# {K: time with 64 experts / time with 8}, at equal active experts.
+_GROWTH = {2: 1.3, 8: 1.15}
 _MOVING = 0.10  # time of router, dispatch and combine / the layer's time
 _MATMUL = 0.70  # FLOP/s / those of a dense matmul, on an accelerator
 
@@ -22,22 +23,32 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     elif row["dispatch"] in _LIMITS:
       limit = _LIMITS[row["dispatch"]]
       verdicts.append(results.target(f"{name} / dense FFN", row["step_vs_ffn"], limit))
-  for few in result["rows"]:
-    for many in result["rows"]:
-      same = all(few[k] == many[k] for k in ("setting", "dispatch"))
-      if same and (few["num_experts"], many["num_experts"]) == (8, 64):
-        growth = many["step_vs_ffn"] / few["step_vs_ffn"]
-        what = f"{few['setting']} {few['dispatch']} E=64 / E=8"
-        verdicts.append(results.target(what, growth, _GROWTH))
+  for setting, growth in growths(result["rows"]).items():
+    top_k = next(r["top_k"] for r in result["rows"] if r["setting"] == setting)
+    for dispatch in _LIMITS.keys() & growth.keys():
+      if top_k in _GROWTH:
+        what = f"{setting} {dispatch} E=64 / E=8"
+        verdicts.append(results.target(what, growth[dispatch], _GROWTH[top_k]))
   for split in result["phases"]:
     what = f"{split['setting']} {split['candidate']} router+dispatch+combine / layer"
     verdicts.append(results.target(what, split["step"]["moving"], _MOVING))
   return verdicts
 
 
+def growths(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+  """Returns {setting: {dispatcher, slots or blocks: time with 64 experts / time with 8}}."""
+  times = {(r["setting"], r["dispatch"], r["num_experts"]): r["step_vs_ffn"] for r in rows}
+  found: dict[str, dict[str, float]] = {}
+  for (setting, dispatch, experts), time in times.items():
+    few = times.get((setting, dispatch, 8))
+    if experts == 64 and few:
+      found.setdefault(setting, {})[dispatch] = time / few
+  return found
+
+
 def text(result: dict[str, Any]) -> str:
   """Formats tables of all rows, of the phases, and of the targets."""
-  return "\n\n".join([_rows(result["rows"]), _phases(result["phases"]),
+  return "\n\n".join([_rows(result["rows"]), _growths(result["rows"]), _phases(result["phases"]),
                       results.target_table(result["targets"])])  # fmt: skip
 
 
@@ -53,6 +64,16 @@ def _rows(rows) -> str:
   ]  # fmt: skip
   header = ["layer (step: forward and backward)", "forward ms", "/ FFN", "step ms", "/ FFN",
             "of matmul", "dropped", "MaxVio"]  # fmt: skip
+  return results.table(header, lines)
+
+
+def _growths(rows) -> str:
+  kinds = ["gather", "slots", "grouped", "blocks"]
+  lines = [
+    [setting, *(f"{growth[kind]:.2f}" if kind in growth else "-" for kind in kinds)]
+    for setting, growth in growths(rows).items()
+  ]
+  header = ["E=64 / E=8, step", "gather", "its experts alone", "grouped", "its experts alone"]
   return results.table(header, lines)
 
 

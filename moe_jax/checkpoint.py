@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -315,28 +315,6 @@ class Checkpointer:
         f"checkpoints of steps {workdir_lib.saved_steps(self._workdir)} are intact, and the same "
         "command goes on from there once this can be written"
       ) from error
-
-
-class Weights(NamedTuple):
-  """What a checkpoint has where nothing was trained: a model, and no optimizer's state."""
-
-  params: Any
-  bias_ZE: jax.Array
-
-
-def save_weights(workdir: pathlib.Path, weights: Weights) -> None:
-  """Saves weights as step 0 of a new workdir, which train.py --init_from takes.
-
-  Raises:
-    StorageError: they could not be written.
-  """
-  saver = Checkpointer(workdir, config_lib.Train())
-  try:
-    if not saver.save(0, weights, next_batch=0, loss=math.inf):
-      raise UserError(f"--workdir={workdir}: weights that are not finite are not saved")
-    saver.wait()
-  finally:
-    saver.close()
 
 
 def _rank(metrics: dict[str, float]) -> float:

@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import checkpoint, command_line, sharding, startup, validation
+from moe_jax import command_line, sharding, startup, validation
 from moe_jax import config as config_lib
+from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.checkpoint import Weights
 from moe_jax.config import Config, Model, UserError
-from moe_jax.model import transformer
+from moe_jax.model import pattern, transformer
 from moe_jax.moe import routers
+from moe_jax.weights import Weights
 
 METHODS = {"copy": 0.0, "noise": 0.1, "drop": 0.5}  # and the default of --amount
 Path = tuple[str, ...]
@@ -72,7 +73,7 @@ def check(dense: Model, model: Model) -> int:
         f"config.model.moe.{field}={getattr(moe, field)} is not a multiple of the {parts} parts "
         f"into which ffn_dim={dense.ffn_dim} is split; a token needs all of them"
       )
-  if len(transformer.moe_layers(model)) < model.num_layers and model.ffn_dim != dense.ffn_dim:
+  if len(pattern.moe_layers(model)) < model.num_layers and model.ffn_dim != dense.ffn_dim:
     raise UserError(
       f"config.model.ffn_dim={model.ffn_dim}: the dense run's is {dense.ffn_dim}, and some layers "
       "stay dense"
@@ -100,7 +101,7 @@ def upcycle(
   """
   parts = check(dense, model)
   old = {sharding.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  old_places, places = transformer.layer_places(dense), transformer.layer_places(model)
+  old_places, places = pattern.layer_places(dense), pattern.layer_places(model)
 
   def layer(number: int, name: Path, shape: tuple[int, ...]) -> jax.Array:
     """One layer's parameter of that name."""
@@ -174,13 +175,7 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
   if target.exists() and any(target.iterdir()):
     raise UserError(f"--workdir={workdir} is not empty; name a new folder")
   mesh = sharding.make_mesh(config.mesh)
-  reader = checkpoint.Checkpointer(path)
-  try:
-    step = reader.find(number)
-    with jax.set_mesh(mesh):
-      stored = reader.restore_part(step, transformer.abstract_weights(before.model), mesh)
-  finally:
-    reader.close()
+  step, stored = weights_lib.read(path, number, before.model, mesh)
   where = sharding.param_shardings(transformer.abstract_params(config.model), mesh)
   with jax.set_mesh(mesh):
     key = jax.random.key(config.train.seed)
@@ -188,9 +183,9 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
       lambda params: upcycle(params, before.model, config.model, method, amount, key),
       out_shardings=where,
     )
-    weights = Weights(make(stored["params"]), jnp.zeros(transformer.bias_shape(config.model)))
+    weights = Weights(make(stored.params), jnp.zeros(pattern.bias_shape(config.model)))
     workdir_lib.make(target)
-    checkpoint.save_weights(target, weights)
+    weights_lib.save(target, weights)
   workdir_lib.write_config(target, config)
   each = "a copy" if parts == 1 else f"one of {parts} parts"
   same = "what that run does, to rounding" if is_exact(config.model, method) else "something else"

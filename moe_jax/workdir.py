@@ -95,6 +95,9 @@ def read_config(workdir: pathlib.Path) -> Config:
       f"--workdir={workdir}: no {CONFIG} there, so no run; train one first with train.py"
     )
   config = _stored_config(path)
+  tokenizer = pathlib.Path(config.data.tokenizer)
+  if not tokenizer.exists() and (workdir / HF / tokenizer.name).exists():  # the workdir has moved
+    config.data.tokenizer = str(workdir / HF / tokenizer.name)
   try:
     validation.validate(config)
   except UserError as error:

@@ -45,18 +45,19 @@ GROUPS = {
   "model": {"config", "errors", "validation", "sharding", "kernels", "moe"},
   "checkpoint": {"checkpoint_files", "config", "digests", "errors", "files", "remote", "sharding"}
   | {"workdir"},
+  "weights": {"checkpoint", "config", "errors", "model"},
   # The everyday loss does not depend on the microscope.
   "training": _CORE | {"checkpoint", "command_line", "lock"},
   # load() pulls no optimizer and no TensorBoard.
-  "inference": _CORE | {"checkpoint"},
+  "inference": _CORE | {"weights"},
   "analysis": _CORE | {"checkpoint", "training"},
   # They run anywhere: a plan starts no trainer, and a report needs no jax.
   "sweep": {"config", "options", "errors", "files", "validation", "workdir", "command_line"}
   | {"model", "report"},
   "report": {"config", "errors", "files", "workdir", "command_line"},
   # Leaves: nothing imports them.
-  "hf": _CORE | {"checkpoint", "command_line", "inference"},
-  "upcycle": _CORE | {"checkpoint", "command_line"},
+  "hf": _CORE | {"weights", "command_line", "inference"},
+  "upcycle": _CORE | {"weights", "command_line"},
 }
 # A process of its own that sweep/matching.py starts; nobody imports it.
 WORKER = PACKAGE / "sweep/match_worker.py"
@@ -145,9 +146,8 @@ def test_one_module_names_the_files_of_a_run():
   for _, path in modules():
     tree = ast.parse(path.read_text())
     found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} & names
-    assert path.name == "workdir.py" or found <= allowed.get(
-      str(path.relative_to(PACKAGE)), set()
-    ), (path, found)
+    name = str(path.relative_to(PACKAGE))
+    assert name == "workdir.py" or found <= allowed.get(name, set()), (path, found)
 
 
 def test_the_readme_maps_the_folders():

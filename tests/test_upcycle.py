@@ -11,7 +11,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import sharding, upcycle
 from moe_jax.config import Dispatch, UserError
-from moe_jax.model import transformer
+from moe_jax.model import pattern, transformer
 from moe_jax.training import train
 from tests.support.scripts import ONE_DEVICE
 from tests.support.toys import (
@@ -59,7 +59,7 @@ def logits(model, params, batch, axes=None):
   mesh = mesh_of(**(axes or {}))
   with jax.set_mesh(mesh):
     tokens = transformer.Tokens.of(sharding.place(batch, mesh))
-    bias_ZE, key = jnp.zeros(transformer.bias_shape(model)), jax.random.key(0)
+    bias_ZE, key = jnp.zeros(pattern.bias_shape(model)), jax.random.key(0)
 
     @jax.jit
     def forward(params):

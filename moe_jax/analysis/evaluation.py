@@ -19,7 +19,8 @@ from moe_jax.config import Dispatch, Exchange
 from moe_jax.data import builders, pipeline
 from moe_jax.kernels import choose
 from moe_jax.model import cost
-from moe_jax.model.transformer import abstract_weights, moe_layers
+from moe_jax.model.pattern import moe_layers
+from moe_jax.model.transformer import abstract_weights
 from moe_jax.moe import dispatch
 from moe_jax.training import evaluator as evaluator_lib
 from moe_jax.training.evaluator import Evaluator, batch_size

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checkpoint import Weights
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.hf.importing import Plan
@@ -16,6 +15,7 @@ from moe_jax.inference import decoding
 from moe_jax.kernels.attention import segment_attention
 from moe_jax.model import transformer
 from moe_jax.model.transformer import Tokens
+from moe_jax.weights import Weights
 
 _PARTS = 1e-3  # a difference, relative to the largest value, from which two layers are said to part
 

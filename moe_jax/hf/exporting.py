@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, sharding
+from moe_jax import sharding
+from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, UserError
 from moe_jax.hf import families, fields, files, layout
 from moe_jax.hf.fields import Family
-from moe_jax.model import cost, transformer
+from moe_jax.model import cost
+from moe_jax.weights import Weights
 
 _SECONDS = 5.0  # between lines of progress
 
@@ -22,7 +24,7 @@ class Loaded(NamedTuple):
   """A run's weights on the mesh."""
 
   config: Config
-  weights: dict[str, Any]  # params, bias_ZE
+  weights: Weights
   step: int
   beside: pathlib.Path  # the folder of files that came with an import; it may be missing
 
@@ -37,15 +39,8 @@ def load(workdir: str, step: int) -> Loaded:
   config = workdir_lib.read_config(path)
   config.mesh = sharding.fit_mesh(config.mesh, parts=jax.process_count())
   cost.check_weights_memory(config)
-  reader = checkpoint.Checkpointer(path)
-  try:
-    step = reader.find(step)
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-      needed = transformer.abstract_weights(config.model)
-      weights = reader.restore_part(step, needed, mesh)
-  finally:
-    reader.close()
+  mesh = sharding.make_mesh(config.mesh)
+  step, weights = weights_lib.read(path, step, config.model, mesh)
   return Loaded(config, weights, step, path / workdir_lib.HF)
 
 
@@ -98,10 +93,10 @@ def export(
   model = loaded.config.model
   theirs = _config(loaded, family, dtype)
   found = layout.tensors(model, families.TOP, family.layer, families.LAYER)
-  bias_ZE = np.asarray(sharding.whole(loaded.weights["bias_ZE"]))
+  bias_ZE = np.asarray(sharding.whole(loaded.weights.bias_ZE))
   arrays = {
     sharding.path_of(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.weights["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.weights.params)
   } | {layout.BIAS: bias_ZE}
   if bias_ZE.any() and not any(p.path == layout.BIAS for t in found for p in t.parts):
     raise UserError(

@@ -219,6 +219,21 @@ _ALL = [
     left_out=r"model\.layers\.{num_layers}\..*", why_left_out="the multi-token prediction layer",
   ),
   Family(
+    "minimax_m2", "MiniMaxM2ForCausalLM",
+    fields=(
+      *_COMMON, Field("moe.num_experts", "num_local_experts"),
+      Field("moe.top_k", "num_experts_per_tok"), Field("moe.expert_dim", "intermediate_size"),
+    ),
+    layer=(
+      *_ATTENTION, Row("ffn.router_DE", "block_sparse_moe.gate.weight", "ED"),
+      Row("bias_ZE", "block_sparse_moe.e_score_correction_bias", "E"),
+      *_experts("block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    fixed={"moe.score": Score.SIGMOID, "qk_norm": QKNorm.WIDTH}, allowed=_SILU,
+    check=_renormalized, rope_base=5e6, partial_rotary=1.0,
+    left_out=r"model\.layers\.{num_layers}\..*", why_left_out="multi-token prediction",
+  ),
+  Family(
     "llama", "LlamaForCausalLM", fields=(*_COMMON, *_BIASES, _DENSE_WIDTH), layer=_DENSE,
     allowed=_SILU | {"mlp_bias": (False,)},
   ),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from moe_jax import config as config_lib
 from moe_jax.config import Model, UserError
 from moe_jax.hf.layout import Row
-from moe_jax.model.transformer import layer_pattern
+from moe_jax.model.pattern import layer_pattern
 from moe_jax.options import flatten, from_plain, plain, walk
 
 
@@ -59,9 +59,9 @@ _UNREAD = (
   "output_router_logits", "pad_token_id", "pretraining_tp", "router_aux_loss_coef",
   "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache", "sliding_window",
   "layer_types", "num_nextn_predict_layers", "num_mtp_layers", "model_type", "rope_scaling",
-  "rope_theta", "rope_parameters", "partial_rotary_factor", "_name_or_path", "rope_interleave",
-  "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder",
-  "chunk_size_feed_forward", "problem_type", "tokenizer_class", "head_dim",
+  "rope_theta", "rope_parameters", "partial_rotary_factor", "rotary_dim", "_name_or_path",
+  "rope_interleave", "output_attentions", "output_hidden_states", "return_dict",
+  "is_encoder_decoder", "chunk_size_feed_forward", "problem_type", "tokenizer_class", "head_dim",
   "experts_implementation",
 )  # fmt: skip
 
@@ -72,6 +72,20 @@ def to_model(family: Family, theirs: Mapping[str, Any], where: str) -> tuple[Mod
   Raises:
     UserError: names a field that is missing, or that our model cannot express.
   """
+  try:
+    model = _model(_values(family, theirs, where), where)
+  except UserError:
+    raise
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    raise UserError(f"{where}: a field has a value of another kind: {error}") from None
+  if why := family.check(model):
+    raise UserError(f"{where}: {why}")
+  known = {name for f in family.fields for name in (f.theirs, f.also)}
+  return model, sorted(set(theirs) - known - set(family.allowed) - set(_UNREAD))
+
+
+def _values(family: Family, theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Returns our values by field; raises whatever a value of a wrong type leads to."""
   values: dict[str, Any] = dict(family.fixed)
   for field in family.fields:
     value = theirs.get(field.theirs, theirs.get(field.also))
@@ -79,26 +93,14 @@ def to_model(family: Family, theirs: Mapping[str, Any], where: str) -> tuple[Mod
       value = field.default(theirs) if callable(field.default) else field.default
     if value is None:
       raise UserError(f"{where}: {field.theirs} is missing, which a {family.model_type} needs")
-    try:
-      values[field.ours] = field.to_ours(value)
-    except (TypeError, ValueError) as error:
-      raise UserError(f"{where}: {field.theirs}={value!r}: {error}") from None
+    values[field.ours] = field.to_ours(value)
   for name, able in family.allowed.items():
     if theirs.get(name) not in (*able, None):
       words = ", ".join(map(repr, able)) or "null"
       raise UserError(
         f"{where}: {name}={theirs[name]!r} cannot be expressed here; known is {words}"
       )
-  values |= _rope_to_ours(family, theirs, where)
-  model = _model(values, where)
-  if why := family.check(model):
-    raise UserError(f"{where}: {why}")
-  known = (
-    {name for f in family.fields for name in (f.theirs, f.also)}
-    | set(family.allowed)
-    | set(_UNREAD)
-  )
-  return model, sorted(set(theirs) - known)
+  return values | _rope_to_ours(family, theirs, values, where)
 
 
 def _model(values: Mapping[str, Any], where: str) -> Model:
@@ -175,12 +177,16 @@ _ROPE = ("rope_base", "rotary_fraction", *(
 ))  # fmt: skip
 
 
-def _rope_to_ours(family: Family, theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope_to_ours(
+  family: Family, theirs: Mapping[str, Any], values_of: Mapping[str, Any], where: str
+) -> dict[str, Any]:
   """Reads rope_parameters, or rope_theta and rope_scaling of older files."""
   rope = dict(theirs.get("rope_scaling") or {}) | dict(theirs.get("rope_parameters") or {})
   base = rope.get("rope_theta", theirs.get("rope_theta"))
   values: dict[str, Any] = {"rope_base": family.rope_base if base is None else float(base)}
   fraction = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor"))
+  if fraction is None and theirs.get("rotary_dim"):  # the name in MiniMax's files
+    fraction = theirs["rotary_dim"] / values_of["head_dim"]
   if family.partial_rotary is not None:
     values["rotary_fraction"] = float(family.partial_rotary if fraction is None else fraction)
   elif fraction not in (None, 1, 1.0):

@@ -15,17 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, command_line, sharding, validation
+from moe_jax import command_line, sharding, validation
 from moe_jax import config as config_lib
 from moe_jax import files as file_lib
+from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.checkpoint import Weights
 from moe_jax.config import Config, Dispatch, Loss, Mesh, UserError
 from moe_jax.data import tokenizers
 from moe_jax.hf import families, fields, files, layout
 from moe_jax.hf.fields import Family
 from moe_jax.hf.layout import Tensor
-from moe_jax.model import cost, transformer
+from moe_jax.model import cost, pattern, transformer
+from moe_jax.weights import Weights
 
 _SECONDS = 5.0  # between lines of progress
 _READ, _WRITTEN = 5e8, 3e8  # bytes per second, for the prediction of --dry-run
@@ -180,7 +181,7 @@ def read(
     abstract,
     sharding.param_shardings(abstract, mesh),
   )
-  shape = transformer.bias_shape(model)
+  shape = pattern.bias_shape(model)
   if layout.BIAS in parameters:
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     bias_ZE = array(layout.BIAS, shape, where)
@@ -224,7 +225,7 @@ def save(made: Plan, weights: Weights, workdir: pathlib.Path) -> None:
   config.json comes last: a workdir without it is no run.
   """
   workdir_lib.make(workdir)
-  checkpoint.save_weights(workdir, weights)
+  weights_lib.save(workdir, weights)
   files.copy_beside(made.stored.folder, workdir / workdir_lib.HF)
   config = made.config
   if config.data.tokenizer != "bytes":

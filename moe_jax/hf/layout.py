@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.config import Model
 from moe_jax.model import cost
-from moe_jax.model.transformer import bias_shape, layer_places, moe_layers
+from moe_jax.model.pattern import bias_shape, layer_places, moe_layers
 
 BIAS = ("bias_ZE",)  # the path of the balancing bias, which stands beside the parameters
 

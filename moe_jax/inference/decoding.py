@@ -20,7 +20,7 @@ from moe_jax.kernels import packing
 from moe_jax.kernels.attention import segment_attention
 from moe_jax.kernels.cache import KeysValues
 from moe_jax.kernels.linear import Weight
-from moe_jax.model import transformer
+from moe_jax.model import pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.model.transformer import LayerWeights, Tokens
 from moe_jax.moe.counts import Choices
@@ -92,7 +92,7 @@ def unstacked(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weigh
   decoder = transformer.merge(model, params)
   layers: list[LayerWeights] = []
   moe_layers = 0
-  for stack, (repeats, _) in zip(decoder.scans, transformer.layer_pattern(model), strict=True):
+  for stack, (repeats, _) in zip(decoder.scans, pattern.layer_pattern(model), strict=True):
     graph, stacked = nnx.split(stack)
     for number in range(repeats):
       period = nnx.merge(graph, jax.tree.map(lambda w, number=number: w[number], stacked))

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, sharding, startup
 from moe_jax import config as config_lib
+from moe_jax import sharding, startup
+from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, memory, padding, sampling
 from moe_jax.inference.decoding import Weights
 from moe_jax.kernels import choose
-from moe_jax.model import cost, transformer
+from moe_jax.model import cost
 from moe_jax.options import check_generation
 
 _SLOT_MULTIPLE = 32  # the number of slots of a cache is a multiple of this
@@ -60,15 +61,10 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   workdir_lib.check_same_tokenizer(path, tokenizer.fingerprint)
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
   model = decoding.for_inference(model)
-  reader = checkpoint.Checkpointer(path)
-  try:
-    step = reader.find(step)
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-      stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
-      weights = decoding.weights(model, **stored)
-  finally:
-    reader.close()
+  mesh = sharding.make_mesh(config.mesh)
+  step, stored = weights_lib.read(path, step, model, mesh)
+  with jax.set_mesh(mesh):
+    weights = decoding.weights(model, *stored)
   return TextGenerator(model, weights, mesh, tokenizer, step)
 
 

@@ -12,7 +12,8 @@ from flax import nnx
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
 from moe_jax.kernels import platform
-from moe_jax.model.transformer import Tokens, abstract_params, bias_shape, forward, moe_layers
+from moe_jax.model.pattern import bias_shape, moe_layers
+from moe_jax.model.transformer import Tokens, abstract_params, forward
 
 
 class Counts(NamedTuple):

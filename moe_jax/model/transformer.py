@@ -25,6 +25,7 @@ from moe_jax.model.feedforward import (
   moe_feedforward,
 )
 from moe_jax.model.norm import RMSNorm, rms_norm
+from moe_jax.model.pattern import bias_shape, layer_pattern
 from moe_jax.moe import counts, routers
 from moe_jax.moe.counts import Choices, MoeStats
 
@@ -295,37 +296,6 @@ def forward(
 ) -> ModelOutput:
   """Calls a Transformer with these parameters; the arguments are those of its `__call__`."""
   return merge(model, params)(tokens, bias_ZE, key, train=train, trace=trace)
-
-
-def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]:
-  """Returns [(repeats, (is_moe of each layer in the repeated unit))], first layer first."""
-  moe = model.moe
-  if not moe.num_experts:
-    return [(model.num_layers, (False,))]
-  unit = (False,) * (moe.every - 1) + (True,)
-  scans = [(moe.first_dense, (False,)), ((model.num_layers - moe.first_dense) // moe.every, unit)]
-  return [(repeats, pattern) for repeats, pattern in scans if repeats]
-
-
-def layer_places(model: config_lib.Model) -> list[tuple[tuple[str, ...], int]]:
-  """Returns (path of the parameters in which it is stacked, its place on Z) of each layer."""
-  return [
-    (("scans", str(scan), "blocks", str(block)), repeat)
-    for scan, (repeats, pattern) in enumerate(layer_pattern(model))
-    for repeat in range(repeats)
-    for block in range(len(pattern))
-  ]
-
-
-def moe_layers(model: config_lib.Model) -> list[int]:
-  """Returns the index of each MoE layer in the network, in the order of Z in statistics."""
-  flat = [is_moe for repeats, pattern in layer_pattern(model) for is_moe in pattern * repeats]
-  return [index for index, is_moe in enumerate(flat) if is_moe]
-
-
-def bias_shape(model: config_lib.Model) -> tuple[int, int]:
-  """Returns the biases' shape [Z, E]; [1, 1] if dense, because Orbax saves no empty array."""
-  return max(len(moe_layers(model)), 1), max(model.moe.num_experts, 1)
 
 
 def abstract_weights(model: config_lib.Model) -> dict[str, Any]:

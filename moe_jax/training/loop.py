@@ -19,7 +19,7 @@ from moe_jax import config as config_lib
 from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
 from moe_jax.model import cost
-from moe_jax.model.transformer import moe_layers
+from moe_jax.model.pattern import moe_layers
 from moe_jax.training import health, metrics
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.profiling import Profiler

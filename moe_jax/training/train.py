@@ -12,7 +12,8 @@ from moe_jax import sharding
 from moe_jax.config import OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
-from moe_jax.model.transformer import Tokens, Transformer, bias_shape, moe_layers
+from moe_jax.model.pattern import bias_shape, moe_layers
+from moe_jax.model.transformer import Tokens, Transformer
 from moe_jax.moe import dispatch, routers
 from moe_jax.training import losses, metrics, optimizers
 

@@ -19,7 +19,8 @@ def measured():
 
 
 CASES = [(dtype, name) for dtype in ("float32", "bfloat16")
-         for name in ("ffn", "gather E=8", "grouped E=8")]  # fmt: skip
+         for name in ("ffn", "gather E=8", "grouped E=8", "slots E=8, not routed",
+                      "blocks E=8, not routed")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

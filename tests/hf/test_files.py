@@ -12,12 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
+import moe_jax
+from configs import published
 from moe_jax import config as config_lib
 from moe_jax.config import QKNorm, UserError
 from moe_jax.errors import StorageError
 from moe_jax.hf import exporting, families, fields, files, importing, layout
-from moe_jax.model import transformer
+from moe_jax.model import pattern
+from moe_jax.weights import Weights
 from tests.support.disks import fill, small_disk
 from tests.support.scripts import ONE_DEVICE
 from tests.support.toys import ROOT, build, mesh_of, toy_config
@@ -32,12 +36,12 @@ def toy():
 
 def loaded(config):
   _, params = build(config)
-  bias_ZE = np.zeros(transformer.bias_shape(config.model), np.float32)
-  return exporting.Loaded(config, {"params": params, "bias_ZE": bias_ZE}, 7, pathlib.Path("none"))
+  bias_ZE = np.zeros(pattern.bias_shape(config.model), np.float32)
+  return exporting.Loaded(config, Weights(params, bias_ZE), 7, pathlib.Path("none"))
 
 
 def exact_leaves():
-  return jax.tree.leaves(loaded(toy()).weights["params"])
+  return jax.tree.leaves(loaded(toy()).weights.params)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +148,11 @@ BAD = {
   "unknown family": (lambda p: set_config(p, model_type="gpt9"), "model_type='gpt9' is not known"),
   "no field": (lambda p: set_config(p, hidden_size=None), "hidden_size is missing"),
   "wrong type": (lambda p: set_config(p, hidden_size="wide"), "no value of config.model.dim"),
+  "no number": (lambda p: set_config(p, head_dim=None, hidden_size="wide"), "of another kind"),
+  "base": (lambda p: set_config(p, rope_parameters={"rope_theta": "far"}), "of another kind"),
+  "rope is a list": (lambda p: set_config(p, rope_parameters=[1]), "of another kind"),
+  "no heads": (lambda p: set_config(p, head_dim=None, num_attention_heads=0), "head_dim is mis"),
+  "huge": (lambda p: set_config(p, num_hidden_layers=10**9), "config.model.num_layers="),
   "activation": (lambda p: set_config(p, hidden_act="gelu"), "hidden_act='gelu' cannot be"),
   "window": (lambda p: set_config(p, use_sliding_window=True), "use_sliding_window=True cannot"),
   "dense layers": (lambda p: set_config(p, mlp_only_layers=[1]), "are not the first ones"),
@@ -190,7 +199,7 @@ def test_what_a_family_cannot_say_is_named():
 
 def test_a_balancing_bias_is_not_dropped(tmp_path):
   run = loaded(toy())
-  run.weights["bias_ZE"] = run.weights["bias_ZE"] + 0.1
+  run = run._replace(weights=run.weights._replace(bias_ZE=run.weights.bias_ZE + 0.1))
   with jax.set_mesh(mesh_of()), pytest.raises(UserError, match="no bias that balances"):
     exporting.export(run, families.FAMILIES["qwen3_moe"], tmp_path / "out")
   assert not list(tmp_path.iterdir())
@@ -238,6 +247,33 @@ def test_a_pair_of_parameters_shares_a_tensor(layouts):
   for part, whole in zip(parts, (gate, up), strict=True):
     got = tensor.unpack(lambda _, ranges: stored[ranges], part, wanted)
     np.testing.assert_array_equal(got, whole[1:3, :, 2:5])
+
+
+@pytest.mark.slow
+def test_the_tokenizer_travels(tmp_path):
+  """In with the weights, into generated text from a workdir that has moved, and out again."""
+  vocabulary = {"<|endoftext|>": 0} | {chr(97 + i): 1 + i for i in range(20)}
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+  model.add_special_tokens(["<|endoftext|>"])
+  config = toy()
+  family = families.FAMILIES["qwen3_moe"]
+  with jax.set_mesh(mesh_of()):
+    exporting.export(loaded(config), family, tmp_path / "in")
+    model.save(str(tmp_path / "in/tokenizer.json"))
+    made = plan(tmp_path / "in")
+    importing.save(made, importing.read(made, mesh_of()), tmp_path / "first")
+  (tmp_path / "first").rename(tmp_path / "moved")
+  shutil.rmtree(tmp_path / "in")
+  generator = moe_jax.load(tmp_path / "moved")
+  (text,) = generator.generate("abc", max_new_tokens=8, temperature=0)
+  assert text.tokens and all(token <= 20 for token in text.tokens)
+  assert generator.tokenizer.encode("abc").tolist() == [1, 2, 3]
+  run = exporting.load(str(tmp_path / "moved"), 0)
+  with jax.set_mesh(mesh_of()):
+    exporting.export(run, family, tmp_path / "out")
+  same = [(path / "tokenizer.json").read_text() for path in (tmp_path / "out", run.beside)]
+  assert same[0] == same[1]
 
 
 def hf(*arguments):
@@ -326,3 +362,69 @@ def write_synthetic(config, path):
     writer.add(tensor.name, rng.standard_normal(tensor.shape, np.float32))
   writer.finish(fields.to_theirs(family, config.model) | {"max_position_embeddings": 64}, None)
   return list(sizes)
+
+
+def write_headers(config, family, path):
+  """A checkpoint of this shape in bfloat16 whose files have headers and holes."""
+  path.mkdir()
+  found = layout.tensors(config.model, families.TOP, family.layer, families.LAYER)
+  header, end = {}, 0
+  for tensor in found:
+    size = 2 * int(np.prod(tensor.shape))
+    header[tensor.name] = {
+      "dtype": "BF16",
+      "shape": tensor.shape,
+      "data_offsets": [end, end + size],
+    }
+    end += size
+  text = json.dumps(header).encode()
+  with open(path / files.SINGLE, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + end)
+  theirs = fields.to_theirs(family, config.model) | {"max_position_embeddings": 4096}
+  (path / files.CONFIG).write_text(json.dumps(theirs))
+  return end
+
+
+@pytest.mark.parametrize(
+  ("name", "family", "gigabytes"),
+  [("olmoe_1b_7b", "olmoe", 13.84), ("qwen3_30b_a3b", "qwen3_moe", 61.06)],
+)
+def test_a_dry_run_reads_headers_and_predicts(name, family, gigabytes, tmp_path, monkeypatch):
+  """Of the published shapes, on a machine of any size."""
+  config = published.get_config(name)
+  size = write_headers(config, families.FAMILIES[family], tmp_path / name)
+  monkeypatch.setattr("moe_jax.kernels.platform.memory_bytes", lambda: 2**40)
+  made = plan(tmp_path / name)
+  assert made.bytes_to_read == size and size / 1e9 == pytest.approx(gigabytes, abs=0.01)
+  assert made.stored.bytes_read == 0
+  assert f"{gigabytes:.2f} GB of files" in importing.report(made)
+  monkeypatch.setattr("moe_jax.kernels.platform.memory_bytes", lambda: 2**34)
+  with pytest.raises(UserError, match="weights: at least"):
+    importing.report(made)
+
+
+@pytest.mark.slow
+def test_the_layers_and_experts_of_olmoe_at_a_smaller_width(tmp_path):
+  """Its true number of layers and experts: 3,219 tensors, in and out again in bfloat16."""
+  config = published.get_config("olmoe_1b_7b")
+  model = config.model
+  model.dim, model.num_heads, model.num_kv_heads, model.head_dim = 64, 4, 4, 16
+  model.vocab_size, model.moe.expert_dim, model.compute_dtype = 512, 32, config_lib.Dtype.FLOAT32
+  family = families.FAMILIES["olmoe"]
+  with jax.set_mesh(mesh_of(expert=4, tensor=2)):
+    _, params = build(config)
+    run = exporting.Loaded(
+      config, Weights(params, np.zeros(pattern.bias_shape(model), np.float32)), 0,
+      pathlib.Path("none"),
+    )  # fmt: skip
+    exporting.export(run, family, tmp_path / "olmoe", "bfloat16", largest=2 * 10**6)
+    made = plan(tmp_path / "olmoe", expert=4, tensor=2)
+    got = importing.read(made, mesh_of(expert=4, tensor=2))
+    again = exporting.Loaded(made.config, got, 0, tmp_path / "olmoe")
+    exporting.export(again, family, tmp_path / "again", "bfloat16", largest=2 * 10**6)
+  assert len(made.tensors) == len(made.stored.shapes) == 3219
+  names = sorted(p.name for p in (tmp_path / "olmoe").glob("*.safetensors"))
+  assert len(names) > 3
+  for name in names:
+    assert (tmp_path / "olmoe" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

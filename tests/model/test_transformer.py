@@ -12,7 +12,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax.kernels.attention import reference
-from moe_jax.model import attention, transformer
+from moe_jax.model import attention, pattern, transformer
 from tests.support.toys import build, slow_unless, toy_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -30,7 +30,7 @@ def tokens_of(config, batch=2, seed=0):
 
 def forward(graph, params, tokens, segments, positions, train=True):
   model = nnx.merge(graph, params)
-  bias_ZE = jnp.zeros(transformer.bias_shape(model.model))
+  bias_ZE = jnp.zeros(pattern.bias_shape(model.model))
   tokens = transformer.Tokens(tokens, segments, positions)
   out = model(tokens, bias_ZE, jax.random.key(0), train=train)
   return out.logits_BLV, out.stats
@@ -135,7 +135,7 @@ def test_padding_changes_nothing():
 def test_layer_patterns(layers, every, first_dense, expected):
   config = toy_config(every=every, first_dense=first_dense)
   config.model.num_layers = layers
-  assert transformer.moe_layers(config.model) == expected
+  assert pattern.moe_layers(config.model) == expected
   graph, params = build(config)
   _, stats = forward(graph, params, *tokens_of(config))
   assert stats.routed_E.shape == (len(expected), 4)

@@ -13,7 +13,7 @@ from moe_jax import config as config_lib
 from moe_jax.config import Router, Score
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
-from moe_jax.model import transformer
+from moe_jax.model import pattern, transformer
 from tests.support.toys import build, mesh_of, toy_config, with_options
 
 MODELS = {
@@ -81,7 +81,7 @@ def model_of(name="topk", mesh=None, **changes) -> Made:
   model = with_options(model) if name == "options" else model
   config = dataclasses.replace(toy_config(), model=model)
   _, params = build(config, 0)
-  bias_ZE = 0.1 * jax.random.normal(jax.random.key(1), transformer.bias_shape(model))
+  bias_ZE = 0.1 * jax.random.normal(jax.random.key(1), pattern.bias_shape(model))
   mesh = mesh or mesh_of()
   with jax.set_mesh(mesh):
     ours = decoding.for_inference(model)

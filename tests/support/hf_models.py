@@ -61,6 +61,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     norm_topk_prob=True,
     rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5}, num_nextn_predict_layers=0,
   ),
+  "minimax_m2": dict(
+    model_type="minimax_m2", num_local_experts=6, num_experts_per_tok=2, intermediate_size=8,
+    head_dim=8, rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5},
+  ),
   "llama": dict(
     model_type="llama", intermediate_size=18, hidden_size=36, attention_bias=True,
     rope_parameters=_LLAMA3,

@@ -1,0 +1,60 @@
+"""A run's weights, without its optimizer's state: read from a checkpoint, or saved as step 0."""
+
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax import config as config_lib
+from moe_jax.checkpoint import Checkpointer
+from moe_jax.errors import UserError
+from moe_jax.model import transformer
+
+
+class Weights(NamedTuple):
+  """What a model needs of a checkpoint."""
+
+  params: Any  # the nnx state of a Transformer, float32
+  bias_ZE: jax.Array  # the balancing biases
+
+
+def read(
+  workdir: pathlib.Path, step: int, model: config_lib.Model, mesh: jax.sharding.Mesh
+) -> tuple[int, Weights]:
+  """Returns the step and the weights of a run's checkpoint, split over `mesh`.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint; 0 is the newest.
+    model: its config.
+    mesh: may differ from the one that saved the step.
+
+  Raises:
+    UserError: there is no such checkpoint, or it is of another model.
+    DamagedError: it cannot be read, or is not what was saved.
+  """
+  reader = Checkpointer(workdir)
+  try:
+    step = reader.find(step)
+    with jax.set_mesh(mesh):
+      stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
+  finally:
+    reader.close()
+  return step, Weights(**stored)
+
+
+def save(workdir: pathlib.Path, weights: Weights) -> None:
+  """Saves weights as step 0 of a new workdir, which train.py --init_from takes.
+
+  Raises:
+    UserError: they are not finite.
+    StorageError: they could not be written.
+  """
+  saver = Checkpointer(workdir, config_lib.Train())
+  try:
+    if not saver.save(0, weights, next_batch=0, loss=math.inf):
+      raise UserError(f"--workdir={workdir}: weights that are not finite are not saved")
+    saver.wait()
+  finally:
+    saver.close()
