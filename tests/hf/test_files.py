@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -15,33 +14,13 @@ import safetensors.numpy
 import tokenizers
 
 import moe_jax
-from configs import published
-from moe_jax import config as config_lib
-from moe_jax.config import QKNorm, UserError
+from moe_jax.config import UserError
 from moe_jax.errors import StorageError
-from moe_jax.hf import exporting, families, fields, files, importing, layout
-from moe_jax.model import pattern
-from moe_jax.weights import Weights
+from moe_jax.hf import exporting, families, fields, files, importing
 from tests.support.disks import fill, small_disk
+from tests.support.hf_files import exact_leaves, loaded, plan, toy
 from tests.support.scripts import ONE_DEVICE
-from tests.support.toys import ROOT, build, mesh_of, toy_config
-
-
-def toy():
-  """As Qwen3-MoE has it, at toy size."""
-  config = toy_config(num_experts=4, top_k=2)
-  config.model.qk_norm = QKNorm.HEAD
-  return config
-
-
-def loaded(config):
-  _, params = build(config)
-  bias_ZE = np.zeros(pattern.bias_shape(config.model), np.float32)
-  return exporting.Loaded(config, Weights(params, bias_ZE), 7, pathlib.Path("none"))
-
-
-def exact_leaves():
-  return jax.tree.leaves(loaded(toy()).weights.params)
+from tests.support.toys import ROOT, mesh_of, toy_config
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +36,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def copy(folder, tmp_path):
   return shutil.copytree(folder, tmp_path / "copy")
-
-
-def plan(path, **mesh):
-  return importing.plan(str(path), config_lib.Mesh(**{"data": 1} | mesh))
-
-
-def read(path, **axes):
-  with jax.set_mesh(mesh_of(**axes)) as mesh:
-    return importing.read(plan(path, **axes), mesh or mesh_of(**axes))
 
 
 def change(path, name, edit):
@@ -221,34 +191,6 @@ def test_a_folder_with_files_is_not_written_to(folder):
     exporting.export(loaded(toy()), families.FAMILIES["qwen3_moe"], folder)
 
 
-@pytest.mark.parametrize("layouts", ["(HA)D", "D(HA)", "AHD", "(AD)H"])
-def test_a_piece_of_a_tensor_is_the_piece_of_the_whole(layouts):
-  """Every range of every letter, against a transpose of the whole."""
-  sizes = {"D": 4, "H": 3, "A": 2}
-  ours = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
-  part = layout.Part(("q_DHA",), (), 0)
-  tensor = layout.Tensor("w", layouts, (part,), sizes)
-  stored = tensor.pack([ours])
-  assert stored.shape == tensor.shape
-  for d, h, a in np.ndindex(4, 3, 2):
-    wanted = {"D": slice(d, 4), "H": slice(0, h + 1), "A": slice(a, a + 1)}
-    got = tensor.unpack(lambda _, ranges: stored[ranges], part, wanted)
-    np.testing.assert_array_equal(got, ours[d:4, : h + 1, a : a + 1])
-
-
-@pytest.mark.parametrize("layouts", ["E(2F)D", "ED(F2)"])
-def test_a_pair_of_parameters_shares_a_tensor(layouts):
-  rng = np.random.default_rng(0)
-  gate, up = (rng.normal(size=(3, 4, 5)).astype(np.float32) for _ in range(2))
-  parts = tuple(layout.Part((name,), (), half) for half, name in enumerate(("g_EDF", "u_EDF")))
-  tensor = layout.Tensor("w", layouts, parts, {"E": 3, "D": 4, "F": 5, "2": 2})
-  stored = tensor.pack([gate, up])
-  wanted = {"E": slice(1, 3), "D": slice(0, 4), "F": slice(2, 5)}
-  for part, whole in zip(parts, (gate, up), strict=True):
-    got = tensor.unpack(lambda _, ranges: stored[ranges], part, wanted)
-    np.testing.assert_array_equal(got, whole[1:3, :, 2:5])
-
-
 @pytest.mark.slow
 def test_the_tokenizer_travels(tmp_path):
   """In with the weights, into generated text from a workdir that has moved, and out again."""
@@ -304,127 +246,3 @@ def test_in_generate_and_out_again_by_command(folder, tmp_path):
   assert again.returncode == 2 and "is not empty" in again.stderr
   dry = hf("import", f"--from={folder}", "--dry-run")
   assert not dry.returncode and "memory" in dry.stdout and not (tmp_path / "dry").exists()
-
-
-_WITHIN = """
-import resource, sys
-gigabytes = float(sys.argv[1])
-import jax
-from moe_jax import config as config_lib, sharding
-from moe_jax.hf import importing
-made = importing.plan(sys.argv[2], config_lib.Mesh(data=1))
-mesh = sharding.make_mesh(made.config.mesh)
-base = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (base + int(gigabytes * 2**30),) * 2)
-if sys.argv[3] == "whole":
-  import safetensors.numpy
-  held = {n: t for f in made.stored.folder.glob("*.safetensors")
-          for n, t in safetensors.numpy.load_file(f).items()}
-with jax.set_mesh(mesh):
-  weights = importing.read(made, mesh)
-print(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 2**30)
-"""
-
-
-@pytest.mark.slow
-def test_a_host_holds_what_its_devices_hold_and_a_little_more(tmp_path):
-  """1 GB of weights, under a limit at which reading the whole checkpoint first fails."""
-  config = toy_config(num_experts=8, top_k=2, expert_dim=1024)
-  model = config.model
-  model.dim, model.num_layers, model.qk_norm, model.vocab_size = 768, 14, QKNorm.HEAD, 256
-  stored_names = write_synthetic(config, tmp_path / "large")
-  made = plan(tmp_path / "large")
-  held = 4 * sum(int(np.prod(t.shape)) for t in made.tensors) / 2**30
-  assert held > 0.95 and len(stored_names) > 100
-  room = held + 2 * 4 * 768 * 1024 / 2**30 + 0.1  # two of its largest tensors, and programs
-  done = within(room, tmp_path / "large", "parts")
-  assert not done.returncode, done.stderr[-2000:]
-  assert float(done.stdout) == pytest.approx(held, rel=0.01)
-  done = within(room, tmp_path / "large", "whole")
-  assert done.returncode and "emory" in done.stderr
-
-
-def within(gigabytes, path, how):
-  return subprocess.run(
-    [sys.executable, "-c", _WITHIN, str(gigabytes), str(path), how],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
-  )  # fmt: skip
-
-
-def write_synthetic(config, path):
-  """A checkpoint of this shape with random values, written without ever holding the model."""
-  family = families.FAMILIES["qwen3_moe"]
-  found = layout.tensors(config.model, families.TOP, family.layer, families.LAYER)
-  sizes = {t.name: 4 * int(np.prod(t.shape)) for t in found}
-  writer = files.Writer(path, sizes, 2 * 10**8)
-  rng = np.random.default_rng(0)
-  for tensor in found:
-    writer.add(tensor.name, rng.standard_normal(tensor.shape, np.float32))
-  writer.finish(fields.to_theirs(family, config.model) | {"max_position_embeddings": 64}, None)
-  return list(sizes)
-
-
-def write_headers(config, family, path):
-  """A checkpoint of this shape in bfloat16 whose files have headers and holes."""
-  path.mkdir()
-  found = layout.tensors(config.model, families.TOP, family.layer, families.LAYER)
-  header, end = {}, 0
-  for tensor in found:
-    size = 2 * int(np.prod(tensor.shape))
-    header[tensor.name] = {
-      "dtype": "BF16",
-      "shape": tensor.shape,
-      "data_offsets": [end, end + size],
-    }
-    end += size
-  text = json.dumps(header).encode()
-  with open(path / files.SINGLE, "wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(8 + len(text) + end)
-  theirs = fields.to_theirs(family, config.model) | {"max_position_embeddings": 4096}
-  (path / files.CONFIG).write_text(json.dumps(theirs))
-  return end
-
-
-@pytest.mark.parametrize(
-  ("name", "family", "gigabytes"),
-  [("olmoe_1b_7b", "olmoe", 13.84), ("qwen3_30b_a3b", "qwen3_moe", 61.06)],
-)
-def test_a_dry_run_reads_headers_and_predicts(name, family, gigabytes, tmp_path, monkeypatch):
-  """Of the published shapes, on a machine of any size."""
-  config = published.get_config(name)
-  size = write_headers(config, families.FAMILIES[family], tmp_path / name)
-  monkeypatch.setattr("moe_jax.kernels.platform.memory_bytes", lambda: 2**40)
-  made = plan(tmp_path / name)
-  assert made.bytes_to_read == size and size / 1e9 == pytest.approx(gigabytes, abs=0.01)
-  assert made.stored.bytes_read == 0
-  assert f"{gigabytes:.2f} GB of files" in importing.report(made)
-  monkeypatch.setattr("moe_jax.kernels.platform.memory_bytes", lambda: 2**34)
-  with pytest.raises(UserError, match="weights: at least"):
-    importing.report(made)
-
-
-@pytest.mark.slow
-def test_the_layers_and_experts_of_olmoe_at_a_smaller_width(tmp_path):
-  """Its true number of layers and experts: 3,219 tensors, in and out again in bfloat16."""
-  config = published.get_config("olmoe_1b_7b")
-  model = config.model
-  model.dim, model.num_heads, model.num_kv_heads, model.head_dim = 64, 4, 4, 16
-  model.vocab_size, model.moe.expert_dim, model.compute_dtype = 512, 32, config_lib.Dtype.FLOAT32
-  family = families.FAMILIES["olmoe"]
-  with jax.set_mesh(mesh_of(expert=4, tensor=2)):
-    _, params = build(config)
-    run = exporting.Loaded(
-      config, Weights(params, np.zeros(pattern.bias_shape(model), np.float32)), 0,
-      pathlib.Path("none"),
-    )  # fmt: skip
-    exporting.export(run, family, tmp_path / "olmoe", "bfloat16", largest=2 * 10**6)
-    made = plan(tmp_path / "olmoe", expert=4, tensor=2)
-    got = importing.read(made, mesh_of(expert=4, tensor=2))
-    again = exporting.Loaded(made.config, got, 0, tmp_path / "olmoe")
-    exporting.export(again, family, tmp_path / "again", "bfloat16", largest=2 * 10**6)
-  assert len(made.tensors) == len(made.stored.shapes) == 3219
-  names = sorted(p.name for p in (tmp_path / "olmoe").glob("*.safetensors"))
-  assert len(names) > 3
-  for name in names:
-    assert (tmp_path / "olmoe" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
