@@ -25,16 +25,24 @@ def _save(figure, out: pathlib.Path, name: str) -> None:
 
 
 def layer(out: pathlib.Path, result: dict[str, Any]) -> None:
-  """Draws layer.png: times of forward and backward over the dense FFN's, and of the phases."""
-  rows = [r for r in result["rows"] if r["dispatch"] != "ffn"]
-  colours = _COLOURS | {"slots": "#bdbdbd", "blocks": "#d9d9d9"}
+  """Draws layer.png: times of forward and backward over the dense FFN's, and of the phases.
+
+  A tick on a dispatcher's bar is what its experts take alone. The oracles are in the table only.
+  """
+  alone = {"gather": "slots", "grouped": "blocks"}
+  rows = [r for r in result["rows"] if r["dispatch"] in alone]
   splits = result["phases"]
   figure, (top, bottom) = plt.subplots(
     2, 1, figsize=(9, 1.5 + 0.24 * (len(rows) + 2 * len(splits))), layout="constrained",
     height_ratios=(max(len(rows), 1), max(2 * len(splits), 1)),
   )  # fmt: skip
   at = np.arange(len(rows))
-  top.barh(at, [r["step_vs_ffn"] for r in rows], color=[colours[r["dispatch"]] for r in rows])
+  top.barh(at, [r["step_vs_ffn"] for r in rows], color=[_COLOURS[r["dispatch"]] for r in rows])
+  bounds = {
+    (r["setting"], r["dispatch"], r["num_experts"]): r["step_vs_ffn"] for r in result["rows"]
+  }
+  ticks = [bounds[r["setting"], alone[r["dispatch"]], r["num_experts"]] for r in rows]
+  top.plot(ticks, at, "|", color="k", ms=9, mew=2, ls="none", label="its experts alone")
   top.set_yticks(at, [f"{r['setting']} {r['candidate']}" for r in rows], fontsize=7)
   for limit, dispatch in ((1.10, "gather"), (1.20, "grouped")):
     top.axvline(limit, color=_COLOURS[dispatch], ls="--", lw=1, label=f"target of {dispatch}")
