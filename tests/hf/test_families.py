@@ -11,7 +11,7 @@ from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.hf import check, exporting, families, importing, layout
 from moe_jax.inference import decoding, generate
-from moe_jax.model import transformer
+from moe_jax.model import pattern, transformer
 from moe_jax.model.transformer import Tokens
 from tests.support import hf_models
 from tests.support.hf_models import CONFIGS, torch, transformers
@@ -195,3 +195,20 @@ def test_check_finds_them_equal(pair):
   assert result.top_1 == 1 and abs(result.kl) < 1e-6 and result.logits < 1e-5
   assert len(result.layers) == pair.model.num_layers + 1 and max(result.layers) < 1e-5
   assert "they agree" in check.report(result)
+
+
+def test_check_finds_the_layer_in_which_they_part(pair):
+  """Where one layer's attention is changed, the layers before it agree."""
+  where, place = pattern.layer_places(pair.model)[1]
+
+  def change(path, leaf):
+    changed = sharding.path_of(path) == (*where, "attention", "out_HAD")
+    return leaf.at[place].multiply(1.5) if changed else leaf
+
+  params = jax.tree_util.tree_map_with_path(change, pair.weights.params)
+  ids_L = hf_models.tokens()[0]
+  with jax.set_mesh(pair.mesh):
+    ours = check.streams(pair.made, pair.weights._replace(params=params), ids_L)
+  result = check.compare(ours, check.theirs(pair.peer.folder, ids_L))
+  assert max(result.layers[:2]) < 1e-5 < 1e-3 < result.layers[2]
+  assert "they part          in layer 1, by" in check.report(result)
