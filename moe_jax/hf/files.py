@@ -99,10 +99,6 @@ class Stored:
     self.bytes_read += values.nbytes
     return values
 
-  def close(self) -> None:
-    """Drops the mapped files."""
-    self._open.clear()
-
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Returns the object of a JSON file.
@@ -122,13 +118,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def copy_beside(source: pathlib.Path, target: pathlib.Path) -> list[str]:
-  """Copies what is beside the weights, small files of known names; returns the names."""
-  names = [name for name in BESIDE if (source / name).is_file()]
+def copy_beside(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies what is beside the weights: small files of known names."""
   target.mkdir(parents=True, exist_ok=True)
-  for name in names:
-    shutil.copyfile(source / name, target / name)
-  return names
+  for name in BESIDE:
+    if (source / name).is_file():
+      files.write(target / name, files.read_bytes(source / name))
 
 
 class Writer:
