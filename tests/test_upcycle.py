@@ -208,5 +208,9 @@ def test_by_command_and_then_trained(tmp_path):
   done = call("train.py", *moe, *steps, f"--init_from={tmp_path / 'up'}",
               f"--workdir={tmp_path / 'moe'}")  # fmt: skip
   assert not done.returncode and "begins with" in done.stdout, done.stderr
-  ours = call("train.py", *moe, *steps, f"--workdir={tmp_path / 'up'}")
-  assert ours.returncode == 2 and "--init_from" in ours.stderr
+  # The same config on the folder of weights: it must not begin with random ones.
+  before = sorted(p.name for p in (tmp_path / "up").iterdir())
+  for more in ((), ("--resume_step=0",)):
+    ours = call("train.py", *moe, f"--workdir={tmp_path / 'up'}", *more)
+    assert ours.returncode == 2 and "imported or upcycled" in ours.stderr, ours.stderr
+  assert sorted(p.name for p in (tmp_path / "up").iterdir()) == before

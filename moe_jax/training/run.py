@@ -65,6 +65,7 @@ def run(
   """
   window = profiling.parse(profile, config.train.steps)
   config, path = begin(config, workdir)
+  _refuse_weights(path)
   source = init_from.find(init_from_flag, init_optimizer, path, config)
   text = read_text(config, path)
   with _alone(path):
@@ -119,6 +120,15 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
       workdir_lib.make(path)
       stack.enter_context(lock.held(path))
     yield
+
+
+def _refuse_weights(path: pathlib.Path) -> None:
+  """Raises a UserError for weights alone, with which a run does not go on, but can begin."""
+  if 0 in workdir_lib.saved_steps(path):
+    raise UserError(
+      f"--workdir={path} holds weights that were imported or upcycled, without an optimizer's "
+      f"state; name a new workdir, which --init_from={path} gives these weights"
+    )
 
 
 def _check_complete(path: pathlib.Path) -> None:
