@@ -7,6 +7,11 @@ gzip's, and the routing report; writes eval.json and the plots. Options (docs/sp
   --capacity_factors=0.5,1,2,inf  loss and drops with other evaluation capacities (inf: no drops)
   --causal                        the loss with every token's future hidden from the routers
   --documents=10                  the losses of the ten largest documents
+
+In place of the split (docs/checkpoints.md):
+
+  --tasks=hellaswag,gsm8k         tasks of lm-eval: tasks.json
+  --text=FILE                     the perplexity of a text file, in windows that overlap
 """
 
 from absl import flags
@@ -23,6 +28,15 @@ _CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; in
 _CAUSAL = flags.DEFINE_bool("causal", False, "also measure the loss with the future hidden")
 _MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
+_TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval to run (pip install 'moe_jax[eval]')")
+_TASK_FOLDER = flags.DEFINE_string("task_folder", "", "a folder with YAML files of more tasks")
+_FEWSHOT = flags.DEFINE_integer("fewshot", -1, "examples before a question; -1: as the task says")
+_LIMIT = flags.DEFINE_integer("limit", 0, "questions of each task; 0: all", lower_bound=0)
+_TEXT = flags.DEFINE_string("text", "", "a text file whose perplexity is measured")
+_STRIDE = flags.DEFINE_integer(
+  "stride", 0, "tokens by which a window of the text moves on; 0: half of it", lower_bound=0
+)
+_BATCH = flags.DEFINE_integer("batch", 16, "rows of a batch, of --tasks and --text", lower_bound=1)
 
 
 def main() -> None:
@@ -34,6 +48,8 @@ def main() -> None:
   )  # a mistake is told before jax is imported
   command_line.check_folder("workdir", _WORKDIR.value)
   factors = capacity_factors()
+  if _TASKS.value or _TEXT.value:
+    return of_other_text()
   from moe_jax import report, startup
   from moe_jax.analysis import evaluation, specialisation
 
@@ -48,6 +64,22 @@ def main() -> None:
   if routing:
     texts.append(specialisation.specialisation_table(routing))
   print("\n".join(filter(None, texts)))
+
+
+def of_other_text() -> None:
+  """Prints the results of --tasks and of --text."""
+  if _MULTIHOST.value:
+    raise UserError("--multihost: --tasks and --text run in one process, on all of its devices")
+  from moe_jax.analysis import harness
+
+  if _TEXT.value:
+    print(harness.of_text(_WORKDIR.value, _STEP.value, _TEXT.value, _STRIDE.value, _BATCH.value))
+  if _TASKS.value:
+    table = harness.run_tasks(
+      _WORKDIR.value, _STEP.value, _TASKS.value, _TASK_FOLDER.value, _FEWSHOT.value, _LIMIT.value,
+      _BATCH.value,
+    )  # fmt: skip
+    print(table)
 
 
 def capacity_factors() -> list[float]:

@@ -6,6 +6,8 @@ file or from stdin:
 
   python generate.py --workdir=runs/tiny_moe --prompt_file=start.py
   head -3 questions.txt | python generate.py --workdir=runs/tiny_moe --prompt_file=- --lines
+
+With --chat a prompt is a message to an imported chat model, and only the answer is printed.
 """
 
 import itertools
@@ -26,6 +28,9 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to use; 0 is the newest", lower_bound=0)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 _FILE = flags.DEFINE_string("prompt_file", "", "a file with a prompt; - is stdin")
+_CHAT = flags.DEFINE_bool(
+  "chat", False, "each prompt is a user's message, in the chat template that an import came with"
+)
 _LINES = flags.DEFINE_bool("lines", False, "each line of --prompt_file is a prompt")
 flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of each continuation")
 flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token")
@@ -64,7 +69,13 @@ def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
   import moe_jax
 
   model = moe_jax.load(_WORKDIR.value, _STEP.value)
-  chunks = model.stream(prompts, **options)
+  given: list[Any] = list(prompts)
+  if _CHAT.value:
+    from moe_jax.inference import chat
+
+    path = workdir_lib.open_path(_WORKDIR.value)
+    given = [chat.prompt(path, model.tokenizer, [{"role": "user", "content": p}]) for p in prompts]
+  chunks = model.stream(given, **options)
   # Nothing is made or printed before the first tokens, because the sizes may be refused.
   ids = next(chunks)
   rows = [prompt for prompt in prompts for _ in range(options["num_samples"])]
@@ -78,7 +89,7 @@ def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
 
   if heed:
     signal.signal(signal.SIGINT, stop)
-  if len(rows) == 1:
+  if len(rows) == 1 and not _CHAT.value:
     show(rows[0])
   for chunk in itertools.chain([[[] for _ in rows]], chunks):
     for row, new in zip(ids, chunk, strict=True):
@@ -94,7 +105,7 @@ def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
     show(texts[0][printed:])  # a last character that stayed incomplete
   else:
     for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
-      show(f"--- {number + 1} of {len(rows)}\n{prompt}{text}\n")
+      show(f"--- {number + 1} of {len(rows)}\n{'' if _CHAT.value else prompt}{text}\n")
   show("\n")
   if jax.process_index() == 0:
     print(model.speed(), file=sys.stderr)

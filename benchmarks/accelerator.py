@@ -198,8 +198,11 @@ def _experts_difference(kernel: GroupedMatmul, loads: str, dtype: jnp.dtype) -> 
   return choose.difference(function, reference, (x_ND, *weights), dy_ND)
 
 
-def _arrays(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, Experts, jax.Array]:
-  """Returns x_ND, the experts' weights and dy_ND, random."""
+Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
+
+
+def _arrays(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, Matrices, jax.Array]:
+  """Returns x_ND, the experts' matrices and dy_ND, random."""
   _, E, D, F, N = shape
   keys = jax.random.split(jax.random.key(0), 5)
   sizes = ((N, D), (E, D, F), (E, D, F), (E, F, D), (N, D))
@@ -207,7 +210,7 @@ def _arrays(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, Experts, jax.Arr
     jax.random.normal(key, size, dtype) * size[-2] ** (-0.5 if len(size) == 3 else 0)
     for key, size in zip(keys, sizes, strict=True)
   )
-  return x_ND, Experts(gate, up, down), dy_ND
+  return x_ND, (gate, up, down), dy_ND
 
 
 def machine(sizes: Sizes, rounds: int) -> dict[str, float]:
@@ -277,7 +280,7 @@ def expert_rates(
 
 
 def _thunks(
-  function: Callable[..., jax.Array], x_ND: jax.Array, weights: Experts, dy_ND: jax.Array
+  function: Callable[..., jax.Array], x_ND: jax.Array, weights: Matrices, dy_ND: jax.Array
 ) -> dict[str, Callable[[], Any]]:
   """Returns what to time. A gradient is computed from what the forward pass has kept."""
   # The other argument is closed over, so that its gradient is not computed.

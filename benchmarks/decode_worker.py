@@ -40,15 +40,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Ids:
-  """A tokenizer whose texts are lists of ids."""
+  """A tokenizer of a model whose prompts are ids."""
 
   separator = _BEGIN
 
   def __init__(self, vocab_size: int):
     self.vocab_size = vocab_size
-
-  def encode(self, text: list[int]) -> np.ndarray:
-    return np.asarray(text, np.int32)
 
 
 def main() -> None:
@@ -84,7 +81,7 @@ def main() -> None:
     if len(words) != 3 or words[0] != "decode" or not all(map(str.isdecimal, words[1:])):
       sys.exit(f"error: stdin: {line.strip()!r} is not `decode B N`")
     rows, steps = map(int, words[1:])
-    stream = model.stream(prompts_BL[:rows, 1:].tolist(), max_new_tokens=steps, temperature=0)
+    stream = model.stream(prompts_BL[:rows].tolist(), max_new_tokens=steps, temperature=0)
     tokens = next(stream)
     cpu, wall = time.process_time(), time.perf_counter()
     for chunk in stream:

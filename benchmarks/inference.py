@@ -110,12 +110,12 @@ class RandomDecoder:
     def step(number, carry):
       cache, token_B, total = carry
       cache = cache._replace(length=jnp.full((), _PROMPT, jnp.int32) + number)
-      logits_BLV, cache, _ = decoding.forward_with_cache(
+      out = decoding.forward_with_cache(
         weights, self._model, cache, token_B[:, None], all_logits=False
       )
       key_number = jax.random.fold_in(key, number)
       token_B = jax.random.randint(key_number, token_B.shape, 0, self._model.vocab_size)
-      return cache, token_B, total + jnp.sum(logits_BLV)
+      return out.cache, token_B, total + jnp.sum(out.logits_BLV)
 
     return jax.lax.fori_loop(0, _STEPS, step, (cache, token_B, jnp.zeros(())))
 

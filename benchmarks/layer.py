@@ -22,7 +22,7 @@ from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.config import Dispatch, Dtype, UserError
 from moe_jax.kernels import experts as expert_kernels
-from moe_jax.kernels.experts import Experts
+from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.model.feedforward import DenseFFN, MoEFFN
 from moe_jax.training import metrics, timing
 
@@ -177,7 +177,7 @@ def _experts_alone(
   Nothing is routed, so that what a layer takes longer is the routing. Slots are the layout of
   `gather`, and blocks that of `grouped`.
   """
-  matrices = {name: params[name][...] for name in Experts._fields}
+  matrices = {name: params[name][...] for name in MATRICES}
   x_ND, dy_ND = (jnp.tile(a.reshape(-1, setting.dim), (setting.top_k, 1)) for a in (x_BLD, dy_BLD))
   rows = len(x_ND) // experts
   for kind in ("slots", "blocks"):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch
-from moe_jax.kernels.experts import Experts
+from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe import layer as layer_lib
@@ -55,7 +55,7 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
 
   params, x_BLD, real_BL = arrays.params, arrays.x_BLD, arrays.real_BL
   state = nnx.to_pure_dict(params)
-  weights = Experts(**{name: state[name] for name in Experts._fields})
+  weights = Experts(**{name: state[name] for name in MATRICES})
   x_TD = x_BLD.reshape(-1, D)
   _, (inputs, routing, slots, sizes_E) = jax.jit(router)(params, x_BLD, real_BL)
   x_SD = jax.jit(pack)(x_TD, routing, slots)

@@ -11,9 +11,13 @@ Expect     of qwen3_30b_a3b 30.53B parameters, 3.35B active per token
 """
 
 from moe_jax.config import (
+  Activation,
   Config,
   Data,
+  Delta,
   Dtype,
+  GroupScore,
+  Latent,
   Loss,
   Model,
   MoE,
@@ -41,6 +45,35 @@ def _moe(E: int, K: int, F: int, **fields) -> MoE:
 def _glm(E: int, F: int, **fields) -> MoE:
   return _moe(
     E, 8, F, score=Score.SIGMOID, shared_experts=1, bias_update_rate=1e-3, **fields
+  )  # fmt: skip
+
+
+def _gpt_oss(layers: int, E: int) -> Model:
+  yarn = RopeScaling(kind=RopeKind.YARN, factor=32.0, original_length=4096, truncate=False)
+  return _model(
+    201_088, layers, 2880, 64, 8, 2880, 64, rope_base=150_000.0, rope_scaling=yarn, window=128,
+    global_every=2, sinks=True, qkv_bias=True, out_bias=True, activation=Activation.CLAMPED_SWIGLU,
+    moe=_moe(E, 4, 2880, expert_bias=True, router_bias=True),
+  )  # fmt: skip
+
+
+def _yarn(mscale_all_dim: float) -> RopeScaling:
+  return RopeScaling(
+    kind=RopeKind.YARN, factor=40.0, original_length=4096, attention_factor=1.0,
+    mscale_all_dim=mscale_all_dim,
+  )  # fmt: skip
+
+
+_DEEPSEEK_V2, _DEEPSEEK_V3 = _yarn(0.707), _yarn(1.0)
+
+
+def _deepseek(
+  V: int, L: int, D: int, H: int, F: int, rope: RopeScaling, moe: MoE, query_dim: int = 0, **fields
+) -> Model:
+  latent = Latent(kv_dim=512, query_dim=query_dim, rotary_dim=64, value_dim=128)
+  return _model(
+    V, L, D, H, H, F, 192, latent=latent, rope_scaling=rope, rope_interleaved=True, norm_eps=1e-6,
+    moe=moe, **fields,
   )  # fmt: skip
 
 
@@ -73,6 +106,12 @@ MODELS = {
     151_936, 94, 4096, 64, 4, 12_288, qk_norm=QKNorm.HEAD, rope_base=1e6, norm_eps=1e-6,
     moe=_moe(128, 8, 1536),
   ),
+  "qwen3_next_80b_a3b": _model(
+    151_936, 48, 2048, 16, 2, 5632, 256, qk_norm=QKNorm.HEAD, rope_base=1e7, norm_eps=1e-6,
+    rotary_fraction=0.25, attention_gate=True, norm_offset=True, global_every=4,
+    delta=Delta(value_heads=32, key_heads=16, key_dim=128, value_dim=128),
+    moe=_moe(512, 10, 512, shared_dim=512, shared_experts=1, shared_gate=True),
+  ),
   "glm_4_5_air": _model(
     151_552, 46, 4096, 96, 8, 10_944, qkv_bias=True, rotary_fraction=0.5, rope_base=1e6,
     moe=_glm(128, 1408, first_dense=1),
@@ -81,6 +120,32 @@ MODELS = {
     151_552, 92, 5120, 96, 8, 12_288, qkv_bias=True, rotary_fraction=0.5, rope_base=1e6,
     qk_norm=QKNorm.HEAD, moe=_glm(160, 1536, first_dense=3, gate_scale=2.5),
   ),
+  "deepseek_v2_lite": _deepseek(
+    102_400, 27, 2048, 16, 10_944, _DEEPSEEK_V2, _moe(
+      64, 6, 1408, shared_experts=2, first_dense=1, renormalize=False),
+  ),
+  "deepseek_v2": _deepseek(
+    102_400, 60, 5120, 128, 12_288, _DEEPSEEK_V2, _moe(
+      160, 6, 1536, shared_experts=2, first_dense=1, renormalize=False, gate_scale=16.0,
+      expert_groups=8, top_groups=3, group_score=GroupScore.BEST),
+    query_dim=1536,
+  ),
+  "deepseek_v3": _deepseek(
+    129_280, 61, 7168, 128, 18_432, _DEEPSEEK_V3,
+    _glm(256, 2048, first_dense=3, gate_scale=2.5, expert_groups=8, top_groups=4), query_dim=1536,
+  ),
+  "moonlight_16b_a3b": _deepseek(
+    163_840, 27, 2048, 16, 11_264, RopeScaling(), _moe(
+      64, 6, 1408, score=Score.SIGMOID, bias_update_rate=1e-3, shared_experts=2, first_dense=1,
+      gate_scale=2.446),
+    rope_base=50_000.0,
+  ),
+  "kimi_k2": _deepseek(
+    163_840, 61, 7168, 64, 18_432, _DEEPSEEK_V3,
+    _glm(384, 2048, first_dense=1, gate_scale=2.827), query_dim=1536, rope_base=50_000.0,
+  ),
+  "gpt_oss_20b": _gpt_oss(24, 32),
+  "gpt_oss_120b": _gpt_oss(36, 128),
   "minimax_m2": _model(
     200_064, 62, 3072, 48, 8, 1536, rotary_fraction=0.5, rope_base=5e6, qk_norm=QKNorm.WIDTH,
     moe=_moe(256, 8, 1536, score=Score.SIGMOID, bias_update_rate=1e-3),

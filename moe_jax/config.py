@@ -9,16 +9,18 @@ import difflib
 import json
 from typing import Any
 
-from moe_jax.config_model import Model, MoE, RopeScaling  # noqa: F401 (config_lib.MoE)
+from moe_jax.config_model import Delta, Latent, Model, MoE, RopeScaling  # noqa: F401 (config_lib.MoE)
 from moe_jax.errors import UserError
 from moe_jax.options import (  # noqa: F401 (config_lib.Dispatch)
   LARGEST_SEED,
+  Activation,
   Attention,
   BalanceScope,
   Dispatch,
   Dtype,
   Exchange,
   GroupedMatmul,
+  GroupScore,
   OnAlarm,
   OnNonfinite,
   OptimizerName,
@@ -30,6 +32,7 @@ from moe_jax.options import (  # noqa: F401 (config_lib.Dispatch)
   Schedule,
   Score,
   Section,
+  cached,
   flatten,
   from_plain,
   option,

@@ -3,11 +3,13 @@
 import dataclasses
 
 from moe_jax.options import (
+  Activation,
   Attention,
   Dispatch,
   Dtype,
   Exchange,
   GroupedMatmul,
+  GroupScore,
   Priority,
   QKNorm,
   Remat,
@@ -31,6 +33,8 @@ class MoE(Section):
   shared_gate: bool = option(
     False, "The shared experts' output is times sigmoid(x . w) (Qwen2-MoE)."
   )
+  expert_bias: bool = option(False, "The matrices of experts have biases (gpt-oss).")
+  router_bias: bool = option(False, "The router's logits have a learned bias (gpt-oss).")
   router: Router = option(Router.TOPK, "What decides which token uses which experts.")
   score: Score = option(Score.SOFTMAX, "What the router makes of a token's logits.")
   renormalize: bool = option(True, "K > 1: a token's K gates are scaled to sum to 1 (Mixtral).")
@@ -41,6 +45,7 @@ class MoE(Section):
     1, "The experts are divided into so many groups for the choice (DeepSeek-V3).", at_least=1
   )
   top_groups: int = option(1, "A token's experts come from so many of the groups.", at_least=1)
+  group_score: GroupScore = option(GroupScore.TWO_BEST, "Which groups those are.")
   bias_update_rate: float = option(
     0.0,
     "u of loss-free balancing by a bias (2408.15664: 1e-3); 0 is no bias.",
@@ -102,13 +107,40 @@ class RopeScaling(Section):
   attention_factor: float = option(
     0.0, "yarn: rotated queries and keys are times it; 0 is 0.1 ln(factor) + 1.", at_least=0
   )
+  mscale_all_dim: float = option(
+    0.0, "yarn: scores are times (0.1 * it * ln(factor) + 1)^2 (DeepSeek); 0 is 1.", at_least=0
+  )
   low_freq_factor: float = option(1.0, "llama3: turns in a row below which all of it is.", above=0)
   high_freq_factor: float = option(4.0, "llama3: turns above which none is stretched.", above=0)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Latent(Section):
+  """Multi-head latent attention (DeepSeek-V2, 2405.04434): keys and values are made of a latent."""
+
+  kv_dim: int = option(0, "Width of the latent; 0 is attention without latents.", at_least=0)
+  query_dim: int = option(0, "Width of a latent of queries; 0 is none.", at_least=0)
+  rotary_dim: int = option(
+    16, "The last dimensions of head_dim, which are rotated; all heads share a key's.", at_least=1
+  )
+  value_dim: int = option(32, "Width of a head of values, at most head_dim.", at_least=1)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Delta(Section):
+  """The gated delta rule (2412.06464) in place of attention, in all but every global_every-th
+  layer: a state of constant size instead of a cache of keys and values."""
+
+  value_heads: int = option(0, "Heads of values; 0 is attention in all layers.", at_least=0)
+  key_heads: int = option(2, "Heads of queries and keys, a divisor of value_heads.", at_least=1)
+  key_dim: int = option(32, "Width of a head of queries and keys.", at_least=1)
+  value_dim: int = option(32, "Width of a head of values.", at_least=1)
+  conv_width: int = option(4, "Tokens that the convolution before it reads.", at_least=1)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Model(Section):
-  """The decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+  """The decoder: RMSNorm, RoPE, grouped-query attention, gated feed-forwards."""
 
   vocab_size: int = option(
     264, "Rows of the embedding (V). Bytes need 257; the default is a multiple of 8.", at_least=1
@@ -126,11 +158,29 @@ class Model(Section):
     above=0,
     at_most=1,
   )
+  rope_interleaved: bool = option(
+    False, "A rotated pair is two neighbours, and not a half apart (DeepSeek)."
+  )
   rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
   norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", above=0)
+  norm_offset: bool = option(False, "RMSNorm multiplies by 1 + its parameter (Qwen3-Next).")
   qk_norm: QKNorm = option(QKNorm.NONE, "RMSNorm of queries and keys.")
   qkv_bias: bool = option(False, "Queries, keys and values have biases (Qwen2).")
   out_bias: bool = option(False, "The attention's output has a bias.")
+  attention_gate: bool = option(
+    False, "The attention's output is times the sigmoid of a projection (Qwen3-Next)."
+  )
+  latent: Latent = dataclasses.field(default_factory=Latent)
+  delta: Delta = dataclasses.field(default_factory=Delta)
+  window: int = option(
+    0, "Tokens that a query attends to, itself the last; 0 is all before it.", at_least=0
+  )
+  global_every: int = option(
+    0, "n: every n-th layer attends, without the window or the delta rule; 0: none.", at_least=0
+  )
+  sinks: bool = option(
+    False, "A learned logit of each head joins the softmax of attention (gpt-oss)."
+  )
   attention_scale: float = option(
     0.0, "Times the products of queries and keys; 0 is head_dim^-0.5.", at_least=0
   )
@@ -139,6 +189,12 @@ class Model(Section):
     1.0, "Times what a layer adds to the residual stream (Granite: 0.22).", above=0
   )
   logit_multiplier: float = option(1.0, "Times the output logits (Granite: 1/6).", above=0)
+  activation: Activation = option(
+    Activation.SWIGLU, "The nonlinearity of feed-forwards and experts."
+  )
+  activation_limit: float = option(
+    7.0, "clamped_swiglu: the gate is at most this, and up at most this far from 0.", above=0
+  )
   tied_head: bool = option(True, "The output matrix is the embedding's transpose.")
   compute_dtype: Dtype = option(
     Dtype.FLOAT32, "Type of activations and matmuls; parameters stay float32."
@@ -146,6 +202,23 @@ class Model(Section):
   remat: Remat = option(Remat.NONE, "What is kept for the backward pass.")
   attention: Attention = option(Attention.AUTO, "The kernel of attention.")
   moe: MoE = dataclasses.field(default_factory=MoE)
+
+  @property
+  def rotated_width(self) -> int:
+    """The dimensions of a head that are rotated: its first, or its last with a latent."""
+    if self.latent.kv_dim:
+      return self.latent.rotary_dim
+    return int(self.head_dim * self.rotary_fraction)
+
+  @property
+  def value_dim(self) -> int:
+    """The width of a head of values."""
+    return self.latent.value_dim if self.latent.kv_dim else self.head_dim
+
+  @property
+  def gated(self) -> bool:
+    """Whether feed-forwards have a gate matrix beside up and down."""
+    return self.activation not in (Activation.RELU_SQUARED, Activation.GELU)
 
   @property
   def residual_scale(self) -> float:

@@ -40,6 +40,7 @@ def _digest(arrays: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
   return [_array_digest(x) for x in arrays], jnp.all(jnp.array(finite))
 
 
+@jax.jit  # traced once for all arrays of a shape
 def _array_digest(x: jax.Array) -> jax.Array:
   """Returns the sum of hashes of (place, bits), uint32 [], which a sharded array adds up in parts.
 

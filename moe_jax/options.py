@@ -5,8 +5,9 @@ docs/config.md and `train.py --help` are written from here and from config.py. I
 
 import dataclasses
 import enum
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from moe_jax.errors import UserError
@@ -97,6 +98,20 @@ class Section:
     object.__setattr__(self, name, value)
 
 
+def cached(function: Callable[..., T]) -> Callable[..., T]:
+  """Caches a function of a section, and of more, by the section's text: sections can change."""
+  results: dict[tuple[Any, ...], T] = {}
+
+  @functools.wraps(function)
+  def call(section: Section, *more: Any) -> T:
+    key = (repr(section), *more)
+    if key not in results:
+      results[key] = function(section, *more)
+    return results[key]
+
+  return call
+
+
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
   """("model.moe.top_k", its dataclass field, its value) of each field of a config."""
   for field in dataclasses.fields(config):
@@ -168,6 +183,26 @@ class QKNorm(Choice):
   NONE = "none", "none"
   HEAD = "head", "of each head by itself, with one scale for all heads (Qwen3)"
   WIDTH = "width", "over all heads together, with a scale for each (OLMoE)"
+
+
+class GroupScore(Choice):
+  """What the groups of experts are compared by."""
+
+  TWO_BEST = "two_best", "the sum of a group's two best scores (DeepSeek-V3)"
+  BEST = "best", "a group's best score (DeepSeek-V2)"
+
+
+class Activation(Choice):
+  """The nonlinearity of a feed-forward and of an expert, between its matrices."""
+
+  SWIGLU = "swiglu", "silu(gate) * up (2002.05202)"
+  CLAMPED_SWIGLU = (
+    "clamped_swiglu",
+    "(up + 1) * gate * sigmoid(1.702 gate), both clamped by activation_limit (gpt-oss)",
+  )
+  GEGLU = "geglu", "gelu(gate) * up, with tanh (2002.05202)"
+  RELU_SQUARED = "relu_squared", "max(up, 0)^2, without a gate matrix (2109.08668)"
+  GELU = "gelu", "gelu(up), with tanh, without a gate matrix"
 
 
 class RopeKind(Choice):

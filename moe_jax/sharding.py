@@ -8,6 +8,10 @@ alone say how it is split: `up_EDF` is split over the axes ('expert', 'fsdp', 't
   A head width       F ffn              V vocabulary       E experts
   K choices          C slots per expert N assignments      Z stacked layers
   P parts of the sequence
+  In the delta rule: J heads of keys, I their width, O heads of values, X their width, U channels,
+  Y and R what a head of keys has of several things.
+  In latent attention: Q latent of queries, W latent of keys and values, R rotated width, U W and R,
+  X width of a head of values, Y a head's unrotated key and its value.
 """
 
 import dataclasses
@@ -28,6 +32,8 @@ BATCH_AXES = ("data", "fsdp", "expert")  # devices along these axes hold differe
 _ACTIVATION_AXES = {
   "B": BATCH_AXES, "M": BATCH_AXES, "E": "expert", "F": "tensor", "H": "tensor", "G": "tensor",
   "V": "tensor", "D": None, "L": None, "S": None, "A": None, "K": None, "C": None, "T": None,
+  "Q": None, "W": None, "R": None, "U": None, "X": None, "Y": None, "J": None, "I": None,
+  "O": None,
 }  # fmt: skip
 _PARAM_AXES = _ACTIVATION_AXES | {"D": "fsdp", "Z": None}
 _REPLICATED = ("bias_ZE", "load_ZE")  # and the parameters that a Parameter record declares so

@@ -35,6 +35,8 @@ def start() -> None:
   programs = cache.programs()
   if programs is not None:
     jax.config.update("jax_compilation_cache_dir", str(programs))
+    # A start has ten programs, of which most compile in less than the second that jax waits for.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ sum to 1 (renormalize, with top_k above 1). The command says whether they do.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, Model, UserError
 from moe_jax.model import pattern, transformer
-from moe_jax.moe import routers
+from moe_jax.moe import routers, routing
 from moe_jax.weights import Weights
 
 METHODS = {"copy": 0.0, "noise": 0.1, "drop": 0.5}  # and the default of --amount
@@ -55,9 +54,10 @@ def check(dense: Model, model: Model) -> int:
       f"config.model.moe.shared_experts={moe.shared_experts}: a shared expert beside copies of the "
       "feed-forward would count it twice; set shared_experts=0"
     )
-  skipped = ("moe.", "remat", "attention", "compute_dtype", "ffn_dim")
+  free = ("remat", "attention", "compute_dtype", "ffn_dim")
   before, after = config_lib.flatten(dense), config_lib.flatten(model)
-  other = [n for n in after if not n.startswith(skipped) and before[n] != after[n]]
+  after = {name: value for name, value in after.items() if not name.startswith("moe.")}
+  other = [n for n in after if n not in free and before[n] != after[n]]
   if other:
     words = ", ".join(f"config.model.{n}={after[n]} (dense: {before[n]})" for n in other)
     raise UserError(f"--config: the decoder is not that of the dense run: {words}")
@@ -73,6 +73,11 @@ def check(dense: Model, model: Model) -> int:
         f"config.model.moe.{field}={getattr(moe, field)} is not a multiple of the {parts} parts "
         f"into which ffn_dim={dense.ffn_dim} is split; a token needs all of them"
       )
+  if parts > 1 and not routers.ROUTERS[moe.router].takes_bias:
+    raise UserError(
+      f"config.model.moe.router={moe.router.value} does not choose by score alone, so a token "
+      f"would not get all {parts} parts of a copy; use router=topk, or expert_dim={dense.ffn_dim}"
+    )
   if len(pattern.moe_layers(model)) < model.num_layers and model.ffn_dim != dense.ffn_dim:
     raise UserError(
       f"config.model.ffn_dim={model.ffn_dim}: the dense run's is {dense.ffn_dim}, and some layers "
@@ -140,7 +145,7 @@ def _router(key: jax.Array, shape: tuple[int, ...], parts: int) -> jax.Array:
   """Returns a router [D, E] that gives the experts of one copy the same logits."""
   D, E = shape
   sizes = {"D": D, "E": E // parts}
-  draw: Callable[[Any, dict[str, int]], jax.Array] = routers.ROUTER_DE.initial
+  draw: Callable[[Any, dict[str, int]], jax.Array] = routing.ROUTER_DE.initial
   return jnp.repeat(draw(nnx.Rngs(key), sizes), parts, axis=1)
 
 
@@ -164,18 +169,15 @@ def _changed(
 
 def run(source: str, config: Config, workdir: str, method: str, amount: float) -> None:
   """Reads a dense run, and writes the workdir of the MoE model, as its step 0."""
-  named = re.fullmatch(r"(.+):([0-9]+)", source)
-  name, number = (named[1], int(named[2])) if named else (source, 0)
+  name, number = workdir_lib.split_step(source)
   path = workdir_lib.open_path(name)
   before = workdir_lib.read_config(path)
   startup.start()
   config = validation.resolve_mesh(config, jax.device_count())
   parts = check(before.model, config.model)
-  target = workdir_lib.open_path(workdir)
-  if target.exists() and any(target.iterdir()):
-    raise UserError(f"--workdir={workdir} is not empty; name a new folder")
+  target = workdir_lib.open_new(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  step, stored = weights_lib.read(path, number, before.model, mesh)
+  step, stored = weights_lib.read(path, number or 0, before.model, mesh)
   where = sharding.param_shardings(transformer.abstract_params(config.model), mesh)
   with jax.set_mesh(mesh):
     key = jax.random.key(config.train.seed)

@@ -4,8 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.config import Config, Exchange, Model, MoE, Priority, UserError, flatten
+from moe_jax.config import Config, Exchange, MoE, Priority, UserError, flatten
 from moe_jax.options import LARGEST_INT, walk
+from moe_jax.validation_model import check_model
 
 
 def validate(config: Config) -> None:
@@ -22,7 +23,7 @@ def check_fields(config: Config) -> None:
   if config.optimizer.warmup_steps > config.train.steps:
     _refuse(config, "optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
   _check_data(config)
-  _check_model(config.model)
+  check_model(config.model)
   _check_moe(config)
   _check_mesh(config)
 
@@ -109,29 +110,6 @@ def _check_data(config: Config) -> None:
     if _get(config, rows) * data.seq_len * choices > LARGEST_INT:
       _refuse(config, rows, "data.seq_len", f"a batch has more than {LARGEST_INT} tokens (times "
               "model.moe.top_k), so that int32 cannot count them; make one smaller")  # fmt: skip
-
-
-def _check_model(model: Model) -> None:
-  if model.num_heads % model.num_kv_heads:
-    raise UserError(
-      f"config.model.num_heads={model.num_heads} is not divisible by config.model.num_kv_heads="
-      f"{model.num_kv_heads}: each key/value head serves the same number of query heads"
-    )
-  if model.head_dim % 2:
-    raise UserError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs")
-  width = int(model.head_dim * model.rotary_fraction)
-  if width % 2 or not width:
-    raise UserError(
-      f"config.model.rotary_fraction={model.rotary_fraction} of config.model.head_dim="
-      f"{model.head_dim} is {width} dimensions; RoPE rotates pairs, so make it even"
-    )
-  scaling = model.rope_scaling
-  for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-    if getattr(scaling, low) >= getattr(scaling, high):
-      raise UserError(
-        f"config.model.rope_scaling.{low}={getattr(scaling, low)} must be below {high}="
-        f"{getattr(scaling, high)}: the ramp lies between them"
-      )
 
 
 def _check_moe(config: Config) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from moe_jax import config as config_lib
@@ -62,6 +63,31 @@ def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return remote.open_path(os.fspath(workdir))
 
 
+def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path of a workdir that does not exist yet, or is empty.
+
+  Raises:
+    UserError: there are files in it, or it cannot be opened.
+  """
+  path = open_path(workdir)
+  if path.exists() and any(path.iterdir()):
+    raise UserError(f"--workdir={workdir} is not empty; name a new folder")
+  return path
+
+
+def read_ends(workdir: pathlib.Path) -> list[int]:
+  """Returns the ids that end a text by the files of an import; none for another run."""
+  found = (read_object(workdir / HF / f"{name}.json") for name in ("generation_config", "config"))
+  ends: Any = next((o["eos_token_id"] for o in found if o.get("eos_token_id")), [])
+  return [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
+
+
+def split_step(text: str) -> tuple[str, int | None]:
+  """Returns the workdir and the step of WORKDIR:STEP; None for WORKDIR alone."""
+  named = re.fullmatch(r"(.+):([0-9]+)", text)
+  return (named[1], int(named[2])) if named else (text, None)
+
+
 def resolved(workdir: pathlib.Path) -> pathlib.Path:
   """Returns the path from the root on, the same for all names of a workdir."""
   return remote.resolved(workdir)
@@ -96,8 +122,9 @@ def read_config(workdir: pathlib.Path) -> Config:
     )
   config = _stored_config(path)
   tokenizer = pathlib.Path(config.data.tokenizer)
-  if not tokenizer.exists() and (workdir / HF / tokenizer.name).exists():  # the workdir has moved
-    config.data.tokenizer = str(workdir / HF / tokenizer.name)
+  beside = workdir / HF / tokenizer.name
+  if config.data.tokenizer != "bytes" and not tokenizer.exists() and files.exists(beside):
+    config.data.tokenizer = str(beside)  # the workdir of an import has moved
   try:
     validation.validate(config)
   except UserError as error:

@@ -20,8 +20,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_modifyitems(items):
-  """The longest test first, so that no worker is left alone with it."""
-  items.sort(key=lambda item: item.path.name != "test_readme.py")
+  """The longest files first, so that no worker is left alone with one, nor steals a half of it."""
+  first = ("test_readme.py", "test_remote_runs.py")
+  items.sort(key=lambda item: item.path.name not in first)
 
 
 @pytest.fixture

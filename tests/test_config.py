@@ -8,13 +8,15 @@ import math
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from moe_jax import command_line, validation
+from moe_jax import command_line, sharding, validation
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, QKNorm
 from moe_jax.options import Choice, walk
-from tests.support.toys import ROOT, toy_config
+from tests.support.toys import ROOT, lower_step, set_up, slow_unless, toy_batch, toy_config
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -124,3 +126,34 @@ def test_no_field_is_optional():
   for section in command_line.sections(config_lib.Config()):
     for field in dataclasses.fields(section[1]):
       assert isinstance(field.type, type), field
+
+
+def shrink(config):
+  """The same structure in a few thousand parameters: pattern, routing, precision and remat stay."""
+  model, moe = config.model, config.model.moe
+  model.num_kv_heads, model.num_heads = 2, 2 * model.num_heads // model.num_kv_heads
+  model.dim, model.head_dim, model.ffn_dim, model.vocab_size = 16, 4, 8, 264
+  model.num_layers = moe.first_dense + 2 * moe.every
+  moe.expert_dim, moe.group_size = 8, min(moe.group_size, 16)
+  config.data.seq_len, config.data.batch_size = 16, 8
+  return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_of_every_config_can_be_traced(name):
+  config = shrink(load(name))
+  config.mesh = config_lib.Mesh(data=8)
+  lower_step(config)
+
+
+@pytest.mark.parametrize("name", slow_unless(["mixtral_8x7b"], ["mixtral_8x7b", "tiny_deepseek"]))
+def test_a_config_takes_a_step_at_toy_size(name):
+  config = shrink(load(name))
+  mesh, state, step = set_up(config, dict(expert=4, data=2))
+  with jax.set_mesh(mesh):
+    _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))
+  # A uniform guess, plus half the variance (1 at most) of a new model's logits.
+  assert abs(float(metrics["loss"]) - np.log(264)) < 0.8
+  assert float(metrics["grad_norm"]) > 1e-3
+  assert "load_ZE" in metrics

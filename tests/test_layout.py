@@ -32,7 +32,14 @@ GROUPS = {
   "config_model": {"options"},
   "config": {"config_model", "options", "errors"},
   "config_docs": {"config", "options"},
-  "validation": {"config", "options", "errors", "moe"},  # the records of routers and dispatchers
+  "validation_model": {"config"},
+  "validation": {
+    "config",
+    "options",
+    "errors",
+    "moe",
+    "validation_model",
+  },  # the records of routers and dispatchers
   "command_line": {"config", "config_docs", "options", "errors"},
   "workdir": {"config", "errors", "files", "remote", "validation"},
   "data": {"config", "errors", "files"},
@@ -50,7 +57,7 @@ GROUPS = {
   "training": _CORE | {"checkpoint", "command_line", "lock"},
   # load() pulls no optimizer and no TensorBoard.
   "inference": _CORE | {"weights"},
-  "analysis": _CORE | {"checkpoint", "training"},
+  "analysis": _CORE | {"checkpoint", "inference", "training"},
   # They run anywhere: a plan starts no trainer, and a report needs no jax.
   "sweep": {"config", "options", "errors", "files", "validation", "workdir", "command_line"}
   | {"model", "report"},

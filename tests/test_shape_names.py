@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
 from moe_jax.inference import decoding
-from moe_jax.training import train
 from tests.support import routings, shape_names
-from tests.support.toys import mesh_of, set_up, slow_unless, toy_batch, toy_config
+from tests.support.toys import (
+  lower_step,
+  set_up,
+  slow_unless,
+  toy_config,
+  with_delta,
+  with_latents,
+  with_options,
+)
 
 
 def grouped(exchange=Exchange.AUTO, kernel=GroupedMatmul.BLOCKED):
@@ -31,7 +37,12 @@ PATHS = {
   "all_to_all": (grouped(Exchange.ALL_TO_ALL), dict(expert=4, data=2)),
   "ragged": (grouped(Exchange.RAGGED), dict(expert=2, fsdp=2)),
 }
-ROUTERS = {f"router {name}": (fields, {}) for name, (fields, *_) in routings.ROUTINGS.items()}
+# Of each router one routing: the others differ in numbers.
+ROUTERS = {
+  f"router {name}": (fields, {})
+  for name, (fields, *_) in routings.ROUTINGS.items()
+  if name in ("expert-choice", "noisy", "hash", "random", "sinkhorn", "priority-score", "deepseek")
+}
 
 
 EVERYDAY = ["gather, expert 2, data 2", "blocked", "all_to_all", "router expert-choice"]
@@ -45,18 +56,32 @@ def test_a_training_step(name):
   config.train.accumulation, config.data.batch_size = 2, 16
   config.loss = config_lib.Loss(load_balance=0.0)  # which some routers do not take
   config.mesh = config_lib.Mesh(**{"data": 1} | axes)
-  mesh = mesh_of(**axes)
-  with jax.set_mesh(mesh), shape_names.checked() as lies:
-    _, shapes, shardings = train.init_state(config, mesh)
-    state = checkpoint.abstract(shapes, shardings)
-    step = train.compile_step(config, shardings)
-    step.lower(state, sharding.to_global(toy_batch(config), mesh))
+  lies = lies_of_a_step(config)
   assert not lies, "\n".join(sorted(lies))
+
+
+def lies_of_a_step(config):
+  with shape_names.checked() as lies:
+    lower_step(config)
+  return lies
 
 
 @pytest.mark.parametrize("axes", [{}, dict(expert=2, tensor=2)], ids=str)
 def test_evaluation_prefill_and_decoding(axes):
-  config = toy_config(shared_experts=1)
+  lies = lies_of_generation(toy_config(shared_experts=1), axes)
+  assert not lies, "\n".join(sorted(lies))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [with_options, with_latents, with_delta])
+def test_every_option_of_the_layers(options):
+  config = toy_config()
+  config.model = options(config.model)
+  lies = lies_of_a_step(config) | lies_of_generation(config, {})
+  assert not lies, "\n".join(sorted(lies))
+
+
+def lies_of_generation(config, axes):
   mesh, state, _ = set_up(config, axes)
   model = decoding.for_inference(config.model)
   start_B, tokens_BL = jnp.array([0, 3, 1, 9]), jnp.zeros((4, 8), jnp.int32)
@@ -72,7 +97,7 @@ def test_evaluation_prefill_and_decoding(axes):
       return out.logits_BLV, out.choices
 
     jax.jit(generate).lower(weights)
-  assert not lies, "\n".join(sorted(lies))
+  return lies
 
 
 def test_a_planted_lie_is_found(tmp_path, monkeypatch):

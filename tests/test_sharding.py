@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.moe import routers
+from moe_jax.moe import routing
 from tests.support.toys import (
   set_up,
   toy_config,
@@ -15,7 +15,7 @@ from tests.support.toys import (
 
 
 def test_a_parameter_is_declared_once():
-  one = routers.router_matrix("noise_DE", 0.5)  # another initial value says nothing else of it
+  one = routing.router_matrix("noise_DE", 0.5)  # another initial value says nothing else of it
   assert sharding.declared("noise_DE") == one and sharding.declared("gate_EDF") is None
   assert sharding.param_spec("noise_DE", 2) == jax.sharding.PartitionSpec()
   with pytest.raises(ValueError, match="noise_DE is declared twice"):

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, upcycle
-from moe_jax.config import Dispatch, UserError
+from moe_jax.config import Dispatch, Router, UserError
 from moe_jax.model import pattern, transformer
 from moe_jax.training import train
 from tests.support.scripts import ONE_DEVICE
@@ -164,6 +164,11 @@ REFUSED = {
   "shared": (lambda d, m: setattr(m.moe, "shared_experts", 1), "shared_experts=1"),
   "another width": (lambda d, m: setattr(m, "num_layers", 4), "config.model.num_layers=4"),
   "no divisor": (lambda d, m: setattr(m.moe, "expert_dim", 10), "expert_dim=10 does not divide"),
+  "another scale": (lambda d, m: setattr(m, "attention_scale", 0.5), "attention_scale=0.5"),
+  "parts by chance": (
+    lambda d, m: setattr(m, "moe", moe_config(expert_dim=FFN // 2, router=Router.RANDOM).model.moe),
+    "router=random does not choose by score",
+  ),
   "too few": (lambda d, m: setattr(m.moe, "expert_dim", FFN // 4), "top_k=2 is not a multiple"),
 }
 

@@ -24,6 +24,8 @@ DISAGREEMENTS = {
   "model.moe.first_dense=2": "num_experts=0",
   "model.moe.group_size=4": "config.data.seq_len=9",
   "model.moe.jitter=1.5": "below 1",
+  "model.global_every=2": "config.model.window=0: all layers attend to everything",
+  "model.latent.kv_dim=4": "config.model.latent.kv_dim=4: each head has keys and values",
   "mesh.expert=3": "config.model.moe.num_experts=4",
   "mesh.tensor=4": "config.model.num_kv_heads=2",
   "mesh.fsdp=4": "config.model.dim=10",
@@ -61,6 +63,54 @@ def test_disagreeing_fields_are_named(change):
     validation.validate(config)
   message = str(error.value)
   assert f"config.{name}=" in message and DISAGREEMENTS[change] in message and "\n" not in message
+
+
+LATENT = dict(kv_dim=4, rotary_dim=2, value_dim=6)
+
+
+@pytest.mark.parametrize(
+  ("latent", "model", "text"),
+  [
+    (dict(rotary_dim=3), {}, "config.model.latent.rotary_dim=3 must be even"),
+    (
+      dict(rotary_dim=6),
+      {},
+      "config.model.head_dim=6 must be above config.model.latent.rotary_dim",
+    ),
+    (dict(value_dim=7), {}, "and at least value_dim=7"),
+    ({}, dict(qkv_bias=True), "config.model.qkv_bias=True with config.model.latent.kv_dim=4"),
+    ({}, dict(rotary_fraction=0.5), "latent attention has none; set it to 1.0"),
+  ],
+)
+def test_latent_attention_that_makes_no_sense_is_refused(latent, model, text):
+  config = toy_config()
+  config.model.num_kv_heads = config.model.num_heads
+  config.model.latent = config_lib.Latent(**LATENT)
+  validation.validate(config)
+  config.model.latent = config_lib.Latent(**LATENT | latent)
+  for name, value in model.items():
+    setattr(config.model, name, value)
+  with pytest.raises(config_lib.UserError) as error:
+    validation.validate(config)
+  assert text in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("delta", "window", "text"),
+  [
+    (dict(key_heads=4), 0, "config.model.delta.value_heads=6 is not divisible by"),
+    ({}, 3, "a layer has a window or the delta rule; set window=0"),
+  ],
+)
+def test_a_delta_rule_that_makes_no_sense_is_refused(delta, window, text):
+  config = toy_config()
+  config.model.delta = config_lib.Delta(value_heads=6, key_heads=3)
+  validation.validate(config)
+  config.model.delta = config_lib.Delta(**dict(value_heads=6, key_heads=3) | delta)
+  config.model.window = window
+  with pytest.raises(config_lib.UserError) as error:
+    validation.validate(config)
+  assert text in str(error.value) and "\n" not in str(error.value)
 
 
 HASH = dict(router=Router.HASH, top_k=1)

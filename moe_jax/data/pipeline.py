@@ -20,7 +20,7 @@ import numpy as np
 from moe_jax.config import Data, UserError
 from moe_jax.data import builders, cache, token_files, tokenizers
 
-_VERSION = "4"  # of the stored files' layout; part of its cache key
+_VERSION = "5"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
 _GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
 Numbers = Sequence[int] | np.ndarray  # of rows
@@ -130,7 +130,7 @@ class Rows:
         context = b""
 
   def _text(self, ids: np.ndarray) -> bytes:
-    return self.tokenizer.decode_bytes(np.asarray(ids))
+    return self.tokenizer.decode_bytes(ids)
 
 
 def load_rows(config: Data, split: str) -> Rows:

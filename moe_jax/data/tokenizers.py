@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,18 +53,27 @@ class Tokenizer:
     """Returns the ids of a text, integers [N]."""
     raise NotImplementedError
 
-  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+  @property
+  def before(self) -> list[int]:
+    """The ids that the tokenizer's own rules put before a text."""
+    return [self.separator]
+
+  def encode_special(self, text: str) -> list[int]:
+    """Returns the ids of a text in which names of special tokens, "<s>", mean these tokens."""
+    raise UserError("only a tokenizer.json knows special tokens by name, which a chat needs")
+
+  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
     """Returns the bytes that `bytes_V` counts; ids may begin or end inside a character.
 
     Ids past the vocabulary, which a model with a padded vocabulary can draw, are left out.
     """
-    return b"".join(self._pieces_V[i] for i in ids if i < self.vocab_size)
+    return b"".join(self._pieces_V[i] for i in np.asarray(ids).tolist() if i < self.vocab_size)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, with U+FFFD for bytes that are no UTF-8."""
     return self.decode_bytes(ids).decode(errors="replace")
 
-  def _text_ids(self, ids: Iterable[int]) -> list[int]:
+  def _text_ids(self, ids: Sequence[int] | np.ndarray) -> list[int]:
     return [int(i) for i in ids if i != self.separator and i < self.vocab_size]
 
 
@@ -76,6 +85,10 @@ class Bytes(Tokenizer):
 
   def encode(self, text: bytes | str) -> np.ndarray:
     return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
+
+  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    ids_N = np.asarray(ids, np.int64)
+    return ids_N[ids_N < self.separator].astype(np.uint8).tobytes()
 
 
 class HuggingFace(Tokenizer):
@@ -112,7 +125,18 @@ class HuggingFace(Tokenizer):
       ) from error
     return np.array(ids, np.int64)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  @property
+  def before(self) -> list[int]:
+    return self._model.encode("", add_special_tokens=True).ids
+
+  def encode_special(self, text: str) -> list[int]:
+    self._model.encode_special_tokens = False
+    try:
+      return self._model.encode(text, add_special_tokens=False).ids
+    finally:
+      self._model.encode_special_tokens = True
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     if self._byte_level:
       return super().decode(ids)
     return self._model.decode(self._text_ids(ids))
@@ -137,7 +161,7 @@ class SentencePiece(Tokenizer):
   def encode(self, text: bytes | str) -> np.ndarray:
     return np.array(self._model.encode(_to_str(text)), np.int64)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     return self._model.decode(self._text_ids(ids))
 
 

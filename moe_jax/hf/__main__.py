@@ -67,9 +67,7 @@ def run_import(args: argparse.Namespace) -> None:
   if not args.workdir:
     raise UserError("--workdir is missing: name a new folder for the run")
   command_line.check_folder("workdir", args.workdir)
-  path = workdir_lib.open_path(args.workdir)
-  if path.exists() and any(path.iterdir()):
-    raise UserError(f"--workdir={args.workdir} is not empty; name a new folder")
+  path = workdir_lib.open_new(args.workdir)
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):
     importing.save(made, importing.read(made, mesh, _progress), path)

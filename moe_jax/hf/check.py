@@ -12,9 +12,6 @@ from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.hf.importing import Plan
 from moe_jax.inference import decoding
-from moe_jax.kernels.attention import segment_attention
-from moe_jax.model import transformer
-from moe_jax.model.transformer import Tokens
 from moe_jax.weights import Weights
 
 _PARTS = 1e-3  # a difference, relative to the largest value, from which two layers are said to part
@@ -34,22 +31,9 @@ def streams(made: Plan, weights: Weights, ids_L: np.ndarray) -> tuple[np.ndarray
   model = decoding.for_inference(made.config.model)
   unrolled = decoding.weights(model, weights.params, weights.bias_ZE)
   ids_BL = jnp.asarray(ids_L, jnp.int32)[None]
-  places = jnp.arange(len(ids_L), dtype=jnp.int32)[None]
-  tokens = Tokens(ids_BL=ids_BL, segments_BL=jnp.ones_like(ids_BL), positions_BL=places)
-
-  def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-    return segment_attention(q, k, v, tokens.segments_BL, model.attention), None
-
-  x_BLD = transformer.embed(unrolled.embed_VD, ids_BL, model)
-  found = [x_BLD]
-  for layer in unrolled.layers:
-    out = transformer.decoder_layer(
-      x_BLD, layer, tokens, attend, model, jax.random.key(0), train=False
-    )
-    x_BLD = out.x_BLD
-    found.append(x_BLD)
-  logits_BLV = transformer.next_token_logits(x_BLD, unrolled.final_norm_D, unrolled.head_DV, model)
-  return np.asarray(logits_BLV[0]), [np.asarray(x[0], np.float32) for x in found]
+  cache = decoding.empty_cache(model, jnp.zeros((1,), jnp.int32), len(ids_L))
+  out = decoding.forward_with_cache(unrolled, model, cache, ids_BL, all_logits=True, trace=True)
+  return np.asarray(out.logits_BLV[0]), [np.asarray(x[0], np.float32) for x in out.stream]
 
 
 def theirs(folder: pathlib.Path, ids_L: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

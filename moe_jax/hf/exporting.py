@@ -1,7 +1,6 @@
 """Writes a run's checkpoint as a Hugging Face checkpoint that `from_pretrained` loads unchanged."""
 
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,12 +11,10 @@ from moe_jax import sharding
 from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, UserError
-from moe_jax.hf import families, fields, files, layout
+from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.model import cost
 from moe_jax.weights import Weights
-
-_SECONDS = 5.0  # between lines of progress
 
 
 class Loaded(NamedTuple):
@@ -92,7 +89,7 @@ def export(
     raise UserError(f"--to={target} is not empty; name a new folder")
   model = loaded.config.model
   theirs = _config(loaded, family, dtype)
-  found = layout.tensors(model, families.TOP, family.layer, families.LAYER)
+  found = layout.tensors(model, parts.TOP, family.layer, parts.LAYER)
   bias_ZE = np.asarray(sharding.whole(loaded.weights.bias_ZE))
   arrays = {
     sharding.path_of(path): leaf
@@ -106,19 +103,16 @@ def export(
   width = np.dtype(files.WRITTEN[dtype]).itemsize
   sizes = {tensor.name: int(np.prod(tensor.shape)) * width for tensor in found}
   writer = files.Writer(target, sizes, largest)
-  started = told = time.monotonic()
+  told = files.Progress("wrote", sum(sizes.values()), progress)
   done = 0
   try:
     for tensor in found:
-      parts = [_part(arrays[part.path], part) for part in tensor.parts]
-      writer.add(tensor.name, np.ascontiguousarray(tensor.pack(parts).astype(files.WRITTEN[dtype])))
+      pieces = [_part(arrays[part.path], part) for part in tensor.parts]
+      writer.add(
+        tensor.name, np.ascontiguousarray(tensor.pack(pieces).astype(files.WRITTEN[dtype]))
+      )
       done += sizes[tensor.name]
-      now = time.monotonic()
-      if progress and now - told > _SECONDS:
-        told = now
-        whole = sum(sizes.values())
-        progress(f"wrote {done / 1e9:.2f} of {whole / 1e9:.2f} GB, "
-                 f"{done / 1e9 / (now - started):.2f} GB/s")  # fmt: skip
+      told.at(done)
     writer.finish(theirs, loaded.beside if loaded.beside.is_dir() else None)
   except BaseException:
     writer.drop()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from moe_jax import config as config_lib
 from moe_jax.config import Model, UserError
 from moe_jax.hf.layout import Row
-from moe_jax.model.pattern import layer_pattern
+from moe_jax.model.pattern import moe_layers
 from moe_jax.options import flatten, from_plain, plain, walk
 
 
@@ -41,6 +41,10 @@ class Family(NamedTuple):
   allowed: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012 {field of theirs: values that we can express}
   rope_base: float = 10_000.0  # where rope_theta is missing
   partial_rotary: float | None = None  # the default of partial_rotary_factor, where it is read
+  # {field of ours: its value, made of several fields of their config.json}, and the way back
+  read: dict[str, Callable[[Mapping[str, Any]], Any]] = {}  # noqa: RUF012
+  written: Callable[[Model], dict[str, Any]] = lambda model: {}
+  scores_mscale: bool = False  # whether YaRN's mscale_all_dim counts in the scores
   check: Callable[[Model], str] = lambda model: ""  # why a model is not of the family; "" if it is
   left_out: str = ""  # a regular expression of tensors that the family has and we do not read
   why_left_out: str = ""
@@ -62,7 +66,8 @@ _UNREAD = (
   "rope_theta", "rope_parameters", "partial_rotary_factor", "rotary_dim", "_name_or_path",
   "rope_interleave", "output_attentions", "output_hidden_states", "return_dict",
   "is_encoder_decoder", "chunk_size_feed_forward", "problem_type", "tokenizer_class", "head_dim",
-  "experts_implementation",
+  "experts_implementation", "quantization_config", "qk_head_dim", "ep_size", "aux_loss_alpha",
+  "seq_aux",
 )  # fmt: skip
 
 
@@ -94,6 +99,7 @@ def _values(family: Family, theirs: Mapping[str, Any], where: str) -> dict[str, 
     if value is None:
       raise UserError(f"{where}: {field.theirs} is missing, which a {family.model_type} needs")
     values[field.ours] = field.to_ours(value)
+  values |= {ours: read(theirs) for ours, read in family.read.items()}
   for name, able in family.allowed.items():
     if theirs.get(name) not in (*able, None):
       words = ", ".join(map(repr, able)) or "null"
@@ -136,7 +142,7 @@ def to_theirs(family: Family, model: Model) -> dict[str, Any]:
     if field.theirs in theirs and theirs[field.theirs] != value:
       wrong.append(f"{field.ours}={values[field.ours]} beside another of the same {field.theirs}")
     theirs[field.theirs] = value
-  named = {field.ours for field in family.fields}
+  named = {field.ours for field in family.fields} | set(family.read)
   default = flatten(Model())
   for name in sorted(relevant(model) - named - set(_ROPE)):
     value = plain(family.fixed.get(name, default[name]))
@@ -154,21 +160,29 @@ def to_theirs(family: Family, model: Model) -> dict[str, Any]:
       "--family, or a model that one has"
     )
   theirs |= {name: able[0] if able else None for name, able in family.allowed.items()}
-  return theirs | _rope_to_theirs(family, model)
+  return theirs | family.written(model) | _rope_to_theirs(family, model)
 
 
 def relevant(model: Model) -> set[str]:
   """Returns the fields of a model that change what it computes."""
   names = set(flatten(model)) - set(_FREE)
-  pattern = [is_moe for _, unit in layer_pattern(model) for is_moe in unit]
-  if not any(pattern):
+  with_experts = len(moe_layers(model))
+  if not with_experts:
     names = {name for name in names if not name.startswith("moe.") or name == "moe.num_experts"}
-  if all(pattern):
+  if with_experts == model.num_layers:
     names -= {"ffn_dim"}
   if not model.moe.shared_experts:
     names -= {"moe.shared_dim", "moe.shared_gate"}
+  if not model.window and not model.delta.value_heads:
+    names -= {"global_every"}
+  if not model.delta.value_heads:
+    names -= {name for name in names if name.startswith("delta.")} - {"delta.value_heads"}
+  if model.activation is not config_lib.Activation.CLAMPED_SWIGLU:
+    names -= {"activation_limit"}
+  if not model.latent.kv_dim:
+    names -= {"latent.query_dim", "latent.rotary_dim", "latent.value_dim"}
   if model.moe.expert_groups == 1:
-    names -= {"moe.top_groups"}
+    names -= {"moe.top_groups", "moe.group_score"}
   return names
 
 
@@ -211,6 +225,8 @@ def _rope_to_ours(
     attention = rope.get("attention_factor")
     if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
       attention = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+    if family.scores_mscale:
+      scaling["mscale_all_dim"] = float(rope.get("mscale_all_dim") or 0.0)
     scaling["attention_factor"] = float(attention or 0.0)
   return values | {f"rope_scaling.{name}": value for name, value in scaling.items()}
 
@@ -233,6 +249,8 @@ def _rope_to_theirs(family: Family, model: Model) -> dict[str, Any]:
   fields |= {name: getattr(scaling, name) for name in names.get(kind, ())}
   if scaling.attention_factor and kind == "yarn":
     fields["attention_factor"] = scaling.attention_factor
+  if scaling.mscale_all_dim and kind == "yarn":
+    fields["mscale_all_dim"] = scaling.mscale_all_dim
   theirs: dict[str, Any] = {"rope_theta": model.rope_base, "rope_scaling": fields or None}
   new = {"rope_type": "default"} | fields | {"rope_theta": model.rope_base}
   if family.partial_rotary is not None:

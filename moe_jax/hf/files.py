@@ -10,7 +10,8 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -18,8 +19,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from moe_jax import files
+from moe_jax import command_line, files
 from moe_jax.errors import StorageError, UserError, is_storage
+from moe_jax.hf import fp8, mxfp4
+from moe_jax.hf.ranges import Ranges
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -34,7 +37,10 @@ _DTYPES: dict[str, Any] = {
   "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
 }  # fmt: skip
 WRITTEN = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+# Weights that stand in several tensors of few bits: the module that reads them, and bits a number.
+_QUANTIZED = {"MXFP4": (mxfp4, 4.25), "FP8": (fp8, 8)}
 _LARGEST_JSON = 2**26  # bytes
+_SECONDS = 5.0  # between lines of progress
 
 
 class Stored:
@@ -51,12 +57,18 @@ class Stored:
     self.types: dict[str, str] = {}
     self._files: dict[str, pathlib.Path] = {}
     self._open: dict[pathlib.Path, Any] = {}
+    self._starts: dict[pathlib.Path, dict[str, int]] = {}
     self.bytes_read = 0
     for path in self._paths():
       for name in self._handle(path).keys():  # noqa: SIM118 (the handle is no dict)
         part = self._handle(path).get_slice(name)
         self._files[name], self.types[name] = path, part.get_dtype()
         self.shapes[name] = tuple(part.get_shape())
+    for kind, (module, _) in _QUANTIZED.items():
+      for name, shape in module.find(self.shapes, self.types).items():
+        for part in module.PARTS:
+          del self.shapes[name + part]
+        self.shapes[name], self.types[name] = shape, kind
 
   def _paths(self) -> list[pathlib.Path]:
     if (self.folder / SINGLE).is_file():
@@ -85,19 +97,67 @@ class Stored:
 
   def size(self, name: str) -> int:
     """Returns the bytes of a tensor."""
+    if self.types[name] in _QUANTIZED:
+      return int(math.prod(self.shapes[name]) * _QUANTIZED[self.types[name]][1] / 8)
     width = np.dtype(_DTYPES[self.types[name]]).itemsize if self.readable(name) else 1
     return math.prod(self.shapes[name]) * width
 
   def readable(self, name: str) -> bool:
     """Returns whether a tensor is of a type that can be read."""
-    return self.types[name] in _DTYPES
+    return self.types[name] in (*_DTYPES, *_QUANTIZED)
 
-  def read(self, name: str, ranges: tuple[slice, ...]) -> np.ndarray:
-    """Returns a range of a tensor's values, in the file's type."""
+  def read(self, name: str, ranges: Ranges) -> np.ndarray:
+    """Returns a range of a tensor's values, in the file's type; float32 if that has few bits."""
+    if self.types[name] in _QUANTIZED:
+      return _QUANTIZED[self.types[name]][0].read(name, ranges, self._part)
+    return self._part(name, ranges)
+
+  def _part(self, name: str, ranges: Ranges) -> np.ndarray:
+    """Returns a range of a tensor as the file has it; of an FP8 tensor the bytes."""
+    if self.types[name] == "FP8":  # NumPy has no such type, so `safetensors` does not read it
+      path = self._files[name]
+      if path not in self._starts:
+        self._starts[path] = _starts(path)
+      stored = np.memmap(path, np.uint8, "r", self._starts[path][name], self.shapes[name])
+      values = np.array(stored[ranges])
+      self.bytes_read += values.nbytes
+      return values
     part = self._handle(self._files[name]).get_slice(name)
     values = part[ranges] if ranges else part[...]
     self.bytes_read += values.nbytes
     return values
+
+
+def _starts(path: pathlib.Path) -> dict[str, int]:
+  """Returns the byte of a file at which each tensor begins; safe_open has checked the header."""
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+  header.pop("__metadata__", None)
+  return {name: 8 + size + tensor["data_offsets"][0] for name, tensor in header.items()}
+
+
+class Progress:
+  """Says now and then how many bytes are read or written, how fast, and how long it will take."""
+
+  def __init__(self, verb: str, total: int, say: Callable[[str], None] | None):
+    self._verb, self._total, self._say = verb, total, say
+    self._started = self._told = time.monotonic()
+
+  def at(self, done: int) -> None:
+    """To be called after each piece, with the bytes of all pieces so far."""
+    now = time.monotonic()
+    if self._say is None or now - self._told < _SECONDS:
+      return
+    self._told = now
+    rate = done / (now - self._started)
+    left = command_line.clock(max(self._total - done, 0) / rate)
+    self._say(f"{self._verb} {gb(done)} of {gb(self._total)}, {gb(rate)}/s, {left} left")
+
+
+def gb(size: float) -> str:
+  """Formats bytes."""
+  return f"{size / 1e9:.2f} GB"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

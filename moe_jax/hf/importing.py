@@ -7,7 +7,6 @@ its devices hold, and one tensor of the file more.
 import functools
 import pathlib
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,13 +21,13 @@ from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, Dispatch, Loss, Mesh, UserError
 from moe_jax.data import tokenizers
-from moe_jax.hf import families, fields, files, layout
+from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.hf.layout import Tensor
+from moe_jax.hf.ranges import Ranges
 from moe_jax.model import cost, pattern, transformer
 from moe_jax.weights import Weights
 
-_SECONDS = 5.0  # between lines of progress
 _READ, _WRITTEN = 5e8, 3e8  # bytes per second, for the prediction of --dry-run
 
 
@@ -73,7 +72,7 @@ def plan(folder: str, mesh: Mesh) -> Plan:
   config = _config(model, mesh, theirs, path)
   validation.validate(config)
   try:
-    tensors = layout.tensors(model, families.TOP, family.layer, families.LAYER)
+    tensors = layout.tensors(model, parts.TOP, family.layer, parts.LAYER)
   except KeyError as error:
     raise UserError(f"{where}: a {family.model_type} has no {error.args[0]}") from None
   stored = files.Stored(path)
@@ -111,14 +110,15 @@ def _compare(
   extra: list[str] = []
   skipped: list[str] = []
   for name in stored.shapes:
-    if name in wanted or name in tied or re.fullmatch(families.COMPUTED, name):
+    if name in wanted or name in tied or re.fullmatch(parts.COMPUTED, name):
       continue
     (skipped if left_out and re.fullmatch(left_out, name) else extra).append(name)
   wrong = [f"missing: {name}" for name in wanted if name not in stored.shapes]
   wrong += [f"not of this model: {name}" for name in extra]
   for name in wanted.keys() & stored.shapes.keys():
     if stored.shapes[name] != wanted[name].shape:
-      wrong.append(f"of another shape: {layout.describe(wanted[name], stored.shapes[name])}")
+      shapes = f"{list(stored.shapes[name])}, not {list(wanted[name].shape)}"
+      wrong.append(f"of another shape: {name} is {shapes}")
     elif not stored.readable(name):
       wrong.append(f"of a type that is not read: {name} is {stored.types[name]}")
   if wrong:
@@ -147,20 +147,13 @@ def read(
   model = made.config.model
   parameters = layout.by_parameter(made.tensors)
   damaged: set[str] = set()
-  started = told = time.monotonic()
+  told = files.Progress("read", made.bytes_to_read, progress)
 
-  def read_range(name: str, ranges: tuple[slice, ...]) -> np.ndarray:
-    nonlocal told
+  def read_range(name: str, ranges: Ranges) -> np.ndarray:
     values = made.stored.read(name, ranges)
     if not np.isfinite(values).all():
       damaged.add(name)
-    now = time.monotonic()
-    if progress and now - told > _SECONDS:
-      told = now
-      done = made.stored.bytes_read
-      rate = done / (now - started)
-      left = command_line.clock(max(made.bytes_to_read - done, 0) / rate)
-      progress(f"read {_gb(done)} of {_gb(made.bytes_to_read)}, {_gb(rate)}/s, {left} left")
+    told.at(made.stored.bytes_read)
     return values
 
   def array(path: layout.Path, shape: tuple[int, ...], where: jax.sharding.Sharding) -> jax.Array:
@@ -170,7 +163,7 @@ def read(
       ranges = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), shape, strict=True))
       key = tuple((r.start, r.stop) for r in ranges)
       if key not in shards:
-        pieces = layout.pieces(path, shape, ranges, parameters[path], read_range)
+        pieces = layout.pieces(path, ranges, parameters[path], read_range)
         shards[key] = _fill(tuple(r.stop - r.start for r in ranges), pieces, device)
       found.append(jax.device_put(shards[key], device))
     return jax.make_array_from_single_device_arrays(shape, where, found)
@@ -246,16 +239,12 @@ def report(made: Plan) -> str:
   seconds = made.bytes_to_read / _READ + 4 * counts.total / _WRITTEN
   lines = [
     f"family             {made.family.model_type}, {len(made.tensors)} tensors in "
-    f"{_gb(made.bytes_to_read)} of files, the largest {_gb(made.largest)}",
+    f"{files.gb(made.bytes_to_read)} of files, the largest {files.gb(made.largest)}",
     f"parameters         {cost.si(counts.total)} total, {cost.si(counts.active)} active per token",
-    f"memory             {_gb(held)} on each of {devices} device(s), in float32; on the host "
-    f"{_gb(1.5 * made.largest)} beside it",
-    f"disk               {_gb(4 * counts.total)} for the checkpoint",
-    f"time               about {command_line.clock(seconds)}, reading {_gb(_READ)}/s and writing "
-    f"{_gb(_WRITTEN)}/s",
+    f"memory             {files.gb(held)} on each of {devices} device(s), in float32; on the host "
+    f"{files.gb(1.5 * made.largest)} beside it",
+    f"disk               {files.gb(4 * counts.total)} for the checkpoint",
+    f"time               about {command_line.clock(seconds)}, reading {files.gb(_READ)}/s "
+    f"and writing {files.gb(_WRITTEN)}/s",
   ]
   return "\n".join(lines + made.notes)
-
-
-def _gb(size: float) -> str:
-  return f"{size / 1e9:.2f} GB"

@@ -9,20 +9,19 @@ same row serves both directions.
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.config import Model
+from moe_jax.hf.ranges import Ranges, Read
 from moe_jax.model import cost
 from moe_jax.model.pattern import bias_shape, layer_places, moe_layers
 
 BIAS = ("bias_ZE",)  # the path of the balancing bias, which stands beside the parameters
 
 Path = tuple[str, ...]  # of a parameter in the Transformer, layers stacked on Z: cost.parameters
-# Their tensor's name, and a range of each of its dimensions -> the values.
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
 class Row(NamedTuple):
@@ -124,19 +123,21 @@ def tensors(
     KeyError: a parameter of the model stands in no row; its path.
   """
   shapes = {path: shape.shape for path, shape in cost.parameters(model).items()}
-  if moe_layers(model):
-    shapes[BIAS] = bias_shape(model)
-  found = [t for row in top for t in _of_row(row, row.theirs, {}, (), shapes)]
   with_experts = moe_layers(model)
+  if with_experts:
+    shapes[BIAS] = bias_shape(model)
+  everything = {".".join(path): (path, ()) for path in shapes}
+  found = [tensor for row in top for tensor in _of_row(row, row.theirs, everything, shapes)]
   for number, (where, place) in enumerate(layer_places(model)):
-    index = (place,)
-    bias = {"bias_ZE": (BIAS, (with_experts.index(number),))} if number in with_experts else {}
-    below: dict[str, tuple[Path, tuple[int, ...]]] = bias | {
-      ".".join(path[len(where) :]): (path, index) for path in shapes if path[: len(where)] == where
+    below: dict[str, tuple[Path, tuple[int, ...]]] = {
+      ".".join(path[len(where) :]): (path, (place,))
+      for path in shapes
+      if path[: len(where)] == where
     }
+    if number in with_experts:
+      below["bias_ZE"] = BIAS, (with_experts.index(number),)
     for row in layer:
-      name = prefix.format(layer=number) + row.theirs
-      found += _of_row(row, name, below, index, shapes)
+      found += _of_row(row, prefix.format(layer=number) + row.theirs, below, shapes)
   placed = {part.path for tensor in found for part in tensor.parts}
   for path in shapes:
     if path not in placed and path != BIAS:
@@ -148,15 +149,14 @@ def _of_row(
   row: Row,
   name: str,
   below: Mapping[str, tuple[Path, tuple[int, ...]]],
-  index: tuple[int, ...],
   shapes: Mapping[Path, tuple[int, ...]],
 ) -> list[Tensor]:
-  """Returns the tensors of a row: none where the model lacks the parameter, E of {expert}."""
+  """Returns the tensors of a row: none where the model lacks the parameter, E of {expert}.
+
+  `below` is {a row's name of ours: (the parameter, its place)}.
+  """
   ours = row.ours.split(",")
-  if index:
-    places = [below[o] for o in ours if o in below]
-  else:
-    places = [(path, ()) for o in ours if (path := tuple(o.split("."))) in shapes]
+  places = [below[name_] for name_ in ours if name_ in below]
   if not places:
     return []
   shape = shapes[places[0][0]]
@@ -176,18 +176,9 @@ def _of_row(
   ]
 
 
-def leaf_slices(path: Path, shape: tuple[int, ...], index: tuple[slice, ...]) -> dict[str, slice]:
-  """Returns the range of each letter of a parameter, with Z for the layers where it is stacked."""
-  letters = path[-1].rsplit("_", 1)[-1]
-  letters = "Z" * (len(shape) - len(letters)) + letters
-  ranges = (slice(*i.indices(size)[:2]) for i, size in zip(index, shape, strict=True))
-  return dict(zip(letters, ranges, strict=True))
-
-
 def pieces(
   path: Path,
-  shape: tuple[int, ...],
-  index: tuple[slice, ...],
+  index: Ranges,
   parts: Mapping[tuple[int, ...], tuple[Tensor, Part]],
   read: Read,
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
@@ -197,12 +188,13 @@ def pieces(
 
   Args:
     path: of the parameter.
-    shape: of the whole parameter.
-    index: of the part, as a sharding gives it to a device.
+    index: of the part: a range of each dimension of the stacked parameter.
     parts: {Part.place: where it stands} of this parameter.
     read: reads a range of their tensor.
   """
-  ranges = leaf_slices(path, shape, index)
+  letters = path[-1].rsplit("_", 1)[-1]
+  letters = "Z" * (len(index) - len(letters)) + letters
+  ranges = dict(zip(letters, index, strict=True))
   depth = len(next(iter(parts)))
   outer = list(ranges)[:depth]
   inner = {letter: r for letter, r in ranges.items() if letter not in outer}
@@ -221,8 +213,3 @@ def by_parameter(
     for part in tensor.parts:
       parameters.setdefault(part.path, {})[part.place] = (tensor, part)
   return parameters
-
-
-def describe(tensor: Tensor, shape: Any) -> str:
-  """Says what is wrong with the shape of a tensor, "w.weight is [3, 4], not [4, 4]"."""
-  return f"{tensor.name} is {list(shape)}, not {list(tensor.shape)}"

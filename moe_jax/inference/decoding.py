@@ -19,8 +19,9 @@ from moe_jax.kernels import cache as kv_cache
 from moe_jax.kernels import packing
 from moe_jax.kernels.attention import segment_attention
 from moe_jax.kernels.cache import KeysValues
+from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight
-from moe_jax.model import pattern, transformer
+from moe_jax.model import delta, pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.model.transformer import LayerWeights, Tokens
 from moe_jax.moe.counts import Choices
@@ -36,11 +37,14 @@ class Weights(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far; the newest tokens of all rows share a slot."""
+  """Keys and values of the tokens so far; the newest tokens of all rows share a slot.
 
-  layers: tuple[KeysValues, ...]
-  start_B: jax.Array  # int32, the first slot of each row in use; slots before it are padding
-  length: jax.Array  # int32 [], slots in use
+  A layer with a window keeps the tokens of the window alone, a layer of the delta rule its state.
+  """
+
+  layers: tuple[KeysValues | DeltaState, ...]
+  start_B: jax.Array  # int32, the first token of each row; those before it are padding
+  length: jax.Array  # int32 [], tokens so far
 
 
 class Decoded(NamedTuple):
@@ -49,6 +53,7 @@ class Decoded(NamedTuple):
   logits_BLV: jax.Array  # float32; L = 1 without all_logits
   cache: Cache  # with the tokens added
   choices: list[Choices]  # one for each MoE layer; empty without `trace`
+  stream: list[jax.Array]  # x_BLD of the embedding, then after each layer; empty without `trace`
 
 
 def for_inference(model: config_lib.Model) -> config_lib.Model:
@@ -92,13 +97,13 @@ def unstacked(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weigh
   decoder = transformer.merge(model, params)
   layers: list[LayerWeights] = []
   moe_layers = 0
-  for stack, (repeats, _) in zip(decoder.scans, pattern.layer_pattern(model), strict=True):
+  for stack, (repeats, unit) in zip(decoder.scans, pattern.layer_pattern(model), strict=True):
     graph, stacked = nnx.split(stack)
     for number in range(repeats):
       period = nnx.merge(graph, jax.tree.map(lambda w, number=number: w[number], stacked))
-      for block in period.blocks:
-        layers.append(block.weights(dtype, bias_ZE[min(moe_layers, len(bias_ZE) - 1)]))
-        moe_layers += not isinstance(layers[-1].ffn, FFNWeights)
+      for kind, block in zip(unit, period.blocks, strict=True):
+        layers.append(block.weights(dtype, bias_ZE[moe_layers] if kind.is_moe else None))
+        moe_layers += kind.is_moe
   embed_VD = decoder.embed_VD[...].astype(dtype)
   head_DV = embed_VD.T if model.tied_head else decoder.head_DV[...].astype(dtype)
   return Weights(
@@ -115,11 +120,7 @@ def _packed(weights: Weights) -> Weights:
 
 
 def _packed_layer(layer: LayerWeights) -> LayerWeights:
-  attention, ffn = layer.attention, layer.ffn
-  attention = attention._replace(
-    q_DHA=packing.matrix(attention.q_DHA), k_DGA=packing.matrix(attention.k_DGA),
-    v_DGA=packing.matrix(attention.v_DGA), out_HAD=packing.matrix(attention.out_HAD, inner=2),
-  )  # fmt: skip
+  attention, ffn = layer.attention.packed(packing.matrix), layer.ffn
   if isinstance(ffn, FFNWeights):
     return layer._replace(attention=attention, ffn=_packed_ffn(ffn))
   moe = ffn.moe._replace(experts=packing.experts(ffn.moe.experts))
@@ -128,7 +129,8 @@ def _packed_layer(layer: LayerWeights) -> LayerWeights:
 
 
 def _packed_ffn(ffn: FFNWeights) -> FFNWeights:
-  return FFNWeights(*(packing.matrix(w) for w in ffn))
+  gate_DF = packing.matrix(ffn.gate_DF) if ffn.gate_DF is not None else None
+  return FFNWeights(gate_DF, packing.matrix(ffn.up_DF), packing.matrix(ffn.down_FD))
 
 
 def empty_cache(model: config_lib.Model, start_B: jax.Array, slots: int) -> Cache:
@@ -136,9 +138,16 @@ def empty_cache(model: config_lib.Model, start_B: jax.Array, slots: int) -> Cach
 
   start_B, int32, is the number of padding tokens at the start of each row.
   """
-  B, G, A = start_B.shape[0], model.num_kv_heads, model.head_dim
-  dtype = jnp.dtype(model.compute_dtype.value)
-  layers = tuple(kv_cache.empty(B, G, slots, A, dtype) for _ in range(model.num_layers))
+  B, G, A, latent = start_B.shape[0], model.num_kv_heads, model.head_dim, model.latent
+  if latent.kv_dim:
+    G, A = 1, latent.kv_dim + latent.rotary_dim
+  dtype, values = jnp.dtype(model.compute_dtype.value), not latent.kv_dim
+  layers = tuple(
+    delta.empty_state(model, B)
+    if kind.delta
+    else kv_cache.empty(B, G, min(slots, kind.window or slots), A, dtype, values=values)
+    for kind in pattern.layer_kinds(model)
+  )
   return Cache(layers, start_B, jnp.zeros((), jnp.int32))
 
 
@@ -159,7 +168,7 @@ def forward_with_cache(
     cache: an empty one for L > 1 tokens (prefill); one of any length for one token (decode).
     tokens_BL: int32; tokens before a row's start are not read.
     all_logits: whether to return the logits of every token, or only of the last.
-    trace: whether to return the experts of each token in each MoE layer too.
+    trace: whether to return the experts of each token in each MoE layer, and the residual stream.
   """
   L = tokens_BL.shape[1]
   slot_L = cache.length + jnp.arange(L)
@@ -170,26 +179,43 @@ def forward_with_cache(
   )
   x_BLD = transformer.embed(weights.embed_VD, tokens_BL, model)
   key = jax.random.key(0)  # not used: validate_generation refuses routers with noise in evaluation
-  layers: list[KeysValues] = []
+  layers: list[KeysValues | DeltaState] = []
   choices: list[Choices] = []
-  for layer, layer_cache in zip(weights.layers, cache.layers, strict=True):
+  stream = [x_BLD]
+  kinds = pattern.layer_kinds(model)
+  for kind, layer, layer_cache in zip(kinds, weights.layers, cache.layers, strict=True):
 
     def attend(
-      q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, old: KeysValues = layer_cache
-    ) -> tuple[jax.Array, KeysValues]:
-      new = kv_cache.insert(old, k_BLGA, v_BLGA, cache.length)
+      q: jax.Array, k: jax.Array, v: jax.Array | None, window: int, sinks_H: jax.Array | None,
+      stored: Any = None, old: Any = layer_cache,
+    ) -> tuple[jax.Array, KeysValues]:  # fmt: skip
+      keys, values = stored or (k, v)
+      new = kv_cache.insert(old, keys, values, cache.length)
       if L == 1:
-        return kv_cache.attend_to_cache(q_BLHA, new, cache.start_B, cache.length), new
-      y_BLHA = segment_attention(q_BLHA, k_BLGA, v_BLGA, tokens.segments_BL, model.attention)
+        y_BLHA = kv_cache.attend_to_cache(q, new, cache.start_B, cache.length, window, sinks_H)
+      else:
+        kernel = model.attention
+        y_BLHA = segment_attention(q, k, v, tokens.segments_BL, kernel, window, sinks_H)
       return y_BLHA, new
 
     out = transformer.decoder_layer(
-      x_BLD, layer, tokens, attend, model, key, train=False, trace=trace
-    )
+      x_BLD, layer, tokens, layer_cache if isinstance(layer_cache, DeltaState) else attend, model,
+      key, window=kind.window, train=False, trace=trace,
+    )  # fmt: skip
     x_BLD = out.x_BLD
     layers.append(out.cache)
     choices += [out.choices] if out.choices is not None else []
+    stream.append(x_BLD)
   if not all_logits:
     x_BLD = x_BLD[:, -1:]
   logits_BLV = transformer.next_token_logits(x_BLD, weights.final_norm_D, weights.head_DV, model)
-  return Decoded(logits_BLV, Cache(tuple(layers), cache.start_B, cache.length + L), choices)
+  cache = Cache(tuple(layers), cache.start_B, cache.length + L)
+  return Decoded(logits_BLV, cache, choices, stream if trace else [])
+
+
+def logits_of_rows(
+  weights: Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: config_lib.Model
+) -> jax.Array:
+  """Returns float32 logits_BLV after every token of rows that begin at the slots start_B."""
+  cache = empty_cache(model, start_B, tokens_BL.shape[1])
+  return forward_with_cache(weights, model, cache, tokens_BL, all_logits=True).logits_BLV

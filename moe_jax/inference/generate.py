@@ -33,10 +33,13 @@ _CHUNK = 32  # the most tokens of a row that the device draws before it returns 
 _CHUNK_SECONDS = 0.1  # the time of a chunk that `stream` aims at
 
 
+Prompt = str | Sequence[int]  # a text, which begins a document; or ids, which are taken as they are
+
+
 class Completion(NamedTuple):
   """The continuation of one prompt."""
 
-  prompt: str
+  prompt: Prompt
   text: str  # the text after the prompt
   tokens: list[int]  # of the text
   finished: bool  # the model ended the document before max_new_tokens
@@ -65,7 +68,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   step, stored = weights_lib.read(path, step, model, mesh)
   with jax.set_mesh(mesh):
     weights = decoding.weights(model, *stored)
-  return TextGenerator(model, weights, mesh, tokenizer, step)
+  return TextGenerator(model, weights, mesh, tokenizer, step, workdir_lib.read_ends(path))
 
 
 class TextGenerator:
@@ -81,14 +84,19 @@ class TextGenerator:
     mesh: jax.sharding.Mesh,
     tokenizer: tokenizers.Tokenizer,
     step: int = 0,
+    ends: Sequence[int] = (),
   ):
-    """Keeps the results of `decoding.for_inference` and, on `mesh`, of `decoding.weights`."""
+    """Keeps the results of `decoding.for_inference` and, on `mesh`, of `decoding.weights`.
+
+    `ends` are ids that end a document, beside the tokenizer's separator.
+    """
     self.model, self.tokenizer, self.step = model, tokenizer, step
     self.weights, self.mesh = weights, mesh
-    self._rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    self._all_logits = jax.jit(functools.partial(_all_logits, model=model))
+    self.rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    self._all_logits = jax.jit(functools.partial(decoding.logits_of_rows, model=model))
     num_ids = min(tokenizer.vocab_size, model.vocab_size)
-    options: dict[str, Any] = dict(model=model, num_ids=num_ids, end=tokenizer.separator)
+    self._ends = (tokenizer.separator, *(i for i in ends if i != tokenizer.separator))
+    options: dict[str, Any] = dict(model=model, num_ids=num_ids, ends=self._ends)
     self._prefill = jax.jit(
       functools.partial(_prefill, **options), static_argnames=("slots", "kind")
     )
@@ -114,16 +122,16 @@ class TextGenerator:
     if ids_BL.min() < 0 or ids_BL.max() >= self.model.vocab_size:
       raise UserError(f"a token of {ids_BL.max()}: ids are from 0 to {self.model.vocab_size - 1}")
     rows = np.atleast_2d(ids_BL)
-    sizes = padding.sizes(len(rows), rows.shape[1], self._rows)
+    sizes = padding.sizes(len(rows), rows.shape[1], self.rows)
     what = f"{len(rows):,} rows of {rows.shape[1]:,} tokens"
     self._memory.check(what, self._all_logits, self.weights, sizes, (np.int32, np.int32))
-    tokens_BL, start_B = padding.padded(list(rows), self._rows)
+    tokens_BL, start_B = padding.padded(list(rows), self.rows)
     with jax.set_mesh(self.mesh):
       logits = sharding.whole(self._all_logits(self.weights, *self._put(tokens_BL, start_B)))
     logits = logits[: len(rows), -rows.shape[1] :]
     return logits if ids_BL.ndim == 2 else logits[0]
 
-  def generate(self, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
+  def generate(self, prompts: str | Sequence[Prompt], **options: Any) -> list[Completion]:
     """Returns `num_samples` continuations of each prompt; the options are those of `stream`."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     samples = options.get("num_samples", 1)
@@ -133,16 +141,16 @@ class TextGenerator:
         ids.extend(new)
     return [self.completion(prompts[i // samples], ids) for i, ids in enumerate(rows)]
 
-  def completion(self, prompt: str, ids: list[int]) -> Completion:
-    """Decodes the ids drawn after a prompt, without the separator at their end."""
-    finished = bool(ids) and ids[-1] == self.tokenizer.separator
+  def completion(self, prompt: Prompt, ids: list[int]) -> Completion:
+    """Decodes the ids drawn after a prompt, without the one that ends the document."""
+    finished = bool(ids) and ids[-1] in self._ends
     ids = ids[:-1] if finished else ids
     text = self.tokenizer.decode(ids)
     return Completion(prompt=prompt, text=text, tokens=ids, finished=finished)
 
   def stream(
     self,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -153,10 +161,10 @@ class TextGenerator:
   ) -> Iterator[list[list[int]]]:
     """Yields the new ids of every row, chunk by chunk.
 
-    The last id of a finished row is the tokenizer's separator.
+    The last id of a finished row is one that ends a document.
 
     Args:
-      prompts: texts of any lengths; rows are the samples of prompt 0, then those of prompt 1, ...
+      prompts: of any lengths; rows are the samples of prompt 0, then those of prompt 1, ...
       max_new_tokens: the most tokens that each row gets.
       temperature: of the softmax that tokens are drawn from; 0 takes the most probable token.
       top_k: how many of the most probable tokens can be drawn; 0 for all.
@@ -172,11 +180,9 @@ class TextGenerator:
     })  # fmt: skip
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
     seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
-    encoded = [
-      np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(p)]) for p in prompts
-    ]
+    encoded = [self._ids(prompt) for prompt in prompts]
     longest, count = max(map(len, encoded)), len(encoded) * num_samples
-    B, L = padding.sizes(count, longest, self._rows)
+    B, L = padding.sizes(count, longest, self.rows)
     slots = -(-(L + max_new_tokens) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     what = f"{count:,} prompts of up to {longest:,} tokens and {max_new_tokens:,} new ones"
     arrays = (np.int32, np.int32, np.bool_)  # as below
@@ -184,7 +190,7 @@ class TextGenerator:
       what, self._prefill, self.weights, (B, L), arrays, seed_of_draws, draw, kind=kind, slots=slots
     )
     rows = [ids for ids in encoded for _ in range(num_samples)]
-    padded_BL, first_B = padding.padded(rows, self._rows)
+    padded_BL, first_B = padding.padded(rows, self.rows)
     done = np.arange(B) >= len(rows)
     with jax.set_mesh(self.mesh), memory.one_line(what):
       start = time.perf_counter()
@@ -214,6 +220,14 @@ class TextGenerator:
         if jax.process_count() == 1:  # of several, each has another clock
           steps = min(steps, max(int(_CHUNK_SECONDS / seconds * int(columns)), 1))
 
+  def _ids(self, prompt: Prompt) -> np.ndarray:
+    if isinstance(prompt, str):
+      return np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(prompt)])
+    ids = np.asarray(prompt, np.int64)
+    if not ids.size or ids.min() < 0 or ids.max() >= self.model.vocab_size:
+      raise UserError(f"a prompt of ids: give some, from 0 to {self.model.vocab_size - 1}")
+    return ids
+
   def speed(self) -> str:
     """Describes the speed of the last generation; a first generation includes compilation."""
     rates = (
@@ -226,23 +240,15 @@ class TextGenerator:
   def _new(
     self, out_BN: np.ndarray, finished: np.ndarray, columns: int, rows: int
   ) -> list[list[int]]:
-    """Returns each row's ids of a chunk up to its separator; a finished row has none."""
+    """Returns each row's ids of a chunk up to one that ends it; a finished row has none."""
     new = []
     for ids, done in zip(out_BN[:rows, :columns].tolist(), finished, strict=False):
-      if self.tokenizer.separator in ids:
-        ids = ids[: ids.index(self.tokenizer.separator) + 1]
-      new.append([] if done else ids)
+      last = next((place for place, i in enumerate(ids) if i in self._ends), len(ids))
+      new.append([] if done else ids[: last + 1])
     return new
 
   def _put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
     return sharding.place(arrays, self.mesh)
-
-
-def _all_logits(
-  weights: Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: config_lib.Model
-) -> jax.Array:
-  cache = decoding.empty_cache(model, start_B, tokens_BL.shape[1])
-  return decoding.forward_with_cache(weights, model, cache, tokens_BL, all_logits=True).logits_BLV
 
 
 def _prefill(
@@ -255,7 +261,7 @@ def _prefill(
   *,
   model: config_lib.Model,
   num_ids: int,
-  end: int,
+  ends: tuple[int, ...],
   slots: int,
   kind: sampling.Kind,
 ) -> tuple[decoding.Cache, jax.Array, jax.Array]:
@@ -263,7 +269,7 @@ def _prefill(
   cache = decoding.empty_cache(model, start_B, slots)
   out = decoding.forward_with_cache(weights, model, cache, tokens_BL, all_logits=False)
   token_B = sampling.sample(out.logits_BLV[:, 0], seed, 0, draw, kind, num_ids)
-  return out.cache, token_B, done_B | (token_B == end)
+  return out.cache, token_B, done_B | jnp.isin(token_B, jnp.array(ends))
 
 
 def _decode(
@@ -278,7 +284,7 @@ def _decode(
   *,
   model: config_lib.Model,
   num_ids: int,
-  end: int,
+  ends: tuple[int, ...],
   kind: sampling.Kind,
 ) -> tuple[decoding.Cache, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Draws up to `steps` more tokens of each row, of which `length` are drawn already.
@@ -286,7 +292,7 @@ def _decode(
   Returns:
     The cache, the last token_B, done_B, out_BN, and the number of its columns that were drawn.
   """
-  out_BN = jnp.full((token_B.shape[0], _CHUNK), end, jnp.int32)
+  out_BN = jnp.full((token_B.shape[0], _CHUNK), ends[0], jnp.int32)
   never = jnp.iinfo(jnp.int32).max // 2
 
   def unfinished(carry: Any) -> jax.Array:
@@ -299,9 +305,9 @@ def _decode(
     cache = cache._replace(start_B=jnp.where(done_B, never, cache.start_B))
     out = decoding.forward_with_cache(weights, model, cache, token_B[:, None], all_logits=False)
     next_B = sampling.sample(out.logits_BLV[:, 0], seed, length + number, draw, kind, num_ids)
-    token_B = jnp.where(done_B, end, next_B)
+    token_B = jnp.where(done_B, ends[0], next_B)
     out_BN = jax.lax.dynamic_update_slice(out_BN, token_B[:, None], (0, number))
-    return number + 1, out.cache, token_B, done_B | (token_B == end), out_BN
+    return number + 1, out.cache, token_B, done_B | jnp.isin(token_B, jnp.array(ends)), out_BN
 
   carry = (jnp.zeros((), jnp.int32), cache, token_B, done_B, out_BN)
   number, cache, token_B, done_B, out_BN = jax.lax.while_loop(unfinished, step, carry)

@@ -1,12 +1,48 @@
 """The nonlinearity of a feed-forward or an expert, which every kernel takes as an argument."""
 
+import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-Activation = Callable[[jax.Array, jax.Array], jax.Array]  # (gate, up) -> h, all of one shape
+from moe_jax import config as config_lib
+
+# (gate, up) -> h, or (up,) -> h of a feed-forward without a gate matrix; all of one shape.
+Activation = Callable[..., jax.Array]
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
   """Returns silu(gate) * up, elementwise (SwiGLU, 2002.05202)."""
   return jax.nn.silu(gate) * up
+
+
+def clamped(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+  """Returns (up + 1) * gate * sigmoid(1.702 gate), with gate and up clamped (gpt-oss)."""
+  gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+  return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """Returns gelu(gate) * up, elementwise (GEGLU, 2002.05202)."""
+  return jax.nn.gelu(gate) * up
+
+
+def relu_squared(up: jax.Array) -> jax.Array:
+  """Returns max(up, 0)^2, elementwise (2109.08668)."""
+  return jnp.square(jax.nn.relu(up))
+
+
+def of(model: config_lib.Model) -> Activation:
+  """Returns the activation of a model."""
+  return _named(model.activation, model.activation_limit)
+
+
+@functools.cache  # one object for one function, so that what was compiled with it is found again
+def _named(name: config_lib.Activation, limit: float) -> Activation:
+  kinds = config_lib.Activation
+  functions: dict[config_lib.Activation, Activation] = {
+    kinds.SWIGLU: gated, kinds.CLAMPED_SWIGLU: functools.partial(clamped, limit=limit),
+    kinds.GEGLU: geglu, kinds.RELU_SQUARED: relu_squared, kinds.GELU: jax.nn.gelu,
+  }  # fmt: skip
+  return functions[name]

@@ -15,39 +15,51 @@ import jax.numpy as jnp
 from moe_jax.config import Attention
 from moe_jax.kernels import attention_blocks, attention_cudnn, attention_splash, platform
 
-AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+AttentionFunction = Callable[..., jax.Array]  # the arguments are those of `reference`
 Shape = tuple[int, ...]
 
 
 def segment_attention(
   q_BLHA: jax.Array,
   k_BLGA: jax.Array,
-  v_BLGA: jax.Array,
+  v_BLGX: jax.Array | None,
   segments_BL: jax.Array,
   kernel: Attention,
+  window: int = 0,
+  sinks_H: jax.Array | None = None,
 ) -> jax.Array:
   """Computes `reference` with `kernel`, or with that of `choose` if `kernel` refuses the sizes.
 
-  The arguments are those of `reference`, of the whole mesh. `auto` also takes that of `choose`.
+  The arguments are those of `reference`, of the whole mesh; without v_BLGX the keys are the values.
+  `auto` also takes the kernel of `choose`.
   """
-  shapes = (q_BLHA.shape, k_BLGA.shape, q_BLHA.dtype)
-  if kernel is Attention.AUTO or ATTENTION_KERNELS[kernel].refuses(*shapes):
-    kernel, _ = choose(platform.name(), *shapes)
-  return ATTENTION_KERNELS[kernel].function(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+  v_BLGX = k_BLGA if v_BLGX is None else v_BLGX
+  case = (q_BLHA.shape, k_BLGA.shape, q_BLHA.dtype, window, sinks_H is not None)
+  if kernel is Attention.AUTO or ATTENTION_KERNELS[kernel].refuses(*case):
+    kernel, _ = choose(platform.name(), *case)
+  function = ATTENTION_KERNELS[kernel].function
+  return function(q_BLHA, k_BLGA, v_BLGX, segments_BL, window, sinks_H)
 
 
 def reference(
-  q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, segments_BL: jax.Array
+  q_BLHA: jax.Array,
+  k_BLGA: jax.Array,
+  v_BLGX: jax.Array,
+  segments_BL: jax.Array,
+  window: int = 0,
+  sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns y_BLHA, in which query l attends to the keys of its own document up to position l.
+  """Returns y_BLHX, in which query l attends to the keys of its own document up to position l.
 
-  Scores are scaled by A^-0.5; scores and softmax are float32; the result has the dtype of v_BLGA.
+  Scores are scaled by A^-0.5; scores and softmax are float32; the result has the dtype of v_BLGX.
 
   Args:
     q_BLHA: queries; each group of H/G consecutive heads shares a key/value head.
     k_BLGA: keys.
-    v_BLGA: values.
+    v_BLGX: values, of the width of keys or less.
     segments_BL: int32, the document of each token, 1 to L; 0 is padding, which attends to padding.
+    window: how many tokens a query attends to at most, itself the last; 0 is no limit.
+    sinks_H: float32, a logit of each head that joins its softmax and has no value; None for none.
   """
   B, L, H, A = q_BLHA.shape
   G = k_BLGA.shape[2]
@@ -56,13 +68,20 @@ def reference(
     "BLGRA,BSGA->BGRLS", q_BLGRA, k_BLGA, preferred_element_type=jnp.float32
   )
   same_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
-  visible_BLS = same_BLS & jnp.tril(jnp.ones((L, L), bool))[None]
+  index_L = jnp.arange(L)
+  before_LS = index_L[:, None] - index_L[None]
+  near_LS = (before_LS >= 0) & (before_LS < (window or L))
+  visible_BLS = same_BLS & near_LS[None]
   scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS * A**-0.5, -jnp.inf)
-  weights_BGRLS = jax.nn.softmax(scores_BGRLS).astype(v_BLGA.dtype)
-  y_BLGRA = jnp.einsum(
-    "BGRLS,BSGA->BLGRA", weights_BGRLS, v_BLGA, preferred_element_type=jnp.float32
+  if sinks_H is not None:
+    sinks = sinks_H.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+    sinks_BGRL1 = jnp.broadcast_to(sinks, (*scores_BGRLS.shape[:4], 1))
+    scores_BGRLS = jnp.concatenate([scores_BGRLS, sinks_BGRL1], axis=-1)
+  weights_BGRLS = jax.nn.softmax(scores_BGRLS)[..., :L].astype(v_BLGX.dtype)
+  y_BLGRX = jnp.einsum(
+    "BGRLS,BSGX->BLGRX", weights_BGRLS, v_BLGX, preferred_element_type=jnp.float32
   )
-  return y_BLGRA.astype(v_BLGA.dtype).reshape(B, L, H, A)
+  return y_BLGRX.astype(v_BLGX.dtype).reshape(B, L, H, -1)
 
 
 class AttentionKernel(NamedTuple):
@@ -70,9 +89,18 @@ class AttentionKernel(NamedTuple):
 
   function: AttentionFunction
   # (shape of q_BLHA, shape of k_BLGA, dtype) -> why the kernel cannot take them; "" if it can
-  refuses: Callable[[Shape, Shape, jnp.dtype], str]
+  refuses_sizes: Callable[[Shape, Shape, jnp.dtype], str]
   platforms: tuple[str, ...]  # where the kernel runs
   tried_on: tuple[str, ...]  # where `auto` considers it
+  takes_sinks: bool
+
+  def refuses(
+    self, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype, window: int = 0, sinks: bool = False
+  ) -> str:
+    """Returns why the kernel cannot compute such attention, or ""; every kernel takes windows."""
+    if sinks and not self.takes_sinks:
+      return "sinks: it has no softmax with a logit more"
+    return self.refuses_sizes(q_shape, k_shape, dtype)
 
 
 def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
@@ -80,21 +108,28 @@ def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
 
 
 ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
-  Attention.REFERENCE: AttentionKernel(reference, _takes_all, ("cpu", "gpu", "tpu"), ()),
+  Attention.REFERENCE: AttentionKernel(
+    reference, _takes_all, ("cpu", "gpu", "tpu"), (), takes_sinks=True
+  ),
   Attention.BLOCKS: AttentionKernel(
-    attention_blocks.attend, _takes_all, ("cpu", "gpu", "tpu"), ("cpu",)
+    attention_blocks.attend, _takes_all, ("cpu", "gpu", "tpu"), ("cpu",), takes_sinks=True
   ),
   Attention.CUDNN: AttentionKernel(
-    attention_cudnn.attend, attention_cudnn.refuses, ("gpu",), ("gpu",)
+    attention_cudnn.attend, attention_cudnn.refuses, ("gpu",), ("gpu",), takes_sinks=False
   ),
   Attention.SPLASH: AttentionKernel(
-    attention_splash.attend, attention_splash.refuses, ("tpu",), ("tpu",)
+    attention_splash.attend, attention_splash.refuses, ("tpu",), ("tpu",), takes_sinks=False
   ),
 }
 
 
 def choose(
-  platform: str, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype
+  platform: str,
+  q_shape: Shape,
+  k_shape: Shape,
+  dtype: jnp.dtype,
+  window: int = 0,
+  sinks: bool = False,
 ) -> tuple[Attention, str]:
   """Returns the kernel that `auto` stands for, and a line that names the kernel and the reason.
 
@@ -105,11 +140,14 @@ def choose(
     q_shape: of q_BLHA, of the whole mesh.
     k_shape: of k_BLGA, of the whole mesh.
     dtype: of q_BLHA and k_BLGA.
+    window: of `reference`.
+    sinks: whether there are sinks_H.
   """
   candidates = [name for name, kernel in ATTENTION_KERNELS.items() if platform in kernel.tried_on]
   if not candidates:
     return Attention.REFERENCE, f"reference, because no kernel is made for {platform}"
-  reasons = {name: ATTENTION_KERNELS[name].refuses(q_shape, k_shape, dtype) for name in candidates}
+  case = (q_shape, k_shape, dtype, window, sinks)
+  reasons = {name: ATTENTION_KERNELS[name].refuses(*case) for name in candidates}
   for name, reason in reasons.items():
     if not reason:
       return name, name.value

@@ -11,43 +11,60 @@ from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 
 
 def attend(
-  q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array, segments_BL: jax.Array
+  q_BLHA: jax.Array,
+  k_BLGA: jax.Array,
+  v_BLGX: jax.Array,
+  segments_BL: jax.Array,
+  window: int = 0,
+  sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns y_BLHA; the arguments are those of attention.reference.
+  """Returns y_BLHX; the arguments are those of attention.reference.
 
-  Queries are cut into up to 8 blocks, and each block meets only the keys up to its own end. That is
-  about half the work and memory of all queries with all keys.
+  Queries are cut into up to 8 blocks, and each block meets only the keys up to its own end, from
+  the first that the window of its first query holds. That is about half the work and memory of all
+  queries with all keys, and less with a window.
   """
   B, L, H, A = q_BLHA.shape
   G = k_BLGA.shape[2]
   q_BGRLA = q_BLHA.reshape(B, L, G, H // G, A).transpose(0, 2, 3, 1, 4) * A**-0.5
-  k_BGSA, v_BGSA = k_BLGA.swapaxes(1, 2), v_BLGA.swapaxes(1, 2)
+  k_BGSA, v_BGSX = k_BLGA.swapaxes(1, 2), v_BLGX.swapaxes(1, 2)
   blocks = max(n for n in range(1, 9) if L % n == 0 and (n == 1 or L // n >= 32))
   out = []
   for end in range(L // blocks, L + 1, L // blocks):
-    rows, keys = slice(end - L // blocks, end), slice(0, end)
+    rows = slice(end - L // blocks, end)
+    keys = slice(max(rows.start - window + 1, 0) if window else 0, end)
     scores_BGRLS = jnp.einsum(
       "BGRLA,BGSA->BGRLS", q_BGRLA[:, :, :, rows], k_BGSA[:, :, keys],
       preferred_element_type=jnp.float32,
     )  # fmt: skip
-    visible_BLS = _visible(segments_BL, rows, keys)
+    visible_BLS = _visible(segments_BL, rows, keys, window)
     scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, -jnp.inf)
-    highest = jax.lax.stop_gradient(jnp.max(scores_BGRLS, axis=-1, keepdims=True))
+    highest = jnp.max(scores_BGRLS, axis=-1, keepdims=True)
+    if sinks_H is not None:
+      sinks = sinks_H.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+      highest = jnp.maximum(highest, sinks)
+    highest = jax.lax.stop_gradient(highest)
     highest = checkpoint_name(highest, SAVED_BY_KERNEL)  # small, and slow to compute again
-    weights_BGRLS = jnp.exp(scores_BGRLS - highest).astype(v_BGSA.dtype)
+    weights_BGRLS = jnp.exp(scores_BGRLS - highest).astype(v_BGSX.dtype)
     # The softmax is normalised after the product with V, and its sum is a product with ones:
     # XLA:CPU reduces over the last dimension slowly, and this leaves none in the backward pass.
-    ones_S = jnp.ones((end,), weights_BGRLS.dtype)
-    total_BGRL, y_BGRLA = (
+    ones_S = jnp.ones((keys.stop - keys.start,), weights_BGRLS.dtype)
+    total_BGRL, y_BGRLX = (
       jnp.einsum(f"BGRLS,{v}", weights_BGRLS, values, preferred_element_type=jnp.float32)
-      for v, values in (("S->BGRL", ones_S), ("BGSA->BGRLA", v_BGSA[:, :, keys]))
+      for v, values in (("S->BGRL", ones_S), ("BGSX->BGRLX", v_BGSX[:, :, keys]))
     )
-    out.append((y_BGRLA / total_BGRL[..., None]).astype(v_BGSA.dtype))
-  return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
+    if sinks_H is not None:
+      total_BGRL += jnp.exp(sinks - highest)[..., 0]
+    out.append((y_BGRLX / total_BGRL[..., None]).astype(v_BGSX.dtype))
+  return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)
 
 
-def _visible(segments_BL: jax.Array, rows: slice, keys: slice) -> jax.Array:
+def _visible(segments_BL: jax.Array, rows: slice, keys: slice, window: int) -> jax.Array:
   """Returns visible_BLS, bool: which of `keys` each query of `rows` attends to."""
   same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, keys]
   index_L = jnp.arange(segments_BL.shape[1])
-  return same_BLS & (index_L[rows, None] >= index_L[None, keys])[None]
+  before_LS = index_L[rows, None] - index_L[None, keys]
+  near_LS = before_LS >= 0
+  if window:
+    near_LS &= before_LS < window
+  return same_BLS & near_LS[None]

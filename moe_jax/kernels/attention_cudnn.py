@@ -41,6 +41,8 @@ def attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
+  window: int = 0,
+  sinks_H: None = None,
   implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
   """Returns y_BLHA; the other arguments are those of attention.reference.
@@ -51,7 +53,7 @@ def attend(
   Args:
     implementation: "xla" computes the same function on any platform, with [L, L] scores.
   """
-  local = functools.partial(_attend, implementation=implementation)
+  local = functools.partial(_attend, window=window, implementation=implementation)
   return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
 
 
@@ -60,6 +62,7 @@ def _attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
+  window: int,
   implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:
   A = q_BLHA.shape[-1]
@@ -74,7 +77,8 @@ def _attend(
     append(q_BLHA, is_digit_BLP),
     append(k_BLGA, jnp.where(is_digit_BLP, 0.0, -far)),
     append(v_BLGA, jnp.zeros_like(is_digit_BLP)),  # cuDNN needs values as long as keys
-    scale=A**-0.5, is_causal=True, implementation=implementation,
+    scale=A**-0.5, is_causal=True, local_window_size=(window - 1, 0) if window else None,
+    implementation=implementation,
   )  # fmt: skip
   return y_BLHA[..., :A]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax import sharding
 
@@ -12,8 +13,10 @@ def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]
 
   The batch is split over the batch axes of the mesh in force, query and key/value heads over
   `tensor`; `attend` gets the arrays of one device. No device needs another's rows, so nothing is
-  sent. Without a mesh, or on one device, the result is `attend` itself.
+  sent. Without a mesh, or on one device, nothing is split. The kernels want values as wide as keys,
+  so narrower ones are padded with zeros.
   """
+  attend = _with_values_as_wide_as_keys(attend)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return attend
@@ -21,3 +24,13 @@ def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]
   # The replication check cannot see into a Pallas call. It is not needed: every array that has a
   # gradient is split over all axes of the mesh, so no gradient has to be summed over devices.
   return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)
+
+
+def _with_values_as_wide_as_keys(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  def wide(q: jax.Array, k: jax.Array, v: jax.Array, segments_BL: jax.Array) -> jax.Array:
+    missing = k.shape[-1] - v.shape[-1]
+    if not missing:
+      return attend(q, k, v, segments_BL)
+    return attend(q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, missing),)), segments_BL)[..., :-missing]
+
+  return wide

@@ -26,6 +26,8 @@ def attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
+  window: int = 0,
+  sinks_H: None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """Returns y_BLHA; the other arguments are those of attention.reference.
@@ -35,7 +37,7 @@ def attend(
   Args:
     interpret: whether Pallas interprets the kernel on a CPU, which is slow.
   """
-  local = functools.partial(_attend, interpret=interpret)
+  local = functools.partial(_attend, window=window, interpret=interpret)
   return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
 
 
@@ -44,6 +46,7 @@ def _attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
+  window: int,
   interpret: bool,
 ) -> jax.Array:
   # Imported here, so that other platforms need neither have it nor wait for it.
@@ -51,9 +54,10 @@ def _attend(
 
   L, H, A = q_BLHA.shape[1:]
   size = next(n for n in (512, 384, 256, _LANES) if L % n == 0)  # the largest that divides L
+  # The masks are rules that the kernel evaluates; no [L, L] array is built.
+  mask = splash.LocalMask((L, L), (window - 1, 0), 0) if window else splash.CausalMask((L, L))
   kernel = splash.make_splash_mha_single_device(
-    # CausalMask is a rule that the kernel evaluates; no [L, L] array is built.
-    splash.MultiHeadMask([splash.CausalMask((L, L)) for _ in range(H)]),
+    splash.MultiHeadMask([mask] * H),
     block_sizes=splash.BlockSizes(
       block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
       block_kv_dq=size,

@@ -1,5 +1,7 @@
 """For kernels that define their own gradient: a name for residuals, and shard_map's axes."""
 
+from typing import Any
+
 import jax
 
 # The checkpoint_name of the arrays that a kernel saves for its backward pass. A remat policy that
@@ -18,10 +20,10 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
   return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
-  """Returns the arrays, each marked as varying along every axis along which one of them varies.
+def vary_alike(arrays: Any) -> Any:
+  """Returns a tree of arrays, each marked as varying along every axis along which one of them does.
 
   The gradient of this cast sums a weight's gradient over the devices that share the weight.
   """
-  axes = frozenset().union(*map(varying, arrays))
-  return [vary(a, axes) for a in arrays]
+  axes: frozenset[str] = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
+  return jax.tree.map(lambda x: vary(x, axes), arrays)

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels.activation import Activation
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL, vary, varying
+from moe_jax.kernels.expert_weights import Experts
 from moe_jax.kernels.matmul import weight_gradient
 
 # Sizes of a block, in rows. An expert's rows are cut into full blocks of the last size, then one
@@ -24,72 +25,66 @@ from moe_jax.kernels.matmul import weight_gradient
 # compile.
 _BLOCK_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
-Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def experts(
-  x_ND: jax.Array, weights: Matrices, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Activation
 ) -> jax.Array:
   """Returns y_ND; the arguments are those of experts.experts for sorted rows."""
-  _, _, down_EFD = weights
 
   def body(block: "_Block", y_ND: jax.Array) -> jax.Array:
-    h_RF = activation(*block.gate_and_up(x_ND, weights))
-    return block.put(y_ND, jnp.dot(h_RF, block.weights(down_EFD)))
+    return block.put(y_ND, block.down(activation(*block.gate_and_up(x_ND, weights)), weights))
 
   return _for_each_block(sizes_E, x_ND.shape[0], _unset(x_ND, x_ND.shape[1]), body)
 
 
-# x_ND, gate_NF, up_NF, the matrices, sizes_E
-Residuals = tuple[jax.Array, jax.Array, jax.Array, Matrices, jax.Array]
+# x_ND, the arguments of the activation [N, F], the weights, sizes_E
+Residuals = tuple[jax.Array, tuple[jax.Array, ...], Experts, jax.Array]
 
 
 def _forward(
-  x_ND: jax.Array, weights: Matrices, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Activation
 ) -> tuple[jax.Array, Residuals]:
-  _, _, down_EFD = weights
-
   def body(block: "_Block", carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    y_ND, gate_NF, up_NF = carry
-    gate_RF, up_RF = block.gate_and_up(x_ND, weights)
-    y_RD = jnp.dot(activation(gate_RF, up_RF), block.weights(down_EFD))
-    return block.put(y_ND, y_RD), block.put(gate_NF, gate_RF), block.put(up_NF, up_RF)
+    y_ND, *first_NF = carry
+    first_RF = block.gate_and_up(x_ND, weights)
+    y_ND = block.put(y_ND, block.down(activation(*first_RF), weights))
+    return (y_ND, *map(block.put, first_NF, first_RF))
 
-  D, F = down_EFD.shape[2], down_EFD.shape[1]
-  unset = (_unset(x_ND, D), _unset(x_ND, F), _unset(x_ND, F))
-  y_ND, gate_NF, up_NF = _for_each_block(sizes_E, x_ND.shape[0], unset, body)
-  gate_NF, up_NF = checkpoint_name((gate_NF, up_NF), SAVED_BY_KERNEL)
-  return checkpoint_name(y_ND, SAVED_BY_KERNEL), (x_ND, gate_NF, up_NF, weights, sizes_E)
+  F, D = weights.down_EFD.shape[1:]
+  unset = (_unset(x_ND, D), *(_unset(x_ND, F) for _ in weights.gate_and_up))
+  y_ND, *first_NF = _for_each_block(sizes_E, x_ND.shape[0], unset, body)
+  first_NF = checkpoint_name(tuple(first_NF), SAVED_BY_KERNEL)
+  return checkpoint_name(y_ND, SAVED_BY_KERNEL), (x_ND, first_NF, weights, sizes_E)
 
 
 def _backward(
   activation: Activation, residuals: Residuals, dy_ND: jax.Array
-) -> tuple[jax.Array, Matrices, None]:
-  x_ND, gate_NF, up_NF, weights, sizes_E = residuals
-  gate_EDF, up_EDF, down_EFD = weights
+) -> tuple[jax.Array, Experts, None]:
+  x_ND, first_NF, weights, sizes_E = residuals
 
-  def body(block: "_Block", carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    dx_ND, dgate_EDF, dup_EDF, ddown_EFD = carry
-    x_RD = block.rows(x_ND)
-    gate_RF, up_RF, dy_RD = map(block.valid_rows, (gate_NF, up_NF, dy_ND))
-    dh_RF = jnp.dot(dy_RD, block.weights(down_EFD).T)
-    h_RF, elementwise = jax.vjp(activation, gate_RF, up_RF)
-    da_RF, db_RF = elementwise(dh_RF)
-    dx_RD = jnp.dot(da_RF, block.weights(gate_EDF).T) + jnp.dot(db_RF, block.weights(up_EDF).T)
-    return (
-      block.put(dx_ND, dx_RD),
-      block.add(dgate_EDF, x_RD, da_RF),
-      block.add(dup_EDF, x_RD, db_RF),
-      block.add(ddown_EFD, h_RF, dy_RD),
+  def body(block: "_Block", carry: tuple[jax.Array, Experts]) -> tuple[jax.Array, Experts]:
+    dx_ND, grads = carry
+    x_RD, dy_RD = block.rows(x_ND), block.valid_rows(dy_ND)
+    dh_RF = jnp.dot(dy_RD, block.weights(weights.down_EFD).T)
+    h_RF, elementwise = jax.vjp(activation, *map(block.valid_rows, first_NF))
+    first = elementwise(dh_RF)
+    dx_RD, *more = (
+      jnp.dot(d_RF, block.weights(w_EDF).T)
+      for d_RF, (w_EDF, _) in zip(first, weights.gate_and_up, strict=True)
     )
+    sums = {"down_EFD": block.add(grads.down_EFD, h_RF, dy_RD)}
+    biases = {"down_bias_ED": dy_RD}
+    for name, d_RF in zip(("up", "gate"), reversed(first), strict=False):
+      sums[f"{name}_EDF"] = block.add(getattr(grads, f"{name}_EDF"), x_RD, d_RF)
+      biases[f"{name}_bias_EF"] = d_RF
+    if weights.down_bias_ED is not None:
+      sums |= {name: block.add_rows(getattr(grads, name), d_RF) for name, d_RF in biases.items()}
+    return block.put(dx_ND, sum(more, dx_RD)), grads._replace(**sums)
 
-  init = (_zeros(x_ND, x_ND.dtype), *(_zeros(w, jnp.float32) for w in weights))
-  dx_ND, *dweights = _for_each_block(sizes_E, x_ND.shape[0], init, body)
-  dgate_EDF, dup_EDF, ddown_EFD = (
-    dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True)
-  )
-  return dx_ND, (dgate_EDF, dup_EDF, ddown_EFD), None
+  init = (_zeros(x_ND, x_ND.dtype), jax.tree.map(lambda w: _zeros(w, jnp.float32), weights))
+  dx_ND, grads = _for_each_block(sizes_E, x_ND.shape[0], init, body)
+  return dx_ND, jax.tree.map(lambda dw, w: dw.astype(w.dtype), grads, weights), None
 
 
 experts.defvjp(_forward, _backward)
@@ -114,11 +109,18 @@ class _Block:
     """Returns the matrix of the block's expert."""
     return jax.lax.dynamic_index_in_dim(w_EDF, self.expert, keepdims=False)
 
-  def gate_and_up(self, x_ND: jax.Array, weights: Matrices) -> tuple[jax.Array, jax.Array]:
-    """Returns the block's gate_RF and up_RF."""
-    gate_EDF, up_EDF, _ = weights
+  def gate_and_up(self, x_ND: jax.Array, weights: Experts) -> list[jax.Array]:
+    """Returns gate_RF, if the experts have gates, and up_RF of the block."""
     x_RD = self.rows(x_ND)
-    return jnp.dot(x_RD, self.weights(gate_EDF)), jnp.dot(x_RD, self.weights(up_EDF))
+    return [self._product(x_RD, matrix, bias) for matrix, bias in weights.gate_and_up]
+
+  def down(self, h_RF: jax.Array, weights: Experts) -> jax.Array:
+    """Returns the block's y_RD."""
+    return self._product(h_RF, weights.down_EFD, weights.down_bias_ED)
+
+  def _product(self, x_RD: jax.Array, w_EDF: jax.Array, bias_EF: jax.Array | None) -> jax.Array:
+    y_RF = jnp.dot(x_RD, self.weights(w_EDF))
+    return y_RF if bias_EF is None else y_RF + self.weights(bias_EF)[None]
 
   def put(self, y_ND: jax.Array, y_RD: jax.Array) -> jax.Array:
     """Returns y_ND with the expert's rows of the block replaced by those of y_RD."""
@@ -129,6 +131,11 @@ class _Block:
     """Returns dw_EDF with the product of a_RD, transposed, and b_RF added to the expert's part."""
     dw_DF = weight_gradient(a_RD, b_RF, dw_EDF.dtype) + self.weights(dw_EDF)
     return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, self.expert, 0)
+
+  def add_rows(self, db_EF: jax.Array, a_RF: jax.Array) -> jax.Array:
+    """Returns db_EF with the sum of the rows added to the expert's part."""
+    db_F = jnp.sum(a_RF, axis=0, dtype=db_EF.dtype) + self.weights(db_EF)
+    return jax.lax.dynamic_update_index_in_dim(db_EF, db_F, self.expert, 0)
 
 
 def _for_each_block(

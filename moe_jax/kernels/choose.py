@@ -24,7 +24,7 @@ from moe_jax.kernels import platform
 from moe_jax.kernels.activation import gated
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.attention import choose as choose_attention
-from moe_jax.kernels.experts import EXPERT_KERNELS
+from moe_jax.kernels.experts import EXPERT_KERNELS, Experts
 
 _COMPARED_ROWS = 512  # of a comparison with the reference
 _ROUNDS = 3
@@ -49,7 +49,7 @@ def check(config: Config) -> None:
   wrong = {}
   if model.attention is not Attention.AUTO:
     attention = ATTENTION_KERNELS[model.attention]
-    refused = attention.refuses(*_attention_shapes(config))
+    refused = next(filter(None, (attention.refuses(*c) for c in _attention_cases(config))), "")
     wrong["model.attention"] = _not_for(attention.platforms) or (
       refused and f"it refuses {refused}"
     )
@@ -136,33 +136,36 @@ def _named(name: str, recorded: str) -> str:
   return f"{name}, which the config names{before}"
 
 
-def _attention_shapes(config: Config) -> tuple[tuple[int, ...], tuple[int, ...], jnp.dtype]:
-  """Returns the shapes of q_BLHA and k_BLGA of a microbatch, and their dtype."""
+def _attention_cases(config: Config) -> list[tuple[Any, ...]]:
+  """Returns the arguments of AttentionKernel.refuses for each window that a layer has."""
   model = config.model
   batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
   q_shape = (batch, length, model.num_heads, model.head_dim)
   k_shape = (batch, length, model.num_kv_heads, model.head_dim)
-  return q_shape, k_shape, jnp.dtype(model.compute_dtype.value)
+  dtype = jnp.dtype(model.compute_dtype.value)
+  windows = {model.window, 0 if model.global_every else model.window}
+  return [(q_shape, k_shape, dtype, window, model.sinks) for window in sorted(windows)]
 
 
 def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
   model = config.model
-  q_shape, k_shape, dtype = _attention_shapes(config)
   if model.attention is not Attention.AUTO:
     return model.attention, _named(model.attention.value, recorded)
   if recorded:
     return Attention(recorded), f"{recorded}, which the run began with"
 
   def decide() -> tuple[Attention, str]:
-    name, line = choose_attention(platform.name(), q_shape, k_shape, dtype)
-    if name is Attention.REFERENCE:
-      return name, line
+    cases = _attention_cases(config)
+    for case in cases:
+      name, line = choose_attention(platform.name(), *case)
+      if name is Attention.REFERENCE:
+        return name, line
     try:
-      off = attention_difference(name, (1, *q_shape[1:]), (1, *k_shape[1:]), dtype)
+      off = max(attention_difference(name, *case) for case in cases)
     except Exception as error:  # a library that is missing, or does not know this device
       why = str(error).splitlines()[0]
       return Attention.REFERENCE, f"reference, because {name.value} does not run here: {why}"
-    if not off <= TOLERANCE[dtype.name]:
+    if not off <= TOLERANCE[model.compute_dtype.value]:
       why = f"{name.value} differs from it by {off:.1e}"
       return Attention.REFERENCE, f"reference, because {why}"
     return name, f"{line}; differs from the reference by {off:.0e}"
@@ -171,9 +174,18 @@ def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
 
 
 def attention_difference(
-  kernel: Attention, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype
+  kernel: Attention,
+  q_shape: tuple[int, ...],
+  k_shape: tuple[int, ...],
+  dtype: jnp.dtype,
+  window: int = 0,
+  sinks: bool = False,
 ) -> float:
-  """Returns how much `kernel` differs from the reference on a row of three documents."""
+  """Returns how much `kernel` differs from the reference on a row of three documents.
+
+  The arguments are those of attention.AttentionKernel.refuses; one row of the batch is compared.
+  """
+  q_shape, k_shape = (1, *q_shape[1:]), (1, *k_shape[1:])
   rng = np.random.default_rng(0)
   cuts = np.sort(rng.integers(0, q_shape[1], 2))
   with _one_device():
@@ -182,7 +194,8 @@ def attention_difference(
     q, k, v, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
     def bound(name: Attention) -> Function:
-      return lambda q, k, v: ATTENTION_KERNELS[name].function(q, k, v, segments_BL)
+      function, sinks_H = ATTENTION_KERNELS[name].function, jnp.zeros(q_shape[2]) if sinks else None
+      return lambda q, k, v: function(q, k, v, segments_BL, window, sinks_H)
 
     return difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
 
@@ -255,7 +268,8 @@ def with_sizes(kernel: GroupedMatmul, sizes_E: jax.Array) -> Function:
   def experts(
     x_ND: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
   ) -> jax.Array:
-    return EXPERT_KERNELS[kernel].function(x_ND, (gate_EDF, up_EDF, down_EFD), sizes_E, gated)
+    weights = Experts(gate_EDF, up_EDF, down_EFD)
+    return EXPERT_KERNELS[kernel].function(x_ND, weights, sizes_E, gated)
 
   return experts
 

@@ -9,7 +9,6 @@ the arithmetic on a CPU and has no fast lowering on CUDA.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +17,8 @@ from moe_jax.config import GroupedMatmul
 from moe_jax.kernels import blocked, per_expert, platform, tokamax_experts
 from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.autodiff import vary_alike
-from moe_jax.kernels.blocked import Matrices
+from moe_jax.kernels.expert_weights import Experts, with_grouped_matmul
 from moe_jax.kernels.per_expert import PerExpert
-
-
-class Experts(NamedTuple):
-  """The stacked weights of E gated feed-forwards (SwiGLU, 2002.05202), in the compute dtype."""
-
-  gate_EDF: jax.Array
-  up_EDF: jax.Array
-  down_EFD: jax.Array
-
 
 ExpertWeights = Experts | PerExpert  # stacked for training, or packed for inference (packing.py)
 
@@ -42,6 +32,8 @@ def experts(
 ) -> jax.Array:
   """Returns down(activation(gate(x), up(x))) of every row with its own expert's weights.
 
+  Each of the three adds its bias, if the experts have biases.
+
   Args:
     x: slots [E, R, D] if sizes_E is None; otherwise rows [N, D], of which the first sizes_E[0]
       belong to expert 0, the next sizes_E[1] to expert 1, and so on. Rows past sum(sizes_E) must be
@@ -50,7 +42,7 @@ def experts(
     weights: of the E experts on this device, in the dtype of x; or packed for inference, in which
       case `kernel` is not read.
     kernel: for sorted rows; `auto` takes the platform's default, which nothing has measured.
-    activation: (gate, up) -> h.
+    activation: (gate, up) -> h, or (up,) -> h of experts without a gate.
 
   Returns:
     An array of the shape and dtype of x.
@@ -60,36 +52,36 @@ def experts(
     return per_expert.experts(x, weights, sizes_E, activation)
   if sizes_E is None:
     return _slots(x, weights, activation)
-  x, gate_EDF, up_EDF, down_EFD, sizes_E = vary_alike(x, *weights, sizes_E)
+  x, stacked, sizes_E = vary_alike((x, weights, sizes_E))
   if kernel is GroupedMatmul.AUTO:
     kernel = default(platform.name())
-  return EXPERT_KERNELS[kernel].function(x, (gate_EDF, up_EDF, down_EFD), sizes_E, activation)
+  return EXPERT_KERNELS[kernel].function(x, stacked, sizes_E, activation)
 
 
 def _slots(x_ERD: jax.Array, weights: Experts, activation: Activation) -> jax.Array:
-  gate_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, weights.gate_EDF)
-  up_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, weights.up_EDF)
-  return jnp.einsum("ERF,EFD->ERD", activation(gate_ERF, up_ERF), weights.down_EFD)
+  def product(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = jnp.einsum("ERD,EDF->ERF", x, matrix)
+    return y if bias is None else y + bias[:, None]
+
+  h_ERF = activation(*(product(x_ERD, matrix, bias) for matrix, bias in weights.gate_and_up))
+  return product(h_ERF, weights.down_EFD, weights.down_bias_ED)
 
 
 def reference(
-  x_ND: jax.Array, weights: Matrices, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Activation
 ) -> jax.Array:
   """Computes sorted rows with XLA's grouped matmul; every other kernel must give this answer.
 
   The arguments are those of `experts`.
   """
-  gate_EDF, up_EDF, down_EFD = weights
-  gate_NF = jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)
-  up_NF = jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
-  return jax.lax.ragged_dot(activation(gate_NF, up_NF), down_EFD, sizes_E)
+  return with_grouped_matmul(jax.lax.ragged_dot, x_ND, weights, sizes_E, activation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsKernel:
   """One way to compute the experts of sorted rows, forward and backward."""
 
-  function: Callable[[jax.Array, Matrices, jax.Array, Activation], jax.Array]
+  function: Callable[[jax.Array, Experts, jax.Array, Activation], jax.Array]
   platforms: tuple[str, ...]  # where the kernel runs
   tried_on: tuple[str, ...]  # where `auto` measures it
   available: Callable[[], str] = lambda: ""  # why it cannot run on the mesh in force; "" if it can

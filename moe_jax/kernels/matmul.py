@@ -20,7 +20,7 @@ def matmul(x_RI: jax.Array, w_IO: jax.Array, dtype: jnp.dtype | None = None) -> 
     w_IO: the matrix, of the dtype of x_RI.
     dtype: of the result and of the sums; None for that of x_RI.
   """
-  y_RO = _matmul(*vary_alike(x_RI, w_IO), dtype)
+  y_RO = _matmul(*vary_alike((x_RI, w_IO)), dtype)
   return checkpoint_name(y_RO, SAVED_BY_KERNEL)  # no policy looks into a custom gradient
 
 

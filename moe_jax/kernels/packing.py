@@ -26,4 +26,4 @@ def experts(weights: ExpertWeights) -> ExpertWeights:
   """Packs stacked experts for `experts`; packed experts have no gradient."""
   if not packs() or not isinstance(weights, Experts):
     return weights
-  return per_expert.pack(**weights._asdict())
+  return per_expert.pack(weights)

@@ -14,22 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.expert_weights import Experts
 
 
 class PerExpert(NamedTuple):
-  """The weights of the experts as tuples with one array for each, output dimension first."""
+  """The weights of each expert as arrays of their own."""
 
-  gates: tuple[jax.Array, ...]  # each [F, D]
-  ups: tuple[jax.Array, ...]  # each [F, D]
-  downs: tuple[jax.Array, ...]  # each [D, F]
+  each: tuple[Experts, ...]  # without the dimension E, and matrices with their output first
 
 
-def pack(gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array) -> PerExpert:
+def pack(weights: Experts) -> PerExpert:
   """Splits stacked weights into one transposed array for each expert."""
   return PerExpert(
-    gates=tuple(w.T for w in gate_EDF),
-    ups=tuple(w.T for w in up_EDF),
-    downs=tuple(w.T for w in down_EFD),
+    tuple(
+      jax.tree.map(lambda w, e=expert: w[e].T, weights) for expert in range(len(weights.up_EDF))
+    )
   )
 
 
@@ -38,12 +37,12 @@ def experts(
 ) -> jax.Array:
   """Returns y_ND; the arguments are those of experts.experts for sorted rows. Has no gradient."""
   N, D = x_ND.shape
-  sizes = _block_sizes(N, len(weights.gates))
+  sizes = _block_sizes(N, len(weights.each))
   end_E = jnp.cumsum(sizes_E)
   # An expert's last block may reach into the next expert's rows, which that expert writes again.
   x_ND = jnp.pad(x_ND, ((0, sizes[0]), (0, 0)))
   y_ND = jnp.zeros((N + sizes[0], D), x_ND.dtype)
-  for expert, matrices in enumerate(zip(*weights, strict=True)):
+  for expert, matrices in enumerate(weights.each):
     rows, first = sizes_E[expert], end_E[expert] - sizes_E[expert]
     for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
       # So many blocks of this size that the rows left over fit one block of the smaller size.
@@ -79,14 +78,18 @@ def _add_block(
   x_ND: jax.Array,
   first: jax.Array,
   size: int,
-  matrices: tuple[jax.Array, jax.Array, jax.Array],
+  matrices: Experts,
   activation: Activation,
 ) -> jax.Array:
-  gate_FD, up_FD, down_DF = matrices
+
+  def product(w_FD: jax.Array, x_DR: jax.Array, bias_F: jax.Array | None) -> jax.Array:
+    return w_FD @ x_DR if bias_F is None else w_FD @ x_DR + bias_F[:, None]
+
   start = first + number * size
   x_RD = jax.lax.dynamic_slice_in_dim(x_ND, start, size)
   # Weights times rows, as in output_first.OutputFirst.product.
   x_DR = jax.lax.optimization_barrier(x_RD.T)
-  h_FR = activation(gate_FD @ x_DR, up_FD @ x_DR)
-  y_DR = jax.lax.optimization_barrier(down_DF @ h_FR)
+  h_FR = activation(*(product(w_FD, x_DR, bias_F) for w_FD, bias_F in matrices.gate_and_up))
+  y_DR = product(matrices.down_EFD, h_FR, matrices.down_bias_ED)
+  y_DR = jax.lax.optimization_barrier(y_DR)
   return jax.lax.dynamic_update_slice_in_dim(y_ND, y_DR.T, start, 0)

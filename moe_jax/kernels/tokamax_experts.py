@@ -11,6 +11,7 @@ import jax
 
 from moe_jax.config import UserError
 from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.expert_weights import Experts, with_grouped_matmul
 
 _OLDEST = (0, 0, 17)  # earlier versions give an expert without rows NaN weight gradients on a GPU
 
@@ -38,7 +39,7 @@ def implementation(name: str) -> Callable[..., jax.Array]:
 def _experts(
   name: str,
   x_ND: jax.Array,
-  weights: tuple[jax.Array, jax.Array, jax.Array],
+  weights: Experts,
   sizes_E: jax.Array,
   activation: Activation,
 ) -> jax.Array:
@@ -47,11 +48,10 @@ def _experts(
     raise UserError(f"config.model.moe.grouped_matmul={name}: {reason}; or set it to auto")
   import tokamax
 
-  def product(x: jax.Array, w: jax.Array) -> jax.Array:
+  def matmul(x: jax.Array, w: jax.Array, sizes_E: jax.Array) -> jax.Array:
     axis_type = jax.typeof(x).manual_axis_type  # tokamax's kernels do not infer it
     return tokamax.ragged_dot(
       x, w, group_sizes=sizes_E, implementation=name, manual_axis_type=axis_type
     )
 
-  gate_EDF, up_EDF, down_EFD = weights
-  return product(activation(product(x_ND, gate_EDF), product(x_ND, up_EDF)), down_EFD)
+  return with_grouped_matmul(matmul, x_ND, weights, sizes_E, activation)

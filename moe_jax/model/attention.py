@@ -9,13 +9,23 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.kernels.attention import segment_attention
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.model.norm import RMSNorm, rms_norm
-from moe_jax.model.rope import rope
+from moe_jax.model.rope import rope, score_factor
 
-# (q_BLHA, k_BLGA, v_BLGA) -> (y_BLHA, state for the next tokens). Over the segments of a batch the
-# state is None; over a cache it is the cache with these tokens added.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (q_BLHA, k_BLGA, v_BLGA, window, sinks_H, stored) -> (y_BLHA, state for the next tokens). Over the
+# segments of a batch the state is None; over a cache it is the cache with these tokens added.
+# Without v_BLGA the keys are the values. `stored` is what a cache keeps in their place.
+Attend = Callable[..., tuple[jax.Array, Any]]
+
+SINKS_H = sharding.Parameter(
+  name="sinks_H",
+  initial=lambda rngs, sizes: jnp.zeros((sizes["H"],)),
+  replicated=False,
+  decays=False,
+  group="attention",
+)
 
 
 class AttentionWeights(NamedTuple):
@@ -25,6 +35,7 @@ class AttentionWeights(NamedTuple):
   """
 
   q_DHA: Weight
+  gate_DHA: Weight | None
   k_DGA: Weight
   v_DGA: Weight
   out_HAD: Weight
@@ -34,6 +45,15 @@ class AttentionWeights(NamedTuple):
   k_bias_GA: jax.Array | None
   v_bias_GA: jax.Array | None
   out_bias_D: jax.Array | None
+  sinks_H: jax.Array | None  # float32
+
+  def packed(self, pack: Callable[..., Weight]) -> "AttentionWeights":
+    """Returns the weights with `pack` of each matrix; see packing.matrix."""
+    gate_DHA = pack(self.gate_DHA) if self.gate_DHA is not None else None
+    return self._replace(
+      q_DHA=pack(self.q_DHA), gate_DHA=gate_DHA, k_DGA=pack(self.k_DGA),
+      v_DGA=pack(self.v_DGA), out_HAD=pack(self.out_HAD, inner=2),
+    )  # fmt: skip
 
 
 class AttentionLayer(nnx.Module):
@@ -43,51 +63,73 @@ class AttentionLayer(nnx.Module):
     D, H, G, A = model.dim, model.num_heads, model.num_kv_heads, model.head_dim
     init = jax.random.normal
     self.q_DHA = nnx.Param(D**-0.5 * init(rngs.params(), (D, H, A)))
+    if model.attention_gate:
+      self.gate_DHA = nnx.Param(D**-0.5 * init(rngs.params(), (D, H, A)))
     self.k_DGA = nnx.Param(D**-0.5 * init(rngs.params(), (D, G, A)))
     self.v_DGA = nnx.Param(D**-0.5 * init(rngs.params(), (D, G, A)))
     out_HAD = model.residual_scale * (H * A) ** -0.5 * init(rngs.params(), (H, A, D))
     self.out_HAD = nnx.Param(out_HAD)
-    self.q_norm = _qk_norm(model.qk_norm, "H", H, A)
-    self.k_norm = _qk_norm(model.qk_norm, "G", G, A)
+    self.q_norm = _qk_norm(model, "H", H)
+    self.k_norm = _qk_norm(model, "G", G)
     if model.qkv_bias:
       self.q_bias_HA = nnx.Param(jnp.zeros((H, A)))
       self.k_bias_GA = nnx.Param(jnp.zeros((G, A)))
       self.v_bias_GA = nnx.Param(jnp.zeros((G, A)))
     if model.out_bias:
       self.out_bias_D = nnx.Param(jnp.zeros((D,)))
+    if model.sinks:
+      self.sinks_H = nnx.Param(SINKS_H.initial(rngs, {"H": H}))
 
   def weights(self, dtype: jnp.dtype) -> AttentionWeights:
     """Returns the weights, with the matrices and biases in `dtype`."""
 
-    def bias(name: str) -> jax.Array | None:
+    def optional(name: str) -> jax.Array | None:
       return getattr(self, name)[...].astype(dtype) if hasattr(self, name) else None
 
     return AttentionWeights(
       q_DHA=self.q_DHA[...].astype(dtype),
+      gate_DHA=optional("gate_DHA"),
       k_DGA=self.k_DGA[...].astype(dtype),
       v_DGA=self.v_DGA[...].astype(dtype),
       out_HAD=self.out_HAD[...].astype(dtype),
       q_norm=self.q_norm.weights() if self.q_norm is not None else None,
       k_norm=self.k_norm.weights() if self.k_norm is not None else None,
-      q_bias_HA=bias("q_bias_HA"),
-      k_bias_GA=bias("k_bias_GA"),
-      v_bias_GA=bias("v_bias_GA"),
-      out_bias_D=bias("out_bias_D"),
+      q_bias_HA=optional("q_bias_HA"),
+      k_bias_GA=optional("k_bias_GA"),
+      v_bias_GA=optional("v_bias_GA"),
+      out_bias_D=optional("out_bias_D"),
+      sinks_H=self.sinks_H[...] if hasattr(self, "sinks_H") else None,
     )
 
 
-def _qk_norm(kind: config_lib.QKNorm, letter: str, heads: int, A: int) -> RMSNorm | None:
+def _qk_norm(model: config_lib.Model, letter: str, heads: int) -> RMSNorm | None:
+  kind, A, offset = model.qk_norm, model.head_dim, model.norm_offset
   if kind is config_lib.QKNorm.NONE:
     return None
-  return RMSNorm("A", A) if kind is config_lib.QKNorm.HEAD else RMSNorm(f"{letter}A", heads, A)
+  if kind is config_lib.QKNorm.HEAD:
+    return RMSNorm("A", A, offset=offset)
+  return RMSNorm(f"{letter}A", heads, A, offset=offset)
 
 
-def attention_layer(
+def over_segments(segments_BL: jax.Array, kernel: config_lib.Attention) -> Attend:
+  """Returns the Attend of training: over the documents of a batch, with that kernel."""
+
+  def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array | None, window: int, sinks_H: jax.Array | None,
+    stored: Any = None,
+  ) -> tuple[jax.Array, None]:  # fmt: skip
+    return segment_attention(q, k, v, segments_BL, kernel, window, sinks_H), None
+
+  return attend
+
+
+def grouped_query_attention(
   x_BLD: jax.Array,
   weights: AttentionWeights,
   positions_BL: jax.Array,
   attend: Attend,
   model: config_lib.Model,
+  window: int = 0,
 ) -> tuple[jax.Array, Any]:
   """Projects tokens to queries, keys and values, attends, and projects the result back.
 
@@ -97,6 +139,7 @@ def attention_layer(
     positions_BL: int32, position within the document.
     attend: computes attention, over the batch or over a cache.
     model: the configuration.
+    window: tokens that a query of this layer attends to; 0 is all before it.
 
   Returns:
     y_BLD in the compute dtype, and the state that `attend` returns.
@@ -109,10 +152,18 @@ def attention_layer(
     k_BLGA = rms_norm(k_BLGA, weights.k_norm, model.norm_eps)
   q_BLHA = sharding.constrain(rope(q_BLHA, positions_BL, model), "BLHA")
   k_BLGA = sharding.constrain(rope(k_BLGA, positions_BL, model), "BLGA")
-  if model.attention_scale:  # every kernel multiplies by A^-0.5
-    q_BLHA = q_BLHA * (model.attention_scale * model.head_dim**0.5)
-  y_BLHA, state = attend(q_BLHA, k_BLGA, v_BLGA)
+  q_BLHA = scaled(q_BLHA, model)
+  y_BLHA, state = attend(q_BLHA, k_BLGA, v_BLGA, window, weights.sinks_H)
+  if weights.gate_DHA is not None:
+    y_BLHA *= jax.nn.sigmoid(linear(x_BLD, weights.gate_DHA))
   return _plus(linear(y_BLHA, weights.out_HAD, inner=2), weights.out_bias_D), state
+
+
+def scaled(q: jax.Array, model: config_lib.Model) -> jax.Array:
+  """Returns queries for a kernel that multiplies scores by q's own width^-0.5."""
+  scale = (model.attention_scale or model.head_dim**-0.5) * score_factor(model.rope_scaling)
+  usual = q.shape[-1] ** -0.5
+  return q if scale == usual else q * (scale / usual)
 
 
 def _plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -1,18 +1,16 @@
 """The cost of a config, computed from shapes: parameters, FLOPs per token, memory per device."""
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
 from moe_jax.kernels import platform
-from moe_jax.model.pattern import bias_shape, moe_layers
+from moe_jax.model.pattern import bias_shape, layer_kinds, moe_layers
 from moe_jax.model.transformer import Tokens, abstract_params, forward
 
 
@@ -27,8 +25,8 @@ class Counts(NamedTuple):
 
 def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
   """Returns {path in the Transformer: shape} of every parameter; nothing is allocated."""
-  leaves = nnx.to_flat_state(abstract_params(model))
-  return {tuple(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in leaves}
+  leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+  return {sharding.path_of(path): shape for path, shape in leaves}
 
 
 def count(config: config_lib.Config) -> Counts:
@@ -45,10 +43,21 @@ def count(config: config_lib.Config) -> Counts:
     # Looking up an embedding multiplies nothing, but a tied embedding is the output head too.
     if sharding.is_matrix(name) and (name != "embed_VD" or model.tied_head):
       matmul += active_size
-  # In causal attention a query meets (L+1)/2 keys on average, in two products.
-  attention = 2 * 2 * model.num_layers * model.num_heads * model.head_dim
-  flops = 3 * (2 * matmul + attention * (config.data.seq_len + 1) / 2)
+  # Two products, of each query with the keys that it sees.
+  kinds, delta = layer_kinds(model), model.delta
+  keys = sum(_mean_keys(config.data.seq_len, kind.window) for kind in kinds if not kind.delta)
+  mixing = model.num_heads * (model.head_dim + model.value_dim) * keys
+  # Three products with the state: what a key finds, what it writes, and what the query reads.
+  state = delta.value_heads * delta.key_dim * delta.value_dim
+  mixing += 3 * state * sum(kind.delta for kind in kinds)
+  flops = 3 * (2 * matmul + 2 * mixing)
   return Counts(total, active, flops, embedding)
+
+
+def _mean_keys(length: int, window: int) -> float:
+  """Returns how many keys a query of a row sees on average, itself included."""
+  window = min(window or length, length)
+  return window - window * (window - 1) / (2 * length)
 
 
 def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
@@ -140,6 +149,8 @@ def refuse_over_memory(size: float, what: str, remedy: str) -> None:
 _FIELDS = {
   "Z": "model.num_layers", "V": "model.vocab_size", "E": "model.moe.num_experts", "D": "model.dim",
   "H": "model.num_heads", "G": "model.num_kv_heads", "A": "model.head_dim",
+  "Q": "model.latent.query_dim", "W": "model.latent.kv_dim", "J": "model.delta.key_heads",
+  "O": "model.delta.value_heads",
 }  # fmt: skip
 
 
@@ -153,7 +164,9 @@ def _smaller_model(config: config_lib.Config) -> str:
   elif "shared" in path:
     width = "shared_dim" if config.model.moe.shared_dim else "expert_dim"
     hidden = ["model.moe.shared_experts", f"model.moe.{width}"]
-  names = [name for letter in letters for name in (hidden if letter == "F" else [_FIELDS[letter]])]
+  together = "model.delta.value_heads" if "J" in letters else "model.latent.value_dim"
+  fields = {letter: [name] for letter, name in _FIELDS.items()} | {"F": hidden, "Y": [together]}
+  names = [name for letter in letters for name in fields.get(letter, [])]
   values = config_lib.flatten(config)
   lower = " or ".join(f"config.{name}={values[name]}" for name in names)
   return f"lower {lower}, or take more devices (config.mesh)"
@@ -166,18 +179,13 @@ def _abstract_mesh(mesh: config_lib.Mesh) -> jax.sharding.AbstractMesh:
   return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=types)
 
 
+@config_lib.cached  # a start asks twice, and tracing takes a second
 def activation_bytes(config: config_lib.Config) -> float:
   """Returns the bytes per device that the forward pass saves for the backward pass.
 
   The remat policy of the config applies. `auto` experts count as `blocked`, because kernels are not
   measured here.
   """
-  return _activation_bytes(config_lib.to_json(config))
-
-
-@functools.cache  # a start asks twice, and tracing takes a second
-def _activation_bytes(config_text: str) -> float:
-  config = config_lib.from_json(config_text)
   model, mesh = config.model, config.mesh
   if model.moe.grouped_matmul is config_lib.GroupedMatmul.AUTO:
     moe = dataclasses.replace(model.moe, grouped_matmul=config_lib.GroupedMatmul.BLOCKED)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.kernels import activation as activations
 from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.moe.layer import MoELayer, MoEOutput, MoEWeights, moe_layer
@@ -27,7 +28,7 @@ class FFNWeights(NamedTuple):
   For inference they may be packed (kernels/packing.py).
   """
 
-  gate_DF: Weight
+  gate_DF: Weight | None  # None where the activation has no gate
   up_DF: Weight
   down_FD: Weight
 
@@ -45,22 +46,24 @@ class DenseFFN(nnx.Module):
 
   def __init__(self, model: config_lib.Model, ffn_dim: int, rngs: nnx.Rngs):
     D, F = model.dim, ffn_dim
+    self.activation = activations.of(model)
     init = jax.random.normal
-    self.gate_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
+    if model.gated:
+      self.gate_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
     self.up_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
     self.down_FD = nnx.Param(model.residual_scale * F**-0.5 * init(rngs.params(), (F, D)))
 
   def weights(self, dtype: jnp.dtype) -> FFNWeights:
     """Returns the matrices in `dtype`."""
     return FFNWeights(
-      gate_DF=self.gate_DF[...].astype(dtype),
+      gate_DF=self.gate_DF[...].astype(dtype) if hasattr(self, "gate_DF") else None,
       up_DF=self.up_DF[...].astype(dtype),
       down_FD=self.down_FD[...].astype(dtype),
     )
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     """Calls `feedforward` with these parameters."""
-    return feedforward(x_BLD, self.weights(x_BLD.dtype))
+    return feedforward(x_BLD, self.weights(x_BLD.dtype), self.activation)
 
 
 class MoEFFN(MoELayer):
@@ -91,8 +94,10 @@ class MoEFFN(MoELayer):
     key: jax.Array, *, train: bool, trace: bool = False,
   ) -> MoEOutput:  # fmt: skip
     """Calls `moe_feedforward` with these parameters."""
-    weights, moe = self.ffn_weights(self.dtype, bias_E), self.moe
-    return moe_feedforward(x_BLD, real_BL, ids_BL, weights, moe, key, train=train, trace=trace)
+    return moe_feedforward(
+      x_BLD, real_BL, ids_BL, self.ffn_weights(self.dtype, bias_E), self.moe, key,
+      activation=self.activation, train=train, trace=trace,
+    )  # fmt: skip
 
 
 def moe_feedforward(
@@ -103,6 +108,7 @@ def moe_feedforward(
   moe: config_lib.MoE,
   key: jax.Array,
   *,
+  activation: Activation = gated,
   train: bool,
   trace: bool = False,
 ) -> MoEOutput:
@@ -111,11 +117,13 @@ def moe_feedforward(
   The arguments are those of `moe_layer`.
   """
   with jax.named_scope("moe"):
-    out = moe_layer(x_BLD, real_BL, ids_BL, weights.moe, moe, key, train=train, trace=trace)
+    out = moe_layer(
+      x_BLD, real_BL, ids_BL, weights.moe, moe, key, activation=activation, train=train, trace=trace
+    )
   if weights.shared is None:
     return out
   with jax.named_scope("shared"):
-    y_BLD = feedforward(x_BLD, weights.shared)
+    y_BLD = feedforward(x_BLD, weights.shared, activation)
     if weights.shared_gate_D is not None:
       gate_BL1 = jax.nn.sigmoid(linear(x_BLD, weights.shared_gate_D[:, None]))
       y_BLD = y_BLD * gate_BL1
@@ -124,5 +132,6 @@ def moe_feedforward(
 
 def feedforward(x_BLD: jax.Array, weights: FFNWeights, activation: Activation = gated) -> jax.Array:
   """Returns down(activation(gate(x), up(x))) as y_BLD, in the dtype of x_BLD."""
-  h_BLF = activation(linear(x_BLD, weights.gate_DF), linear(x_BLD, weights.up_DF))
+  matrices = (weights.gate_DF, weights.up_DF)
+  h_BLF = activation(*(linear(x_BLD, w) for w in matrices if w is not None))
   return linear(sharding.constrain(h_BLF, "BLF"), weights.down_FD)

@@ -6,15 +6,19 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-  """The scale of a norm; `letters` are the shape letters of the dimensions that it scales."""
+  """The scale of a norm; `letters` are the shape letters of the dimensions that it scales.
 
-  def __init__(self, letters: str, *sizes: int):
-    self.name = f"norm_{letters}"
-    setattr(self, self.name, nnx.Param(jnp.ones(sizes)))
+  `offset`, 0 or 1, is added to the parameter, which begins at 1 - offset.
+  """
+
+  def __init__(self, letters: str, *sizes: int, offset: int = 0):
+    self.name, self.offset = f"norm_{letters}", offset
+    setattr(self, self.name, nnx.Param(jnp.zeros(sizes) if offset else jnp.ones(sizes)))
 
   def weights(self) -> jax.Array:
     """Returns the scale, float32."""
-    return getattr(self, self.name)[...]
+    scale = getattr(self, self.name)[...]
+    return scale + self.offset if self.offset else scale
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -1,32 +1,59 @@
-"""Which layers have experts, and where the parameters of each layer stand."""
+"""The kinds of layers of a model, and where the parameters of each layer stand."""
+
+from typing import NamedTuple
 
 from moe_jax import config as config_lib
 
 
-def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[bool, ...]]]:
-  """Returns [(repeats, (is_moe of each layer in the repeated unit))], first layer first."""
+class LayerKind(NamedTuple):
+  """What is not the same in all layers."""
+
+  is_moe: bool
+  window: int  # tokens that a query attends to, itself the last; 0 is all before it
+  delta: bool  # whether the delta rule takes the place of attention
+
+
+def layer_kinds(model: config_lib.Model) -> list[LayerKind]:
+  """Returns the kind of each layer, first layer first."""
   moe = model.moe
-  if not moe.num_experts:
-    return [(model.num_layers, (False,))]
-  unit = (False,) * (moe.every - 1) + (True,)
-  scans = [(moe.first_dense, (False,)), ((model.num_layers - moe.first_dense) // moe.every, unit)]
-  return [(repeats, pattern) for repeats, pattern in scans if repeats]
+
+  def kind(layer: int) -> LayerKind:
+    after = layer + 1 - moe.first_dense
+    is_moe = bool(moe.num_experts) and after > 0 and after % moe.every == 0
+    is_global = model.global_every > 0 and (layer + 1) % model.global_every == 0
+    delta = model.delta.value_heads > 0 and not is_global
+    return LayerKind(is_moe, 0 if is_global else model.window, delta)
+
+  return [kind(layer) for layer in range(model.num_layers)]
+
+
+def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[LayerKind, ...]]]:
+  """Returns [(repeats, kinds of the layers in the repeated unit)], first layer first."""
+  kinds = layer_kinds(model)
+  first_dense = model.moe.first_dense if model.moe.num_experts else 0
+  scans = []
+  for part in (kinds[:first_dense], kinds[first_dense:]):
+    sizes = range(1, len(part) + 1)
+    size = next((n for n in sizes if part[n:] == part[:-n]), 0)
+    if size:
+      repeats = len(part) // size
+      scans += [(repeats, tuple(part[:size])), (1, tuple(part[repeats * size :]))]
+  return [(repeats, unit) for repeats, unit in scans if unit]
 
 
 def layer_places(model: config_lib.Model) -> list[tuple[tuple[str, ...], int]]:
   """Returns (path of the parameters in which it is stacked, its place on Z) of each layer."""
   return [
     (("scans", str(scan), "blocks", str(block)), repeat)
-    for scan, (repeats, pattern) in enumerate(layer_pattern(model))
+    for scan, (repeats, unit) in enumerate(layer_pattern(model))
     for repeat in range(repeats)
-    for block in range(len(pattern))
+    for block in range(len(unit))
   ]
 
 
 def moe_layers(model: config_lib.Model) -> list[int]:
   """Returns the index of each MoE layer in the network, in the order of Z in statistics."""
-  flat = [is_moe for repeats, pattern in layer_pattern(model) for is_moe in pattern * repeats]
-  return [index for index, is_moe in enumerate(flat) if is_moe]
+  return [index for index, kind in enumerate(layer_kinds(model)) if kind.is_moe]
 
 
 def bias_shape(model: config_lib.Model) -> tuple[int, int]:

@@ -11,10 +11,11 @@ from moe_jax.config import Model, RopeKind, RopeScaling
 def rope(x_BLHA: jax.Array, positions_BL: jax.Array, model: Model) -> jax.Array:
   """Rotates the pairs (i, i + W/2) of the first W dimensions of each head by position * frequency.
 
-  W is the rotated width, rotary_fraction of the head's. Computes in float32 and returns the dtype
-  of x_BLHA.
+  W is the rotated width, model.rotated_width. With rope_interleaved the pairs are (2i, 2i + 1), and
+  come out as (i, i + W/2), in queries and keys alike. Computes in float32 and returns the dtype of
+  x_BLHA.
   """
-  width = rotated_width(model)
+  width = model.rotated_width
   positions = positions_BL[:, :, None, None].astype(jnp.float32)
   angle = positions * frequencies(model).reshape(1, 1, 1, -1)
   sin, cos = jnp.sin(angle), jnp.cos(angle)
@@ -22,7 +23,11 @@ def rope(x_BLHA: jax.Array, positions_BL: jax.Array, model: Model) -> jax.Array:
   if factor != 1:
     sin, cos = factor * sin, factor * cos
   turning = x_BLHA if width == x_BLHA.shape[-1] else x_BLHA[..., :width]
-  first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+  turning = turning.astype(jnp.float32)
+  if model.rope_interleaved:
+    first, second = turning[..., ::2], turning[..., 1::2]
+  else:
+    first, second = jnp.split(turning, 2, axis=-1)
   parts = [first * cos - second * sin, second * cos + first * sin]
   rotated = jnp.concatenate(parts, axis=-1).astype(x_BLHA.dtype)
   if width == x_BLHA.shape[-1]:
@@ -30,9 +35,11 @@ def rope(x_BLHA: jax.Array, positions_BL: jax.Array, model: Model) -> jax.Array:
   return jnp.concatenate([rotated, x_BLHA[..., width:]], axis=-1)
 
 
-def rotated_width(model: Model) -> int:
-  """Returns the number of dimensions of a head that are rotated."""
-  return int(model.head_dim * model.rotary_fraction)
+def score_factor(scaling: RopeScaling) -> float:
+  """Returns what scores are multiplied by beside the scale (DeepSeek-V2's YaRN)."""
+  if scaling.kind is not RopeKind.YARN or not scaling.mscale_all_dim:
+    return 1.0
+  return (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
 
 
 def attention_factor(scaling: RopeScaling) -> float:
@@ -44,7 +51,7 @@ def attention_factor(scaling: RopeScaling) -> float:
 
 def frequencies(model: Model) -> jax.Array:
   """Returns the angle per position of each pair, float32 [W / 2]: base^(-2i/W), stretched."""
-  half = rotated_width(model) // 2
+  half = model.rotated_width // 2
   frequency = model.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   scaling = model.rope_scaling
   if scaling.kind is RopeKind.NONE:

@@ -12,10 +12,12 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.kernels.attention import segment_attention
+from moe_jax.kernels import activation
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
+from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight, linear
-from moe_jax.model.attention import Attend, AttentionLayer, AttentionWeights, attention_layer
+from moe_jax.model import mixer
+from moe_jax.model.attention import Attend, over_segments
 from moe_jax.model.feedforward import (
   DenseFFN,
   FFNWeights,
@@ -25,7 +27,7 @@ from moe_jax.model.feedforward import (
   moe_feedforward,
 )
 from moe_jax.model.norm import RMSNorm, rms_norm
-from moe_jax.model.pattern import bias_shape, layer_pattern
+from moe_jax.model.pattern import LayerKind, bias_shape, layer_pattern
 from moe_jax.moe import counts, routers
 from moe_jax.moe.counts import Choices, MoeStats
 
@@ -49,7 +51,7 @@ class LayerWeights(NamedTuple):
   """The weights of one layer; norms are float32."""
 
   attention_norm_D: jax.Array
-  attention: AttentionWeights
+  attention: mixer.MixerWeights
   ffn_norm_D: jax.Array
   ffn: FFNWeights | MoEFFNWeights
 
@@ -67,10 +69,11 @@ def decoder_layer(
   x_BLD: jax.Array,
   weights: LayerWeights,
   tokens: Tokens,
-  attend: Attend,
+  attend: Attend | DeltaState | None,
   model: config_lib.Model,
   key: jax.Array,
   *,
+  window: int,
   train: bool,
   trace: bool = False,
 ) -> LayerOutput:
@@ -80,25 +83,27 @@ def decoder_layer(
     x_BLD: the residual stream, compute dtype.
     weights: of this layer; the type of `ffn` makes it dense or MoE.
     tokens: ids for hash routing, padding, positions.
-    attend: computes attention; see attention.Attend.
+    attend: computes attention; see mixer.mix.
     model: the configuration.
     key: the random key of jitter and of the router's noise.
+    window: tokens that a query of this layer attends to; 0 is all before it.
     train: whether to use the capacity factor, jitter and noise of training.
     trace: whether to return the experts of each token too.
   """
   with jax.named_scope("attention"):
     h_BLD = rms_norm(x_BLD, weights.attention_norm_D, model.norm_eps)
-    y_BLD, cache = attention_layer(h_BLD, weights.attention, tokens.positions_BL, attend, model)
+    y_BLD, cache = mixer.mix(h_BLD, weights.attention, tokens, attend, model, window)
     x_BLD += _scaled(y_BLD, model.residual_multiplier)
   h_BLD, stats, choices = rms_norm(x_BLD, weights.ffn_norm_D, model.norm_eps), None, None
   if isinstance(weights.ffn, FFNWeights):
     with jax.named_scope("ffn"):
-      y_BLD = feedforward(h_BLD, weights.ffn)
+      y_BLD = feedforward(h_BLD, weights.ffn, activation.of(model))
   else:
     real_BL = tokens.segments_BL > 0
     out = moe_feedforward(
-      h_BLD, real_BL, tokens.ids_BL, weights.ffn, model.moe, key, train=train, trace=trace
-    )
+      h_BLD, real_BL, tokens.ids_BL, weights.ffn, model.moe, key, activation=activation.of(model),
+      train=train, trace=trace,
+    )  # fmt: skip
     y_BLD, stats, choices = out.y_BLD, out.stats, out.choices
   x_BLD = sharding.constrain(x_BLD + _scaled(y_BLD, model.residual_multiplier), "BLD")
   return LayerOutput(x_BLD=x_BLD, stats=stats, choices=choices, cache=cache)
@@ -128,15 +133,16 @@ def next_token_logits(
 class DecoderLayer(nnx.Module):
   """The parameters of one layer."""
 
-  def __init__(self, model: config_lib.Model, is_moe: bool, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm("D", model.dim)
-    self.attention = AttentionLayer(model, rngs)
-    self.ffn_norm = RMSNorm("D", model.dim)
-    self.ffn = MoEFFN(model, rngs) if is_moe else DenseFFN(model, model.ffn_dim, rngs)
+  def __init__(self, model: config_lib.Model, kind: LayerKind, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
+    self.attention = mixer.make(model, kind, rngs)
+    self.ffn_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
+    self.ffn = MoEFFN(model, rngs) if kind.is_moe else DenseFFN(model, model.ffn_dim, rngs)
 
-  def weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> LayerWeights:
-    """Returns the weights in `dtype`; a dense layer does not read the balancing bias bias_E."""
+  def weights(self, dtype: jnp.dtype, bias_E: jax.Array | None) -> LayerWeights:
+    """Returns the weights in `dtype`; a dense layer has no balancing bias bias_E."""
     if isinstance(self.ffn, MoEFFN):
+      assert bias_E is not None
       ffn: FFNWeights | MoEFFNWeights = self.ffn.ffn_weights(dtype, bias_E)
     else:
       ffn = self.ffn.weights(dtype)
@@ -149,10 +155,10 @@ class DecoderLayer(nnx.Module):
 
 
 class Period(nnx.Module):
-  """The layers that the pattern repeats, at most one of them MoE; one step of the scan."""
+  """The layers that the pattern repeats; one step of the scan."""
 
-  def __init__(self, model: config_lib.Model, pattern: tuple[bool, ...], rngs: nnx.Rngs):
-    self.blocks = nnx.List([DecoderLayer(model, is_moe, rngs) for is_moe in pattern])
+  def __init__(self, model: config_lib.Model, unit: tuple[LayerKind, ...], rngs: nnx.Rngs):
+    self.blocks = nnx.List([DecoderLayer(model, kind, rngs) for kind in unit])
 
 
 class ModelOutput(NamedTuple):
@@ -181,11 +187,11 @@ class Transformer(nnx.Module):
     self.embed_VD = nnx.Param(0.02 * init(rngs.params(), (model.vocab_size, model.dim)))
     self.scans = nnx.List(
       [
-        _stack(model, pattern, jax.random.split(rngs.params(), repeats))
-        for repeats, pattern in layer_pattern(model)
+        _stack(model, unit, jax.random.split(rngs.params(), repeats))
+        for repeats, unit in layer_pattern(model)
       ]
     )
-    self.final_norm = RMSNorm("D", model.dim)
+    self.final_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
     if not model.tied_head:
       head = model.dim**-0.5 * init(rngs.params(), (model.dim, model.vocab_size))
       self.head_DV = nnx.Param(head)
@@ -207,14 +213,14 @@ class Transformer(nnx.Module):
     stats = [counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))]
     choices, first = [], 0
     for index, stack in enumerate(self.scans):
-      repeats, pattern = layer_pattern(model)[index]
+      repeats, unit = layer_pattern(model)[index]
       keys = jax.random.split(jax.random.fold_in(key, index), repeats)
-      last = first + repeats if any(pattern) else first
-      # A stack of dense layers gets a bias of no experts, which it does not read.
-      biases_ZE = bias_ZE[first:last] if any(pattern) else jnp.zeros((repeats, 0))
-      x_BLD, moe_outputs = self._scan(stack, x_BLD, tokens, biases_ZE, keys, train, trace)
-      stats += [layer_stats for layer_stats, _ in moe_outputs]
-      choices += [layer_choices for _, layer_choices in moe_outputs if layer_choices is not None]
+      last = first + repeats * sum(kind.is_moe for kind in unit)
+      x_BLD, moe_outputs = self._scan(
+        index, stack, x_BLD, tokens, bias_ZE[first:last], keys, train, trace
+      )
+      stats += [moe_outputs[0]] if moe_outputs is not None else []
+      choices += [moe_outputs[1]] if moe_outputs is not None and trace else []
       first = last
     head_DV = self.embed_VD[...].T if model.tied_head else self.head_DV[...]
     logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV.astype(dtype), model)
@@ -222,42 +228,49 @@ class Transformer(nnx.Module):
 
   def _scan(
     self,
+    index: int,
     stack: Period,
     x_BLD: jax.Array,
     tokens: Tokens,
     bias_ZE: jax.Array,
-    keys_Z: jax.Array,
+    keys: jax.Array,
     train: bool,
     trace: bool,
-  ) -> tuple[jax.Array, list[tuple[MoeStats, Choices | None]]]:
-    """Runs the layers of one stack.
+  ) -> tuple[jax.Array, tuple[MoeStats, Choices | None] | None]:
+    """Runs the layers of one stack, the `index`-th; `keys` has one for each repeat.
 
     Returns:
-      x_BLD after the stack, and a list with the stats and choices of its MoE layers, stacked on Z;
-      the list is empty for a stack of dense layers.
+      x_BLD after the stack, and the stats and choices of its MoE layers, stacked on Z; None if all
+      are dense.
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
+    repeats, unit = layer_pattern(model)[index]
     graph, params = nnx.split(stack)
+    biases = bias_ZE.reshape(repeats, sum(kind.is_moe for kind in unit), bias_ZE.shape[-1])
+    attend = over_segments(tokens.segments_BL, model.attention)
 
-    def attend(q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGA: jax.Array) -> tuple[jax.Array, None]:
-      return segment_attention(q_BLHA, k_BLGA, v_BLGA, tokens.segments_BL, model.attention), None
-
-    def body(x_BLD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-      params, bias_E, key = layer
-      moe_outputs = []
-      for number, block in enumerate(nnx.merge(graph, params).blocks):
-        block_key, weights = jax.random.fold_in(key, number), block.weights(dtype, bias_E)
+    def body(x_BLD: jax.Array, period: Any) -> tuple[jax.Array, Any]:
+      params, biases, key = period
+      moe_outputs: list[tuple[MoeStats, Choices | None]] = []
+      blocks = nnx.merge(graph, params).blocks
+      for number, (kind, block) in enumerate(zip(unit, blocks, strict=True)):
+        bias_E = biases[len(moe_outputs)] if kind.is_moe else None
         out = decoder_layer(
-          x_BLD, weights, tokens, attend, model, block_key, train=train, trace=trace
-        )
+          x_BLD, block.weights(dtype, bias_E), tokens, None if kind.delta else attend, model,
+          jax.random.fold_in(key, number), window=kind.window, train=train, trace=trace,
+        )  # fmt: skip
         x_BLD = out.x_BLD
         moe_outputs += [(out.stats, out.choices)] if out.stats is not None else []
-      return x_BLD, moe_outputs
+      if not moe_outputs:
+        return x_BLD, None
+      return x_BLD, jax.tree.map(lambda *layers: jnp.stack(layers), *moe_outputs)
 
     if model.remat is not config_lib.Remat.NONE:
       # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
-    return jax.lax.scan(body, x_BLD, (params, bias_ZE, keys_Z))
+    x_BLD, moe_outputs = jax.lax.scan(body, x_BLD, (params, biases, keys))
+    # [repeats, MoE layers of the unit, ...] to [Z, ...]
+    return x_BLD, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), moe_outputs)
 
 
 def _on_layers(parts: list[Any]) -> Any:
@@ -265,22 +278,23 @@ def _on_layers(parts: list[Any]) -> Any:
   return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
-def _stack(model: config_lib.Model, pattern: tuple[bool, ...], keys_Z: jax.Array) -> Period:
+def _stack(model: config_lib.Model, unit: tuple[LayerKind, ...], keys: jax.Array) -> Period:
   """Returns one Period whose parameters have a leading Z, one entry for each key."""
-  return nnx.vmap(lambda key: Period(model, pattern, nnx.Rngs(key)))(keys_Z)
+  return nnx.vmap(lambda key: Period(model, unit, nnx.Rngs(key)))(keys)
 
 
 def abstract_params(model: config_lib.Model) -> Any:
   """Returns the nnx state of a Transformer as shapes, without allocating it."""
-  return _split(model)[1]
+  return jax.tree.map(lambda shape: shape, _split(model, jax.sharding.get_abstract_mesh())[1])
 
 
 def merge(model: config_lib.Model, params: Any) -> Transformer:
   """Returns the decoder with these parameters, the nnx state of a Transformer of this config."""
-  return nnx.merge(_split(model)[0], params)
+  return nnx.merge(_split(model, jax.sharding.get_abstract_mesh())[0], params)
 
 
-def _split(model: config_lib.Model) -> tuple[Any, Any]:
+@config_lib.cached  # a start asks ten times
+def _split(model: config_lib.Model, _: jax.sharding.AbstractMesh) -> tuple[Any, Any]:
   return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
 
 

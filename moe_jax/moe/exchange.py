@@ -100,6 +100,11 @@ def sum_over(axes: str | tuple[str, ...], x: Any) -> Any:
   return x if one_device() else jax.lax.psum(x, axes)
 
 
+def once_over(axis: str, x: jax.Array) -> jax.Array:
+  """Returns x on the first device of a mesh axis, and zeros on the others: their sum is x."""
+  return x if one_device() else jnp.where(jax.lax.axis_index(axis) == 0, x, 0)
+
+
 def _expert_devices() -> int:
   return jax.sharding.get_abstract_mesh().shape["expert"]
 

@@ -14,9 +14,11 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.kernels import activation as activations
 from moe_jax.kernels import experts as expert_kernels
+from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.experts import Experts, ExpertWeights
-from moe_jax.moe import counts, dispatch, exchange, routers
+from moe_jax.moe import counts, dispatch, exchange, routers, routing
 from moe_jax.moe.counts import Choices, MoeStats
 from moe_jax.moe.routing import LayerInputs
 
@@ -27,6 +29,7 @@ def moe_on_device(
   experts: ExpertWeights,
   moe: config_lib.MoE,
   *,
+  activation: Activation,
   train: bool,
   trace: bool,
 ) -> "MoEOutput":
@@ -46,7 +49,12 @@ def moe_on_device(
     trip = mover.send(rows, routing.assignments, layout)
   with jax.named_scope("experts"):  # 4. The experts.
     received = trip.received
-    outputs = expert_kernels.experts(received.x, received.sizes_E, experts, moe.grouped_matmul)
+    if isinstance(experts, Experts) and experts.down_bias_ED is not None:
+      # The devices of `tensor` add up their outputs (6.), but the bias counts once.
+      experts = experts._replace(down_bias_ED=exchange.once_over("tensor", experts.down_bias_ED))
+    outputs = expert_kernels.experts(
+      received.x, received.sizes_E, experts, moe.grouped_matmul, activation
+    )
   with jax.named_scope("exchange"):  # 5. Rows back to the devices of their tokens.
     returned = mover.bring_back(outputs, trip)
   with jax.named_scope("combine"):  # 6. Rows to tokens: the sum of a token's gated outputs.
@@ -86,6 +94,7 @@ def moe_layer(
   moe: config_lib.MoE,
   key: jax.Array,
   *,
+  activation: Activation = gated,
   train: bool,
   trace: bool = False,
 ) -> MoEOutput:
@@ -99,12 +108,15 @@ def moe_layer(
     weights: the weights of the router and the experts.
     moe: the configuration of the layer.
     key: the random key of jitter and noise.
+    activation: of the experts.
     train: whether to use the training capacity factor, jitter, and the router's training function.
     trace: whether to return the experts of each token too.
   """
   with jax.named_scope("router"):
     inputs = router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, train=train)
-  return on_mesh(x_BLD, inputs, weights.experts, moe, train=train, trace=trace)
+  return on_mesh(
+    x_BLD, inputs, weights.experts, moe, activation=activation, train=train, trace=trace
+  )
 
 
 def on_mesh(
@@ -113,6 +125,7 @@ def on_mesh(
   experts: ExpertWeights,
   moe: config_lib.MoE,
   *,
+  activation: Activation = gated,
   train: bool,
   trace: bool = False,
 ) -> MoEOutput:
@@ -125,17 +138,22 @@ def on_mesh(
     inputs: what the router reads, split over the batch axes too.
     experts: split over `expert` and `tensor`; weights split over `fsdp` are gathered on entry.
     moe: the configuration of the layer.
+    activation: of the experts.
     train: whether to use the training capacity factor and the router's training function.
     trace: whether to return the experts of each token too.
   """
-  local = functools.partial(moe_on_device, moe=moe, train=train, trace=trace)
+  local = functools.partial(moe_on_device, moe=moe, activation=activation, train=train, trace=trace)
   if exchange.one_device():
     return local(x_BLD, inputs, experts)
   # Any, because the trees of specs have the types of the arrays that the specs are for.
   everywhere: Any = jax.sharding.PartitionSpec()
   batch: Any = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=everywhere)
-  expert_specs: Any = {name: sharding.spec(name.split("_")[1]) for name in Experts._fields}
+  assert isinstance(experts, Experts)
+  expert_specs: Any = {
+    name: None if weight is None else sharding.spec(name.rsplit("_", 1)[1])
+    for name, weight in experts._asdict().items()
+  }
   return jax.shard_map(
     local,
     in_specs=(batch, per_token, Experts(**expert_specs)),
@@ -169,7 +187,9 @@ def router_inputs(
   def project(x_BLD: jax.Array, w_DE: jax.Array) -> jax.Array:
     return router_logits(x_BLD, w_DE, moe)
 
-  logits_BLE = project(x_BLD, weights.router[routers.ROUTER_DE.name])
+  logits_BLE = project(x_BLD, weights.router[routing.ROUTER_DE.name])
+  if moe.router_bias:
+    logits_BLE += weights.router[routing.ROUTER_BIAS_E.name].reshape(1, 1, -1)
   noise_BLE, extra = None, {}
   if spec.noise is not None and (train or spec.noise_in_evaluation):
     noise_BLE = _by_batch(spec.noise(noise_key, logits_BLE.shape))
@@ -205,16 +225,23 @@ class MoELayer(nnx.Module):
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
     moe = model.moe
     D, E, F = model.dim, moe.num_experts, moe.expert_dim
-    self.moe = moe
+    self.moe, self.activation = moe, activations.of(model)
     self.dtype = jnp.dtype(model.compute_dtype.value)
     init = jax.random.normal
-    self.router_DE = nnx.Param(routers.ROUTER_DE.initial(rngs, {"D": D, "E": E}))
-    self.gate_EDF = nnx.Param(D**-0.5 * init(rngs.params(), (E, D, F)))
+    self.router_DE = nnx.Param(routing.ROUTER_DE.initial(rngs, {"D": D, "E": E}))
+    if model.gated:
+      self.gate_EDF = nnx.Param(D**-0.5 * init(rngs.params(), (E, D, F)))
     self.up_EDF = nnx.Param(D**-0.5 * init(rngs.params(), (E, D, F)))
     down_EFD = model.residual_scale * F**-0.5 * init(rngs.params(), (E, F, D))
     self.down_EFD = nnx.Param(down_EFD)
-    for parameter in routers.ROUTERS[moe.router].parameters:
-      setattr(self, parameter.name, nnx.Param(parameter.initial(rngs, {"D": D, "E": E})))
+    if moe.expert_bias:
+      if model.gated:
+        self.gate_bias_EF = nnx.Param(jnp.zeros((E, F)))
+      self.up_bias_EF = nnx.Param(jnp.zeros((E, F)))
+      self.down_bias_ED = nnx.Param(jnp.zeros((E, D)))
+    for parameter in routers.parameters(moe):
+      if parameter is not routing.ROUTER_DE:
+        setattr(self, parameter.name, nnx.Param(parameter.initial(rngs, {"D": D, "E": E})))
 
   def weights(self, dtype: jnp.dtype, bias_E: jax.Array) -> MoEWeights:
     """Returns the weights for `moe_layer`: experts in `dtype`, the router in float32.
@@ -223,17 +250,16 @@ class MoELayer(nnx.Module):
       dtype: the compute dtype.
       bias_E: float32 balancing bias, which the train state holds beside the parameters.
     """
-    experts = Experts(
-      gate_EDF=self.gate_EDF[...].astype(dtype),
-      up_EDF=self.up_EDF[...].astype(dtype),
-      down_EFD=self.down_EFD[...].astype(dtype),
-    )
+
+    def weight(name: str) -> Any:
+      return getattr(self, name)[...].astype(dtype) if hasattr(self, name) else None
+
+    experts = Experts(*map(weight, Experts._fields))
     return MoEWeights(self.router(), bias_E, experts)
 
   def router(self) -> dict[str, jax.Array]:
     """Returns the float32 parameters of the router by name."""
-    parameters = (routers.ROUTER_DE, *routers.ROUTERS[self.moe.router].parameters)
-    return {p.name: getattr(self, p.name)[...] for p in parameters}
+    return {p.name: getattr(self, p.name)[...] for p in routers.parameters(self.moe)}
 
   def __call__(
     self,
@@ -247,5 +273,7 @@ class MoELayer(nnx.Module):
     trace: bool = False,
   ) -> MoEOutput:
     """Calls `moe_layer` with these parameters."""
-    weights = self.weights(self.dtype, bias_E)
-    return moe_layer(x_BLD, real_BL, ids_BL, weights, self.moe, key, train=train, trace=trace)
+    return moe_layer(
+      x_BLD, real_BL, ids_BL, self.weights(self.dtype, bias_E), self.moe, key,
+      activation=self.activation, train=train, trace=trace,
+    )  # fmt: skip

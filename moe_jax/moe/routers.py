@@ -13,11 +13,20 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import MoE, Priority, Router, Score
-from moe_jax.moe.routing import LayerInputs, Project, RouterInputs, RouterSpec, Routing, Rule
+from moe_jax.config import GroupScore, MoE, Priority, Router, Score
+from moe_jax.moe.routing import (
+  ROUTER_BIAS_E,
+  ROUTER_DE,
+  LayerInputs,
+  Project,
+  RouterInputs,
+  RouterSpec,
+  Routing,
+  Rule,
+  router_matrix,
+)
 
 
 def route(inputs: LayerInputs, moe: MoE, groups: int, *, capacity: int, train: bool) -> Routing:
@@ -180,12 +189,13 @@ def _log_scores(logits_TE: jax.Array, moe: MoE) -> jax.Array:
 
 
 def _limit_groups(choice_TE: jax.Array, moe: MoE) -> jax.Array:
-  """Sets scores to -inf outside the `top_groups` groups whose best two scores sum highest."""
+  """Sets scores to -inf outside the `top_groups` groups of the highest group_score."""
   if moe.top_groups == moe.expert_groups:
     return choice_TE
   T, E = choice_TE.shape
   by_group = choice_TE.reshape(T, moe.expert_groups, -1)
-  group_score = jnp.sum(jax.lax.top_k(by_group, 2)[0], axis=-1)
+  counted = 2 if moe.group_score is GroupScore.TWO_BEST else 1
+  group_score = jnp.sum(jax.lax.top_k(by_group, counted)[0], axis=-1)
   best = jax.lax.top_k(group_score, moe.top_groups)[1]
   allowed = jnp.any(best[..., None] == jnp.arange(moe.expert_groups)[None, None], axis=1)
   return jnp.where(allowed[..., None], by_group, -jnp.inf).reshape(T, E)
@@ -221,19 +231,10 @@ def token_choice(
   )
 
 
-def router_matrix(name: str, scale: float) -> sharding.Parameter:
-  """Declares a [D, E] matrix of a router, replicated because it is small and all tokens need it."""
-
-  def initial(rngs: nnx.Rngs, sizes: Mapping[str, int]) -> jax.Array:
-    shape = (sizes["D"], sizes["E"])
-    return scale * jax.random.normal(rngs.params(), shape) if scale else jnp.zeros(shape)
-
-  return sharding.Parameter(
-    name=name, initial=initial, replicated=True, decays=False, group="router"
-  )
-
-
-ROUTER_DE = router_matrix("router_DE", 0.02)
+def parameters(moe: MoE) -> tuple[sharding.Parameter, ...]:
+  """Returns the parameters of the router of a layer, ROUTER_DE first."""
+  bias = (ROUTER_BIAS_E,) if moe.router_bias else ()
+  return (ROUTER_DE, *bias, *ROUTERS[moe.router].parameters)
 
 
 def _noise_scale(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import MoE, Score
@@ -107,3 +109,25 @@ class RouterSpec:
   def runs_own(self, *, train: bool) -> bool:
     """Returns whether `function` runs, rather than `evaluation`."""
     return train or self.evaluation is None
+
+
+def router_matrix(name: str, scale: float) -> sharding.Parameter:
+  """Declares a [D, E] matrix of a router, replicated because it is small and all tokens need it."""
+
+  def initial(rngs: nnx.Rngs, sizes: Mapping[str, int]) -> jax.Array:
+    shape = (sizes["D"], sizes["E"])
+    return scale * jax.random.normal(rngs.params(), shape) if scale else jnp.zeros(shape)
+
+  return sharding.Parameter(
+    name=name, initial=initial, replicated=True, decays=False, group="router"
+  )
+
+
+ROUTER_DE = router_matrix("router_DE", 0.02)
+ROUTER_BIAS_E = sharding.Parameter(
+  name="router_bias_E",
+  initial=lambda rngs, sizes: jnp.zeros((sizes["E"],)),
+  replicated=True,
+  decays=False,
+  group="router",
+)

@@ -5,7 +5,6 @@ the width of a feed-forward, so a division gives the width that matches; then it
 """
 
 import dataclasses
-import functools
 import json
 import math
 import subprocess
@@ -184,12 +183,10 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
 def cached_count(config: Config) -> cost.Counts:
   """Returns cost.count of a config, from a cache if its model was counted before."""
   counted = Config(model=config.model, data=config_lib.Data(seq_len=config.data.seq_len))
-  return _count_json(config_lib.to_json(counted))
+  return _count(counted)
 
 
-@functools.cache
-def _count_json(text: str) -> cost.Counts:
-  return cost.count(config_lib.from_json(text))
+_count = config_lib.cached(cost.count)
 
 
 def sizes(config: Config) -> str:

@@ -132,10 +132,8 @@ class Evaluator:
     }
     if len(sums.moe.tokens):
       # Ratios of sums: as float32 they cannot overflow, where jax would make int64 an int32.
-      ratios = jax.tree.map(np.float32, sums)
-      balance_Z = losses.load_balance(ratios, config_lib.BalanceScope.GLOBAL)
-      result["load_balance"] = float(np.mean(balance_Z))
-      result |= {name: np.asarray(v) for name, v in metrics.moe_metrics(ratios.moe).items()}
+      result |= jax.device_get(_ratios(jax.tree.map(np.float32, sums)))
+      result["load_balance"] = float(result["load_balance"])
     return result
 
   def by_domain(self, documents: DocumentSums) -> dict[str, dict[str, Any]]:
@@ -146,6 +144,12 @@ class Evaluator:
       if sums[1]:
         losses_of[name] = _loss(*sums)
     return losses_of
+
+
+@jax.jit  # one program, where each operation by itself would be one
+def _ratios(sums: losses.Sums) -> dict[str, jax.Array]:
+  balance_Z = losses.load_balance(sums, config_lib.BalanceScope.GLOBAL)
+  return {"load_balance": jnp.mean(balance_Z)} | metrics.moe_metrics(sums.moe)
 
 
 def _wide(value: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Starts a new run with the parameters of another run's checkpoint: --init_from=WORKDIR:STEP."""
 
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -53,11 +52,11 @@ def find(
   if not text:
     source = recorded
   else:
-    named = re.fullmatch(r"(.+):([0-9]+)", text)
-    other = workdir_lib.resolved(workdir_lib.open_path(named[1] if named else text))
+    name, step = workdir_lib.split_step(text)
+    other = workdir_lib.resolved(workdir_lib.open_path(name))
     if own_steps:
       same = recorded and (str(other), optimizer) == (recorded.workdir, recorded.optimizer)
-      if not same or (named and recorded and int(named[2]) != recorded.step):
+      if not same or (step is not None and recorded and step != recorded.step):
         raise UserError(
           f"--init_from={text}: --workdir={workdir} has a checkpoint of its own, step "
           f"{own_steps[-1]}, and began with {recorded or 'random parameters'}; name a new workdir, "
@@ -69,7 +68,7 @@ def find(
       raise UserError(
         f"--init_from={text}: no checkpoint there; name the workdir of a run that has saved one"
       )
-    source = Source(str(other), int(named[2]) if named else steps[-1], optimizer)
+    source = Source(str(other), steps[-1] if step is None else step, optimizer)
   if source and not own_steps:
     _check(source, config)
   return source

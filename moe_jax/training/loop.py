@@ -20,7 +20,7 @@ from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
-from moe_jax.training import health, metrics
+from moe_jax.training import health, metrics, writer
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.profiling import Profiler
 
@@ -52,7 +52,7 @@ class Loop:
     """
     self.config, self.path, self.saver, self.start = config, path, saver, start
     self.profiler = profiler
-    self.writer = metrics.Writer(path, start) if jax.process_index() == 0 else None
+    self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
     self.stop_signal = 0
     peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
     self.flops_fraction = cost.count(config).flops_per_token / peak if peak else 0.0

@@ -129,13 +129,17 @@ def muon_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None
 
   The shape letters say it: q_DHA is a matrix [D, H*A], out_HAD is [H*A, D], and up_EDF has a matrix
   [D, F] for each expert. A stack of layers has one for each layer. Axes are counted from the end.
+  A matrix without D is one from a latent, [Q, H*A] or [W, H*Y].
   """
-  if parameter_group(name) not in ("attention", "experts", "ffn"):
+  if sharding.declared(name) is not None:
+    return None
+  if parameter_group(name) not in ("attention", "experts", "ffn") or not sharding.is_matrix(name):
     return None
   letters = name.rsplit("_", 1)[-1]
   axes = {letter: axis - len(letters) for axis, letter in enumerate(letters) if letter != "E"}
-  assert "D" in axes and len(axes) > 1 and ndim >= len(letters), name
-  width, others = (axes.pop("D"),), tuple(axes.values())
+  assert len(axes) > 1 and ndim >= len(letters), name
+  inner = next(letter for letter in "DQW" if letter in axes)
+  width, others = (axes.pop(inner),), tuple(axes.values())
   into, out_of = (width, others) if width < others else (others, width)
   return optax.contrib.MuonDimensionNumbers(reduction_axis=into, output_axis=out_of)
 

@@ -132,7 +132,7 @@ def examined(shared_folder):
   def build(path):
     trained = start(
       "train.py", path / "run", "--config=configs/debug.py", "--config.data.name=python_domains",
-      f"--cache_dir={path / 'cache'}", "--config.train.keep_latest=3",
+      "--config.train.keep_latest=3",
       "--config.train.steps=60", "--config.train.checkpoint_every=20",
       "--config.train.eval_every=60", "--config.eval.final_batches=40",
     )  # fmt: skip

@@ -1,7 +1,5 @@
 """Every family against transformers: files written there are read here, and the other way."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +7,12 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.hf import check, exporting, families, importing, layout
+from moe_jax.hf import check, exporting, importing, layout, parts
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
-from moe_jax.model.transformer import Tokens
 from tests.support import hf_models
 from tests.support.hf_models import CONFIGS, torch, transformers
-from tests.support.toys import mesh_of, slow_unless
+from tests.support.toys import mesh_of, slow_unless, tokens_of
 
 
 class Pair:
@@ -35,15 +32,9 @@ def pair(request, tmp_path_factory):
   return Pair(request.param, tmp_path_factory.mktemp(request.param) / "theirs")
 
 
-def inputs(ids_BL):
-  ids_BL = jnp.asarray(ids_BL, jnp.int32)
-  places_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape).astype(jnp.int32)
-  return Tokens(ids_BL=ids_BL, segments_BL=jnp.ones_like(ids_BL), positions_BL=places_BL)
-
-
 def forward(pair, params, ids_BL):
   return transformer.forward(
-    pair.model, params, pair.weights.bias_ZE, inputs(ids_BL), jax.random.key(0), train=True,
+    pair.model, params, pair.weights.bias_ZE, tokens_of(ids_BL), jax.random.key(0), train=True,
     trace=True,
   )  # fmt: skip
 
@@ -85,7 +76,7 @@ def as_theirs(pair, params):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   family = pair.made.family
-  found = layout.tensors(pair.model, families.TOP, family.layer, families.LAYER)
+  found = layout.tensors(pair.model, parts.TOP, family.layer, parts.LAYER)
   return {
     t.name: t.pack([arrays[p.path][p.place] for p in t.parts])
     for t in found
@@ -136,14 +127,21 @@ def test_routers_choose_the_same_experts(pair):
     assert want.sum(0).max() > want.sum(0).min(), "routing must be unbalanced"
 
 
+@pytest.mark.slow
 def test_the_same_greedy_tokens(pair):
+  if pair.made.family.model_type in ("llama", "mistral", "qwen2"):
+    pytest.skip("qwen3 stands for the dense families")
   ours = decoding.for_inference(pair.model)
   with jax.set_mesh(pair.mesh):
     weights = decoding.weights(ours, pair.weights.params, pair.weights.bias_ZE)
   text = generate.TextGenerator(ours, weights, pair.mesh, hf_models.Pieces())
   prompts = [text.tokenizer.decode(ids) for ids in 1 + hf_models.tokens(72).reshape(-1, 9) % 36]
   rows = text.generate(prompts, max_new_tokens=64, temperature=0)
+  compared = 0
   for prompt, row in zip(prompts, rows, strict=True):
+    if compared > 128:  # some families end their texts early, and others never
+      break
+    compared += len(row.tokens)
     ids = torch.tensor([[0, *text.tokenizer.encode(prompt)]])
     with torch.no_grad():
       want = pair.peer.model.generate(
@@ -151,7 +149,7 @@ def test_the_same_greedy_tokens(pair):
       )
     want = want[0, ids.shape[1] :].tolist()
     assert row.tokens == (want[:-1] if row.finished else want)
-  assert sum(len(row.tokens) for row in rows) > 64
+  assert compared > 64
 
 
 def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path):
@@ -181,13 +179,19 @@ def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path)
 
 
 def test_the_first_family_that_fits_is_chosen(pair):
-  family = exporting.choose(pair.model, "")
-  assert family.model_type == pair.made.family.model_type or not json.loads(
-    (pair.peer.folder / "config.json").read_text()
-  ).get("num_local_experts")
+  assert exporting.choose(pair.model, "") is pair.made.family
 
 
-def test_check_finds_them_equal(pair):
+@pytest.fixture
+def checked(pair):
+  """A few of the pairs: with biases and groups, sinks and windows, latents, the delta rule."""
+  if pair.made.family.model_type not in ("glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next"):
+    pytest.skip("four families are checked")
+  return pair
+
+
+def test_check_finds_them_equal(checked):
+  pair = checked
   ids_L = hf_models.tokens()[0]
   with jax.set_mesh(pair.mesh):
     ours = check.streams(pair.made, pair.weights, ids_L)
@@ -197,13 +201,14 @@ def test_check_finds_them_equal(pair):
   assert "they agree" in check.report(result)
 
 
-def test_check_finds_the_layer_in_which_they_part(pair):
+def test_check_finds_the_layer_in_which_they_part(checked):
   """Where one layer's attention is changed, the layers before it agree."""
+  pair = checked
   where, place = pattern.layer_places(pair.model)[1]
 
   def change(path, leaf):
-    changed = sharding.path_of(path) == (*where, "attention", "out_HAD")
-    return leaf.at[place].multiply(1.5) if changed else leaf
+    outs = [(*where, "attention", name) for name in ("out_HAD", "out_HXD", "out_OXD")]
+    return leaf.at[place].multiply(1.5) if sharding.path_of(path) in outs else leaf
 
   params = jax.tree_util.tree_map_with_path(change, pair.weights.params)
   ids_L = hf_models.tokens()[0]

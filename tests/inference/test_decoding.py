@@ -51,16 +51,16 @@ def decoded(request):
   steps = []
   with jax.set_mesh(mesh_of()):
     cache = empty_cache(ours.model, start_B, 32)
-    prefill_BLV, cache, _ = forward(
-      ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True
-    )
+    prefill = forward(ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True)
+    cache = prefill.cache
     for step in range(STEPS):
       token_B1 = [[rows[b][length + step]] for b, length in enumerate(PROMPTS)] + [[0]]
-      logits_B1V, cache, _ = forward(
+      out = forward(
         ours.weights, cache=cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
       )
-      steps.append(np.asarray(logits_B1V))
-  return Decoded(np.asarray(prefill_BLV), steps, full)
+      cache = out.cache
+      steps.append(np.asarray(out.logits_BLV))
+  return Decoded(np.asarray(prefill.logits_BLV), steps, full)
 
 
 def test_prefill_equals_the_full_forward(decoded):
@@ -77,8 +77,30 @@ def test_each_decoded_token_equals_the_full_forward(decoded):
       np.testing.assert_allclose(logits_B1V[b, 0], want_V, rtol=2e-4, atol=2e-4)
 
 
+@pytest.fixture(scope="module")
+def windows():
+  return model_of("options")
+
+
 def test_a_row_of_padding_stays_finite(decoded):
   assert np.isfinite(decoded.steps[-1]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_layer_with_a_window_keeps_its_tokens_alone(length, windows, one_device):
+  """The prompt is shorter or longer than the window of 4, which moves on three times."""
+  ours, trained = windows
+  (row,) = rows_of((length + 12,))
+  (full_LV,) = full_forward(trained, [row])
+  forward = jax.jit(functools.partial(decoding.forward_with_cache, model=ours.model,
+                                      all_logits=False))  # fmt: skip
+  cache, tokens = empty_cache(ours.model, [0], 32), row[:length]
+  assert [layer.keys.shape[-2] for layer in cache.layers] == [4, 32]
+  for last in range(length - 1, len(row) - 1):
+    out = forward(ours.weights, cache=cache, tokens_BL=jnp.asarray([tokens], jnp.int32))
+    np.testing.assert_allclose(out.logits_BLV[0, 0], full_LV[last], rtol=2e-4, atol=2e-4)
+    cache, tokens = out.cache, row[last + 1 : last + 2]
 
 
 @pytest.mark.parametrize(

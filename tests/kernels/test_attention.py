@@ -45,29 +45,40 @@ def inputs_of(sizes, dtype, seed=0):
   return (q, k, v), dy, jnp.asarray(segments)
 
 
-def by_hand(q, k, v, segments):
+def by_hand(q, k, v, segments, window=10**6, sinks=None):
   """NumPy, float64, one query after another."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   y = np.zeros_like(q)
   for row, query, h in itertools.product(*map(range, q.shape[:3])):
     head = h // (q.shape[2] // k.shape[2])
     seen = np.flatnonzero(segments[row, : query + 1] == segments[row, query])
+    seen = seen[seen > query - window]
     weights = np.exp(k[row, seen, head] @ q[row, query, h] / np.sqrt(q.shape[3]))
-    y[row, query, h] = weights @ v[row, seen, head] / weights.sum()
+    total = weights.sum() + (0 if sinks is None else np.exp(sinks[h]))
+    y[row, query, h] = weights @ v[row, seen, head] / total
   return y
 
 
-def values_and_gradients(attend, qkv, dy, segments):
-  y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), *qkv)
+def values_and_gradients(attend, qkv, dy, segments, sinks_H=None):
+  """Of y, q, k, v, and of the sinks if there are some."""
+  if sinks_H is None:
+    y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), *qkv)
+  else:
+    y, pull = jax.vjp(lambda q, k, v, s: attend(q, k, v, segments, sinks_H=s), *qkv, sinks_H)
   return y, *pull(dy)
 
 
-def check_equal(attend, sizes, dtype):
+def check_equal(attend, sizes, dtype, window=0, sinks=False):
   qkv, dy, segments = inputs_of(sizes, dtype)
-  expected = values_and_gradients(attention.reference, qkv, dy, segments)
-  actual = jax.jit(functools.partial(values_and_gradients, attend))(qkv, dy, segments)
-  for name, a, e in zip(("y", "dq", "dk", "dv"), actual, expected, strict=True):
-    assert a.dtype == e.dtype == dtype
+  sinks_H = jnp.linspace(-1.0, 3.0, sizes[2]) if sinks else None
+  expected, actual = (
+    jax.jit(functools.partial(values_and_gradients, functools.partial(f, window=window)))(
+      qkv, dy, segments, sinks_H
+    )
+    for f in (attention.reference, attend)
+  )
+  for name, a, e in zip(("y", "dq", "dk", "dv", "dsinks"), actual, expected, strict=False):
+    assert a.dtype == e.dtype == (jnp.float32 if name == "dsinks" else dtype)
     a, e = np.asarray(a, np.float32), np.asarray(e, np.float32)
     assert np.max(np.abs(a - e)) <= TOLERANCE[dtype] * np.max(np.abs(e)), name
 
@@ -76,6 +87,9 @@ def test_reference_is_attention():
   qkv, _, segments = inputs_of(SIZES["odd"], "float32")
   y = attention.reference(*qkv, segments)
   np.testing.assert_allclose(y, by_hand(*qkv, np.asarray(segments)), atol=1e-5)  # float32
+  sinks = np.linspace(-2, 2, 6)
+  y = attention.reference(*qkv, segments, 5, jnp.asarray(sinks))
+  np.testing.assert_allclose(y, by_hand(*qkv, np.asarray(segments), 5, sinks), atol=1e-5)
 
 
 CASES = [(name, sizes, "float32") for name in KERNELS for sizes in SIZES]
@@ -87,6 +101,13 @@ CASES.remove(("splash", "odd", "float32"))  # it refuses 37 tokens: test_refuses
 )
 def test_kernel_equals_reference(name, sizes, dtype):
   check_equal(KERNELS[name], SIZES[sizes], dtype)
+
+
+@pytest.mark.parametrize("window", [2, 7, 100])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_window_equals_reference(name, window):
+  """Shorter than a block of queries, and longer than one."""
+  check_equal(KERNELS[name], SIZES["grouped"], "float32", window, sinks=name == "blocks")
 
 
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
@@ -131,6 +152,9 @@ def test_refuses():
     assert refusal[name](q, k, jnp.bfloat16) == "", name
   assert "37 tokens" in refusal[Attention.SPLASH]((2, 37, 8, 64), (2, 37, 4, 64), jnp.bfloat16)
   assert "float32" in refusal[Attention.CUDNN](q, k, jnp.float32)
+  for name in (Attention.CUDNN, Attention.SPLASH):
+    assert refusal[name](q, k, jnp.bfloat16, 128) == ""
+    assert "sinks" in refusal[name](q, k, jnp.bfloat16, 0, True)
   assert "head_dim=60" in refusal[Attention.CUDNN]((2, 256, 8, 60), (2, 256, 4, 60), jnp.bfloat16)
   assert "head_dim=256" in refusal[Attention.CUDNN](
     (2, 256, 8, 256), (2, 256, 4, 256), jnp.bfloat16

@@ -6,6 +6,7 @@ import pytest
 
 from moe_jax.kernels import per_expert
 from moe_jax.kernels.activation import gated
+from moe_jax.kernels.experts import Experts
 
 
 @pytest.mark.parametrize("rows", [3, 8, 13, 40, 300])  # each pair of block sizes
@@ -22,7 +23,8 @@ def test_experts_of_their_own_arrays_by_hand(rows):
       down[e] @ ((g := gate[e] @ x) / (1 + np.exp(-g)) * (up[e] @ x))
       for e, x in zip(expert_N, x_ND, strict=True)
     ])  # fmt: skip
-    weights = per_expert.PerExpert(*(tuple(np.float32(w)) for w in (gate, up, down)))
+    each = (Experts(*map(np.float32, matrices)) for matrices in zip(gate, up, down, strict=True))
+    weights = per_expert.PerExpert(tuple(each))
     experts = jax.jit(per_expert.experts, static_argnums=3)
     got = experts(np.float32(x_ND), weights, np.int32(sizes_E), gated)
     # float32, sums of 6 terms, values up to some tens

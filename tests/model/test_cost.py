@@ -9,7 +9,7 @@ import pytest
 import moe_jax
 from moe_jax import command_line, validation, workdir
 from moe_jax.analysis import evaluation
-from moe_jax.config import Config, Mesh, Router, UserError
+from moe_jax.config import Config, Delta, Mesh, Router, UserError
 from moe_jax.kernels import platform
 from moe_jax.model import cost
 from moe_jax.training import optimizers, train
@@ -77,6 +77,11 @@ TOO_LARGE = [
    "config.model.moe.num_experts=10000000 or config.model.moe.expert_dim=100000 or "),
   (dict(model__moe__shared_experts=10**9), "config.model.moe.shared_experts=1000000000 or "),
   (dict(model__num_heads=10**9), "config.model.num_heads=1000000000 or config.model.head_dim=16"),
+  (dict(model__latent__kv_dim=10**9, model__num_kv_heads=2, model__latent__rotary_dim=8,
+        model__latent__value_dim=16),
+   "config.model.latent.kv_dim=1000000000 or config.model.num_heads=2 or "),
+  (dict(model__delta__value_heads=10**9),
+   "config.model.delta.key_heads=2 or config.model.delta.value_heads=1000000000"),
   (dict(data__batch_size=10**5), "config.data.batch_size=100000, config.data.seq_len=64"),
   (dict(model__num_layers=10_000, data__batch_size=64, data__seq_len=512),
    "config.model.num_layers=10000, or raise config.train.accumulation=1"),
@@ -155,3 +160,16 @@ def test_a_run_that_this_machine_cannot_hold_is_not_read(fields, why, tmp_path):
     with pytest.raises(UserError, match=why):
       moe_jax.load(tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_delta_rule_costs_the_same_at_every_length():
+  """By hand: 2 FLOPs for each weight of a matrix, and three products with the state, three times
+  over; in two layers, and none of attention."""
+  config = toy_config(num_experts=0)
+  config.model.delta = Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3)
+  channels, projected = 2 * 2 * 5 + 6 * 3, 2 * 2 * 5 + 2 * 6 * 3 + 2 * 6
+  layer = 10 * projected + channels * 4 + 6 * 3 * 10 + 3 * 10 * 14
+  want = 3 * 2 * (24 * 10 + 2 * (layer + 3 * 6 * 5 * 3))
+  for length in (9, 90):
+    config.data.seq_len = length
+    assert cost.count(config).flops_per_token == want

@@ -155,7 +155,7 @@ def test_router_stays_float32_under_bfloat16(one_device):
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
   real_BL, ids_BL = jnp.ones((2, 9), bool), jnp.zeros((2, 9), int)
   weights = layer.weights(layer.dtype, jnp.zeros(4))
-  assert all(w.dtype == jnp.bfloat16 for w in weights.experts)
+  assert all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(weights.experts))
   inputs = layer_lib.router_inputs(
     x_BLD, real_BL, ids_BL, weights, layer.moe, jax.random.key(0), train=False
   )

@@ -68,11 +68,11 @@ def test_attention_equals_numpy():
     value = sum(w * (x_BLD[b, s] @ weights[2][:, group]) for w, s in zip(p, keys, strict=True))
     want[b, query] += value @ weights[3][head]
 
-  def attend(q_BLHA, k_BLGA, v_BLGA):
+  def attend(q_BLHA, k_BLGA, v_BLGA, window, sinks_H):
     return reference(q_BLHA, k_BLGA, v_BLGA, jnp.asarray(segments)), None
 
   weights = layer.weights(jnp.float32)
-  got, _ = attention.attention_layer(
+  got, _ = attention.grouped_query_attention(
     jnp.asarray(x_BLD, jnp.float32), weights, jnp.asarray(positions), attend, model
   )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # float32 against float64

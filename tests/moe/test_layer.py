@@ -143,12 +143,14 @@ def assert_statistics_close(outputs, want):
   assert_close(outputs.balance, want.balance, "balance")
 
 
-def assert_gradients_close(gradients, want):
-  for name, gradient in want.items():
-    assert_close(gradients[name], gradient, name)
+def assert_gradients_close(gradients, slopes):
+  """A gradient that is wrong in one number has a wrong slope along every random direction."""
+  for name, wanted in slopes.items():
+    got = [np.sum(np.float64(gradients[name]) * along.shares) for along in wanted]
+    np.testing.assert_allclose(got, [w.slope for w in wanted], rtol=5e-5, atol=3e-4, err_msg=name)
 
 
-# Of each number of devices; the grid takes one of those of 4 and one of those of 8, by turns.
+# Of each number of devices; the grid takes one, by turns.
 BY_DEVICES = (
   ["one"], ["expert2"], ["expert4", "expert2-fsdp2", "expert2-tensor2"],
   ["expert4-data2", "expert2-fsdp2-tensor2", "expert8"],
@@ -156,22 +158,23 @@ BY_DEVICES = (
 
 
 def grid():
-  """Every routing x dispatch on two of {1, 2, 4, 8} devices, by turns, and one routing with two
-  dispatches on every mesh. MOE_JAX_GRID=all takes every mesh for all. Everyday: each routing with
-  one or two dispatches on one mesh, and one routing on every mesh. The rest is slow."""
+  """Every routing x dispatch on one of {1, 2, 4, 8} devices, by turns, and one routing with one
+  dispatch on every mesh. MOE_JAX_GRID=all takes every mesh for all. Everyday: each routing with
+  one or two dispatches, and the one on every mesh. The rest is slow."""
   for row, routing in enumerate(ROUTINGS):
     for column, dispatch_name in enumerate(DISPATCHES):
       number = zlib.crc32(f"{routing} {dispatch_name}".encode())
       by_devices = [meshes[number % len(meshes)] for meshes in BY_DEVICES]
-      first, step = number // 3, 1 + number // 12 % 3  # two numbers of devices that differ
-      chosen = [by_devices[place % len(by_devices)] for place in (first, first + step)]
-      everyday = chosen[0]
-      every_mesh = routing == "deepseek" and dispatch_name in ("gather", "blocked-all-gather")
+      everyday = by_devices[number // 3 % len(by_devices)]
+      every_mesh = (routing, dispatch_name) == ("deepseek", "gather")
+      chosen = [everyday]
+      if (routing, dispatch_name) == ("deepseek", "blocked-all-gather"):
+        chosen.append("expert2-fsdp2-tensor2")
       if every_mesh or os.environ.get("MOE_JAX_GRID") == "all":
         chosen = list(MESHES)
       for mesh in chosen:
         slow = mesh != everyday or (row + column) % 5
-        if routing == "deepseek" and dispatch_name == "gather":
+        if every_mesh:
           slow = False
         yield pytest.param(
           routing, dispatch_name, mesh, id=f"{routing}-{dispatch_name}-{mesh}",
@@ -193,7 +196,7 @@ def test_every_path_equals_the_oracle(routing, dispatch_name, mesh, small_blocks
   assert_close(got.outputs.y_BLD, want.result.y_BLD)  # so the same assignments were dropped
   assert_counts_equal(got.outputs, want.result)
   assert_statistics_close(got.outputs, want.result)
-  assert_gradients_close(got.gradients, want.gradients)
+  assert_gradients_close(got.gradients, want.slopes)
 
 
 # What the grid's cases must have, or an error in the package could not show.
@@ -220,8 +223,9 @@ def test_the_grid_drops_where_there_is_a_capacity(routing, dropless):
 @pytest.mark.parametrize("dropless", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_weight_of_the_grid_has_a_gradient(routing, dropless):
-  for name, gradient in routings.expected(routing, dropless).gradients.items():
-    assert np.abs(gradient).max() > 1 or (name == "noise_DE" and routing != "noisy"), name
+  for name, slopes in routings.expected(routing, dropless).slopes.items():
+    steep = max(abs(along.slope) for along in slopes)
+    assert steep > 1 or (name == "noise_DE" and routing != "noisy"), name
 
 
 UNREAD = {
@@ -260,7 +264,7 @@ def test_what_stands_in_rows_of_nothing_does_not_show(
   assert_close(got.outputs.y_BLD, want.result.y_BLD)
   assert_counts_equal(got.outputs, want.result)
   assert_statistics_close(got.outputs, want.result)
-  assert_gradients_close(got.gradients, want.gradients)
+  assert_gradients_close(got.gradients, want.slopes)
 
 
 @pytest.mark.slow
@@ -274,4 +278,4 @@ def test_what_stands_at_padding_does_not_show(routing):
   assert_close(got.outputs.y_BLD, want.result.y_BLD)
   assert_counts_equal(got.outputs, want.result)
   assert_statistics_close(got.outputs, want.result)
-  assert_gradients_close(got.gradients, want.gradients)
+  assert_gradients_close(got.gradients, want.slopes)

@@ -1,14 +1,13 @@
 """report.html in a real browser, from a file: it draws, answers, and asks nobody for anything."""
 
 import json
-import os
-import pathlib
 import shutil
 
 import pytest
 
 from moe_jax import report
 from tests.support import report_runs
+from tests.support.sweeps import whole_sweep
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -114,9 +113,8 @@ def test_it_renders_and_asks_nobody(browser, made):
   assert_well(browser, made)
 
 
-@pytest.mark.skipif("REPORT" not in os.environ, reason="REPORT names no report.html to look at")
-def test_a_given_report(browser):
-  page = pathlib.Path(os.environ["REPORT"]).absolute()
+def test_the_report_of_a_real_sweep(browser, shared_folder, cache):
+  page = whole_sweep(shared_folder, cache).path / "out/report.html"
   browser.get_log("performance")
   browser.get(page.as_uri())
   assert_well(browser, page)

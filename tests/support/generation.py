@@ -14,7 +14,7 @@ from moe_jax.config import Router, Score
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
-from tests.support.toys import build, mesh_of, toy_config, with_options
+from tests.support.toys import build, mesh_of, toy_config, with_delta, with_latents, with_options
 
 MODELS = {
   "topk": {},
@@ -30,6 +30,8 @@ MODELS = {
   "first_dense": dict(first_dense=1, num_experts=5, top_k=5),
   "dense": dict(num_experts=0),
   "options": {},  # and toys.with_options
+  "latents": {},  # and toys.with_latents
+  "delta": {},  # and toys.with_delta
 }  # fmt: skip
 MESHES = {
   "expert4": dict(expert=4),
@@ -78,7 +80,8 @@ class Made(NamedTuple):
 def model_of(name="topk", mesh=None, **changes) -> Made:
   """Random weights with uneven routers."""
   model = dataclasses.replace(toy_config(**MODELS[name]).model, **changes)
-  model = with_options(model) if name == "options" else model
+  more = {"options": with_options, "latents": with_latents, "delta": with_delta}
+  model = more[name](model) if name in more else model
   config = dataclasses.replace(toy_config(), model=model)
   _, params = build(config, 0)
   bias_ZE = 0.1 * jax.random.normal(jax.random.key(1), pattern.bias_shape(model))

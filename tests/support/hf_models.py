@@ -65,12 +65,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
     model_type="minimax_m2", num_local_experts=6, num_experts_per_tok=2, intermediate_size=8,
     head_dim=8, rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5},
   ),
+  "gpt_oss": dict(
+    model_type="gpt_oss", num_local_experts=5, num_experts_per_tok=3, intermediate_size=14,
+    sliding_window=7, num_hidden_layers=4, swiglu_limit=1.5,
+    rope_parameters=_YARN | {"truncate": False},
+  ),
+  "deepseek_v2": dict(
+    model_type="deepseek_v2", hidden_size=24, n_routed_experts=8, num_experts_per_tok=3,
+    moe_intermediate_size=6, intermediate_size=18, n_shared_experts=2, n_group=4, topk_group=2,
+    topk_method="group_limited_greedy", routed_scaling_factor=1.7, first_k_dense_replace=1,
+    num_key_value_heads=6, q_lora_rank=None, kv_lora_rank=10, qk_nope_head_dim=6, head_dim=4,
+    qk_rope_head_dim=4, v_head_dim=7, rms_norm_eps=1e-6,
+    rope_parameters=_YARN | {"mscale": 0.7, "mscale_all_dim": 0.9},
+  ),
+  "deepseek_v3": dict(
+    model_type="deepseek_v3", n_routed_experts=8, num_experts_per_tok=4, moe_intermediate_size=6,
+    intermediate_size=18, n_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=1.7,
+    first_k_dense_replace=1, num_key_value_heads=6, q_lora_rank=11, kv_lora_rank=10,
+    qk_nope_head_dim=5, qk_rope_head_dim=4, head_dim=4, v_head_dim=7, rms_norm_eps=1e-6,
+    rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, num_nextn_predict_layers=0,
+  ),
+  "qwen3_next": dict(
+    model_type="qwen3_next", num_hidden_layers=4, full_attention_interval=2, num_experts=7,
+    num_experts_per_tok=3, moe_intermediate_size=6, intermediate_size=18, head_dim=8,
+    shared_expert_intermediate_size=10, norm_topk_prob=True, linear_num_value_heads=6,
+    linear_num_key_heads=3, linear_key_head_dim=5, linear_value_head_dim=4,
+    rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5},
+  ),
   "llama": dict(
     model_type="llama", intermediate_size=18, hidden_size=36, attention_bias=True,
     rope_parameters=_LLAMA3,
   ),
   "mistral": dict(
-    model_type="mistral", intermediate_size=18, sliding_window=None, rope_parameters=_theta(100.0)
+    model_type="mistral", intermediate_size=18, sliding_window=9, rope_parameters=_theta(100.0)
   ),
   "qwen2": dict(
     model_type="qwen2", intermediate_size=18, tie_word_embeddings=True,
@@ -89,9 +116,9 @@ class Peer(NamedTuple):
   folder: Any
 
 
-def build(name: str, folder) -> Peer:
+def build(name: str, folder, **changed) -> Peer:
   """A model with random weights, saved as it saves itself."""
-  fields = _COMMON | CONFIGS[name]
+  fields = _COMMON | CONFIGS[name] | changed
   config = transformers.AutoConfig.for_model(**fields)
   config._experts_implementation = "eager"
   model = transformers.AutoModelForCausalLM.from_config(
@@ -102,9 +129,11 @@ def build(name: str, folder) -> Peer:
     for key, weight in (*model.named_parameters(), *_biases(model)):
       values = rng.normal(size=weight.shape)
       if weight.ndim == 1:
-        values = 0.5 * values if "bias" in key else 1 + 0.3 * values
+        around = 0 if name == "qwen3_next" and "linear_attn.norm" not in key else 1
+        values = 0.5 * values if "bias" in key else around + 0.3 * values
       else:
-        values = values * (1.5 if "embed" not in key else 10) * weight.shape[-1] ** -0.5
+        large = 10 if "embed" in key else 1 if "linear_attn" in key else 1.5
+        values = large * values * weight.shape[-1] ** -0.5
       weight.copy_(torch.tensor(values))
   model.tie_weights()
   model.save_pretrained(folder)

@@ -17,7 +17,7 @@ from moe_jax import command_line, workdir
 from moe_jax.training import run
 
 OVERRIDES = {
-  "train.steps": 330, "train.eval_every": 45, "train.checkpoint_every": 3, "train.log_every": 1,
+  "train.steps": 60, "train.eval_every": 25, "train.checkpoint_every": 3, "train.log_every": 1,
   "model.moe.jitter": 0.1, "model.moe.bias_update_rate": 0.001, "eval.batches": 1,
   "health.on_alarm": "off",
 }  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from tests.support import xla
+from tests.support.scripts import CONSTANT
 from tests.support.toys import ROOT
 
 
@@ -20,7 +21,7 @@ def train_command(workdir, cache, *arguments):
   return [
     sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
     f"--cache_dir={cache}", "--config.train.log_every=1", "--config.mesh.expert=2",
-    *arguments,
+    CONSTANT, *arguments,
   ]  # fmt: skip
 
 

@@ -24,7 +24,9 @@ SIZES = {
   "model.moe.every": (1, 2), "model.moe.first_dense": (0, 1), "data.path": ("", "x"),
   "data.seq_len": (1, 6, 8, 12), "data.batch_size": (1, 4, 8, 16), "train.accumulation": (1, 2, 4),
   "eval.batch_size": (0, 1, 4, 8), "mesh.data": (-1, 1, 2, 4, 8), "mesh.fsdp": (1, 1, 2),
-  "mesh.expert": (1, 2, 4), "mesh.tensor": (1, 1, 2),
+  "mesh.expert": (1, 2, 4), "mesh.tensor": (1, 1, 2), "model.latent.kv_dim": (0, 0, 5),
+  "model.latent.query_dim": (0, 6), "model.latent.rotary_dim": (2, 3),
+  "model.latent.value_dim": (3, 4), "model.window": (0, 3), "model.global_every": (0, 2),
 }  # fmt: skip
 # The text, which validate() does not read.
 _TEXT = re.compile(r"data\.(name|text_field|tokenizer|.*_split)")

@@ -84,7 +84,7 @@ class Expected(NamedTuple):
 
   assignments: list[tuple[int, int, bool]]  # token, expert, kept
   result: oracle.Result
-  gradients: dict[str, np.ndarray]
+  slopes: dict[str, list[oracle.Slope]]
 
 
 @functools.cache
@@ -92,5 +92,5 @@ def expected(name: str, dropless: bool) -> Expected:
   values, cotangent_BLD = inputs()
   routing = spec(moe_config(name, dropless=dropless))
   assignments = oracle.select(values, routing)
-  gradients = oracle.gradients(values, routing, assignments, cotangent_BLD)
-  return Expected(assignments, oracle.evaluate(values, routing, assignments), gradients)
+  slopes = oracle.slopes(values, routing, assignments, cotangent_BLD)
+  return Expected(assignments, oracle.evaluate(values, routing, assignments), slopes)

@@ -22,12 +22,16 @@ ONE_DEVICE = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags()}
 EIGHT_DEVICES = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags(devices=8)}
 
 
+# So that runs of any number of steps are one program, which is compiled once.
+CONSTANT = "--config.optimizer.schedule=constant"
+
+
 def command(workdir, cache, *arguments, steps=12):
   return [
     sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
     f"--cache_dir={cache}", f"--config.train.steps={steps}",
     "--config.train.eval_every=4", "--config.train.checkpoint_every=4",
-    "--config.train.log_every=1", "--config.model.moe.jitter=0.1",
+    "--config.train.log_every=1", "--config.model.moe.jitter=0.1", CONSTANT,
     "--config.model.moe.bias_update_rate=0.001", *arguments,
   ]  # fmt: skip
 
@@ -55,11 +59,9 @@ def checkpoint_of(workdir, step):
 
 
 def generate(*arguments, stdin=""):
-  # The programs of a toy compile in less than the second from which on jax stores them.
-  env = ONE_DEVICE | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   return subprocess.run(
     [sys.executable, "generate.py", *arguments],
-    cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=ONE_DEVICE, input=stdin, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
 
 

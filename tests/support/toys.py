@@ -7,12 +7,13 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax import checkpoint, sharding, validation
 from moe_jax import config as config_lib
-from moe_jax import sharding, validation
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
 from moe_jax.training import train
@@ -75,6 +76,15 @@ def toy_batch(config, seed=0):
   return pipeline.Batch(*(np.asarray(f, np.int32) for f in fields))
 
 
+def tokens_of(ids_BL):
+  """Returns rows of one document each."""
+  ids_BL = jnp.asarray(ids_BL, jnp.int32)
+  places_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape).astype(jnp.int32)
+  return transformer.Tokens(
+    ids_BL=ids_BL, segments_BL=jnp.ones_like(ids_BL), positions_BL=places_BL
+  )
+
+
 def set_up(config, axes):
   """Returns a mesh, a state whose routers are as uneven as learned ones, and the jitted step."""
   config.mesh = config_lib.Mesh(**{"data": 1} | axes)
@@ -90,6 +100,15 @@ def set_up(config, axes):
     params = jax.tree_util.tree_map_with_path(scale, state.params)
     params = jax.device_put(params, shardings.params)
     return mesh, state._replace(params=params), train.compile_step(config, shardings)
+
+
+def lower_step(config):
+  """Traces a training step of a config on its mesh, without a state."""
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    _, shapes, shardings = train.init_state(config, mesh)
+    step, state = train.compile_step(config, shardings), checkpoint.abstract(shapes, shardings)
+    return step.lower(state, sharding.to_global(toy_batch(config), mesh))
 
 
 def gradients(state, batch, config):
@@ -111,7 +130,7 @@ def build(config, seed=0):
   def changed(name, v):
     if name == "router_DE":
       return v.replace(v[...] * 30)
-    if "bias_" in name:
+    if "bias_" in name or name == "sinks_H":
       return v.replace(0.3 * jax.random.normal(jax.random.key(seed), v.shape))
     return v
 
@@ -126,8 +145,32 @@ def with_options(model):
     rope_scaling=config_lib.RopeScaling(
       kind=config_lib.RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0
     ),
-    attention_scale=0.7, embedding_multiplier=2.0, residual_multiplier=0.5, logit_multiplier=1.5,
-    moe=dataclasses.replace(model.moe, shared_experts=1, shared_dim=14, shared_gate=True),
+    window=4, global_every=2, sinks=True, activation=config_lib.Activation.CLAMPED_SWIGLU,
+    activation_limit=0.9, attention_scale=0.7, embedding_multiplier=2.0,
+    residual_multiplier=0.5, logit_multiplier=1.5,
+    moe=dataclasses.replace(model.moe, shared_experts=1, shared_dim=14, shared_gate=True,
+                            expert_bias=True, router_bias=True),
+  )  # fmt: skip
+
+
+def with_latents(model, query_dim=5):
+  """Returns a toy model with latent attention, windows, and groups that are chosen by the best."""
+  return dataclasses.replace(
+    model, latent=config_lib.Latent(kv_dim=7, query_dim=query_dim, rotary_dim=4, value_dim=5),
+    head_dim=9, num_kv_heads=model.num_heads, rope_interleaved=True, window=6, global_every=2,
+    rope_scaling=config_lib.RopeScaling(
+      kind=config_lib.RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0,
+      mscale_all_dim=0.8,
+    ),
+  )  # fmt: skip
+
+
+def with_delta(model):
+  """Returns a toy model in which every second layer has the delta rule in place of attention."""
+  return dataclasses.replace(
+    model, delta=config_lib.Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3, conv_width=4),
+    global_every=2, attention_gate=True, norm_offset=True, qk_norm=config_lib.QKNorm.HEAD,
+    rotary_fraction=0.67, moe=dataclasses.replace(model.moe, shared_experts=1, shared_gate=True),
   )  # fmt: skip
 
 

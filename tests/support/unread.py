@@ -29,9 +29,9 @@ def fill(monkeypatch: pytest.MonkeyPatch, moe: MoE) -> set[str]:
     x_SD = gather_rows(x_TD, assigned, slots, layout)
     return jnp.where(empty_S[:, None], jnp.nan if travels else JUNK, x_SD)
 
-  def filled_outputs(x, sizes_E, weights, kernel):
+  def filled_outputs(x, sizes_E, weights, *kernel):
     filled.add("outputs")
-    y = experts(x, sizes_E, weights, kernel)
+    y = experts(x, sizes_E, weights, *kernel)
     if sizes_E is not None:
       unread = jnp.arange(x.shape[0]) >= jnp.sum(sizes_E)
     else:

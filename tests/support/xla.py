@@ -2,7 +2,8 @@
 
 import importlib.metadata
 
-FAST = "--xla_backend_optimization_level=0"
+# One piece of each program, as the processors are taken by the tests' processes.
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jax").startswith("0.10."):
   FAST += " --xla_cpu_use_fusion_emitters=false"  # later versions end at a flag they do not know
 

@@ -83,7 +83,7 @@ def validation_loss(workdir, step):
   return next(v["validation/loss"] for v in lines if v["step"] == step and "validation/loss" in v)
 
 
-@pytest.mark.parametrize("optimizer", [False, True])
+@pytest.mark.parametrize("optimizer", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_state_is_the_checkpoints_on_another_mesh(moe_run, text, tmp_path, optimizer):
   """Bit for bit; step and schedule begin at 0, Adam's count comes with its moments."""
   config = config_of(text, expert=4, data=2)

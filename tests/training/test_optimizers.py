@@ -107,7 +107,9 @@ def test_muon_reads_its_matrices_from_the_letters():
   assert axes("q_DHA", 4) == ((-3,), (-2, -1)) and axes("out_HAD", 4) == ((-3, -2), (-1,))
   assert axes("up_EDF", 4) == ((-2,), (-1,)) and axes("down_EFD", 3) == ((-2,), (-1,))
   assert axes("up_DF", 2) == ((-2,), (-1,)) and axes("down_FD", 3) == ((-2,), (-1,))
-  for name in ("embed_VD", "head_DV", "router_DE", "noise_DE", "norm_D", "norm_A"):
+  assert axes("q_down_DQ", 3) == axes("kv_down_DU", 3) == ((-2,), (-1,))
+  assert axes("kv_up_WHY", 4) == ((-3,), (-2, -1)) and axes("out_HXD", 4) == ((-3, -2), (-1,))
+  for name in ("embed_VD", "head_DV", "router_DE", "noise_DE", "norm_D", "norm_A", "sinks_H"):
     assert axes(name, 3) is None
 
 
@@ -274,7 +276,8 @@ def test_schedules_by_hand(schedule, expected):
 
 # name: whether it decays
 PARAMETERS = {
-  "gate_EDF": True, "q_DHA": True, "down_FD": True, "head_DV": True, "norm_D": False,
+  "gate_EDF": True, "q_DHA": True, "sinks_H": False, "router_bias_E": False, "gate_bias_EF": False,
+  "kv_up_WHY": True, "down_FD": True, "head_DV": True, "norm_D": False,
   "embed_VD": False, "router_DE": False,
 }  # fmt: skip
 

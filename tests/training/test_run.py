@@ -77,6 +77,7 @@ def arrays_of(workdir, step):
   return json.loads(path.read_text())["about"]["arrays"]
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped(text, tmp_path, nan_in_one_batch, capsys):
   """The state stays as it is, but for the number of steps; `--replay` sees the same batch."""
   workdir = tmp_path / "run"

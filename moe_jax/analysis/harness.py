@@ -1,0 +1,216 @@
+"""Runs tasks of lm-eval (EleutherAI's harness) on a run, and measures the perplexity of any text.
+
+lm-eval is the extra `eval`. A task reads its data from the Hugging Face hub, or from local files
+that a task's YAML file names.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moe_jax import files
+from moe_jax import workdir as workdir_lib
+from moe_jax.config import UserError
+from moe_jax.inference import generate, scoring
+from moe_jax.inference.generate import TextGenerator
+
+TASKS = "tasks.json"
+_MISSING = "--tasks needs lm-eval: pip install 'moe_jax[eval]'"
+_LONGEST = 256  # tokens that are generated where a task names no number
+
+
+class Perplexity(NamedTuple):
+  """Of one text."""
+
+  loss: float  # nats per token
+  tokens: int
+  bits_per_byte: float
+
+
+def of_text(workdir: str, step: int, path: str, stride: int, batch: int) -> str:
+  """Measures the perplexity of a text file, and returns a line about it.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint; 0 is the newest.
+    path: of the text.
+    stride: tokens by which a window of config.data.seq_len tokens moves on; 0 is half of it.
+    batch: rows that are computed together.
+  """
+  content = read_text(path)
+  length = workdir_lib.read_config(workdir_lib.open_path(workdir)).data.seq_len
+  stride = stride or max(length // 2, 1)
+  if stride > length:
+    raise UserError(f"--stride={stride} is over config.data.seq_len={length}: it would skip text")
+  text = generate.load(workdir, step)
+  ids = text.tokenizer.encode(content).tolist()
+  result = perplexity(text, ids, length, stride, batch)
+  return (
+    f"{path}: loss {result.loss:.4f}, perplexity {math.exp(min(result.loss, 700)):.4f}, bits per "
+    f"byte {result.bits_per_byte:.4f} of {result.tokens:,} tokens; windows of {length}, stride "
+    f"{stride}"
+  )
+
+
+def perplexity(
+  text: TextGenerator, ids: Sequence[int], length: int, stride: int, batch: int
+) -> Perplexity:
+  """Returns the perplexity of the ids of a text, in windows of `length` that move by `stride`."""
+  rows = list(scoring.windows(ids, text.tokenizer.separator, length, stride))
+  if not rows:
+    raise UserError("--text: the file is empty")
+  scores = scoring.Scorer(text, batch)([row.ids for row in rows], _progress("windows", len(rows)))
+  pairs = zip(rows, scores, strict=True)
+  total = -math.fsum(float(x) for row, s in pairs for x in s.log_probs[-row.scored :])
+  size = int(text.tokenizer.bytes_V[list(ids)].sum())
+  return Perplexity(total / len(ids), len(ids), total / math.log(2) / size)
+
+
+def _progress(what: str, total: int) -> Any:
+  def say(done: int) -> None:
+    end = "\n" if done == total else "\r"
+    print(f"{done:,} of {total:,} {what}", end=end, file=sys.stderr, flush=True)
+
+  return say
+
+
+def run_tasks(
+  workdir: str, step: int, tasks: list[str], folder: str, fewshot: int, limit: int, batch: int
+) -> str:
+  """Runs tasks and writes their results to tasks.json in the workdir; returns a table of them.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint; 0 is the newest.
+    tasks: names of tasks.
+    folder: with YAML files of more tasks; "" for none.
+    fewshot: examples before each question; -1 for the number that the task names.
+    limit: questions of each task; 0 for all.
+    batch: rows that are computed together.
+
+  Raises:
+    UserError: lm-eval is missing, or has no such task.
+  """
+  try:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+  except ImportError:
+    raise UserError(_MISSING) from None
+  manager = TaskManager(include_path=folder or None)
+  unknown = [task for task in tasks if task not in manager.all_tasks]
+  if unknown:
+    raise UserError(
+      f"--tasks={','.join(tasks)}: lm-eval has no {', '.join(unknown)}; `lm-eval ls tasks` lists "
+      "them, and --task_folder names a folder of your own"
+    )
+  results = lm_eval.simple_evaluate(
+    model=language_model(workdir, step, batch), tasks=tasks, task_manager=manager,
+    num_fewshot=None if fewshot < 0 else fewshot, limit=limit or None, log_samples=False,
+  )  # fmt: skip
+  kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
+  path = workdir_lib.open_path(workdir) / TASKS
+  files.write(path, json.dumps({"lm_eval": lm_eval.__version__} | kept, indent=2, default=str))
+  return make_table(results)
+
+
+def language_model(workdir: str, step: int, batch: int) -> Any:
+  """Returns a run as a language model of lm-eval (lm_eval.api.model.LM).
+
+  Texts begin as the model was trained: with the separator, or, for an import, with what its
+  tokenizer's own file puts there, which is often nothing.
+  """
+  from lm_eval.api.model import TemplateLM
+
+  text = generate.load(workdir, step)
+  path = workdir_lib.open_path(workdir)
+  length = workdir_lib.read_config(path).data.seq_len
+  imported = files.exists(path / workdir_lib.HF)
+  before = text.tokenizer.before if imported else [text.tokenizer.separator]
+  scorer = scoring.Scorer(text, batch)
+
+  class Model(TemplateLM):
+    """See lm_eval.api.model."""
+
+    eot_token_id = text.tokenizer.separator
+    max_length = length
+
+    def tok_encode(
+      self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+      ids = text.tokenizer.encode(string).tolist()
+      return ids if add_special_tokens is False else [*before, *ids]
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+      # A row that is too long loses the beginning of its context.
+      rows = [(context + continuation)[-length - 1 :] for _, context, continuation in requests]
+      found = []
+      for (_, _, continuation), scores in zip(
+        requests, scorer(rows, _progress("requests", len(rows))), strict=True
+      ):
+        ends = slice(len(scores.log_probs) - len(continuation), None)
+        found.append((float(scores.log_probs[ends].sum()), bool(scores.best[ends].all())))
+      return found
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+      rows = [
+        list(scoring.windows(self.tok_encode(r.args[0], False), self.eot_token_id, length, length))
+        for r in requests
+      ]
+      flat = [window for windows in rows for window in windows]
+      scores = iter(scorer([window.ids for window in flat], _progress("windows", len(flat))))
+      return [
+        math.fsum(float(next(scores).log_probs[-w.scored :].sum()) for w in windows)
+        for windows in rows
+      ]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+      done: dict[int, str] = {}
+      say = _progress("texts", len(requests))
+      groups: dict[str, list[int]] = {}
+      for number, request in enumerate(requests):
+        groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+      for numbers in groups.values():
+        for start in range(0, len(numbers), batch):
+          chosen = numbers[start : start + batch]
+          contexts = [requests[n].args[0] for n in chosen]
+          texts = self._generate(contexts, requests[chosen[0]].args[1])
+          done |= dict(zip(chosen, texts, strict=True))
+          say(len(done))
+      return [done[n] for n in range(len(requests))]
+
+    def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
+      most = int(options.get("max_gen_toks", options.get("max_new_tokens", _LONGEST)))
+      room = length - most
+      if room < 1:
+        raise UserError(
+          f"--tasks: a task generates {most} tokens, and config.data.seq_len={length}"
+        )
+      until = options.get("until") or []
+      until = [until] if isinstance(until, str) else until
+      rows = text.generate(
+        [self.tok_encode(context)[-room:] for context in contexts],
+        max_new_tokens=most,
+        temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+      )
+      return [_cut(row.text, until) for row in rows]
+
+  return Model()
+
+
+def _cut(text: str, until: list[str]) -> str:
+  """Returns the text before the first of the strings that end it."""
+  for end in until:
+    text = text.split(end)[0] if end else text
+  return text
+
+
+def read_text(path: str) -> str:
+  """Returns the text of a file; raises a UserError for one that cannot be read."""
+  try:
+    return pathlib.Path(path).read_text(errors="replace")
+  except OSError as error:
+    raise UserError(f"--text={path}: {error.strerror}") from None

@@ -1,0 +1,225 @@
+"""Rows and fields that the tables of several families share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moe_jax.config import Model
+from moe_jax.hf.fields import Field
+from moe_jax.hf.layout import Row
+from moe_jax.model.pattern import layer_kinds
+
+TOP = (
+  Row("embed_VD", "model.embed_tokens.weight", "VD"),
+  Row("final_norm.norm_D", "model.norm.weight", "D"),
+  Row("head_DV", "lm_head.weight", "VD"),
+)
+LAYER = "model.layers.{layer}."  # the prefix of a layer's tensors
+# Tensors of older checkpoints that are computed from the config.
+COMPUTED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+ATTENTION = (
+  Row("attention_norm.norm_D", "input_layernorm.weight", "D"),
+  Row("attention.q_DHA", "self_attn.q_proj.weight", "(HA)D"),
+  Row("attention.k_DGA", "self_attn.k_proj.weight", "(GA)D"),
+  Row("attention.v_DGA", "self_attn.v_proj.weight", "(GA)D"),
+  Row("attention.out_HAD", "self_attn.o_proj.weight", "D(HA)"),
+  Row("attention.q_bias_HA", "self_attn.q_proj.bias", "(HA)"),
+  Row("attention.k_bias_GA", "self_attn.k_proj.bias", "(GA)"),
+  Row("attention.v_bias_GA", "self_attn.v_proj.bias", "(GA)"),
+  Row("attention.out_bias_D", "self_attn.o_proj.bias", "D"),
+  Row("attention.q_norm.norm_A", "self_attn.q_norm.weight", "A"),
+  Row("attention.k_norm.norm_A", "self_attn.k_norm.weight", "A"),
+  Row("attention.q_norm.norm_HA", "self_attn.q_norm.weight", "(HA)"),
+  Row("attention.k_norm.norm_GA", "self_attn.k_norm.weight", "(GA)"),
+  Row("ffn_norm.norm_D", "post_attention_layernorm.weight", "D"),
+)
+
+
+def dense(ours: str, theirs: str) -> tuple[Row, ...]:
+  """Returns the rows of a feed-forward of three matrices."""
+  return (
+    Row(f"{ours}.gate_DF", f"{theirs}.gate_proj.weight", "FD"),
+    Row(f"{ours}.up_DF", f"{theirs}.up_proj.weight", "FD"),
+    Row(f"{ours}.down_FD", f"{theirs}.down_proj.weight", "DF"),
+  )
+
+
+def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+  """Returns the rows of experts whose matrices are each a tensor of their files."""
+  return (
+    Row("ffn.gate_EDF", f"{theirs}.experts.{{expert}}.{gate}.weight", "FD"),
+    Row("ffn.up_EDF", f"{theirs}.experts.{{expert}}.{up}.weight", "FD"),
+    Row("ffn.down_EFD", f"{theirs}.experts.{{expert}}.{down}.weight", "DF"),
+  )
+
+
+DENSE = (*ATTENTION, *dense("ffn", "mlp"))
+_EXPERTS = (
+  Row("ffn.router_DE", "mlp.gate.weight", "ED"),
+  *experts("mlp", "gate_proj", "up_proj", "down_proj"),
+)
+MLP_EXPERTS = (*DENSE, *_EXPERTS)  # also of layers without experts
+QWEN_SHARED = (
+  *dense("ffn", "mlp"), *_EXPERTS, *dense("ffn.shared", "mlp.shared_expert"),
+  Row("ffn.shared_gate_D", "mlp.shared_expert_gate.weight", "1D"),
+)  # fmt: skip
+
+
+def head_dim(theirs: Mapping[str, Any]) -> int | None:
+  """Returns what transformers takes where their config.json has no head_dim."""
+  width, heads = theirs.get("hidden_size"), theirs.get("num_attention_heads")
+  return width // heads if width and heads else None
+
+
+COMMON = (
+  Field("vocab_size", "vocab_size"),
+  Field("num_layers", "num_hidden_layers"),
+  Field("dim", "hidden_size"),
+  Field("num_heads", "num_attention_heads"),
+  Field("num_kv_heads", "num_key_value_heads", lambda theirs: theirs.get("num_attention_heads")),
+  Field("head_dim", "head_dim", head_dim),
+  Field("norm_eps", "rms_norm_eps", 1e-6),
+  Field("tied_head", "tie_word_embeddings", False),
+)
+DENSE_WIDTH = Field("ffn_dim", "intermediate_size")
+BIASES = (
+  Field("qkv_bias", "attention_bias", False),
+  Field("out_bias", "attention_bias", False),
+)
+SILU = {"hidden_act": ("silu",)}
+WINDOW = Field("window", "sliding_window", 0, to_theirs=lambda tokens: tokens or None)
+WINDOW_OFF: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
+
+
+def renormalized(model: Model) -> str:
+  """Returns why a family that always divides the gates by their sum has no such model, or ""."""
+  if model.moe.top_k == 1 and model.moe.num_experts:
+    return "moe.top_k=1: its only gate is always 1, so its router does not learn"
+  return ""
+
+
+def shared_width(model: Model) -> str:
+  """Returns why a family whose shared expert has a width of its own has no such model, or ""."""
+  return "" if model.moe.shared_dim else "moe.shared_dim=0: its shared expert has its own width"
+
+
+def whole_width(model: Model) -> str:
+  """Returns why a family without a head_dim of its own has no such model, or ""."""
+  if model.num_heads * model.head_dim != model.dim:
+    return f"num_heads={model.num_heads} x head_dim={model.head_dim} is not dim={model.dim}"
+  return ""
+
+
+def shared_renormalized(model: Model) -> str:
+  """Returns why a family whose MoE layers have shared experts has no such model, or ""."""
+  if not model.moe.shared_experts:
+    return "moe.shared_experts=0: it has at least one"
+  return norm_topk_prob(model)
+
+
+LATENT = (
+  *(field for field in COMMON if field.ours != "head_dim"), DENSE_WIDTH,
+  Field("latent.kv_dim", "kv_lora_rank", 512),
+  Field("latent.query_dim", "q_lora_rank", 0, to_theirs=lambda width: width or None),
+  Field("latent.rotary_dim", "qk_rope_head_dim", 64), Field("latent.value_dim", "v_head_dim", 128),
+  Field("moe.top_k", "num_experts_per_tok"), Field("moe.expert_dim", "moe_intermediate_size"),
+)  # fmt: skip
+PLAIN_LATENT: dict[str, tuple[Any, ...]] = SILU | {
+  "attention_bias": (False,), "mlp_bias": (False,), "moe_layer_freq": (1,)
+}  # fmt: skip
+HEAD_DIM: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+  "head_dim": lambda theirs: (
+    theirs.get("qk_nope_head_dim", 128) + theirs.get("qk_rope_head_dim", 64)
+  )
+}
+DEEPSEEK = (
+  *MLP_EXPERTS, *dense("ffn.shared", "mlp.shared_experts"),
+  Row("attention.q_down_DQ", "self_attn.q_a_proj.weight", "QD"),
+  Row("attention.q_latent_norm.norm_Q", "self_attn.q_a_layernorm.weight", "Q"),
+  Row("attention.q_up_QHA", "self_attn.q_b_proj.weight", "(HA)Q"),
+  Row("attention.kv_down_DU", "self_attn.kv_a_proj_with_mqa.weight", "UD"),
+  Row("attention.kv_latent_norm.norm_W", "self_attn.kv_a_layernorm.weight", "W"),
+  Row("attention.kv_up_WHY", "self_attn.kv_b_proj.weight", "(HY)W"),
+  Row("attention.out_HXD", "self_attn.o_proj.weight", "D(HX)"),
+)  # fmt: skip
+
+
+DELTA = (
+  *(row for row in ATTENTION if row.ours != "attention.q_DHA"),
+  Row("attention.q_DHA,attention.gate_DHA", "self_attn.q_proj.weight", "(H2A)D"),
+  Row("attention.qkvz_DJY", "linear_attn.in_proj_qkvz.weight", "(JY)D"),
+  Row("attention.ba_DJR", "linear_attn.in_proj_ba.weight", "(JR)D"),
+  Row("attention.conv_UC", "linear_attn.conv1d.weight", "U1C"),
+  Row("attention.log_rate_O", "linear_attn.A_log", "O"),
+  Row("attention.rate_bias_O", "linear_attn.dt_bias", "O"),
+  Row("attention.norm.norm_X", "linear_attn.norm.weight", "X"),
+  Row("attention.out_OXD", "linear_attn.out_proj.weight", "D(OX)"),
+)
+
+
+def nope(model: Model) -> dict[str, Any]:
+  """Returns their field for the part of a head that is not rotated."""
+  return {"qk_nope_head_dim": model.head_dim - model.latent.rotary_dim}
+
+
+def by_group(theirs: Mapping[str, Any]) -> bool:
+  """Returns whether their routers choose groups of experts first."""
+  return theirs.get("topk_method", "greedy") != "greedy"
+
+
+def one_window(model: Model) -> str:
+  """Returns why a family with its window in all layers has no such model, or ""."""
+  if model.window and model.global_every:
+    return f"global_every={model.global_every}: all its layers have the window"
+  return ""
+
+
+SLIDING, LINEAR, FULL = "sliding_attention", "linear_attention", "full_attention"
+
+
+def global_every(types: list[str], other: str) -> int:
+  """Their list of the layers' types -> n, where every n-th attends fully, not as `other`; or 0."""
+  every = next((n for n, kind in enumerate(types, 1) if kind != other), 0)
+  for number, kind in enumerate(types, 1):
+    if (kind == other) == (every > 0 and number % every == 0):
+      raise ValueError(f"layer_types={types} is no repetition of {other} and one full layer")
+  return every
+
+
+def layer_types(model: Model, other: str) -> dict[str, Any]:
+  """Returns their list of the layers' types, of which `other` is that with a window or a state."""
+  full = [not kind.window and not kind.delta for kind in layer_kinds(model)]
+  return {"layer_types": [FULL if is_full else other for is_full in full]}
+
+
+def delta_types(theirs: Mapping[str, Any]) -> list[str]:
+  """Returns the types of the layers of Qwen3-Next, which older files say by an interval."""
+  every = theirs.get("full_attention_interval", 4)
+  layers = range(1, theirs["num_hidden_layers"] + 1)
+  return theirs.get("layer_types") or [LINEAR if n % every else FULL for n in layers]
+
+
+def dense_first(layers: list[int]) -> int:
+  """Their list of dense layers -> how many come first."""
+  if sorted(layers) != list(range(len(layers))):
+    raise ValueError("dense layers that are not the first ones cannot be expressed")
+  return len(layers)
+
+
+def norm_topk_prob(model: Model) -> str:
+  """Returns why a family with the field norm_topk_prob has no such model, or ""."""
+  return renormalized(model) if model.moe.renormalize else ""
+
+
+QWEN_LAYERS = (
+  Field("moe.every", "decoder_sparse_step", 1),
+  Field("moe.first_dense", "mlp_only_layers", [], dense_first, lambda n: list(range(n))),
+)
+
+
+def qwen_period(model: Model) -> str:
+  """Returns why Qwen, which counts `every` from layer 0, has no such model, or ""."""
+  if model.moe.every > 1 and model.moe.first_dense % model.moe.every:
+    return (f"moe.first_dense={model.moe.first_dense} is no multiple of moe.every="
+            f"{model.moe.every}")  # fmt: skip
+  return norm_topk_prob(model)

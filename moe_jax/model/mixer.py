@@ -1,0 +1,59 @@
+"""How a layer mixes the tokens of a document: attention, latent attention, or the delta rule."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_jax import config as config_lib
+from moe_jax.kernels.delta_rule import DeltaState
+from moe_jax.model.attention import (
+  Attend,
+  AttentionLayer,
+  AttentionWeights,
+  grouped_query_attention,
+)
+from moe_jax.model.delta import DeltaLayer, DeltaWeights, delta_layer
+from moe_jax.model.latent_attention import LatentAttentionLayer, LatentWeights, latent_attention
+from moe_jax.model.pattern import LayerKind
+
+MixerWeights = AttentionWeights | LatentWeights | DeltaWeights
+
+
+def make(
+  model: config_lib.Model, kind: LayerKind, rngs: nnx.Rngs
+) -> AttentionLayer | LatentAttentionLayer | DeltaLayer:
+  """Returns the parameters of a layer of that kind."""
+  if kind.delta:
+    return DeltaLayer(model, rngs)
+  return (LatentAttentionLayer if model.latent.kv_dim else AttentionLayer)(model, rngs)
+
+
+def mix(
+  x_BLD: jax.Array,
+  weights: MixerWeights,
+  tokens: Any,
+  attend: Attend | DeltaState | None,
+  model: config_lib.Model,
+  window: int = 0,
+) -> tuple[jax.Array, Any]:
+  """Calls the function that the type of the weights names.
+
+  Args:
+    x_BLD: normed tokens, compute dtype.
+    weights: of this layer.
+    tokens: transformer.Tokens of the batch.
+    attend: computes attention; for the delta rule the state before, or None in training.
+    model: the configuration.
+    window: tokens that a query of this layer attends to; 0 is all before it.
+
+  Returns:
+    y_BLD in the compute dtype, and the state for the next tokens.
+  """
+  if isinstance(weights, DeltaWeights):
+    assert not callable(attend)
+    return delta_layer(x_BLD, weights, tokens.segments_BL, attend, model)
+  assert callable(attend)
+  if isinstance(weights, LatentWeights):
+    return latent_attention(x_BLD, weights, tokens.positions_BL, attend, model, window)
+  return grouped_query_attention(x_BLD, weights, tokens.positions_BL, attend, model, window)

@@ -1,0 +1,73 @@
+"""The files that a run's metrics are written to.
+
+Apart from metrics.py, because tensorboardX imports much (torch, where it is installed).
+"""
+
+import contextlib
+import math
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from moe_jax import files
+from moe_jax import workdir as workdir_lib
+
+
+class Writer:
+  """Writes metrics to metrics.jsonl and to TensorBoard.
+
+  metrics.jsonl has one line for each logged step, with arrays as lists. TensorBoard has numbers and
+  lists, but no arrays of two dimensions.
+  """
+
+  def __init__(self, workdir: pathlib.Path, resume_step: int):
+    """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
+    self._path = workdir / workdir_lib.METRICS
+    workdir_lib.keep_lines(self._path, resume_step)
+    self._folder = files.growing(workdir / workdir_lib.TENSORBOARD)
+    with files.storage_errors(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue blocks.
+      self._events = EventsWriter(str(self._folder / "events"))
+    begin = SessionLog(status=SessionLog.START)  # hides what an earlier start wrote of later steps
+    self._add(Event(wall_time=time.time(), step=resume_step + 1, session_log=begin))
+
+  def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
+    """Writes the metrics of a step under the names `prefix`/name.
+
+    Raises:
+      StorageError: the disk is full.
+    """
+    plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
+    workdir_lib.append_line(self._path, {"step": step, **plain})
+    scalars = []
+    for name, value in plain.items():
+      if isinstance(value, (int, float)):
+        scalars.append((name, value))
+      elif name.endswith("_Z"):
+        scalars += [(f"{name}/{layer}", number) for layer, number in enumerate(value)]
+    self._add(*(  # a number that is not finite would be drawn nowhere
+      Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+      for name, value in scalars
+      if math.isfinite(value)
+    ))  # fmt: skip
+
+  def _add(self, *events: Event) -> None:
+    with files.storage_errors(self._folder):
+      for event in events:
+        self._events.write_event(event)
+      self._events.flush()
+
+  def last(self, name: str) -> float:
+    """Returns the newest value that metrics.jsonl has of a metric; 0.0 if there is none."""
+    lines = workdir_lib.read_lines(self._path)
+    return next((line[name] for line in reversed(lines) if name in line), 0.0)
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):  # of a full disk, which `write` has told
+      self._events.close()

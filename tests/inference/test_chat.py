@@ -1,0 +1,95 @@
+"""Chat templates: as transformers renders them, and answers that end where the template says."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+import tokenizers
+
+import moe_jax
+from moe_jax.data import tokenizers as ours
+from moe_jax.errors import UserError
+from moe_jax.hf import exporting, families, importing
+from moe_jax.inference import chat
+from tests.support.hf_files import loaded, plan, toy
+from tests.support.scripts import ONE_DEVICE
+from tests.support.toys import ROOT, mesh_of
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+    {%- if message['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
+<|im_start|>{{ message['role'] + '\\n' + message['content'] | trim }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+MESSAGES = [{"role": "user", "content": " abc "}, {"role": "assistant", "content": "b<|im_end|>"}]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The files of a tokenizer with one id for each letter, and a template beside it."""
+  path = tmp_path_factory.mktemp("chat")
+  letters = [chr(97 + i) for i in range(20)]
+  vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+  model.add_special_tokens(SPECIAL)
+  model.save(str(path / "tokenizer.json"))
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>",
+            "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"},
+            "unk_token": "a"}  # fmt: skip
+  (path / "tokenizer_config.json").write_text(json.dumps(config))
+  (path / "chat_template.jinja").write_text(TEMPLATE)
+  return path
+
+
+def test_the_text_and_the_ids_are_those_of_transformers(folder):
+  transformers = pytest.importorskip(
+    "transformers", reason="compares with Hugging Face: pip install -e '.[hf]'"
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  text = chat.render(folder, MESSAGES)
+  assert text == theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+  assert ours.HuggingFace(str(folder / "tokenizer.json")).encode_special(text) == theirs.encode(
+    text, add_special_tokens=False
+  )
+
+
+def test_special_tokens_of_the_template_are_ids_and_a_text_has_none(folder):
+  tokenizer = ours.HuggingFace(str(folder / "tokenizer.json"))
+  ids = tokenizer.encode_special(chat.render(folder, MESSAGES[:1]))
+  assert ids[0] == 0 and ids.count(1) == 2 and ids.count(2) == 1
+  assert not {1, 2} & set(tokenizer.encode("<|im_end|>").tolist())
+
+
+def test_what_has_no_template_or_refuses_is_one_line(folder, tmp_path):
+  with pytest.raises(UserError, match=r"no chat_template\.jinja, and no chat_template"):
+    chat.render(tmp_path, MESSAGES)
+  with pytest.raises(UserError, match="refuses the messages: no robots"):
+    chat.render(folder, [{"role": "robot", "content": ""}])
+  (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+  with pytest.raises(UserError, match="refuses the messages"):
+    chat.render(tmp_path, MESSAGES)
+
+
+@pytest.mark.slow
+def test_an_import_answers_and_ends_at_the_files_eos(folder, tmp_path):
+  """The end of the generation's settings counts beside the separator of the text."""
+  with jax.set_mesh(mesh_of()):
+    exporting.export(loaded(toy()), families.FAMILIES["qwen3_moe"], tmp_path / "in")
+    for file in folder.iterdir():
+      (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
+    made = plan(tmp_path / "in")
+    importing.save(made, importing.read(made, mesh_of()), tmp_path / "run")
+  done = subprocess.run(
+    [sys.executable, "generate.py", f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=abc",
+     "--max_new_tokens=9"], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
+  )  # fmt: skip
+  assert not done.returncode, done.stderr
+  assert "abc" not in done.stdout
+  ends = json.dumps({"eos_token_id": list(range(2, 24))})  # nearly every id
+  (tmp_path / "run/hf/generation_config.json").write_text(ends)
+  (row,) = moe_jax.load(tmp_path / "run").generate("abc", max_new_tokens=64, temperature=0)
+  assert row.finished and len(row.tokens) < 64
