@@ -112,6 +112,12 @@ MODELS = {
     delta=Delta(value_heads=32, key_heads=16, key_dim=128, value_dim=128),
     moe=_moe(512, 10, 512, shared_dim=512, shared_experts=1, shared_gate=True),
   ),
+  "qwen3_5_35b_a3b": _model(
+    248_320, 40, 2048, 16, 2, 512, 256, qk_norm=QKNorm.HEAD, rope_base=1e7, norm_eps=1e-6,
+    rotary_fraction=0.25, attention_gate=True, norm_offset=True, global_every=4,
+    delta=Delta(value_heads=32, key_heads=16, key_dim=128, value_dim=128),
+    moe=_moe(256, 8, 512, shared_dim=512, shared_experts=1, shared_gate=True),
+  ),
   "glm_4_5_air": _model(
     151_552, 46, 4096, 96, 8, 10_944, qkv_bias=True, rotary_fraction=0.5, rope_base=1e6,
     moe=_glm(128, 1408, first_dense=1),

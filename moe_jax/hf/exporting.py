@@ -130,7 +130,7 @@ def _config(loaded: Loaded, family: Family, dtype: str) -> dict[str, Any]:
   theirs = fields.to_theirs(family, loaded.config.model) | {"dtype": dtype, "torch_dtype": dtype}
   before: dict[str, Any] = {}
   if (loaded.beside / files.CONFIG).is_file():
-    before = files.read_json(loaded.beside / files.CONFIG)
+    before = dict(fields.of_text(files.read_json(loaded.beside / files.CONFIG)))
     if before.get("model_type") != family.model_type:
       before = {}
   longest = {"max_position_embeddings": loaded.config.data.seq_len}

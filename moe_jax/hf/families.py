@@ -184,12 +184,7 @@ _ALL = [
   Family(
     "qwen3_next", "Qwen3NextForCausalLM",
     fields=(
-      *parts.COMMON, *parts.QWEN_LAYERS, parts.DENSE_WIDTH,
-      Field("delta.value_heads", "linear_num_value_heads", 32),
-      Field("delta.key_heads", "linear_num_key_heads", 16),
-      Field("delta.key_dim", "linear_key_head_dim", 128),
-      Field("delta.value_dim", "linear_value_head_dim", 128),
-      Field("delta.conv_width", "linear_conv_kernel_dim", 4),
+      *parts.COMMON, *parts.QWEN_LAYERS, *parts.DELTA_SIZES, parts.DENSE_WIDTH,
       Field("moe.num_experts", "num_experts"), Field("moe.top_k", "num_experts_per_tok"),
       Field("moe.expert_dim", "moe_intermediate_size"),
       Field("moe.shared_dim", "shared_expert_intermediate_size"),
@@ -204,6 +199,24 @@ _ALL = [
     allowed=parts.SILU | {"attention_bias": (False,)}, partial_rotary=0.25,
     check=lambda model: parts.qwen_period(model) or parts.shared_width(model),
     left_out=r"mtp\..*", why_left_out="the multi-token prediction layer",
+  ),
+  Family(
+    "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
+    fields=(
+      *parts.COMMON, *parts.DELTA_SIZES, Field("moe.num_experts", "num_experts"),
+      Field("moe.top_k", "num_experts_per_tok"),
+      Field("moe.expert_dim", "moe_intermediate_size"),
+      Field("moe.shared_dim", "shared_expert_intermediate_size"),
+    ),
+    layer=(*parts.DELTA_APART, *parts.QWEN_SHARED), stacked=parts.STACKED_EXPERTS,
+    fixed={"moe.shared_experts": 1, "moe.shared_gate": True, "qk_norm": QKNorm.HEAD,
+           "attention_gate": True, "norm_offset": True},
+    read={"global_every": lambda theirs: parts.global_every(
+      parts.delta_types(theirs), parts.LINEAR)},
+    written=lambda model: parts.layer_types(model, parts.LINEAR),
+    allowed=parts.SILU | {"attention_bias": (False,)}, partial_rotary=0.25,
+    check=lambda model: parts.renormalized(model) or parts.shared_width(model),
+    left_out=r"mtp\..*|model\.visual\..*", why_left_out="multi-token prediction or vision",
   ),
   Family(
     "llama", "LlamaForCausalLM",

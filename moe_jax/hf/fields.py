@@ -37,6 +37,8 @@ class Family(NamedTuple):
   architecture: str  # the class in transformers
   fields: tuple[Field, ...]
   layer: tuple[Row, ...]  # the tensors of a layer
+  # What other files have in place of some of them; they are read and not written.
+  stacked: tuple[Row, ...] = ()
   fixed: dict[str, Any] = {}  # noqa: RUF012 {field of ours: the value that the family has}
   allowed: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012 {field of theirs: values that we can express}
   rope_base: float = 10_000.0  # where rope_theta is missing
@@ -69,6 +71,14 @@ _UNREAD = (
   "experts_implementation", "quantization_config", "qk_head_dim", "ep_size", "aux_loss_alpha",
   "seq_aux",
 )  # fmt: skip
+
+
+def of_text(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the config of the text model in that of a model of text and images."""
+  text = theirs.get("text_config")
+  if not isinstance(text, dict):
+    return theirs
+  return {"tie_word_embeddings": theirs.get("tie_word_embeddings", False)} | text
 
 
 def to_model(family: Family, theirs: Mapping[str, Any], where: str) -> tuple[Model, list[str]]:

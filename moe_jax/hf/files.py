@@ -39,6 +39,7 @@ _DTYPES: dict[str, Any] = {
 WRITTEN = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # Weights that stand in several tensors of few bits: the module that reads them, and bits a number.
 _QUANTIZED = {"MXFP4": (mxfp4, 4.25), "FP8": (fp8, 8)}
+_OF_TEXT = "model.language_model."  # before the names of a text model beside one of images
 _LARGEST_JSON = 2**26  # bytes
 _SECONDS = 5.0  # between lines of progress
 
@@ -55,15 +56,16 @@ class Stored:
     self.folder = folder
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.types: dict[str, str] = {}
-    self._files: dict[str, pathlib.Path] = {}
+    self._files: dict[str, tuple[pathlib.Path, str]] = {}  # and the name there
     self._open: dict[pathlib.Path, Any] = {}
     self._starts: dict[pathlib.Path, dict[str, int]] = {}
     self.bytes_read = 0
     for path in self._paths():
       for name in self._handle(path).keys():  # noqa: SIM118 (the handle is no dict)
         part = self._handle(path).get_slice(name)
-        self._files[name], self.types[name] = path, part.get_dtype()
-        self.shapes[name] = tuple(part.get_shape())
+        ours = "model." + name.removeprefix(_OF_TEXT) if name.startswith(_OF_TEXT) else name
+        self._files[ours], self.types[ours] = (path, name), part.get_dtype()
+        self.shapes[ours] = tuple(part.get_shape())
     for kind, (module, _) in _QUANTIZED.items():
       for name, shape in module.find(self.shapes, self.types).items():
         for part in module.PARTS:
@@ -114,15 +116,15 @@ class Stored:
 
   def _part(self, name: str, ranges: Ranges) -> np.ndarray:
     """Returns a range of a tensor as the file has it; of an FP8 tensor the bytes."""
+    path, there = self._files[name]
     if self.types[name] == "FP8":  # NumPy has no such type, so `safetensors` does not read it
-      path = self._files[name]
       if path not in self._starts:
         self._starts[path] = _starts(path)
-      stored = np.memmap(path, np.uint8, "r", self._starts[path][name], self.shapes[name])
+      stored = np.memmap(path, np.uint8, "r", self._starts[path][there], self.shapes[name])
       values = np.array(stored[ranges])
       self.bytes_read += values.nbytes
       return values
-    part = self._handle(self._files[name]).get_slice(name)
+    part = self._handle(path).get_slice(there)
     values = part[ranges] if ranges else part[...]
     self.bytes_read += values.nbytes
     return values

@@ -64,18 +64,19 @@ def plan(folder: str, mesh: Mesh) -> Plan:
   path = pathlib.Path(folder)
   if not path.is_dir():
     raise UserError(f"--from={folder}: no such folder; download the checkpoint into one first")
-  theirs = files.read_json(path / files.CONFIG)
+  theirs = fields.of_text(files.read_json(path / files.CONFIG))
   where = str(path / files.CONFIG)
   family = families.family_of(theirs, where)
   model, unread = fields.to_model(family, theirs, where)
   notes = [f"not read of {files.CONFIG}: {', '.join(unread)}"] if unread else []
   config = _config(model, mesh, theirs, path)
   validation.validate(config)
+  stored = files.Stored(path)
+  layer = layout.replaced(family.layer, family.stacked, stored.shapes)
   try:
-    tensors = layout.tensors(model, parts.TOP, family.layer, parts.LAYER)
+    tensors = layout.tensors(model, parts.TOP, layer, parts.LAYER)
   except KeyError as error:
     raise UserError(f"{where}: a {family.model_type} has no {error.args[0]}") from None
-  stored = files.Stored(path)
   notes += _compare(family, model, tensors, stored)
   return Plan(family, config, tensors, stored, notes)
 
@@ -193,14 +194,12 @@ def _fill(
   """Returns a float32 array on a device, which takes one piece after another."""
   with jax.default_device(device):
     whole = None
-    for place, values in pieces:
+    for start, values in pieces:
       values = values.astype(np.float32)
       if values.shape == shape:  # a single piece
         return jax.device_put(values, device)
       if whole is None:
         whole = jnp.zeros(shape)
-      values = values.reshape((1,) * len(place) + values.shape)
-      start = (*place, *(0 for _ in range(len(shape) - len(place))))
       whole = _placed(whole, values, start)
       whole.block_until_ready()  # so that the host holds one piece at a time
     assert whole is not None

@@ -2,21 +2,22 @@
 
 A `Row` of a family's table says: our parameter, their tensor, and the layout of their tensor in the
 shape letters of ours. `(HA)D` is a matrix whose first dimension counts heads and their widths, so
-q_DHA is transposed and flattened. `2` counts two of our parameters in one tensor, gate and up. The
-same row serves both directions.
+q_DHA is transposed and flattened. `2` counts two of our parameters in one tensor, gate and up.
+`qkvz_DJY[qkv]` are those parts of Y that are named, one after another in the first dimension of
+theirs. The same row serves both directions.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.config import Model
 from moe_jax.hf.ranges import Ranges, Read
-from moe_jax.model import cost
+from moe_jax.model import cost, delta
 from moe_jax.model.pattern import bias_shape, layer_places, moe_layers
 
 BIAS = ("bias_ZE",)  # the path of the balancing bias, which stands beside the parameters
@@ -27,7 +28,8 @@ Path = tuple[str, ...]  # of a parameter in the Transformer, layers stacked on Z
 class Row(NamedTuple):
   """One line of a family's table."""
 
-  ours: str  # below a layer: "attention.q_DHA"; two with a comma between them stand on `2`
+  # Below a layer: "attention.q_DHA"; two with a comma between them stand on `2`.
+  ours: str
   theirs: str  # below their layer; with {expert} each expert has a tensor of its own
   layout: str
 
@@ -38,6 +40,7 @@ class Part(NamedTuple):
   path: Path
   place: tuple[int, ...]  # on the parameter's first dimensions: (), (layer,) or (layer, expert)
   half: int  # which of two; 0 where there is one
+  cut: slice | None = None  # of its last letter, where their tensor has only that
 
 
 class Tensor(NamedTuple):
@@ -56,18 +59,35 @@ class Tensor(NamedTuple):
   @property
   def shape(self) -> tuple[int, ...]:
     """Of their tensor."""
-    return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.groups)
+    first, *rest = self._shape(self.parts[0])
+    return (first + sum(self._shape(part)[0] for part in self.parts[1:] if part.cut), *rest)
+
+  def _sizes(self, part: Part) -> dict[str, int]:
+    if part.cut is None:
+      return self.sizes
+    return self.sizes | {_letters(part)[-1]: part.cut.stop - part.cut.start}
+
+  def _shape(self, part: Part) -> tuple[int, ...]:
+    """Of what has the part: of the tensor, or of the rows of a cut."""
+    sizes = self._sizes(part)
+    return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups)
 
   def pack(self, arrays: list[np.ndarray]) -> np.ndarray:
     """Returns their tensor of the arrays of its parts, in our layout."""
-    letters = _letters(self.parts[0])
+    if self.parts[0].cut is None:
+      return self._pack(arrays, self.parts[0])
+    cuts = zip(arrays, self.parts, strict=True)
+    return np.concatenate([self._pack([array[..., part.cut]], part) for array, part in cuts])
+
+  def _pack(self, arrays: list[np.ndarray], part: Part) -> np.ndarray:
+    letters = _letters(part)
     whole = arrays[0]
     if "2" in self.layout:
       whole, letters = np.stack(arrays), "2" + letters
     if "1" in self.layout:
       whole, letters = whole[None], "1" + letters
     order = [letters.index(letter) for group in self.groups for letter in group]
-    return whole.transpose(order).reshape(self.shape)
+    return whole.transpose(order).reshape(self._shape(part))
 
   def unpack(self, read: Read, part: Part, wanted: dict[str, slice]) -> np.ndarray:
     """Returns a piece of one of our parameters, in our layout.
@@ -75,12 +95,13 @@ class Tensor(NamedTuple):
     Args:
       read: reads a range of their tensor.
       part: of `parts`.
-      wanted: the range of each letter of our parameter.
+      wanted: the range of each letter of our parameter; of a cut, from its beginning.
     """
+    sizes_of = self._sizes(part)
     ranges = wanted | {"2": slice(part.half, part.half + 1), "1": slice(0, 1)}
     bounds, lengths, chosen = [], [], []
     for group in self.groups:
-      sizes = [self.sizes[letter] for letter in group]
+      sizes = [sizes_of[letter] for letter in group]
       parts = [ranges[letter] for letter in group]
       first = np.ravel_multi_index([r.start for r in parts], sizes)
       last = np.ravel_multi_index([r.stop - 1 for r in parts], sizes)
@@ -93,6 +114,10 @@ class Tensor(NamedTuple):
         bounds.append(slice(0, math.prod(sizes)))
         lengths += sizes
         chosen += parts
+    if part.cut is not None:
+      before = self.parts[: self.parts.index(part)]
+      rows = sum(self._shape(other)[0] for other in before)
+      bounds[0] = slice(bounds[0].start + rows, bounds[0].stop + rows)
     piece = read(self.name, tuple(bounds)).reshape(lengths)[tuple(chosen)]
     letters = "".join(self.groups)
     order = [letters.index(letter) for letter in _letters(part)]
@@ -127,7 +152,8 @@ def tensors(
   if with_experts:
     shapes[BIAS] = bias_shape(model)
   everything = {".".join(path): (path, ()) for path in shapes}
-  found = [tensor for row in top for tensor in _of_row(row, row.theirs, everything, shapes)]
+  cuts = delta.slices(model.delta)
+  found = [tensor for row in top for tensor in _of_row(row, row.theirs, everything, shapes, cuts)]
   for number, (where, place) in enumerate(layer_places(model)):
     below: dict[str, tuple[Path, tuple[int, ...]]] = {
       ".".join(path[len(where) :]): (path, (place,))
@@ -137,7 +163,7 @@ def tensors(
     if number in with_experts:
       below["bias_ZE"] = BIAS, (with_experts.index(number),)
     for row in layer:
-      found += _of_row(row, prefix.format(layer=number) + row.theirs, below, shapes)
+      found += _of_row(row, prefix.format(layer=number) + row.theirs, below, shapes, cuts)
   placed = {part.path for tensor in found for part in tensor.parts}
   for path in shapes:
     if path not in placed and path != BIAS:
@@ -150,15 +176,18 @@ def _of_row(
   name: str,
   below: Mapping[str, tuple[Path, tuple[int, ...]]],
   shapes: Mapping[Path, tuple[int, ...]],
+  cuts: Mapping[str, slice],
 ) -> list[Tensor]:
   """Returns the tensors of a row: none where the model lacks the parameter, E of {expert}.
 
   `below` is {a row's name of ours: (the parameter, its place)}.
   """
-  ours = row.ours.split(",")
+  parameters, _, named = row.ours.removesuffix("]").partition("[")
+  ours = parameters.split(",")
   places = [below[name_] for name_ in ours if name_ in below]
   if not places:
     return []
+  held: list[slice | None] = [cuts[name_] for name_ in named] or [None]
   shape = shapes[places[0][0]]
   letters = places[0][0][-1].rsplit("_", 1)[-1]
   sizes = dict(zip(reversed(letters), reversed(shape), strict=False)) | {"1": 1, "2": len(ours)}
@@ -169,7 +198,11 @@ def _of_row(
     Tensor(
       name.format(expert=expert[0]) if expert else name,
       row.layout,
-      tuple(Part(path, at + expert, half) for half, (path, at) in enumerate(places)),
+      tuple(
+        Part(path, at + expert, half, cut)
+        for half, (path, at) in enumerate(places)
+        for cut in held
+      ),
       {letter: sizes[letter] for group in row.layout for letter in group if letter not in "()"},
     )
     for expert in experts
@@ -179,12 +212,13 @@ def _of_row(
 def pieces(
   path: Path,
   index: Ranges,
-  parts: Mapping[tuple[int, ...], tuple[Tensor, Part]],
+  parts: Mapping[tuple[int, ...], list[tuple[Tensor, Part]]],
   read: Read,
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-  """Yields (place, values) of a part of a stacked parameter, reading no more than that part.
+  """Yields (start, values) of a part of a stacked parameter, reading no more than that part.
 
-  One piece is what one tensor of theirs has of it: of one layer, or of one expert.
+  One piece is what one tensor of theirs has of it: of one layer, or of one expert. It has the
+  dimensions of the parameter.
 
   Args:
     path: of the parameter.
@@ -199,17 +233,35 @@ def pieces(
   outer = list(ranges)[:depth]
   inner = {letter: r for letter, r in ranges.items() if letter not in outer}
   for at in itertools.product(*(range(ranges[o].start, ranges[o].stop) for o in outer)):
-    tensor, part = parts[at]
-    place = tuple(i - ranges[o].start for i, o in zip(at, outer, strict=True))
-    yield place, tensor.unpack(read, part, inner)
+    start = [i - ranges[o].start for i, o in zip(at, outer, strict=True)] + [0] * len(inner)
+    for tensor, part in parts[at]:
+      wanted = inner
+      if part.cut is not None:
+        r = inner[letters[-1]]
+        first, stop = max(r.start, part.cut.start), min(r.stop, part.cut.stop)
+        if first >= stop:
+          continue
+        wanted = inner | {letters[-1]: slice(first - part.cut.start, stop - part.cut.start)}
+        start[-1] = first - r.start
+      values = tensor.unpack(read, part, wanted)
+      yield tuple(start), values.reshape((1,) * depth + values.shape)
 
 
 def by_parameter(
   found: list[Tensor],
-) -> dict[Path, dict[tuple[int, ...], tuple[Tensor, Part]]]:
-  """Returns {path: {Part.place: (tensor, part)}} of all parameters."""
-  parameters: dict[Path, dict[tuple[int, ...], tuple[Tensor, Part]]] = {}
+) -> dict[Path, dict[tuple[int, ...], list[tuple[Tensor, Part]]]]:
+  """Returns {path: {Part.place: [(tensor, part)]}} of all parameters."""
+  parameters: dict[Path, dict[tuple[int, ...], list[tuple[Tensor, Part]]]] = {}
   for tensor in found:
     for part in tensor.parts:
-      parameters.setdefault(part.path, {})[part.place] = (tensor, part)
+      parameters.setdefault(part.path, {}).setdefault(part.place, []).append((tensor, part))
   return parameters
+
+
+def replaced(
+  rows: tuple[Row, ...], others: tuple[Row, ...], names: Iterable[str]
+) -> tuple[Row, ...]:
+  """Returns the rows, with those others that some of a checkpoint's names have in their place."""
+  there = tuple(row for row in others if any(name.endswith("." + row.theirs) for name in names))
+  taken = {name for row in there for name in row.ours.split(",")}
+  return (*(row for row in rows if row.ours not in taken), *there)

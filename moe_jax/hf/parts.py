@@ -144,16 +144,35 @@ DEEPSEEK = (
 )  # fmt: skip
 
 
-DELTA = (
+_DELTA = (
   *(row for row in ATTENTION if row.ours != "attention.q_DHA"),
   Row("attention.q_DHA,attention.gate_DHA", "self_attn.q_proj.weight", "(H2A)D"),
-  Row("attention.qkvz_DJY", "linear_attn.in_proj_qkvz.weight", "(JY)D"),
-  Row("attention.ba_DJR", "linear_attn.in_proj_ba.weight", "(JR)D"),
   Row("attention.conv_UC", "linear_attn.conv1d.weight", "U1C"),
   Row("attention.log_rate_O", "linear_attn.A_log", "O"),
   Row("attention.rate_bias_O", "linear_attn.dt_bias", "O"),
   Row("attention.norm.norm_X", "linear_attn.norm.weight", "X"),
   Row("attention.out_OXD", "linear_attn.out_proj.weight", "D(OX)"),
+)
+DELTA = (  # of Qwen3-Next
+  *_DELTA, Row("attention.qkvz_DJY", "linear_attn.in_proj_qkvz.weight", "(JY)D"),
+  Row("attention.ba_DJR", "linear_attn.in_proj_ba.weight", "(JR)D"),
+)  # fmt: skip
+DELTA_APART = (  # of Qwen3.5
+  *_DELTA, Row("attention.qkvz_DJY[qkv]", "linear_attn.in_proj_qkv.weight", "(JY)D"),
+  Row("attention.qkvz_DJY[z]", "linear_attn.in_proj_z.weight", "(JY)D"),
+  Row("attention.ba_DJR[b]", "linear_attn.in_proj_b.weight", "(JR)D"),
+  Row("attention.ba_DJR[a]", "linear_attn.in_proj_a.weight", "(JR)D"),
+)  # fmt: skip
+DELTA_SIZES = (
+  Field("delta.value_heads", "linear_num_value_heads", 32),
+  Field("delta.key_heads", "linear_num_key_heads", 16),
+  Field("delta.key_dim", "linear_key_head_dim", 128),
+  Field("delta.value_dim", "linear_value_head_dim", 128),
+  Field("delta.conv_width", "linear_conv_kernel_dim", 4),
+)
+STACKED_EXPERTS = (
+  Row("ffn.gate_EDF,ffn.up_EDF", "mlp.experts.gate_up_proj", "E(2F)D"),
+  Row("ffn.down_EFD", "mlp.experts.down_proj", "EDF"),
 )
 
 
@@ -193,7 +212,7 @@ def layer_types(model: Model, other: str) -> dict[str, Any]:
 
 
 def delta_types(theirs: Mapping[str, Any]) -> list[str]:
-  """Returns the types of the layers of Qwen3-Next, which older files say by an interval."""
+  """Returns the types of the layers of Qwen's models, which older files say by an interval."""
   every = theirs.get("full_attention_interval", 4)
   layers = range(1, theirs["num_hidden_layers"] + 1)
   return theirs.get("layer_types") or [LINEAR if n % every else FULL for n in layers]

@@ -48,6 +48,17 @@ def _sizes(delta: config_lib.Delta) -> tuple[int, int, int, int, int]:
   return J, I, O, X, 2 * J * I + O * X
 
 
+def slices(delta: config_lib.Delta) -> dict[str, slice]:
+  """Returns where q, k, v and z stand on Y, and b and a on R."""
+  key, each = delta.key_dim, delta.value_heads // max(delta.key_heads, 1)
+  value = each * delta.value_dim
+  return {
+    "q": slice(0, key), "k": slice(key, 2 * key), "v": slice(2 * key, 2 * key + value),
+    "z": slice(2 * key + value, 2 * key + 2 * value),
+    "b": slice(0, each), "a": slice(each, 2 * each),
+  }  # fmt: skip
+
+
 class DeltaWeights(NamedTuple):
   """The matrices in the compute dtype; the rest is float32.
 
@@ -130,11 +141,12 @@ def delta_layer(
   each, old = O // J, state or empty_state(model, B)
   qkvz_BLJY = linear(x_BLD, weights.qkvz_DJY)
   ba_BLJR = linear(x_BLD, weights.ba_DJR).astype(jnp.float32)
-  beta_BLO = jax.nn.sigmoid(ba_BLJR[..., :each]).reshape(B, L, O)
-  rate_BLO = jax.nn.softplus(ba_BLJR[..., each:].reshape(B, L, O) + weights.rate_bias_O[None, None])
+  at = slices(model.delta)
+  b_BLO, a_BLO = (ba_BLJR[..., at[name]].reshape(B, L, O) for name in "ba")
+  beta_BLO = jax.nn.sigmoid(b_BLO)
+  rate_BLO = jax.nn.softplus(a_BLO + weights.rate_bias_O[None, None])
   decay_BLO = -jnp.exp(weights.log_rate_O)[None, None] * rate_BLO
-  pieces = jnp.split(qkvz_BLJY, (I, 2 * I, 2 * I + each * X), axis=-1)
-  q, k, v, z = (piece.reshape(B, L, -1) for piece in pieces)
+  q, k, v, z = (qkvz_BLJY[..., at[name]].reshape(B, L, -1) for name in "qkvz")
   mixed = jnp.concatenate([q, k, v], axis=-1)
   mixed, recent_BWU = delta_rule.convolve(
     mixed, weights.conv_UC.astype(mixed.dtype), segments_BL, old.recent_BWU

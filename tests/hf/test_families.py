@@ -1,15 +1,19 @@
 """Every family against transformers: files written there are read here, and the other way."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.hf import check, exporting, importing, layout, parts
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
+from moe_jax.moe import counts
 from tests.support import hf_models
 from tests.support.hf_models import CONFIGS, torch, transformers
 from tests.support.toys import mesh_of, slow_unless, tokens_of
@@ -127,10 +131,28 @@ def test_routers_choose_the_same_experts(pair):
     assert want.sum(0).max() > want.sum(0).min(), "routing must be unbalanced"
 
 
+def test_their_balance_loss_is_that_of_all_layers_loads_together(pair):
+  """The conversion that docs/checkpoints.md states: over K, and of sums over the layers."""
+  ids_BL = hf_models.tokens()
+  fields = inspect.signature(pair.peer.model.forward).parameters
+  if "output_router_logits" not in fields:
+    pytest.skip("transformers has no balance loss for it")
+  if pair.model.moe.score is config_lib.Score.SIGMOID:
+    pytest.skip("theirs takes the softmax of logits whose sigmoid the router takes")
+  with torch.no_grad():
+    want = pair.peer.model(torch.tensor(ids_BL), output_router_logits=True).aux_loss
+  with jax.set_mesh(pair.mesh):
+    stats = forward(pair, pair.weights.params, ids_BL).stats
+  sums = (x.sum(axis=0, keepdims=True) for x in (stats.routed_E, stats.prob_E, stats.tokens))
+  got = counts.balance(*sums)[0] * pair.model.moe.top_k
+  assert abs(want - pair.model.moe.top_k) > 1e-3, "routing must be unbalanced"
+  close(got, want)
+
+
 @pytest.mark.slow
 def test_the_same_greedy_tokens(pair):
-  if pair.made.family.model_type in ("llama", "mistral", "qwen2"):
-    pytest.skip("qwen3 stands for the dense families")
+  if pair.made.family.model_type in ("llama", "mistral", "qwen2", "qwen3_5_moe_text"):
+    pytest.skip("qwen3 stands for the dense families, qwen3_next for the delta rule")
   ours = decoding.for_inference(pair.model)
   with jax.set_mesh(pair.mesh):
     weights = decoding.weights(ours, pair.weights.params, pair.weights.bias_ZE)
@@ -179,7 +201,10 @@ def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path)
 
 
 def test_the_first_family_that_fits_is_chosen(pair):
-  assert exporting.choose(pair.model, "") is pair.made.family
+  name = pair.made.family.model_type
+  if name == "qwen3_5_moe_text":  # it is Qwen3-Next in other tensors
+    name = "qwen3_next"
+  assert exporting.choose(pair.model, "").model_type == name
 
 
 @pytest.fixture
@@ -217,3 +242,38 @@ def test_check_finds_the_layer_in_which_they_part(checked):
   result = check.compare(ours, check.theirs(pair.peer.folder, ids_L))
   assert max(result.layers[:2]) < 1e-5 < 1e-3 < result.layers[2]
   assert "they part          in layer 1, by" in check.report(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_text_model_beside_one_of_images(stacked, tmp_path):
+  """As transformers writes it, and with one tensor for all experts, as Qwen3.5 is published."""
+  fields = dict(hf_models.COMMON | CONFIGS["qwen3_5_moe_text"], num_hidden_layers=2)
+  fields["layer_types"] = fields["layer_types"][:2]
+  vision = dict(depth=1, hidden_size=16, intermediate_size=12, num_heads=2, out_hidden_size=20,
+                num_position_embeddings=16)  # fmt: skip
+  whole = transformers.AutoConfig.for_model("qwen3_5_moe", text_config=fields, vision_config=vision)
+  model = transformers.Qwen3_5MoeForConditionalGeneration(whole)
+  model.save_pretrained(tmp_path)
+  if stacked:
+    stack_experts(tmp_path / "model.safetensors", 7)
+  made = importing.plan(str(tmp_path), config_lib.Mesh(data=1))
+  assert any("vision" in note for note in made.notes)
+  mesh, ids_L = mesh_of(), hf_models.tokens()[0]
+  with jax.set_mesh(mesh):
+    ours = check.streams(made, importing.read(made, mesh), ids_L)
+  assert check.compare(ours, check.theirs(tmp_path, ids_L)).logits < 1e-5
+
+
+def stack_experts(path, experts):
+  """Rewrites a file with gate and up of all experts in one tensor, and down in another."""
+  arrays = safetensors.numpy.load_file(path)
+  for down in [name for name in arrays if name.endswith(".experts.0.down_proj.weight")]:
+    prefix = down.removesuffix("0.down_proj.weight")
+    gate, up, down = (
+      np.stack([arrays.pop(f"{prefix}{e}.{name}.weight") for e in range(experts)])
+      for name in ("gate_proj", "up_proj", "down_proj")
+    )
+    arrays[prefix + "gate_up_proj"] = np.concatenate([gate, up], axis=1)
+    arrays[prefix + "down_proj"] = down
+  safetensors.numpy.save_file(arrays, path, {"format": "pt"})

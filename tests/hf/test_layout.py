@@ -32,3 +32,26 @@ def test_a_pair_of_parameters_shares_a_tensor(layouts):
   for part, whole in zip(parts, (gate, up), strict=True):
     got = tensor.unpack(lambda _, ranges: stored[ranges], part, wanted)
     np.testing.assert_array_equal(got, whole[1:3, :, 2:5])
+
+
+def test_parts_of_a_letter_stand_one_after_another():
+  """Every range of the letter, which may begin and end in any of the parts."""
+  ours = np.random.default_rng(0).normal(size=(4, 3, 9)).astype(np.float32)
+  cuts = slice(0, 2), slice(2, 4), slice(4, 7), slice(7, 9)
+  parts = [layout.Part(("q_DJY",), (), 0, cut) for cut in cuts]
+  sizes = {"D": 4, "J": 3, "Y": 9}
+  first, second = (
+    layout.Tensor(name, "(JY)D", tuple(held), sizes)
+    for name, held in (("qkv", parts[:3]), ("z", parts[3:]))
+  )
+  stored = {tensor.name: tensor.pack([ours] * len(tensor.parts)) for tensor in (first, second)}
+  blocks = [ours[..., cut].transpose(1, 2, 0).reshape(-1, 4) for cut in cuts]
+  np.testing.assert_array_equal(stored["qkv"], np.concatenate(blocks[:3]))
+  assert first.shape == (21, 4) and second.shape == (6, 4)
+  where = layout.by_parameter([first, second])[("q_DJY",)]
+  for start, stop in ((a, b) for a in range(9) for b in range(a + 1, 10)):
+    index = (slice(1, 4), slice(1, 3), slice(start, stop))
+    got = np.full((3, 2, stop - start), np.nan, np.float32)
+    for at, values in layout.pieces(("q_DJY",), index, where, lambda n, r: stored[n][r]):
+      got[:, :, at[2] : at[2] + values.shape[2]] = values
+    np.testing.assert_array_equal(got, ours[index])

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
 
 # Odd sizes, at least two layers of each kind, every option on that the family has.
-_COMMON: dict[str, Any] = dict(
+COMMON: dict[str, Any] = dict(
   vocab_size=37, hidden_size=20, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
   head_dim=6, max_position_embeddings=96, rms_norm_eps=1e-4, bos_token_id=None, eos_token_id=None,
   pad_token_id=None, initializer_range=0.02,
@@ -92,6 +92,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     linear_num_key_heads=3, linear_key_head_dim=5, linear_value_head_dim=4,
     rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5},
   ),
+  "qwen3_5_moe_text": dict(
+    model_type="qwen3_5_moe_text", num_hidden_layers=4, num_experts=7, num_experts_per_tok=3,
+    layer_types=2 * ["linear_attention", "full_attention"], moe_intermediate_size=6, head_dim=8,
+    shared_expert_intermediate_size=10, linear_num_value_heads=6, linear_num_key_heads=3,
+    linear_key_head_dim=5, linear_value_head_dim=4,
+    rope_parameters=_theta(100.0) | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
+  ),
   "llama": dict(
     model_type="llama", intermediate_size=18, hidden_size=36, attention_bias=True,
     rope_parameters=_LLAMA3,
@@ -118,18 +125,19 @@ class Peer(NamedTuple):
 
 def build(name: str, folder, **changed) -> Peer:
   """A model with random weights, saved as it saves itself."""
-  fields = _COMMON | CONFIGS[name] | changed
+  fields = COMMON | CONFIGS[name] | changed
   config = transformers.AutoConfig.for_model(**fields)
   config._experts_implementation = "eager"
   model = transformers.AutoModelForCausalLM.from_config(
     config, dtype=torch.float32, attn_implementation="eager"
   ).eval()
+  from_zero = "linear_attention" in (getattr(config, "layer_types", None) or ())
   rng = np.random.default_rng(sum(map(ord, name)))
   with torch.no_grad():
     for key, weight in (*model.named_parameters(), *_biases(model)):
       values = rng.normal(size=weight.shape)
       if weight.ndim == 1:
-        around = 0 if name == "qwen3_next" and "linear_attn.norm" not in key else 1
+        around = 0 if from_zero and "linear_attn.norm" not in key else 1
         values = 0.5 * values if "bias" in key else around + 0.3 * values
       else:
         large = 10 if "embed" in key else 1 if "linear_attn" in key else 1.5
@@ -157,4 +165,4 @@ class Pieces(tokenizers.Tokenizer):
 @functools.cache
 def tokens(length: int = 23) -> np.ndarray:
   """Ids of two rows."""
-  return np.random.default_rng(3).integers(0, _COMMON["vocab_size"], (2, length))
+  return np.random.default_rng(3).integers(0, COMMON["vocab_size"], (2, length))
