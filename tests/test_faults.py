@@ -60,7 +60,7 @@ def attempt(workdir, cache, *arguments, steps=40):
   arguments = ("--config.train.keep_latest=9", *arguments)
   return subprocess.run(
     command(workdir, cache, *arguments, steps=steps), cwd=ROOT, env=ONE_DEVICE,
-    capture_output=True, text=True, timeout=200,
+    capture_output=True, text=True, timeout=600,
   )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_a_run_whose_reader_closes_the_pipe_ends_with_its_code(tmp_path, cache):
   shell = " ".join(command(tmp_path / "run", cache, steps=100_000))
   done = subprocess.run(
     ["bash", "-c", f"{shell} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, env=ONE_DEVICE,
-    capture_output=True, text=True, timeout=200,
+    capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 141 and not done.stderr, done.stderr
 

@@ -112,7 +112,7 @@ def test_ctrl_c_ends_a_text_where_it_is(whole_run):
   first = process.stdout.read(5)
   time.sleep(1)
   process.send_signal(signal.SIGINT)
-  rest, said = process.communicate(timeout=60)
+  rest, said = process.communicate(timeout=600)
   assert process.returncode == 130 and (first + rest).startswith("def ") and rest.endswith("\n")
   assert said.count("\n") == 1 and "tokens/s" in said
 
@@ -124,7 +124,7 @@ def test_ctrl_c_before_there_is_text_ends_at_once(seconds, whole_run, tmp_path):
   process = started(whole_run, *LONG, f"--cache_dir={tmp_path}", stdout=subprocess.PIPE)
   time.sleep(seconds)
   process.send_signal(signal.SIGINT)
-  out, said = process.communicate(timeout=30)
+  out, said = process.communicate(timeout=600)
   assert process.returncode in (-signal.SIGINT, 130)  # a shell calls both 130
   assert "Traceback" not in said and (not out or out.startswith("def "))
 
@@ -137,7 +137,7 @@ def test_a_reader_that_goes_away_ends_the_text(samples, whole_run):
   process = started(whole_run, *LONG[:1], f"--num_samples={samples}", stdout=write)
   os.close(write)
   os.close(read)
-  _, said = process.communicate(timeout=60)
+  _, said = process.communicate(timeout=600)
   assert (process.returncode, said) == (128 + signal.SIGPIPE, "")
 
 

@@ -204,10 +204,10 @@ def test_a_training_whose_lock_another_has_taken_ends_at_once(quick_lock, run):
     f"run = epath.Path({os.fspath(run)!r}); lock._SETTLE = lock._BEAT = 0.1\n"
     "with lock.held(run):\n"
     '  (run / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 2}))\n'
-    "  time.sleep(60)"
+    "  time.sleep(600)"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
   )
   assert done.returncode == BusyError.code, done.stderr
   assert "another training runs there (process 2 on elsewhere" in done.stderr

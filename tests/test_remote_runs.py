@@ -35,7 +35,7 @@ def store(tmp_path_factory):
 def script(store, *words):
   """A process with one device, to which the store is Google's."""
   return subprocess.run(
-    words, cwd=ROOT, env=ONE_DEVICE | store.env, capture_output=True, text=True, timeout=400
+    words, cwd=ROOT, env=ONE_DEVICE | store.env, capture_output=True, text=True, timeout=600
   )  # fmt: skip
 
 
@@ -51,12 +51,12 @@ def cut_off(store, words, cuts):
   while cuts and (line := process.stdout.readline()):
     for beginning in [beginning for beginning in cuts if line.startswith(beginning)]:
       cuts.pop(beginning)(process)
-  _, errors = process.communicate(timeout=400)
+  _, errors = process.communicate(timeout=600)
   return process.returncode, errors
 
 
 def wait_for(path):
-  for _ in range(3000):
+  for _ in range(30_000):
     if path.exists():
       return
     time.sleep(0.02)
@@ -70,10 +70,14 @@ def remote_run(store, cache):
   Before, its store fails for some seconds while the first checkpoint is written.
   """
 
+  commit = "run/checkpoints/4/commit_success.txt"
+  store.held.write_text(commit)
+
   def fail_for_seconds(_):
     wait_for(store.folder / "run/checkpoints/4")
     store.stop()
-    assert not (store.folder / "run/checkpoints/4/commit_success.txt").exists(), "too late"
+    store.held.unlink()
+    assert not (store.folder / commit).exists(), "too late"
     time.sleep(3)
     store.start()
 

@@ -197,7 +197,7 @@ def test_by_command_and_then_trained(tmp_path):
   def call(*arguments):
     return subprocess.run(
       [sys.executable, *arguments, f"--cache_dir={tmp_path / 'cache'}"], cwd=ROOT, env=ONE_DEVICE,
-      capture_output=True, text=True, timeout=300,
+      capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
   steps = ["--config.train.steps=6", "--config.optimizer.warmup_steps=1"]

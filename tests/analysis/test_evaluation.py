@@ -114,7 +114,7 @@ def start(script, workdir, *arguments):
   """The process after its end; one device."""
   return subprocess.run(
     [sys.executable, script, f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
 
 

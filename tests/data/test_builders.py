@@ -195,6 +195,6 @@ def test_a_name_of_the_catalog_without_network_is_refused(name, tmp_path, monkey
 
 def test_a_lookup_that_hangs_counts_as_offline():
   start = time.monotonic()
-  assert not catalog_lib._online(lambda *_, **__: time.sleep(3), seconds=0.2)
-  assert time.monotonic() - start < 2
+  assert not catalog_lib._online(lambda *_, **__: time.sleep(20), seconds=0.2)
+  assert time.monotonic() - start < 15
   assert catalog_lib._online(lambda *_, **__: None)

@@ -31,7 +31,7 @@ def test_two_processes_prepare_at_once_without_tensorflow(stdlib, own_cache):
     subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(2)
   ]
-  results = [child.communicate(timeout=120) for child in children]
+  results = [child.communicate(timeout=600) for child in children]
   assert [child.returncode for child in children] == [0, 0], results
   rows = pipeline.load_rows(stdlib, "train")
   assert [out for out, _ in results] == [f"{rows.digest} {len(rows)}\n"] * 2

@@ -135,7 +135,7 @@ def test_what_is_no_file_is_refused_at_once(make, why, name, text, tmp_path, mon
   pathlib.Path("good.txt").write_text(PROSE)
   make(pathlib.Path(name))
   for path in (text.path, str(pathlib.Path(text.path) / name)):
-    message = error_of(dataclasses.replace(text, path=path), seconds=5)
+    message = error_of(dataclasses.replace(text, path=path), seconds=100)
     assert f"{text.path}/{name} " in message and why in message and "remove it" in message
 
 
@@ -234,5 +234,5 @@ def test_a_document_over_a_gibibyte_is_refused(name, text):
   path = pathlib.Path(text.path) / name
   path.touch()
   os.truncate(path, 2**30 + 1)  # it takes no place on the disk
-  message = error_of(text, seconds=60)
+  message = error_of(text, seconds=100)
   assert "is over 1 GiB" in message and "cut it" in message

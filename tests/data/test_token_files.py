@@ -142,7 +142,7 @@ def test_two_processes_that_find_damage_make_it_again_once(stored):
   ]  # fmt: skip
   for child in children:
     assert child.stdout.readline() == "ready\n"
-  results = [child.communicate("go\n", timeout=120) for child in children]
+  results = [child.communicate("go\n", timeout=600) for child in children]
   assert [out for out, _ in results] == [digest + "\n"] * 2, results
   said = "".join(err for _, err in results)
   assert said.count("is damaged") == said.count("tokenized") == 1 and said.count("\n") == 2

@@ -221,7 +221,7 @@ def test_the_tokenizer_travels(tmp_path):
 def hf(*arguments):
   return subprocess.run(
     [sys.executable, "-m", "moe_jax.hf", *arguments], cwd=ROOT, env=ONE_DEVICE,
-    capture_output=True, text=True, timeout=300,
+    capture_output=True, text=True, timeout=600,
   )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def compile_for_h200(attention, tmp_path):
   out = tmp_path / "step.hlo"
   env = {**os.environ, "PYTHONPATH": str(ROOT)}
   command = [sys.executable, WORKER, attention, out]
-  subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=500)
+  subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=600)
   return out.read_text()
 
 

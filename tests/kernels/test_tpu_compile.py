@@ -40,7 +40,7 @@ def compile_for_tpu(case, tmp_path):
   """What the worker writes: see there."""
   out = tmp_path / "compiled.json"
   env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  subprocess.run([sys.executable, WORKER, case, out], cwd=ROOT, env=env, check=True, timeout=500)
+  subprocess.run([sys.executable, WORKER, case, out], cwd=ROOT, env=env, check=True, timeout=600)
   return json.loads(out.read_text())
 
 

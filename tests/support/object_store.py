@@ -34,6 +34,7 @@ class Store:
     self.folder = folder / bucket  # of the bucket's objects
     self.requests = folder / "requests.log"  # a line for each object that was written
     self.refused = folder / "refused.txt"  # objects with this text in their names are refused
+    self.held = folder / "held.txt"  # objects with this text in their names wait to be written
     self.folder.mkdir(parents=True, exist_ok=True)
     self._port = free_port()
     self.url = f"http://127.0.0.1:{self._port}"
@@ -48,7 +49,7 @@ class Store:
   def start(self) -> None:
     arguments = [str(self.folder.parent), str(self._port)]
     self._process = subprocess.Popen([sys.executable, __file__, *arguments], stdin=subprocess.PIPE)
-    for _ in range(100):
+    for _ in range(1000):
       with contextlib.suppress(OSError):
         urllib.request.urlopen(self.url + "/storage/v1/b/" + self.folder.name).close()
         return
@@ -214,7 +215,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return 200, b"", {"Location": f"http://{self.headers['Host']}{self.path}&upload_id={upload}"}
 
   def write(self, bucket: str, name: str, data: bytes, query: dict[str, str]) -> dict[str, str]:
-    path = self.root / bucket / name
+    path, held = self.root / bucket / name, self.root / "held.txt"
+    while held.exists() and held.read_text() in name:
+      time.sleep(0.02)
     check_conditions(path, query)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = self.root / "new"

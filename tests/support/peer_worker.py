@@ -30,9 +30,9 @@ def main(index, count, port, timeout, patience, body):
     if body == "compute":
       compute(4)
     if body == "nap":
-      time.sleep(1)
+      time.sleep(3)
     if body == "wait":
-      time.sleep(60)
+      time.sleep(600)
     processes.leave()
   except BaseException as error:
     processes.fail(error)

@@ -66,7 +66,7 @@ class Together:
         return
     raise AssertionError(self.processes[0].stderr.read())
 
-  def ends(self, timeout=500):
+  def ends(self, timeout=600):
     """Returns (exit code, stdout, our lines of stderr) of each; nothing else may be an error."""
     ends = []
     for process in self.processes:
@@ -76,7 +76,7 @@ class Together:
       ends.append((process.returncode, stdout, ours))
     return ends
 
-  def lose(self, index, number=signal.SIGKILL, timeout=60):
+  def lose(self, index, number=signal.SIGKILL, timeout=600):
     """Sends a signal to one of two processes; returns (exit code, our lines) of the other."""
     self.processes[index].send_signal(number)
     other = self.processes[1 - index]

@@ -39,7 +39,7 @@ def command(workdir, cache, *arguments, steps=12):
 def train(workdir, cache, *arguments, steps=12, env=ONE_DEVICE):
   done = subprocess.run(
     command(workdir, cache, *arguments, steps=steps),
-    cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -61,14 +61,14 @@ def checkpoint_of(workdir, step):
 def generate(*arguments, stdin=""):
   return subprocess.run(
     [sys.executable, "generate.py", *arguments],
-    cwd=ROOT, env=ONE_DEVICE, input=stdin, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=ONE_DEVICE, input=stdin, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
 
 
 def evaluate(workdir, *arguments, env=ONE_DEVICE):
   done = subprocess.run(
     [sys.executable, "eval.py", f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return done.stdout, json.loads((workdir / "eval.json").read_text())
@@ -103,7 +103,7 @@ def validation_of(workdir, step):
 def refused(script):
   """The one line that a process says which ends with code 2."""
   done = subprocess.run(
-    script, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=300
+    script, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600
   )
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
   return done.stderr

@@ -29,7 +29,7 @@ def joined(lists):
   return list(itertools.chain.from_iterable(lists))
 
 
-def error_of(config, split="train", seconds=20):
+def error_of(config, split="train", seconds=100):
   start = time.monotonic()
   with pytest.raises(UserError) as caught:
     pipeline.load_rows(config, split)

@@ -14,7 +14,7 @@ from tests.support.sweeps import TWO, write_sweep
 from tests.support.toys import ROOT
 
 pytestmark = pytest.mark.slow
-SECONDS = 120
+SECONDS = 600
 
 
 @pytest.fixture

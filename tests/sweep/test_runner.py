@@ -165,7 +165,7 @@ class Interrupted(NamedTuple):
 
 
 def interrupt_at_step_5():
-  deadline = time.time() + 180
+  deadline = time.time() + 600
   while time.time() < deadline:
     logs = [pathlib.Path(f"out/{name}/seed0/log.txt") for name in ("base", "none")]
     if all(log.exists() and "step      5/30" in log.read_text() for log in logs):

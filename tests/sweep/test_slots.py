@@ -46,7 +46,7 @@ def test_the_process_of_a_slot_has_its_cores_and_gpu(one_gpu):
   code = "import os, time; time.sleep(0.3); print(sorted(os.sched_getaffinity(0)), os.environ["
   command = [sys.executable, "-c", code + "'CUDA_VISIBLE_DEVICES'])"]
   process = slots.MachineSlots(2).start(command, 1, stdout=subprocess.PIPE, text=True)
-  assert process.communicate(timeout=60)[0] == f"{usable[len(usable) // 2 :]} 0\n"
+  assert process.communicate(timeout=600)[0] == f"{usable[len(usable) // 2 :]} 0\n"
 
 
 @several_cores

@@ -184,7 +184,7 @@ def test_a_run_that_blows_up_says_where(tmp_path):
       "--config.optimizer.learning_rate=3.0", "--config.health.on_alarm=stop",
       "--config.health.window=3", "--config.train.eval_every=30",
     ],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=100,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == health.StopAlarm.code
   (line,) = (tmp_path / "alarms.jsonl").read_text().splitlines()

@@ -233,7 +233,7 @@ def test_the_command_line_has_the_flags(tmp_path):
   flags = ["--init_from=none", "--init_optimizer", "--profile=9:10"]
   done = subprocess.run(
     [sys.executable, "train.py", "--config=configs/debug.py", new, *flags],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=100,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
   assert done.stderr.startswith("error: --init_from=none: no checkpoint there")
