@@ -199,9 +199,7 @@ def _of_row(
       name.format(expert=expert[0]) if expert else name,
       row.layout,
       tuple(
-        Part(path, at + expert, half, cut)
-        for half, (path, at) in enumerate(places)
-        for cut in held
+        Part(path, at + expert, half, cut) for half, (path, at) in enumerate(places) for cut in held
       ),
       {letter: sizes[letter] for group in row.layout for letter in group if letter not in "()"},
     )
