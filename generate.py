@@ -44,18 +44,18 @@ _LARGEST = 2**26  # characters of a prompt file, which may be a pipe without an 
 
 def main() -> None:
   """Continues the prompts that the flags name."""
-  if not _WORKDIR.value:
-    raise UserError("--workdir is missing: name a run of train.py")
-  options = {name: flags.FLAGS[name].value for name in GENERATION}
-  check_generation(options)
-  workdir_lib.read_config(workdir_lib.open_path(_WORKDIR.value))  # before jax is imported
-  if _MULTIHOST.value and _FILE.value == "-":
-    raise UserError("--prompt_file=-: with --multihost give a file that every host has")
-  prompts = read_prompts()
   # Until there is text, Ctrl-C ends the program at once, also inside a compiler.
   heed = not _MULTIHOST.value and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # nohup
   if heed:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing: name a run of train.py")
+  options = {name: flags.FLAGS[name].value for name in GENERATION}
+  check_generation(options)
+  workdir_lib.read_config(workdir_lib.open_path(_WORKDIR.value))  # before any device is asked
+  if _MULTIHOST.value and _FILE.value == "-":
+    raise UserError("--prompt_file=-: with --multihost give a file that every host has")
+  prompts = read_prompts()
   from moe_jax import startup
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):

@@ -96,6 +96,7 @@ def one_line_errors(main: Callable[[], None]) -> None:
   Ctrl-C ends it as SIGINT would: 130.
   """
   _open_streams()
+  sys.unraisablehook = _end_if_interrupted
   try:
     try:
       main()
@@ -118,6 +119,14 @@ def one_line_errors(main: Callable[[], None]) -> None:
     message = f"{name or 'a file'}: {text}" if text else " ".join(str(error).split())[:300]
     print(f"error: {message}", file=sys.stderr)
     sys.exit(StorageError.code)
+
+
+def _end_if_interrupted(lost: "sys.UnraisableHookArgs") -> None:
+  """Ends the program at a Ctrl-C that Python would lose, as it does inside jax's hook of gc."""
+  if lost.exc_type is KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+  sys.__unraisablehook__(lost)
 
 
 def _open_streams() -> None:

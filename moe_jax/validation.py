@@ -270,16 +270,19 @@ def _check_mesh(config: Config) -> None:
             "microbatches")  # fmt: skip
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   microbatch = _microbatch(config)
+  devices = (
+    f"config.mesh.data={mesh.data} x config.mesh.fsdp={mesh.fsdp} x config.mesh.expert="
+    f"{mesh.expert} devices"
+  )
   if microbatch % shards:
     raise UserError(
       f"config.data.batch_size={data.batch_size} over config.train.accumulation="
       f"{config.train.accumulation} is a microbatch of {microbatch} sequences, which does not "
-      f"divide over config.mesh.data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} devices"
+      f"divide over {devices}"
     )
   if config.eval.batch_size % shards:
     raise UserError(
-      f"config.eval.batch_size={config.eval.batch_size} does not divide over config.mesh.data="
-      f"{mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} devices"
+      f"config.eval.batch_size={config.eval.batch_size} does not divide over {devices}"
     )
   for batch in (microbatch, config.eval.batch_size or microbatch):
     tokens = batch // shards * data.seq_len

@@ -103,6 +103,27 @@ def test_ctrl_c_has_no_traceback(tmp_path):
   assert (done.returncode, done.stderr, done.stdout) == (128 + signal.SIGINT, "", "")
 
 
+_LOSES_CTRL_C = """
+import gc, signal
+from moe_jax import command_line
+
+def main():
+  gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
+  gc.collect()
+  print("it went on")
+
+command_line.one_line_errors(main)
+"""
+
+
+def test_ctrl_c_while_garbage_is_collected_is_not_lost():
+  """Python ignores what is raised there, and jax has a function there."""
+  done = subprocess.run(
+    [sys.executable, "-c", _LOSES_CTRL_C], cwd=ROOT, capture_output=True, text=True, timeout=600
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 TRAIN = ("train.py", "--config=configs/debug.py", "--workdir")
 SWEEP = ("sweep.py", "--sweep=configs/sweeps/balance.py", "--out")
 EVALUATE, GENERATE = ("eval.py", "--workdir"), ("generate.py", "--prompt=a", "--workdir")
