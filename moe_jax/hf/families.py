@@ -14,6 +14,14 @@ from moe_jax.hf.fields import Family, Field
 from moe_jax.hf.layout import Row
 from moe_jax.options import Activation, GroupScore, QKNorm, Score
 
+_QWEN_DELTA: dict[str, Any] = dict(
+  fixed={"moe.shared_experts": 1, "moe.shared_gate": True, "qk_norm": QKNorm.HEAD,
+         "attention_gate": True, "norm_offset": True},
+  read={"global_every": lambda theirs: parts.global_every(
+    parts.delta_types(theirs), parts.LINEAR)},
+  written=lambda model: parts.layer_types(model, parts.LINEAR),
+  allowed=parts.SILU | {"attention_bias": (False,)}, partial_rotary=0.25,
+)  # fmt: skip
 _ALL = [
   Family(
     "mixtral", "MixtralForCausalLM",
@@ -191,12 +199,7 @@ _ALL = [
       Field("moe.renormalize", "norm_topk_prob", True),
     ),
     layer=(*parts.DELTA, *parts.QWEN_SHARED),
-    fixed={"moe.shared_experts": 1, "moe.shared_gate": True, "qk_norm": QKNorm.HEAD,
-           "attention_gate": True, "norm_offset": True},
-    read={"global_every": lambda theirs: parts.global_every(
-      parts.delta_types(theirs), parts.LINEAR)},
-    written=lambda model: parts.layer_types(model, parts.LINEAR),
-    allowed=parts.SILU | {"attention_bias": (False,)}, partial_rotary=0.25,
+    **_QWEN_DELTA,
     check=lambda model: parts.qwen_period(model) or parts.shared_width(model),
     left_out=r"mtp\..*", why_left_out="the multi-token prediction layer",
   ),
@@ -209,12 +212,7 @@ _ALL = [
       Field("moe.shared_dim", "shared_expert_intermediate_size"),
     ),
     layer=(*parts.DELTA_APART, *parts.QWEN_SHARED), stacked=parts.STACKED_EXPERTS,
-    fixed={"moe.shared_experts": 1, "moe.shared_gate": True, "qk_norm": QKNorm.HEAD,
-           "attention_gate": True, "norm_offset": True},
-    read={"global_every": lambda theirs: parts.global_every(
-      parts.delta_types(theirs), parts.LINEAR)},
-    written=lambda model: parts.layer_types(model, parts.LINEAR),
-    allowed=parts.SILU | {"attention_bias": (False,)}, partial_rotary=0.25,
+    **_QWEN_DELTA,
     check=lambda model: parts.renormalized(model) or parts.shared_width(model),
     left_out=r"mtp\..*|model\.visual\..*", why_left_out="multi-token prediction or vision",
   ),
