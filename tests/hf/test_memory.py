@@ -40,7 +40,7 @@ print(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 2**30)
 """
 
 
-_GIGABYTES = int(os.environ.get("IMPORT_GIGABYTES", "1"))  # 4 takes some minutes
+_GIGABYTES = int(os.environ.get("IMPORT_GIGABYTES", "1"))  # 4 takes 40 s and 8 GB of disk
 
 
 @pytest.mark.slow
