@@ -43,15 +43,15 @@ def main() -> None:
   """Evaluates the checkpoint that the flags name."""
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name a run of train.py")
-  workdir_lib.read_config(
-    workdir_lib.open_path(_WORKDIR.value)
-  )  # a mistake is told before jax is imported
+  with command_line.importing():
+    workdir_lib.read_config(workdir_lib.open_path(_WORKDIR.value))  # before any device is asked
   command_line.check_folder("workdir", _WORKDIR.value)
   factors = capacity_factors()
   if _TASKS.value or _TEXT.value:
     return of_other_text()
-  from moe_jax import report, startup
-  from moe_jax.analysis import evaluation, specialisation
+  with command_line.importing():
+    from moe_jax import report, startup
+    from moe_jax.analysis import evaluation, specialisation
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
     result, routing = evaluation.run(

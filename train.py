@@ -53,9 +53,10 @@ def main() -> None:
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
   command_line.check_folder("workdir", _WORKDIR.value)
-  validation.validate(config)
-  from moe_jax import startup  # imports jax, so only when the config is known to be valid
-  from moe_jax.training import replay, run
+  with command_line.importing():
+    validation.validate(config)
+    from moe_jax import startup  # imports jax, so only when the config is known to be valid
+    from moe_jax.training import replay, run
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value, saves=not _REPLAY.value):
     if _REPLAY.value:

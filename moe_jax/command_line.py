@@ -1,5 +1,6 @@
 """From sys.argv to a Config, with one line for whatever is wrong with either, and back to text."""
 
+import contextlib
 import copy
 import dataclasses
 import enum
@@ -119,6 +120,18 @@ def one_line_errors(main: Callable[[], None]) -> None:
     message = f"{name or 'a file'}: {text}" if text else " ".join(str(error).split())[:300]
     print(f"error: {message}", file=sys.stderr)
     sys.exit(StorageError.code)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+  """Lets Ctrl-C end the program at once: raised inside a library that starts, it would abort."""
+  handler = signal.getsignal(signal.SIGINT)
+  if handler is signal.default_int_handler:  # and not ignored, as under nohup
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
 
 
 def _end_if_interrupted(lost: "sys.UnraisableHookArgs") -> None:

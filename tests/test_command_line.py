@@ -103,6 +103,19 @@ def test_ctrl_c_has_no_traceback(tmp_path):
   assert (done.returncode, done.stderr, done.stdout) == (128 + signal.SIGINT, "", "")
 
 
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_ends_an_import_at_once(before):
+  """Unless it is ignored, as under nohup."""
+  old = signal.signal(signal.SIGINT, before)
+  try:
+    with command_line.importing():
+      inside = signal.getsignal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+  finally:
+    signal.signal(signal.SIGINT, old)
+  assert inside == (signal.SIG_DFL if before is signal.default_int_handler else signal.SIG_IGN)
+
+
 _LOSES_CTRL_C = """
 import gc, signal
 from moe_jax import command_line
