@@ -78,7 +78,8 @@ def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
 def read_ends(workdir: pathlib.Path) -> list[int]:
   """Returns the ids that end a text by the files of an import; none for another run."""
   found = (read_object(workdir / HF / f"{name}.json") for name in ("generation_config", "config"))
-  ends: Any = next((o["eos_token_id"] for o in found if o.get("eos_token_id")), [])
+  texts = (part for o in found for part in (o, o.get("text_config")) if isinstance(part, dict))
+  ends: Any = next((t["eos_token_id"] for t in texts if t.get("eos_token_id")), [])
   return [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
 
 

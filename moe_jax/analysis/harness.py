@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from moe_jax import files
 from moe_jax import workdir as workdir_lib
+from moe_jax.analysis import scoring
 from moe_jax.config import UserError
-from moe_jax.inference import generate, scoring
+from moe_jax.inference import generate
 from moe_jax.inference.generate import TextGenerator
 
 TASKS = "tasks.json"

@@ -26,8 +26,7 @@ _ALL = [
   Family(
     "mixtral", "MixtralForCausalLM",
     fields=(
-      *parts.COMMON, parts.WINDOW, Field("moe.num_experts", "num_local_experts"),
-      Field("moe.top_k", "num_experts_per_tok"), Field("moe.expert_dim", "intermediate_size"),
+      *parts.COMMON, parts.WINDOW, *parts.LOCAL_EXPERTS,
     ),
     layer=(
       *parts.ATTENTION, Row("ffn.router_DE", "block_sparse_moe.gate.weight", "ED"),
@@ -50,9 +49,7 @@ _ALL = [
     "qwen2_moe", "Qwen2MoeForCausalLM",
     fields=(
       *parts.COMMON, *parts.QWEN_LAYERS, parts.DENSE_WIDTH, Field("qkv_bias", "qkv_bias", True),
-      Field("moe.num_experts", "num_experts"), Field("moe.top_k", "num_experts_per_tok"),
-      Field("moe.expert_dim", "moe_intermediate_size"),
-      Field("moe.shared_dim", "shared_expert_intermediate_size"),
+      *parts.QWEN_SIZES,
       Field("moe.renormalize", "norm_topk_prob", False),
     ),
     layer=(*parts.ATTENTION, *parts.QWEN_SHARED),
@@ -74,8 +71,7 @@ _ALL = [
   Family(
     "granitemoe", "GraniteMoeForCausalLM",
     fields=(
-      *parts.COMMON, *parts.BIASES, Field("moe.num_experts", "num_local_experts"),
-      Field("moe.top_k", "num_experts_per_tok"), Field("moe.expert_dim", "intermediate_size"),
+      *parts.COMMON, *parts.BIASES, *parts.LOCAL_EXPERTS,
       Field("embedding_multiplier", "embedding_multiplier", 1.0),
       Field("residual_multiplier", "residual_multiplier", 1.0),
       Field("attention_scale", "attention_multiplier", 1.0),
@@ -113,8 +109,7 @@ _ALL = [
   Family(
     "minimax_m2", "MiniMaxM2ForCausalLM",
     fields=(
-      *parts.COMMON, Field("moe.num_experts", "num_local_experts"),
-      Field("moe.top_k", "num_experts_per_tok"), Field("moe.expert_dim", "intermediate_size"),
+      *parts.COMMON, *parts.LOCAL_EXPERTS,
     ),
     layer=(
       *parts.ATTENTION, Row("ffn.router_DE", "block_sparse_moe.gate.weight", "ED"),
@@ -131,8 +126,7 @@ _ALL = [
       *parts.COMMON, parts.WINDOW,
       Field("qkv_bias", "attention_bias", True), Field("out_bias", "attention_bias", True),
       Field("activation_limit", "swiglu_limit", 7.0),
-      Field("moe.num_experts", "num_local_experts"), Field("moe.top_k", "num_experts_per_tok"),
-      Field("moe.expert_dim", "intermediate_size"),
+      *parts.LOCAL_EXPERTS,
     ),
     layer=(
       *parts.ATTENTION, Row("attention.sinks_H", "self_attn.sinks", "H"),
@@ -193,9 +187,7 @@ _ALL = [
     "qwen3_next", "Qwen3NextForCausalLM",
     fields=(
       *parts.COMMON, *parts.QWEN_LAYERS, *parts.DELTA_SIZES, parts.DENSE_WIDTH,
-      Field("moe.num_experts", "num_experts"), Field("moe.top_k", "num_experts_per_tok"),
-      Field("moe.expert_dim", "moe_intermediate_size"),
-      Field("moe.shared_dim", "shared_expert_intermediate_size"),
+      *parts.QWEN_SIZES,
       Field("moe.renormalize", "norm_topk_prob", True),
     ),
     layer=(*parts.DELTA, *parts.QWEN_SHARED),
@@ -206,10 +198,7 @@ _ALL = [
   Family(
     "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
     fields=(
-      *parts.COMMON, *parts.DELTA_SIZES, Field("moe.num_experts", "num_experts"),
-      Field("moe.top_k", "num_experts_per_tok"),
-      Field("moe.expert_dim", "moe_intermediate_size"),
-      Field("moe.shared_dim", "shared_expert_intermediate_size"),
+      *parts.COMMON, *parts.DELTA_SIZES, *parts.QWEN_SIZES,
     ),
     layer=(*parts.DELTA_APART, *parts.QWEN_SHARED), stacked=parts.STACKED_EXPERTS,
     **_QWEN_DELTA,

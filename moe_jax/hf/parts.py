@@ -86,6 +86,15 @@ BIASES = (
   Field("qkv_bias", "attention_bias", False),
   Field("out_bias", "attention_bias", False),
 )
+LOCAL_EXPERTS = (
+  Field("moe.num_experts", "num_local_experts"), Field("moe.top_k", "num_experts_per_tok"),
+  Field("moe.expert_dim", "intermediate_size"),
+)  # fmt: skip
+QWEN_SIZES = (
+  Field("moe.num_experts", "num_experts"), Field("moe.top_k", "num_experts_per_tok"),
+  Field("moe.expert_dim", "moe_intermediate_size"),
+  Field("moe.shared_dim", "shared_expert_intermediate_size"),
+)  # fmt: skip
 SILU = {"hidden_act": ("silu",)}
 WINDOW = Field("window", "sliding_window", 0, to_theirs=lambda tokens: tokens or None)
 WINDOW_OFF: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}

@@ -13,10 +13,9 @@ import yaml
 
 import moe_jax
 from moe_jax import workdir as workdir_lib
-from moe_jax.analysis import harness
+from moe_jax.analysis import harness, scoring
 from moe_jax.errors import UserError
 from moe_jax.hf import importing
-from moe_jax.inference import scoring
 from tests.support.hf_files import plan
 from tests.support.scripts import ONE_DEVICE
 from tests.support.toys import ROOT, mesh_of

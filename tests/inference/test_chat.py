@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 
 import moe_jax
+from moe_jax import workdir as workdir_lib
 from moe_jax.data import tokenizers as ours
 from moe_jax.errors import UserError
 from moe_jax.hf import exporting, families, importing
@@ -93,3 +94,11 @@ def test_an_import_answers_and_ends_at_the_files_eos(folder, tmp_path):
   (tmp_path / "run/hf/generation_config.json").write_text(ends)
   (row,) = moe_jax.load(tmp_path / "run").generate("abc", max_new_tokens=64, temperature=0)
   assert row.finished and len(row.tokens) < 64
+
+
+@pytest.mark.parametrize("inside", ["{}", '{{"text_config": {}}}'])
+def test_the_ids_that_end_a_text_stand_in_the_config_of_the_text_model(inside, tmp_path):
+  """Which stands in that of the whole, where the model reads images too."""
+  (tmp_path / "hf").mkdir()
+  (tmp_path / "hf/config.json").write_text(inside.format('{"eos_token_id": 5}'))
+  assert workdir_lib.read_ends(tmp_path) == [5]
