@@ -16,12 +16,12 @@ alone say how it is split: `up_EDF` is split over the axes ('expert', 'fsdp', 't
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax import config as config_lib
@@ -29,13 +29,14 @@ from moe_jax import config as config_lib
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # devices along these axes hold different sequences
 
-_ACTIVATION_AXES = {
+_ACTIVATION_AXES: dict[str, Any] = {
   "B": BATCH_AXES, "M": BATCH_AXES, "E": "expert", "F": "tensor", "H": "tensor", "G": "tensor",
   "V": "tensor", "D": None, "L": None, "S": None, "A": None, "K": None, "C": None, "T": None,
   "Q": None, "W": None, "R": None, "U": None, "X": None, "Y": None, "J": None, "I": None,
   "O": None,
 }  # fmt: skip
 _PARAM_AXES = _ACTIVATION_AXES | {"D": "fsdp", "Z": None}
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 _REPLICATED = ("bias_ZE", "load_ZE")  # and the parameters that a Parameter record declares so
 
 
@@ -76,20 +77,63 @@ def declared(name: str) -> Parameter | None:
   return _declared.get(name)
 
 
-def make_mesh(mesh: config_lib.Mesh) -> jax.sharding.Mesh:
+def make_mesh(
+  mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
   """Returns the mesh of these sizes, over the first devices of each process.
 
   Args:
     mesh: resolved, so that each axis has a size; a run's sizes make up all devices.
+    devices: to take them from, by default those here; those of a topology need not be present.
   """
-  # The axes have to be Auto: shard_map's in_specs do not take Explicit, make_mesh's default.
+  some = _first_of_each_process(mesh, devices)
+  device_mesh = _on_torus(mesh, some, split=not _fits_torus(mesh, some))
+  check_processes(np.vectorize(lambda device: device.process_index)(device_mesh))
+  # The axes have to be Auto: shard_map's in_specs do not take Explicit.
+  return jax.sharding.Mesh(device_mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def split_notice(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> str:
+  """Returns what to say of a mesh that splits an axis of a TPU slice's torus; "" for no such mesh.
+
+  The arguments are those of `make_mesh`. Named are sizes of `fsdp` and `expert` that need no split;
+  their `expert` divides the mesh's.
+  """
+  some = _first_of_each_process(mesh, devices)
+  if _fits_torus(mesh, some):
+    return ""
+  sizes = [n for n in range(mesh.expert, 0, -1) if not mesh.expert % n]
+  others = [dataclasses.replace(mesh, fsdp=mesh.fsdp * mesh.expert // n, expert=n) for n in sizes]
+  whole = [f"fsdp={o.fsdp} x expert={o.expert}" for o in others if _fits_torus(o, some)]
+  return (
+    f"config.mesh.fsdp={mesh.fsdp} x expert={mesh.expert} splits an axis of this slice's torus, "
+    f"whose links its parts share; sizes without a split: {', '.join(whole) or 'none'}"
+  )
+
+
+def _first_of_each_process(
+  mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None
+) -> list[jax.Device]:
+  devices = jax.devices() if devices is None else devices
+  processes = sorted({device.process_index for device in devices})
+  share = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor // len(processes)
+  by_process = ([d for d in devices if d.process_index == index] for index in processes)
+  return [device for some in by_process for device in some[:share]]
+
+
+def _on_torus(mesh: config_lib.Mesh, devices: list[jax.Device], split: bool) -> np.ndarray:
+  """Returns the devices in the mesh's shape, neighbours on a TPU's torus together."""
   shape = tuple(getattr(mesh, axis) for axis in AXES)
-  share = math.prod(shape) // jax.process_count()
-  processes = range(jax.process_count())
-  devices = [d for index in processes for d in jax.local_devices(process_index=index)[:share]]
-  device_mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-  check_processes(np.vectorize(lambda device: device.process_index)(device_mesh.devices))
-  return device_mesh
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+
+
+def _fits_torus(mesh: config_lib.Mesh, devices: list[jax.Device]) -> bool:
+  """Returns whether each axis of the mesh is a product of whole axes of the torus."""
+  try:
+    _on_torus(mesh, devices, split=False)
+  except NotImplementedError:
+    return False
+  return True
 
 
 def check_processes(processes: np.ndarray) -> None:
@@ -139,19 +183,32 @@ def spec(letters: str) -> PartitionSpec:
   return _to_spec(letters, _ACTIVATION_AXES)
 
 
-def param_spec(name: str, ndim: int) -> PartitionSpec:
-  """Returns the PartitionSpec of a parameter of `ndim` dimensions.
+def param_spec(
+  name: str, shape: tuple[int, ...], mesh: AnyMesh, *, spread: bool = True
+) -> PartitionSpec:
+  """Returns the PartitionSpec of a parameter.
 
   An array with one dimension more than its name has letters is stacked: the first dimension counts
   the layers.
+
+  Args:
+    name: ends in shape letters.
+    shape: of the array.
+    mesh: to split over.
+    spread: whether matrices that are no experts are split over `expert` too, where D allows it.
+      That saves memory; each use gathers them.
   """
   letters = name.rsplit("_", 1)[-1]
-  stacked = ndim - len(letters)
-  assert stacked in (0, 1), f"{name} has {ndim} dimensions"
+  stacked = len(shape) - len(letters)
+  assert stacked in (0, 1), f"{name} has {len(shape)} dimensions"
   parameter = declared(name)
   if name in _REPLICATED or (parameter is not None and parameter.replicated):
     return PartitionSpec()
-  return _to_spec("Z" * stacked + letters, _PARAM_AXES)
+  letters = "Z" * stacked + letters
+  spread = spread and is_matrix(name) and "D" in letters and "E" not in letters
+  if spread and not shape[letters.index("D")] % (mesh.shape["expert"] * mesh.shape["fsdp"]):
+    return _to_spec(letters, _PARAM_AXES | {"D": ("expert", "fsdp")})
+  return _to_spec(letters, _PARAM_AXES)
 
 
 def _to_spec(letters: str, table: Mapping[str, Any]) -> PartitionSpec:
@@ -177,9 +234,7 @@ def path_of(path: tuple[Any, ...]) -> tuple[str, ...]:
   return tuple(str(key.key) for key in path if hasattr(key, "key"))
 
 
-def param_shardings(
-  tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, params: Any = ()
-) -> Any:
+def param_shardings(tree: Any, mesh: AnyMesh, params: Any = (), *, spread: bool = True) -> Any:
   """Returns the NamedSharding of every array of a tree, by the last name on the array's path.
 
   Args:
@@ -188,6 +243,7 @@ def param_shardings(
     mesh: the mesh to split over.
     params: the parameters, where the tree has arrays that lack one dimension of a parameter, as
       Adafactor's rows and columns do.
+    spread: see `param_spec`.
   """
   shapes = {path: p.shape for path, p in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -196,7 +252,7 @@ def param_shardings(
     if name and leaf.ndim:
       ends = (path[start:] for start in range(len(path)))
       shape = next((shapes[end] for end in ends if end in shapes), leaf.shape)
-      spec = _without_an_axis(param_spec(name, len(shape)), shape, leaf.shape)
+      spec = _without_an_axis(param_spec(name, shape, mesh, spread=spread), shape, leaf.shape)
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(one, tree)

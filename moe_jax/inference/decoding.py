@@ -87,7 +87,8 @@ def weights(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights
   if packing.packs():
     return jax.jit(packed)(params, bias_ZE)
   shapes = jax.eval_shape(unpacked, params, bias_ZE)
-  shardings = sharding.param_shardings(shapes, jax.sharding.get_mesh())
+  # A step of decoding reads all weights for few tokens, so that no more than `fsdp` splits them.
+  shardings = sharding.param_shardings(shapes, jax.sharding.get_mesh(), spread=False)
   return jax.jit(unpacked, out_shardings=shardings)(params, bias_ZE)
 
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import platform
+from moe_jax.kernels.gathered import Copies
 from moe_jax.kernels.matmul import matmul
 from moe_jax.kernels.output_first import OutputFirst
 
-Weight = jax.Array | OutputFirst  # in the layout of training, or packed for inference (packing.py)
+# As in training on one device or on a mesh that splits it, or packed for inference (packing.py).
+Weight = jax.Array | Copies | OutputFirst
 
 
 def linear(
@@ -29,7 +31,7 @@ def linear(
   # Rows are flattened to one dimension, and the result's too: XLA computes the input's gradient
   # slowly for more dimensions.
   x_RI = x.reshape(-1, math.prod(summed))
-  if isinstance(weight, OutputFirst):
+  if isinstance(weight, Copies | OutputFirst):
     y_RO = weight.product(x_RI, dtype)
   elif platform.name() == "cpu":
     y_RO = matmul(x_RI, weight.reshape(x_RI.shape[1], -1), dtype)

@@ -4,10 +4,11 @@ On one CPU device a matrix is stored with its output dimensions first, and each 
 array; on all other meshes weights keep the layout of training. `linear` and `experts` take both.
 """
 
+import jax
+
 from moe_jax.kernels import output_first, per_expert, platform
 from moe_jax.kernels.experts import Experts, ExpertWeights
 from moe_jax.kernels.linear import Weight
-from moe_jax.kernels.output_first import OutputFirst
 
 
 def packs() -> bool:
@@ -17,7 +18,7 @@ def packs() -> bool:
 
 def matrix(weight: Weight, inner: int = 1) -> Weight:
   """Packs a weight [*inner, *outer] for `linear`, which sums over its `inner` first dimensions."""
-  if not packs() or isinstance(weight, OutputFirst):
+  if not packs() or not isinstance(weight, jax.Array):
     return weight
   return output_first.pack(weight, inner)
 

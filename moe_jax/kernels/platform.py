@@ -11,8 +11,9 @@ _ROOT = pathlib.Path("/")
 
 
 def name() -> str:
-  """Returns "cpu", "gpu" or "tpu"."""
-  return jax.default_backend()
+  """Returns "cpu", "gpu" or "tpu"; the devices of the mesh in force need not be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def one_cpu() -> bool:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.kernels import activation
+from moe_jax.kernels import activation, gathered
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight, linear
@@ -113,10 +113,12 @@ def _scaled(x: jax.Array, multiplier: float) -> jax.Array:
   return x if multiplier == 1 else x * multiplier
 
 
-def embed(embed_VD: jax.Array, ids_BL: jax.Array, model: config_lib.Model) -> jax.Array:
+def embed(embed_VD: Any, ids_BL: jax.Array, model: config_lib.Model) -> jax.Array:
   """Looks up the embeddings x_BLD of ids_BL, in the dtype of the table embed_VD."""
-  # Gathers the table along D first; otherwise each token's row is gathered from several devices.
-  x_BLD = sharding.constrain(sharding.constrain(embed_VD, "VD")[ids_BL], "BLD")
+  if isinstance(embed_VD, jax.Array):
+    # Gathers the table along D first; otherwise each token's row is gathered from several devices.
+    embed_VD = sharding.constrain(embed_VD, "VD")
+  x_BLD = sharding.constrain(embed_VD[ids_BL], "BLD")
   return _scaled(x_BLD, model.embedding_multiplier)
 
 
@@ -175,6 +177,9 @@ REMAT_POLICIES = {
     jax.checkpoint_policies.save_only_these_names(SAVED_BY_KERNEL),
   ),
   config_lib.Remat.FULL: jax.checkpoint_policies.nothing_saveable,
+  config_lib.Remat.NONE: jax.checkpoint_policies.save_anything_except_these_names(
+    gathered.GATHERED
+  ),
 }
 
 
@@ -209,7 +214,11 @@ class Transformer(nnx.Module):
       trace: whether to return the experts of each token in each MoE layer too.
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
-    x_BLD = embed(self.embed_VD[...].astype(dtype), tokens.ids_BL, model)
+    ends = {"embed_VD": self.embed_VD[...].astype(dtype)}
+    if not model.tied_head:
+      ends["head_DV"] = self.head_DV[...].astype(dtype)
+    ends = gathered.copies(ends)
+    x_BLD = embed(ends["embed_VD"], tokens.ids_BL, model)
     stats = [counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))]
     choices, first = [], 0
     for index, stack in enumerate(self.scans):
@@ -222,8 +231,8 @@ class Transformer(nnx.Module):
       stats += [moe_outputs[0]] if moe_outputs is not None else []
       choices += [moe_outputs[1]] if moe_outputs is not None and trace else []
       first = last
-    head_DV = self.embed_VD[...].T if model.tied_head else self.head_DV[...]
-    logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV.astype(dtype), model)
+    head_DV = ends["embed_VD"].T if model.tied_head else ends["head_DV"]
+    logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, model)
     return ModelOutput(logits_BLV, _on_layers(stats), _on_layers(choices) if choices else None)
 
   def _scan(
@@ -256,8 +265,9 @@ class Transformer(nnx.Module):
       for number, (kind, block) in enumerate(zip(unit, blocks, strict=True)):
         bias_E = biases[len(moe_outputs)] if kind.is_moe else None
         out = decoder_layer(
-          x_BLD, block.weights(dtype, bias_E), tokens, None if kind.delta else attend, model,
-          jax.random.fold_in(key, number), window=kind.window, train=train, trace=trace,
+          x_BLD, gathered.copies(block.weights(dtype, bias_E)), tokens,
+          None if kind.delta else attend, model, jax.random.fold_in(key, number),
+          window=kind.window, train=train, trace=trace,
         )  # fmt: skip
         x_BLD = out.x_BLD
         moe_outputs += [(out.stats, out.choices)] if out.stats is not None else []
@@ -265,7 +275,7 @@ class Transformer(nnx.Module):
         return x_BLD, None
       return x_BLD, jax.tree.map(lambda *layers: jnp.stack(layers), *moe_outputs)
 
-    if model.remat is not config_lib.Remat.NONE:
+    if model.remat is not config_lib.Remat.NONE or gathered.splits_weights():
       # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
     x_BLD, moe_outputs = jax.lax.scan(body, x_BLD, (params, biases, keys))

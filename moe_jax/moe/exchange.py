@@ -1,10 +1,10 @@
 """Exchanges: move rows to the devices that hold their experts, and bring the outputs back.
 
-Only this file names collectives. The `expert` axis has X devices; each holds J = E/X of the E
-experts and its own T tokens with N assignments. The drawings show X = 2 devices, E = 4 experts, so
-J = 2: device 0 holds experts a and b, device 1 holds c and d. `a0` is a row for expert a from
-device 0. Sizes are those of one device. shard_map's replication check stays on, so every statistic
-must be summed over the mesh.
+Only this file and kernels/gathered.py, which gathers weights, name collectives. The `expert` axis
+has X devices; each holds J = E/X of the E experts and its own T tokens with N assignments. The
+drawings show X = 2 devices, E = 4 experts, so J = 2: device 0 holds experts a and b, device 1 holds
+c and d. `a0` is a row for expert a from device 0. Sizes are those of one device. shard_map's
+replication check stays on, so every statistic must be summed over the mesh.
 
 Letters: T, N, E, X, J as above; W tokens of all X devices, V their assignments; S rows that a
 device sends; R rows that it has room to receive; C slots of an expert in all routing groups.
@@ -116,14 +116,19 @@ def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip
                                all_to_all
       device 1  [a1 b1 c1 d1]            [c0 c1 d0 d1]
 
-  [E, C, D] -> [J, X*C, D]; each of a0, ... stands for C slots.
+  [E, C, D] -> [J, X*C, D]; each of a0, ... stands for C slots. Devices split and join dimension 0
+  in both directions: over another one, a TPU first copies all slots to another layout.
   """
-  x_JRD = jax.lax.all_to_all(rows.x, "expert", split_axis=0, concat_axis=1, tiled=True)
+  x_ECD = jax.lax.all_to_all(rows.x, "expert", 0, 0, tiled=True)  # by source, then by expert
+  x_XJCD = x_ECD.reshape(_expert_devices(), -1, *x_ECD.shape[1:])
+  x_JRD = x_XJCD.swapaxes(0, 1).reshape(x_XJCD.shape[1], -1, x_ECD.shape[2])
   return Trip(rows, rows._replace(x=x_JRD), None)
 
 
 def _bring_back_slots(y_JRD: jax.Array, trip: Trip) -> jax.Array:
-  return jax.lax.all_to_all(y_JRD, "expert", split_axis=1, concat_axis=0, tiled=True)
+  sent, own = trip.sent.x.shape, y_JRD.shape[0]
+  y_XJCD = y_JRD.reshape(own, -1, *sent[1:]).swapaxes(0, 1)
+  return jax.lax.all_to_all(y_XJCD.reshape(sent), "expert", 0, 0, tiled=True)
 
 
 def _all_tokens(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:

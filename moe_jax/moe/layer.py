@@ -16,6 +16,7 @@ from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.kernels import activation as activations
 from moe_jax.kernels import experts as expert_kernels
+from moe_jax.kernels import gathered
 from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.experts import Experts, ExpertWeights
 from moe_jax.moe import counts, dispatch, exchange, routers, routing
@@ -136,7 +137,7 @@ def on_mesh(
   Args:
     x_BLD: tokens of the whole mesh, compute dtype; sequences are split over the batch axes.
     inputs: what the router reads, split over the batch axes too.
-    experts: split over `expert` and `tensor`; weights split over `fsdp` are gathered on entry.
+    experts: split over `expert`, `tensor`, and `fsdp`, over which each device gathers its own.
     moe: the configuration of the layer.
     activation: of the experts.
     train: whether to use the training capacity factor and the router's training function.
@@ -150,12 +151,17 @@ def on_mesh(
   batch: Any = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
   per_token = jax.tree.map(lambda _: batch, inputs)._replace(bias_E=everywhere)
   assert isinstance(experts, Experts)
+  mesh = jax.sharding.get_abstract_mesh()
   expert_specs: Any = {
-    name: None if weight is None else sharding.spec(name.rsplit("_", 1)[1])
+    name: None if weight is None else sharding.param_spec(name, weight.shape, mesh)
     for name, weight in experts._asdict().items()
   }
+
+  def gathered_first(x_BLD: jax.Array, inputs: LayerInputs, experts: Experts) -> MoEOutput:
+    return local(x_BLD, inputs, gathered.experts(experts))
+
   return jax.shard_map(
-    local,
+    gathered_first,
     in_specs=(batch, per_token, Experts(**expert_specs)),
     out_specs=MoEOutput(y_BLD=batch, stats=everywhere, choices=batch),
   )(x_BLD, inputs, experts)

@@ -167,6 +167,8 @@ def _record(config: config_lib.Config, workdir: pathlib.Path, text: Text) -> Non
   device = jax.devices()[0]
   print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
   print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+  if notice := sharding.split_notice(config.mesh):
+    print(f"mesh               {notice}")
 
 
 def _train(

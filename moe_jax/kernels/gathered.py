@@ -1,0 +1,121 @@
+"""Weights that the mesh splits along D, gathered where a layer computes with them.
+
+XLA's partitioner would gather them unasked. They are gathered by hand because of its TPU compiler,
+which sums whole weights, zeros but for a device's own part, in place of a gather over 64 or more
+devices if these are a whole slice, and sums whole gradients in place of their scatter there and
+along a last dimension of which a device keeps less than 256 numbers. So every gather here is along
+a first dimension and over less than 64 devices.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from moe_jax import sharding
+from moe_jax.kernels import platform
+from moe_jax.kernels.autodiff import vary
+from moe_jax.kernels.expert_weights import Experts
+
+GATHERED = "gathered_weight"  # checkpoint_name of what is gathered again rather than kept
+_MOST = 32  # devices of one gather
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Copies:
+  """A weight of which each device along the batch axes has its own copy, and its own gradient."""
+
+  stored: jax.Array  # [devices along the batch axes, *weight]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the weight."""
+    return self.stored.shape[1:]
+
+  @property
+  def T(self) -> "Copies":
+    """The matrix transposed, under an array's name for it."""
+    return Copies(self.stored.swapaxes(1, 2))
+
+  def product(self, x_RI: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    """Returns each row times its device's copy, y_RO, in `dtype` or, if None, that of x_RI."""
+    n, (rows, inner) = self.stored.shape[0], x_RI.shape
+    w_PIO, x_PRI = self.stored.reshape(n, inner, -1), x_RI.reshape(n, rows // n, inner)
+    y_PRO = jnp.einsum("PRI,PIO->PRO", x_PRI, w_PIO, preferred_element_type=dtype)
+    return y_PRO.reshape(rows, -1)
+
+  def __getitem__(self, ids_BL: jax.Array) -> jax.Array:
+    """Returns the rows x_BLD of these indices, each from its device's copy."""
+    ids_PN = ids_BL.reshape(self.stored.shape[0], -1)
+    x_PND = jax.vmap(lambda w_VD, ids_N: w_VD[ids_N])(self.stored, ids_PN)
+    return x_PND.reshape(*ids_BL.shape, -1)
+
+
+def splits_weights() -> bool:
+  """Returns whether the mesh in force splits the weights of a layer over devices of the batch."""
+  mesh = _mesh()
+  return not mesh.empty and mesh.shape["fsdp"] * mesh.shape["expert"] > 1
+
+
+def copies(weights: Any) -> Any:
+  """Returns a tree of named weights with Copies of the matrices that are split along D.
+
+  Experts stay as they are: rows are sent to the devices that hold them.
+  """
+  return jax.tree_util.tree_map_with_path(_copies, weights) if splits_weights() else weights
+
+
+def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
+  name = sharding.param_name(path)
+  letters = name.rsplit("_", 1)[-1]
+  if not sharding.is_matrix(name) or "E" in letters or "D" not in letters:
+    return weight
+  spec, dimension = sharding.param_spec(name, weight.shape, _mesh()), letters.index("D")
+  axes = spec[dimension] if isinstance(spec[dimension], tuple) else (spec[dimension],)
+
+  def on_device(weight: jax.Array) -> jax.Array:
+    # Marked before it is gathered, so that a gradient is scattered before it is summed over `data`.
+    return whole(vary(weight, frozenset(sharding.BATCH_AXES)), dimension, axes)[None]
+
+  rest = (None if i == dimension else axis for i, axis in enumerate(spec))
+  copied = jax.sharding.PartitionSpec(sharding.BATCH_AXES, *rest)
+  return Copies(jax.shard_map(on_device, in_specs=spec, out_specs=copied)(weight))
+
+
+def experts(weights: Experts) -> Experts:
+  """Returns a device's own experts, whole along D, inside shard_map."""
+
+  def gathered(name: str, weight: jax.Array | None) -> Any:
+    dimension = name.rsplit("_", 1)[-1].find("D")
+    return weight if weight is None or dimension < 0 else whole(weight, dimension, ("fsdp",))
+
+  return weights._replace(**{n: gathered(n, w) for n, w in weights._asdict().items()})
+
+
+def whole(weight: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
+  """Returns, inside shard_map, all of a dimension that mesh axes split; scatters the gradient."""
+  x = jnp.moveaxis(weight, dimension, 0)
+  if platform.name() == "tpu":  # XLA may keep the last dimension of the weight the last otherwise
+    x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+  for axis in reversed(axes):
+    for groups in _stages(_mesh().shape[axis]):
+      x = jax.lax.all_gather(x, axis, tiled=True, axis_index_groups=groups)
+  return checkpoint_name(jnp.moveaxis(x, 0, dimension), GATHERED)
+
+
+def _stages(size: int) -> list[list[list[int]] | None]:
+  """Returns the groups of each gather that an axis of this size takes; None is the whole axis."""
+  if size <= _MOST:
+    return [None] * (size > 1)
+  near = max(n for n in range(1, math.isqrt(size) + 1) if not size % n)
+  neighbours = [list(range(first, first + near)) for first in range(0, size, near)]
+  return [neighbours, [list(group) for group in zip(*neighbours, strict=True)]]
+
+
+def _mesh() -> jax.sharding.AbstractMesh:
+  return jax.sharding.get_abstract_mesh()
