@@ -17,7 +17,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_path_of_the_page_is_returned(tmp_path):
-  assert report.compare(sweep(tmp_path)) == tmp_path / "report.html"
+  assert report.compare(sweep(tmp_path)) == (tmp_path / "report.html", [], 0)
 
 
 def test_a_row_holds_the_statistics_of_its_arm(finished):
@@ -32,6 +32,10 @@ def test_an_arm_that_misses_the_target_says_so(finished):
 
 def test_total_losses_with_auxiliary_terms_are_not_shown(finished):
   assert "99.0" not in finished.markdown
+
+
+def test_a_conclusion_keeps_its_numbers_together(finished):
+  assert '<p class="conclusion">moe ends lowest, at 1.7500\u00a0±\u00a00.2121' in finished.html
 
 
 @pytest.mark.parametrize(
