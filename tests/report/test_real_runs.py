@@ -4,8 +4,11 @@ The runs are those of tests/support/real_runs.py. Numbers are compared with the 
 """
 
 import json
+import re
 import shutil
+import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from moe_jax import command_line
@@ -73,6 +76,36 @@ def test_the_table_has_the_numbers_of_eval_json(name, together, real):
   assert cells[1:4] == ["1", f"{said['loss']:.4f}", f"{said['bits_per_byte']:.4f}"]
   parameters = f"{blocks.si(said['parameters'])}, {blocks.si(said['active_parameters'])}"
   assert parameters in cells
+
+
+@pytest.mark.parametrize("table", ["capacities", "domains", "causal", "routing"])
+def test_a_table_of_the_evaluation_has_its_numbers(table, together, real):
+  said = evaluation(real, "moe")
+  routing = json.loads((real / real_runs.RUNS["moe"] / "routing.json").read_text())
+  shown = {
+    "capacities": [
+      f"{point['loss']:.4f} / {100 * np.mean(point['drop_fraction_Z']):.1f}"
+      for point in said["capacity"]
+    ],
+    "domains": [f"{said['domains'][name]['bits_per_byte']:.4f}" for name in ("even", "odd")],
+    "causal": [f"{said['causal'][name]:.4f}" for name in ("teacher_forced_loss", "loss", "gap")],
+    "routing": [
+      "1", f"{routing['domain_separation_Z'][1]:.3f}", f"{100 * routing['repeat_rate_Z'][1]:.1f}"
+    ],
+  }[table]  # fmt: skip
+  assert f"| {real_runs.RUNS['moe']} | {' | '.join(shown)} |" in together[1]
+
+
+def test_every_picture_of_the_markdown_is_a_file_that_can_be_read(together):
+  written, text = together
+  pictures = re.findall(r"\]\((report_files/\S+)\)", text)
+  assert len(pictures) == 9
+  for name in pictures:
+    content = (written.page.parent / name).read_bytes()
+    if name.endswith(".svg"):
+      ElementTree.fromstring(content)
+    else:
+      assert content.startswith(b"\x89PNG")
 
 
 def test_a_conclusion_names_the_arm_without_a_usable_run(together):

@@ -4,6 +4,7 @@ Makes the text in TEXT, and in FOLDER the workdirs of RUNS and a sweep's folder 
 are trained and evaluated, as if a scheduler had run the lines of --dry-run.
 """
 
+import math
 import os
 import pathlib
 import shutil
@@ -109,9 +110,9 @@ def main(folder, text):
   with jax.set_mesh(mesh):
     importing.save(made, importing.read(made, mesh), workdirs["imported"])
   for name, path in workdirs.items():
-    options = {"routing": True, "capacity_factors": [1.0], "causal": True} if name == "moe" else {}
+    options = {"routing": True, "capacity_factors": [1.0, math.inf], "causal": True}
     if name != "killed":
-      evaluation.run(str(path), 0, "validation", **options)
+      evaluation.run(str(path), 0, "validation", **(options if name == "moe" else {}))
 
 
 if __name__ == "__main__":
