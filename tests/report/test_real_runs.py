@@ -67,6 +67,7 @@ def test_the_report_leaves_no_real_run_out(together):
   written, text = together
   assert written.notes == [] and written.code == 0
   assert "6 arms, 6 runs: 5 finished, 1 unfinished." in text
+  assert "| imported | 0 |" not in text  # weights that were not trained here have no late training
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "one", "upcycled", "imported"])
