@@ -7,15 +7,17 @@ default the folder that contains the workdirs.
 
 import argparse
 import pathlib
+import sys
 import tempfile
 
-from moe_jax import command_line
+from moe_jax import command_line, files
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
+from moe_jax.report import Report, compare, compare_runs, runs
 
 
-def main() -> None:
-  """Parses the arguments and writes the report."""
+def main() -> int:
+  """Parses the arguments and writes the report; returns the exit code."""
   parser = argparse.ArgumentParser(
     prog="python -m moe_jax.report", description=__doc__, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -28,14 +30,15 @@ def main() -> None:
     raise UserError("--out: name a folder on this machine for the report on runs in a store")
   with tempfile.TemporaryDirectory() as folder:
     workdirs = [workdir_lib.fetched(name, pathlib.Path(folder)) for name in args.workdirs]
-    path = _write(workdirs, args.out, args.target)
-  print(f"wrote {path.with_suffix('.md')} and {path}")
+    report = _write(workdirs, args.out, args.target)
+  for note in report.notes:
+    files.notice(note)
+  print(f"wrote {report.page.with_suffix('.md')} and {report.page}")
+  return report.code
 
 
-def _write(workdirs: list[pathlib.Path], out: pathlib.Path | None, target: str) -> pathlib.Path:
-  """Writes the report; returns the path of report.html."""
-  from moe_jax.report import compare, compare_runs, runs
-
+def _write(workdirs: list[pathlib.Path], out: pathlib.Path | None, target: str) -> Report:
+  """Writes the report."""
   if not (workdirs[0] / "sweep.json").is_file():
     return compare_runs(workdirs, out or runs.parent(workdirs), target)
   if len(workdirs) > 1 or out or target:
@@ -46,4 +49,4 @@ def _write(workdirs: list[pathlib.Path], out: pathlib.Path | None, target: str) 
 
 
 if __name__ == "__main__":
-  command_line.one_line_errors(main)
+  command_line.one_line_errors(lambda: sys.exit(main()))

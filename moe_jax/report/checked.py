@@ -57,7 +57,7 @@ _METRICS = Object({"step": COUNT}, {...: NUMBER})
 _ALARM = Object({"step": COUNT}, {"alarm": TEXT, "layer": LAYER, "message": TEXT})
 _LOSSES = {"loss": NUMBER, "bits_per_byte": NUMBER, "teacher_forced_loss": NUMBER, "gap": NUMBER}
 _EVAL = {
-  "step": COUNT, "split": TEXT, "tokens": COUNT, "layers": Table("Z", COUNT),
+  "step": COUNT, "split": TEXT, "tokens": COUNT, "layers": Table("Z", COUNT, empty=True),
   "parameters": COUNT, "active_parameters": COUNT, "flops_per_token": NUMBER,
   "capacity": [Object({"capacity_factor": FACTOR, "loss": NUMBER}, {})],
   "domains": Mapping(_LOSSES), "causal": _LOSSES, **_LOSSES,
@@ -247,9 +247,8 @@ def _remedy(path: pathlib.Path) -> str:
 def _agree(sizes: Sizes, shared: Sizes) -> None:
   """Checks that a file has as many layers and experts as those before it."""
   for letter, what in (("Z", "MoE layers"), ("E", "experts")):
-    length = sizes.get(letter)
-    if length and shared.setdefault(letter, length) != length:
-      raise WrongError(f"it has {length} {what}, the files before it {shared[letter]}")
+    if letter in sizes and shared.setdefault(letter, sizes[letter]) != sizes[letter]:
+      raise WrongError(f"it has {sizes[letter]} {what}, the files before it {shared[letter]}")
 
 
 def _check_experts(routing: dict[str, Any], sizes: Sizes) -> None:

@@ -1,42 +1,39 @@
 """Writes report.md and report.html of a sweep, or of any runs."""
 
 import pathlib
+from typing import NamedTuple
 
 from moe_jax import files
-from moe_jax.errors import UserError
-from moe_jax.report import (
-  checked,
-  curves,
-  experts,
-  inside,
-  markdown,
-  page,
-  runs,
-  sections,
-  table,
-)
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.report import checked, curves, experts, inside, markdown, page, runs, sections, table
 
 PICTURE = "load.png"
 
 
-def compare(out: pathlib.Path) -> pathlib.Path:
-  """Writes the report of a sweep into its folder; returns the path of report.html."""
+class Report(NamedTuple):
+  """A report that is written."""
+
+  page: pathlib.Path  # report.html
+  notes: list[str]  # lines to print: that the target arm has no usable run, then what is left out
+  code: int  # the exit code of the program that has made it
+
+
+def compare(out: pathlib.Path) -> Report:
+  """Writes the report of a sweep into its folder."""
   out = pathlib.Path(out)
   return write(runs.read_sweep(out), out)
 
 
-def compare_runs(
-  workdirs: list[pathlib.Path], out: pathlib.Path, target_arm: str = ""
-) -> pathlib.Path:
+def compare_runs(workdirs: list[pathlib.Path], out: pathlib.Path, target_arm: str = "") -> Report:
   """Writes the report of workdirs that are no sweep into the folder `out`.
 
-  `target_arm` is the arm that the others are compared with. Returns the path of report.html.
+  `target_arm` is the arm that the others are compared with.
   """
   return write(runs.read_workdirs(workdirs, target_arm), pathlib.Path(out))
 
 
-def write(study: runs.Study, out: pathlib.Path) -> pathlib.Path:
-  """Writes the report of a study into `out`; returns the path of report.html."""
+def write(study: runs.Study, out: pathlib.Path) -> Report:
+  """Writes the report of a study into `out`."""
   compared = table.compare_arms(study)
   parts = [
     sections.question(study),
@@ -60,4 +57,6 @@ def write(study: runs.Study, out: pathlib.Path) -> pathlib.Path:
     files.write(folder / PICTURE, drawn)
   markdown.write(out, study.title, parts, PICTURE if drawn else "")
   files.write(path, page.render(study.title, parts, inside.data(study)))
-  return path
+  damaged = [run for _, run in study.runs if run.status == "damaged"]
+  notes = [study.no_target, *(f"{run.name} is left out: {run.error}" for run in damaged)]
+  return Report(path, list(filter(None, notes)), DamagedError.code if study.no_target else 0)

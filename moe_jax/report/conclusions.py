@@ -15,6 +15,7 @@ from moe_jax.report import blocks, table
 from moe_jax.report.runs import Run, Study
 from moe_jax.report.table import Comparison, Spread, spread
 
+Value = Callable[[Run], float | np.ndarray | None]
 Values = dict[str, dict[int, float]]  # of an arm, of a seed
 
 NOTHING = "No run is finished, so nothing can be concluded yet."
@@ -34,18 +35,27 @@ class Quantity:
     return blocks.plus_minus(value, self.digits, error=error) + self.unit
 
 
-def by_seed(study: Study, value: Callable[[Run], float | np.ndarray | None]) -> Values:
-  """Returns the value of every finished run that has one; arms without any are left out."""
-  by_arm = {
+def by_seed(study: Study, value: Value, *, experts: bool = False) -> Values:
+  """Returns the value of every finished run that has one.
+
+  An arm without any has {}, and is `missing`; a dense arm is left out of values of `experts`.
+  """
+  return {
     arm.name: {run.seed: float(v) for run in arm.finished if (v := value(run)) is not None}
     for arm in study.arms
+    if not (experts and arm.is_dense)
   }
-  return {name: values for name, values in by_arm.items() if values}
+
+
+def missing(values: Values) -> str:
+  """Names the arms that a comparison lacks; '' if it has them all."""
+  arms = [name for name, seeds in values.items() if not seeds]
+  return f"{_are(arms)} missing here, without a usable run that has this number." if arms else ""
 
 
 def mean(seeds: dict[int, float]) -> float:
-  """Returns the mean over the seeds of an arm."""
-  return statistics.fmean(seeds.values())
+  """Returns the mean over the seeds of an arm; NaN without any."""
+  return statistics.fmean(seeds.values()) if seeds else math.nan
 
 
 def lowest(values: Values) -> list[str]:
@@ -79,7 +89,11 @@ def over_seeds(seeds: dict[int, float]) -> str:
 
 
 def apart(values: Values, quantity: Quantity) -> str:
-  """Returns which of the other arms are clearly higher than the lowest."""
+  """Returns which of the other arms are clearly higher than the lowest, and which are missing."""
+  return f"{_apart(values, quantity)} {missing(values)}".rstrip()
+
+
+def _apart(values: Values, quantity: Quantity) -> str:
   best, *others = lowest(values)
   if not others:
     return "There is no other arm to compare it with."
@@ -91,7 +105,7 @@ def apart(values: Values, quantity: Quantity) -> str:
     return f"The next, {others[0]}, is {quantity.more} by {by}. {why}: no uncertainty is known."
   far = {name: d for name, d in certain.items() if clear(d)}
   tied = {name: d for name, d in certain.items() if name not in far}
-  missing = [name for name in others if name not in certain]
+  unknown = [name for name in others if name not in certain]
   parts = []
   if tied:
     who = f"{_are(tied)} not" if len(tied) < len(others) or len(tied) == 1 else "No other arm is"
@@ -108,8 +122,8 @@ def apart(values: Values, quantity: Quantity) -> str:
       f"{who} {quantity.more} by more than twice the standard error of the paired difference:"
       f"{by.removeprefix(',')}."
     )
-  if missing:
-    parts.append(f"No uncertainty is known of {names(missing)}: fewer than two shared seeds.")
+  if unknown:
+    parts.append(f"No uncertainty is known of {names(unknown)}: fewer than two shared seeds.")
   few = [name for name, d in certain.items() if d.n == 2]
   if few:
     which = "With two seeds" if len(few) == len(certain) else f"With the two seeds of {names(few)}"
@@ -126,10 +140,10 @@ def results(study: Study) -> str:
   """Returns which arm ends with the lowest loss, and how the target arm stands."""
   last = table.final(table.evaluated(study))
   losses = by_seed(study, lambda run: last(run).get("loss"))
-  if not losses:
-    return NOTHING
+  lines = [study.no_target] if study.no_target else []
+  if not any(losses.values()):
+    return "\n".join([*lines, NOTHING])
   order, quantity = lowest(losses), Quantity(unit=" nats per token")
-  lines = []
   if order:
     best = losses[order[0]]
     number = quantity.text(spread(best.values()))
@@ -139,7 +153,7 @@ def results(study: Study) -> str:
   target = study.target_arm
   if len(order) > 2 and target in order[1:]:
     lines.append(_against(losses, target, [name for name in order if name != target]))
-  if diverged := [name for name in losses if name not in order]:
+  if diverged := [name for name in losses if losses[name] and name not in order]:
     lines.append(f"The loss of {names(diverged)} is not a finite number.")
   return "\n".join(lines)
 
@@ -171,8 +185,9 @@ def curves(study: Study, compared: Comparison) -> str:
   reached = {n: r.reached for n, r in rows.items() if r.reached and r.reached.speedup}
   if not rows:
     return f"There is no arm but {own.arm.name}, so steps and time to a loss are not compared."
+  curves = by_seed(study, lambda run: len(run.curve()[0]) or None)
   if not reached:
-    return f"No other arm reaches {loss}, in every finished run."
+    return f"No other arm reaches {loss}, in every finished run. {missing(curves)}".rstrip()
   target = compared.target
   steps = by_seed(study, lambda run: table.crossing(*run.curve(), target))
   steps = {name: seeds for name, seeds in steps.items() if name in reached}
@@ -190,9 +205,9 @@ def curves(study: Study, compared: Comparison) -> str:
       f"In time the first is {name}, after {_took(quick[name].seconds)}, "
       f"{quick[name].time_speedup:.2f} times as fast as {own.arm.name}."
     )
-  if late := [name for name in rows if name not in reached]:
+  if late := [name for name in rows if name not in reached and curves[name]]:
     lines.append(f"Not every finished run of {names(late)} reaches it.")
-  return "\n".join(lines)
+  return "\n".join([*lines, missing(curves)]).rstrip()
 
 
 def _took(seconds: Spread | None) -> str:
@@ -212,17 +227,13 @@ def failures(study: Study) -> str:
     for kind in sorted({str(alarm.get("alarm", "")) for run in arm.runs for alarm in run.alarms}):
       count = sum(any(a.get("alarm", "") == kind for a in run.alarms) for run in arm.runs)
       alarmed.setdefault(kind, []).append(f"{arm.name} ({count} of {len(arm.runs)} runs)")
-  if not bad and not damaged and not alarmed:
-    return "No run failed and no alarm was raised."
   parts = []
-  if bad:
-    arms = names(list(dict.fromkeys(bad)))
-    parts.append(f"{len(bad)} of {len(study.runs)} runs did not finish, of {arms}.")
-  if damaged:
-    arms = names(list(dict.fromkeys(damaged)))
-    parts.append(f"{len(damaged)} of {len(study.runs)} runs are damaged and left out, of {arms}.")
+  for arms, what in ((bad, "did not finish"), (damaged, "are damaged and left out")):
+    if arms:
+      of = names(list(dict.fromkeys(arms)))
+      parts.append(f"{len(arms)} of {len(study.runs)} runs {what}, of {of}.")
   parts += [f"Alarms of {kind}: {names(arms)}." for kind, arms in alarmed.items()]
-  return " ".join(parts)
+  return " ".join(parts) or "No run failed and no alarm was raised."
 
 
 def configs(study: Study) -> str:

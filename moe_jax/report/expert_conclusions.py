@@ -5,23 +5,14 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_jax.report import conclusions, table
-from moe_jax.report.conclusions import (
-  NOTHING,
-  Quantity,
-  Values,
-  apart,
-  by_seed,
-  lowest,
-  mean,
-  names,
-)  # fmt: skip
+from moe_jax.report.conclusions import Quantity, apart, by_seed, lowest, mean, missing, names
 from moe_jax.report.runs import Run, Study
 from moe_jax.report.table import spread
 
 _GAP = 1e-3  # nats per token; a smaller gap of causal evaluation may be rounding
 
 
-def _best(values: Values, quantity: Quantity, sentence: str) -> str:
+def _best(values: conclusions.Values, quantity: Quantity, sentence: str) -> str:
   """Returns the sentence about the lowest arm, with {arm} and {value}, and who is apart from it."""
   order = lowest(values)
   if not order:
@@ -41,9 +32,9 @@ def _late(name: str, reduce: Callable) -> Callable[[Run], float | None]:
 
 def balance(study: Study) -> str:
   """Returns which arm has the least MaxVio, which drop, and which have dead experts."""
-  violation = by_seed(study, _late("max_vio_Z", np.mean))
-  if not violation:
-    return NOTHING
+  violation = by_seed(study, _late("max_vio_Z", np.mean), experts=True)
+  if not any(violation.values()):
+    return conclusions.NOTHING
   least = (
     "Late in training {arm} is the best balanced: its MaxVio is {value}; 0 is perfect balance."
   )
@@ -63,7 +54,7 @@ def _percent(share: float | None) -> float | None:
   return None if share is None else 100 * share
 
 
-def _most(values: Values, none: str, most: str, quantity: Quantity) -> str:
+def _most(values: conclusions.Values, none: str, most: str, quantity: Quantity) -> str:
   """Returns the arm with the highest value, or `none` if all are zero."""
   order = lowest(values)
   if not order:
@@ -96,7 +87,7 @@ def capacity(study: Study) -> str:
     f"A capacity factor of {low:g} costs {{arm}} the least: its loss is {{value}} higher than "
     f"{without}."
   )
-  return _best(by_seed(study, rise), Quantity(unit=" nats per token"), sentence)
+  return _best(by_seed(study, rise, experts=True), Quantity(unit=" nats per token"), sentence)
 
 
 def _bits(domain: str) -> Callable[[Run], float | None]:
@@ -125,26 +116,26 @@ def domains(study: Study) -> str:
     worst = max(leaks, key=lambda name: mean(gaps[name]))
     value = Quantity(unit=" nats per token").text(spread(gaps[worst].values()))
     parts.append(f"The routers of {names(leaks)} read later tokens: the gap of {worst} is {value}.")
-  elif gaps:
+  elif any(gaps.values()):
     parts.append(f"No router reads later tokens: no gap is above {_GAP:g} nats per token.")
-  return "\n".join(parts)
+  either = by_seed(study, lambda run: len({"domains", "causal"} & set(run.eval)) or None)
+  return "\n".join([*parts, missing(either)]).rstrip() if parts else ""
 
 
 def specialisation(study: Study) -> str:
   """Returns the arm whose experts tell the domains apart most, and how often tokens repeat."""
-  parts = []
 
   def same(run: Run) -> float | None:
     separation_Z = run.routing.get("domain_separation_Z")
     return None if not separation_Z else -float(np.mean(separation_Z))
 
   # The lowest of the negative values is the highest separation.
-  separation = by_seed(study, same)
-  if order := lowest(separation):
-    seeds = {seed: -value for seed, value in separation[order[0]].items()}
-    value = f"{Quantity(3).text(spread(seeds.values()))} ({conclusions.over_seeds(seeds)})"
-    parts.append(
-      f"The experts of {order[0]} differ most between domains: separation {value}; 0 is no "
-      f"difference, 1 is experts of their own. {apart(separation, Quantity(3, more='lower'))}"
-    )
-  return " ".join(parts)
+  separation = by_seed(study, same, experts=True)
+  if not (order := lowest(separation)):
+    return ""
+  seeds = {seed: -value for seed, value in separation[order[0]].items()}
+  value = f"{Quantity(3).text(spread(seeds.values()))} ({conclusions.over_seeds(seeds)})"
+  return (
+    f"The experts of {order[0]} differ most between domains: separation {value}; 0 is no "
+    f"difference, 1 is experts of their own. {apart(separation, Quantity(3, more='lower'))}"
+  )

@@ -56,7 +56,7 @@ def _late(study: Study) -> list[Block]:
   names = arm_names(study)
   rows: list[list[Cell]] = []
   for arm in study.arms:
-    runs = runs_to_draw(arm)
+    runs = [run for run in runs_to_draw(arm) if run.train]
     means = {name: table.mean_of(table.late(run, name) for run in runs) for name, *_ in _LATE}
     layers = next((run.layers() for run in runs if run.layers()), [])
     for z, layer in enumerate(layers):

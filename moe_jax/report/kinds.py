@@ -32,6 +32,7 @@ class Table(NamedTuple):
 
   letters: str
   item: Any
+  empty: bool = False  # whether it may be
 
 
 class Mapping(NamedTuple):
@@ -83,7 +84,7 @@ def check(value: Any, kind: Any, name: str, sizes: Sizes) -> None:
       raise WrongError(f"{name or 'it'} is {_shown(value)}, not a list")
     item = kind.item if isinstance(kind, Table) else kind[0]
     if isinstance(kind, Table):
-      _check_size(len(value), kind.letters[0], name, sizes)
+      _check_size(len(value), kind.letters[0], name, sizes, kind.empty)
       item = Table(kind.letters[1:], item) if kind.letters[1:] else item
     for i, each in enumerate(value):
       check(each, item, f"{name}[{i}]", sizes)
@@ -120,9 +121,9 @@ def _check_array(value: Any, letters: str, name: str, sizes: Sizes) -> None:
     _check_size(length, letter, name, sizes)
 
 
-def _check_size(length: int, letter: str, name: str, sizes: Sizes) -> None:
+def _check_size(length: int, letter: str, name: str, sizes: Sizes, empty: bool = False) -> None:
   known = sizes.setdefault(letter, length)
-  if not length or known != length:
+  if known != length or not (length or empty):
     raise WrongError(f"{name} has {length} items" + f", not {known}" * (known != length))
 
 

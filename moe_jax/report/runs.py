@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import SEEDS
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import checked
 
+_EXPERTS = "model.moe.num_experts"
 _NO_ARM = "(of no arm)"  # the arm of runs whose entry in sweep.json names none
 
 
@@ -67,11 +67,18 @@ class ArmRuns:
   name: str
   runs: list[Run]
   notes: list[str] = dataclasses.field(default_factory=list)
+  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of a sweep's base
 
   @property
   def finished(self) -> list[Run]:
-    """The runs that are finished."""
+    """The runs that are usable: finished, and not damaged."""
     return [run for run in self.runs if run.status == "finished"]
+
+  @property
+  def is_dense(self) -> bool:
+    """Whether it is known that the model has no experts."""
+    known = [*(run.config for run in self.runs), self.overrides]
+    return next((c[_EXPERTS] for c in known if _EXPERTS in c), None) == 0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -91,6 +98,12 @@ class Study:
   def runs(self) -> list[tuple[ArmRuns, Run]]:
     """All runs, each with its arm."""
     return [(arm, run) for arm in self.arms for run in arm.runs]
+
+  @property
+  def no_target(self) -> str:
+    """Says that the target arm has no usable run; '' if it has one, or if there is no target."""
+    said = f"The target arm, {self.target_arm}, has no usable run: no arm is compared with it."
+    return "" if self.target_arm in ("", *(a.name for a in self.arms if a.finished)) else said
 
 
 def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
@@ -130,7 +143,8 @@ def read_run(
   run = dataclasses.replace(run, **fields)
   if not run.status:
     done = run.step >= run.config.get("train.steps", 1 << 62) and run.validation
-    run.status = "finished" if done else "unfinished"
+    weights = run.eval and not found.metrics  # imported or upcycled: never to be trained here
+    run.status = "finished" if done or weights else "unfinished"
   if run.status in ("failed", "stopped", "unfinished") and not run.error:
     run.error = checked.log_tail(workdir, root)
   return run
@@ -146,7 +160,9 @@ def read_sweep(out: pathlib.Path) -> Study:
   if not sweep.get("arms"):
     raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
   arms = {
-    arm["name"]: ArmRuns(name=arm["name"], runs=[], notes=arm.get("notes", []))
+    arm["name"]: ArmRuns(
+      name=arm["name"], runs=[], notes=arm.get("notes", []), overrides=arm.get("overrides", {})
+    )
     for arm in sweep["arms"]
   }
   for number, entry in enumerate(sweep["runs"]):
@@ -199,7 +215,7 @@ def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
 
 
 def _checked(study: Study) -> Study:
-  """Names the damaged runs on stderr, and those with other layers or experts than their arm."""
+  """Leaves out the runs with other layers or experts than the runs of their arm before them."""
   for arm in study.arms:
     shared: dict[str, int] = {}
     for i, run in enumerate(arm.runs):
@@ -207,9 +223,6 @@ def _checked(study: Study) -> Study:
       if other:
         error = f"{run.name} has other layers or experts than the other runs of its arm"
         arm.runs[i] = Run(name=run.name, seed=run.seed, status="damaged", error=error)
-  for _, run in study.runs:
-    if run.status == "damaged":
-      files.notice(f"{run.name} is left out: {run.error}")
   return study
 
 

@@ -44,7 +44,7 @@ def question(study: Study) -> Section:
   counts = Counter(run.status for _, run in study.runs)
   states = ", ".join(f"{n} {status}" for status, n in counts.items())
   texts.append(Text(f"{len(study.arms)} arms, {len(study.runs)} runs: {states}.", small=True))
-  return Section("Question" if study.question.strip() else "Runs", texts)
+  return Section("Question" if study.question.strip() else "Runs", texts, study.no_target)
 
 
 def results(study: Study, compared: Comparison) -> Section:
@@ -151,12 +151,8 @@ def failures(study: Study) -> Section:
     for (kind, layer), alarms in groups.items():
       where = "all" if layer == -1 else str(layer)
       first = alarms[0]
-      rows.append(
-        [
-          names[arm.name], str(run.seed), str(kind), where, f"{first['step']:,}", str(len(alarms)),
-          str(first.get("message", "")),
-        ]
-      )  # fmt: skip
+      said = [f"{first['step']:,}", str(len(alarms)), str(first.get("message", ""))]
+      rows.append([names[arm.name], str(run.seed), str(kind), where, *said])
   if rows:
     head = ["arm", "seed", "alarm", "layer", "first step", "times", "first message"]
     parts.append(Table("Alarms", head, rows, left=(0, 2, 6)))

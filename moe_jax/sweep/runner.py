@@ -43,13 +43,13 @@ class Runner:
     self._signal = 0
     self._full: StorageError | None = None  # why nothing more is started
     self._report_seconds = 0.0
-    self._report_is_old = True
+    self._reported: report.Report | None = None  # that of now
 
   def run(self) -> int:
     """Runs all jobs.
 
-    Returns the exit code: 0 if all runs are finished, 1 if any is not, 128 + the number of the
-    signal that stopped the sweep.
+    Returns the exit code: 0 if all runs are finished, 1 if any is not, that of the report if it
+    lacks the target arm, 128 + the number of the signal that stopped the sweep.
 
     Raises:
       StorageError: a disk is full. Runs have saved where they could.
@@ -70,15 +70,19 @@ class Runner:
           with contextlib.suppress(subprocess.TimeoutExpired):
             job.process.wait(_LAST_SECONDS)
         raise
+    if not self._signal and self._full is None:
+      self._report()
+      for note in self._reported.notes if self._reported else []:
+        say(note)
     self._progress([])
     if self._signal:
       say("stopped; the same command continues")
       return 128 + self._signal
-    reported = self._full is None and self._report()
     if self._full:
       self._save()  # there may be room again
       raise self._full
-    return 0 if reported and all(self._status(r) == "finished" for r in self._plan.runs) else 1
+    finished = all(self._status(r) == "finished" for r in self._plan.runs)
+    return self._reported.code if self._reported and finished else 1
 
   def _loop(self, waiting: list[PlannedRun], running: list[Job]) -> None:
     """Runs what is waiting, until a signal asks to stop or a disk is full."""
@@ -162,25 +166,23 @@ class Runner:
       say(f"{job.name} FAILED with code {code}: {last}")
     self._set(job.run, status, "\n".join(lines) if status == "failed" else "")
     job.close()
-    self._report_is_old = True
+    self._reported = None
     if self._report_seconds < _CHEAP_REPORT_SECONDS and self._goes_on():
       self._report()
     return True
 
-  def _report(self) -> bool:
-    """Writes the report; returns whether it could, because a failure must not stop the runs."""
-    if not self._report_is_old:
-      return True
+  def _report(self) -> None:
+    """Writes the report if it can, because a failure must not stop the runs."""
+    if self._reported:
+      return
     start = time.monotonic()
     try:
-      report.compare(self._out)
-      self._report_is_old = False
+      self._reported = report.compare(self._out)
     except StorageError as error:
       self._stop_starting(error)
     except Exception as error:
       say(f"no report: {type(error).__name__}: {error}")
     self._report_seconds = time.monotonic() - start
-    return not self._report_is_old
 
   def _save(self) -> None:
     try:

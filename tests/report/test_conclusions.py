@@ -2,11 +2,9 @@
 
 import pytest
 
-from moe_jax import report
 from moe_jax.report import charts, conclusions, curves, expert_conclusions, table
 from moe_jax.report.blocks import ArmName
 from moe_jax.report.runs import ArmRuns, Run, Study
-from tests.support import report_runs
 
 CLEAR = {"a": (1.0, 1.2, 1.4), "b": (1.5, 1.71, 1.89)}  # b - a: 0.5, 0.51, 0.49
 TIE = {"a": (1.0, 1.2, 1.4), "b": (1.5, 0.9, 1.5)}  # b - a: 0.5, -0.3, 0.1: 0.1 ± 0.2309
@@ -120,18 +118,24 @@ def test_capacity_domains_and_causality():
   assert "experts of b differ most" in expert_conclusions.specialisation(found)
 
 
-def test_a_dense_study(tmp_path):
-  runs = {("dense", seed): "finished" for seed in (0, 1)}
-  for arm, seed in runs:
-    report_runs.write_run(tmp_path / arm / f"seed{seed}", arm, seed)
-  report_runs.write_sweep(tmp_path, runs)
-  report.compare(tmp_path)
-  text = (tmp_path / "report.md").read_text()
-  assert "> dense ends lowest, at 2.1000 ± 0.1414 nats per token" in text
-  assert "> No run failed and no alarm was raised." in text
-  assert "## Balance" not in text and "MaxVio is" not in text
-  page = (tmp_path / "report.html").read_text()
-  assert '<p class="conclusion">dense ends lowest, at 2.1000\u00a0±\u00a00.1414' in page
+def test_arms_without_a_usable_run_are_named_where_they_could_have_a_number():
+  vio = {"a": (0.1, 0.2, 0.3), "b": (1.1, 1.21, 1.29)}
+  found = study(CLEAR, target="b", max_vio_Z=vio)
+  for _, run in found.runs:
+    points = [{"capacity_factor": factor, "loss": 1.0} for factor in (1, "inf")]
+    run.eval = {"capacity": points, "causal": {"gap": 0.0}, "loss": run.validation[-1]["loss"]}
+    run.routing = {"domain_separation_Z": [0.1]}
+  lost = Run(name="c", seed=0, status="damaged")
+  never = ArmRuns(name="d", runs=[], overrides={"model.moe.num_experts": 0})
+  found.arms += [ArmRuns(name="c", runs=[lost]), never]
+  compared = table.compare_arms(found)
+  for said in (conclusions.results(found), conclusions.curves(found, compared),
+               expert_conclusions.domains(found)):  # fmt: skip
+    assert said.count("c and d are missing here, without a usable run") == 1, said
+    assert "Not every finished run" not in said
+  for conclude in (expert_conclusions.balance, expert_conclusions.capacity,
+                   expert_conclusions.specialisation):  # fmt: skip
+    assert conclude(found).count(" missing here") == conclude(found).count("c is missing here") == 1
 
 
 def test_first_steps_do_not_flatten_the_rest():

@@ -71,6 +71,7 @@ DAMAGE = [
   ("eval.json", b'{"loss": 1.0, "st', "eval.json is damaged"),
   ("eval.json", b'{"loss": "1.0"}', "loss is '1.0', not a number"),
   ("eval.json", b'{"layers": [1, 2, 3]}', "it has 3 MoE layers, the files before it 2"),
+  ("eval.json", b'{"layers": []}', "it has 0 MoE layers, the files before it 2"),
   ("eval.json", b'{"capacity": [{"capacity_factor": 1}]}', "capacity[0] has no 'loss'"),
   ("eval.json", b'{"domains": {"code": 1.5}}', "domains.code is 1.5, not an object"),
   ("routing.json", b'{"a": ' + DEEP + b"}", "routing.json is damaged"),
@@ -78,6 +79,7 @@ DAMAGE = [
   ("routing.json", text_of(experts=[[1 << 40]]), "a token went to an expert that is none of 2"),
   ("routing.json", text_of(experts=[[0.5]]), "experts[0][0] is 0.5, not an integer"),
   ("routing.json", text_of(kept=[]), "kept has 0 items"),
+  ("routing.json", b'{"layers": [], "top_tokens_ZE": []}', "layers has 0 items"),
 ]  # fmt: skip
 # What is wrong with the entry of a run in sweep.json, and what the report says of it.
 ENTRIES = [
@@ -159,21 +161,14 @@ def test_an_entry_of_no_arm_is_named_too(reports):
   assert row(reports[1].markdown, "(of no arm)")[1] == "0 of 1"
 
 
-def test_damaged_runs_are_named_on_stderr(tmp_path, capsys):
+def test_damaged_runs_are_named_on_stderr(tmp_path, capsys, monkeypatch):
   out = sweep(tmp_path)
   (out / "moe/seed1/eval.json").write_text("[]")
-  runs.read_sweep(out)
+  monkeypatch.setattr("sys.argv", ["report", str(out)])
+  assert command.main() == 0
   said = capsys.readouterr().err
   assert said.count("\n") == 1 and said.startswith("moe/seed1 is left out: ")
   assert "eval.json is damaged (it holds a list, not an object); run eval.py again" in said
-
-
-def test_a_line_that_is_being_written_is_no_damage(tmp_path):
-  workdir = report_runs.write_run(tmp_path / "a", "moe", 0)
-  with (workdir / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 500, "trai')
-  run = runs.read_run(workdir, "a")
-  assert run.status == "finished" and run.step == 400
 
 
 def test_a_diverged_run_is_no_damage(tmp_path):

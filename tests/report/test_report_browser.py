@@ -47,7 +47,7 @@ def made(tmp_path_factory):
     if arms[arm] and seed == 0:
       report_runs.write_routing(workdir, arms[arm])
   report_runs.write_sweep(out, statuses | {("moe", 2): "failed"})
-  return report.compare(out)
+  return report.compare(out).page
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_a_layer_changes_the_heat_map(made, browser):
   text = path.read_text()
   try:
     path.write_text(text.replace("], [0.5, ", "], [0.0, "))  # of the second layer
-    browser.get(report.compare(made.parent).as_uri())
+    browser.get(report.compare(made.parent).page.as_uri())
   finally:
     path.write_text(text)
   (red, _, blue), _ = browser.execute_script(MAP)
@@ -231,7 +231,7 @@ def test_a_script_that_gets_into_the_page_does_not_run(browser, made, tmp_path):
 
 def test_markup_of_runs_is_shown_as_text(browser, tmp_path):
   markup = "</script><script>injected=1</script><img src=x onerror=injected=1>\"'\x1b"
-  page = report.compare(report_runs.markup_sweep(tmp_path / "out", markup))
+  page = report.compare(report_runs.markup_sweep(tmp_path / "out", markup)).page
   browser.get_log("performance")
   browser.get(page.as_uri())
   assert browser.execute_script("return window.injected ?? null") is None

@@ -34,11 +34,6 @@ def test_names_that_differ_by_the_seed_are_one_arm(workdirs):
   }  # fmt: skip
 
 
-def test_a_run_without_its_last_step_is_unfinished(workdirs):
-  alone = runs.read_workdirs(workdirs, "dense").arms[2]
-  assert alone.runs[0].status == "unfinished" and not alone.finished
-
-
 def test_the_command_writes_the_report_and_says_where(workdirs, capsys, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["report", *map(str, workdirs), "--target=dense"])
   command.main()

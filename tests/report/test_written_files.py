@@ -1,13 +1,14 @@
 """What a report writes: whole files, not through links, and the old ones where a disk is full."""
 
+import json
 import shutil
 
 import pytest
 
 from moe_jax import report
 from moe_jax.errors import StorageError, UserError
-from tests.support import report_runs
 from tests.support.disks import fill, small_disk
+from tests.support.real_runs import RUNS, real_runs
 from tests.support.report_runs import sweep
 
 
@@ -64,25 +65,20 @@ def test_a_full_disk_leaves_the_old_report(tmp_path):
     assert after.keys() == before.keys() and after[out / "report.md"] != before[out / "report.md"]
 
 
-RESULT = {
-  "step": 400, "split": "validation", "tokens": 1000, "bytes": 1000, "loss": 1.5,
-  "perplexity": 4.5, "bits_per_byte": 2.2, "gzip_bits_per_byte": 2.5, "parameters": 2_000_000,
-  "active_parameters": 500_000, "layers": [0, 1], "load_ZE": [[0.25] * 4] * 2,
-  "drop_fraction_Z": [0.1, 0.2], "max_vio_Z": [0.0, 0.1], "router_entropy_Z": [1.0, 1.1],
-  "dead_experts_Z": [0, 1],
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-  """A run that has its plots, and the text that came with them; loss.png was a link before.
+def drawn(shared_folder, tmp_path_factory):
+  """A real run that has its plots, and the text that came with them; loss.png was a link before.
 
   Its name looks like a formula to matplotlib, and has letters that the font lacks.
   """
   folder = tmp_path_factory.mktemp("single") / "cost_$x^$_\u2603\u4e2d"
-  run = report_runs.write_run(folder, "moe", 0, 4)
+  run = shutil.copytree(real_runs(shared_folder) / RUNS["moe"], folder)
   (run / "loss.png").symlink_to(run.parent / "victim")
-  return run, report.summary(str(run), RESULT)
+  return run, report.summary(str(run), result_of(run))
+
+
+def result_of(run):
+  return json.loads((run / "eval.json").read_text())
 
 
 def test_plots_are_written_whole_and_not_through_links(drawn):
@@ -112,15 +108,15 @@ def test_damaged_metrics_cost_a_summary_its_plots_and_nothing_else(line, words, 
     path.write_text(f"{text}{line}\n")
   before = contents(run)
   try:
-    said = report.summary(str(run), RESULT)
+    said = report.summary(str(run), result_of(run))
     assert contents(run) == before
   finally:
     path.unlink()
     path.write_text(text)
-  assert "bits per byte      2.2000, below gzip" in said
+  assert f"bits per byte      {result_of(run)['bits_per_byte']:.4f} " in said
   last = said.splitlines()[-1]
   assert last.startswith("plots              none: ") and words in last
-  assert line is None or "line 13" in last
+  assert line is None or f"line {text.count(chr(10)) + 1}" in last
 
 
 def test_a_full_disk_leaves_the_old_plots(drawn, tmp_path):
@@ -130,5 +126,5 @@ def test_a_full_disk_leaves_the_old_plots(drawn, tmp_path):
     before = contents(run)
     fill(disk)
     with pytest.raises(StorageError, match=r"loss\.png: No space left on device"):
-      report.summary(str(run), RESULT | {"loss": 2.0})
+      report.summary(str(run), result_of(run) | {"loss": 2.0})
     assert {path: contents(run)[path] for path in before} == before

@@ -72,6 +72,10 @@ class Fakes:
     (folder / "configs/debug.py").write_text((ROOT / "configs/debug.py").read_text())
     self.folder, self.reports = folder, []
 
+  def report(self, out):
+    self.reports.append(out)
+    return report.Report(out / "report.html", [], 0)
+
   def sweep(self, arms, jobs=1, overrides=None, names=(), **more):
     path = write_sweep(self.folder, arms, seeds=(0,), **more)
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -91,5 +95,5 @@ def fakes_in(folder):
   made = Fakes(folder)
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(folder)
-    patch.setattr(report, "compare", made.reports.append)
+    patch.setattr(report, "compare", made.report)
     yield made

@@ -226,6 +226,16 @@ def test_one_sweep_at_a_time_works_in_a_folder(fake):
   assert fake.sweep("[arm('a')]").code == 0
 
 
+def test_a_report_without_its_target_is_the_code_of_the_sweep_and_is_told_once(fake, monkeypatch):
+  told = report.Report(pathlib.Path("report.html"), ["no target", "a is left out"], 4)
+  monkeypatch.setattr(report, "compare", lambda out: told)
+  swept = fake.sweep(TWO)
+  assert swept.code == 4 and set(swept.statuses.values()) == {"finished"}
+  lines = [line.partition("] ")[2] for line in swept.output.splitlines()]
+  assert lines[-3:] == ["no target", "a is left out", "2 of 2 finished"]
+  assert lines.count("no target") == 1
+
+
 def test_a_broken_report_loses_no_run(fake, monkeypatch):
   def broken(out):
     raise KeyError("load_ZE")
