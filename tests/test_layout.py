@@ -66,8 +66,6 @@ GROUPS = {
   "hf": _CORE | {"weights", "command_line", "inference"},
   "upcycle": _CORE | {"weights", "command_line"},
 }
-# A process of its own that sweep/matching.py starts; nobody imports it.
-WORKER = PACKAGE / "sweep/match_worker.py"
 # Files that still ask which platform they run on, though only kernels/ and startup.py should.
 ASKS_FOR_THE_PLATFORM = {
   "training/timing.py": "a stopwatch has to know whether calls can run side by side",
@@ -97,10 +95,7 @@ def modules():
 def test_folders_import_only_what_they_may():
   for name, path in modules():
     wrong = imports(path) - GROUPS[name] - {name}
-    if path == WORKER:
-      wrong -= {"startup", "training"}
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
-    assert path == WORKER or not re.search(r"import.*match_worker", path.read_text()), path
 
 
 def test_the_package_knows_no_benchmark():

@@ -78,13 +78,9 @@ _ROUTING = Object(
   },
 )  # fmt: skip
 _STATUS = ("waiting", "running", "finished", "failed", "stopped")
-_MEASURED = Object(
-  {"width": COUNT, "device": TEXT, "times": Kind("three numbers", lambda v: _are_three(v))}, {}
-)
 _SWEEP = Object(
   {"arms": [Object({"name": TEXT}, {"overrides": {}, "notes": [TEXT]})], "runs": [ANYTHING]},
-  dict.fromkeys(("question", "sweep", "base", "target_arm", "published", "band"), TEXT)
-  | {"measured": Mapping(_MEASURED)},
+  dict.fromkeys(("question", "sweep", "base", "target_arm", "published", "band"), TEXT),
 )
 _COMMAND = Kind("a command line", lambda v: isinstance(v, str) and _is_command(v))
 _ENTRY = Object(
@@ -256,10 +252,6 @@ def _check_experts(routing: dict[str, Any], sizes: Sizes) -> None:
   for layer in routing.get("text", {}).get("layers", []):
     if max((e for token in layer["experts"] for e in token), default=0) >= sizes["E"]:
       raise WrongError(f"a token went to an expert that is none of {sizes['E']}")
-
-
-def _are_three(value: Any) -> bool:
-  return isinstance(value, list) and len(value) == 3 and all(map(NUMBER.holds, value))
 
 
 def _is_command(text: str) -> bool:

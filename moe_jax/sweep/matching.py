@@ -1,15 +1,11 @@
-"""Makes twins of a config, dense or with other experts, of equal size, FLOPs or time.
+"""Makes twins of a config, dense or with other experts, of equal size or FLOPs.
 
 Parameters and FLOPs are counted from the parameters' shapes (cost.count). The counts are linear in
 the width of a feed-forward, so a division gives the width that matches; then it is checked.
 """
 
 import dataclasses
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moe_jax import command_line, validation
@@ -22,31 +18,14 @@ _COUNTS = {  # by: (field of cost.Counts, its name in messages)
   "flops_per_token": ("flops_per_token", "FLOPs per token"),
   "total_params": ("total", "parameters"),
 }
-_BY = (*_COUNTS, "wall_clock")
 _COUNT_TOLERANCE = 0.01
-_TIME_TOLERANCE = 0.05  # wider than that of counts, because times are noisy
-_TIME_GOAL = 0.02  # a difference at which measuring stops
-_TRIES = 6  # the most widths that are measured; each is compiled
-ROUNDS = 7
-ROUND_SECONDS = 0.5
-_TAKES_TIME = ("model.", "data.seq_len", "data.batch_size", "train.accumulation", "mesh.")
-
-Measured = dict[str, dict[str, Any]]  # the measurements for each match; JSON
 
 
 class Matched(NamedTuple):
   """A twin."""
 
   config: Config
-  note: str  # one line: the width, and how near its count or time comes
-
-
-class StepTimes(NamedTuple):
-  """How long training steps of two models take."""
-
-  reference: float  # seconds, median over the rounds
-  twin: float  # seconds, median over the rounds
-  ratio: float  # twin / reference, median over the rounds
+  note: str  # one line: the width, and how near its count comes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +40,15 @@ class Match:
   def __call__(self, config: Config) -> Config:
     return self.solve(config).config
 
-  def solve(self, reference: Config, measured: Measured | None = None) -> Matched:
-    """Finds the twin of `reference`.
-
-    Args:
-      reference: the config whose count or time the twin must equal.
-      measured: earlier measurements, which are not repeated; new ones are added.
+  def solve(self, reference: Config) -> Matched:
+    """Finds the twin of `reference`, the config whose count the twin must equal.
 
     Raises:
-      UserError: no width comes within 1% (wall_clock: 5%), or the twin is not a valid config.
+      UserError: no width comes within 1%, or the twin is not a valid config.
     """
     twin, field = self._start(reference)
-    measured = {} if measured is None else measured
     step = math.lcm(self.multiple_of, reference.mesh.tensor)
-    if self.by == "wall_clock":
-      width, comparison = self._by_time(reference, twin, field, step, measured)
-    else:
-      width, comparison = self._by_count(reference, twin, field, step)
+    width, comparison = self._by_count(reference, twin, field, step)
     twin = command_line.override(twin, {field: width}, str(self))
     validation.validate(twin)
     note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
@@ -118,31 +89,6 @@ class Match:
       )
     return width, comparison
 
-  def _by_time(
-    self, reference: Config, twin: Config, field: str, step: int, measured: Measured
-  ) -> tuple[int, str]:
-    about = {n: v for n, v in config_lib.flatten(reference).items() if n.startswith(_TAKES_TIME)}
-    key = json.dumps([str(self), step, about])
-    if key not in measured:
-      start, *_ = _nearest("flops_per_token", reference, twin, field, step)
-      measured[key] = _measure_elsewhere({
-        "reference": config_lib.to_json(reference), "twin": config_lib.to_json(twin),
-        "field": field, "step": step, "start": start, "tries": _TRIES,
-      })  # fmt: skip
-    result = measured[key]
-    times = StepTimes._make(result["times"])
-    comparison = (
-      f"{1e3 * times.twin:.3g} ms per training step against {1e3 * times.reference:.3g} "
-      f"({100 * (times.ratio - 1):+.1f}%), medians of {ROUNDS} rounds on {result['device']}"
-    )
-    if abs(times.ratio - 1) > _TIME_TOLERANCE:
-      del measured[key]
-      raise UserError(
-        f"{self}: no width measured within {100 * _TIME_TOLERANCE:.0f}%; the nearest, "
-        f"config.{field}={result['width']}, takes {comparison}; try again when the machine is idle"
-      )
-    return result["width"], comparison
-
   def __str__(self) -> str:
     more = "".join(f", {name}={getattr(v, 'value', v)!r}" for name, v in self.fields)
     return f"match({self.kind!r}, by={self.by!r}{more})"
@@ -158,8 +104,8 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
 
   Args:
     kind: "dense" or "moe".
-    by: the quantity that is equal: "active_params", "flops_per_token" (of training),
-      "total_params", or "wall_clock", the time of a training step, measured on this machine.
+    by: the quantity that is equal: "active_params", "flops_per_token" (of training), or
+      "total_params".
     multiple_of: a divisor of the solved width; 1 matches most closely, 128 suits accelerators.
     **moe: fields of config.model.moe to change, for kind="moe".
 
@@ -169,8 +115,8 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   transform = Match(kind, by, multiple_of, tuple(moe.items()))
   if kind not in ("dense", "moe"):
     raise UserError(f"{transform}: the kind is not one of: dense, moe")
-  if by not in _BY:
-    raise UserError(f"{transform}: `by` is not one of: {', '.join(_BY)}")
+  if by not in _COUNTS:
+    raise UserError(f"{transform}: `by` is not one of: {', '.join(_COUNTS)}")
   if multiple_of < 1:
     raise UserError(f"{transform}: multiple_of={multiple_of} must be at least 1")
   if kind == "dense" and moe:
@@ -209,43 +155,3 @@ def _nearest(
   target, first, second = getattr(cached_count(reference), name), at(step), at(2 * step)
   width = step * max(1, round(1 + (target - first) / (second - first)))
   return width, at(width), target
-
-
-def solve_by_time(
-  measure: Callable[[int], StepTimes], start: int, step: int, tries: int
-) -> tuple[int, StepTimes]:
-  """Finds the width whose measured time is nearest to the reference's, by the secant method.
-
-  Args:
-    measure: times the twin of a width.
-    start: the first width.
-    step: widths are multiples of it.
-    tries: the most widths to measure.
-  """
-  tried: dict[int, StepTimes] = {}
-  width = start
-  while len(tried) < tries and width not in tried:
-    tried[width] = measure(width)
-    near = sorted(tried, key=lambda w: abs(tried[w].ratio - 1))
-    if abs(tried[near[0]].ratio - 1) <= _TIME_GOAL:
-      break
-    best = tried[near[0]].ratio
-    aim = near[0] / best  # assumes that the feed-forward takes all of the time
-    if len(near) > 1:
-      slope = (tried[near[1]].ratio - best) / (near[1] - near[0])
-      if slope > 0:  # a slope of 0 or less is noise
-        aim = near[0] + (1 - best) / slope
-    aim = min(max(aim, near[0] / 4), near[0] * 4)
-    width = max(1, round(aim / step)) * step
-  return near[0], tried[near[0]]
-
-
-def _measure_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
-  """Measures in a separate process, whose end frees the accelerator for the runs."""
-  print(f"measuring training steps to match {job['field']} ...", file=sys.stderr, flush=True)
-  command = [sys.executable, "-m", "moe_jax.sweep.match_worker"]
-  done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
-  if done.returncode:
-    lines = done.stderr.strip().splitlines() or ["it printed nothing"]
-    raise UserError(f"measuring {job['field']} ended with code {done.returncode}: {lines[-1]}")
-  return json.loads(done.stdout.splitlines()[-1])

@@ -12,7 +12,6 @@ from moe_jax.config import SEEDS, Config, UserError
 from moe_jax.options import LARGEST_SEED, spelled
 from moe_jax.sweep import language, matching
 from moe_jax.sweep.language import Arm, Sweep, Transform
-from moe_jax.sweep.matching import Measured
 
 _FLAGS_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 
@@ -56,7 +55,6 @@ def make_plan(
   arms: Sequence[str] = (),
   seeds: Sequence[int] = (),
   overrides: dict[str, Any],
-  measured: Measured,
 ) -> Plan:
   """Expands and checks every arm and seed of a sweep file.
 
@@ -66,7 +64,6 @@ def make_plan(
     arms: names of the arms to run; () for all.
     seeds: seeds to run; () for the sweep's.
     overrides: fields for every arm, which replace the arms' own and are set before any match.
-    measured: earlier measurements for matches by wall-clock; new ones are added.
 
   Raises:
     UserError: an arm is no valid config or equals another arm, or there is no arm of a given name.
@@ -78,7 +75,7 @@ def make_plan(
     _check_name(f"--arms={name}", name, names)
   base = command_line.load_file(sweep.base)
   validation.validate(base)  # before comparisons, because train.py compares validated configs
-  planned = [_planned(path, a, base, overrides, measured) for a in sweep.arms]
+  planned = [_planned(path, a, base, overrides) for a in sweep.arms]
   same: dict[str, str] = {}
   for a in planned:
     first = same.setdefault(config_lib.to_json(a.config), a.name)
@@ -113,9 +110,7 @@ def _check_name(what: str, name: str, names: list[str]) -> None:
     raise UserError(f"{what}: no arm has that name; {choices}")
 
 
-def _planned(
-  path: str, a: Arm, base: Config, overrides: dict[str, Any], measured: Measured
-) -> PlannedArm:
+def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> PlannedArm:
   where, notes = f"{path}: arm {a.name}", list(a.notes)
   seeded = [name for name in SEEDS if name in a.fields]
   if seeded:
@@ -125,7 +120,7 @@ def _planned(
     validation.validate(config)
     for transform in a.transforms:
       if isinstance(transform, matching.Match):
-        config, note = transform.solve(config, measured)
+        config, note = transform.solve(config)
         notes.append(note)
       else:
         config = _transformed(transform, config)

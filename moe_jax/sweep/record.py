@@ -10,7 +10,6 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import checked
 from moe_jax.report.checked import SWEEP, SWEEP_FORMAT
 from moe_jax.sweep import plan as plan_lib
-from moe_jax.sweep.matching import Measured
 from moe_jax.sweep.plan import Plan, PlannedRun
 
 
@@ -31,7 +30,7 @@ def write(out: pathlib.Path, record: dict[str, Any]) -> None:
   files.write_json(out / SWEEP, record)
 
 
-def make_record(plan: Plan, old: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
   """Returns the record of `plan`, in which the old record of the folder gives the runs' states.
 
   Runs that are only in the old record are kept, unless their commands have changed.
@@ -39,7 +38,6 @@ def make_record(plan: Plan, old: dict[str, Any], measured: Measured) -> dict[str
   Args:
     plan: of the sweep.
     old: the folder's record, {} for none.
-    measured: measurements for matches by wall-clock.
   """
   if old and old["runs"] and not {r["arm"] for r in old["runs"]} & {a.name for a in plan.arms}:
     raise UserError(
@@ -72,7 +70,6 @@ def make_record(plan: Plan, old: dict[str, Any], measured: Measured) -> dict[str
       {"name": a.name, "overrides": a.overrides, "notes": a.notes} for a in with_runs.values()
     ],
     "runs": sorted(entries.values(), key=lambda e: (order.index(e["arm"]), e["seed"])),
-    "measured": measured,
   }
 
 

@@ -258,11 +258,8 @@ def run(
       raise UserError(f"{script} is not in this folder; run sweep.py in the folder that has it")
   if out.exists() and not out.is_dir():
     raise UserError(f"--out={out} is no folder; name another one")
-  measured = record_lib.read(out).get("measured", {})
-  with MachineSlots(jobs).as_first():
-    plan = plan_lib.make_plan(
-      path, out, arms=arms, seeds=seeds, overrides=overrides, measured=measured
-    )
+  record_lib.read(out)  # so that a damaged one is refused before anything is planned or written
+  plan = plan_lib.make_plan(path, out, arms=arms, seeds=seeds, overrides=overrides)
   if dry_run:
     print(plan_lib.dry_run(plan, f" --cache_dir={shlex.quote(cache_dir)}" if cache_dir else ""))
     return 0
@@ -272,7 +269,7 @@ def run(
   with locked(out) as lock:
     check_places(plan)
     # Read again, because another sweep may have ended since.
-    record = record_lib.make_record(plan, record_lib.read(out), measured)
+    record = record_lib.make_record(plan, record_lib.read(out))
     return Runner(plan, record, jobs, lock).run()
 
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -61,18 +61,3 @@ class MachineSlots:
       with contextlib.suppress(ProcessLookupError):
         os.sched_setaffinity(process.pid, share(self._cpus, slot, self.number))
     return process
-
-  @contextlib.contextmanager
-  def as_first(self) -> Iterator[None]:
-    """Puts this process and those it starts into the first slot, to measure like a run."""
-    before = {name: os.environ.get(name) for name in self.environment(0)}
-    os.environ.update(self.environment(0))
-    if self._cpus:
-      os.sched_setaffinity(0, share(self._cpus, 0, self.number))
-    try:
-      yield
-    finally:
-      if self._cpus:
-        os.sched_setaffinity(0, self._cpus)
-      for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -30,15 +30,9 @@ def write_sweep(folder, arms, **more):
   return str(path)
 
 
-def make(path, out="runs/x", *, arms=(), seeds=(), overrides=None, measured=None):
-  return plan_lib.make_plan(
-    path,
-    pathlib.Path(out),
-    arms=arms,
-    seeds=seeds,
-    overrides=overrides or {},
-    measured=measured or {},
-  )
+def make(path, out="runs/x", *, arms=(), seeds=(), overrides=None):
+  overrides = overrides or {}
+  return plan_lib.make_plan(path, pathlib.Path(out), arms=arms, seeds=seeds, overrides=overrides)
 
 
 GOOD = (

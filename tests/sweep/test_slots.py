@@ -47,11 +47,3 @@ def test_the_process_of_a_slot_has_its_cores_and_gpu(one_gpu):
   command = [sys.executable, "-c", code + "'CUDA_VISIBLE_DEVICES'])"]
   process = slots.MachineSlots(2).start(command, 1, stdout=subprocess.PIPE, text=True)
   assert process.communicate(timeout=600)[0] == f"{usable[len(usable) // 2 :]} 0\n"
-
-
-@several_cores
-def test_the_cores_of_the_first_slot_are_lent_for_a_while(one_gpu):
-  usable = slots.cpus()
-  with slots.MachineSlots(2).as_first():
-    assert slots.cpus() == usable[: len(usable) // 2]
-  assert slots.cpus() == usable
