@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import inference, results
+from benchmarks import inference, results, timing
 from benchmarks.results import progress
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
@@ -25,7 +25,7 @@ from moe_jax.kernels import choose, platform
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.experts import EXPERT_KERNELS, Experts, experts
 from moe_jax.model import cost
-from moe_jax.training import metrics, timing
+from moe_jax.training import metrics
 
 _GROUPED, _SLOTS = 0.60, 0.80  # FLOP/s / those of one dense matmul
 _DECODE_SECONDS = 200  # that decoding is expected to take on an accelerator

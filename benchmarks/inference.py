@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks import timing
 from benchmarks.results import progress
 from moe_jax import config as config_lib
 from moe_jax import sharding
@@ -20,7 +21,6 @@ from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.sweep import matching
-from moe_jax.training import timing
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PREFILL = (128, 512)  # tokens of one prompt

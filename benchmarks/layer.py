@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import phases
+from benchmarks import phases, timing
 from benchmarks.results import progress
 from moe_jax import config as config_lib
 from moe_jax import sharding
@@ -24,7 +24,7 @@ from moe_jax.config import Dispatch, Dtype, UserError
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.model.feedforward import DenseFFN, MoEFFN
-from moe_jax.training import metrics, timing
+from moe_jax.training import metrics
 
 
 class Setting(NamedTuple):

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks import timing
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch
 from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe import layer as layer_lib
-from moe_jax.training import timing
 
 SPLIT = (Dispatch.GATHER, Dispatch.GROUPED)
 MOVING = ("router", "dispatch", "combine")  # the pieces that a dense layer does not have

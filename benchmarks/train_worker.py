@@ -81,9 +81,9 @@ def main() -> None:
   out = pin(args.cpus)
   import jax
 
+  from benchmarks import timing
   from moe_jax import startup
   from moe_jax.model import cost
-  from moe_jax.training import timing
 
   config = make_config(args)
   startup.start()

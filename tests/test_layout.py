@@ -66,10 +66,6 @@ GROUPS = {
   "hf": _CORE | {"weights", "command_line", "inference"},
   "upcycle": _CORE | {"weights", "command_line"},
 }
-# Files that still ask which platform they run on, though only kernels/ and startup.py should.
-ASKS_FOR_THE_PLATFORM = {
-  "training/timing.py": "a stopwatch has to know whether calls can run side by side",
-}
 
 
 def imports(path):
@@ -135,8 +131,7 @@ def test_two_files_name_collectives():
 def test_only_kernels_know_the_platform():
   for name, path in modules():
     asks = re.search(r"default_backend|\.platform\b", path.read_text())
-    known = name in ("kernels", "startup")
-    assert known or not asks or str(path.relative_to(PACKAGE)) in ASKS_FOR_THE_PLATFORM, path
+    assert name in ("kernels", "startup") or not asks, path
 
 
 def test_one_module_names_the_files_of_a_run():
