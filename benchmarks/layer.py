@@ -23,7 +23,7 @@ from moe_jax import sharding
 from moe_jax.config import Dispatch, Dtype, UserError
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels.expert_weights import MATRICES, Experts
-from moe_jax.model.feedforward import DenseFFN, MoEFFN
+from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
 from moe_jax.training import metrics
 
 
@@ -94,9 +94,10 @@ def _programs(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
   def forward(params, x_BLD, real_BL, dy_BLD):
     layer = nnx.merge(graph, params)
     if isinstance(layer, DenseFFN):
-      return layer(x_BLD), None
-    bias_E, ids_BL = jnp.zeros(layer.moe.num_experts), jnp.zeros(real_BL.shape, jnp.int32)
-    out = layer(x_BLD, real_BL, ids_BL, bias_E, jax.random.key(0), train=True)
+      return feedforward(x_BLD, layer.weights(x_BLD.dtype)), None
+    ids_BL, key = jnp.zeros(real_BL.shape, jnp.int32), jax.random.key(0)
+    weights = layer.ffn_weights(x_BLD.dtype, jnp.zeros(layer.moe.num_experts))
+    out = moe_feedforward(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=True)
     return out.y_BLD, out.stats
 
   def step(params, x_BLD, real_BL, dy_BLD):

@@ -32,7 +32,7 @@ def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[
 
   def router(params, x_BLD, real_BL):
     layer = nnx.merge(graph, params)
-    weights = layer.weights(layer.dtype, jnp.zeros(E))
+    weights = layer.weights(x_BLD.dtype, jnp.zeros(E))
     ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
     inputs = layer_lib.router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, train=True)
     routing = routers.route(inputs, moe, B, capacity=layout.capacity, train=True)

@@ -8,7 +8,6 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.kernels import activation as activations
 from moe_jax.kernels.activation import Activation, gated
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.moe.layer import MoELayer, MoEOutput, MoEWeights, moe_layer
@@ -46,7 +45,6 @@ class DenseFFN(nnx.Module):
 
   def __init__(self, model: config_lib.Model, ffn_dim: int, rngs: nnx.Rngs):
     D, F = model.dim, ffn_dim
-    self.activation = activations.of(model)
     init = jax.random.normal
     if model.gated:
       self.gate_DF = nnx.Param(D**-0.5 * init(rngs.params(), (D, F)))
@@ -60,10 +58,6 @@ class DenseFFN(nnx.Module):
       up_DF=self.up_DF[...].astype(dtype),
       down_FD=self.down_FD[...].astype(dtype),
     )
-
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    """Calls `feedforward` with these parameters."""
-    return feedforward(x_BLD, self.weights(x_BLD.dtype), self.activation)
 
 
 class MoEFFN(MoELayer):
@@ -88,16 +82,6 @@ class MoEFFN(MoELayer):
     shared = self.shared.weights(dtype) if self.shared is not None else None
     gate_D = self.shared_gate_D[...].astype(dtype) if self.moe.shared_gate else None
     return MoEFFNWeights(self.weights(dtype, bias_E), shared, gate_D)
-
-  def __call__(
-    self, x_BLD: jax.Array, real_BL: jax.Array, ids_BL: jax.Array, bias_E: jax.Array,
-    key: jax.Array, *, train: bool, trace: bool = False,
-  ) -> MoEOutput:  # fmt: skip
-    """Calls `moe_feedforward` with these parameters."""
-    return moe_feedforward(
-      x_BLD, real_BL, ids_BL, self.ffn_weights(self.dtype, bias_E), self.moe, key,
-      activation=self.activation, train=train, trace=trace,
-    )  # fmt: skip
 
 
 def moe_feedforward(

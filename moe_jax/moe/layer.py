@@ -14,7 +14,6 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.kernels import activation as activations
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels import gathered
 from moe_jax.kernels.activation import Activation, gated
@@ -226,13 +225,12 @@ def _by_batch(x_BLE: jax.Array) -> jax.Array:
 
 
 class MoELayer(nnx.Module):
-  """The parameters of a router and of E experts, and the MoE layer computed with them."""
+  """The parameters of a router and of E experts."""
 
   def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
     moe = model.moe
     D, E, F = model.dim, moe.num_experts, moe.expert_dim
-    self.moe, self.activation = moe, activations.of(model)
-    self.dtype = jnp.dtype(model.compute_dtype.value)
+    self.moe = moe
     init = jax.random.normal
     self.router_DE = nnx.Param(routing.ROUTER_DE.initial(rngs, {"D": D, "E": E}))
     if model.gated:
@@ -266,20 +264,3 @@ class MoELayer(nnx.Module):
   def router(self) -> dict[str, jax.Array]:
     """Returns the float32 parameters of the router by name."""
     return {p.name: getattr(self, p.name)[...] for p in routers.parameters(self.moe)}
-
-  def __call__(
-    self,
-    x_BLD: jax.Array,
-    real_BL: jax.Array,
-    ids_BL: jax.Array,
-    bias_E: jax.Array,
-    key: jax.Array,
-    *,
-    train: bool,
-    trace: bool = False,
-  ) -> MoEOutput:
-    """Calls `moe_layer` with these parameters."""
-    return moe_layer(
-      x_BLD, real_BL, ids_BL, self.weights(self.dtype, bias_E), self.moe, key,
-      activation=self.activation, train=train, trace=trace,
-    )  # fmt: skip

@@ -11,7 +11,7 @@ from flax import nnx
 from moe_jax import config as config_lib
 from moe_jax import validation
 from moe_jax.config import Dispatch, GroupedMatmul, Router
-from moe_jax.model.feedforward import DenseFFN, MoEFFN
+from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
 from moe_jax.moe import layer as layer_lib
 from tests.support.toys import mesh_of, toy_config
 
@@ -20,8 +20,13 @@ def call_layer(layer, x_BLD, *, train=True, seed=0):
   """The layer on real tokens without balancing bias."""
   B, L = x_BLD.shape[:2]
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(seed)
-  bias_E = jnp.zeros(layer.moe.num_experts)
-  return layer(x_BLD, jnp.ones((B, L), bool), ids_BL, bias_E, key, train=train)[:2]
+  real_BL = jnp.ones((B, L), bool)
+  weights = layer.ffn_weights(x_BLD.dtype, jnp.zeros(layer.moe.num_experts))
+  return moe_feedforward(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=train)[:2]
+
+
+def call_dense(layer, x_BLD):
+  return feedforward(x_BLD, layer.weights(x_BLD.dtype))
 
 
 @pytest.mark.parametrize("how", [Dispatch.GATHER, Dispatch.GROUPED])
@@ -76,7 +81,7 @@ def test_one_expert_equals_the_dense_layer(how, one_device):
   def plain(weights, x_BLD):
     names = ("gate_DF", "up_DF", "down_FD")
     params = nnx.State({n: dense_params[n].replace(w) for n, w in zip(names, weights, strict=True)})
-    return nnx.merge(dense_graph, params)(x_BLD)
+    return call_dense(nnx.merge(dense_graph, params), x_BLD)
 
   weights = tuple(dense_params[n][...] for n in ("gate_DF", "up_DF", "down_FD"))
   results = []
@@ -101,7 +106,7 @@ def test_identical_experts_equal_any_one_of_them(how, one_device):
   x_BLD = jax.random.normal(jax.random.key(2), (3, 9, model.dim))
   y_BLD, stats = jax.jit(lambda x: call_layer(layer, x))(x_BLD)
   assert stats.routed_E.max() > 1.15 * stats.routed_E.mean()
-  np.testing.assert_allclose(y_BLD, one(x_BLD), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(y_BLD, call_dense(one, x_BLD), rtol=1e-5, atol=1e-6)
 
 
 def test_shared_experts_add_the_dense_layer(one_device):
@@ -112,7 +117,8 @@ def test_shared_experts_add_the_dense_layer(one_device):
   with_shared, _ = jax.jit(lambda x: call_layer(layer, x))(x_BLD)
   shared, layer.shared = layer.shared, None
   routed, _ = jax.jit(lambda x: call_layer(layer, x))(x_BLD)
-  np.testing.assert_allclose(with_shared, routed + shared(x_BLD), rtol=1e-5, atol=1e-6)
+  want = routed + call_dense(shared, x_BLD)
+  np.testing.assert_allclose(with_shared, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_router_stays_float32_under_bfloat16(one_device):
   layer = MoEFFN(model, nnx.Rngs(0))
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
   real_BL, ids_BL = jnp.ones((2, 9), bool), jnp.zeros((2, 9), int)
-  weights = layer.weights(layer.dtype, jnp.zeros(4))
+  weights = layer.weights(jnp.bfloat16, jnp.zeros(4))
   assert all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(weights.experts))
   inputs = layer_lib.router_inputs(
     x_BLD, real_BL, ids_BL, weights, layer.moe, jax.random.key(0), train=False

@@ -14,7 +14,7 @@ from flax import nnx
 from moe_jax import config as config_lib
 from moe_jax import sharding, validation
 from moe_jax.config import BalanceScope, Dispatch
-from moe_jax.model.feedforward import MoEFFN
+from moe_jax.model.feedforward import MoEFFN, moe_feedforward
 from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe.layer import router_inputs
 from moe_jax.moe.routing import Routing
@@ -152,9 +152,9 @@ def moe_of(peer, dispatcher):
 def call(layer, x_BLD, bias_E, real_BL=None):
   real_BL = jnp.ones((B, L), bool) if real_BL is None else real_BL
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
-  weights = layer.weights(layer.dtype, bias_E)
-  inputs = router_inputs(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=False)
-  y_BLD, stats, _ = layer(x_BLD, real_BL, ids_BL, bias_E, key, train=False)
+  weights = layer.ffn_weights(x_BLD.dtype, bias_E)
+  inputs = router_inputs(x_BLD, real_BL, ids_BL, weights.moe, layer.moe, key, train=False)
+  y_BLD, stats, _ = moe_feedforward(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=False)
   return y_BLD, (stats, inputs)
 
 
