@@ -99,12 +99,16 @@ def experts(weights: Experts) -> Experts:
 
 def whole(weight: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
   """Returns, inside shard_map, all of a dimension that mesh axes split; scatters the gradient."""
-  x = jnp.moveaxis(weight, dimension, 0)
+  stages = [(axis, groups) for axis in reversed(axes) for groups in _stages(_mesh().shape[axis])]
+  if not stages:
+    return weight
+  first = jnp.moveaxis(weight, dimension, 0)
+  x = first.reshape(first.shape[0], -1)
   if platform.name() == "tpu":  # XLA may keep the last dimension of the weight the last otherwise
-    x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-  for axis in reversed(axes):
-    for groups in _stages(_mesh().shape[axis]):
-      x = jax.lax.all_gather(x, axis, tiled=True, axis_index_groups=groups)
+    x = with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
+  for axis, groups in stages:
+    x = jax.lax.all_gather(x, axis, tiled=True, axis_index_groups=groups)
+  x = x.reshape(-1, *first.shape[1:])
   return checkpoint_name(jnp.moveaxis(x, 0, dimension), GATHERED)
 
 

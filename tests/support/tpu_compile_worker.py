@@ -1,10 +1,11 @@
 """Compiles one case for a TPU that need not be present.
 
-Writes {hlo, flops} of the forward pass and of forward and backward pass, or the optimized HLO of a
-train step. test_tpu_compile.py runs this file in a separate process.
+Writes {hlo, flops} of the forward pass and of forward and backward pass, or what its functions say.
+test_tpu_compile.py runs this file in a separate process.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,18 +21,18 @@ os.environ.pop("XLA_FLAGS", None)  # those of conftest simulate devices
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax import command_line, sharding, validation
 from moe_jax import config as config_lib
-from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe.layer import on_mesh
 from moe_jax.moe.routing import LayerInputs
-from tests.support.train_step_case import compile_step
+from tests.support.tpu_cycles import cycles
+from tests.support.train_step_case import SPLIT, collectives, compile_config, compile_step
 
 B, L, D, F, E, K = 8, 128, 256, 384, 8, 2
 N = 2048  # rows of the experts alone
@@ -49,27 +50,26 @@ _LAYERS = {
 }
 
 
-def compile_both(loss, differentiated, *shapes):
-  """Compiles `loss`, which has an auxiliary output, and its gradient."""
-  compiled = []
-  for function in (loss, jax.value_and_grad(loss, argnums=differentiated, has_aux=True)):
-    program = jax.jit(function).lower(*shapes).compile()
-    compiled.append({"hlo": program.as_text(), "flops": program.cost_analysis()["flops"]})
-  return compiled
+def compiled(function, *shapes):
+  program = jax.jit(function).lower(*shapes).compile()
+  return {"hlo": program.as_text(), "flops": program.cost_analysis()["flops"]}
+
+
+def with_gradient(loss, differentiated):
+  return jax.value_and_grad(loss, argnums=differentiated, has_aux=True)
 
 
 def mesh_of(devices, data, expert):
-  devices = np.array(devices[: data * expert]).reshape(data, 1, expert, 1)
-  return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+  return sharding.make_mesh(config_lib.Mesh(data=data, expert=expert), devices)
 
 
 def array(mesh, shape, dtype, *axes):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
 
-def layer(devices, **options):
-  """Compiles the MoE layer on 8 devices: data=2, expert=4."""
-  mesh = mesh_of(devices, data=2, expert=4)
+def layer(mesh, sizes=(B, L, D, F), **options):
+  """Returns a loss of the MoE layer on a mesh, which has an auxiliary output, and its shapes."""
+  B, L, D, F = sizes
   moe = config_lib.MoE(num_experts=E, top_k=K, expert_dim=F, **options)
 
   def loss(x_BLD, logits_BLE, experts, real_BL, ids_BL, bias_E):
@@ -85,11 +85,65 @@ def layer(devices, **options):
     return array(mesh, shape, jnp.bfloat16, "expert")
 
   experts = Experts(weights((E, D, F)), weights((E, D, F)), weights((E, F, D)))
-  with jax.set_mesh(mesh):
-    return compile_both(
-      loss, (0, 1, 2), tokens((B, L, D), jnp.bfloat16), tokens((B, L, E), jnp.float32), experts,
-      tokens((B, L), jnp.bool_), tokens((B, L), jnp.int32), array(mesh, (E,), jnp.float32),
-    )  # fmt: skip
+  return loss, (
+    tokens((B, L, D), jnp.bfloat16), tokens((B, L, E), jnp.float32), experts,
+    tokens((B, L), jnp.bool_), tokens((B, L), jnp.int32), array(mesh, (E,), jnp.float32),
+  )  # fmt: skip
+
+
+def compile_both(loss, shapes, differentiated=(0, 1, 2)):
+  """Compiles a loss, and the loss with its gradient."""
+  return [compiled(f, *shapes) for f in (loss, with_gradient(loss, differentiated))]
+
+
+# The layers whose cycles are counted: large enough that matmuls take most of them.
+_COUNTED = {
+  "one expert a device": dict(expert=8, dispatch=Dispatch.GATHER, capacity_factor=1.25),
+  "two experts a device": dict(expert=4, dispatch=Dispatch.GATHER, capacity_factor=1.25),
+  "all_gather": dict(expert=8, dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_GATHER),
+  "all_to_all": dict(
+    expert=8, dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=1.25
+  ),
+  "ragged": dict(
+    expert=8, dispatch=Dispatch.GROUPED, exchange=Exchange.RAGGED, exchange_factor=1.25
+  ),
+}
+
+
+def counted_cycles():
+  """Returns the cycles by phase of forward and backward pass of each layer of _COUNTED."""
+  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+  found = {}
+  for name, options in _COUNTED.items():
+    expert = options.pop("expert")
+    mesh = mesh_of(devices, data=8 // expert, expert=expert)
+    with jax.set_mesh(mesh):
+      loss, shapes = layer(mesh, (8, 2048, 2048, 4096), **options)
+      found[name] = cycles(compiled(with_gradient(loss, (0, 1, 2)), *shapes)["hlo"])
+  return found
+
+
+def split_steps():
+  """Returns the collectives of a train step on 64 devices, by layout."""
+  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
+  found = {}
+  for fsdp, expert in ((8, 8), (16, 4), (32, 2), (64, 1)):
+    mesh = config_lib.Mesh(data=1, fsdp=fsdp, expert=expert)
+    hlo = compile_config(dataclasses.replace(SPLIT, mesh=mesh), devices)
+    found[f"{fsdp}x{expert}"] = {k: sorted(v) for k, v in collectives(hlo).items()}
+  return found
+
+
+def meshes(slices):
+  """Returns [axis sizes, notice] of each (config file, topology), by the functions of a run."""
+  found = []
+  for path, name in slices:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    config = command_line.load_file(path)
+    mesh = validation.resolve_mesh(config, len(devices)).mesh
+    made = sharding.make_mesh(mesh, devices)
+    found.append([dict(made.shape), sharding.split_notice(mesh, devices)])
+  return found
 
 
 def sorted_experts(devices, kernel):
@@ -101,10 +155,9 @@ def sorted_experts(devices, kernel):
     return jnp.sum(y_ND.astype(jnp.float32) ** 2), y_ND
 
   experts = Experts(*(array(mesh, s, jnp.bfloat16) for s in ((E, D, F), (E, D, F), (E, F, D))))
+  shapes = (array(mesh, (N, D), jnp.bfloat16), experts, array(mesh, (E,), jnp.int32))
   with jax.set_mesh(mesh):
-    return compile_both(
-      loss, (0, 1), array(mesh, (N, D), jnp.bfloat16), experts, array(mesh, (E,), jnp.int32)
-    )
+    return compile_both(loss, shapes, (0, 1))
 
 
 def cross_compile():
@@ -115,7 +168,13 @@ def cross_compile():
 
 def main():
   case, out = sys.argv[1:]
-  if case in ("splash", "reference"):
+  if case == "cycles":
+    result = counted_cycles()
+  elif case == "split":
+    result = split_steps()
+  elif case.startswith("["):
+    result = meshes(json.loads(case))
+  elif case in ("splash", "reference"):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     result = compile_step(devices, case)
   else:
@@ -123,7 +182,9 @@ def main():
     # Without cross_compile tokamax sees a CPU, and silently uses XLA's ragged_dot.
     with cross_compile() if case.startswith("mosaic") else contextlib.nullcontext():
       if case in _LAYERS:
-        result = layer(devices, **_LAYERS[case])
+        mesh = mesh_of(devices, data=2, expert=4)
+        with jax.set_mesh(mesh):
+          result = compile_both(*layer(mesh, **_LAYERS[case]))
       else:
         result = sorted_experts(devices, GroupedMatmul(case))
   pathlib.Path(out).write_text(json.dumps(result))

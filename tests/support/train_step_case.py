@@ -1,15 +1,16 @@
 """Compiles a train step for devices that need not be present, and finds large arrays in it."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
-from moe_jax import sharding
 from moe_jax.config import Attention, Dtype
 from moe_jax.data import pipeline
 from moe_jax.training import train
@@ -29,20 +30,48 @@ _CONFIG = config_lib.Config(
 def compile_step(devices: Sequence[jax.Device], attention: str) -> str:
   """Returns the optimized HLO of a step on four devices: heads over two, sequences over two."""
   model = dataclasses.replace(_CONFIG.model, attention=Attention(attention))
-  config = dataclasses.replace(_CONFIG, model=model)
-  shape = tuple(getattr(config.mesh, axis) for axis in sharding.AXES)
-  axis_types = (AxisType.Auto,) * len(shape)
-  mesh = Mesh(np.array(devices[:4]).reshape(shape), sharding.AXES, axis_types=axis_types)
+  return compile_config(dataclasses.replace(_CONFIG, model=model), devices[:4])
+
+
+def compile_config(config: config_lib.Config, devices: Sequence[jax.Device]) -> str:
+  """Returns the optimized HLO of a config's step on these devices."""
+  mesh = sharding.make_mesh(config.mesh, devices)
   with jax.set_mesh(mesh):
     _, shapes, shardings = train.init_state(config, mesh)
-    state = jax.tree.map(
-      lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
-    )
     rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
-    tokens_BL = jax.ShapeDtypeStruct((config.data.batch_size, LENGTH), np.int32, sharding=rows)
+    size = (config.data.batch_size, config.data.seq_len)
+    tokens_BL = jax.ShapeDtypeStruct(size, np.int32, sharding=rows)
     batch = pipeline.Batch(*[tokens_BL] * len(pipeline.Batch._fields))
     step = train.compile_step(config, shardings)
-    return step.lower(state, batch).compile().as_text()
+    return step.lower(checkpoint.abstract(shapes, shardings), batch).compile().as_text()
+
+
+# A step whose weights are split over all 64 devices of a slice. 2048 / 64 is less than a row of a
+# vector register, along which XLA gathers and scatters nothing.
+SPLIT = config_lib.Config(
+  model=config_lib.Model(
+    vocab_size=1024, num_layers=2, dim=2048, num_heads=8, num_kv_heads=8, head_dim=128,
+    tied_head=False, compute_dtype=Dtype.BFLOAT16, remat=config_lib.Remat.FULL,
+    attention=Attention.REFERENCE,
+    moe=config_lib.MoE(num_experts=8, expert_dim=512, capacity_factor=1.25),
+  ),
+  data=config_lib.Data(seq_len=256, batch_size=64),
+)  # fmt: skip
+
+
+def collectives(hlo: str) -> dict[str, set[int]]:
+  """Returns how many elements the arrays have that each kind of collective returns.
+
+  A TPU's reduce-scatter may stand in a fusion, which is named after it.
+  """
+  kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "all-reduce-scatter")
+  found: dict[str, set[int]] = {kind: set() for kind in kinds}
+  for types, op, rest in re.findall(r" = (\S.*?) ([\w\-]+?)(?:-start)?\((.*)", hlo):
+    kind = "all-reduce-scatter" if "calls=%all-reduce-scatter" in rest else op
+    if kind in found:
+      sizes = re.findall(r"\w+\[([\d,]*)\]", types)
+      found[kind] |= {math.prod(int(n) for n in size.split(",") if n) for size in sizes}
+  return found
 
 
 def square_arrays(hlo: str) -> set[str]:
