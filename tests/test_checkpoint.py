@@ -170,6 +170,24 @@ class State(NamedTuple):
   weights_DF: jax.Array
 
 
+def test_whole_files_of_another_state_are_noticed(tmp_path):
+  """Storage finds no fault with them: of the same step, names and shapes, with other values."""
+  for name, value in (("ours", 1.0), ("theirs", 2.0)):
+    saver = checkpoint.Checkpointer(tmp_path / name, config.Train())
+    assert saver.save(1, State(jnp.full((2, 3), value)), 1, 1.0)
+    saver.wait()
+    saver.close()
+  ours, theirs = (tmp_path / name / "checkpoints/1/state" for name in ("ours", "theirs"))
+  shutil.rmtree(ours)
+  shutil.copytree(theirs, ours)
+  like = State(jnp.zeros((2, 3)))
+  fields = checkpoint.abstract(like, State(like.weights_DF.sharding))._asdict()
+  reader = checkpoint.Checkpointer(tmp_path / "ours")
+  with pytest.raises(DamagedError, match="other values than were saved in weights_DF"):
+    reader.restore_fields(1, fields)
+  reader.close()
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   """It would take the place of one that a run can go on from."""
   saver = checkpoint.Checkpointer(tmp_path, config.Train(keep_latest=1, keep_best=0))
