@@ -176,7 +176,8 @@ def try_all(faults: list[Fault], jobs: int, clean: bool) -> int:
         pool.shutdown(wait=False, cancel_futures=True)
         trials.stop()
         raise
-  print(*(line for _, line in others), sep="\n")
+  for _, line in others:
+    print(line)
   # A test that hangs sees a fault; of many, the machine is slow and the tests have seen nothing.
   slow = sum(kind == "timeout" for kind, _ in others)
   bad = len(others) - (0 if clean else slow)
