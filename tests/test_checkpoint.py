@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, of another model, or not finite are never used in silence."""
 
+import contextlib
 import gc
 import os
 import random
@@ -170,15 +171,34 @@ class State(NamedTuple):
   weights_DF: jax.Array
 
 
+def test_whole_files_of_another_state_are_noticed(tmp_path):
+  """Storage finds no fault with them: of the same step, names and shapes, with other values."""
+  for name, value in (("ours", 1.0), ("theirs", 2.0)):
+    saver = checkpoint.Checkpointer(tmp_path / name, config.Train())
+    assert saver.save(1, State(jnp.full((2, 3), value)), 1, 1.0)
+    saver.wait()
+    saver.close()
+  ours, theirs = (tmp_path / name / "checkpoints/1/state" for name in ("ours", "theirs"))
+  shutil.rmtree(ours)
+  shutil.copytree(theirs, ours)
+  like = State(jnp.zeros((2, 3)))
+  fields = checkpoint.abstract(like, State(like.weights_DF.sharding))._asdict()
+  with (
+    contextlib.closing(checkpoint.Checkpointer(tmp_path / "ours")) as reader,
+    pytest.raises(DamagedError, match="other values than were saved in weights_DF"),
+  ):
+    reader.restore_fields(1, fields)
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   """It would take the place of one that a run can go on from."""
-  saver = checkpoint.Checkpointer(tmp_path, config.Train(keep_latest=1, keep_best=0))
-  assert saver.save(1, State(jnp.ones((2, 3))), 1, 2.0)
-  for step, bad in enumerate((np.nan, np.inf), 2):
-    assert not saver.save(step, State(jnp.ones((2, 3)).at[1, 2].set(bad)), step, 1.0)
-  saver.wait()
-  assert saver.steps() == [1] and workdir.recorded_step(tmp_path) == 1
-  saver.close()
+  keep = config.Train(keep_latest=1, keep_best=0)
+  with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep)) as saver:
+    assert saver.save(1, State(jnp.ones((2, 3))), 1, 2.0)
+    for step, bad in enumerate((np.nan, np.inf), 2):
+      assert not saver.save(step, State(jnp.ones((2, 3)).at[1, 2].set(bad)), step, 1.0)
+    saver.wait()
+    assert saver.steps() == [1] and workdir.recorded_step(tmp_path) == 1
 
 
 def test_a_deletion_that_is_cut_off_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):

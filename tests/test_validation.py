@@ -65,6 +65,13 @@ def test_disagreeing_fields_are_named(change):
   assert f"config.{name}=" in message and DISAGREEMENTS[change] in message and "\n" not in message
 
 
+def test_an_evaluation_batch_splits_over_all_axes_of_the_batch():
+  config = toy_config()
+  config.mesh, config.eval.batch_size = config_lib.Mesh(data=2, expert=2), 6
+  with pytest.raises(config_lib.UserError, match=r"eval\.batch_size=6 does not divide over"):
+    validation.validate(config)
+
+
 LATENT = dict(kv_dim=4, rotary_dim=2, value_dim=6)
 
 

@@ -12,7 +12,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import workdir
 from moe_jax.config import Dispatch
-from moe_jax.errors import DamagedError
+from moe_jax.errors import DamagedError, UserError
 
 UNLIMITED = math.inf  # capacity factor
 
@@ -79,6 +79,19 @@ def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
   other = dataclasses.replace(config, loss=config_lib.Loss(z=1.0))
   with pytest.raises(config_lib.UserError, match=r"config.loss.z=1.0 \(was 0.0\)"):
     workdir.check_same_config(tmp_path, other)
+
+
+@pytest.mark.parametrize("field", [
+  "model.num_layers", "data.batch_size", "data.seed", "optimizer.warmup_steps", "train.seed",
+  "train.accumulation",
+])  # fmt: skip
+def test_what_changes_the_values_of_a_run_may_not_change(field, tmp_path):
+  before, after = config_lib.Config(), config_lib.Config()
+  section, name = field.split(".")
+  setattr(getattr(after, section), name, getattr(getattr(after, section), name) + 1)
+  workdir.write_config(tmp_path, before)
+  with pytest.raises(UserError, match=f"config.{field}="):
+    workdir.check_same_config(tmp_path, after)
 
 
 def _changed(**changes):

@@ -60,3 +60,12 @@ def chances(logits, **options):
 def test_tokens_are_drawn_as_often_as_by_hand(options, expected):
   drawn = chances(np.log([0.4, 0.3, 0.2, 0.1]), **options)
   np.testing.assert_allclose(drawn, expected, atol=0.015)
+
+
+@pytest.mark.parametrize(("seed", "number"), [(0, 1), (1, 0)])
+def test_every_token_and_every_seed_draws_numbers_of_its_own(seed, number):
+  """Two draws of two even tokens agree in half of the rows, give or take 3%."""
+  draw, kind = sampling.options(1.0, 0, 1.0, 2)
+  rows = jnp.zeros((1000, 2))
+  first, other = (sampling.sample(rows, *of, draw, kind, 2) for of in ((0, 0), (seed, number)))
+  assert 0.4 < np.mean(np.asarray(first == other)) < 0.6

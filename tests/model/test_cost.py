@@ -53,6 +53,9 @@ def test_a_tied_head_is_the_embedding(tied, matrices):
   other = 2 * 10 * 24 + 2 * 10 * 12 + 10 * 4 + 2 * 10
   assert counts.total - counts.embedding == 2 * (other + 4 * 3 * 10 * 18) + 10
   assert counts.active - counts.embedding == 2 * (other + 2 * 3 * 10 * 18) + 10
+  # Norms are no matrices; the head is, tied or not. Each of 9 queries sees 5 keys on average.
+  matmul = 2 * (other - 2 * 10 + 2 * 3 * 10 * 18) + 24 * 10
+  assert counts.flops_per_token == 6 * (matmul + 2 * 4 * (6 + 6) * 5)
 
 
 def test_describe_says_what_is_not_causal():

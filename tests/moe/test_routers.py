@@ -83,9 +83,9 @@ def test_sigmoid_scores():
 
 @pytest.mark.parametrize("score", list(Score))
 def test_a_bias_changes_the_choice_and_no_gate(score):
-  """Token 0 is pushed from expert 0 to 2; the gate is expert 2's own score."""
+  """Token 0 is pushed from expert 0 to 2, which is pulled; the gate is expert 2's own score."""
   plain = 0.4 if score is Score.SOFTMAX else round(0.4 / 1.4, 4)
-  assert route(P, score=score, bias=[-0.3, 0, 0]).assigned[0] == (0, 2, plain)
+  assert route(P, score=score, bias=[-0.3, 0, 0.1]).assigned[0] == (0, 2, plain)
 
 
 def test_groups_limit_the_choice():

@@ -83,6 +83,12 @@ def test_document_sums_add_up_to_the_whole(trained, one_device):
   assert documents.nll_M.sum() == pytest.approx(total.sums.nll, rel=1e-6)
   assert documents.targets_M.sum() == total.sums.targets == len(rows.stream_N) - 1
   assert documents.bytes_M.sum() == total.num_bytes == rows.num_bytes
+  # In rows that end with a document, which count a byte less than their inputs.
+  some = evaluator.Evaluator(config, rows, mesh_of(), 0)
+  targets_BL = rows.batch(range(len(rows))).targets_BL
+  some.numbers = np.flatnonzero(targets_BL[:, -1] == S)
+  num_bytes = some.total(state.params, state.bias_ZE).num_bytes
+  assert num_bytes == np.count_nonzero(targets_BL[some.numbers] != S)
 
 
 def test_standard_error_is_that_of_drawing_other_documents():

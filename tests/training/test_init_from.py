@@ -1,5 +1,6 @@
 """A new run begins with the parameters of another run: real checkpoints, and a real second run."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -200,14 +201,15 @@ class Saved(NamedTuple):
 )
 def test_the_best_step_has_a_loss_that_is_a_number(tmp_path, losses, kept, best):
   """inf is the loss of a step that was saved without an evaluation; nan that of a broken model."""
-  saver = checkpoint.Checkpointer(tmp_path, config_lib.Train(keep_latest=1, keep_best=1))
-  assert saver.best_step() is None
-  for step, loss in enumerate(losses, 1):
-    saver.save(step, Saved(jnp.ones(2)), step, loss)
-    saver.wait()
-  assert saver.best_step() == best
-  assert set(saver.steps()) == set(kept)
-  saver.close()
+  keep = config_lib.Train(keep_latest=1, keep_best=1)
+  # Closed also where an assertion fails: Python would wait for Orbax's threads for minutes.
+  with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep)) as saver:
+    assert saver.best_step() is None
+    for step, loss in enumerate(losses, 1):
+      saver.save(step, Saved(jnp.ones(2)), step, loss)
+      saver.wait()
+    assert saver.best_step() == best
+    assert set(saver.steps()) == set(kept)
 
 
 @pytest.mark.slow

@@ -282,6 +282,20 @@ def test_bias_balances_the_load():
   assert history[0] > 0.3 and np.mean(history[-5:]) < 0.5 * history[0]
 
 
+def test_every_step_and_every_microbatch_draws_noise_of_its_own():
+  """All rows are equal, so that two microbatches of one noise would make all counts even."""
+  config = toy_config(router=config_lib.Router.RANDOM)
+  config.loss.load_balance, config.train.accumulation = 0.0, 2
+  mesh, state, step = set_up(config, {})
+  batch = jax.tree.map(lambda x_BL: np.tile(x_BL[:1], (8, 1)), toy_batch(config))
+  counts = []
+  with jax.set_mesh(mesh):
+    for _ in range(2):
+      state, metrics = step(state, batch)
+      counts.append(np.round(metrics["load_ZE"] * metrics["tokens"] * config.model.moe.top_k))
+  assert (counts[0] % 2).any() and (counts[0] != counts[1]).any()
+
+
 GOLDEN = {
   "loss": 3.1745267,
   "total_loss": 3.1940303,
