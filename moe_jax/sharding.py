@@ -15,6 +15,7 @@ alone say how it is split: `up_EDF` is split over the axes ('expert', 'fsdp', 't
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -96,18 +97,25 @@ def make_mesh(
 def split_notice(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> str:
   """Returns what to say of a mesh that splits an axis of a TPU slice's torus; "" for no such mesh.
 
-  The arguments are those of `make_mesh`. Named are sizes of `fsdp` and `expert` that need no split;
-  their `expert` divides the mesh's.
+  The arguments are those of `make_mesh`. Named are sizes that need no split, those with the most of
+  the mesh's `expert` first.
   """
   some = _first_of_each_process(mesh, devices)
   if _fits_torus(mesh, some):
     return ""
-  sizes = [n for n in range(mesh.expert, 0, -1) if not mesh.expert % n]
-  others = [dataclasses.replace(mesh, fsdp=mesh.fsdp * mesh.expert // n, expert=n) for n in sizes]
-  whole = [f"fsdp={o.fsdp} x expert={o.expert}" for o in others if _fits_torus(o, some)]
+  experts = [n for n in range(mesh.expert, 0, -1) if not mesh.expert % n]
+  rest = {n: len(some) // mesh.tensor // n for n in experts}
+  others = (
+    dataclasses.replace(mesh, data=data, fsdp=rest[n] // data, expert=n)
+    for n in experts
+    for data in range(1, rest[n] + 1)
+    if not rest[n] % data
+  )
+  whole = (f"{o.data} x {o.fsdp} x {o.expert}" for o in others if _fits_torus(o, some))
   return (
-    f"config.mesh.fsdp={mesh.fsdp} x expert={mesh.expert} splits an axis of this slice's torus, "
-    f"whose links its parts share; sizes without a split: {', '.join(whole) or 'none'}"
+    f"config.mesh.data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} splits an axis of this "
+    "slice's torus, whose links its parts share; sizes without a split: "
+    + (", ".join(itertools.islice(whole, 3)) or "none")
   )
 
 

@@ -135,11 +135,11 @@ def split_steps():
 
 
 def meshes(slices):
-  """Returns [axis sizes, notice] of each (config file, topology), by the functions of a run."""
+  """Returns [axis sizes, notice] of each (config, topology, overrides), by a run's functions."""
   found = []
-  for path, name in slices:
+  for path, name, overrides in slices:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    config = command_line.load_file(path)
+    config = command_line.override(command_line.load_file(path), overrides, "here")
     mesh = validation.resolve_mesh(config, len(devices)).mesh
     made = sharding.make_mesh(mesh, devices)
     found.append([dict(made.shape), sharding.split_notice(mesh, devices)])
