@@ -113,8 +113,8 @@ def split_notice(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = N
   )
   whole = (f"{o.data} x {o.fsdp} x {o.expert}" for o in others if _fits_torus(o, some))
   return (
-    f"config.mesh.data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} splits an axis of this "
-    "slice's torus, whose links its parts share; sizes without a split: "
+    f"config.mesh.data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} splits an axis of this"
+    " slice's torus, whose links its parts share; sizes without a split: "
     + (", ".join(itertools.islice(whole, 3)) or "none")
   )
 
