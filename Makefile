@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTEST ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 
-.PHONY: train checks test test-slow lint clean
+.PHONY: train checks test test-slow test-benchmarks lint clean
 
 train: $(VENV)/.installed  ## train, evaluate and plot the default model
 	$(BIN)/python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe
@@ -13,10 +13,13 @@ train: $(VENV)/.installed  ## train, evaluate and plot the default model
 checks: lint test  ## what a pull request needs
 
 test: $(VENV)/.installed-dev  ## the everyday suite, some minutes
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -m "not slow and not benchmark" $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev  ## the whole grid, several processes, the README's commands
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+
+test-benchmarks: $(VENV)/.installed-dev  ## the benchmarks at toy size, for who changes what they measure
+	$(BIN)/python -m pytest -m benchmark $(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def numbers_of_a_run(config: Config) -> dict[str, np.ndarray]:
 
 # RANDOM_CONFIGS=200 trains so many; each is compiled for some seconds.
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_CONFIGS", "2"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_CONFIGS", "6"))))
 def test_an_accepted_config_trains(seed):
   config, errors = draw(np.random.default_rng(seed), check_memory)
   assert not any("\n" in error for error in errors)

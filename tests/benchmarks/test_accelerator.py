@@ -13,7 +13,7 @@ def result(tmp_path_factory):
   return accelerator.run(tmp_path_factory.mktemp("out"), rounds=1, minutes=60)
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.benchmark
 
 
 def test_every_kernel_that_runs_here_is_right(result):

@@ -43,29 +43,29 @@ def decoded(tmp_path_factory):
   return Decoded(one, three, str(refused.value), worker.ready["parameters"], weights, prompts)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_worker_measures_and_decodes_every_row(decoded):
   assert decoded.one["cpu_s"] > 0 and np.shape(decoded.three["tokens"]) == (3, 40)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_row_has_the_same_tokens_whatever_the_batch(decoded):
   three = decoded.three["tokens"]
   assert decoded.one["tokens"][0] == three[0] and 0 not in np.array(three)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_worker_refuses_what_it_does_not_know(decoded):
   assert "is not `decode B N`" in decoded.refused
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_every_prompt_begins_with_the_separator(decoded):
   prompts = decoded.prompts
   assert prompts.shape == (3, 16) and (prompts[:, 0] == 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_all_weights_are_written_as_mixtral_has_them(decoded):
   weights = decoded.weights
   assert weights["model.layers.0.block_sparse_moe.experts.1.w1.weight"].shape == (16, 16)

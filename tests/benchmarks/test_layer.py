@@ -28,12 +28,12 @@ def rows(measured):
   return {(r["dtype"], r["candidate"]): r for r in measured["rows"]}
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_every_candidate_is_measured_in_every_precision(rows):
   assert set(rows) == set(CASES)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_row_has_times_drops_and_a_small_error(case, rows):
   row = rows[case]
@@ -41,12 +41,12 @@ def test_a_row_has_times_drops_and_a_small_error(case, rows):
   assert 0 <= row["drop_fraction"] < 1 and row["error"] < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_ffn_is_what_the_others_are_compared_with(rows):
   assert rows["float32", "ffn"]["step_vs_ffn"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_capacity_drops_and_the_grouped_path_does_not(rows):
   """Capacity 1.0 drops as soon as loads are uneven."""
   gather, grouped = rows["float32", "gather E=8"], rows["float32", "grouped E=8"]
@@ -55,7 +55,7 @@ def test_capacity_drops_and_the_grouped_path_does_not(rows):
   assert gather["max_vio"] == grouped["max_vio"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_phases_add_up_to_the_layer(measured):
   assert [split["candidate"] for split in measured["phases"]] == ["gather E=8", "grouped E=8"]
   for split in measured["phases"]:
@@ -72,20 +72,20 @@ def result(measured):
   return measured | {"targets": layer_report.targets(measured)}
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_targets_of_a_layer(result):
   """float32: gather and grouped against the FFN, and their phases; bfloat16: the matmul's rate."""
   what = [t["what"] for t in result["targets"]]
   assert len(what) == 5 and sum("matmul rate" in w for w in what) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_report_gives_the_verdict_on_each_target(result):
   text = layer_report.text(result)
   assert all(t["verdict"] in text for t in result["targets"])
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_file_holds_what_was_measured_and_where(result, tmp_path):
   results.write(tmp_path, "layer.json", {"environment": results.environment()} | result)
   read = json.loads((tmp_path / "layer.json").read_text())
@@ -94,14 +94,14 @@ def test_the_file_holds_what_was_measured_and_where(result, tmp_path):
   assert [r["step_vs_ffn"] for r in read["rows"]] == [r["step_vs_ffn"] for r in result["rows"]]
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_plot_is_drawn(result, tmp_path):
   plots.layer(tmp_path, result)
   assert (tmp_path / "layer.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
-  "how", [Dispatch.GATHER, pytest.param(Dispatch.GROUPED, marks=pytest.mark.slow)]
+  "how", [Dispatch.GATHER, pytest.param(Dispatch.GROUPED, marks=pytest.mark.benchmark)]
 )
 def test_wrong_program_is_not_timed(monkeypatch, how):
   def forgets_the_gates(y, assigned, slots, layout):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import startup
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_nothing_takes_twice_its_budget(tmp_path):
   before = startup.import_seconds()
   measured = startup.measure(tmp_path, rounds=1)

@@ -43,13 +43,13 @@ def worker(tmp_path_factory):
   started.close()
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_worker_says_what_it_is(worker):
   ready = worker.ready
   assert ready["ready"] and ready["name"] == "moe_jax gather 1 none" and ready["versions"]["jax"]
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_worker_counts_its_parameters(worker):
   """Of two experts one is used; the rest: embedding, head, q, out, k, v, norms, router."""
   rest = 2 * 32 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 + 16 * 2
@@ -57,20 +57,20 @@ def test_a_worker_counts_its_parameters(worker):
   assert worker.ready["active_parameters"] == rest + 3 * 16 * 16
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_worker_steps_and_measures(worker):
   first, second = worker.ask("step 1"), worker.ask("step 2")
   assert first["cpu_s"] > 0 and first["wall_s"] > 0
   assert second["loss"] < first["loss"] < 5
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
 def test_a_worker_stays_on_its_cpu(worker):
   assert os.sched_getaffinity(worker.process.pid) == {CPU}
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_worker_stops_when_it_is_told_what_it_does_not_know(worker):
   with pytest.raises(UserError, match="is not `step N`"):
     worker.ask("step two")
