@@ -26,7 +26,6 @@ from tests.support.toys import ROOT
 # As in a user's shell: the package itself must set the threads that collectives need.
 WITHOUT_THREADS = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
 ONE_DEVICE = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags()}
-EIGHT_DEVICES = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags(devices=8)}
 
 
 # So that runs of any number of steps are one program, which is compiled once.
@@ -43,10 +42,10 @@ def command(workdir, cache, *arguments, steps=12):
   ]  # fmt: skip
 
 
-def train(workdir, cache, *arguments, steps=12, env=ONE_DEVICE):
+def train(workdir, cache, *arguments, steps=12):
   done = subprocess.run(
     command(workdir, cache, *arguments, steps=steps),
-    cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -72,10 +71,10 @@ def generate(*arguments, stdin=""):
   )  # fmt: skip
 
 
-def evaluate(workdir, *arguments, env=ONE_DEVICE):
+def evaluate(workdir, *arguments):
   done = subprocess.run(
     [sys.executable, "eval.py", f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return done.stdout, result_of(workdir)
@@ -144,7 +143,8 @@ def call(script: str, *arguments: str, imports_jax: bool = True) -> Ended:
       code = 0
     except SystemExit as end:
       code = end.code or 0
-  return Ended(code, stdout.getvalue(), stderr.getvalue())
+  texts = (s.getvalue().replace("\r\n", "\n").replace("\r", "\n") for s in (stdout, stderr))
+  return Ended(code, *texts)  # with the ends of lines that subprocess.run(text=True) reads
 
 
 @contextlib.contextmanager
