@@ -1,4 +1,4 @@
-"""What a program prints where a terminal cannot show it, a stream is closed, or Ctrl-C comes."""
+"""What a program prints where a terminal cannot show it, a stream is closed."""
 
 import os
 import signal
@@ -48,15 +48,6 @@ def test_closed_streams_take_no_number_of_a_file(how, out):
   done = prints_text("x", how)
   assert (done.returncode, done.stdout) == (2, out)
   assert b"to stderr" in done.stderr or how == "2>&-"
-
-
-def test_ctrl_c_ends_a_program_with_130_and_without_a_traceback():
-  code = (
-    "import os, signal\nfrom moe_jax import command_line\n"
-    "command_line.one_line_errors(lambda: os.kill(os.getpid(), signal.SIGINT))"
-  )
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_a_reader_that_closes_the_output_ends_the_program_without_a_traceback():

@@ -1,17 +1,18 @@
-"""eval.py as a process: loss, bits per byte, loads and plots of a run; other meshes; mistakes."""
+"""eval.py: loss, bits per byte, loads and plots of a run; other meshes; mistakes."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
 from tests.support.scripts import (
-  EIGHT_DEVICES,
   built,
+  call,
+  command,
   evaluate,
   losses_of,
   refused,
+  result_of,
   train,
   validation_of,
 )
@@ -25,8 +26,8 @@ def evaluated(shared_folder, whole_run):
     workdir = shutil.copytree(whole_run.workdir, path / "run")
     output, result = evaluate(workdir)
     files = {p.name: p.read_bytes()[:4].hex() for p in workdir.glob("*.png")}
-    _, other = evaluate(workdir, "--split=test")
-    return {"output": output, "result": result, "pictures": files, "other": other}
+    call("eval.py", f"--workdir={workdir}", "--split=test")
+    return {"output": output, "result": result, "pictures": files, "other": result_of(workdir)}
 
   return built(shared_folder / "evaluated", build).said
 
@@ -91,7 +92,7 @@ def test_another_split_has_another_loss(evaluated):
 )
 def test_eval_refuses_in_one_line(whole_run, arguments, message):
   given = [a.replace("WORKDIR", str(whole_run.workdir)) for a in arguments]
-  assert message in refused([sys.executable, "eval.py", *given])
+  assert message in refused("eval.py", *given)
 
 
 @pytest.mark.slow
@@ -99,22 +100,22 @@ def test_eight_devices_evaluate_groups_of_two_rows_as_one_device_does(tmp_path, 
   """That drop a quarter."""
   flags = ("--config.model.moe.group_size=128", "--config.model.moe.eval_capacity_factor=1.0")
   train(tmp_path / "run", cache, *flags)
-  _, one = evaluate(tmp_path / "run")
-  _, many = evaluate(tmp_path / "run", "--capacity_factors=0.5", env=EIGHT_DEVICES)
-  assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
-  assert many["drop_fraction_Z"] == pytest.approx(one["drop_fraction_Z"], abs=1e-3)
-  assert np.mean(one["drop_fraction_Z"]) > 0.05 and many["capacity"]
+  one = validation_of(tmp_path / "run", 12)
+  call("eval.py", f"--workdir={tmp_path / 'run'}", "--capacity_factors=0.5")
+  many = result_of(tmp_path / "run")
+  assert many["loss"] == pytest.approx(one["validation/loss"], rel=1e-6)
+  drops_Z = one["validation/drop_fraction_Z"]
+  assert many["drop_fraction_Z"] == pytest.approx(drops_Z, abs=1e-3)
+  assert np.mean(drops_Z) > 0.05 and many["capacity"]
 
 
 @pytest.fixture(scope="module")
 def expert_parallel(shared_folder, cache):
-  """The command of the README on eight devices; then eval.py on one device."""
+  """The command of the README on the eight devices here; then eval.py on one device."""
 
   def build(path):
-    train(
-      path / "run", cache, "--config.mesh.expert=4", "--config.mesh.data=2",
-      env=EIGHT_DEVICES,
-    )  # fmt: skip
+    mesh = ("--config.mesh.expert=4", "--config.mesh.data=2")
+    assert call(*command(path / "run", cache, *mesh)[1:]).returncode == 0
     return {"result": evaluate(path / "run")[1]}
 
   return built(shared_folder / "expert_parallel", build)

@@ -1,4 +1,4 @@
-"""generate.py as a process: the same text as in Python, and what is refused."""
+"""generate.py: the same text as in Python, and what is refused."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 import moe_jax
 from moe_jax.config import UserError
-from tests.support.scripts import ONE_DEVICE, built, generate, refused
+from tests.support.scripts import ONE_DEVICE, built, call, generate, refused
 from tests.support.toys import ROOT
 
 PROMPTS = ["def ", "import os", "x"]
@@ -66,7 +66,7 @@ def test_the_speed_of_generation_goes_to_stderr(generated):
 def test_one_text_is_shown_as_it_is_drawn(whole_run, tmp_path):
   (tmp_path / "start.py").write_text("def f():\n")
   options = (f"--workdir={whole_run.workdir}", f"--prompt_file={tmp_path / 'start.py'}", "--seed=1")
-  done = generate(*options, "--max_new_tokens=90")
+  done = call("generate.py", *options, "--max_new_tokens=90")
   model = moe_jax.load(whole_run.workdir)
   (expected,) = model.generate("def f():\n", max_new_tokens=90, seed=1)
   assert done.stdout == as_read(f"def f():\n{expected.text}\n")
@@ -86,7 +86,7 @@ def test_one_text_is_shown_as_it_is_drawn(whole_run, tmp_path):
 )
 def test_generate_refuses_in_one_line(whole_run, arguments, message):
   given = [os.fsdecode(a).replace("WORKDIR", str(whole_run.workdir)) for a in arguments]
-  assert message in refused([sys.executable, "generate.py", *given])
+  assert message in refused("generate.py", *given)
 
 
 def test_a_prompt_on_stdin_that_is_not_text_is_refused(whole_run):
@@ -118,7 +118,7 @@ def test_ctrl_c_ends_a_text_where_it_is(whole_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [2, 4, 6])
+@pytest.mark.parametrize("seconds", [2, 6])
 def test_ctrl_c_before_there_is_text_ends_at_once(seconds, whole_run, tmp_path):
   """While jax is imported, weights are read, and programs are compiled anew."""
   process = started(whole_run, *LONG, f"--cache_dir={tmp_path}", stdout=subprocess.PIPE)
@@ -130,11 +130,10 @@ def test_ctrl_c_before_there_is_text_ends_at_once(seconds, whole_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", [1, 3])
-def test_a_reader_that_goes_away_ends_the_text(samples, whole_run):
+def test_a_reader_that_goes_away_ends_the_text(whole_run):
   """As `| head -1` does."""
   read, write = os.pipe()
-  process = started(whole_run, *LONG[:1], f"--num_samples={samples}", stdout=write)
+  process = started(whole_run, *LONG[:1], stdout=write)
   os.close(write)
   os.close(read)
   _, said = process.communicate(timeout=600)
@@ -148,8 +147,8 @@ def test_other_streams_may_be_closed(whole_run):
   done = subprocess.run(
     ["bash", "-c", text + " <&- 2>&-"], cwd=ROOT, env=ONE_DEVICE, capture_output=True
   )
-  full = subprocess.run(["bash", "-c", text], cwd=ROOT, env=ONE_DEVICE, capture_output=True)
-  assert done.returncode == full.returncode == 0 and done.stdout == full.stdout
+  (full,) = moe_jax.load(whole_run.workdir).generate("x", max_new_tokens=4, temperature=0)
+  assert done.returncode == 0 and done.stdout.decode() == as_read(f"x{full.text}\n")
   disk = subprocess.run(
     ["bash", "-c", text + " >/dev/full"], cwd=ROOT, env=ONE_DEVICE, capture_output=True
   )

@@ -13,8 +13,9 @@ import pytest
 
 from moe_jax import sharding
 from moe_jax.config import UserError
+from moe_jax.training import health
 from tests.support.processes import Together, alone, train_command
-from tests.support.scripts import Run, built
+from tests.support.scripts import Run, built, call
 from tests.support.toys import ROOT
 
 LONG = [f"--config.train.{name}=100000" for name in ("steps", "eval_every", "checkpoint_every")]
@@ -83,20 +84,10 @@ def test_two_processes_evaluate_as_one(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_does_not_split_over_the_processes_is_refused(one):
-  command = [sys.executable, "eval.py", f"--workdir={one.workdir}"]
-  with Together(command, [{}] * 3) as three:
-    for code, _, (line,) in three.ends():
-      assert code == 2 and "a batch of 8 parts does not split over 3 processes" in line
-
-
-@pytest.mark.slow
 def test_two_processes_generate_the_text_of_one(one):
   command = [sys.executable, "generate.py", f"--workdir={one.workdir}", "--prompt=def ",
              "--max_new_tokens=40", "--num_samples=2", "--prompt=class A"]  # fmt: skip
-  text = subprocess.run(
-    command, cwd=ROOT, env=alone(1), check=True, capture_output=True, text=True
-  ).stdout
+  text = call(*command[1:]).stdout
   with Together(command) as two:
     ends = two.ends()
   assert [end[:2] for end in ends] == [(0, text), (0, "")]
@@ -129,13 +120,21 @@ def test_a_mistake_on_one_host_ends_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_alarm_ends_both_with_the_same_line(tmp_path, cache):
-  alarm = ["drop_fraction=0.01", "patience=3", "on_alarm=stop"]
-  arguments = [f"--config.health.{setting}" for setting in alarm]
-  with Together(train_command(tmp_path / "run", cache, *arguments)) as two:
-    (code, _, line), (other_code, _, other_line) = two.ends()
-  assert code == other_code != 7
-  assert line == other_line and "of the assignments are dropped" in line[0]
+def test_what_both_refuse_and_an_alarm_are_the_same_lines_of_both(one, tmp_path):
+  """Along a tensor axis over processes, each would feed other sequences, where the same belong."""
+  shutil.copytree(one.workdir, tmp_path / "odd")
+  path = tmp_path / "odd/config.json"
+  config = json.loads(path.read_text())
+  config["mesh"]["expert"] = 1
+  config["model"]["moe"]["group_size"] = config["data"]["seq_len"] * config["data"]["batch_size"]
+  path.write_text(json.dumps(config))
+  with Together([sys.executable, "-m", "tests.support.refusal_worker", str(tmp_path)]) as two:
+    (code, _, lines), (other_code, _, other_lines) = two.ends()
+  assert code == other_code == health.StopAlarm.code and lines == other_lines
+  tensor, split, alarm = lines
+  assert "config.mesh.tensor=2: every process feeds sequences of its own" in tensor
+  assert "a batch of 1 parts does not split over 2 processes" in split
+  assert "of the assignments are dropped" in alarm
 
 
 @pytest.mark.slow
@@ -160,16 +159,6 @@ def test_a_second_ctrl_c_ends_both_without_saving(tmp_path, cache):
     (code, _, line), (own_code, _, _) = two.ends()
   assert code == own_code == 130
   assert line[0].endswith("was interrupted")
-
-
-@pytest.mark.slow
-def test_a_tensor_axis_over_two_processes_is_refused(tmp_path, cache):
-  """Each would feed its own sequences where the axis needs the same ones on both."""
-  arguments = ["--config.mesh.expert=1", "--config.mesh.tensor=2", "--config.model.num_kv_heads=2"]
-  with Together(train_command(tmp_path / "run", cache, *arguments)) as two:
-    for code, _, (line,) in two.ends():
-      assert code == 2
-      assert "config.mesh.tensor=2: every process feeds sequences of its own" in line
 
 
 def test_every_sequence_is_of_one_process():

@@ -1,6 +1,5 @@
 """Processes that watch each other: real ones, without jax, which are killed, stopped, or fail."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -190,9 +189,3 @@ def ask_until_it_answers(address):
       if not isinstance(error.reason, ConnectionRefusedError):
         raise
       time.sleep(0.05)
-
-
-def test_the_worker_needs_no_jax():
-  """Which would make these tests slow, and a process blind while it imports jax."""
-  code = "import sys, tests.support.peer_worker; sys.exit('jax' in sys.modules)"
-  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ).returncode == 0

@@ -1,19 +1,16 @@
-"""sweep.py as a process: a dry run, and real runs that are stopped and go on."""
+"""sweep.py: a dry run, and real runs that are stopped and go on."""
 
 import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from typing import NamedTuple
 
 import pytest
 
-from tests.support.scripts import built
+from tests.support.scripts import built, call
 from tests.support.sweeps import TWO, start_real, write_sweep
-from tests.support.toys import ROOT
 
 
 class DryRun(NamedTuple):
@@ -23,9 +20,10 @@ class DryRun(NamedTuple):
 
 
 def dry_run(path, out):
-  command = [sys.executable, "sweep.py", f"--sweep={path}", f"--out={out}", "--dry-run",
-             "--seeds=0,4", "--config.train.steps=20", "--cache_dir=my cache"]  # fmt: skip
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+  return call(
+    "sweep.py", f"--sweep={path}", f"--out={out}", "--dry-run", "--seeds=0,4",
+    "--config.train.steps=20", "--cache_dir=my cache",
+  )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +72,14 @@ ARMS = (
 
 def ended(process, folder):
   output, _ = process.communicate(timeout=600)
+  return of_sweep(process.returncode, output, folder)
+
+
+def of_sweep(code, output, folder):
   record = json.loads((folder / "out/sweep.json").read_text())
   log = (folder / "out/good/seed0/log.txt").read_text()
   statuses = [run["status"] for run in record["runs"]]
-  return {"code": process.returncode, "output": output, "statuses": statuses, "log": log}
+  return {"code": code, "output": output, "statuses": statuses, "log": log}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,10 @@ def real(shared_folder, cache):
     said["resumed"] = ended(start_real(folder, cache, ARMS), folder)
     said["reports"] = sorted(p.name for p in (folder / "out").glob("report.*"))
     changed = ARMS.replace("1}", "1, 'optimizer.b2': 0.9}")
-    said["changed"] = ended(start_real(folder, cache, changed, "--arms=good"), folder)
+    sweep, out = write_sweep(folder, changed, seeds=(0,)), folder / "out"
+    done = call("sweep.py", f"--sweep={sweep}", f"--out={out}", "--arms=good",
+                f"--cache_dir={cache}", "--config.train.log_every=1")  # fmt: skip
+    said["changed"] = of_sweep(done.returncode, done.stdout, folder)
     return said
 
   return built(shared_folder / "sweep", build)

@@ -1,16 +1,23 @@
 """train.py, eval.py and generate.py as a user starts them, and what they leave in the workdir."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
+import runpy
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import app, flags, logging
 
 from moe_jax.data import cache as cache_lib
 from tests.support import xla
@@ -19,7 +26,6 @@ from tests.support.toys import ROOT
 # As in a user's shell: the package itself must set the threads that collectives need.
 WITHOUT_THREADS = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
 ONE_DEVICE = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags()}
-EIGHT_DEVICES = WITHOUT_THREADS | {"XLA_FLAGS": xla.flags(devices=8)}
 
 
 # So that runs of any number of steps are one program, which is compiled once.
@@ -36,10 +42,10 @@ def command(workdir, cache, *arguments, steps=12):
   ]  # fmt: skip
 
 
-def train(workdir, cache, *arguments, steps=12, env=ONE_DEVICE):
+def train(workdir, cache, *arguments, steps=12):
   done = subprocess.run(
     command(workdir, cache, *arguments, steps=steps),
-    cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -65,13 +71,17 @@ def generate(*arguments, stdin=""):
   )  # fmt: skip
 
 
-def evaluate(workdir, *arguments, env=ONE_DEVICE):
+def evaluate(workdir, *arguments):
   done = subprocess.run(
     [sys.executable, "eval.py", f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  return done.stdout, json.loads((workdir / "eval.json").read_text())
+  return done.stdout, result_of(workdir)
+
+
+def result_of(workdir):
+  return json.loads((workdir / "eval.json").read_text())
 
 
 class Run(NamedTuple):
@@ -100,10 +110,87 @@ def validation_of(workdir, step):
   return next(v for v in lines if v["step"] == step and "validation/loss" in v)
 
 
-def refused(script):
-  """The one line that a process says which ends with code 2."""
-  done = subprocess.run(
-    script, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600
-  )
-  assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+class Ended(NamedTuple):
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+def call(script: str, *arguments: str, imports_jax: bool = True) -> Ended:
+  """A script in this process, with its devices, and without the seconds that a start takes.
+
+  What a script changes in its process is put back. What the system's streams, signals and exit
+  codes do is for real processes to show.
+
+  Args:
+    imports_jax: False takes jax and all of ours away: to import jax is an error then.
+  """
+  stdout, stderr = io.StringIO(), io.StringIO()
+  with (
+    _as_before(),
+    contextlib.nullcontext() if imports_jax else _nothing_imported(),
+    contextlib.chdir(ROOT),
+    contextlib.redirect_stdout(stdout),
+    contextlib.redirect_stderr(stderr),
+    warnings.catch_warnings(),
+    mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
+    # absl's own can be called once in a process.
+    mock.patch.object(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))),
+  ):
+    warnings.simplefilter("ignore", DeprecationWarning)  # as Python does in a process
+    try:
+      runpy.run_path(script, run_name="__main__")
+      code = 0
+    except SystemExit as end:
+      code = end.code or 0
+  texts = (s.getvalue().replace("\r\n", "\n").replace("\r", "\n") for s in (stdout, stderr))
+  return Ended(code, *texts)  # with the ends of lines that subprocess.run(text=True) reads
+
+
+@contextlib.contextmanager
+def _as_before():
+  """Puts back what a script sets: flags, signals, hooks, the environment, and jax's options."""
+  known, parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
+  verbosity = logging.get_verbosity()
+  handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  options = {name: getattr(jax.config, name) for name in names}
+  with mock.patch.dict(os.environ), mock.patch.object(sys, "unraisablehook", sys.unraisablehook):
+    try:
+      yield
+    finally:
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+      for name, value in options.items():
+        jax.config.update(name, value)
+      logging.set_verbosity(verbosity)
+      for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+      if not parsed:
+        flags.FLAGS.unparse_flags()
+
+
+@contextlib.contextmanager
+def _nothing_imported():
+  """Takes our modules away, so that they are imported again, and all that is made of jax."""
+  made_of_jax = ("jax", "jaxlib", "flax", "optax", "orbax")
+
+  def taken():
+    return [n for n in sys.modules if n.split(".")[0] in ("moe_jax", *made_of_jax)]
+
+  modules = {name: sys.modules.pop(name) for name in taken()}
+  sys.modules.update(dict.fromkeys(made_of_jax))
+  try:
+    yield
+  finally:
+    for name in taken():
+      del sys.modules[name]
+    sys.modules.update(modules)
+
+
+def refused(script, *arguments, imports_jax=True):
+  """The one line that a script says which ends with code 2."""
+  done = call(script, *arguments, imports_jax=imports_jax)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+  assert done.stderr.startswith("error: ") and not done.stdout, done
   return done.stderr

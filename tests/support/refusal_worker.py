@@ -1,0 +1,37 @@
+"""One of two processes that try what is refused: refusal_worker.py FOLDER --multihost.
+
+Each refusal becomes a line, as at the end of a script, and the next is tried; then an alarm ends
+both. FOLDER/odd is a run whose batch does not split over two processes.
+"""
+
+import sys
+
+from moe_jax import command_line, startup
+from moe_jax.errors import UserError
+
+
+def main(folder: str) -> None:
+  def config(**fields):
+    base = command_line.load_file("configs/debug.py")
+    return command_line.override(base, {"train.log_every": 1} | fields, "")
+
+  tensor = {"mesh.tensor": 2, "model.num_kv_heads": 2}
+  alarm = {"drop_fraction": 0.01, "patience": 3, "on_alarm": "stop"}
+  alarm = {f"health.{name}": value for name, value in alarm.items()} | {"mesh.expert": 2}
+  with startup.together(True, 60, saves=True):
+    from moe_jax.analysis import evaluation
+    from moe_jax.training import run
+
+    for refused in (
+      lambda: run.run(config(**tensor), f"{folder}/tensor"),
+      lambda: evaluation.run(f"{folder}/odd", 0, "validation"),
+    ):
+      try:
+        refused()
+      except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    run.run(config(**alarm), f"{folder}/alarm")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
