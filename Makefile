@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTEST ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 
-.PHONY: train checks test test-slow test-benchmarks lint clean
+.PHONY: train checks test test-slow test-benchmarks test-compilers lint clean
 
 train: $(VENV)/.installed  ## train, evaluate and plot the default model
 	$(BIN)/python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe
@@ -20,6 +20,11 @@ test-slow: $(VENV)/.installed-dev  ## the whole grid, several processes, the REA
 
 test-benchmarks: $(VENV)/.installed-dev  ## the benchmarks at toy size, for who changes what they measure
 	$(BIN)/python -m pytest -m benchmark $(PYTEST)
+
+test-compilers: $(VENV)/.installed-dev  ## what the compilers for TPU and GPU make of a train step; no device
+	$(BIN)/python -m pip install -q -e '.[tpu]'
+	$(BIN)/python -m pip install -q -e '.[cuda]'
+	$(BIN)/python -m pytest -m slow -n 2 tests/kernels/test_tpu_compile.py tests/kernels/test_gpu_compile.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
