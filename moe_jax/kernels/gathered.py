@@ -45,9 +45,9 @@ class Copies:
   def product(self, x_RI: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
     """Returns each row times its device's copy, y_RO, in `dtype` or, if None, that of x_RI."""
     n, (rows, inner) = self.stored.shape[0], x_RI.shape
-    w_PIO, x_PRI = self.stored.reshape(n, inner, -1), x_RI.reshape(n, rows // n, inner)
-    y_PRO = jnp.einsum("PRI,PIO->PRO", x_PRI, w_PIO, preferred_element_type=dtype)
-    return y_PRO.reshape(rows, -1)
+    w_PIO, x_PNI = self.stored.reshape(n, inner, -1), x_RI.reshape(n, rows // n, inner)
+    y_PNO = jnp.einsum("PNI,PIO->PNO", x_PNI, w_PIO, preferred_element_type=dtype)
+    return y_PNO.reshape(rows, -1)
 
   def __getitem__(self, ids_BL: jax.Array) -> jax.Array:
     """Returns the rows x_BLD of these indices, each from its device's copy."""
