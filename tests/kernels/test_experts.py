@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import sharding
 from moe_jax.config import Dispatch, GroupedMatmul
 from moe_jax.kernels import blocked, choose, per_expert
 from moe_jax.kernels.activation import Activation, clamped, gated, geglu, relu_squared
 from moe_jax.kernels.experts import Experts, experts
-from tests.support.toys import set_up, toy_batch, toy_config
+from tests.support.toys import lower_step, toy_config
 
 BACKENDS = [GroupedMatmul.BLOCKED, GroupedMatmul.RAGGED_DOT]
 SIZES = {
@@ -65,8 +64,10 @@ KINDS = {
 }
 
 
-def plain_loop(x_ND, weights, sizes, dy_ND, activation):
+@functools.cache
+def plain_loop(case, kind):
   """(y of the experts' rows, gradients of x and the weights) of each expert by itself, float32."""
+  sizes, activation = np.array(SIZES[case]), KINDS[kind].activation
 
   def product(x_RD, matrix_EDF, bias_EF, e):
     return x_RD @ matrix_EDF[e] + (0 if bias_EF is None else bias_EF[e][None])
@@ -81,8 +82,30 @@ def plain_loop(x_ND, weights, sizes, dy_ND, activation):
       parts.append(product(h_RF, weights.down_EFD, weights.down_bias_ED, e))
     return jnp.concatenate(parts)
 
-  y_ND, vjp = jax.vjp(ffn, x_ND, weights)
-  return y_ND, vjp(dy_ND[: sum(sizes)])
+  @jax.jit
+  def both(x_ND, weights, dy_ND):
+    y_ND, vjp = jax.vjp(ffn, x_ND, weights)
+    return y_ND, vjp(dy_ND[: sum(sizes)])
+
+  x_ND, dy_ND = arrays((N, D), (N, D))
+  return both(x_ND, KINDS[kind].weights(), dy_ND)
+
+
+@functools.cache
+def compiled(kernel, kind, blocks):
+  """One program for all sizes; `blocks` are those in force, which it is compiled with."""
+
+  @jax.jit
+  def both(x_ND, weights, sizes_E, dy_ND):
+    def ffn(x_ND, weights):
+      y_ND = experts(x_ND, sizes_E, weights, kernel, KINDS[kind].activation)
+      # What is past the experts' rows is undefined; reading it would be a bug.
+      return jnp.where((jnp.arange(N) < sizes_E.sum())[:, None], y_ND, 0)
+
+    y_ND, vjp = jax.vjp(ffn, x_ND, weights)
+    return y_ND, vjp(dy_ND)
+
+  return both
 
 
 @pytest.mark.parametrize("kernel", BACKENDS)
@@ -94,22 +117,13 @@ def plain_loop(x_ND, weights, sizes, dy_ND, activation):
 )  # fmt: skip
 def test_equals_a_plain_loop(case, kernel, kind):
   """Values and gradients of every kernel and activation; the rows past the experts' give none."""
-  sizes = np.array(SIZES[case])
-  used = sizes.sum()
-  x_ND, dy_ND = arrays((N, D), (N, D))
-  weights, activation = KINDS[kind].weights(), KINDS[kind].activation
-
-  def ffn(x_ND, weights):
-    y_ND = experts(x_ND, jnp.array(sizes), weights, kernel, activation)
-    # What is past the experts' rows is undefined; reading it would be a bug.
-    return jnp.where((jnp.arange(N) < used)[:, None], y_ND, 0)
-
-  y_ND, vjp = jax.vjp(jax.jit(ffn), x_ND, weights)
-  grads = vjp(dy_ND)
-  want, want_grads = plain_loop(x_ND, weights, sizes, dy_ND, activation)
+  sizes_E, (x_ND, dy_ND) = np.array(SIZES[case]), arrays((N, D), (N, D))
+  run = compiled(kernel, kind, blocked._BLOCK_ROWS)
+  y_ND, grads = run(x_ND, KINDS[kind].weights(), sizes_E, dy_ND)
+  want, want_grads = plain_loop(case, kind)
   # float32 sums; gelu takes a small difference of tanh and 1, and compilers round tanh otherwise
-  atol = 3e-4 if activation in (geglu, jax.nn.gelu) else 3e-5
-  np.testing.assert_allclose(y_ND[:used], want, rtol=1e-4, atol=atol)
+  atol = 3e-4 if KINDS[kind].activation in (geglu, jax.nn.gelu) else 3e-5
+  np.testing.assert_allclose(y_ND[: sizes_E.sum()], want, rtol=1e-4, atol=atol)
   jax.tree.map(
     lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-4, atol=atol),
     grads, want_grads,
@@ -120,16 +134,18 @@ def test_equals_a_plain_loop(case, kernel, kind):
 def test_slots_and_packed_experts_take_every_activation(kind):
   """The slots of a capacity layout, and the arrays of inference, against rows sorted by expert."""
   R = 6
-  (x_ERD,), sizes_E = arrays((E, R, D)), jnp.full((E,), R)
-  weights, activation = KINDS[kind].weights(), KINDS[kind].activation
-  want = experts(
-    x_ERD.reshape(-1, D), sizes_E, weights, GroupedMatmul.RAGGED_DOT, activation
-  ).reshape(E, R, D)
-  slots = experts(x_ERD, None, weights, GroupedMatmul.AUTO, activation)
-  np.testing.assert_allclose(slots, want, rtol=1e-4, atol=1e-4)
-  packed = per_expert.pack(weights)
-  rows = experts(x_ERD.reshape(-1, D), sizes_E, packed, GroupedMatmul.AUTO, activation)
-  np.testing.assert_allclose(rows.reshape(E, R, D), want, rtol=1e-4, atol=1e-4)
+  activation = KINDS[kind].activation
+
+  @jax.jit
+  def answers(x_ERD, weights):
+    x_ND, sizes_E, packed = x_ERD.reshape(-1, D), jnp.full((E,), R), per_expert.pack(weights)
+    want = experts(x_ND, sizes_E, weights, GroupedMatmul.RAGGED_DOT, activation)
+    slots = experts(x_ERD, None, weights, GroupedMatmul.AUTO, activation)
+    return want, slots, experts(x_ND, sizes_E, packed, GroupedMatmul.AUTO, activation)
+
+  want, slots, rows = answers(*arrays((E, R, D)), KINDS[kind].weights())
+  np.testing.assert_allclose(slots.reshape(-1, D), want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(rows, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -166,10 +182,7 @@ def test_remat_dots_keeps_the_blocked_activations():
   for remat in config_lib.Remat:
     config = toy_config(dispatch=Dispatch.GROUPED, grouped_matmul=GroupedMatmul.BLOCKED)
     config.model.remat = remat
-    mesh, state, step = set_up(config, {})
-    with jax.set_mesh(mesh):
-      lowered = step.lower(state, sharding.to_global(toy_batch(config), mesh))
-    loops[remat.value] = lowered.as_text().count("stablehlo.while")
+    loops[remat.value] = lower_step(config).as_text().count("stablehlo.while")
   # One more: the rows' places are found again, from one saved matmul (the router's).
   assert loops["dots"] <= loops["none"] + 1 < loops["full"] - 1
 
