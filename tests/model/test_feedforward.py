@@ -13,7 +13,7 @@ from moe_jax import validation
 from moe_jax.config import Dispatch, GroupedMatmul, Router
 from moe_jax.model.feedforward import DenseFFN, MoEFFN
 from moe_jax.moe import layer as layer_lib
-from tests.support.toys import mesh_of, toy_config
+from tests.support.toys import mesh_of, slow_unless, toy_config
 
 
 def call_layer(layer, x_BLD, *, train=True, seed=0):
@@ -24,7 +24,7 @@ def call_layer(layer, x_BLD, *, train=True, seed=0):
   return layer(x_BLD, jnp.ones((B, L), bool), ids_BL, bias_E, key, train=train)[:2]
 
 
-@pytest.mark.parametrize("how", [Dispatch.GATHER, Dispatch.GROUPED])
+@pytest.mark.parametrize("how", slow_unless([Dispatch.GATHER], [Dispatch.GATHER, Dispatch.GROUPED]))
 @pytest.mark.parametrize("router", list(Router))
 @pytest.mark.parametrize("score", list(config_lib.Score))
 @pytest.mark.parametrize(
