@@ -84,7 +84,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("name", slow_unless(["copies", "halves", "halves on a mesh"], SAME))
+@pytest.mark.parametrize("name", slow_unless(["halves on a mesh"], SAME))
 def test_it_begins_as_the_dense_model(name):
   fields, axes = SAME[name]
   config = moe_config(**fields)
@@ -136,6 +136,7 @@ def test_the_other_methods_change_the_experts(method, amount):
     assert not np.array_equal(kept[0][0], kept[0][1])
 
 
+@pytest.mark.slow
 def test_it_trains():
   """The loss falls from that of the dense model, and the copies part."""
   config = moe_config()

@@ -148,7 +148,7 @@ def test_windows_score_every_id_once():
       assert seen == ids
 
 
-@pytest.mark.parametrize("stride", [9, 4])
+@pytest.mark.parametrize("stride", [pytest.param(9, marks=pytest.mark.slow), 4])
 def test_perplexity_is_that_of_the_models_logits(whole_run, stride):
   """Every byte from the longest window that its stride gives it, one after another."""
   text = moe_jax.load(whole_run.workdir)

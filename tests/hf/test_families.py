@@ -1,9 +1,9 @@
 """Every family against transformers: files written there are read here, and the other way."""
 
+import functools
 import inspect
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -30,17 +30,43 @@ class Pair:
     with jax.set_mesh(self.mesh):
       self.weights = importing.read(self.made, self.mesh)
 
+  @functools.cached_property
+  def ours(self):
+    """(what the forward pass gives for the tokens, gradients): one program for all tests."""
+
+    @jax.jit
+    def both(params, cotangent_BLV):
+      def logits(params):
+        out = transformer.forward(
+          self.model, params, self.weights.bias_ZE, tokens_of(hf_models.tokens()),
+          jax.random.key(0), train=True, trace=True,
+        )  # fmt: skip
+        return out.logits_BLV, out
+
+      _, pull, out = jax.vjp(logits, params, has_aux=True)
+      return out, pull(cotangent_BLV)[0]
+
+    with jax.set_mesh(self.mesh):
+      return both(self.weights.params, cotangent())
+
+  @functools.cached_property
+  def streams(self):
+    with jax.set_mesh(self.mesh):
+      return check.streams(self.made, self.weights, hf_models.tokens()[0])
+
+  @functools.cached_property
+  def their_streams(self):
+    return check.theirs(self.peer.folder, hf_models.tokens()[0])
+
 
 @pytest.fixture(scope="module", params=slow_unless(["glm4_moe"], CONFIGS))
 def pair(request, tmp_path_factory):
   return Pair(request.param, tmp_path_factory.mktemp(request.param) / "theirs")
 
 
-def forward(pair, params, ids_BL):
-  return transformer.forward(
-    pair.model, params, pair.weights.bias_ZE, tokens_of(ids_BL), jax.random.key(0), train=True,
-    trace=True,
-  )  # fmt: skip
+def cotangent():
+  ids_BL = hf_models.tokens()
+  return np.random.default_rng(4).normal(size=(*ids_BL.shape, 37)).astype(np.float32)
 
 
 def close(got, want, what="", tolerance=1e-5):
@@ -52,16 +78,12 @@ def close(got, want, what="", tolerance=1e-5):
 
 def test_logits_and_gradients(pair):
   """Of every weight, in our layout and back in theirs."""
-  ids_BL = hf_models.tokens()
-  cotangent_BLV = np.random.default_rng(4).normal(size=(*ids_BL.shape, 37)).astype(np.float32)
   model = pair.peer.model
   model.zero_grad()
-  logits = model(torch.tensor(ids_BL)).logits
-  logits.backward(torch.tensor(cotangent_BLV))
-  with jax.set_mesh(pair.mesh):
-    got, pull = jax.vjp(lambda p: forward(pair, p, ids_BL).logits_BLV, pair.weights.params)
-    (grads,) = pull(jnp.asarray(cotangent_BLV))
-  close(got, logits.detach(), "logits")
+  logits = model(torch.tensor(hf_models.tokens())).logits
+  logits.backward(torch.tensor(cotangent()))
+  out, grads = pair.ours
+  close(out.logits_BLV, logits.detach(), "logits")
   ours = as_theirs(pair, grads)
   wanted = {name: p.grad.numpy() for name, p in model.named_parameters()}
   wanted = their_files(model, wanted)
@@ -119,9 +141,7 @@ def test_routers_choose_the_same_experts(pair):
     pair.peer.model(torch.tensor(ids_BL))
   for hook in hooks:
     hook.remove()
-  with jax.set_mesh(pair.mesh):
-    choices = forward(pair, pair.weights.params, ids_BL).choices
-  ours_ZBLE = np.asarray(choices.kept_BLE)
+  ours_ZBLE = np.asarray(pair.ours[0].choices.kept_BLE)
   assert len(chosen) == len(ours_ZBLE)
   for out, ours in zip(chosen, ours_ZBLE, strict=True):
     experts = next(o for o in out if not o.is_floating_point()).reshape(ids_BL.size, -1).numpy()
@@ -141,8 +161,7 @@ def test_their_balance_loss_is_that_of_all_layers_loads_together(pair):
     pytest.skip("theirs takes the softmax of logits whose sigmoid the router takes")
   with torch.no_grad():
     want = pair.peer.model(torch.tensor(ids_BL), output_router_logits=True).aux_loss
-  with jax.set_mesh(pair.mesh):
-    stats = forward(pair, pair.weights.params, ids_BL).stats
+  stats = pair.ours[0].stats
   sums = (x.sum(axis=0, keepdims=True) for x in (stats.routed_E, stats.prob_E, stats.tokens))
   got = counts.balance(*sums)[0] * pair.model.moe.top_k
   assert abs(want - pair.model.moe.top_k) > 1e-3, "routing must be unbalanced"
@@ -217,10 +236,7 @@ def checked(pair):
 
 def test_check_finds_them_equal(checked):
   pair = checked
-  ids_L = hf_models.tokens()[0]
-  with jax.set_mesh(pair.mesh):
-    ours = check.streams(pair.made, pair.weights, ids_L)
-  result = check.compare(ours, check.theirs(pair.peer.folder, ids_L))
+  result = check.compare(pair.streams, pair.their_streams)
   assert result.top_1 == 1 and abs(result.kl) < 1e-6 and result.logits < 1e-5
   assert len(result.layers) == pair.model.num_layers + 1 and max(result.layers) < 1e-5
   assert "they agree" in check.report(result)
@@ -239,7 +255,7 @@ def test_check_finds_the_layer_in_which_they_part(checked):
   ids_L = hf_models.tokens()[0]
   with jax.set_mesh(pair.mesh):
     ours = check.streams(pair.made, pair.weights._replace(params=params), ids_L)
-  result = check.compare(ours, check.theirs(pair.peer.folder, ids_L))
+  result = check.compare(ours, pair.their_streams)
   assert max(result.layers[:2]) < 1e-5 < 1e-3 < result.layers[2]
   assert "they part          in layer 1, by" in check.report(result)
 

@@ -106,7 +106,10 @@ def write_headers(config, family, path):
 
 @pytest.mark.parametrize(
   ("name", "family", "gigabytes"),
-  [("olmoe_1b_7b", "olmoe", 13.84), ("qwen3_30b_a3b", "qwen3_moe", 61.06)],
+  [
+    ("olmoe_1b_7b", "olmoe", 13.84),
+    pytest.param("qwen3_30b_a3b", "qwen3_moe", 61.06, marks=pytest.mark.slow),
+  ],
 )
 def test_a_dry_run_reads_headers_and_predicts(name, family, gigabytes, tmp_path, monkeypatch):
   """Of the published shapes, on a machine of any size."""

@@ -13,7 +13,7 @@ from moe_jax import validation
 from moe_jax.config import Dispatch, GroupedMatmul, Router
 from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
 from moe_jax.moe import layer as layer_lib
-from tests.support.toys import mesh_of, toy_config
+from tests.support.toys import mesh_of, slow_unless, toy_config
 
 
 def call_layer(layer, x_BLD, *, train=True, seed=0):
@@ -29,7 +29,7 @@ def call_dense(layer, x_BLD):
   return feedforward(x_BLD, layer.weights(x_BLD.dtype))
 
 
-@pytest.mark.parametrize("how", [Dispatch.GATHER, Dispatch.GROUPED])
+@pytest.mark.parametrize("how", slow_unless([Dispatch.GATHER], [Dispatch.GATHER, Dispatch.GROUPED]))
 @pytest.mark.parametrize("router", list(Router))
 @pytest.mark.parametrize("score", list(config_lib.Score))
 @pytest.mark.parametrize(
