@@ -201,14 +201,6 @@ def test_to_validate_changes_nothing():
   assert config == before and type(config.loss.z) is int
 
 
-def test_fields_alone_need_no_jax():
-  code = (
-    "import sys; from moe_jax import config, validation; c = config.Config(); "
-    "c.model.moe.num_experts = 4; validation.check_fields(c); sys.exit('jax' in sys.modules)"
-  )
-  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 def test_wrong_type_in_a_file():
   config = toy_config()
   config.model.moe.num_experts = "8"

@@ -1,6 +1,7 @@
-"""Trains in child processes and kills them: python -m tests.support.kill_worker WORKDIR SEED KILLS
+"""Trains in child processes and kills them: python -m tests.support.kill_worker FOLDER SEED KILLS
 
-A child is a fork of this process, which has imported everything, so a start takes little time. Each
+FOLDER/whole/run is trained by one child, FOLDER/killed/run by several of which KILLS are killed. A
+child is a fork of this process, which has imported everything, so a start takes little time. Each
 of the first KILLS children is killed with SIGKILL at a random moment after some steps; the last one
 trains to the end. Prints the number of the steps that were taken when each child was killed.
 """
@@ -24,9 +25,14 @@ OVERRIDES = {
 
 
 def main() -> None:
-  path, seed, kills = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+  folder, seed, kills = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+  for name, number in (("whole", 0), ("killed", kills)):
+    (folder / name).mkdir()
+    train(folder / name / "run", random.Random(seed), number)
+
+
+def train(path: pathlib.Path, rng: random.Random, kills: int) -> None:
   config = command_line.override(command_line.load_file("configs/debug.py"), OVERRIDES, "")
-  rng = random.Random(seed)
   for number in range(kills + 1):
     child = os.fork()
     if not child:
