@@ -60,7 +60,8 @@ def with_gradient(loss, differentiated):
 
 
 def mesh_of(devices, data, expert):
-  return sharding.make_mesh(config_lib.Mesh(data=data, expert=expert), devices)
+  mesh = config_lib.Mesh(data=data, expert=expert)
+  return sharding.make_mesh(mesh, devices[: data * expert])
 
 
 def array(mesh, shape, dtype, *axes):
