@@ -115,7 +115,7 @@ def _scaled(x: jax.Array, multiplier: float) -> jax.Array:
 
 def embed(embed_VD: Any, ids_BL: jax.Array, model: config_lib.Model) -> jax.Array:
   """Looks up the embeddings x_BLD of ids_BL, in the dtype of the table embed_VD."""
-  if isinstance(embed_VD, jax.Array):
+  if not isinstance(embed_VD, gathered.Copies):
     # Gathers the table along D first; otherwise each token's row is gathered from several devices.
     embed_VD = sharding.constrain(embed_VD, "VD")
   x_BLD = sharding.constrain(embed_VD[ids_BL], "BLD")
