@@ -237,7 +237,8 @@ def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(dtype):
   x_ED = jnp.asarray(rng.integers(0, 100, (8, 6)), dtype)
   (digest,) = digests.of(x_ED)[0].values()
   mesh = mesh_of(expert=4, fsdp=2)
-  spread = jax.device_put(x_ED, jax.NamedSharding(mesh, sharding.param_spec("x_ED", x_ED.shape, mesh)))
+  where = jax.NamedSharding(mesh, sharding.param_spec("x_ED", x_ED.shape, mesh))
+  spread = jax.device_put(x_ED, where)
   assert list(digests.of(spread)[0].values()) == [digest]
   raw = np.asarray(x_ED).view(np.uint8)
   seen = {digest}
