@@ -56,10 +56,14 @@ class Copies:
     return x_PND.reshape(*ids_BL.shape, -1)
 
 
-def splits_weights() -> bool:
-  """Returns whether the mesh in force splits the weights of a layer over devices of the batch."""
+def drops_copies() -> bool:
+  """Returns whether a layer's backward pass gathers its weights again on the mesh in force.
+
+  Only `fsdp` splits so much that whole weights of all layers might not fit. Of a kernel with a
+  gradient of its own the forward pass is then computed again, too.
+  """
   mesh = _mesh()
-  return not mesh.empty and mesh.shape["fsdp"] * mesh.shape["expert"] > 1
+  return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 def copies(weights: Any) -> Any:
@@ -67,7 +71,10 @@ def copies(weights: Any) -> Any:
 
   Experts stay as they are: rows are sent to the devices that hold them.
   """
-  return jax.tree_util.tree_map_with_path(_copies, weights) if splits_weights() else weights
+  mesh = _mesh()
+  if mesh.empty or mesh.shape["fsdp"] * mesh.shape["expert"] == 1:
+    return weights
+  return jax.tree_util.tree_map_with_path(_copies, weights)
 
 
 def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:

@@ -275,7 +275,7 @@ class Transformer(nnx.Module):
         return x_BLD, None
       return x_BLD, jax.tree.map(lambda *layers: jnp.stack(layers), *moe_outputs)
 
-    if model.remat is not config_lib.Remat.NONE or gathered.splits_weights():
+    if model.remat is not config_lib.Remat.NONE or gathered.drops_copies():
       # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
     x_BLD, moe_outputs = jax.lax.scan(body, x_BLD, (params, biases, keys))

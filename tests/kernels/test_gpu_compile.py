@@ -46,7 +46,9 @@ def compile_for_h200(attention, tmp_path):
 def test_train_step_has_flash_attention(tmp_path):
   hlo = compile_for_h200("cudnn", tmp_path)
   kernels = re.findall(r'custom_call_target="(__cudnn\$\w+)"', hlo)
-  assert sorted(kernels) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+  # The forward pass once; XLA takes a layer's backward pass out of the loop over both.
+  assert kernels.count("__cudnn$fmhaSoftmax") == 1
+  assert 1 <= kernels.count("__cudnn$fmhaSoftmaxBackward") == len(kernels) - 1 <= 2
   assert not square_arrays(hlo)
 
 
