@@ -83,7 +83,7 @@ FAULTS = (
         "tests/moe/test_layer.py -k 'oracle and mixtral-blocked-all-gather'"),
   Fault("rows go to the device of another expert", "moe/exchange.py",
         "device_N = assigned.expert_N // (layout.experts // X)", "device_N = assigned.expert_N % X",
-        "tests/moe/test_layer.py -k 'oracle and mixtral-ragged-dot-all-to-all'"),
+        "tests/moe/test_layer.py -k 'oracle and priority-choice-ragged-dot-all-to-all'"),
   Fault("rows that a full buffer loses count as kept", "moe/exchange.py",
         "kept_N = assigned.real_N & fits_N", "kept_N = assigned.real_N",
         "tests/moe/test_exchange.py"),
