@@ -85,10 +85,13 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run, cache):
 # Runs that are cut off and go on.
 
 
+RARELY = "--config.train.checkpoint_every=100"  # so that only SIGTERM and the end save a step
+
+
 def stopped_at(workdir, cache, beginning, sign):
   """The exit code and the output of a run that gets a signal when it prints a step's line."""
   process = subprocess.Popen(
-    command(workdir, cache), cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.PIPE, text=True
+    command(workdir, cache, RARELY), cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.PIPE, text=True
   )
   lines = []
   for line in process.stdout:
@@ -108,7 +111,7 @@ def cut_off(shared_folder, cache):
     code, stopped = stopped_at(path / "run", cache, "step      3/12", signal.SIGTERM)
     killed, again = stopped_at(path / "run", cache, "step      9/12", signal.SIGKILL)
     said = {"code": code, "stopped": stopped, "killed": killed, "again": again}
-    return said | {"last": train(path / "run", cache)}
+    return said | {"last": train(path / "run", cache, RARELY)}
 
   return built(shared_folder / "cut_off", build)
 
