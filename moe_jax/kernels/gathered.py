@@ -5,6 +5,9 @@ which sums whole weights, zeros but for a device's own part, in place of a gathe
 devices if these are a whole slice, and sums whole gradients in place of their scatter there and
 along a last dimension of which a device keeps less than 256 numbers. So every gather here is along
 a first dimension and over less than 64 devices.
+
+Letters: P devices along the batch axes; N rows or tokens of one of them; I inner, the elements
+summed over; O outer, the elements of a row of the result.
 """
 
 import dataclasses
@@ -30,7 +33,7 @@ _MOST = 32  # devices of one gather
 class Copies:
   """A weight of which each device along the batch axes has its own copy, and its own gradient."""
 
-  stored: jax.Array  # [devices along the batch axes, *weight]
+  stored: jax.Array  # [P, *weight]
 
   @property
   def shape(self) -> tuple[int, ...]:
