@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
+# Many containers set it, and then each process compiles jax's Python again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train checks test test-slow test-benchmarks test-compilers lint clean
 

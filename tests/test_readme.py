@@ -13,7 +13,8 @@ from tests.support.toys import ROOT
 
 FEW = (
   "train.steps=2", "optimizer.warmup_steps=1", "eval.batches=1", "train.eval_every=2",
-  "train.checkpoint_every=2", "eval.final_batches=2",
+  "train.checkpoint_every=2", "eval.final_batches=2", "eval.batch_size=8", "data.batch_size=8",
+  "model.num_layers=2", "model.dim=32",
 )  # fmt: skip
 
 

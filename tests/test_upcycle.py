@@ -13,7 +13,8 @@ from moe_jax import sharding, upcycle
 from moe_jax.config import Dispatch, Router, UserError
 from moe_jax.model import pattern, transformer
 from moe_jax.training import train
-from tests.support.scripts import ONE_DEVICE
+from tests.support.real_runs import RUNS, real_runs
+from tests.support.scripts import ONE_DEVICE, call, refused
 from tests.support.toys import (
   ROOT,
   build,
@@ -189,34 +190,27 @@ def test_gates_that_do_not_sum_to_one_are_no_copy():
 
 
 @pytest.mark.slow
-def test_by_command_and_then_trained(tmp_path):
-  """A dense run of debug.py, its MoE twin, and a step of training from there."""
-  base = ["--config=configs/debug.py", "--config.data.batch_size=2", "--config.train.log_every=1",
-          "--config.eval.batches=1", "--config.model.ffn_dim=64"]  # fmt: skip
-  moe = [*base, "--config.model.moe.expert_dim=32", "--config.model.moe.dispatch=grouped"]
-
-  def call(*arguments):
-    return subprocess.run(
-      [sys.executable, *arguments, f"--cache_dir={tmp_path / 'cache'}"], cwd=ROOT, env=ONE_DEVICE,
-      capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-
-  steps = ["--config.train.steps=6", "--config.optimizer.warmup_steps=1"]
-  done = call("train.py", *base, *steps, "--config.model.moe.num_experts=0",
-              f"--workdir={tmp_path / 'dense'}")  # fmt: skip
-  assert not done.returncode, done.stderr
-  made = subprocess.run(
-    [sys.executable, "-m", "moe_jax.upcycle", f"--from={tmp_path / 'dense'}", *moe,
+def test_by_command_and_then_trained(shared_folder, tmp_path):
+  """The MoE twin of a dense run, and a step of training from there."""
+  dense = real_runs(shared_folder) / RUNS["dense"]
+  moe = [
+    "--config=configs/debug.py", "--config.data.batch_size=8", "--config.train.steps=1",
+    "--config.optimizer.warmup_steps=0", "--config.eval.batches=1",
+    "--config.eval.final_batches=1", "--config.model.ffn_dim=32",
+    "--config.model.moe.expert_dim=16", "--config.model.moe.dispatch=grouped",
+  ]  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-m", "moe_jax.upcycle", f"--from={dense}", *moe,
      f"--workdir={tmp_path / 'up'}"], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
   )  # fmt: skip
-  assert not made.returncode, made.stderr
-  assert "one of 2 parts" in made.stdout and "what that run does, to rounding" in made.stdout
-  done = call("train.py", *moe, *steps, f"--init_from={tmp_path / 'up'}",
-              f"--workdir={tmp_path / 'moe'}")  # fmt: skip
-  assert not done.returncode and "begins with" in done.stdout, done.stderr
+  assert not done.returncode, done.stderr
+  assert "one of 2 parts" in done.stdout and "what that run does, to rounding" in done.stdout
+  new = f"--workdir={tmp_path / 'moe'}"
+  began = call("train.py", *moe, f"--init_from={tmp_path / 'up'}", new)
+  assert not began.returncode and "begins with" in began.stdout, began
   # The same config on the folder of weights: it must not begin with random ones.
   before = sorted(p.name for p in (tmp_path / "up").iterdir())
   for more in ((), ("--resume_step=0",)):
-    ours = call("train.py", *moe, f"--workdir={tmp_path / 'up'}", *more)
-    assert ours.returncode == 2 and "imported or upcycled" in ours.stderr, ours.stderr
+    said = refused("train.py", *moe, f"--workdir={tmp_path / 'up'}", *more)
+    assert "imported or upcycled" in said
   assert sorted(p.name for p in (tmp_path / "up").iterdir()) == before
