@@ -1,7 +1,7 @@
 # Two commands set up a fresh machine: `make train` and `make test`. A second call installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST ?= -n 2 --dist loadfile
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
 BIN := $(VENV)/bin
 # Many containers set it, and then each process compiles jax's Python again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
