@@ -40,7 +40,7 @@ from moe_jax.options import (  # noqa: F401 (config_lib.Dispatch)
 )
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
-_FORMAT = 3  # of config.json; `upgraded` says what older ones had
+_FORMAT = 4  # of config.json; `upgraded` says what older ones had
 # Fields that are gone, and what to use in their place.
 _REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 
@@ -223,6 +223,8 @@ def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
   model = values.get("model", {})
   if number < 3 and isinstance(model.get("qk_norm"), bool):
     model["qk_norm"] = "head" if model["qk_norm"] else "none"
+  if number < 4 and "latent" in model and "norm_eps" in model:  # one field was for all norms
+    model["latent"].setdefault("norm_eps", model["norm_eps"])
   if number < 2:  # the cache holds programs that are run, so only the user may name it
     values.get("data", {}).pop("cache_dir", None)
   return values

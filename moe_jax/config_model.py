@@ -124,6 +124,9 @@ class Latent(Section):
     16, "The last dimensions of head_dim, which are rotated; all heads share a key's.", at_least=1
   )
   value_dim: int = option(32, "Width of a head of values, at most head_dim.", at_least=1)
+  norm_eps: float = option(
+    1e-6, "Added to the mean square in the RMSNorm of a latent; DeepSeek's is fixed.", above=0
+  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

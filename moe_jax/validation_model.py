@@ -28,12 +28,16 @@ def check_model(model: Model) -> None:
   if model.delta.value_heads:
     _check_delta(model)
   scaling = model.rope_scaling
-  for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-    if getattr(scaling, low) >= getattr(scaling, high):
-      raise UserError(
-        f"config.model.rope_scaling.{low}={getattr(scaling, low)} must be below {high}="
-        f"{getattr(scaling, high)}: the ramp lies between them"
-      )
+  if scaling.beta_slow > scaling.beta_fast:  # equal ones are a step; Kimi-K2 has them
+    raise UserError(
+      f"config.model.rope_scaling.beta_slow={scaling.beta_slow} is over beta_fast="
+      f"{scaling.beta_fast}: the ramp lies between them"
+    )
+  if scaling.low_freq_factor >= scaling.high_freq_factor:
+    raise UserError(
+      f"config.model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
+      f"high_freq_factor={scaling.high_freq_factor}: the ramp lies between them"
+    )
 
 
 def _check_delta(model: Model) -> None:

@@ -25,6 +25,7 @@ _QWEN_DELTA: dict[str, Any] = dict(
 _ALL = [
   Family(
     "mixtral", "MixtralForCausalLM",
+    defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
     fields=(
       *parts.COMMON, parts.WINDOW, *parts.LOCAL_EXPERTS,
     ),
@@ -37,6 +38,7 @@ _ALL = [
   ),
   Family(
     "olmoe", "OlmoeForCausalLM",
+    defaults={"rms_norm_eps": 1e-5},
     fields=(
       *parts.COMMON, *parts.BIASES, Field("moe.num_experts", "num_experts"),
       Field("moe.top_k", "num_experts_per_tok"), Field("moe.expert_dim", "intermediate_size"),
@@ -47,6 +49,7 @@ _ALL = [
   ),
   Family(
     "qwen2_moe", "Qwen2MoeForCausalLM",
+    defaults={"num_key_value_heads": 16},
     fields=(
       *parts.COMMON, *parts.QWEN_LAYERS, parts.DENSE_WIDTH, Field("qkv_bias", "qkv_bias", True),
       *parts.QWEN_SIZES,
@@ -58,6 +61,7 @@ _ALL = [
   ),
   Family(
     "qwen3_moe", "Qwen3MoeForCausalLM",
+    defaults={"num_key_value_heads": 4},
     fields=(
       *parts.COMMON, *parts.QWEN_LAYERS, *parts.BIASES, parts.DENSE_WIDTH,
       Field("moe.num_experts", "num_experts", also="num_local_experts"),
@@ -86,6 +90,8 @@ _ALL = [
   ),
   Family(
     "glm4_moe", "Glm4MoeForCausalLM",
+    defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "first_k_dense_replace": 1,
+              "n_shared_experts": 1},
     fields=(
       *parts.COMMON, parts.DENSE_WIDTH, Field("qkv_bias", "attention_bias", False),
       Field("qk_norm", "use_qk_norm", False,
@@ -108,6 +114,7 @@ _ALL = [
   ),
   Family(
     "minimax_m2", "MiniMaxM2ForCausalLM",
+    defaults={"num_key_value_heads": 8, "head_dim": 128},
     fields=(
       *parts.COMMON, *parts.LOCAL_EXPERTS,
     ),
@@ -122,6 +129,8 @@ _ALL = [
   ),
   Family(
     "gpt_oss", "GptOssForCausalLM",
+    defaults={"num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5,
+              "sliding_window": 128},
     fields=(
       *parts.COMMON, parts.WINDOW,
       Field("qkv_bias", "attention_bias", True), Field("out_bias", "attention_bias", True),
@@ -139,13 +148,17 @@ _ALL = [
     ),
     fixed={"sinks": True, "activation": Activation.CLAMPED_SWIGLU, "moe.expert_bias": True,
            "moe.router_bias": True},
-    allowed=parts.SILU | {"swiglu_alpha": (1.702,)}, rope_base=150_000.0, check=parts.renormalized,
+    allowed=parts.SILU | {"swiglu_alpha": (1.702,)}, rope_base=150_000.0,
+    rope={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
+          "truncate": False},
+    check=parts.renormalized,
     read={"global_every": lambda theirs: parts.global_every(
       theirs.get("layer_types") or [parts.SLIDING, parts.FULL], parts.SLIDING)},
     written=lambda model: parts.layer_types(model, parts.SLIDING),
   ),
   Family(
     "deepseek_v2", "DeepseekV2ForCausalLM",
+    defaults={"q_lora_rank": 1536},
     fields=(
       *parts.LATENT, Field("moe.num_experts", "n_routed_experts", 64),
       Field("moe.shared_experts", "n_shared_experts", 2),
@@ -157,8 +170,8 @@ _ALL = [
            "moe.group_score": GroupScore.BEST},
     allowed=parts.PLAIN_LATENT | {"norm_topk_prob": (False,), "scoring_func": ("softmax",)},
     read=parts.HEAD_DIM | {
-      "moe.expert_groups": lambda theirs: theirs["n_group"] if parts.by_group(theirs) else 1,
-      "moe.top_groups": lambda theirs: theirs["topk_group"] if parts.by_group(theirs) else 1,
+      "moe.expert_groups": parts.if_grouped("n_group"),
+      "moe.top_groups": parts.if_grouped("topk_group"),
     },
     written=lambda model: parts.nope(model) | {
       "topk_method": "group_limited_greedy" if model.moe.expert_groups > 1 else "greedy",
@@ -167,6 +180,7 @@ _ALL = [
   ),
   Family(
     "deepseek_v3", "DeepseekV3ForCausalLM",
+    defaults={"num_key_value_heads": 128, "q_lora_rank": 1536},
     fields=(
       *parts.LATENT, Field("moe.num_experts", "n_routed_experts", 256),
       Field("moe.shared_experts", "n_shared_experts", 1),
@@ -185,6 +199,7 @@ _ALL = [
   ),
   Family(
     "qwen3_next", "Qwen3NextForCausalLM",
+    defaults={"num_key_value_heads": 2, "head_dim": 256},
     fields=(
       *parts.COMMON, *parts.QWEN_LAYERS, *parts.DELTA_SIZES, parts.DENSE_WIDTH,
       *parts.QWEN_SIZES,
@@ -197,10 +212,11 @@ _ALL = [
   ),
   Family(
     "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
+    defaults={"num_key_value_heads": 2, "head_dim": 256},
     fields=(
       *parts.COMMON, *parts.DELTA_SIZES, *parts.QWEN_SIZES,
     ),
-    layer=(*parts.DELTA_APART, *parts.QWEN_SHARED), stacked=parts.STACKED_EXPERTS,
+    layer=(*parts.DELTA_APART, *parts.QWEN_SHARED),
     **_QWEN_DELTA,
     check=lambda model: parts.renormalized(model) or parts.shared_width(model),
     left_out=r"mtp\..*|model\.visual\..*", why_left_out="multi-token prediction or vision",
@@ -212,21 +228,24 @@ _ALL = [
   ),
   Family(
     "mistral", "MistralForCausalLM",
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     fields=(*parts.COMMON, parts.WINDOW, parts.DENSE_WIDTH), layer=parts.DENSE,
     allowed=parts.SILU, check=lambda model: parts.one_window(model),
   ),
   Family(
     "qwen2", "Qwen2ForCausalLM", fields=(*parts.COMMON, parts.DENSE_WIDTH), layer=parts.DENSE,
+    defaults={"num_key_value_heads": 32},
     fixed={"qkv_bias": True}, allowed=parts.SILU | parts.WINDOW_OFF,
   ),
   Family(
     "qwen3", "Qwen3ForCausalLM",
+    defaults={"num_key_value_heads": 32, "head_dim": 128},
     fields=(*parts.COMMON, *parts.BIASES, parts.DENSE_WIDTH), layer=parts.DENSE,
     fixed={"qk_norm": QKNorm.HEAD}, allowed=parts.SILU | parts.WINDOW_OFF,
   ),
 ]  # fmt: skip
 _SAME = {"kimi_k2": "deepseek_v3"}  # other names of a family
-FAMILIES = {family.model_type: family for family in _ALL}
+FAMILIES = {family.model_type: family for family in map(parts.also_stacked, _ALL)}
 
 
 def family_of(theirs: Mapping[str, Any], where: str) -> Family:

@@ -24,7 +24,8 @@ class Field(NamedTuple):
 
   ours: str  # of config.Model: "moe.top_k"
   theirs: str
-  default: Any = None  # where theirs is missing or null; a function takes their config.json
+  # Where theirs is null, or missing without a default of the family; a function takes all theirs.
+  default: Any = None
   to_ours: Callable[[Any], Any] = _same
   to_theirs: Callable[[Any], Any] = _same
   also: str = ""  # another name of theirs, which newer versions of transformers write
@@ -39,9 +40,12 @@ class Family(NamedTuple):
   layer: tuple[Row, ...]  # the tensors of a layer
   # What other files have in place of some of them; they are read and not written.
   stacked: tuple[Row, ...] = ()
+  # {field of theirs: what their code takes where a config.json lacks it}
+  defaults: dict[str, Any] = {}  # noqa: RUF012
   fixed: dict[str, Any] = {}  # noqa: RUF012 {field of ours: the value that the family has}
   allowed: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012 {field of theirs: values that we can express}
   rope_base: float = 10_000.0  # where rope_theta is missing
+  rope: dict[str, Any] = {}  # noqa: RUF012 rope_parameters, where there are none
   partial_rotary: float | None = None  # the default of partial_rotary_factor, where it is read
   # {field of ours: its value, made of several fields of their config.json}, and the way back
   read: dict[str, Callable[[Mapping[str, Any]], Any]] = {}  # noqa: RUF012
@@ -87,10 +91,13 @@ def to_model(family: Family, theirs: Mapping[str, Any], where: str) -> tuple[Mod
   Raises:
     UserError: names a field that is missing, or that our model cannot express.
   """
+  theirs = family.defaults | dict(theirs)
   try:
     model = _model(_values(family, theirs, where), where)
   except UserError:
     raise
+  except KeyError as error:
+    raise UserError(f"{where}: {error.args[0]} is missing") from None
   except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
     raise UserError(f"{where}: a field has a value of another kind: {error}") from None
   if why := family.check(model):
@@ -190,7 +197,7 @@ def relevant(model: Model) -> set[str]:
   if model.activation is not config_lib.Activation.CLAMPED_SWIGLU:
     names -= {"activation_limit"}
   if not model.latent.kv_dim:
-    names -= {"latent.query_dim", "latent.rotary_dim", "latent.value_dim"}
+    names -= {f"latent.{name}" for name in ("query_dim", "rotary_dim", "value_dim", "norm_eps")}
   if model.moe.expert_groups == 1:
     names -= {"moe.top_groups", "moe.group_score"}
   return names
@@ -206,6 +213,7 @@ def _rope_to_ours(
 ) -> dict[str, Any]:
   """Reads rope_parameters, or rope_theta and rope_scaling of older files."""
   rope = dict(theirs.get("rope_scaling") or {}) | dict(theirs.get("rope_parameters") or {})
+  rope = rope or family.rope
   base = rope.get("rope_theta", theirs.get("rope_theta"))
   values: dict[str, Any] = {"rope_base": family.rope_base if base is None else float(base)}
   fraction = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor"))
@@ -224,9 +232,11 @@ def _rope_to_ours(
   longest = theirs.get("max_position_embeddings")
   original = rope.get("original_max_position_embeddings") or longest
   factor = rope.get("factor") or (longest / original if longest and original else None)
-  if factor is None or original is None:
+  if factor is None or (original is None and kind != "linear"):
     raise UserError(f"{where}: rope_type={kind!r} has no factor or no length")
-  scaling: dict[str, Any] = {"kind": kind, "factor": float(factor), "original_length": original}
+  scaling: dict[str, Any] = {"kind": kind, "factor": float(factor)}
+  if kind != "linear":
+    scaling["original_length"] = original
   for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
     if rope.get(name):
       scaling[name] = float(rope[name])
@@ -245,6 +255,15 @@ def _mscale(factor: float, scale: float) -> float:
   return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
 
 
+def _mscale_of(scaling: config_lib.RopeScaling) -> float:
+  """Returns the mscale that with mscale_all_dim makes the attention_factor."""
+  if scaling.factor <= 1:
+    return 1.0
+  whole = scaling.attention_factor or _mscale(scaling.factor, 1.0)
+  whole *= _mscale(scaling.factor, scaling.mscale_all_dim)
+  return (whole - 1) / (0.1 * math.log(scaling.factor))
+
+
 def _rope_to_theirs(family: Family, model: Model) -> dict[str, Any]:
   """Returns rope_parameters for newer versions of transformers, and what older ones read."""
   scaling = model.rope_scaling
@@ -259,8 +278,11 @@ def _rope_to_theirs(family: Family, model: Model) -> dict[str, Any]:
   fields |= {name: getattr(scaling, name) for name in names.get(kind, ())}
   if scaling.attention_factor and kind == "yarn":
     fields["attention_factor"] = scaling.attention_factor
-  if scaling.mscale_all_dim and kind == "yarn":
-    fields["mscale_all_dim"] = scaling.mscale_all_dim
+  if (
+    kind == "yarn" and family.scores_mscale and (scaling.attention_factor or scaling.mscale_all_dim)
+  ):
+    # DeepSeek's own code reads these two and no attention_factor.
+    fields |= {"mscale": _mscale_of(scaling), "mscale_all_dim": scaling.mscale_all_dim}
   theirs: dict[str, Any] = {"rope_theta": model.rope_base, "rope_scaling": fields or None}
   new = {"rope_type": "default"} | fields | {"rope_theta": model.rope_base}
   if family.partial_rotary is not None:

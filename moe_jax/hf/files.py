@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,24 @@ _LARGEST_JSON = 2**26  # bytes
 _SECONDS = 5.0  # between lines of progress
 
 
+def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files of a checkpoint whose index is missing, which their names number.
+
+  Raises:
+    UserError: one of them is missing.
+  """
+  found = {}
+  for path in folder.glob("model-*.safetensors"):
+    if number := re.fullmatch(r"model-(\d+)-of-(\d+)\.safetensors", path.name):
+      found[int(number[1])] = path, int(number[2])
+  for total in {total for _, total in found.values()}:
+    if gone := sorted(set(range(1, total + 1)) - set(found)):
+      raise UserError(
+        f"{folder}: file {gone[0]} of {total} is missing, and {INDEX}: an incomplete download"
+      )
+  return [found[number][0] for number in sorted(found)]
+
+
 class Stored:
   """The tensors of a checkpoint on disk: their shapes, and ranges of their values."""
 
@@ -76,6 +95,8 @@ class Stored:
     if (self.folder / SINGLE).is_file():
       return [self.folder / SINGLE]
     if not (self.folder / INDEX).is_file():
+      if shards := _shards(self.folder):
+        return shards
       raise UserError(
         f"{self.folder}: neither {SINGLE} nor {INDEX} there; weights in other files (.bin, .pth) "
         "are pickled programs, which are not run: convert them to safetensors first"
@@ -111,8 +132,20 @@ class Stored:
   def read(self, name: str, ranges: Ranges) -> np.ndarray:
     """Returns a range of a tensor's values, in the file's type; float32 if that has few bits."""
     if self.types[name] in _QUANTIZED:
-      return _QUANTIZED[self.types[name]][0].read(name, ranges, self._part)
+      module, _ = _QUANTIZED[self.types[name]]
+      return module.read(name, self.shapes[name], ranges, self._part)
     return self._part(name, ranges)
+
+  def same(self, one: str, other: str) -> bool:
+    """Returns whether two tensors, of matrices, have the same values."""
+    shape, rows = self.shapes[one], 4096  # so that no matrix is held whole
+    if shape != self.shapes[other]:
+      return False
+    for start in range(0, shape[0], rows):
+      ranges = (slice(start, min(start + rows, shape[0])), *(slice(0, n) for n in shape[1:]))
+      if not np.array_equal(self.read(one, ranges), self.read(other, ranges)):
+        return False
+    return True
 
   def _part(self, name: str, ranges: Ranges) -> np.ndarray:
     """Returns a range of a tensor as the file has it; of an FP8 tensor the bytes."""
@@ -225,6 +258,7 @@ class Writer:
       path = self.folder / self._file(self._written)
       with _storage(self.target):
         safetensors.numpy.save_file(self._held, path, metadata={"format": "pt"})
+        path.chmod(self.folder.stat().st_mode & 0o666)  # it is made for its owner alone
       self._held, self._written = {}, self._written + 1
 
   def _file(self, number: int) -> str:

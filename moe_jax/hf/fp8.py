@@ -1,7 +1,8 @@
-"""FP8 weights with a scale for each block, as DeepSeek-V3 is published: read as float32.
+"""FP8 weights with scales, as DeepSeek-V3 is published: read as float32.
 
-NAME [O, I] has numbers of 8 bits (E4M3), and NAME_scale_inv [O/128, I/128] a float32 by which each
-block of 128 x 128 is multiplied; the last blocks may be smaller.
+NAME [O, I] has numbers of 8 bits (E4M3), and NAME_scale_inv the float32 or bfloat16 by which they
+are multiplied: [O/128, I/128], one for each block of 128 x 128, of which the last may be smaller;
+[O, 1], one for each row; or one for the whole tensor.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from moe_jax.hf.ranges import Ranges, Read, Shape, covering
+from moe_jax.hf.ranges import Ranges, Read, Shape
 
 _BLOCK = 128
 _SCALES = "_scale_inv"
@@ -21,25 +22,27 @@ def find(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Sha
   found = {}
   for scales, shape in shapes.items():
     name = scales.removesuffix(_SCALES)
-    if name == scales or (types.get(name), types[scales]) != ("F8_E4M3", "F32"):
+    if name == scales or types.get(name) != "F8_E4M3" or types[scales] not in ("F32", "BF16"):
       continue
-    if shape == tuple(-(-size // _BLOCK) for size in shapes[name]):
+    blocks = tuple(-(-size // _BLOCK) for size in shapes[name])
+    if shape in (blocks, (shapes[name][0], 1), (1, 1), (1,), ()):
       found[name] = shapes[name]
   return found
 
 
-def read(name: str, ranges: Ranges, read_part: Read) -> np.ndarray:
+def read(name: str, shape: Shape, ranges: Ranges, read_part: Read) -> np.ndarray:
   """Returns a range of a weight [O, I], float32.
 
   Args:
     name: of the weight.
+    shape: of the weight.
     ranges: of O and I.
     read_part: reads a range of the weight, as bytes, or of its scales.
   """
   values = read_part(name, ranges).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-  blocks = tuple(covering(r, _BLOCK) for r in ranges)
-  scales = read_part(name + _SCALES, blocks)
-  rows, columns = (
-    np.arange(r.start, r.stop) // _BLOCK - b.start for r, b in zip(ranges, blocks, strict=True)
-  )
-  return values * scales[np.ix_(rows, columns)]
+  scales = np.atleast_2d(read_part(name + _SCALES, ()).astype(np.float32))
+  places = []
+  for r, size, count in zip(ranges, shape, scales.shape, strict=True):
+    block = size if count == 1 else 1 if count == size else _BLOCK
+    places.append(np.arange(r.start, r.stop) // block)
+  return values * scales[np.ix_(*places)]

@@ -28,6 +28,8 @@ from moe_jax.hf.ranges import Ranges
 from moe_jax.model import cost, pattern, transformer
 from moe_jax.weights import Weights
 
+_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+_NAMED = 20  # tensors that do not fit; a wrong file has thousands
 _READ, _WRITTEN = 5e8, 3e8  # bytes per second, for the prediction of --dry-run
 
 
@@ -67,18 +69,39 @@ def plan(folder: str, mesh: Mesh) -> Plan:
   theirs = fields.of_text(files.read_json(path / files.CONFIG))
   where = str(path / files.CONFIG)
   family = families.family_of(theirs, where)
+  _check_quantization(theirs, where)
   model, unread = fields.to_model(family, theirs, where)
   notes = [f"not read of {files.CONFIG}: {', '.join(unread)}"] if unread else []
-  config = _config(model, mesh, theirs, path)
-  validation.validate(config)
   stored = files.Stored(path)
   layer = layout.replaced(family.layer, family.stacked, stored.shapes)
+  experts = model.moe.num_experts if any("{expert}" in row.theirs for row in layer) else 0
+  if model.num_layers + experts > len(stored.shapes):  # before millions of them are listed
+    raise UserError(
+      f"{where}: it has {model.num_layers:,} layers and {model.moe.num_experts:,} experts, but the "
+      f"files hold {len(stored.shapes):,} tensors; they are of another model"
+    )
+  if model.tied_head and _HEAD in stored.shapes and not stored.same(_HEAD, _EMBED):
+    model.tied_head = False  # as transformers does
+    notes.append(f"{_HEAD} is not the embedding, so tie_word_embeddings=true is not followed")
+  config = _config(model, mesh, theirs, path)
+  validation.validate(config)
   try:
     tensors = layout.tensors(model, parts.TOP, layer, parts.LAYER)
   except KeyError as error:
     raise UserError(f"{where}: a {family.model_type} has no {error.args[0]}") from None
   notes += _compare(family, model, tensors, stored)
   return Plan(family, config, tensors, stored, notes)
+
+
+def _check_quantization(theirs: Mapping[str, Any], where: str) -> None:
+  """Raises a UserError for weights in a format that is not read."""
+  found = theirs.get("quantization_config")
+  kind = found.get("quant_method") if isinstance(found, dict) else None
+  if kind not in (None, "fp8", "mxfp4"):
+    raise UserError(
+      f"{where}: its weights are quantized by {kind!r}, which is not read; take the checkpoint in "
+      "bfloat16, or one in fp8 or mxfp4"
+    )
 
 
 def _config(
@@ -107,13 +130,18 @@ def _compare(
   """Returns notes about tensors that are left out; raises a UserError where some do not fit."""
   wanted = {tensor.name: tensor for tensor in tensors}
   left_out = family.left_out.format(num_layers=model.num_layers)
-  tied = {"lm_head.weight"} if model.tied_head else set()
+  tied = {_HEAD} if model.tied_head else set()
   extra: list[str] = []
   skipped: list[str] = []
   for name in stored.shapes:
     if name in wanted or name in tied or re.fullmatch(parts.COMPUTED, name):
       continue
     (skipped if left_out and re.fullmatch(left_out, name) else extra).append(name)
+  if not wanted.keys() & stored.shapes.keys():
+    raise UserError(
+      f"{stored.folder}: no tensor has the name of one of a {family.model_type}: the files begin "
+      f"with {next(iter(stored.shapes), 'none')}, the model with {next(iter(wanted))}"
+    )
   wrong = [f"missing: {name}" for name in wanted if name not in stored.shapes]
   wrong += [f"not of this model: {name}" for name in extra]
   for name in wanted.keys() & stored.shapes.keys():
@@ -123,7 +151,8 @@ def _compare(
     elif not stored.readable(name):
       wrong.append(f"of a type that is not read: {name} is {stored.types[name]}")
   if wrong:
-    lines = "\n  ".join(sorted(wrong))
+    more = [f"and {len(wrong) - _NAMED} more"] if len(wrong) > _NAMED else []
+    lines = "\n  ".join(sorted(wrong)[:_NAMED] + more)
     raise UserError(
       f"{stored.folder}: {len(wrong)} tensor(s) do not fit its config.json:\n  {lines}"
     )

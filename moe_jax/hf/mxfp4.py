@@ -29,11 +29,12 @@ def find(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Sha
   return found
 
 
-def read(name: str, ranges: Ranges, read_bytes: Read) -> np.ndarray:
+def read(name: str, shape: Shape, ranges: Ranges, read_bytes: Read) -> np.ndarray:
   """Returns a range of a weight [E, I, O], float32.
 
   Args:
     name: of the weight.
+    shape: of the weight; the ranges suffice.
     ranges: of E, I and O.
     read_bytes: reads a range of one of the two tensors, uint8.
   """

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.config import Model
-from moe_jax.hf.fields import Field
+from moe_jax.hf.fields import Family, Field
 from moe_jax.hf.layout import Row
 from moe_jax.model.pattern import layer_kinds
 
@@ -179,10 +179,18 @@ DELTA_SIZES = (
   Field("delta.value_dim", "linear_value_head_dim", 128),
   Field("delta.conv_width", "linear_conv_kernel_dim", 4),
 )
-STACKED_EXPERTS = (
+_STACKED = (  # as Qwen3.5 is published, and as transformers 5 holds all of these families
+  Row("ffn.router_DE", "mlp.gate.weight", "ED"),
+  Row("bias_ZE", "mlp.e_score_correction_bias", "E"),
   Row("ffn.gate_EDF,ffn.up_EDF", "mlp.experts.gate_up_proj", "E(2F)D"),
   Row("ffn.down_EFD", "mlp.experts.down_proj", "EDF"),
 )
+
+
+def also_stacked(family: Family) -> Family:
+  """Returns the family, which reads files with one tensor for all experts as well."""
+  apart = any("{expert}" in row.theirs for row in family.layer)
+  return family._replace(stacked=_STACKED) if apart else family
 
 
 def nope(model: Model) -> dict[str, Any]:
@@ -190,9 +198,17 @@ def nope(model: Model) -> dict[str, Any]:
   return {"qk_nope_head_dim": model.head_dim - model.latent.rotary_dim}
 
 
-def by_group(theirs: Mapping[str, Any]) -> bool:
-  """Returns whether their routers choose groups of experts first."""
-  return theirs.get("topk_method", "greedy") != "greedy"
+def if_grouped(name: str) -> Callable[[Mapping[str, Any]], Any]:
+  """Returns what reads a field of theirs that routers have which choose groups first, else 1."""
+
+  def read(theirs: Mapping[str, Any]) -> Any:
+    if theirs.get("topk_method", "greedy") == "greedy":
+      return 1
+    if theirs.get(name) is None:
+      raise KeyError(name)
+    return theirs[name]
+
+  return read
 
 
 def one_window(model: Model) -> str:

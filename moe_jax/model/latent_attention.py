@@ -111,11 +111,11 @@ def latent_attention(
   else:
     assert weights.q_down_DQ is not None and weights.q_norm_Q is not None
     assert weights.q_up_QHA is not None
-    q_BLQ = rms_norm(linear(x_BLD, weights.q_down_DQ), weights.q_norm_Q, model.norm_eps)
+    q_BLQ = rms_norm(linear(x_BLD, weights.q_down_DQ), weights.q_norm_Q, model.latent.norm_eps)
     q_BLHA = linear(q_BLQ, weights.q_up_QHA)
   q_BLHR = rope(q_BLHA[..., unrotated:], positions_BL, model)
   down_BLU = linear(x_BLD, weights.kv_down_DU)
-  latent_BLW = rms_norm(down_BLU[..., :W], weights.kv_norm_W, model.norm_eps)
+  latent_BLW = rms_norm(down_BLU[..., :W], weights.kv_norm_W, model.latent.norm_eps)
   shared_BLGR = rope(down_BLU[:, :, None, W:], positions_BL, model)  # G = 1
   stored_BLGU = jnp.concatenate([latent_BLW[:, :, None], shared_BLGR], axis=-1)
   if x_BLD.shape[1] == 1:

@@ -51,6 +51,14 @@ def set_config(path, **values):
   (path / files.CONFIG).write_text(json.dumps(config | values))
 
 
+def rename(path, old, new):
+  """Changes the beginning of the names of all tensors, and leaves no index."""
+  (path / files.INDEX).unlink(missing_ok=True)
+  for file in path.glob("*.safetensors"):
+    held = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({new + n.removeprefix(old): w for n, w in held.items()}, file)
+
+
 DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"
 
 
@@ -74,6 +82,32 @@ def test_a_device_reads_its_own_part(folder):
   with jax.set_mesh(mesh):
     importing.read(made, mesh)
   assert made.stored.bytes_read <= made.bytes_to_read
+
+
+def test_files_without_an_index_are_found_by_their_numbers(copy):
+  (copy / files.INDEX).unlink()
+  with jax.set_mesh(mesh_of()):
+    got = importing.read(plan(copy), mesh_of())
+  for one, other in zip(jax.tree.leaves(got.params), exact_leaves(), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_head_that_is_not_the_embedding_is_kept(factor, copy):
+  """Where config.json says that they are one: the file is right, as for transformers."""
+  head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+  (copy / files.INDEX).unlink()
+  path = copy / "model-00001-of-00007.safetensors"
+  held = safetensors.numpy.load_file(path)
+  safetensors.numpy.save_file(held | {head: factor * held[embedding]}, path)
+  made = plan(copy)
+  assert made.config.model.tied_head == (factor == 1)
+  assert len([n for n in made.notes if f"{head} is not the embedding" in n]) == factor - 1
+
+
+def test_everybody_may_read_what_is_exported(folder):
+  modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+  assert set(modes.values()) == {modes[files.CONFIG]}, modes
 
 
 def test_bfloat16_is_read_as_it_stands(tmp_path):
@@ -122,7 +156,14 @@ BAD = {
   "base": (lambda p: set_config(p, rope_parameters={"rope_theta": "far"}), "of another kind"),
   "rope is a list": (lambda p: set_config(p, rope_parameters=[1]), "of another kind"),
   "no heads": (lambda p: set_config(p, head_dim=None, num_attention_heads=0), "head_dim is mis"),
-  "huge": (lambda p: set_config(p, num_hidden_layers=10**9), "config.model.num_layers="),
+  "huge": (lambda p: set_config(p, num_hidden_layers=10**9), "it has 1,000,000,000 layers and 4"),
+  "huge layers": (lambda p: set_config(p, num_experts=10**7), "and 10,000,000 experts, but the fi"),
+  "quantized": (lambda p: set_config(p, quantization_config={"quant_method": "awq"}), "by 'awq'"),
+  "another prefix": (lambda p: rename(p, "", "wrapped."), "no tensor has the name of one"),
+  "no index, and a missing file": (
+    lambda p: [(p / name).unlink() for name in (files.INDEX, "model-00002-of-00007.safetensors")],
+    "file 2 of 7 is missing",
+  ),
   "activation": (lambda p: set_config(p, hidden_act="gelu"), "hidden_act='gelu' cannot be"),
   "window": (lambda p: set_config(p, use_sliding_window=True), "use_sliding_window=True cannot"),
   "dense layers": (lambda p: set_config(p, mlp_only_layers=[1]), "are not the first ones"),

@@ -75,14 +75,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     moe_intermediate_size=6, intermediate_size=18, n_shared_experts=2, n_group=4, topk_group=2,
     topk_method="group_limited_greedy", routed_scaling_factor=1.7, first_k_dense_replace=1,
     num_key_value_heads=6, q_lora_rank=None, kv_lora_rank=10, qk_nope_head_dim=6, head_dim=4,
-    qk_rope_head_dim=4, v_head_dim=7, rms_norm_eps=1e-6,
+    qk_rope_head_dim=4, v_head_dim=7,
     rope_parameters=_YARN | {"mscale": 0.7, "mscale_all_dim": 0.9},
   ),
   "deepseek_v3": dict(
     model_type="deepseek_v3", n_routed_experts=8, num_experts_per_tok=4, moe_intermediate_size=6,
     intermediate_size=18, n_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=1.7,
     first_k_dense_replace=1, num_key_value_heads=6, q_lora_rank=11, kv_lora_rank=10,
-    qk_nope_head_dim=5, qk_rope_head_dim=4, head_dim=4, v_head_dim=7, rms_norm_eps=1e-6,
+    qk_nope_head_dim=5, qk_rope_head_dim=4, head_dim=4, v_head_dim=7,
     rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, num_nextn_predict_layers=0,
   ),
   "qwen3_next": dict(
