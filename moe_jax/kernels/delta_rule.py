@@ -96,14 +96,17 @@ def chunked(
     (q_BLOI, k_BLOI, v_BLOX, decay_BLO, beta_BLO), segments_BL = chunk
     q_BOLI, k_BOLI, v_BOLX = (x.swapaxes(1, 2) for x in (q_BLOI, k_BLOI, v_BLOX))
     beta_BOL1 = beta_BLO.swapaxes(1, 2)[..., None]
-    total_BOL = jnp.cumsum(decay_BLO, axis=1).swapaxes(1, 2)  # of the decays in the chunk so far
+    decay_BOL = decay_BLO.swapaxes(1, 2)
+    # Decays from each token to each later one, summed: a difference of sums from the chunk's begin
+    # would lose the digits of a small decay after large ones.
+    later_LL = jnp.tril(jnp.ones(2 * decay_BOL.shape[-1:], bool), -1)
+    sum_BOLL = jnp.cumsum(jnp.where(later_LL, decay_BOL[..., None], 0), axis=-2)
     same_BLL = segments_BL[:, :, None] == segments_BL[:, None]
     seen_B1LL = jnp.tril(same_BLL)[:, None]
-    between_BOLL = _exp(total_BOL[..., None] - total_BOL[..., None, :], seen_B1LL)
+    between_BOLL = _exp(sum_BOLL, seen_B1LL)
     goes_on_B1L = (segments_BL == before_B[:, None])[:, None]
-    since_BOL1 = _exp(total_BOL, goes_on_B1L)[..., None]  # from the state to each token
-    stays_B1L = (segments_BL == segments_BL[:, -1:])[:, None]
-    until_BOL1 = _exp(total_BOL[..., -1:] - total_BOL, stays_B1L)[..., None]  # to the next state
+    since_BOL1 = _exp(jnp.cumsum(decay_BOL, axis=-1), goes_on_B1L)[..., None]  # from the state
+    until_BOL1 = between_BOLL[..., -1, :, None]  # to the next state
     # Every token changes what the tokens after it find: a triangular system of the changes.
     system_BOLL = jnp.einsum("BOLI,BOSI->BOLS", beta_BOL1 * k_BOLI, k_BOLI) * between_BOLL
     values = jnp.concatenate([beta_BOL1 * v_BOLX, beta_BOL1 * since_BOL1 * k_BOLI], axis=-1)

@@ -49,8 +49,9 @@ def test_chunks_equal_the_formula(L):
   (tokens, _, memory), segments_BL = inputs(L), segments(L)
   y_BLOX, after = delta_rule.chunked(tokens, jnp.asarray(segments_BL), memory)
   want_BLOX, want_after = oracle(tokens, segments_BL, memory)
-  np.testing.assert_allclose(y_BLOX, want_BLOX, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(after, want_after, rtol=1e-4, atol=1e-5)
+  # A head that forgets much loses no digits of what it keeps.
+  np.testing.assert_allclose(y_BLOX, want_BLOX, rtol=0, atol=5e-7 * np.abs(want_BLOX).max())
+  np.testing.assert_allclose(after, want_after, rtol=0, atol=5e-7 * np.abs(want_after).max())
 
 
 def test_the_gradients_are_those_of_the_steps():
