@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.config import Config, Exchange, MoE, Priority, UserError, flatten
+from moe_jax.config import Config, Exchange, MoE, Priority, Schedule, UserError, flatten
 from moe_jax.options import LARGEST_INT, walk
 from moe_jax.validation_model import check_model
 
@@ -22,6 +22,11 @@ def check_fields(config: Config) -> None:
   _check_each_field(config)
   if config.optimizer.warmup_steps > config.train.steps:
     _refuse(config, "optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
+  falls = round(config.optimizer.decay_fraction * config.train.steps)
+  late = config.optimizer.warmup_steps + falls > config.train.steps
+  if config.optimizer.schedule is Schedule.WSD and late:
+    _refuse(config, "optimizer.warmup_steps", "optimizer.decay_fraction",
+            f"warm up before the last {falls} of {config.train.steps} steps, in which wsd falls")  # fmt: skip  # noqa: E501
   _check_data(config)
   check_model(config.model)
   _check_moe(config)

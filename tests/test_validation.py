@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import validation
-from moe_jax.config import Dispatch, Exchange, Priority, Router, Score
+from moe_jax.config import Dispatch, Exchange, Priority, Router, Schedule, Score
 from tests.support.toys import ROOT, toy_config
 
 DISAGREEMENTS = {
@@ -63,6 +63,17 @@ def test_disagreeing_fields_are_named(change):
     validation.validate(config)
   message = str(error.value)
   assert f"config.{name}=" in message and DISAGREEMENTS[change] in message and "\n" not in message
+
+
+def test_a_warm_up_that_reaches_into_the_fall_of_wsd_is_refused():
+  config = toy_config()
+  config.optimizer.schedule, config.optimizer.warmup_steps = Schedule.WSD, 8
+  validation.validate(config)
+  config.optimizer.warmup_steps = 9  # of 10 steps, and it falls in the last two
+  with pytest.raises(
+    config_lib.UserError, match=r"warmup_steps=9 with config.optimizer.decay_fraction=0.2"
+  ):
+    validation.validate(config)
 
 
 def test_an_evaluation_batch_splits_over_all_axes_of_the_batch():
