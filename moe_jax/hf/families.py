@@ -86,6 +86,7 @@ _ALL = [
       Row("ffn.gate_EDF,ffn.up_EDF", "block_sparse_moe.input_linear.weight", "E(2F)D"),
       Row("ffn.down_EFD", "block_sparse_moe.output_linear.weight", "EDF"),
     ),
+    stacked=parts.stacked("block_sparse_moe", "router"),
     allowed=parts.SILU, check=parts.renormalized,
   ),
   Family(

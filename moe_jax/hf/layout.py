@@ -262,4 +262,4 @@ def replaced(
   """Returns the rows, with those others that some of a checkpoint's names have in their place."""
   there = tuple(row for row in others if any(name.endswith("." + row.theirs) for name in names))
   taken = {name for row in there for name in row.ours.split(",")}
-  return (*(row for row in rows if row.ours not in taken), *there)
+  return (*(row for row in rows if row.ours.split(",")[0] not in taken), *there)

@@ -179,18 +179,22 @@ DELTA_SIZES = (
   Field("delta.value_dim", "linear_value_head_dim", 128),
   Field("delta.conv_width", "linear_conv_kernel_dim", 4),
 )
-_STACKED = (  # as Qwen3.5 is published, and as transformers 5 holds all of these families
-  Row("ffn.router_DE", "mlp.gate.weight", "ED"),
-  Row("bias_ZE", "mlp.e_score_correction_bias", "E"),
-  Row("ffn.gate_EDF,ffn.up_EDF", "mlp.experts.gate_up_proj", "E(2F)D"),
-  Row("ffn.down_EFD", "mlp.experts.down_proj", "EDF"),
-)
+
+
+def stacked(block: str = "mlp", router: str = "gate") -> tuple[Row, ...]:
+  """Returns the rows of experts in one tensor, as Qwen3.5 has and transformers 5 holds."""
+  return (
+    Row("ffn.router_DE", f"{block}.{router}.weight", "ED"),
+    Row("bias_ZE", f"{block}.e_score_correction_bias", "E"),
+    Row("ffn.gate_EDF,ffn.up_EDF", f"{block}.experts.gate_up_proj", "E(2F)D"),
+    Row("ffn.down_EFD", f"{block}.experts.down_proj", "EDF"),
+  )
 
 
 def also_stacked(family: Family) -> Family:
   """Returns the family, which reads files with one tensor for all experts as well."""
   apart = any("{expert}" in row.theirs for row in family.layer)
-  return family._replace(stacked=_STACKED) if apart else family
+  return family._replace(stacked=stacked()) if apart else family
 
 
 def nope(model: Model) -> dict[str, Any]:

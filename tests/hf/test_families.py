@@ -128,6 +128,14 @@ def their_files(model, values):
   }
 
 
+def test_experts_in_one_tensor_are_the_same_weights(pair, tmp_path):
+  """As transformers 5 holds them, and writes them if it is asked to."""
+  pair.peer.model.save_pretrained(tmp_path, save_original_format=False)
+  with jax.set_mesh(pair.mesh):
+    found = importing.read(importing.plan(str(tmp_path), config_lib.Mesh(data=1)), pair.mesh)
+  jax.tree.map(np.testing.assert_array_equal, found, pair.weights)
+
+
 def test_routers_choose_the_same_experts(pair):
   if not pair.model.moe.num_experts:
     pytest.skip("a dense family")

@@ -12,7 +12,10 @@ from tests.support.toys import mesh_of, tokens_of
 torch = pytest.importorskip("torch", reason="compares with Hugging Face: pip install -e '.[hf]'")
 
 
-def test_deepseek_as_it_is_published(tmp_path):
+@pytest.mark.parametrize(
+  ("kind", "dtype"), [("blocks", "float32"), ("rows", "bfloat16"), ("tensor", "bfloat16")]
+)
+def test_deepseek_as_it_is_published(kind, dtype, tmp_path):
   """Matrices of odd sizes, one of several blocks each way; read whole, and by ranges on a mesh."""
   from safetensors.torch import load_file, save_file
 
@@ -26,11 +29,14 @@ def test_deepseek_as_it_is_published(tmp_path):
   wide = [n for n, w in held.items() if w.ndim == 2 and n.endswith("proj.weight")]
   state = peer.model.state_dict()
   for name in wide:
-    blocks = [-(-size // 128) for size in held[name].shape]
-    scale = torch.tensor(rng.uniform(0.5, 2.0, blocks), dtype=torch.float32)
-    held[name] = held[name].to(torch.float8_e4m3fn)
-    rows, columns = (torch.arange(size) // 128 for size in held[name].shape)
-    value = held[name].to(torch.float32) * scale[rows][:, columns]
+    sizes = held[name].shape
+    shape = {"blocks": [-(-n // 128) for n in sizes], "rows": [sizes[0], 1], "tensor": []}[kind]
+    scale = torch.tensor(rng.uniform(0.5, 2.0, shape)).to(getattr(torch, dtype))
+    held[name], whole = held[name].to(torch.float8_e4m3fn), scale.to(torch.float32)
+    if kind == "blocks":
+      rows, columns = (torch.arange(n) // 128 for n in sizes)
+      whole = whole[rows][:, columns]
+    value = held[name].to(torch.float32) * whole
     scales[f"{name}_scale_inv"] = scale
     if name in state:
       state[name].copy_(value)
