@@ -13,7 +13,7 @@ begin alike, so that a token chooses all parts of a copy; so the parts must divi
           deviation of the dense weights (drop-upcycling, 2502.19261)
 
 With `copy` the MoE model computes what the dense one does, to rounding, where the gates of a token
-sum to 1 (renormalize, with top_k above 1). The command says whether they do.
+sum to 1 (renormalize, with top_k above 1) and nothing is dropped. The command says what holds.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, Model, UserError
 from moe_jax.model import pattern, transformer
-from moe_jax.moe import routers, routing
+from moe_jax.moe import dispatch, routers, routing
 from moe_jax.weights import Weights
 
 METHODS = {"copy": 0.0, "noise": 0.1, "drop": 0.5}  # and the default of --amount
@@ -77,6 +77,12 @@ def check(dense: Model, model: Model) -> int:
     raise UserError(
       f"config.model.moe.router={moe.router.value} does not choose by score alone, so a token "
       f"would not get all {parts} parts of a copy; use router=topk, or expert_dim={dense.ffn_dim}"
+    )
+  if moe.num_experts // moe.expert_groups % parts:
+    raise UserError(
+      f"config.model.moe.expert_groups={moe.expert_groups}: a group has {moe.num_experts} / "
+      f"{moe.expert_groups} experts, and a copy {parts}; a token that has one of its groups would "
+      "not get all parts of a copy"
     )
   if len(pattern.moe_layers(model)) < model.num_layers and model.ffn_dim != dense.ffn_dim:
     raise UserError(
@@ -190,7 +196,13 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
     weights_lib.save(target, weights)
   workdir_lib.write_config(target, config)
   each = "a copy" if parts == 1 else f"one of {parts} parts"
-  same = "what that run does, to rounding" if is_exact(config.model, method) else "something else"
+  moe, same = config.model.moe, "something else"
+  if is_exact(config.model, method):
+    same = "what that run does, to rounding"
+    if dispatch.has_capacity(moe):
+      same += (f", but for the tokens that are dropped, which the dense run has not: over "
+               f"capacity_factor={moe.capacity_factor} in training and "
+               f"{moe.eval_capacity_factor} in evaluation")  # fmt: skip
   print(f"{target} holds {config.model.moe.num_experts} experts, each of them {each} of the "
         f"feed-forward of {path}, step {step}. It computes {same}. Go on with train.py "
         f"--init_from={target}")  # fmt: skip

@@ -171,6 +171,12 @@ REFUSED = {
     lambda d, m: setattr(m, "moe", moe_config(expert_dim=FFN // 2, router=Router.RANDOM).model.moe),
     "router=random does not choose by score",
   ),
+  "a copy cut by groups": (
+    lambda d, m: setattr(
+      m, "moe", moe_config(expert_dim=FFN // 2, num_experts=6, expert_groups=2).model.moe
+    ),
+    "a token that has one of its groups",
+  ),
   "too few": (lambda d, m: setattr(m.moe, "expert_dim", FFN // 4), "top_k=2 is not a multiple"),
 }
 
