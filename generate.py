@@ -22,6 +22,7 @@ from absl import flags
 from moe_jax import command_line
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
+from moe_jax.data import text_files
 from moe_jax.options import GENERATION, check_generation
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
@@ -39,7 +40,6 @@ flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probabil
 flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
 flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
 _MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
-_LARGEST = 2**26  # characters of a prompt file, which may be a pipe without an end
 
 
 def main() -> None:
@@ -122,25 +122,11 @@ def read_prompts() -> list[str]:
     except UnicodeDecodeError:
       raise UserError(f"--prompt={prompt}: this is not UTF-8 text; convert it") from None
   if _FILE.value:
-    text = read_file(_FILE.value)
-    prompts += text.splitlines() if _LINES.value else [text]
+    text = text_files.read_text("--prompt_file", _FILE.value)
+    prompts += text_files.lines(text) if _LINES.value else [text]
   if not prompts:
     raise UserError("no prompt: give --prompt=TEXT or --prompt_file=FILE (- is stdin)")
   return prompts
-
-
-def read_file(name: str) -> str:
-  """Returns the text of a file, or of stdin for "-"."""
-  try:
-    with open(0 if name == "-" else name, encoding="utf-8", closefd=name != "-") as file:
-      text = file.read(_LARGEST + 1)
-  except UnicodeDecodeError:
-    raise UserError(f"--prompt_file={name}: this is not UTF-8 text; convert it") from None
-  except OSError as error:
-    raise UserError(f"--prompt_file={name}: {error.strerror}") from None
-  if len(text) > _LARGEST:
-    raise UserError(f"--prompt_file={name}: over {_LARGEST:,} characters; give a shorter text")
-  return text
 
 
 def show(text: str) -> None:

@@ -6,7 +6,6 @@ that a task's YAML file names.
 
 import json
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import scoring
 from moe_jax.config import UserError
+from moe_jax.data import text_files
 from moe_jax.inference import generate
 from moe_jax.inference.generate import TextGenerator
 
@@ -41,7 +41,7 @@ def of_text(workdir: str, step: int, path: str, stride: int, batch: int) -> str:
     stride: tokens by which a window of config.data.seq_len tokens moves on; 0 is half of it.
     batch: rows that are computed together.
   """
-  content = read_text(path)
+  content = text_files.read_text("--text", path)
   length = workdir_lib.read_config(workdir_lib.open_path(workdir)).data.seq_len
   stride = stride or max(length // 2, 1)
   if stride > length:
@@ -207,11 +207,3 @@ def _cut(text: str, until: list[str]) -> str:
   for end in until:
     text = text.split(end)[0] if end else text
   return text
-
-
-def read_text(path: str) -> str:
-  """Returns the text of a file; raises a UserError for one that cannot be read."""
-  try:
-    return pathlib.Path(path).read_text(errors="replace")
-  except OSError as error:
-    raise UserError(f"--text={path}: {error.strerror}") from None

@@ -23,6 +23,7 @@ SPLITS = ("train", "validation", "test")
 _MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text
 _UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls; bytes that are no UTF-8
 _LARGEST = 2**30  # the most bytes of one document, because a TFDS record ends at 2 GiB
+_LARGEST_NAMED = 2**26  # of a text that a flag names
 
 Document = tuple[str, str]  # name, text
 
@@ -214,12 +215,42 @@ def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Itera
 
 
 def _decode_text(config: Data, data: bytes, where: object) -> str:
+  text = decode(data)
+  if text is None:
+    raise _refusal(config, where, "is not UTF-8 text", "convert it or remove it")
+  return text
+
+
+def decode(data: bytes) -> str | None:
+  """Returns the text of these bytes, each of them kept; None where they are no UTF-8 text."""
   try:
-    if b"\0" not in data:
-      return data.decode()
+    return None if b"\0" in data else data.decode()
   except UnicodeDecodeError:
-    pass
-  raise _refusal(config, where, "is not UTF-8 text", "convert it or remove it")
+    return None
+
+
+def lines(text: str) -> list[str]:
+  """Returns the lines of a text: they end with LF or CR LF, and not with U+2028 or a form feed."""
+  return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def read_text(flag: str, name: str) -> str:
+  """Returns the text of a file that a flag names, as its bytes have it; of stdin for "-".
+
+  Raises:
+    UserError: it cannot be read, is too large, or is not UTF-8 text.
+  """
+  try:
+    with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+      data = file.read(_LARGEST_NAMED + 1)  # a pipe may have no end
+  except OSError as error:
+    raise UserError(f"{flag}={name}: {error.strerror}") from None
+  if len(data) > _LARGEST_NAMED:
+    raise UserError(f"{flag}={name}: over {_LARGEST_NAMED:,} bytes; give a shorter text")
+  text = decode(data)
+  if text is None:
+    raise UserError(f"{flag}={name}: this is not UTF-8 text; convert it")
+  return text
 
 
 def split_user_documents(

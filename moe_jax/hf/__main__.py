@@ -98,16 +98,12 @@ def run_check(args: argparse.Namespace) -> None:
   import jax
 
   from moe_jax import sharding, startup
+  from moe_jax.data import text_files
   from moe_jax.hf import check, importing
 
   startup.start()
   made = importing.plan(args.folder, _mesh(args))
-  text = _TEXT
-  if args.text:
-    try:
-      text = pathlib.Path(args.text).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"--text={args.text}: {error}") from None
+  text = text_files.read_text("--text", args.text) if args.text else _TEXT
   ids_L = check.ids_of(made, text, args.tokens)
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):

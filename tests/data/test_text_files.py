@@ -236,3 +236,14 @@ def test_a_document_over_a_gibibyte_is_refused(name, text):
   os.truncate(path, 2**30 + 1)  # it takes no place on the disk
   message = error_of(text, seconds=100)
   assert "is over 1 GiB" in message and "cut it" in message
+
+
+def test_a_named_text_is_what_its_bytes_are(tmp_path):
+  text = "a\r\nb\x85\u2028c\x0cd\n\ne\n"
+  (tmp_path / "text").write_bytes(text.encode())
+  assert text_files.read_text("--text", str(tmp_path / "text")) == text
+  assert text_files.lines(text) == ["a", "b\x85\u2028c\x0cd", "", "e"]
+  for wrong in (b"a\xff", b"a\0"):
+    (tmp_path / "text").write_bytes(wrong)
+    with pytest.raises(UserError, match=r"--text=.*text: this is not UTF-8 text; convert it"):
+      text_files.read_text("--text", str(tmp_path / "text"))
