@@ -201,10 +201,11 @@ def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: s
 
 def _user_text(config: Data) -> Corpus:
   files = text_files.user_files(config)
-  parts = [str(files.root), config.text_field]
+  parts = ["2", str(files.root), config.text_field]  # 2: of the rules by which files are read
   parts += [f"{name} {size} {time_ns}" for name, (size, time_ns) in files.seen.items()]
 
   def documents() -> _ReadSplit:
+    cache.notice(f"reading all files of {config.path}: {text_files.kinds(files)}")
     if files.links:
       cache.notice(f"note: links to folders are not followed: {', '.join(files.links[:3])}")
     return text_files.split_user_documents(config, lambda: text_files.user_documents(config, files))

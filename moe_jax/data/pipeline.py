@@ -187,7 +187,11 @@ def _tokenize(
         empty += 1
         continue
       ids = tokenizer.encode(text)
-      assert not (ids == tokenizer.separator).any(), "the separator stands for no text"
+      if (ids == tokenizer.separator).any():
+        raise UserError(
+          f"{label}: {documents.name(index)} spells the separator, the id {tokenizer.separator} of "
+          "the tokenizer, which only begins documents; take it out of the text"
+        )
       starts.append(num_documents + num_tokens)
       domains.append(documents.domain(index) if documents.domains else -1)
       sources.append(index)

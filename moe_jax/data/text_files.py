@@ -7,6 +7,7 @@ added or removed.
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ SPLITS = ("train", "validation", "test")
 _MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text
 _UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls; bytes that are no UTF-8
 _LARGEST = 2**30  # the most bytes of one document, because a TFDS record ends at 2 GiB
+_MARKUP = (".json", ".csv", ".tsv")
 _LARGEST_NAMED = 2**26  # of a text that a flag names
 
 Document = tuple[str, str]  # name, text
@@ -116,6 +118,12 @@ def user_files(config: Data) -> UserFiles:
   return UserFiles(path, seen, links)
 
 
+def kinds(files: UserFiles) -> str:
+  """Returns how many files there are of each ending: "12 .py, 3 .md"."""
+  endings = collections.Counter(pathlib.PurePath(name).suffix or "others" for name in files.seen)
+  return ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
+
+
 def _look(config: Data, path: pathlib.Path, file: BinaryIO | None = None) -> tuple[int, int]:
   """Returns the size and the time of change of a regular file, which may be open as `file`."""
   if _UNPRINTED.search(str(path)):
@@ -146,21 +154,42 @@ def first_folders(names: Iterable[str]) -> tuple[str, ...]:
 def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
   """Yields the documents in the user's files; the text of those without any is "".
 
-  Each line of a .jsonl file is a document, whose text is in the field config.text_field; any other
-  file is one document.
+  Each line of a file of JSON lines, by its name or its first two lines, is a document, whose text
+  is in the field config.text_field; any other file is one document.
 
   Raises:
     UserError: a file cannot be read, is too large or not UTF-8, or has changed since it was listed;
-      or a line has no such text.
+      a line has no such text; or there is nothing but tables and other JSON.
   """
+  markup = all(name.lower().endswith(_MARKUP) for name in files.seen)  # and no text beside it
   for name in files.seen:
     path = files.root / name
     with _opened(config, path, files.seen[name]) as file:
-      if name.endswith(".jsonl"):
+      if _holds_lines(name, file):
         yield from _lines(config, path, name, file)
+      elif markup:
+        why = "is a table, or JSON without an object on each line"
+        raise _refusal(config, path, why, "write its text to a .txt or a .jsonl file")
       else:
         text = _decode_text(config, _limited(config, path, file.read(_LARGEST + 1)), path)
         yield name, text if text.strip() else ""
+
+
+def _holds_lines(name: str, file: BinaryIO) -> bool:
+  """Returns whether a file has a document on each line."""
+  if name.lower().endswith((".jsonl", ".ndjson")):
+    return True
+  lines = iter(lambda: file.readline(_LARGEST_NAMED), b"")
+  first = list(itertools.islice(filter(bytes.strip, lines), 2))
+  file.seek(0)
+  return len(first) == 2 and all(map(_is_object, first))
+
+
+def _is_object(line: bytes) -> bool:
+  try:
+    return isinstance(json.loads(line), dict)
+  except (ValueError, RecursionError):
+    return False
 
 
 @contextlib.contextmanager

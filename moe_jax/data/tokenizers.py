@@ -106,7 +106,15 @@ class HuggingFace(Tokenizer):
     if size > _MOST:
       raise UserError(f"config.data.tokenizer={path!r}: an id of {size - 1:,} is over {_MOST:,}")
     separator = next((special[name] for name in _SEPARATORS if name in special), size)
-    self._byte_level = '"ByteLevel"' in json.dumps(_text_rules(path))
+    file = json.loads(pathlib.Path(path).read_bytes())
+    for rule in ("continuing_subword_prefix", "end_of_word_suffix"):
+      if mark := file["model"].get(rule):
+        raise UserError(
+          f"config.data.tokenizer={path!r} marks parts of words by {mark!r}, so the bytes of a "
+          "text cannot be counted; take a byte-level BPE, or SentencePiece"
+        )
+    rules = [file.get("pre_tokenizer"), file.get("decoder")]  # split text, and put it together
+    self._byte_level = '"ByteLevel"' in json.dumps(rules)
     pieces_V = [b""] * max(size, separator + 1)
     for piece, i in vocabulary.items():
       if i in added:
@@ -213,12 +221,6 @@ def _to_str(text: bytes | str) -> str:
 
 def _fingerprint(path: str) -> str:
   return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
-
-
-def _text_rules(path: str) -> list[Any]:
-  """Returns the parts of a tokenizer.json that split text and put it together again."""
-  file = json.loads(pathlib.Path(path).read_bytes())
-  return [file.get("pre_tokenizer"), file.get("decoder")]
 
 
 def _metaspace(piece: str) -> bytes:

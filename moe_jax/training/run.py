@@ -12,7 +12,7 @@ import jax
 from moe_jax import checkpoint, lock, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.data import pipeline
+from moe_jax.data import pipeline, tokenizers
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.kernels import choose
 from moe_jax.model import cost
@@ -97,15 +97,15 @@ def begin(config: config_lib.Config, workdir: str) -> tuple[config_lib.Config, p
 
 def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:
   """Returns the rows of the run; raises a UserError if the run was trained on others."""
-  text = Text(
-    pipeline.load_rows(config.data, "train"), pipeline.load_rows(config.data, "validation")
-  )
-  vocab_size = text.train.tokenizer.vocab_size
-  if vocab_size > config.model.vocab_size:
+  vocab_size = tokenizers.load_tokenizer(config.data).vocab_size
+  if vocab_size > config.model.vocab_size:  # before hours of tokenising
     raise UserError(
       f"config.model.vocab_size={config.model.vocab_size} is less than the {vocab_size} of "
       f"config.data.tokenizer={config.data.tokenizer}"
     )
+  text = Text(
+    pipeline.load_rows(config.data, "train"), pipeline.load_rows(config.data, "validation")
+  )
   workdir_lib.check_same_tokenizer(path, text.train.tokenizer.fingerprint)
   text.batches(config)  # which refuses a split that is too small
   workdir_lib.check_same_data(path, {name: getattr(text, name).digest for name in Text._fields})

@@ -60,11 +60,13 @@ def lines(text):
   return file
 
 
-def test_each_line_of_jsonl_is_a_document_in_the_split_of_its_hash(text, lines):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.json", "a"])
+def test_each_line_of_json_is_a_document_in_the_split_of_its_hash(name, text, lines):
+  lines.rename(lines.with_name(name))
   rows = load(text)
   found = [everything(rows[split]) for split in SPLITS]
   assert sorted(joined(found)) == sorted(f"line {i} é".encode() for i in range(200))
-  expected = [split_of(f"a.jsonl:{2 * i + 1}") for i in range(200)]
+  expected = [split_of(f"{name}:{2 * i + 1}") for i in range(200)]
   assert [len(f) for f in found] == [expected.count(split) for split in SPLITS]
 
 
@@ -99,6 +101,9 @@ def test_a_path_that_is_missing_is_refused(path, why, text, tmp_path):
   ({"a.jsonl": b"[" * 100_000}, ["a.jsonl:1", "not JSON", "mend or remove"]),
   ({"a.jsonl": b'{"text": "x", "n": ' + b"1" * 10_000 + b"}"}, ["a.jsonl:1", "not JSON"]),
   ({"a.jsonl": b'{"a\\u001b[31m\\nb": "x"}'}, ["a.jsonl:1", r"fields: 'a\x1b[31m\nb'"]),
+  ({"a.json": b'[{"text": "x"}]\n'}, ["a.json is a table, or JSON without", "a .jsonl file"]),
+  ({"a.csv": b"text,id\nx,1\n", "b.json": b"{}"}, ["a.csv is a table, or JSON without"]),
+  ({"a.txt": b'{"body": "x"}\n{"body": "y"}\n'}, ["config.data.text_field='text'", "a.txt:1"]),
   ({"a.txt": "text".encode("utf-16")}, ["a.txt", "not UTF-8"]),
   ({"a\nb.txt": b"text"}, [r"a\nb.txt", "does not print", "rename it"]),
   ({os.fsdecode(b"\xff.txt"): b"text"}, [r"\udcff.txt", "not UTF-8", "rename it"]),

@@ -203,3 +203,25 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(UserError, match="pip install tokenizers"):
     tokenizers.load_tokenizer(Data(tokenizer=str(tmp_path / "t.json")))
+
+
+def test_marks_of_parts_of_words_are_refused(tmp_path):
+  """They would be counted as bytes of the text."""
+  hf = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+  path = str(tmp_path / "tokenizer.json")
+  hf.Tokenizer(hf.models.WordPiece({"a": 0, "##b": 1, "?": 2}, unk_token="?")).save(path)
+  with pytest.raises(UserError, match="marks parts of words by '##'"):
+    tokenizers.load_tokenizer(Data(tokenizer=path))
+
+
+def test_a_text_that_spells_the_separator_is_refused(tmp_path):
+  """By a tokenizer that takes it for a word."""
+  hf = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+  model = hf.Tokenizer(hf.models.WordLevel({"<s>": 0, "a": 1}, unk_token="a"))
+  model.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+  model.add_special_tokens(["<s>"])
+  model.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "text.txt").write_text("a a <s> a\n" * 40)
+  config = Data(name="text", path=str(tmp_path / "text.txt"), seq_len=4, batch_size=1,
+                tokenizer=str(tmp_path / "tokenizer.json"))  # fmt: skip
+  assert "text.txt spells the separator, the id 0" in error_of(config)
