@@ -92,7 +92,22 @@ def begin(config: config_lib.Config, workdir: str) -> tuple[config_lib.Config, p
   cost.check_training_memory(config, optimizers.abstract_state(config))
   path = workdir_lib.open_path(workdir)
   workdir_lib.check_same_config(path, config)
+  _say_if_rates_move(path, config)
   return config, path
+
+
+def _say_if_rates_move(path: pathlib.Path, config: config_lib.Config) -> None:
+  """Says what another number of steps does to a run that goes on: its schedule moves."""
+  steps = workdir_lib.saved_steps(path)
+  if not steps or jax.process_index():
+    return
+  before = workdir_lib.read_config(path)
+  old, new = (
+    float(optimizers.schedule(c.optimizer, c.train.steps)(steps[-1])) for c in (before, config)
+  )
+  if not math.isclose(old, new, rel_tol=1e-6):
+    print(f"config.train.steps={config.train.steps} (was {before.train.steps}) moves the schedule: "
+          f"the learning rate of step {steps[-1] + 1} is {new:.3g}, and was {old:.3g}")  # fmt: skip
 
 
 def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:

@@ -12,7 +12,7 @@ from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import OnNonfinite
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.training import health, losses, replay
+from moe_jax.training import health, losses, optimizers, replay
 from moe_jax.training import run as run_lib
 from tests.support.scripts import losses_of
 from tests.support.toys import mesh_of  # noqa: F401  (eight simulated devices)
@@ -259,3 +259,17 @@ def test_the_rows_that_are_named_are_those_of_the_batch(text):
   for number in (5, 6, 7):
     want = rows.batch(run_lib.pipeline.batch_rows(rows, config_of(text).data, number))
     jax.tree.map(np.testing.assert_array_equal, next(batches), want)
+
+
+@pytest.mark.slow
+def test_more_steps_move_the_schedule_and_the_start_says_so(text, tmp_path, capsys):
+  said = []
+  for steps in (8, 16, 16):
+    config = config_of(text, steps)
+    run_lib.run(config, str(tmp_path))
+    said.append([x for x in capsys.readouterr().out.splitlines() if "moves the schedule" in x])
+  new, old = optimizers.schedule(config.optimizer, 16)(8), config.optimizer.final_fraction
+  assert said == [[], [
+    "config.train.steps=16 (was 8) moves the schedule: the learning rate of step 9 is "
+    f"{new:.3g}, and was {config.optimizer.learning_rate * old:.3g}"
+  ], []]  # fmt: skip
