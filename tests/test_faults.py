@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -53,10 +54,14 @@ def attempt(workdir, cache, *arguments, steps=40):
   )  # fmt: skip
 
 
+def lines_of_errors(done):
+  data = ("prepared ", "tokenized ")  # what the first run with this cache says
+  return [line for line in done.stderr.splitlines() if not line.startswith(data)]
+
+
 def one_line(done, code, *said):
   assert done.returncode == code, done.stderr
-  data = ("prepared ", "tokenized ")  # what the first run with this cache says
-  lines = [line for line in done.stderr.splitlines() if not line.startswith(data)]
+  lines = lines_of_errors(done)
   assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
   for text in said:
     assert text in done.stderr
@@ -116,13 +121,34 @@ def test_a_second_training_in_a_workdir_is_refused(tmp_path, cache):
   assert done.returncode == 0 and "is finished" in done.stdout, done
 
 
-def test_a_run_whose_reader_closes_the_pipe_ends_with_its_code(tmp_path, cache):
+@pytest.mark.parametrize(
+  ("reader", "saves"), [("head -1", False), ("grep -m 1 'step     21'", True)]
+)
+def test_a_run_whose_reader_closes_the_pipe_saves_and_ends_with_its_code(
+  reader, saves, tmp_path, cache
+):
   shell = " ".join(command(tmp_path / "run", cache, steps=100_000))
   done = subprocess.run(
-    ["bash", "-c", f"{shell} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, env=ONE_DEVICE,
+    ["bash", "-c", f"{shell} | {reader}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, env=ONE_DEVICE,
     capture_output=True, text=True, timeout=600,
   )  # fmt: skip
-  assert done.returncode == 141 and not done.stderr, done.stderr
+  assert done.returncode == 141 and not lines_of_errors(done), done.stderr
+  assert (max(workdir_lib.saved_steps(tmp_path / "run"), default=0) > 20) == saves
+
+
+def test_ctrl_c_saves_though_what_it_prints_to_ends_as_well(tmp_path, cache):
+  """As `train.py | tee log` does: a terminal sends the signal to both."""
+  first = subprocess.Popen(
+    command(tmp_path / "run", cache, "--config.train.checkpoint_every=1000", steps=100_000),
+    cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  while not first.stdout.readline().startswith("step      5/"):
+    assert first.poll() is None
+  first.stdout.close()
+  first.send_signal(signal.SIGINT)
+  _, said = first.communicate(timeout=600)
+  assert first.returncode == 0 and "stopping after this step" in said, said
+  assert len(workdir_lib.saved_steps(tmp_path / "run")) == 1
 
 
 def test_memory_and_threads_do_not_grow(tmp_path, cache):

@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+import os
 import pathlib
 import signal
 import sys
 import time
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import grain
 import jax
@@ -54,6 +55,7 @@ class Loop:
     self.profiler = profiler
     self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
     self.stop_signal = 0
+    self.unread = False  # nobody reads what is printed
     peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
     self.flops_fraction = cost.count(config).flops_per_token / peak if peak else 0.0
     self.monitor = health.Monitor(config, moe_layers(config.model), path, start)
@@ -150,7 +152,9 @@ class Loop:
         self.saver.wait()
         name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
         saved = self.saver.latest_step() or 0
-        print(f"{name}: saved step {saved}; the same command resumes the run there")
+        self._say(f"{name}: saved step {saved}; the same command resumes the run there")
+        if self.unread and not self.stop_signal:
+          raise BrokenPipeError
         break
 
   def _save(self, step: int, state: "TrainState", loss: float) -> None:
@@ -161,9 +165,7 @@ class Loop:
     message = f"the state of step {step} is not finite, so it is not saved"
     if step == self.config.train.steps:
       raise health.NotFiniteAlarm(f"{message}; {self._remedy(finite=False)}")
-    print(
-      f"{message}; the newest checkpoint is of step {self.saver.latest_step() or 0}", flush=True
-    )
+    self._say(f"{message}; the newest checkpoint is of step {self.saver.latest_step() or 0}")
 
   def _rows(self, rows: pipeline.Rows, step: int) -> list[int]:
     """Returns the numbers of the rows of a step."""
@@ -180,15 +182,24 @@ class Loop:
     self.stop_signal = number
     if jax.process_count() > 1:
       signal.raise_signal(signal.SIGTERM)
-    print(
-      "\nstopping after this step, which is saved; a second signal stops without saving",
-      file=sys.stderr,
-    )
+    words = "\nstopping after this step, which is saved; a second signal stops without saving"
+    self._say(words, sys.stderr)
+
+  def _say(self, text: str, stream: TextIO | None = None) -> None:
+    """Prints a line. Where nobody reads any more, the run ends after this step, which is saved."""
+    stream = stream or sys.stdout
+    try:
+      print(text, file=stream, flush=True)
+    except BrokenPipeError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is printed after it
+      if not self.unread and jax.process_count() > 1:
+        signal.raise_signal(signal.SIGTERM)
+      self.unread = True
 
   def _should_stop(self, step: int) -> bool:
     """Returns whether the run is to end after this step."""
     if jax.process_count() == 1:
-      return bool(self.stop_signal)
+      return bool(self.stop_signal) or self.unread
     return self.saver.reached_preemption(step)  # all processes agree on the step
 
   def _finish(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
@@ -243,7 +254,7 @@ class Loop:
       )
     if self.writer:
       self.writer.write(step, logged, "train")
-      print(progress_line(step, self.config.train.steps, logged), flush=True)
+      self._say(progress_line(step, self.config.train.steps, logged))
 
   def _speed(self) -> dict[str, float]:
     """Returns the speed since the last call of this function; of the first step, seconds only."""
@@ -263,10 +274,9 @@ class Loop:
     result = evaluator(state.params, state.bias_ZE)
     if self.writer:
       self.writer.write(step, result, "validation")
-      print(
+      self._say(
         f"step {step:>6}  validation loss {result['loss']:.4f}  "
-        f"bits per byte {result['bits_per_byte']:.4f}",
-        flush=True,
+        f"bits per byte {result['bits_per_byte']:.4f}"
       )
     return result["loss"]
 
