@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from moe_jax import checkpoint_files, digests, files, remote, sharding
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import DamagedError, StorageError, UserError, is_storage
+from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, why_unread
 
 
 class Checkpointer:
@@ -188,13 +188,16 @@ class Checkpointer:
     """Returns the items of a step; whatever goes wrong in the libraries is a DamagedError.
 
     Raises:
-      StorageError: an object store does not answer, which says nothing about the checkpoint.
+      StorageError: the system or an object store does not let it be read, which says nothing about
+        the checkpoint.
     """
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # of many types, from three libraries
       if remote.is_remote(self._folder) and is_storage(error):
         raise remote.unreachable(self._folder / str(step), error) from error
+      if why := why_unread(error):
+        raise files.unread(self._folder / str(step), why) from error
       cause = error.__cause__ or error  # Orbax wraps it in all it knows of the array
       raise self._damaged(step, f"{type(cause).__name__}: {cause}") from None
 

@@ -1,6 +1,7 @@
 """The errors that end a program with one line, and its exit codes (docs/reliability.md)."""
 
 import errno
+import os
 import re
 
 # Errors of the operating system that mean "this disk cannot be written (or read) now".
@@ -10,6 +11,11 @@ _STORAGE = {
 # What an object store's clients raise, by module, or say in a general error (gcsfs, tensorstore).
 _CLIENTS = ("aiohttp", "gcsfs", "requests", "google.auth", "google.api_core", "google.cloud")
 _STORE_SAYS = re.compile(r"^Forbidden: |curl_code|http_response_code='(401|403|408|429|5..)'")
+
+
+# Of a file that is missing or is no file; with another error the file may be whole.
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL}
+_TENSORSTORE_SAYS = re.compile(r"OS error (\d+)")
 
 
 class UserError(ValueError):
@@ -52,3 +58,19 @@ def is_storage(error: BaseException) -> bool:
   if type(error).__module__.startswith(_CLIENTS) or _STORE_SAYS.search(str(error)):
     return True
   return error.__cause__ is not None and is_storage(error.__cause__)
+
+
+def why_unread(error: BaseException | None) -> str:
+  """Returns why the system did not let a file be read, which says nothing of the file; or "".
+
+  As with too many open files, no permission, no memory, or a file server that does not answer.
+  """
+  if error is None:
+    return ""
+  found = _TENSORSTORE_SAYS.search(str(error))
+  number = error.errno if isinstance(error, OSError) else int(found[1]) if found else 0
+  if isinstance(error, MemoryError):
+    number = errno.ENOMEM
+  if number and number not in _NO_FILE:
+    return os.strerror(number)
+  return why_unread(error.__cause__ or error.__context__)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax import remote
-from moe_jax.errors import DamagedError, StorageError
+from moe_jax.errors import DamagedError, StorageError, why_unread
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
@@ -92,7 +92,14 @@ def read(path: pathlib.Path, remedy: str) -> str | None:
   except UnicodeDecodeError:
     raise DamagedError(f"{path} is damaged (it is not UTF-8 text); {remedy}") from None
   except OSError as error:
+    if why := why_unread(error):
+      raise unread(path, why) from error
     raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+
+
+def unread(path: pathlib.Path, why: str) -> StorageError:
+  """Returns the error to raise for a file that may be whole, but cannot be read now."""
+  return StorageError(f"cannot read {path}: {why}; the same command goes on once this can be read")
 
 
 def exists(path: pathlib.Path) -> bool:
@@ -115,6 +122,8 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
   except FileNotFoundError:
     return [], []
   except OSError as error:
+    if why := why_unread(error):
+      raise unread(path, why) from error
     raise DamagedError(
       f"{path} cannot be read ({error.strerror}); make it a readable file, or remove it"
     ) from None

@@ -1,9 +1,11 @@
 """Checkpoints that are damaged, of another model, or not finite are never used in silence."""
 
 import contextlib
+import errno
 import gc
 import os
 import random
+import resource
 import shutil
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint, config, digests, sharding, workdir
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
 from moe_jax.training import run, train
 from tests.support.toys import mesh_of, slow_unless
 
@@ -52,14 +54,15 @@ class Restored(NamedTuple):
   next_batch: int
 
 
-def newest_whole(folder, settings):
-  """What a run in the folder would go on from."""
+def newest_whole(folder, settings, during=None):
+  """What a run in the folder would go on from; `during` is in force while it reads."""
   mesh = mesh_of()
   with jax.set_mesh(mesh):
     _, shapes, shardings = train.init_state(settings, mesh)
     saver = checkpoint.Checkpointer(folder, settings.train)
     try:
-      found = run._restore_newest(saver, checkpoint.abstract(shapes, shardings))
+      with during or contextlib.nullcontext():
+        found = run._restore_newest(saver, checkpoint.abstract(shapes, shardings))
       step, state, next_batch = found
     finally:
       saver.close()
@@ -256,3 +259,42 @@ def test_values_that_were_sealed_are_known_again():
   stored["about"]["step"] = 4
   for other in (stored, {}, [], None, {"about": 1}):
     assert digests.unsealed(other) == {}
+
+
+@contextlib.contextmanager
+def no_more_files():
+  """No file can be opened in this process."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  opened = []
+  resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 9, hard))
+  try:
+    with contextlib.suppress(OSError):
+      while True:
+        opened.append(os.open(os.devnull, os.O_RDONLY))
+    yield
+  finally:
+    for number in opened:
+      os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_open_files_are_no_damage(whole_run, tmp_path):
+  """The checkpoint is not set aside, and the run does not go on from an older one."""
+  folder = shutil.copytree(whole_run.workdir, tmp_path / "run")
+  settings = workdir.read_config(folder)
+  assert newest_whole(folder, settings).step == 12  # what is imported late is there now
+  with pytest.raises(StorageError, match="checkpoints/12.*: Too many open files; the same"):
+    newest_whole(folder, settings, no_more_files())
+  assert workdir.saved_steps(folder)[-1] == 12
+
+
+def test_what_says_nothing_of_the_file():
+  def raised(error, cause=None):
+    error.__cause__ = cause
+    return error
+
+  assert why_unread(OSError(errno.EACCES, "")) == "Permission denied"
+  assert why_unread(ValueError("UNAVAILABLE: [OS error 116: ESTALE]")) == "Stale file handle"
+  assert why_unread(raised(ValueError("x"), MemoryError())) == "Cannot allocate memory"
+  for number in (errno.ENOENT, errno.EISDIR):
+    assert not why_unread(raised(ValueError("x"), OSError(number, "")))
