@@ -177,3 +177,10 @@ def test_no_test_file_imports_another():
         names = [f"{node.module}.{alias.name}" for alias in node.names]
       parts = {part for name in names for part in name.split(".")}
       assert not {part for part in parts if part.startswith("test_")}, (path, names)
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+  """As a clone's folder, for who imports moe_jax beside it."""
+  (tmp_path / "moe_jax").mkdir()
+  done = python("-c", "import moe_jax; moe_jax.load", cwd=tmp_path)
+  assert not done.returncode, done.stderr
