@@ -44,8 +44,8 @@ def command(workdir, cache, *arguments, steps=12):
 
 def python(*arguments, **options):
   """A real process of Python after its end, with one device."""
-  how = dict(env=ONE_DEVICE, capture_output=True, text=True, timeout=600)
-  return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, **how | options)
+  how = dict(cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600)
+  return subprocess.run([sys.executable, *map(str, arguments)], **how | options)
 
 
 def train(workdir, cache, *arguments, steps=12):
