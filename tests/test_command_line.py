@@ -15,7 +15,7 @@ import pytest
 from moe_jax import command_line
 from moe_jax import config as config_lib
 from moe_jax.config import Router, UserError
-from tests.support.scripts import call, refused
+from tests.support.scripts import call, python, refused
 from tests.support.toys import ROOT, toy_config
 
 COMMANDS = {
@@ -23,7 +23,6 @@ COMMANDS = {
   "--config=configs/debug.py --config.model.moe.num_experts=abc": "num_experts=abc",
   "--config=configs/debug.py --config.model.moe.router=best": "switch|topk|noisy_topk",
   "--config=configs/debug.py --config.model.moe.top_k=9": "config.model.moe.num_experts=4",
-  "--config=configs/debug.py --config.mesh.expert=3": "config.mesh.expert=3",
   "--config=configs/debug.py --workdri=x": "workdri",
   "--config=configs/debug.py stray": "stray",
   "--config=configs/none.py": "no such file",
@@ -39,16 +38,11 @@ COMMANDS = {
   "--config=configs/debug.py --cache_dir=gs://b/c": "--cache_dir=gs://b/c: the cache is a folder",
   "--config.train.steps=1": "--config is missing before it",
   "--config=configs/debug.py --config=configs/tiny_moe.py": "--config is given twice",
-  "--config=configs/debug.py --config.model.moe.capacity_factor=0": "inf is no limit",
   "--config=configs/debug.py --config.model.dim=100000000000000000000": "at most 2147483647",
   "--config=configs/debug.py --config.model.vocab_size=80000000000": "vocab_size=80000000000 is",
   "--config=configs/debug.py --config.model.num_layers=1000000": "num_layers=1000000 must be",
-  "--config=configs/debug.py --config.train.steps=3000000000": "config.train.steps=3000000000 is",
-  "--config=configs/debug.py --config.train.seed=4294967296": "at most 4294967295",
   "--config=configs/debug.py --config.data.seed=4294967296": "at most 4294967295",
   "--config=configs/debug.py --config.data.threads=100000": "at most 256",
-  "--config=configs/debug.py --config.model.moe.capacity_factor=1e300": "float32's range",
-  "--config=configs/debug.py --config.data.path=x": "config.data.name=python_stdlib",
   "": "--config is missing",
 }
 FILES = {
@@ -57,6 +51,8 @@ FILES = {
   "broken.py": "def get_config():\n  n = 0\n  return 1 / n\n",
   "syntax.py": "def get_config():\n  return 1 +\n",
   "exits.py": "import sys\ndef get_config():\n  sys.exit(3)\n",
+  "cache.py": "from moe_jax.config import Config, Data\n\n\ndef get_config():\n"
+  "  return Config(data=Data(cache_dir='x'))\n",
   "empty.py": "",
   "none.py": "def get_config():\n  pass\n",
   "interrupted.py": "import os, signal\ndef get_config():\n  os.kill(os.getpid(), signal.SIGINT)\n",
@@ -80,8 +76,6 @@ def one_line(*command):
 def test_a_wrong_command_is_one_line_and_makes_nothing(arguments, tmp_path):
   for name, text in FILES.items():
     (tmp_path / name).write_text(text)
-  cached = "from moe_jax.config import Config, Data\n\n\ndef get_config():\n"
-  (tmp_path / "cache.py").write_text(cached + "  return Config(data=Data(cache_dir='x'))")
   workdir = tmp_path / "workdir"
   command = ["train.py", *arguments.format(tmp=tmp_path).split()]
   if "workdri" not in arguments and arguments:
@@ -92,8 +86,7 @@ def test_a_wrong_command_is_one_line_and_makes_nothing(arguments, tmp_path):
 
 def test_ctrl_c_has_no_traceback(tmp_path):
   (tmp_path / "interrupted.py").write_text(FILES["interrupted.py"])
-  command = [sys.executable, "train.py", f"--config={tmp_path / 'interrupted.py'}"]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+  done = python("train.py", f"--config={tmp_path / 'interrupted.py'}")
   assert (done.returncode, done.stderr, done.stdout) == (128 + signal.SIGINT, "", "")
 
 
@@ -125,9 +118,7 @@ command_line.one_line_errors(main)
 
 def test_ctrl_c_while_garbage_is_collected_is_not_lost():
   """Python ignores what is raised there, and jax has a function there."""
-  done = subprocess.run(
-    [sys.executable, "-c", _LOSES_CTRL_C], cwd=ROOT, capture_output=True, text=True, timeout=600
-  )
+  done = python("-c", _LOSES_CTRL_C)
   assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
@@ -162,10 +153,7 @@ def test_a_process_that_is_refused_has_one_line_and_no_jax(script, tmp_path):
   """The same line as in this process, which the tests above and those of each script look at."""
   (tmp_path / "file").touch()
   command = *script[:-1], f"{script[-1]}={tmp_path / 'file'}"
-  done = subprocess.run(
-    [sys.executable, "-c", WITHOUT_JAX, *command], cwd=ROOT, capture_output=True, text=True,
-    timeout=600,
-  )  # fmt: skip
+  done = python("-c", WITHOUT_JAX, *command)
   assert (done.returncode, done.stdout, done.stderr) == (2, "", one_line(*command))
 
 
@@ -271,18 +259,9 @@ def test_a_wrong_override_is_refused(argument, why):
     command_line.take_overrides([argument])
 
 
-@pytest.mark.parametrize("router", [Router.SINKHORN, "sinkhorn"])
-def test_override_takes_members_and_values(router):
-  config = toy_config()
-  changed = command_line.override(config, {"model.moe.router": router, "train.steps": 3}, "here")
-  assert changed.model.moe.router is Router.SINKHORN and changed.train.steps == 3
-  assert config.model.moe.router is Router.TOPK  # a copy was changed
-
-
 @pytest.mark.parametrize(("fields", "why"), [
   ({"train.step": 3}, r"here: .*train.step; the nearest is config.train.steps"),
   ({"model.moe.router": "best"}, "router='best' is not one of: switch"),
-  ({"model.remat": "dot"}, r"config.model.remat='dot' is not one of: none"),
 ])  # fmt: skip
 def test_override_refuses(fields, why):
   with pytest.raises(UserError, match=why):
@@ -311,10 +290,7 @@ command_line.run(main)
 
 def test_the_flag_names_the_cache_of_a_process_and_of_its_children(tmp_path):
   env = {**os.environ, "MOE_JAX_CACHE": str(tmp_path / "of_env"), "PYTHONPATH": str(ROOT)}
-  done = subprocess.run(
-    [sys.executable, "-c", _PRINTS_THE_CACHE, "--cache_dir=c"],
-    cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+  done = python("-c", _PRINTS_THE_CACHE, "--cache_dir=c", cwd=tmp_path, env=env)
   assert done.stdout.strip() == str(tmp_path / "c"), done.stderr
 
 

@@ -32,30 +32,15 @@ def evaluated(shared_folder, whole_run):
   return built(shared_folder / "evaluated", build).said
 
 
-def test_the_loss_is_that_of_the_last_validation(evaluated, whole_run):
-  trained = validation_of(whole_run.workdir, 12)
-  assert evaluated["result"]["loss"] == pytest.approx(trained["validation/loss"], rel=1e-6)
-
-
-def test_the_perplexity_is_that_of_the_loss(evaluated):
-  result = evaluated["result"]
+def test_the_losses_by_hand(evaluated, whole_run):
+  """Of four batches of eight rows of 64; separators are tokens of no byte."""
+  result, trained = evaluated["result"], validation_of(whole_run.workdir, 12)
+  assert result["loss"] == pytest.approx(trained["validation/loss"], rel=1e-6)
   assert result["perplexity"] == pytest.approx(np.exp(result["loss"]), rel=1e-6)
-
-
-def test_tokens_and_bytes_are_those_of_four_batches(evaluated):
-  """Four batches of eight rows of 64; separators are tokens of no byte."""
-  result = evaluated["result"]
   assert result["tokens"] == 4 * 8 * 64 >= result["bytes"] > 0.9 * result["tokens"]
-
-
-def test_bits_per_byte_are_nats_over_bits_and_bytes(evaluated):
-  result = evaluated["result"]
   bits = result["loss"] * result["tokens"] / np.log(2) / result["bytes"]
   assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
-
-
-def test_gzip_takes_a_plausible_number_of_bits(evaluated):
-  assert 0.5 < evaluated["result"]["gzip_bits_per_byte"] < 4
+  assert 0.5 < result["gzip_bits_per_byte"] < 4
 
 
 def test_the_load_of_each_layer_adds_up_to_one(evaluated):
@@ -64,17 +49,12 @@ def test_the_load_of_each_layer_adds_up_to_one(evaluated):
   assert np.shape(load_ZE) == (2, 4)
 
 
-@pytest.mark.parametrize("word", [
-  "parameters", "active", "tokens/s", "bits per byte", "gzip -9", "dropped", "MaxVio", "entropy",
-  "dead",
-])  # fmt: skip
-def test_the_output_names(word, evaluated):
-  assert word in evaluated["output"]
-
-
-@pytest.mark.parametrize("name", ["loss.png", "load.png", "balance.png"])
-def test_a_plot_is_drawn(name, evaluated):
-  assert bytes.fromhex(evaluated["pictures"][name]) == b"\x89PNG"
+def test_the_output_names_the_numbers_and_plots_are_drawn(evaluated):
+  for word in ("parameters", "active", "tokens/s", "bits per byte", "gzip -9", "dropped", "MaxVio",
+               "entropy", "dead"):  # fmt: skip
+    assert word in evaluated["output"]
+  for name in ("loss.png", "load.png", "balance.png"):
+    assert bytes.fromhex(evaluated["pictures"][name]) == b"\x89PNG"
 
 
 def test_another_split_has_another_loss(evaluated):
@@ -109,36 +89,16 @@ def test_eight_devices_evaluate_groups_of_two_rows_as_one_device_does(tmp_path, 
   assert np.mean(drops_Z) > 0.05 and many["capacity"]
 
 
-@pytest.fixture(scope="module")
-def expert_parallel(shared_folder, cache):
-  """The command of the README on the eight devices here; then eval.py on one device."""
-
-  def build(path):
-    mesh = ("--config.mesh.expert=4", "--config.mesh.data=2")
-    assert call(*command(path / "run", cache, *mesh)[1:]).returncode == 0
-    return {"result": evaluate(path / "run")[1]}
-
-  return built(shared_folder / "expert_parallel", build)
-
-
 @pytest.mark.slow
-def test_an_expert_parallel_run_has_the_losses_of_one_device(expert_parallel, whole_run):
-  got, want = losses_of(expert_parallel.path / "run"), losses_of(whole_run.workdir)
+def test_an_expert_parallel_run_trains_and_evaluates_as_on_one_device(tmp_path, cache, whole_run):
+  """The command of the README on the eight devices here; then eval.py on one device."""
+  workdir, mesh = tmp_path / "run", ("--config.mesh.expert=4", "--config.mesh.data=2")
+  assert call(*command(workdir, cache, *mesh)[1:]).returncode == 0
+  got, want = losses_of(workdir), losses_of(whole_run.workdir)
   # Rounding grows from step to step; after 12 it is still far below the fall of the loss.
   assert got == pytest.approx(want, rel=2e-3)
   assert got[1] == pytest.approx(want[1], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_an_expert_parallel_run_has_its_loss_on_one_device(expert_parallel):
-  trained = validation_of(expert_parallel.path / "run", 12)
-  result = expert_parallel.said["result"]
+  (_, result), trained = evaluate(workdir), validation_of(workdir, 12)
   assert result["loss"] == pytest.approx(trained["validation/loss"], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_an_expert_parallel_run_has_its_loads_on_one_device(expert_parallel):
-  trained = validation_of(expert_parallel.path / "run", 12)
   # One token near a tie may go the other way: 1 of 4096 assignments.
-  load_ZE = expert_parallel.said["result"]["load_ZE"]
-  np.testing.assert_allclose(load_ZE, trained["validation/load_ZE"], atol=1e-3)
+  np.testing.assert_allclose(result["load_ZE"], trained["validation/load_ZE"], atol=1e-3)

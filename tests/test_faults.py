@@ -6,13 +6,12 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from moe_jax import workdir as workdir_lib
 from tests.support import disks
-from tests.support.scripts import ONE_DEVICE, call, command, losses_of
+from tests.support.scripts import ONE_DEVICE, call, command, losses_of, python
 from tests.support.toys import ROOT
 
 pytestmark = pytest.mark.slow
@@ -27,11 +26,7 @@ def lines_of(workdir):
 
 def test_kills_change_nothing(tmp_path, cache):
   """At random moments, of which many lie in a save: it takes about a third of the time."""
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.support.kill_worker", str(tmp_path), "0", "4"],
-    cwd=ROOT, env=ONE_DEVICE | {"MOE_JAX_CACHE": str(cache)}, capture_output=True, text=True,
-    timeout=1500,
-  )  # fmt: skip
+  done = python("-m", "tests.support.kill_worker", tmp_path, 0, 4, timeout=1500)
   assert done.returncode == 0, done.stderr
   whole, *ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
   assert whole == (60, 0)
@@ -48,10 +43,7 @@ def test_kills_change_nothing(tmp_path, cache):
 
 def attempt(workdir, cache, *arguments, steps=40):
   arguments = ("--config.train.keep_latest=9", *arguments)
-  return subprocess.run(
-    command(workdir, cache, *arguments, steps=steps), cwd=ROOT, env=ONE_DEVICE,
-    capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+  return python(*command(workdir, cache, *arguments, steps=steps)[1:])
 
 
 def lines_of_errors(done):

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import files
 from moe_jax.errors import DamagedError, StorageError
+from tests.support.scripts import python
 from tests.support.toys import ROOT
 
 
@@ -70,9 +71,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_the_old_one_stays(tmp_path):
   """A limit on the size of files stands for a full disk, which not every machine lets us make."""
   path = tmp_path / "value.json"
   path.write_text("old")
-  done = subprocess.run(
-    [sys.executable, "-c", FULL, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
-  )
+  done = python("-c", FULL, path, check=True)
   lines = done.stdout.splitlines()
   assert len(lines) == 2 and all(f"cannot write {path}: File too large" in line for line in lines)
   assert path.read_text().startswith("old") and os.listdir(tmp_path) == ["value.json"]

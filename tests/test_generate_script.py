@@ -14,52 +14,33 @@ import pytest
 
 import moe_jax
 from moe_jax.config import UserError
-from tests.support.scripts import ONE_DEVICE, built, call, generate, refused
+from tests.support.scripts import ONE_DEVICE, call, python, refused
 from tests.support.toys import ROOT
-
-PROMPTS = ["def ", "import os", "x"]
 
 
 def as_read(text):
   return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-@pytest.fixture(scope="module")
-def generated(shared_folder, whole_run):
-  """Texts after prompts from the command line and from stdin, by a workdir without the data."""
-
-  def build(path):
-    workdir = shutil.copytree(whole_run.workdir, path / "run")
-    (workdir / "data.json").unlink()
-    done = generate(
-      f"--workdir={workdir}", f"--cache_dir={path / 'cache'}", "--max_new_tokens=24",
-      "--temperature=0", "--prompt=def ", "--prompt_file=-", "--lines", stdin="import os\nx"
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return {"stdout": done.stdout, "stderr": done.stderr}
-
-  return built(shared_folder / "generated", build)
-
-
 @pytest.mark.slow
-def test_the_command_generates_what_python_does(generated):
-  model = moe_jax.load(generated.path / "run")
-  texts = model.generate(PROMPTS, max_new_tokens=24, temperature=0)
+def test_the_command_generates_what_python_does(whole_run, tmp_path):
+  """After prompts from the command line and from stdin, by a workdir without the data."""
+  workdir = shutil.copytree(whole_run.workdir, tmp_path / "run")
+  (workdir / "data.json").unlink()
+  done = python(
+    "generate.py", f"--workdir={workdir}", f"--cache_dir={tmp_path / 'cache'}",
+    "--max_new_tokens=24", "--temperature=0", "--prompt=def ", "--prompt_file=-", "--lines",
+    input="import os\nx",
+  )  # fmt: skip
+  assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
+  model = moe_jax.load(workdir)
+  texts = model.generate(["def ", "import os", "x"], max_new_tokens=24, temperature=0)
   assert all(len(c.tokens) == 24 or c.finished for c in texts)
   parts = (f"--- {n + 1} of 3\n{c.prompt}{c.text}\n" for n, c in enumerate(texts))
-  assert generated.said["stdout"] == as_read("".join(parts) + "\n")
-
-
-@pytest.mark.slow
-def test_programs_are_stored_where_the_flag_says_for_this_user_alone(generated):
-  programs = generated.path / "cache/xla"
+  assert done.stdout == as_read("".join(parts) + "\n")
+  programs = tmp_path / "cache/xla"  # stored where the flag says, for this user alone
   assert any("prefill" in path.name for path in programs.iterdir())
   assert [stat.S_IMODE(p.stat().st_mode) for p in (programs, programs.parent)] == [0o700] * 2
-
-
-@pytest.mark.slow
-def test_the_speed_of_generation_goes_to_stderr(generated):
-  assert "tokens/s" in generated.said["stderr"]
 
 
 @pytest.mark.slow
@@ -90,8 +71,8 @@ def test_generate_refuses_in_one_line(whole_run, arguments, message):
 
 
 def test_a_prompt_on_stdin_that_is_not_text_is_refused(whole_run):
-  command = [sys.executable, "generate.py", f"--workdir={whole_run.workdir}", "--prompt_file=-"]
-  done = subprocess.run(command, cwd=ROOT, env=ONE_DEVICE, input=b"a\xff", capture_output=True)
+  options = (f"--workdir={whole_run.workdir}", "--prompt_file=-")
+  done = python("generate.py", *options, input=b"a\xff", text=False)
   assert (done.returncode, done.stdout) == (2, b"")
   assert done.stderr == b"error: --prompt_file=-: this is not UTF-8 text; convert it\n"
 
@@ -143,19 +124,21 @@ def test_a_reader_that_goes_away_ends_the_text(whole_run):
 @pytest.mark.slow
 def test_other_streams_may_be_closed(whole_run):
   command = shlex.join([sys.executable, "generate.py", f"--workdir={whole_run.workdir}"])
-  text = command + " --prompt=x --max_new_tokens=4 --temperature=0"
-  done = subprocess.run(
-    ["bash", "-c", text + " <&- 2>&-"], cwd=ROOT, env=ONE_DEVICE, capture_output=True
-  )
+  command += " --prompt=x --max_new_tokens=4 --temperature=0"
+
+  def bash(streams):
+    return subprocess.run(
+      ["bash", "-c", command + streams], cwd=ROOT, env=ONE_DEVICE, capture_output=True
+    )
+
+  done, disk = bash(" <&- 2>&-"), bash(" >/dev/full")
   (full,) = moe_jax.load(whole_run.workdir).generate("x", max_new_tokens=4, temperature=0)
   assert done.returncode == 0 and done.stdout.decode() == as_read(f"x{full.text}\n")
-  disk = subprocess.run(
-    ["bash", "-c", text + " >/dev/full"], cwd=ROOT, env=ONE_DEVICE, capture_output=True
-  )
   assert disk.returncode == 3 and b"No space left" in disk.stderr
 
 
-def test_another_tokenizer_file_than_in_training_is_refused(tmp_path):
+def test_a_run_records_its_tokenizer_and_another_file_is_refused(whole_run, tmp_path):
+  assert json.loads((whole_run.workdir / "data.json").read_text())["tokenizer"] == "bytes"
   run = shutil.copytree(ROOT / "tests/golden_run", tmp_path / "run")
   data = json.loads((run / "data.json").read_text())
   (run / "data.json").write_text(json.dumps(data | {"tokenizer": "bytes"}))
@@ -163,7 +146,3 @@ def test_another_tokenizer_file_than_in_training_is_refused(tmp_path):
   (run / "data.json").write_text(json.dumps(data | {"tokenizer": "0123456789abcdef"}))
   with pytest.raises(UserError, match=r"file of config.data.tokenizer is not the one"):
     moe_jax.load(run)
-
-
-def test_a_run_records_its_tokenizer(whole_run):
-  assert json.loads((whole_run.workdir / "data.json").read_text())["tokenizer"] == "bytes"

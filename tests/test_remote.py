@@ -17,8 +17,7 @@ from etils import epath
 from moe_jax import files, lock, remote
 from moe_jax import workdir as workdir_lib
 from moe_jax.errors import BusyError, StorageError, UserError, is_storage
-from tests.support.scripts import refused
-from tests.support.toys import ROOT
+from tests.support.scripts import python, refused
 
 
 @pytest.fixture
@@ -207,9 +206,7 @@ def test_a_training_whose_lock_another_has_taken_ends_at_once(quick_lock, run):
     '  (run / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 2}))\n'
     "  time.sleep(600)"
   )
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600
-  )
+  done = python("-c", code)
   assert done.returncode == BusyError.code, done.stderr
   assert "another training runs there (process 2 on elsewhere" in done.stderr
 

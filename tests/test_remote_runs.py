@@ -157,9 +157,9 @@ def test_a_run_in_a_store_generates(remote_run, store, whole_run):
 
 
 def test_a_run_begins_with_the_parameters_of_one_in_a_store(remote_run, store, whole_run, cache):
-  words = ["--config.optimizer.warmup_steps=0", "--profile=1:1"]
+  words = ["--config.optimizer.warmup_steps=0"]
   init = "--init_from=gs://bucket/run:12"
-  got = script(store, *command("gs://bucket/new", cache, *words, init, steps=1))
+  got = script(store, *command("gs://bucket/new", cache, *words, "--profile=1:1", init, steps=1))
   assert got.returncode == 0, got.stderr
   assert "begins with the parameters of gs://bucket/run, step 12" in got.stdout
   local = store.folder.parent / "local"

@@ -32,35 +32,23 @@ def copied_run(whole_run, tmp_path):
 # What train.py leaves.
 
 
-def test_a_run_writes_its_config(whole_run):
+def test_a_run_writes_its_files(whole_run):
   config = config_lib.from_json((whole_run.workdir / "config.json").read_text())
   assert config.train.steps == 12
-
-
-def test_the_metrics_hold_every_step(whole_run):
-  assert sorted(losses_of(whole_run.workdir)) == list(range(1, 13))
-
-
-def test_a_run_writes_tensorboard_events(whole_run):
   assert list((whole_run.workdir / "tensorboard").glob("events.*"))
-
-
-@pytest.mark.parametrize("part", ["loss", "balance", "dropped", "tokens/s", "ETA"])
-def test_the_line_of_a_step_shows(part, whole_run):
-  lines = whole_run.output.splitlines()
-  assert part in next(line for line in lines if line.startswith("step     10/12"))
-
-
-def test_the_kernel_of_attention_is_printed(whole_run):
-  assert "\nattention          blocks; differs from the reference by" in whole_run.output
-
-
-def test_the_kernel_of_attention_is_recorded(whole_run):
   assert json.loads((whole_run.workdir / "kernels.json").read_text())["attention"] == "blocks"
 
 
-def test_the_loss_falls(whole_run):
+def test_a_run_prints_its_kernel_and_its_steps(whole_run):
+  assert "\nattention          blocks; differs from the reference by" in whole_run.output
+  line = next(x for x in whole_run.output.splitlines() if x.startswith("step     10/12"))
+  for part in ("loss", "balance", "dropped", "tokens/s", "ETA"):
+    assert part in line
+
+
+def test_the_metrics_hold_every_step_and_the_loss_falls(whole_run):
   steps = losses_of(whole_run.workdir)
+  assert sorted(steps) == list(range(1, 13))
   assert steps[12] < steps[1] - 0.5, "it does not learn"
 
 
@@ -123,30 +111,19 @@ def test_sigterm_saves_the_step_and_ends_with_0(cut_off):
   assert re.search(rf"resuming \S+/run at step {saved[1]}\n", cut_off.said["again"])
 
 
-def test_the_same_command_goes_on_after_sigkill(cut_off):
+def test_the_same_command_goes_on_after_sigkill_with_its_kernels(cut_off):
   assert cut_off.said["killed"] == -signal.SIGKILL and "resuming" in cut_off.said["last"]
-
-
-def test_a_run_that_goes_on_keeps_its_kernels(cut_off):
   assert "attention          blocks, which the run began with" in cut_off.said["last"]
 
 
 @pytest.mark.preflight
-def test_a_cut_off_run_ends_with_the_same_weights_moments_and_counters(cut_off, whole_run):
-  """Bit for bit."""
-  got, want = checkpoint_of(cut_off.path / "run", 12), checkpoint_of(whole_run.workdir, 12)
+def test_a_cut_off_run_ends_bit_for_bit_as_one_that_was_not(cut_off, whole_run):
+  """With its weights, moments and counters, losses, and place in the data."""
+  workdirs = (cut_off.path / "run", whole_run.workdir)
+  got, want = (checkpoint_of(workdir, 12) for workdir in workdirs)
   assert np.abs(got["bias_ZE"]).max() > 0
   jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@pytest.mark.preflight
-def test_a_cut_off_run_has_the_same_losses(cut_off, whole_run):
-  assert losses_of(cut_off.path / "run") == losses_of(whole_run.workdir)
-
-
-@pytest.mark.preflight
-def test_a_cut_off_run_ends_at_the_same_place_in_the_data(cut_off, whole_run):
-  workdirs = (cut_off.path / "run", whole_run.workdir)
+  assert losses_of(workdirs[0]) == losses_of(workdirs[1])
   got, want = ((w / "checkpoints/12/data").rglob("*.json") for w in workdirs)
   assert [p.read_text() for p in got] == [p.read_text() for p in want]
 

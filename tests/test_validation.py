@@ -83,51 +83,36 @@ def test_an_evaluation_batch_splits_over_all_axes_of_the_batch():
     validation.validate(config)
 
 
-LATENT = dict(kv_dim=4, rotary_dim=2, value_dim=6)
+LATENT, DELTA = dict(kv_dim=4, rotary_dim=2, value_dim=6), dict(value_heads=6, key_heads=3)
 
 
 @pytest.mark.parametrize(
-  ("latent", "model", "text"),
+  ("latent", "delta", "model", "text"),
   [
-    (dict(rotary_dim=3), {}, "config.model.latent.rotary_dim=3 must be even"),
-    (
-      dict(rotary_dim=6),
-      {},
-      "config.model.head_dim=6 must be above config.model.latent.rotary_dim",
-    ),
-    (dict(value_dim=7), {}, "and at least value_dim=7"),
-    ({}, dict(qkv_bias=True), "config.model.qkv_bias=True with config.model.latent.kv_dim=4"),
-    ({}, dict(rotary_fraction=0.5), "latent attention has none; set it to 1.0"),
+    (dict(rotary_dim=3), {}, {}, "config.model.latent.rotary_dim=3 must be even"),
+    (dict(rotary_dim=6), {}, {}, "head_dim=6 must be above config.model.latent.rotary_dim"),
+    (dict(value_dim=7), {}, {}, "and at least value_dim=7"),
+    ({}, {}, dict(qkv_bias=True), "model.qkv_bias=True with config.model.latent.kv_dim=4"),
+    ({}, {}, dict(rotary_fraction=0.5), "latent attention has none; set it to 1.0"),
+    (None, dict(key_heads=4), {}, "config.model.delta.value_heads=6 is not divisible by"),
+    (None, {}, dict(window=3), "a layer has a window or the delta rule; set window=0"),
   ],
 )
-def test_latent_attention_that_makes_no_sense_is_refused(latent, model, text):
-  config = toy_config()
-  config.model.num_kv_heads = config.model.num_heads
-  config.model.latent = config_lib.Latent(**LATENT)
-  validation.validate(config)
-  config.model.latent = config_lib.Latent(**LATENT | latent)
-  for name, value in model.items():
-    setattr(config.model, name, value)
-  with pytest.raises(config_lib.UserError) as error:
+def test_latents_and_delta_rules_that_make_no_sense_are_refused(latent, delta, model, text):
+  def validate(latent, delta, model):
+    config = toy_config()
+    if latent is None:
+      config.model.delta = config_lib.Delta(**DELTA | delta)
+    else:
+      config.model.num_kv_heads = config.model.num_heads
+      config.model.latent = config_lib.Latent(**LATENT | latent)
+    for name, value in model.items():
+      setattr(config.model, name, value)
     validation.validate(config)
-  assert text in str(error.value) and "\n" not in str(error.value)
 
-
-@pytest.mark.parametrize(
-  ("delta", "window", "text"),
-  [
-    (dict(key_heads=4), 0, "config.model.delta.value_heads=6 is not divisible by"),
-    ({}, 3, "a layer has a window or the delta rule; set window=0"),
-  ],
-)
-def test_a_delta_rule_that_makes_no_sense_is_refused(delta, window, text):
-  config = toy_config()
-  config.model.delta = config_lib.Delta(value_heads=6, key_heads=3)
-  validation.validate(config)
-  config.model.delta = config_lib.Delta(**dict(value_heads=6, key_heads=3) | delta)
-  config.model.window = window
+  validate(None if latent is None else {}, {}, {})
   with pytest.raises(config_lib.UserError) as error:
-    validation.validate(config)
+    validate(latent, delta, model)
   assert text in str(error.value) and "\n" not in str(error.value)
 
 

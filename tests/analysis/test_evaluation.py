@@ -3,9 +3,6 @@
 import functools
 import json
 import math
-import pathlib
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -17,31 +14,18 @@ from moe_jax import sharding
 from moe_jax.analysis import evaluation
 from moe_jax.config import Dispatch, Exchange, Router, UserError
 from moe_jax.training import evaluator
-from tests.support.scripts import ONE_DEVICE, built
+from tests.support.scripts import built, evaluate, python, refused
 from tests.support.toy_text import toy_rows, weights
-from tests.support.toys import ROOT, toy_config
+from tests.support.toys import toy_config
 
 
-@pytest.fixture
-def dropless():
-  return toy_config(dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0)
-
-
-def test_a_dropless_run_is_gathered_for_a_capacity(dropless):
-  moe = evaluation.at_capacity(dropless, 1.5).model.moe
+def test_a_dropless_run_is_gathered_for_a_capacity_alone():
+  own = toy_config(dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0)
+  moe = evaluation.at_capacity(own, 1.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.GATHER, 1.5)
-  assert dropless.model.moe.dispatch is Dispatch.GROUPED  # the run's own config stays
-
-
-def test_a_dropless_run_stays_as_it_is_without_a_capacity(dropless):
-  assert evaluation.at_capacity(dropless, math.inf).model.moe.dispatch is Dispatch.GROUPED
-
-
-def test_a_dropless_run_has_slots_for_every_token(dropless):
-  assert evaluation.with_slots(dropless.model.moe).eval_capacity_factor == math.inf
-
-
-def test_a_dispatcher_with_a_capacity_stays():
+  assert own.model.moe.dispatch is Dispatch.GROUPED  # the run's own config stays
+  assert evaluation.at_capacity(own, math.inf).model.moe.dispatch is Dispatch.GROUPED
+  assert evaluation.with_slots(own.model.moe).eval_capacity_factor == math.inf
   moe = evaluation.at_capacity(toy_config(dispatch=Dispatch.EINSUM), 0.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.EINSUM, 0.5)
 
@@ -56,15 +40,12 @@ def test_options_about_experts_are_refused_for_a_dense_run(factors, routing, fla
     evaluation.check_options(dense, factors, routing)
 
 
-def test_expert_choice_needs_a_capacity():
+def test_expert_choice_needs_a_capacity_and_none_is_zero():
   config = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
   config.loss.load_balance = 0.0
   evaluation.check_options(config, [0.5, 2.0], True)
   with pytest.raises(UserError, match="set a finite number"):
     evaluation.check_options(config, [math.inf], True)
-
-
-def test_a_capacity_of_zero_is_refused():
   with pytest.raises(UserError, match="must be above 0; inf is no limit"):
     evaluation.check_options(toy_config(), [0.0], True)
 
@@ -97,29 +78,17 @@ def test_no_device_evaluates_a_part_of_a_routing_group():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), four, one)  # rounding
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_a_mesh_for_any_group(rows):
-  mesh = evaluation.mesh_here(toy_config(group_size=9 * rows))
-  assert mesh.data == 8 // rows
-
-
-def test_a_dense_model_has_no_routing_groups():
+def test_a_mesh_for_any_group():
+  for rows in (1, 2, 8):
+    assert evaluation.mesh_here(toy_config(group_size=9 * rows)).data == 8 // rows
+  # A dense model has no routing groups.
   assert evaluation.mesh_here(toy_config(num_experts=0, group_size=18)).data == 8
 
 
 # All that eval.py writes of a run with domains.
 
 
-def start(script, workdir, *arguments):
-  """The process after its end; one device."""
-  return subprocess.run(
-    [sys.executable, script, f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
-
-
 class Examined(NamedTuple):
-  workdir: pathlib.Path
   output: str
   result: dict  # eval.json
   routing: dict  # routing.json
@@ -130,122 +99,64 @@ def examined(shared_folder):
   """A run of 60 steps on code, prose and bytecode, and eval.py with every option."""
 
   def build(path):
-    trained = start(
-      "train.py", path / "run", "--config=configs/debug.py", "--config.data.name=python_domains",
-      "--config.train.keep_latest=3",
+    trained = python(
+      "train.py", f"--workdir={path / 'run'}", "--config=configs/debug.py",
+      "--config.data.name=python_domains", "--config.train.keep_latest=3",
       "--config.train.steps=60", "--config.train.checkpoint_every=20",
       "--config.train.eval_every=60", "--config.eval.final_batches=40",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    flags = ("--routing", "--causal", "--capacity_factors=0.5,1,2,inf")
-    done = start("eval.py", path / "run", *flags)
-    assert done.returncode == 0, done.stderr
-    return {"output": done.stdout}
+    output, _ = evaluate(path / "run", "--routing", "--causal", "--capacity_factors=0.5,1,2,inf")
+    return {"output": output}
 
   path, said = built(shared_folder / "examined", build)
   files = (json.loads((path / "run" / n).read_text()) for n in ("eval.json", "routing.json"))
-  return Examined(path / "run", said["output"], *files)
+  return Examined(said["output"], *files)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "words", ["causal loss", "capacity factor 0.5", "repeats first", "domains apart", "bytecode"]
-)
-def test_the_output_names(words, examined):
-  assert words in examined.output
-
-
-@pytest.mark.slow
-def test_the_domains_are_those_of_the_data_in_order(examined):
-  assert list(examined.result["domains"]) == ["code", "prose", "bytecode"]
-
-
-@pytest.mark.slow
-def test_the_domains_hold_every_token_that_was_read(examined):
-  result = examined.result
-  tokens = sum(d["tokens"] for d in result["domains"].values())
-  assert tokens == result["tokens"] == 40 * 8 * 64
-
-
-@pytest.mark.slow
-def test_the_loss_is_the_mean_over_the_domains(examined):
-  result = examined.result
-  weighted = sum(d["loss"] * d["tokens"] for d in result["domains"].values())
-  assert weighted / result["tokens"] == pytest.approx(result["loss"], rel=1e-5)
-
-
-def capacity_points(examined):
-  return {point["capacity_factor"]: point for point in examined.result["capacity"]}
-
-
-@pytest.mark.slow
-def test_a_larger_capacity_drops_less_and_no_limit_drops_nothing(examined):
-  points = capacity_points(examined)
-  drops = [np.mean(points[factor]["drop_fraction_Z"]) for factor in (0.5, 1, 2)]
-  assert drops[0] > drops[1] > drops[2] and np.mean(points["inf"]["drop_fraction_Z"]) == 0
-
-
-@pytest.mark.slow
-def test_the_capacity_of_the_run_has_the_loss_of_the_run(examined):
-  assert capacity_points(examined)[2]["loss"] == examined.result["loss"]
-
-
-@pytest.mark.slow
-def test_causal_routing_has_no_gap(examined):
-  causal = examined.result["causal"]
+def test_the_output_names_what_was_measured(examined):
+  for words in ("causal loss", "capacity factor 0.5", "repeats first", "domains apart", "bytecode"):
+    assert words in examined.output
+  causal = examined.result["causal"]  # whose routing is causal
   assert causal["gap"] == 0.0 and causal["tokens"] == 16 * 64
-
-
-@pytest.mark.slow
-def test_the_flops_of_a_token_are_recorded(examined):
   assert examined.result["flops_per_token"] > 6 * 10_000
 
 
 @pytest.mark.slow
-def test_the_routing_is_of_the_last_step_and_compared_with_those_before(examined):
+def test_the_domains_hold_every_token_and_the_loss_is_their_mean(examined):
+  result, domains = examined.result, examined.result["domains"]
+  assert list(domains) == ["code", "prose", "bytecode"]  # in the order of the data
+  assert sum(d["tokens"] for d in domains.values()) == result["tokens"] == 40 * 8 * 64
+  weighted = sum(d["loss"] * d["tokens"] for d in domains.values())
+  assert weighted / result["tokens"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_larger_capacity_drops_less_and_that_of_the_run_has_its_loss(examined):
+  points = {point["capacity_factor"]: point for point in examined.result["capacity"]}
+  drops = [np.mean(points[factor]["drop_fraction_Z"]) for factor in (0.5, 1, 2, "inf")]
+  assert drops[0] > drops[1] > drops[2] and drops[3] == 0
+  assert points[2]["loss"] == examined.result["loss"]
+
+
+@pytest.mark.slow
+def test_the_routing_of_the_last_step_is_compared_with_those_before(examined):
   routing = examined.routing
   assert routing["step"] == 60 and [p["step"] for p in routing["saturation"]] == [20, 40]
-
-
-@pytest.mark.slow
-def test_the_routing_names_its_domains_and_layers(examined):
-  routing = examined.routing
   assert routing["domains"] == ["code", "prose", "bytecode"] and routing["layers"] == [0, 1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "shape"), [
-  ("domain_load_ZGE", (2, 3, 4)), ("position_load_ZPE", (2, 8, 4)),
-  ("class_load_ZCE", (2, 6, 4)), ("coactivation_ZEE", (2, 4, 4)),
-])  # fmt: skip
-def test_the_routing_has_a_table(name, shape, examined):
-  assert np.shape(examined.routing[name]) == shape
-
-
-@pytest.mark.slow
-def test_the_load_of_each_domain_adds_up_to_one(examined):
-  np.testing.assert_allclose(np.sum(examined.routing["domain_load_ZGE"], axis=-1), 1, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_separation_of_domains_is_a_fraction(examined):
-  separation_Z = examined.routing["domain_separation_Z"]
+  for name, shape in {
+    "domain_load_ZGE": (2, 3, 4), "position_load_ZPE": (2, 8, 4), "class_load_ZCE": (2, 6, 4),
+    "coactivation_ZEE": (2, 4, 4),
+  }.items():  # fmt: skip
+    assert np.shape(routing[name]) == shape
+  np.testing.assert_allclose(np.sum(routing["domain_load_ZGE"], axis=-1), 1, atol=1e-5)
+  separation_Z = routing["domain_separation_Z"]
   assert min(separation_Z) > 0 and max(separation_Z) < 1
-
-
-@pytest.mark.slow
-def test_the_routing_is_of_nearly_all_tokens_asked_for(examined):
-  assert 16_000 < examined.routing["tokens"] <= 16_384
-
-
-@pytest.mark.slow
-def test_the_text_shown_has_200_tokens_of_each_domain(examined):
-  routing = examined.routing
+  assert 16_000 < routing["tokens"] <= 16_384  # nearly all that were asked for
   assert [routing["text"]["domain"].count(d) for d in routing["domains"]] == [200] * 3
 
 
-@pytest.mark.slow
-def test_capacity_factors_that_are_no_numbers_are_refused_in_one_line(examined):
-  done = start("eval.py", examined.workdir, "--capacity_factors=1,x")
-  assert done.returncode == 2 and done.stderr.count("\n") == 1
-  assert "--capacity_factors=1,x: not a list of numbers" in done.stderr
+def test_capacity_factors_that_are_no_numbers_are_refused_in_one_line(whole_run):
+  line = refused("eval.py", f"--workdir={whole_run.workdir}", "--capacity_factors=1,x")
+  assert "--capacity_factors=1,x: not a list of numbers" in line

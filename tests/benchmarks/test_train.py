@@ -32,45 +32,24 @@ def test_train_compares_rounds():
 CPU = results.usable_cpus()[0]
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory):
-  """A toy's training process on one CPU, which speaks the protocol of its peers."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("MOE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    commands = train.our_commands(["none"], str(CPU), TOY_SIZES)
-    started = train.Worker(next(c for c in commands if c.kind == "gather"))
-  yield started
-  started.close()
-
-
 @pytest.mark.benchmark
-def test_a_worker_says_what_it_is(worker):
-  ready = worker.ready
+def test_a_worker_speaks_the_protocol_of_its_peers(tmp_path, monkeypatch):
+  """A toy's training process on one CPU, until it is told what it does not know."""
+  monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+  commands = train.our_commands(["none"], str(CPU), TOY_SIZES)
+  worker = train.Worker(next(c for c in commands if c.kind == "gather"))
+  try:
+    ready, first, second = worker.ready, worker.ask("step 1"), worker.ask("step 2")
+    if hasattr(os, "sched_getaffinity"):
+      assert os.sched_getaffinity(worker.process.pid) == {CPU}
+    with pytest.raises(UserError, match="is not `step N`"):
+      worker.ask("step two")
+  finally:
+    worker.close()
   assert ready["ready"] and ready["name"] == "moe_jax gather 1 none" and ready["versions"]["jax"]
-
-
-@pytest.mark.benchmark
-def test_a_worker_counts_its_parameters(worker):
-  """Of two experts one is used; the rest: embedding, head, q, out, k, v, norms, router."""
+  # Of two experts one is used; the rest: embedding, head, q, out, k, v, norms, router.
   rest = 2 * 32 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 + 16 * 2
-  assert worker.ready["parameters"] == rest + 2 * 3 * 16 * 16
-  assert worker.ready["active_parameters"] == rest + 3 * 16 * 16
-
-
-@pytest.mark.benchmark
-def test_a_worker_steps_and_measures(worker):
-  first, second = worker.ask("step 1"), worker.ask("step 2")
+  assert ready["parameters"] == rest + 2 * 3 * 16 * 16
+  assert ready["active_parameters"] == rest + 3 * 16 * 16
   assert first["cpu_s"] > 0 and first["wall_s"] > 0
   assert second["loss"] < first["loss"] < 5
-
-
-@pytest.mark.benchmark
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
-def test_a_worker_stays_on_its_cpu(worker):
-  assert os.sched_getaffinity(worker.process.pid) == {CPU}
-
-
-@pytest.mark.benchmark
-def test_a_worker_stops_when_it_is_told_what_it_does_not_know(worker):
-  with pytest.raises(UserError, match="is not `step N`"):
-    worker.ask("step two")

@@ -61,15 +61,13 @@ def counting(own_cache, monkeypatch):
   return Data(name="counting")
 
 
-def test_a_data_set_is_one_record(counting):
+def test_a_data_set_is_one_record_and_is_suggested_for_a_name_like_its_own(counting):
   rows = load(counting)
   for split in SPLITS:
     want = [f"{word} {split} {i}".encode() for i in range(3) for word in "ab"]
     assert sorted(everything(rows[split])) == sorted(want)
     assert rows[split].domains == ("a", "b") and sorted(rows[split].domain_M) == [0] * 3 + [1] * 3
 
-
-def test_a_data_set_is_suggested_for_a_name_like_its_own(counting):
   assert "similar names: counting" in error_of(dataclasses.replace(counting, name="countin"))
 
 
@@ -145,21 +143,14 @@ def test_splits_of_a_catalog_set_can_be_added(catalog):
   assert sorted(everything(pipeline.load_rows(catalog, "train"))) == [b"To be\n", b"or not\n"]
 
 
-def test_an_unknown_split_is_refused_with_the_known_ones(catalog):
-  catalog.test_split = "tset"
+@pytest.mark.parametrize(("field", "value", "known"), [
+  ("test_split", "tset", "train, validation, test"), ("test_split", "test[:0%]", ""),
+  ("text_field", "body", "has: text"),
+])  # fmt: skip
+def test_what_a_catalog_set_does_not_have_is_refused(field, value, known, catalog):
+  setattr(catalog, field, value)
   message = error_of(catalog, "test")
-  assert "config.data.test_split='tset'" in message and "train, validation, test" in message
-
-
-def test_an_empty_split_is_refused(catalog):
-  catalog.test_split = "test[:0%]"
-  assert "config.data.test_split='test[:0%]'" in error_of(catalog, "test")
-
-
-def test_an_unknown_field_of_text_is_refused_with_the_known_ones(catalog):
-  catalog.text_field = "body"
-  message = error_of(catalog)
-  assert "config.data.text_field='body'" in message and "has: text" in message
+  assert f"config.data.{field}={value!r}" in message and known in message
 
 
 def test_a_set_in_another_file_format_is_refused(catalog, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax.config import Data
 from moe_jax.data import cache, pipeline
+from tests.support.scripts import python
 from tests.support.texts import error_of
 from tests.support.toys import ROOT
 
@@ -94,10 +95,7 @@ def test_programs_are_not_taken_from_a_folder_of_another_user():
       (path / "xla").mkdir(parents=True)
       os.chown(path, owner, owner)
       os.chown(path / "xla", owner, owner)
-    done = subprocess.run(
-      [sys.executable, "-c", _ANOTHER_USER, theirs, others],
-      env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = python("-c", _ANOTHER_USER, theirs, others, env=os.environ, check=True)
     assert done.stdout == f"{theirs / 'xla'}\nNone\n"
     assert f"other users can write to {others};" in done.stderr and done.stderr.count("\n") == 1
 
@@ -121,16 +119,15 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half(text, own_cache
   pathlib.Path(text.path, "a.txt").write_text(
     "".join(f"{i} {i * i % 977}\n" for i in range(15_000))
   )
-  command = [sys.executable, "-c", _FULL_DISK, text.path]
-  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  command = ["-c", _FULL_DISK, text.path]
   for limit in (50_000, 200_000):
-    done = subprocess.run([*command, str(limit)], env=env, capture_output=True, text=True)
+    done = python(*command, limit, env=os.environ)
     *_, last = done.stderr.splitlines()
     assert done.returncode == 3 and last.startswith(f"error: cannot use the cache {own_cache}/")
     assert "File too large" in last and "--cache_dir" in last and "Traceback" not in done.stderr
     assert done.stderr.startswith("prepared text ") == (limit == 200_000)
     assert not list(own_cache.glob("*/*.partial"))
-  again = subprocess.run([*command, "-1"], env=env, capture_output=True, text=True)
+  again = python(*command, "-1", env=os.environ)
   assert again.returncode == 0 and int(again.stdout) > 100, again.stderr
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import pathlib
 import time
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -65,12 +64,8 @@ doc of C
 
 def test_code_and_prose_of_a_source():
   assert domains.separate(SOURCE) == (CODE, SAID)
-
-
-def test_topics_are_the_strings_of_a_dictionary():
-  assert domains.topics('"""doc"""\ntopics = {"if": "The if" " statement"}') == {
-    "if": "The if statement"
-  }
+  topics = '"""doc"""\ntopics = {"if": "The if" " statement"}'
+  assert domains.topics(topics) == {"if": "The if statement"}
 
 
 def test_pages_hold_whole_lines_up_to_2000_characters():
@@ -78,10 +73,8 @@ def test_pages_hold_whole_lines_up_to_2000_characters():
   pages = list(domains.pages("".join(lines), 4_200))
   assert "".join(pages) == "".join(lines)[:4_200]
   assert [len(page) for page in pages] == [2000, 2000, 200]
-
-
-def test_a_longer_line_is_a_page_and_an_empty_page_is_left_out():
-  assert list(domains.pages("y" * 5000 + "\n \n", 9_000)) == ["y" * 5000 + "\n", " \n"][:1]
+  # A longer line is a page, and an empty page is left out.
+  assert list(domains.pages("y" * 5000 + "\n \n", 9_000)) == ["y" * 5000 + "\n"]
 
 
 BYTECODE = """def f(x):
@@ -91,61 +84,32 @@ class C: y = 1
 """
 
 
-@pytest.fixture
-def compiled():
-  return compile(BYTECODE, "s", "exec", optimize=2)
-
-
-@pytest.mark.parametrize("part", [
-  "<module>:\n", "\nf:\n", "f.<locals>.<lambda>:\n", "\nC:\n", "<code f>", "CONTAINS_OP",
-  "LOAD_CONST {'a', 'b', 'c', 'd', 'e'}\n",  # sorted: its order depends on the process
-])  # fmt: skip
-def test_a_listing_shows(part, compiled):
-  assert part in domains.listing(compiled, 10_000)
-
-
-def test_a_listing_has_no_addresses_and_no_docstrings(compiled):
+def test_a_listing_shows_code_without_addresses_and_docstrings():
+  compiled = compile(BYTECODE, "s", "exec", optimize=2)
   listing = domains.listing(compiled, 10_000)
+  for part in (
+    "<module>:\n", "\nf:\n", "f.<locals>.<lambda>:\n", "\nC:\n", "<code f>", "CONTAINS_OP",
+    "LOAD_CONST {'a', 'b', 'c', 'd', 'e'}\n",  # sorted: its order depends on the process
+  ):  # fmt: skip
+    assert part in listing
   assert " at 0x" not in listing and "doc" not in listing
+  assert domains.listing(compiled, 1).count(":\n") == 1  # it stops after the first function
 
 
-def test_a_short_listing_stops_after_the_first_function(compiled):
-  assert domains.listing(compiled, 1).count(":\n") == 1
-
-
-class Sources(NamedTuple):
-  kinds: dict[str, set[str]]  # domains of each file in the validation split
-  train: set[str]  # files of the first documents for training
-
-
-@pytest.fixture(scope="module")
-def sources():
+def test_documents_of_most_files_have_all_domains_and_one_split():
   root, names = domains.sources()
-  kinds = collections.defaultdict(set)
+  kinds = collections.defaultdict(set)  # domains of each file in the validation split
   for label in dict(domains.documents(root, names, "validation")):
     kind, path = label.split("/", 1)
     kinds[path.rpartition(":")[0]].add(kind)
   train = itertools.islice(domains.documents(root, names, "train"), 500)
-  return Sources(kinds, {label.split("/", 1)[1].rpartition(":")[0] for label, _ in train})
-
-
-def test_documents_stand_in_the_split_of_their_file(sources):
-  assert {split_of(file) for file in sources.kinds} == {"validation"}
-  assert not sources.train & set(sources.kinds)
-
-
-def test_most_files_have_all_domains(sources):
-  files = {file: kinds for file, kinds in sources.kinds.items() if "topics.py:" not in file}
-  whole = [file for file, kinds in files.items() if kinds == set(domains.DOMAINS)]
+  assert {split_of(file) for file in kinds} == {"validation"}
+  assert not {label.split("/", 1)[1].rpartition(":")[0] for label, _ in train} & set(kinds)
+  files = {file: found for file, found in kinds.items() if "topics.py:" not in file}
+  assert all(found == {"prose"} for file, found in kinds.items() if file not in files)  # of help
+  whole = [file for file, found in files.items() if found == set(domains.DOMAINS)]
   assert len(whole) > 0.8 * len(files) > 15
-
-
-def test_help_topics_are_prose(sources):
-  assert all(kinds == {"prose"} for file, kinds in sources.kinds.items() if "topics.py:" in file)
-
-
-def test_tests_and_tables_of_encodings_are_left_out(sources):
-  for file in sources.kinds:
+  for file in kinds:  # tests and tables of encodings are left out
     assert not {"test", "tests", "encodings"} & set(file.split("/"))
 
 
@@ -199,9 +163,6 @@ def test_one_folder_is_no_domain(text):
   assert (rows.domains_BL([0]) == -1).all()
 
 
-def test_a_data_set_without_labels_has_no_domains(stdlib):
+def test_no_labels_and_too_many_folders_to_compare_are_no_domains(stdlib):
   assert pipeline.load_rows(stdlib, "validation").domains == ()
-
-
-def test_too_many_folders_to_compare_are_no_domains():
   assert text_files.first_folders([f"{i}/a" for i in range(40)]) == ()

@@ -4,9 +4,7 @@ import dataclasses
 import gzip
 import json
 
-import grain
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax.config import Data, UserError
@@ -63,19 +61,13 @@ def packed(tmp_path):
   return tokenized([b"ab", b"", b"c", b"defg"], tmp_path, seq_len=4)
 
 
-def test_where_each_document_starts_and_comes_from_is_stored(packed, tmp_path):
+def test_a_separator_stands_before_each_document_and_at_the_end(packed, tmp_path):
+  assert packed.stream_N[:].dtype == np.uint16
+  assert packed.stream_N[:].tolist() == [S, *b"ab", S, *b"c", S, *b"defg", S]
+  assert (len(packed), packed.num_full, packed.num_documents, packed.num_bytes) == (3, 2, 3, 7)
   starts_M, domain_M, source_M = np.load(tmp_path / "documents.npy")
   assert starts_M.tolist() == [0, 3, 5] and domain_M.tolist() == [-1] * 3
   assert source_M.tolist() == [0, 2, 3]  # the empty document is left out
-
-
-def test_a_separator_stands_before_each_document_and_at_the_end(packed):
-  assert packed.stream_N[:].dtype == np.uint16
-  assert packed.stream_N[:].tolist() == [S, *b"ab", S, *b"c", S, *b"defg", S]
-
-
-def test_rows_documents_and_bytes_are_counted(packed):
-  assert (len(packed), packed.num_full, packed.num_documents, packed.num_bytes) == (3, 2, 3, 7)
 
 
 def test_packing_by_hand(packed):
@@ -90,9 +82,6 @@ def test_packing_by_hand(packed):
   assert_equal(
     packed.batch([0, 1, 2, -1]), pipeline.Batch(*(np.array(x, np.int32) for x in expected))
   )
-
-
-def test_a_row_past_the_last_is_an_error(packed):
   with pytest.raises(IndexError):
     packed.batch([3])
 
@@ -191,30 +180,11 @@ def test_resume_is_exact(stdlib, threads):
     assert_equal(next(fresh), batch)
 
 
-def test_resume_through_orbax(stdlib, tmp_path):
-  rows = pipeline.load_rows(stdlib, "validation")
-  batches = pipeline.train_iterator(rows, stdlib)
-  for _ in range(5):
-    next(batches)
-  with ocp.CheckpointManager(tmp_path) as manager:
-    manager.save(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches)))
-    manager.wait_until_finished()
-  expected = [next(batches) for _ in range(5)]
-  fresh = pipeline.train_iterator(rows, stdlib)
-  with ocp.CheckpointManager(tmp_path) as manager:
-    manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
-  for batch in expected:
-    assert_equal(next(fresh), batch)
-
-
-def test_fewer_rows_than_a_batch_are_refused():
+def test_batches_that_rows_or_processes_do_not_fill_are_refused():
   with pytest.raises(UserError) as caught:
     pipeline.train_iterator(numbered_rows(7), Data(batch_size=8, seq_len=4))
   for part in ("config.data.batch_size=8", "config.data.seq_len=4", "7 rows"):
     assert part in str(caught.value)
-
-
-def test_a_batch_that_does_not_split_over_the_processes_is_refused():
   with pytest.raises(UserError, match="batch_size=8 does not split over 3 processes"):
     pipeline.train_iterator(numbered_rows(9), Data(batch_size=8, seq_len=4), 0, 3)
 

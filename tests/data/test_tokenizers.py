@@ -61,8 +61,11 @@ def bpe(tmp_path):
   return train_bpe(tmp_path / "t.json", ["<pad>", "<|endoftext|>", "<s>"])
 
 
-def test_the_separator_of_a_bpe_is_its_first_known_special_token(bpe):
+def test_special_tokens_of_a_bpe_have_no_bytes_and_one_is_the_separator(bpe):
+  """The first that is known."""
   assert bpe.separator == 2 and bpe.vocab_size == 400
+  assert bpe.bytes_V[:3].tolist() == [0, 0, 0]
+  assert len(bpe.encode(PROSE)) < len(PROSE) / 2
 
 
 @pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
@@ -71,19 +74,7 @@ def test_a_bpe_gives_text_back_and_counts_its_bytes(text, bpe):
   assert bpe.decode(ids) == text
   assert bpe.bytes_V[ids].sum() == len(text.encode())
   assert bpe.decode_bytes(ids[:-1]) == text.encode()[: bpe.bytes_V[ids[:-1]].sum()]
-
-
-@pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
-def test_special_tokens_in_the_text_are_text(text, bpe):
-  assert not np.isin(bpe.encode(text), [0, 1, 2]).any()
-
-
-def test_a_bpe_is_shorter_than_bytes(bpe):
-  assert len(bpe.encode(PROSE)) < len(PROSE) / 2
-
-
-def test_special_tokens_have_no_bytes(bpe):
-  assert bpe.bytes_V[:3].tolist() == [0, 0, 0]
+  assert not np.isin(ids, [0, 1, 2]).any()  # special tokens in the text are text
 
 
 def test_a_bpe_without_special_tokens_gets_a_separator(tmp_path):
@@ -101,22 +92,15 @@ def sentencepiece(tmp_path):
   return train_sentencepiece(tmp_path / "t.model")
 
 
-def test_the_separator_of_sentencepiece_is_its_bos(sentencepiece):
-  assert sentencepiece.separator == 1  # <s>
-  assert sentencepiece.bytes_V[1:3].tolist() == [0, 0]  # <s>, </s>
-
-
 @pytest.mark.parametrize("text", [PROSE, HARD], ids=["prose", "hard"])
 def test_sentencepiece_gives_text_back_and_counts_its_bytes(text, sentencepiece):
   ids = sentencepiece.encode(text)
   assert sentencepiece.decode(ids) == text
+  assert sentencepiece.decode_bytes(sentencepiece.encode("a é")) == " a é".encode()
   # The space before each document is one more.
   assert sentencepiece.bytes_V[ids].sum() == len(text.encode()) + 1
-  assert sentencepiece.separator not in ids
-
-
-def test_sentencepiece_gives_the_bytes_of_ids(sentencepiece):
-  assert sentencepiece.decode_bytes(sentencepiece.encode("a é")) == " a é".encode()
+  assert sentencepiece.separator == 1 and 1 not in ids  # <s>
+  assert sentencepiece.bytes_V[1:3].tolist() == [0, 0]  # <s>, </s>
 
 
 def test_sentencepiece_without_bos_and_eos_gets_a_separator(tmp_path):

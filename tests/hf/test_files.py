@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
@@ -19,8 +17,8 @@ from moe_jax.errors import StorageError
 from moe_jax.hf import exporting, families, fields, files, importing
 from tests.support.disks import fill, small_disk
 from tests.support.hf_files import exact_leaves, loaded, plan, toy
-from tests.support.scripts import ONE_DEVICE
-from tests.support.toys import ROOT, mesh_of, toy_config
+from tests.support.scripts import call, python
+from tests.support.toys import mesh_of, toy_config
 
 
 @pytest.fixture(scope="module")
@@ -260,21 +258,15 @@ def test_the_tokenizer_travels(tmp_path):
 
 
 def hf(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "moe_jax.hf", *arguments], cwd=ROOT, env=ONE_DEVICE,
-    capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+  return python("-m", "moe_jax.hf", *arguments)
 
 
 @pytest.mark.slow
 def test_in_generate_and_out_again_by_command(folder, tmp_path):
   done = hf("import", f"--from={folder}", f"--workdir={tmp_path / 'run'}")
   assert not done.returncode and "holds it as step 0" in done.stdout, done.stderr
-  wrote = subprocess.run(
-    [sys.executable, "train.py", f"--init_from={tmp_path / 'run'}", "--describe",
-     "--config=configs/debug.py"], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
-  )  # fmt: skip
-  assert not wrote.returncode
+  options = (f"--init_from={tmp_path / 'run'}", "--describe", "--config=configs/debug.py")
+  assert not call("train.py", *options).returncode
   done = hf("export", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
   assert not done.returncode and "as qwen3_moe in float32" in done.stdout, done.stderr
   before, after = (plan(p) for p in (folder, tmp_path / "out"))

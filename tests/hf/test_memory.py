@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,8 +15,8 @@ from moe_jax.hf import exporting, families, fields, files, importing, layout, pa
 from moe_jax.model import pattern
 from moe_jax.weights import Weights
 from tests.support.hf_files import plan
-from tests.support.scripts import ONE_DEVICE
-from tests.support.toys import ROOT, build, mesh_of, toy_config
+from tests.support.scripts import python
+from tests.support.toys import build, mesh_of, toy_config
 
 _WITHIN = """
 import resource, sys
@@ -63,10 +61,7 @@ def test_a_host_holds_what_its_devices_hold_and_a_little_more(tmp_path):
 
 
 def within(gigabytes, path, how):
-  return subprocess.run(
-    [sys.executable, "-c", _WITHIN, str(gigabytes), str(path), how],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
-  )  # fmt: skip
+  return python("-c", _WITHIN, gigabytes, path, how)
 
 
 def write_synthetic(config, path):

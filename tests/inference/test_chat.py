@@ -1,8 +1,6 @@
 """Chat templates: as transformers renders them, and answers that end where the template says."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -15,8 +13,8 @@ from moe_jax.errors import UserError
 from moe_jax.hf import exporting, families, importing
 from moe_jax.inference import chat
 from tests.support.hf_files import loaded, plan, toy
-from tests.support.scripts import ONE_DEVICE
-from tests.support.toys import ROOT, mesh_of
+from tests.support.scripts import call
+from tests.support.toys import mesh_of
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
     {%- if message['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
@@ -84,10 +82,8 @@ def test_an_import_answers_and_ends_at_the_files_eos(folder, tmp_path):
       (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
     made = plan(tmp_path / "in")
     importing.save(made, importing.read(made, mesh_of()), tmp_path / "run")
-  done = subprocess.run(
-    [sys.executable, "generate.py", f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=abc",
-     "--max_new_tokens=9"], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
-  )  # fmt: skip
+  options = (f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=abc", "--max_new_tokens=9")
+  done = call("generate.py", *options)
   assert not done.returncode, done.stderr
   assert "abc" not in done.stdout
   ends = json.dumps({"eos_token_id": list(range(2, 24))})  # nearly every id

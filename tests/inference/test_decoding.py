@@ -26,16 +26,9 @@ from tests.support.toys import mesh_of, slow_unless, toy_config
 PROMPTS, STEPS = (3, 8, 5), 6  # tokens of three rows, and how many more follow one by one
 
 
-class Decoded(NamedTuple):
-  prefill_BLV: np.ndarray  # logits of the prompts, which stand at the right
-  steps: list[np.ndarray]  # [B, 1, V] of each token through the cache; the last row is padding
-  full: list[np.ndarray]  # [L, V] of the full forward pass of each row
-
-
-@pytest.fixture(scope="module", params=slow_unless(("deepseek", "dense"), MODELS))
-def decoded(request):
+@pytest.mark.parametrize("name", slow_unless(("deepseek", "dense"), MODELS))
+def test_prefill_and_each_decoded_token_equal_the_full_forward(name, one_device):
   """Prompts of different lengths in one batch, then token after token through the cache."""
-  name = request.param
   # The dense model's norms are scaled by hand, as it has no router to be uneven.
   qk_norm = config_lib.QKNorm.HEAD if name in ("deepseek", "dense") else config_lib.QKNorm.NONE
   ours, trained = model_of(name, qk_norm=qk_norm, tied_head=name == "switch")
@@ -48,42 +41,25 @@ def decoded(request):
   forward = jax.jit(
     functools.partial(decoding.forward_with_cache, model=ours.model), static_argnames="all_logits"
   )
-  steps = []
-  with jax.set_mesh(mesh_of()):
-    cache = empty_cache(ours.model, start_B, 32)
-    prefill = forward(ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True)
-    cache = prefill.cache
-    for step in range(STEPS):
-      token_B1 = [[rows[b][length + step]] for b, length in enumerate(PROMPTS)] + [[0]]
-      out = forward(
-        ours.weights, cache=cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
-      )
-      cache = out.cache
-      steps.append(np.asarray(out.logits_BLV))
-  return Decoded(np.asarray(prefill.logits_BLV), steps, full)
-
-
-def test_prefill_equals_the_full_forward(decoded):
+  cache = empty_cache(ours.model, start_B, 32)
+  out = forward(ours.weights, cache=cache, tokens_BL=jnp.asarray(tokens_BL), all_logits=True)
   for b, length in enumerate(PROMPTS):
-    got_LV, want_LV = decoded.prefill_BLV[b, 8 - length :], decoded.full[b][:length]
+    got_LV, want_LV = out.logits_BLV[b, 8 - length :], full[b][:length]
     np.testing.assert_allclose(got_LV, want_LV, rtol=2e-4, atol=2e-4)
-
-
-def test_each_decoded_token_equals_the_full_forward(decoded):
-  assert len(decoded.steps) == STEPS
-  for step, logits_B1V in enumerate(decoded.steps):
+  for step in range(STEPS):
+    token_B1 = [[rows[b][length + step]] for b, length in enumerate(PROMPTS)] + [[0]]
+    out = forward(
+      ours.weights, cache=out.cache, tokens_BL=jnp.asarray(token_B1, jnp.int32), all_logits=False
+    )
     for b, length in enumerate(PROMPTS):
-      want_V = decoded.full[b][length + step]
-      np.testing.assert_allclose(logits_B1V[b, 0], want_V, rtol=2e-4, atol=2e-4)
+      got_V, want_V = out.logits_BLV[b, 0], full[b][length + step]
+      np.testing.assert_allclose(got_V, want_V, rtol=2e-4, atol=2e-4)
+  assert np.isfinite(out.logits_BLV).all()  # of the row of padding, too
 
 
 @pytest.fixture(scope="module")
 def windows():
   return model_of("options")
-
-
-def test_a_row_of_padding_stays_finite(decoded):
-  assert np.isfinite(decoded.steps[-1]).all()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,7 @@ import pytest
 from moe_jax.config import Router, UserError
 from moe_jax.inference import decoding, sampling
 from moe_jax.kernels import per_expert
-from tests.support.generation import (
-  MESHES,
-  empty_cache,
-  full_forward,
-  greedy,
-  model_of,
-  rows_of,
-)
+from tests.support.generation import empty_cache, full_forward, greedy, model_of, rows_of
 from tests.support.toys import mesh_of, slow_unless, toy_config
 
 
@@ -31,22 +23,11 @@ def made():
   return model_of()
 
 
-@pytest.fixture(scope="module")
-def of_rows(made):
-  """Three rows of five tokens, and the full forward's logits of them."""
+def test_logits_equal_the_full_forward(made):
   rows = rows_of((5, 5, 5))
-  return rows, full_forward(made.trained, rows)
-
-
-def test_logits_of_a_batch_equal_the_full_forward(made, of_rows):
-  rows, full = of_rows
-  got_BLV = made.model.logits(rows)
+  full, got_BLV = full_forward(made.trained, rows), made.model.logits(rows)
   np.testing.assert_allclose(got_BLV, full, rtol=2e-4, atol=2e-4)
   assert got_BLV.dtype == np.float32
-
-
-def test_logits_of_one_list_equal_the_full_forward(made, of_rows):
-  rows, full = of_rows
   got_LV = made.model.logits(rows[1].tolist())
   np.testing.assert_allclose(got_LV, full[1], rtol=2e-4, atol=2e-4)
   assert made.model.logits(rows[0]).shape == (5, 24)
@@ -82,114 +63,55 @@ def test_prompts_of_one_bucket_share_one_program(made):
   assert programs(ours) == (prefills + 1, decodes + 1)
 
 
-ON_MESHES = [
-  *(pytest.param("topk", name, marks=pytest.mark.slow) for name in list(MESHES)[1:2]),
-  pytest.param("options", "expert2-tensor2", marks=pytest.mark.slow),
-  pytest.param("delta", "fsdp2-tensor2", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("model", "name"), ON_MESHES)
-def test_every_mesh_draws_the_same_tokens(name, model):
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "axes", "temperature"), [
+  ("topk", dict(expert=2, data=2), 0.8), ("options", dict(expert=2, tensor=2), 0.8),
+  ("delta", dict(fsdp=2, tensor=2), 0.0),
+])  # fmt: skip
+def test_every_mesh_has_the_same_tokens_and_logits(model, axes, temperature):
   prompts = ["abc", "defghij", "k"]
-  options = dict(max_new_tokens=10, seed=3, temperature=0.8)
   one, _ = model_of(model)
-  other, _ = model_of(model, mesh=mesh_of(**MESHES[name]))
+  other, _ = model_of(model, mesh=mesh_of(**axes))
   assert isinstance(one.weights.layers[0].ffn.moe.experts, per_expert.PerExpert)
   assert other.weights.layers[0].ffn.moe.experts.gate_EDF.ndim == 3
+  options = dict(max_new_tokens=10, seed=3, temperature=temperature)
   drawn = [[c.tokens for c in m.generate(prompts, **options)] for m in (one, other)]
   assert drawn[0] == drawn[1] and len({token for row in drawn[0] for token in row}) > 5
-
-
-@pytest.fixture(scope="module")
-def on_mesh():
-  return model_of(mesh=mesh_of(**MESHES["expert2-tensor2"])).model
+  logits = [m.logits([[1, 2, 3, 4, 5]] * 2) for m in (one, other)]
+  np.testing.assert_allclose(*logits, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.slow
-def test_a_mesh_has_the_same_logits(made, on_mesh):
-  tokens = [[1, 2, 3, 4, 5]] * 2
-  np.testing.assert_allclose(
-    made.model.logits(tokens), on_mesh.logits(tokens), rtol=2e-4, atol=2e-4
-  )
-
-
-@pytest.mark.slow
-def test_a_mesh_has_the_same_greedy_tokens(made, on_mesh):
-  prompts = ["abc", "defghij", "k"]
-  want = greedy(made.model, prompts, max_new_tokens=10)
-  assert greedy(on_mesh, prompts, max_new_tokens=10) == want
-
-
-OPTIONS = dict(max_new_tokens=20, seed=5)
-
-
-@pytest.fixture(scope="module")
-def alone(made):
-  """What follows abc, drawn in a batch of its own."""
-  return made.model.generate(["abc"], **OPTIONS)[0]
-
-
-@pytest.mark.slow
-def test_a_row_does_not_depend_on_its_batch(made, alone):
-  among = made.model.generate(["abc", "defghijklmnopqrst", "u"], **OPTIONS)
+def test_a_row_depends_on_its_prompt_and_its_seed_alone(made):
+  options = dict(max_new_tokens=20, seed=5)
+  (alone,) = made.model.generate(["abc"], **options)
+  among = made.model.generate(["abc", "defghijklmnopqrst", "u"], **options)
   assert among[0] == alone and among[0].tokens != among[2].tokens
+  samples = made.model.generate(["abc"], **options, num_samples=3)
+  assert samples[0] == alone and len({c.text for c in samples}) == 3
+  assert made.model.generate(["abc"], **options | dict(seed=6))[0] != alone
 
 
 @pytest.mark.slow
-def test_the_samples_of_a_prompt_differ_and_the_first_is_that_of_one(made, alone):
-  again = made.model.generate(["abc"], **OPTIONS, num_samples=3)
-  assert again[0] == alone and len({c.text for c in again}) == 3
-
-
-@pytest.mark.slow
-def test_another_seed_draws_another_text(made, alone):
-  assert made.model.generate(["abc"], **OPTIONS | dict(seed=6))[0] != alone
-
-
-DRAWN_PROMPTS = ["abc", "d", "efgh", "ijkl"]
-
-
-@pytest.fixture(scope="module")
-def drawn(made):
-  """16 tokens at most after each prompt, at temperature 1."""
-  return made.model.generate(DRAWN_PROMPTS, max_new_tokens=16, seed=1)
-
-
-@pytest.mark.slow
-def test_a_row_ends_at_the_separator_or_at_the_limit(drawn):
+def test_tokens_are_drawn_from_the_full_forward_up_to_the_separator_or_the_limit(made):
+  ours, trained = made
+  prompts = ["abc", "d", "efgh", "ijkl"]
+  drawn = ours.generate(prompts, max_new_tokens=16, seed=1)
   assert {c.finished for c in drawn} == {True, False}  # 1 of 24 ids: seed 1 has both
   assert all(len(c.tokens) == 16 or c.finished for c in drawn)
-
-
-@pytest.mark.slow
-def test_the_text_is_that_of_the_tokens(drawn):
-  for completion in drawn:
-    assert completion.text == "".join(chr(97 + i) for i in completion.tokens)
-
-
-@pytest.mark.slow
-def test_tokens_are_drawn_from_the_full_forward(made, drawn):
-  ours, trained = made
+  assert all(c.text == "".join(chr(97 + i) for i in c.tokens) for c in drawn)
   rows = [[23, *ours.tokenizer.encode(c.prompt), *c.tokens] + [23] * c.finished for c in drawn]
   draw, kind = sampling.options(1.0, 24, 1.0, 24)
   full = full_forward(trained, rows)
   for b, (row, logits_LV) in enumerate(zip(rows, full, strict=True)):
-    begin = 1 + len(DRAWN_PROMPTS[b])
+    begin = 1 + len(prompts[b])
     for number, token in enumerate(row[begin:]):
       logits_BV = jnp.tile(jnp.asarray(logits_LV[begin + number - 1])[None], (4, 1))
       sampled_B = sampling.sample(logits_BV, 1, number, draw, kind._replace(filtered=False), 24)
       assert sampled_B[b] == token
 
 
-class DecodedOnce(NamedTuple):
-  before: decoding.Cache
-  after: decoding.Cache
-  program: str  # compiled
-
-
-@pytest.fixture(scope="module")
-def decoded_once(made):
+def test_the_cache_is_donated_and_updated_in_place(made):
   ours = made.model
   with jax.set_mesh(mesh_of()):
     start_B, done_B = ours._put(np.array([0], np.int32), np.array([False]))
@@ -199,17 +121,9 @@ def decoded_once(made):
     arguments = (ours.weights, cache, token_B, done_B, 0, 1, 1, draw)
     program = ours._decode.lower(*arguments, kind=kind).compile().as_text()
     after, *_ = ours._decode(*arguments, kind=kind)
-  return DecodedOnce(cache, after, program)
-
-
-def test_the_cache_is_donated(decoded_once):
-  assert decoded_once.before.layers[0].keys.is_deleted()
-  assert int(decoded_once.after.length) == 1
-
-
-def test_the_cache_is_updated_in_place(decoded_once):
-  assert re.search(r"f32\[2,96,6\]\S* dynamic-update-slice", decoded_once.program)
-  assert not re.search(r"= f32\[(1,)?2,96,6\]\S* copy", decoded_once.program)
+  assert cache.layers[0].keys.is_deleted() and int(after.length) == 1
+  assert re.search(r"f32\[2,96,6\]\S* dynamic-update-slice", program)
+  assert not re.search(r"= f32\[(1,)?2,96,6\]\S* copy", program)
 
 
 def test_a_router_that_needs_later_tokens_is_refused():

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.config import Dispatch, GroupedMatmul
-from moe_jax.kernels import blocked, choose, per_expert
+from moe_jax.kernels import blocked, per_expert
 from moe_jax.kernels.activation import Activation, clamped, gated, geglu, relu_squared
 from moe_jax.kernels.experts import Experts, experts
 from tests.support.toys import lower_step, toy_config
@@ -185,10 +185,3 @@ def test_remat_dots_keeps_the_blocked_activations():
     loops[remat.value] = lower_step(config).as_text().count("stablehlo.while")
   # One more: the rows' places are found again, from one saved matmul (the router's).
   assert loops["dots"] <= loops["none"] + 1 < loops["full"] - 1
-
-
-def test_a_kernel_of_another_platform_is_one_line():
-  config = toy_config(dispatch=Dispatch.GROUPED)
-  config.model.moe.grouped_matmul = GroupedMatmul.TRITON
-  with pytest.raises(config_lib.UserError, match=r"grouped_matmul=triton: it runs on gpu, not on"):
-    choose.resolve(config, {})

@@ -64,30 +64,25 @@ def route(probs, *, train=True, capacity=1, real=None, ids=None, noise=None, bia
 P = [[0.5, 0.1, 0.4], [0.2, 0.7, 0.1]]
 
 
-def test_switch():
-  assert route(P, router=Router.SWITCH).assigned == [(0, 0, 0.5), (1, 1, 0.7)]
+BY_HAND = {  # fields: token, expert, gate
+  "switch": (dict(router=Router.SWITCH), [(0, 0, 0.5), (1, 1, 0.7)]),
+  "topk": (dict(top_k=2), [(0, 0, 0.5), (0, 2, 0.4), (1, 1, 0.7), (1, 0, 0.2)]),
+  # Mixtral's softmax over the chosen logits
+  "renormalized": (dict(top_k=2, renormalize=True),
+                   [(0, 0, 5 / 9), (0, 2, 4 / 9), (1, 1, 7 / 9), (1, 0, 2 / 9)]),
+  "scaled": (dict(top_k=2, gate_scale=2.5), [(0, 0, 1.25), (0, 2, 1.0), (1, 1, 1.75), (1, 0, 0.5)]),
+  # logits log(p): sigmoid = p / (1 + p)
+  "sigmoid": (dict(score=Score.SIGMOID), [(0, 0, 0.5 / 1.5), (1, 1, 0.7 / 1.7)]),
+  # follows the noise
+  "random": (dict(top_k=2, router=Router.RANDOM, noise=[[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]]),
+             [(0, 1, 0.1), (0, 2, 0.4), (1, 0, 0.2), (1, 2, 0.1)]),
+}  # fmt: skip
 
 
-def test_topk_without_renormalisation():
-  raw = route(P, top_k=2).assigned
-  assert raw == [(0, 0, 0.5), (0, 2, 0.4), (1, 1, 0.7), (1, 0, 0.2)]
-
-
-def test_topk_with_renormalisation():
-  """Mixtral's softmax over the chosen logits, 5/9 and 4/9."""
-  gates = [gate for _, _, gate in route(P, top_k=2, renormalize=True).assigned]
-  np.testing.assert_allclose(gates, [5 / 9, 4 / 9, 7 / 9, 2 / 9], atol=1e-4)
-
-
-def test_topk_with_a_scale():
-  gates = [gate for _, _, gate in route(P, top_k=2, gate_scale=2.5).assigned]
-  assert gates == [1.25, 1.0, 1.75, 0.5]
-
-
-def test_sigmoid_scores():
-  """logits log(p): sigmoid = p / (1 + p)."""
-  got = route(P, score=Score.SIGMOID).assigned
-  assert got == [(0, 0, round(0.5 / 1.5, 4)), (1, 1, round(0.7 / 1.7, 4))]
+@pytest.mark.parametrize("name", BY_HAND)
+def test_choices_and_gates_by_hand(name):
+  fields, want = BY_HAND[name]
+  assert route(P, **fields).assigned == [(t, e, pytest.approx(g, abs=6e-5)) for t, e, g in want]
 
 
 @pytest.mark.parametrize("score", list(Score))
@@ -136,16 +131,10 @@ BALANCED = [(0, 0, 0.9), (1, 0, 0.8), (2, 1, 0.3), (3, 1, 0.4)]
 
 
 def test_sinkhorn_gives_an_expert_the_tokens_that_want_it_most():
+  """In training only; and padding does not count, which wants expert 0 too."""
   assert route(SINKHORN, router=Router.SINKHORN).assigned == BALANCED
-
-
-def test_sinkhorn_balances_in_training_only():
   assigned = route(SINKHORN, router=Router.SINKHORN, train=False).assigned
   assert [e for _, e, _ in assigned] == [0, 0, 0, 0]
-
-
-def test_sinkhorn_does_not_count_padding():
-  """That wants expert 0 too."""
   real = [True] * 4 + [False]
   padded = route([*SINKHORN, [0.99, 0.01]], router=Router.SINKHORN, real=real)
   assert padded.assigned == BALANCED
@@ -157,12 +146,6 @@ def test_hash_by_token_id():
   assert got[0][1:] == got[2][1:] and got[0][2] == P[0][got[0][1]]
   every = route([[0.25] * 4] * 4000, router=Router.HASH, ids=range(4000)).assigned
   assert np.bincount([e for _, e, _ in every]).min() > 900  # a fair draw: 1000 +- 27
-
-
-def test_random_follows_the_noise():
-  noise = [[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]]
-  got = route(P, router=Router.RANDOM, noise=noise, top_k=2).assigned
-  assert got == [(0, 1, 0.1), (0, 2, 0.4), (1, 0, 0.2), (1, 2, 0.1)]
 
 
 def test_priorities_order_the_assignments():

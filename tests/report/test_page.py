@@ -33,29 +33,16 @@ def evil(tmp_path_factory):
   return write_report(report_runs.markup_sweep(tmp_path_factory.mktemp("evil"), markup))
 
 
-@pytest.fixture
-def tags(evil):
-  """(tag, attributes) of all elements of the page."""
+def test_the_page_loads_nothing_and_runs_no_code_of_a_text(evil):
+  """No address outside, and no element or attribute that needs one, or a style of its own."""
+  assert not re.search(r"https?://|url\(|@import", evil.html)
   parser = Tags()
   parser.feed(evil.html)
-  return parser.found
-
-
-def test_the_page_names_no_address_outside(evil):
-  assert not re.search(r"https?://|url\(|@import", evil.html)
-
-
-def test_the_page_has_no_element_that_loads_something(tags):
-  assert not {tag for tag, _ in tags} & {"img", "link", "iframe", "object", "embed", "base"}
-
-
-def test_links_stay_in_the_page(tags):
-  attributes = [pair for _, pairs in tags for pair in pairs]
+  tags = {tag for tag, _ in parser.found}
+  assert not tags & {"img", "link", "iframe", "object", "embed", "base"}
+  attributes = [pair for _, pairs in parser.found for pair in pairs]
   assert all(value.startswith("#") for name, value in attributes if name in ("src", "href"))
-
-
-def test_no_attribute_runs_code(tags):
-  assert not [name for _, pairs in tags for name, _ in pairs if name.startswith("on")]
+  assert not [name for name, _ in attributes if name.startswith("on") or name == "style"]
 
 
 def test_text_of_a_sweep_is_shown_and_no_markup(evil):
@@ -79,10 +66,6 @@ def test_the_page_allows_its_own_script_and_style_alone(kind, evil):
   digest = base64.b64encode(hashlib.sha256(own).digest()).decode()
   assert allowed[f"{kind}-src"] == f"'sha256-{digest}'" and allowed["default-src"] == "'none'"
   assert "unsafe" not in policy
-
-
-def test_no_element_needs_a_style_of_its_own(tags):
-  assert not [name for _, pairs in tags for name, _ in pairs if name == "style"]
 
 
 def test_letters_that_cannot_be_shown_are_replaced(evil):

@@ -1,6 +1,5 @@
 """Workdirs that no sweep made: their arms, and the command that compares them."""
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from moe_jax.report import __main__ as command
 from moe_jax.report import runs
 from tests.support import report_runs
 from tests.support.report_runs import row
+from tests.support.scripts import python
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +43,18 @@ def test_the_command_writes_the_report_and_says_where(workdirs, capsys, monkeypa
   assert row(text, "a/moe")[4] == "-0.3500 ± 0.0500" and "error: killed" in text
 
 
-def test_a_target_that_is_no_arm_is_refused(workdirs):
+def test_what_is_no_arm_no_run_or_no_sweep_is_refused(workdirs, tmp_path):
   with pytest.raises(UserError, match="--target=x: no such arm; there are: dense, a/moe"):
     runs.read_workdirs(workdirs, "x")
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
   with pytest.raises(UserError, match="neither a run"):
     runs.read_workdirs([tmp_path / "nothing"])
-
-
-def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
   with pytest.raises(UserError, match="no sweep"):
     report.compare(tmp_path)
 
 
 def test_the_command_imports_no_jax():
   code = "import sys, moe_jax.report.__main__ as m, moe_jax.report; print(sorted(sys.modules))"
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  done = python("-c", code, check=True)
   assert "'matplotlib'" in done.stdout
   for name in ("jax", "flax", "moe_jax.model"):
     assert f"'{name}'" not in done.stdout

@@ -16,83 +16,35 @@ def compared(tmp_path_factory):
   return table.compare_arms(runs.read_sweep(sweep(tmp_path_factory.mktemp("sweep"))))
 
 
-@pytest.fixture
-def dense(compared):
-  return compared.rows[0]
-
-
-@pytest.fixture
-def moe(compared):
-  return compared.rows[1]
-
-
-def test_the_target_is_the_mean_loss_of_its_arm(compared):
-  assert compared.target == pytest.approx(2.1)
-
-
-def test_mean_and_deviation_of_the_loss(moe):
+def test_the_losses_of_an_arm(compared):
+  dense, moe, _ = compared.rows
+  assert compared.target == pytest.approx(2.1)  # the mean loss of its arm
   assert moe.loss.mean == pytest.approx(1.75) and moe.loss.n == 2
   assert moe.loss.std == pytest.approx(0.3 / math.sqrt(2))  # n - 1: 0.15 * sqrt(2)
-
-
-def test_bits_per_byte(moe):
   assert moe.bits_per_byte == pytest.approx(3.5)
-
-
-def test_differences_are_paired_by_seed(moe):
-  """1.6 - 2.0 and 1.9 - 2.2: the seeds' own spread is gone."""
-  assert moe.difference.mean == pytest.approx(-0.35)
-  assert moe.difference.error == pytest.approx(0.05)
-
-
-def test_the_target_has_no_difference_to_itself(dense):
-  assert dense.difference is None
-
-
-def test_where_the_target_is_reached(moe):
-  """2.5 to 1.7 over 200..300 is at 2.1 half way; the other seed is there at 300."""
-  assert moe.reached.steps.mean == pytest.approx(275)
-  assert moe.reached.seconds.mean == pytest.approx(275)
-
-
-def test_the_mean_curve_of_the_target_reaches_it_at_the_last_step(dense):
-  """Though one of its seeds ends above it."""
-  assert dense.reached.steps.mean == pytest.approx(400)
-  assert dense.reached.seconds.mean == pytest.approx(200)
-
-
-def test_speedups_in_steps_and_in_time(moe):
-  assert moe.reached.speedup == pytest.approx(400 / 275)
-  assert moe.reached.time_speedup == pytest.approx(200 / 275)
-
-
-def test_an_arm_that_stays_above_the_target_never_reaches_it(compared):
-  assert compared.rows[2].reached is None
-
-
-def test_drops_in_training_and_no_drops_without_an_evaluation(moe):
-  assert moe.train_drop == pytest.approx(0.1) and moe.drop is None
-
-
-def test_tokens_per_second(moe):
+  assert moe.train_drop == pytest.approx(0.1) and moe.drop is None  # without an evaluation
   assert moe.tokens_per_s == pytest.approx(1000.5)
+  # Paired by seed, 1.6 - 2.0 and 1.9 - 2.2: the seeds' own spread is gone.
+  assert moe.difference.mean == pytest.approx(-0.35)
+  assert moe.difference.error == pytest.approx(0.05) and dense.difference is None
 
 
-@pytest.fixture
-def one_seed_above(tmp_path):
-  """A sweep in which one seed of moe never reaches the target."""
+def test_where_the_target_is_reached(compared):
+  """2.5 to 1.7 over 200..300 is at 2.1 half way; the other seed is there at 300."""
+  dense, moe, bad = (arm.reached for arm in compared.rows)
+  assert moe.steps.mean == pytest.approx(275) and moe.seconds.mean == pytest.approx(275)
+  # The mean curve of the target is there at the last step, though one seed ends above it.
+  assert dense.steps.mean == pytest.approx(400) and dense.seconds.mean == pytest.approx(200)
+  assert moe.speedup == pytest.approx(400 / 275) and moe.time_speedup == pytest.approx(200 / 275)
+  assert bad is None
+
+
+def test_a_seed_that_misses_the_target_is_left_out_of_its_steps(tmp_path):
   report_runs.write_run(sweep(tmp_path) / "moe/seed1", "bad", 1, 4)
-  return tmp_path
-
-
-def test_a_seed_that_misses_the_target_is_left_out_of_its_steps(one_seed_above):
-  reached = table.compare_arms(runs.read_sweep(one_seed_above)).rows[1].reached
+  reached = table.compare_arms(runs.read_sweep(tmp_path)).rows[1].reached
   assert reached.steps.mean == pytest.approx(250)
   assert reached.steps.n == 1 and reached.speedup is None
-
-
-def test_the_table_counts_the_seeds_that_reach_the_target(one_seed_above):
-  assert row(write_report(one_seed_above).markdown, "moe")[5] == "250 (1 of 2)"
+  assert row(write_report(tmp_path).markdown, "moe")[5] == "250 (1 of 2)"
 
 
 @pytest.mark.parametrize(
@@ -127,26 +79,14 @@ def test_a_spread_is_written_as_mean_and_deviation(values, text):
   assert blocks.plus_minus(table.spread(values)) == text
 
 
-@pytest.fixture
-def evaluated(tmp_path):
-  """A sweep whose finished runs have an eval.json of their last step."""
+def test_losses_are_of_eval_json_if_all_runs_have_one_of_their_last_step(tmp_path):
   sweep(tmp_path)
   for arm, seed in FINISHED:
     report_runs.write_eval(tmp_path / arm / f"seed{seed}", 1.0 + seed, drop_fraction_Z=[0.2, 0.4])
-  return tmp_path
-
-
-def test_losses_are_of_eval_json_if_all_runs_have_one(evaluated):
-  compared = table.compare_arms(runs.read_sweep(evaluated))
+  compared = table.compare_arms(runs.read_sweep(tmp_path))
   assert compared.rows[1].loss.mean == pytest.approx(1.5) and "1,000 tokens" in compared.source
   assert compared.rows[1].drop == pytest.approx(0.3)
-
-
-def test_the_target_is_of_the_curves_that_reach_it(evaluated):
-  assert table.compare_arms(runs.read_sweep(evaluated)).target == pytest.approx(2.1)
-
-
-def test_losses_are_of_training_if_one_eval_json_is_of_another_step(evaluated):
-  report_runs.write_eval(evaluated / "bad/seed0", 1.0, step=300)
-  compared = table.compare_arms(runs.read_sweep(evaluated))
+  assert compared.target == pytest.approx(2.1)  # of the curves that reach it
+  report_runs.write_eval(tmp_path / "bad/seed0", 1.0, step=300)
+  compared = table.compare_arms(runs.read_sweep(tmp_path))
   assert compared.rows[1].loss.mean == pytest.approx(1.75) and "eval.json" not in compared.source

@@ -33,12 +33,6 @@ MODELS = {
   "latents": {},  # and toys.with_latents
   "delta": {},  # and toys.with_delta
 }  # fmt: skip
-MESHES = {
-  "expert4": dict(expert=4),
-  "expert2-data2": dict(expert=2, data=2),
-  "fsdp2-tensor2": dict(fsdp=2, tensor=2),
-  "expert2-tensor2": dict(expert=2, tensor=2),
-}
 
 
 class Letters(tokenizers.Tokenizer):

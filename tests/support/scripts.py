@@ -42,11 +42,14 @@ def command(workdir, cache, *arguments, steps=12):
   ]  # fmt: skip
 
 
+def python(*arguments, **options):
+  """A real process of Python after its end, with one device."""
+  how = dict(cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600)
+  return subprocess.run([sys.executable, *map(str, arguments)], **how | options)
+
+
 def train(workdir, cache, *arguments, steps=12):
-  done = subprocess.run(
-    command(workdir, cache, *arguments, steps=steps),
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+  done = python(*command(workdir, cache, *arguments, steps=steps)[1:])
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -64,18 +67,8 @@ def checkpoint_of(workdir, step):
     return reader.restore(path, restore_args=args)
 
 
-def generate(*arguments, stdin=""):
-  return subprocess.run(
-    [sys.executable, "generate.py", *arguments],
-    cwd=ROOT, env=ONE_DEVICE, input=stdin, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
-
-
 def evaluate(workdir, *arguments):
-  done = subprocess.run(
-    [sys.executable, "eval.py", f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+  done = python("eval.py", f"--workdir={workdir}", *arguments)
   assert done.returncode == 0, done.stderr
   return done.stdout, result_of(workdir)
 

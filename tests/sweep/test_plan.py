@@ -15,33 +15,16 @@ from tests.support.toys import ROOT, slow_unless
 SWEEPS = [p.stem for p in (ROOT / "configs/sweeps").glob("*.py")]
 
 
-@pytest.fixture
-def two_arms(tmp_path):
-  return make(write_sweep(tmp_path, TWO))
-
-
-def test_every_arm_runs_every_seed(two_arms):
-  assert [(r.arm, r.seed) for r in two_arms.runs] == [
-    (a, s) for a in ("base", "none") for s in (0, 1, 2)
-  ]
-
-
-def test_a_run_has_its_seed_for_training_and_data_and_a_workdir_of_its_own(two_arms):
-  for run in two_arms.runs:
+def test_every_arm_runs_every_seed_in_a_workdir_of_its_own(tmp_path):
+  plan = make(write_sweep(tmp_path, TWO))
+  assert plan.question == "Is it so?\n\nWhy it could be."  # the docstring
+  assert [a.overrides for a in plan.arms] == [{}, {"loss.load_balance": 0.0}]
+  runs = plan.runs
+  assert [(r.arm, r.seed) for r in runs] == [(a, s) for a in ("base", "none") for s in (0, 1, 2)]
+  for run in runs:
     assert run.config.train.seed == run.config.data.seed == run.seed
     assert run.workdir == f"{run.arm}/seed{run.seed}"
-
-
-def test_seeds_give_the_same_data_to_every_arm(two_arms):
-  assert two_arms.runs[1].config.data == two_arms.runs[4].config.data
-
-
-def test_the_question_is_the_docstring(two_arms):
-  assert two_arms.question == "Is it so?\n\nWhy it could be."
-
-
-def test_an_arm_keeps_its_overrides(two_arms):
-  assert [a.overrides for a in two_arms.arms] == [{}, {"loss.load_balance": 0.0}]
+  assert runs[1].config.data == runs[4].config.data  # of the same seed
 
 
 def test_arms_and_seeds_can_be_chosen(tmp_path):
@@ -150,12 +133,9 @@ def test_a_wrong_sweep_is_refused_in_one_line(arms, tmp_path):
   assert WRONG[arms] in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_unknown_arm_is_refused(tmp_path):
+def test_an_unknown_arm_and_a_missing_file_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"--arms=nnoe: no arm has that name; the nearest is none"):
     make(write_sweep(tmp_path, TWO), arms=["nnoe"])
-
-
-def test_a_missing_sweep_file_is_refused():
   with pytest.raises(UserError, match=r"no such file"):
     make("configs/sweeps/nothing.py")
 

@@ -9,23 +9,13 @@ from tests.support.sweeps import whole_sweep
 pytestmark = pytest.mark.slow
 
 
-def statuses(record):
-  return {run["arm"]: run["status"] for run in record["runs"]}
-
-
-@pytest.fixture(scope="module")
-def whole(shared_folder, cache):
-  return whole_sweep(shared_folder, cache)
-
-
-def test_arms_that_fail_do_not_stop_the_others(whole):
+def test_arms_that_fail_do_not_stop_the_others_and_the_report_says_why(shared_folder, cache):
+  whole = whole_sweep(shared_folder, cache)
   assert whole.said["code"] == 1 and not whole.said["errors"]
-  good = {"first": "finished", "second": "finished"}
   record = json.loads((whole.path / "out/sweep.json").read_text())
-  assert statuses(record) == good | {"diverges": "failed", "too_large": "failed"}
-
-
-def test_the_report_says_why_arms_failed(whole):
+  good = {"first": "finished", "second": "finished"}
+  statuses = {run["arm"]: run["status"] for run in record["runs"]}
+  assert statuses == good | {"diverges": "failed", "too_large": "failed"}
   text = (whole.path / "out/report.md").read_text()
   for arm, reason in (
     ("diverges", "error: not finite at step"),

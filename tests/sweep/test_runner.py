@@ -51,80 +51,53 @@ def history(tmp_path_factory):
 def test_a_failed_run_does_not_stop_the_others(history):
   statuses = {"bad": "failed", "base": "finished", "none": "finished"}
   assert history.first.code == 1 and history.first.statuses == statuses
+  for words in (
+    "bad/seed0 FAILED with code 1: error: z is broken", "base/seed0 finished after 0:00:",
+    "loss 1.5000", "2 of 3 finished; 1 failed",
+  ):  # fmt: skip
+    assert words in history.first.output
+  log = history.first.logs["base"]
+  assert "step     30/30" in log and "evaluated --routing" in log
+  assert history.reports[-1] == pathlib.Path("out")
 
 
-def test_the_record_holds_the_error_of_a_failed_run(history):
+def test_the_record_of_a_run(history):
   failed, finished, _ = history.first.record["runs"]
   assert failed["error"].endswith("error: z is broken") and finished["error"] == ""
-
-
-def test_the_record_holds_the_time_and_the_workdir_of_a_run(history):
-  finished = history.first.record["runs"][1]
   assert finished["seconds"] > 0 and finished["workdir"] == "base/seed0"
-
-
-def test_the_record_holds_the_commands_of_a_run(history):
-  finished = history.first.record["runs"][1]
   assert finished["command"] == (
     "python train.py --config=configs/debug.py --workdir=out/base/seed0"
   )
   assert finished["evaluate"] == "python eval.py --workdir=out/base/seed0 --routing"
 
 
-def test_the_record_holds_the_question_and_what_counts_as_an_answer(history):
+def test_the_record_of_the_question_and_the_arms(history):
   record = history.first.record
   assert record["question"].startswith("Is it so?") and record["base"] == "configs/debug.py"
   assert record["target_arm"] == "base" and record["band"] == "b" and record["published"] == ""
-
-
-def test_the_record_holds_overrides_and_notes_of_an_arm(history):
-  arm = history.first.record["arms"][0]
+  arm = record["arms"][0]
   assert arm["overrides"] == {"loss.z": 0.5} and "why" in arm["notes"]
 
 
-def test_the_log_of_a_run_holds_training_and_evaluation(history):
-  log = history.first.logs["base"]
-  assert "step     30/30" in log and "evaluated --routing" in log
-
-
-def test_a_sweep_ends_with_a_report(history):
-  assert history.reports[-1] == pathlib.Path("out")
-
-
-@pytest.mark.parametrize("words", [
-  "bad/seed0 FAILED with code 1: error: z is broken", "base/seed0 finished after 0:00:",
-  "loss 1.5000", "2 of 3 finished; 1 failed",
-])  # fmt: skip
-def test_a_sweep_prints(words, history):
-  assert words in history.first.output
-
-
-def test_finished_runs_are_left_alone(history):
+def test_a_failed_run_is_tried_again_and_finished_ones_are_left_alone(history):
+  assert history.again.code == 1 and history.again.logs["bad"].count("z is broken") == 2
   assert history.again.logs["base"] == history.first.logs["base"]
   assert "2 of 3 runs were finished before" in history.again.output
 
 
-def test_a_failed_run_is_tried_again(history):
-  assert history.again.code == 1 and history.again.logs["bad"].count("z is broken") == 2
-
-
 def test_other_flags_evaluate_a_finished_run_again(history):
+  """Runs that were not chosen stay in the record."""
   log = history.causal.logs["base"]
   assert history.causal.code == 0 and "resuming at step 30" in log
   assert log.count("evaluated") == 2 and log.endswith("--causal\n")
-
-
-def test_runs_that_were_not_chosen_stay_in_the_record(history):
   assert [r["arm"] for r in history.causal.record["runs"]] == ["bad", "base", "none"]
 
 
-def test_runs_of_a_changed_sweep_leave_the_record(history):
+def test_more_steps_are_trained(history):
+  """Runs of a changed sweep leave the record."""
   longer = history.longer
   assert longer.code == 0 and [r["arm"] for r in longer.record["runs"]] == ["base"]
-
-
-def test_more_steps_are_trained(history):
-  assert "step     40/40" in history.longer.logs["base"]
+  assert "step     40/40" in longer.logs["base"]
 
 
 def test_a_run_that_somebody_else_stopped_is_not_finished(fake):
@@ -134,34 +107,19 @@ def test_a_run_that_somebody_else_stopped_is_not_finished(fake):
   assert "evaluated" not in swept.logs["told"] and swept.record["runs"][0]["seconds"] > 0
 
 
-@pytest.fixture
-def finished_elsewhere(fake):
-  """A finished run without a record, as if a scheduler had run the lines of --dry-run."""
-  swept = fake.sweep("[arm('a')]")
-  assert swept.code == 0
+def test_a_finished_run_without_a_record_is_left_alone_unless_its_config_has_changed(fake):
+  """As if a scheduler had run the lines of --dry-run; train.py says what has changed."""
+  before = fake.sweep("[arm('a')]")
+  assert before.code == 0
   config = command_line.load_file("configs/debug.py")
   pathlib.Path("out/a/seed0/config.json").write_text(config_lib.to_json(config))
   pathlib.Path("out/sweep.json").unlink()
-  return swept
-
-
-def test_a_finished_run_without_a_record_is_left_alone(fake, finished_elsewhere):
-  swept = fake.sweep("[arm('a')]")
-  assert swept.code == 0 and swept.logs == finished_elsewhere.logs
-
-
-def test_a_run_whose_config_has_changed_is_not_skipped(fake, finished_elsewhere):
-  """So that train.py says what has changed."""
-  swept = fake.sweep("[arm('a', {'optimizer.b2': 0.9})]")
-  assert swept.code == 0
-  assert swept.logs["a"].startswith(finished_elsewhere.logs["a"])
-  assert "optimizer.b2=0.9" in swept.logs["a"]
-
-
-class Interrupted(NamedTuple):
-  stopped: Swept
-  resumed: Swept  # by the same command
-  reports: list[pathlib.Path]  # when it was stopped
+  same = fake.sweep("[arm('a')]")
+  assert same.code == 0 and same.logs == before.logs
+  pathlib.Path("out/sweep.json").unlink()
+  changed = fake.sweep("[arm('a', {'optimizer.b2': 0.9})]")
+  assert changed.code == 0 and changed.logs["a"].startswith(before.logs["a"])
+  assert "optimizer.b2=0.9" in changed.logs["a"]
 
 
 def interrupt_at_step_5():
@@ -173,48 +131,25 @@ def interrupt_at_step_5():
     time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
-  arms = TWO[:-1] + ", arm('later', {'train.steps': 20})]"
-  with fakes_in(tmp_path_factory.mktemp("fakes")) as fakes:
-    slow = pathlib.Path("slow")
-    slow.write_text("")
-    # A shell starts background jobs with SIGINT ignored, and a sweep leaves it so.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-      threading.Thread(target=interrupt_at_step_5, daemon=True).start()
-      stopped = fakes.sweep(arms, jobs=2)
-    finally:
-      signal.signal(signal.SIGINT, before)
-    reports = list(fakes.reports)
-    slow.unlink()
-    return Interrupted(stopped, fakes.sweep(arms, jobs=2), reports)
-
-
-def test_a_signal_is_the_code_of_the_sweep(interrupted):
-  assert interrupted.stopped.code == 128 + signal.SIGINT
-
-
-def test_a_signal_stops_what_runs_and_starts_nothing_more(interrupted):
-  statuses = {"base": "stopped", "none": "stopped", "later": "waiting"}
-  assert interrupted.stopped.statuses == statuses
-
-
-def test_runs_save_their_step_at_a_signal_and_no_report_is_made(interrupted):
-  assert "SIGTERM: saved step 5" in interrupted.stopped.logs["base"] and not interrupted.reports
-
-
-def test_a_stopped_sweep_says_how_to_go_on(interrupted):
-  assert "stopped; the same command continues" in interrupted.stopped.output
-
-
-def test_the_same_command_finishes_a_stopped_sweep(interrupted):
-  resumed = interrupted.resumed
+def test_a_signal_stops_what_runs_and_the_same_command_goes_on(fake):
+  """No step is repeated."""
+  arms, slow = TWO[:-1] + ", arm('later', {'train.steps': 20})]", pathlib.Path("slow")
+  slow.write_text("")
+  # A shell starts background jobs with SIGINT ignored, and a sweep leaves it so.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    threading.Thread(target=interrupt_at_step_5, daemon=True).start()
+    stopped = fake.sweep(arms, jobs=2)
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert stopped.code == 128 + signal.SIGINT
+  assert stopped.statuses == {"base": "stopped", "none": "stopped", "later": "waiting"}
+  assert "SIGTERM: saved step 5" in stopped.logs["base"] and not fake.reports
+  assert "stopped; the same command continues" in stopped.output
+  slow.unlink()
+  resumed = fake.sweep(arms, jobs=2)
   assert resumed.code == 0 and set(resumed.statuses.values()) == {"finished"}
-
-
-def test_a_stopped_run_goes_on_and_repeats_no_step(interrupted):
-  log = interrupted.resumed.logs["none"]
+  log = resumed.logs["none"]
   assert "resuming at step 5" in log and log.count("step      5/30") == 1
 
 

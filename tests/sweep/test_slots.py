@@ -15,33 +15,20 @@ def test_shares_are_even_and_in_order(things, count, shares):
   assert [slots.share(things, slot, count) for slot in range(count)] == shares
 
 
-def test_each_slot_has_gpus_of_its_own(monkeypatch):
+def test_slots_have_gpus_of_their_own_or_share_the_memory_of_one(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc,5")
+  assert slots.MachineSlots(1).environment(0) == {}
   two = slots.MachineSlots(2)
   assert two.environment(0) == {"CUDA_VISIBLE_DEVICES": "2"}
   assert two.environment(1) == {"CUDA_VISIBLE_DEVICES": "GPU-abc,5"}
-
-
-def test_one_slot_changes_no_environment(monkeypatch):
-  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc,5")
-  assert slots.MachineSlots(1).environment(0) == {}
-
-
-@pytest.fixture
-def one_gpu(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-
-
-def test_slots_share_the_memory_of_one_gpu(one_gpu):
   shared = {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
   assert slots.MachineSlots(2).environment(1) == shared
 
 
-several_cores = pytest.mark.skipif(len(slots.cpus()) < 2, reason="one core cannot be shared out")
-
-
-@several_cores
-def test_the_process_of_a_slot_has_its_cores_and_gpu(one_gpu):
+@pytest.mark.skipif(len(slots.cpus()) < 2, reason="one core cannot be shared out")
+def test_the_process_of_a_slot_has_its_cores_and_gpu(monkeypatch):
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
   usable = slots.cpus()
   code = "import os, time; time.sleep(0.3); print(sorted(os.sched_getaffinity(0)), os.environ["
   command = [sys.executable, "-c", code + "'CUDA_VISIBLE_DEVICES'])"]

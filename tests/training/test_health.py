@@ -1,8 +1,6 @@
 """What training says of its experts: by hand, and in a run that goes wrong."""
 
 import json
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +11,8 @@ from moe_jax.config import OnAlarm, OnNonfinite
 from moe_jax.model import cost
 from moe_jax.moe import counts
 from moe_jax.training import health, metrics
-from tests.support.scripts import ONE_DEVICE
-from tests.support.toys import ROOT, toy_config
+from tests.support.scripts import python
+from tests.support.toys import toy_config
 
 
 def test_moe_metrics_by_hand():
@@ -178,13 +176,10 @@ def test_a_rewind_leaves_the_loop(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_blows_up_says_where(tmp_path):
   """A real run at an absurd learning rate, stopped by a spike; the alarm is on disk."""
-  done = subprocess.run(
-    [
-      sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={tmp_path}",
-      "--config.optimizer.learning_rate=3.0", "--config.health.on_alarm=stop",
-      "--config.health.window=3", "--config.train.eval_every=30",
-    ],
-    cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600,
+  done = python(
+    "train.py", "--config=configs/debug.py", f"--workdir={tmp_path}",
+    "--config.optimizer.learning_rate=3.0", "--config.health.on_alarm=stop",
+    "--config.health.window=3", "--config.train.eval_every=30",
   )  # fmt: skip
   assert done.returncode == health.StopAlarm.code
   (line,) = (tmp_path / "alarms.jsonl").read_text().splitlines()

@@ -20,7 +20,7 @@ from moe_jax.analysis import evaluation
 from moe_jax.config import OptimizerName, UserError
 from moe_jax.training import init_from, train
 from moe_jax.training import run as run_lib
-from tests.support.scripts import refused
+from tests.support.scripts import checkpoint_of, refused, validation_of
 
 
 def config_of(text, num_experts=4, learning_rate=0.01, steps=4, **mesh):
@@ -62,24 +62,12 @@ def moe_run(text, tmp_path_factory):
   return workdir
 
 
-def stored(workdir, step):
-  """The state of a checkpoint as flat arrays, read by Orbax alone."""
-  import orbax.checkpoint as ocp
-
-  path = (workdir / "checkpoints" / str(step) / "state").absolute()
-  with ocp.PyTreeCheckpointer() as reader:
-    shapes = reader.metadata(path).item_metadata.tree
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    return reader.restore(path, restore_args=args)
-
-
 def arrays(tree):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def validation_loss(workdir, step):
-  lines = workdir_lib.read_lines(workdir / workdir_lib.METRICS)
-  return next(v["validation/loss"] for v in lines if v["step"] == step and "validation/loss" in v)
+  return validation_of(workdir, step)["validation/loss"]
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -93,7 +81,7 @@ def test_the_state_is_the_checkpoints_on_another_mesh(moe_run, text, tmp_path, o
     init, _, shardings = train.init_state(config, mesh)
     state = init_from.load(source, init(), shardings)
     fresh = init()
-  want = stored(moe_run, 2)
+  want = checkpoint_of(moe_run, 2)
   for got, expected in zip(arrays(state.params), arrays(want["params"]), strict=True):
     np.testing.assert_array_equal(got, expected)
   assert np.abs(want["bias_ZE"]).max() > 0

@@ -130,29 +130,16 @@ def test_cross_entropy_by_hand():
   np.testing.assert_allclose(total.total, sums.nll / 2 + 0.5 * 4, rtol=1e-6)
 
 
-@pytest.fixture
-def weighted():
+def test_weighted_losses_by_hand():
   """Losses of three targets and of two experts, of which one is chosen by all four tokens."""
   stats = counts.zeros(1, 2, 1)._replace(
     tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), kept_E=jnp.array([[4, 0]]),
     prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
   )  # fmt: skip
   uniform = losses.sums(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool), stats)
-  sums = uniform._replace(nll=jnp.array(6.0))
-  return losses.total(sums, config_lib.Loss(load_balance=0.1, router_z=0.01, importance=0.2), 1)
-
-
-def test_the_balance_loss_by_hand(weighted):
-  assert float(weighted.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P
-
-
-def test_the_router_z_loss_by_hand(weighted):
-  assert float(weighted.router_z) == pytest.approx(2.0)
-
-
-def test_the_importance_loss_by_hand(weighted):
-  assert float(weighted.importance) == pytest.approx(1 + 1 / 4)  # mean 2, variance 1
-
-
-def test_the_total_is_the_sum_of_the_weighted_losses(weighted):
-  assert float(weighted.total) == pytest.approx(2.0 + 0.1 * 1.5 + 0.01 * 2.0 + 0.2 * 1.25)
+  weights = config_lib.Loss(load_balance=0.1, router_z=0.01, importance=0.2)
+  found = losses.total(uniform._replace(nll=jnp.array(6.0)), weights, 1)
+  assert float(found.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P
+  assert float(found.router_z) == pytest.approx(2.0)
+  assert float(found.importance) == pytest.approx(1 + 1 / 4)  # mean 2, variance 1
+  assert float(found.total) == pytest.approx(2.0 + 0.1 * 1.5 + 0.01 * 2.0 + 0.2 * 1.25)

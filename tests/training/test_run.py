@@ -15,7 +15,6 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.training import health, losses, optimizers, replay
 from moe_jax.training import run as run_lib
 from tests.support.scripts import losses_of
-from tests.support.toys import mesh_of  # noqa: F401  (eight simulated devices)
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
 RARE = ord("Z")  # stands in one place of the text

@@ -93,19 +93,10 @@ def test_the_step_that_meshes_repeat_drops_tokens_and_is_uneven(on_one):
 
 
 @pytest.mark.preflight
-def test_every_mesh_has_the_same_gradients(on_mesh, on_one):
+def test_every_mesh_has_the_same_counts_gradients_and_metrics(on_mesh, on_one):
+  for name in ("load_ZE", "drop_fraction_Z"):  # XLA may divide by a reciprocal
+    np.testing.assert_allclose(on_mesh.first[name], on_one.first[name], rtol=3e-7, atol=1e-7)
   compare(on_mesh.grads, on_one.grads, atol=1e-6)  # float32 rounding; they are of order 0.01 to 1
-
-
-@pytest.mark.preflight
-@pytest.mark.parametrize("name", ["load_ZE", "drop_fraction_Z"])
-def test_every_mesh_has_the_same_counts(name, on_mesh, on_one):
-  """XLA may divide by a reciprocal."""
-  np.testing.assert_allclose(on_mesh.first[name], on_one.first[name], rtol=3e-7, atol=1e-7)
-
-
-@pytest.mark.preflight
-def test_every_mesh_has_the_same_metrics_in_two_steps(on_mesh, on_one):
   compare(on_mesh.first, on_one.first, atol=1e-6)
   compare(on_mesh.second, on_one.second, atol=1e-4)
 
@@ -128,39 +119,22 @@ OPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_mesh_of_three_axes_takes_the_same_step_with_every_option_of_the_layers(options):
-  one, other = (take_options(options, mesh) for mesh in ("one", "expert2-fsdp2-tensor2"))
+  config = weighty_config()
+  config.model = options(config.model)
+  one, other = (take_steps(config, MESHES[name]) for name in ("one", "expert2-fsdp2-tensor2"))
   names = {sharding.param_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(one.grads)}
   assert OPTIONS[options] <= names
   compare(other.grads, one.grads, atol=1e-6)
   compare(other.second, one.second, atol=1e-4)
 
 
-def take_options(options, mesh):
-  config = weighty_config()
-  config.model = options(config.model)
-  return take_steps(config, MESHES[mesh])
-
-
-@functools.cache
-def accumulated_on(name):
-  """The same batch in two microbatches."""
-  return take_steps(weighty_config(accumulation=2), MESHES[name])
-
-
-ACCUMULATED = slow_unless(["one"], ["one", "expert4"])
-
-
 @pytest.mark.preflight
-@pytest.mark.parametrize("mesh", ACCUMULATED)
-def test_two_microbatches_have_the_gradients_of_the_batch(mesh):
-  compare(accumulated_on(mesh).grads, steps_on(mesh).grads, atol=1e-6)
-
-
-@pytest.mark.preflight
-@pytest.mark.parametrize("mesh", ACCUMULATED)
-def test_two_microbatches_have_the_metrics_of_the_batch(mesh):
+@pytest.mark.parametrize("mesh", slow_unless(["one"], ["one", "expert4"]))
+def test_two_microbatches_have_the_gradients_and_the_metrics_of_the_batch(mesh):
   """Loss, balance and drops."""
-  compare(accumulated_on(mesh).first, steps_on(mesh).first, atol=1e-6)
+  parts = take_steps(weighty_config(accumulation=2), MESHES[mesh])
+  compare(parts.grads, steps_on(mesh).grads, atol=1e-6)
+  compare(parts.first, steps_on(mesh).first, atol=1e-6)
 
 
 def grouped_config(accumulation):
@@ -195,7 +169,6 @@ def test_microbatches_of_groups_of_rows_take_the_step_of_the_batch():
   compare(parts.first, whole.first, atol=1e-6)
 
 
-@functools.cache
 def compiled_text(remat, mesh):
   config = toy_config()
   config.model.remat = remat
@@ -218,18 +191,11 @@ E, D, F = 4, 10, 18  # of the toy config
   ("remat", "count"),
   [(config_lib.Remat.NONE, 4), pytest.param(config_lib.Remat.FULL, 6, marks=pytest.mark.slow)],
 )
-def test_all_to_alls_in_the_compiled_step(remat, count):
+def test_tokens_travel_to_the_experts_which_stay_where_they_are(remat, count):
   """2 forward and 2 backward, 2 more under full remat (the scanned body stands for each layer)."""
   text = compiled_text(remat, "expert4-data2")
   assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == count
-
-
-@pytest.mark.parametrize(
-  "remat", slow_unless([config_lib.Remat.NONE], [config_lib.Remat.NONE, config_lib.Remat.FULL])
-)
-def test_nothing_gathers_the_weights_of_all_experts(remat):
-  """Experts stay where they are."""
-  for sizes in gathered_sizes(compiled_text(remat, "expert4-data2")):
+  for sizes in gathered_sizes(text):
     assert not {E, D, F} <= set(sizes), f"all-gather of expert weights: {sizes}"
 
 
