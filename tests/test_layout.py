@@ -4,6 +4,7 @@ import ast
 import re
 
 from moe_jax import workdir
+from tests.support.scripts import python
 from tests.support.toys import ROOT
 
 PACKAGE = ROOT / "moe_jax"
