@@ -281,7 +281,7 @@ def test_too_many_open_files_are_no_damage(whole_run, tmp_path):
   folder = shutil.copytree(whole_run.workdir, tmp_path / "run")
   settings = workdir.read_config(folder)
   assert newest_whole(folder, settings).step == 12  # what is imported late is there now
-  with pytest.raises(StorageError, match="checkpoints/12.*: Too many open files; the same"):
+  with pytest.raises(StorageError, match=r"checkpoints/12.*: Too many open files; the same"):
     newest_whole(folder, settings, no_more_files())
   assert workdir.saved_steps(folder)[-1] == 12
 
