@@ -44,7 +44,7 @@ def test_no_limit_is_strict_json():
   config = toy_config(capacity_factor=math.inf)
   text = config_lib.to_json(config)
   values = json.loads(text, parse_constant=pytest.fail)  # Infinity, NaN
-  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 3
+  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 4
   assert config_lib.from_json(text) == config
   assert config_lib.flatten(config)["model.moe.capacity_factor"] == "inf"
 
@@ -60,8 +60,15 @@ def test_a_stored_config_of_before_means_what_it_meant():
   assert (moe.capacity_factor, moe.eval_capacity_factor) == (math.inf, 2.0)
   moe = config_lib.from_json(stored(1, **fields)).model.moe
   assert moe.capacity_factor == 0.0  # which validate() refuses
-  with pytest.raises(config_lib.UserError, match="of format 4, made by a newer moe_jax"):
-    config_lib.from_json(stored(4, **fields))
+  with pytest.raises(config_lib.UserError, match="of format 5, made by a newer moe_jax"):
+    config_lib.from_json(stored(5, **fields))
+
+
+def test_the_norms_of_latents_had_the_epsilon_of_the_others():
+  stored = {"model": {"norm_eps": 1e-5, "latent": {"kv_dim": 8}}}
+  model = config_lib.from_json(json.dumps({"format": 3} | stored)).model
+  assert model.latent.norm_eps == model.norm_eps == 1e-5
+  assert config_lib.from_json(json.dumps({"format": 4} | stored)).model.latent.norm_eps == 1e-6
 
 
 @pytest.mark.parametrize(("word", "meant"), [(True, QKNorm.HEAD), (False, QKNorm.NONE)])
