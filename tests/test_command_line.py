@@ -261,6 +261,7 @@ def test_a_wrong_override_is_refused(argument, why):
 
 @pytest.mark.parametrize(("fields", "why"), [
   ({"train.step": 3}, r"here: .*train.step; the nearest is config.train.steps"),
+  ({"model.remat": "dot"}, r"config.model.remat='dot' is not one of: none"),
   ({"model.moe.router": "best"}, "router='best' is not one of: switch"),
 ])  # fmt: skip
 def test_override_refuses(fields, why):
@@ -268,11 +269,13 @@ def test_override_refuses(fields, why):
     command_line.override(toy_config(), fields, "here")
 
 
-def test_an_override_takes_the_words_of_config_json():
+def test_an_override_takes_members_and_the_words_of_config_json():
   base = config_lib.Config()
   flat = config_lib.flatten(base) | {"model.moe.capacity_factor": "inf", "model.remat": "dots"}
   config = command_line.override(base, flat, "here")
   assert config_lib.flatten(config) == flat and config.model.remat is config_lib.Remat.DOTS
+  config = command_line.override(base, {"model.moe.router": Router.SINKHORN}, "here")
+  assert config.model.moe.router is Router.SINKHORN
   assert base == config_lib.Config()  # a copy was changed
 
 

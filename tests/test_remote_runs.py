@@ -16,7 +16,7 @@ from etils import epath
 
 from moe_jax import workdir as workdir_lib
 from tests.support.object_store import Store
-from tests.support.scripts import ONE_DEVICE, checkpoint_of, command, evaluate, losses_of
+from tests.support.scripts import ONE_DEVICE, checkpoint_of, command, evaluate, losses_of, python
 from tests.support.toys import ROOT
 
 pytestmark = [
@@ -34,9 +34,7 @@ def store(tmp_path_factory):
 
 def script(store, *words):
   """A process with one device, to which the store is Google's."""
-  return subprocess.run(
-    words, cwd=ROOT, env=ONE_DEVICE | store.env, capture_output=True, text=True, timeout=600
-  )  # fmt: skip
+  return python(*words[1:], env=ONE_DEVICE | store.env)
 
 
 def cut_off(store, words, cuts):

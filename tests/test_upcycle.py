@@ -1,8 +1,5 @@
 """MoE models made of dense ones: the same function, the methods that change it, what is refused."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +11,8 @@ from moe_jax.config import Dispatch, Router, UserError
 from moe_jax.model import pattern, transformer
 from moe_jax.training import train
 from tests.support.real_runs import RUNS, real_runs
-from tests.support.scripts import ONE_DEVICE, call, refused
+from tests.support.scripts import call, python, refused
 from tests.support.toys import (
-  ROOT,
   build,
   mesh_of,
   slow_unless,
@@ -205,10 +201,8 @@ def test_by_command_and_then_trained(shared_folder, tmp_path):
     "--config.eval.final_batches=1", "--config.model.ffn_dim=32",
     "--config.model.moe.expert_dim=16", "--config.model.moe.dispatch=grouped",
   ]  # fmt: skip
-  done = subprocess.run(
-    [sys.executable, "-m", "moe_jax.upcycle", f"--from={dense}", *moe,
-     f"--workdir={tmp_path / 'up'}"], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True,
-  )  # fmt: skip
+  up = f"--workdir={tmp_path / 'up'}"
+  done = python("-m", "moe_jax.upcycle", f"--from={dense}", *moe, up)
   assert not done.returncode, done.stderr
   assert "one of 2 parts" in done.stdout and "what that run does, to rounding" in done.stdout
   new = f"--workdir={tmp_path / 'moe'}"
@@ -217,6 +211,6 @@ def test_by_command_and_then_trained(shared_folder, tmp_path):
   # The same config on the folder of weights: it must not begin with random ones.
   before = sorted(p.name for p in (tmp_path / "up").iterdir())
   for more in ((), ("--resume_step=0",)):
-    said = refused("train.py", *moe, f"--workdir={tmp_path / 'up'}", *more)
+    said = refused("train.py", *moe, up, *more)
     assert "imported or upcycled" in said
   assert sorted(p.name for p in (tmp_path / "up").iterdir()) == before

@@ -90,9 +90,14 @@ LATENT, DELTA = dict(kv_dim=4, rotary_dim=2, value_dim=6), dict(value_heads=6, k
   ("latent", "delta", "model", "text"),
   [
     (dict(rotary_dim=3), {}, {}, "config.model.latent.rotary_dim=3 must be even"),
-    (dict(rotary_dim=6), {}, {}, "head_dim=6 must be above config.model.latent.rotary_dim"),
+    (
+      dict(rotary_dim=6),
+      {},
+      {},
+      "config.model.head_dim=6 must be above config.model.latent.rotary_dim",
+    ),
     (dict(value_dim=7), {}, {}, "and at least value_dim=7"),
-    ({}, {}, dict(qkv_bias=True), "model.qkv_bias=True with config.model.latent.kv_dim=4"),
+    ({}, {}, dict(qkv_bias=True), "config.model.qkv_bias=True with config.model.latent.kv_dim=4"),
     ({}, {}, dict(rotary_fraction=0.5), "latent attention has none; set it to 1.0"),
     (None, dict(key_heads=4), {}, "config.model.delta.value_heads=6 is not divisible by"),
     (None, {}, dict(window=3), "a layer has a window or the delta rule; set window=0"),

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,8 +15,8 @@ from moe_jax.analysis import harness, scoring
 from moe_jax.errors import UserError
 from moe_jax.hf import importing
 from tests.support.hf_files import plan
-from tests.support.scripts import ONE_DEVICE, refused
-from tests.support.toys import ROOT, mesh_of
+from tests.support.scripts import ONE_DEVICE, python, refused
+from tests.support.toys import mesh_of
 
 LETTERS = [chr(97 + i) for i in range(20)] + list("A .!?")
 QUESTIONS = [
@@ -120,10 +118,10 @@ def test_the_answers_are_those_of_lm_evals_own_model(folder):
 @pytest.mark.slow
 def test_eval_runs_tasks_and_measures_a_text(folder, tmp_path):
   (tmp_path / "text").write_text("abcdefg hij" * 9)
-  done = subprocess.run(
-    [sys.executable, "eval.py", f"--workdir={folder / 'run'}", "--tasks=choose,write", "--limit=2",
-     f"--task_folder={folder / 'tasks'}", f"--text={tmp_path / 'text'}", "--stride=5"],
-    cwd=ROOT, env=ONE_DEVICE | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+  done = python(
+    "eval.py", f"--workdir={folder / 'run'}", "--tasks=choose,write", "--limit=2",
+    f"--task_folder={folder / 'tasks'}", f"--text={tmp_path / 'text'}", "--stride=5",
+    env=ONE_DEVICE | {"HF_HUB_OFFLINE": "1"},
   )  # fmt: skip
   assert not done.returncode, done.stderr
   assert "acc_norm" in done.stdout and "of 99 tokens; windows of 32, stride 5" in done.stdout

@@ -179,7 +179,7 @@ def train_losses(name, axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [OptimizerName.ADAFACTOR, OptimizerName.MUON])
+@pytest.mark.parametrize("name", OptimizerName)
 def test_training_lowers_the_loss_and_is_the_same_on_a_mesh(name):
   one = train_losses(name, {})
   assert one[-1] < one[0] - 0.05
