@@ -32,6 +32,11 @@ _TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval to run (pip install 'm
 _TASK_FOLDER = flags.DEFINE_string("task_folder", "", "a folder with YAML files of more tasks")
 _FEWSHOT = flags.DEFINE_integer("fewshot", -1, "examples before a question; -1: as the task says")
 _LIMIT = flags.DEFINE_integer("limit", 0, "questions of each task; 0: all", lower_bound=0)
+_CHAT = flags.DEFINE_bool("apply_chat_template", False, "questions of --tasks as a chat's messages")
+_SYSTEM = flags.DEFINE_string("system_instruction", "", "of --tasks: what stands before them")
+_MULTITURN = flags.DEFINE_bool(
+  "fewshot_as_multiturn", True, "with --apply_chat_template, examples are turns of the chat"
+)
 _TEXT = flags.DEFINE_string("text", "", "a text file whose perplexity is measured")
 _STRIDE = flags.DEFINE_integer(
   "stride", 0, "tokens by which a window of the text moves on; 0: half of it", lower_bound=0
@@ -75,9 +80,13 @@ def of_other_text() -> None:
   if _TEXT.value:
     print(harness.of_text(_WORKDIR.value, _STEP.value, _TEXT.value, _STRIDE.value, _BATCH.value))
   if _TASKS.value:
+    chat = {
+      "apply_chat_template": _CHAT.value, "fewshot_as_multiturn": _CHAT.value and _MULTITURN.value,
+      "system_instruction": _SYSTEM.value or None,
+    }  # fmt: skip
     table = harness.run_tasks(
       _WORKDIR.value, _STEP.value, _TASKS.value, _TASK_FOLDER.value, _FEWSHOT.value, _LIMIT.value,
-      _BATCH.value,
+      _BATCH.value, chat,
     )  # fmt: skip
     print(table)
 

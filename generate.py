@@ -7,10 +7,12 @@ file or from stdin:
   python generate.py --workdir=runs/tiny_moe --prompt_file=start.py
   head -3 questions.txt | python generate.py --workdir=runs/tiny_moe --prompt_file=- --lines
 
-With --chat a prompt is a message to an imported chat model, and only the answer is printed.
+With --chat a prompt is a message to an imported chat model, and only the answer is printed;
+--system=TEXT and --messages=FILE stand before it.
 """
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -31,6 +33,10 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be give
 _FILE = flags.DEFINE_string("prompt_file", "", "a file with a prompt; - is stdin")
 _CHAT = flags.DEFINE_bool(
   "chat", False, "each prompt is a user's message, in the chat template that an import came with"
+)
+_SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system's message")
+_MESSAGES = flags.DEFINE_string(
+  "messages", "", 'with --chat: a file with [{"role": ..., "content": ...}, ...]: earlier turns'
 )
 _LINES = flags.DEFINE_bool("lines", False, "each line of --prompt_file is a prompt")
 flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of each continuation")
@@ -55,6 +61,8 @@ def main() -> None:
   workdir_lib.read_config(workdir_lib.open_path(_WORKDIR.value))  # before any device is asked
   if _MULTIHOST.value and _FILE.value == "-":
     raise UserError("--prompt_file=-: with --multihost give a file that every host has")
+  if not _CHAT.value and (_SYSTEM.value or _MESSAGES.value):
+    raise UserError("--system and --messages go with --chat")
   prompts = read_prompts()
   from moe_jax import startup
 
@@ -73,8 +81,12 @@ def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
   if _CHAT.value:
     from moe_jax.inference import chat
 
-    path = workdir_lib.open_path(_WORKDIR.value)
-    given = [chat.prompt(path, model.tokenizer, [{"role": "user", "content": p}]) for p in prompts]
+    template = chat.Template(workdir_lib.open_path(_WORKDIR.value) / workdir_lib.HF)
+    turns = earlier_turns()
+    given = [
+      model.tokenizer.encode_special(template.render([*turns, {"role": "user", "content": prompt}]))
+      for prompt in prompts
+    ]
   chunks = model.stream(given, **options)
   # Nothing is made or printed before the first tokens, because the sizes may be refused.
   ids = next(chunks)
@@ -127,6 +139,20 @@ def read_prompts() -> list[str]:
   if not prompts:
     raise UserError("no prompt: give --prompt=TEXT or --prompt_file=FILE (- is stdin)")
   return prompts
+
+
+def earlier_turns() -> list[dict[str, str]]:
+  """Returns the messages of --system and --messages; raises UserError for what is none."""
+  turns = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+  if _MESSAGES.value:
+    try:
+      given = json.loads(text_files.read_text("--messages", _MESSAGES.value))
+      turns += [{"role": turn["role"], "content": turn["content"]} for turn in given]
+    except (KeyError, TypeError, ValueError):
+      raise UserError(
+        f'--messages={_MESSAGES.value}: not a JSON list of {{"role": ..., "content": ...}}'
+      ) from None
+  return turns
 
 
 def show(text: str) -> None:

@@ -75,14 +75,6 @@ def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
-def read_ends(workdir: pathlib.Path) -> list[int]:
-  """Returns the ids that end a text by the files of an import; none for another run."""
-  found = (read_object(workdir / HF / f"{name}.json") for name in ("generation_config", "config"))
-  texts = (part for o in found for part in (o, o.get("text_config")) if isinstance(part, dict))
-  ends: Any = next((t["eos_token_id"] for t in texts if t.get("eos_token_id")), [])
-  return [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
-
-
 def split_step(text: str) -> tuple[str, int | None]:
   """Returns the workdir and the step of WORKDIR:STEP; None for WORKDIR alone."""
   named = re.fullmatch(r"(.+):([0-9]+)", text)

@@ -4,18 +4,19 @@ lm-eval is the extra `eval`. A task reads its data from the Hugging Face hub, or
 that a task's YAML file names.
 """
 
+import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import scoring
 from moe_jax.config import UserError
-from moe_jax.data import text_files
-from moe_jax.inference import generate
+from moe_jax.data import text_files, tokenizers
+from moe_jax.inference import chat, generate
 from moe_jax.inference.generate import TextGenerator
 
 TASKS = "tasks.json"
@@ -60,12 +61,12 @@ def perplexity(
   text: TextGenerator, ids: Sequence[int], length: int, stride: int, batch: int
 ) -> Perplexity:
   """Returns the perplexity of the ids of a text, in windows of `length` that move by `stride`."""
-  rows = list(scoring.windows(ids, text.tokenizer.separator, length, stride))
+  before = text.before or [text.tokenizer.prefix]
+  rows = list(scoring.windows(before, ids, length, stride))
   if not rows:
     raise UserError("--text: the file is empty")
-  scores = scoring.Scorer(text, batch)([row.ids for row in rows], _progress("windows", len(rows)))
-  pairs = zip(rows, scores, strict=True)
-  total = -math.fsum(float(x) for row, s in pairs for x in s.log_probs[-row.scored :])
+  (scores,) = scoring.Scorer(text, batch).of_windows([rows], _progress("windows", len(rows)))
+  total = -math.fsum(scores.log_probs)
   size = int(text.tokenizer.bytes_V[list(ids)].sum())
   return Perplexity(total / len(ids), len(ids), total / math.log(2) / size)
 
@@ -79,7 +80,14 @@ def _progress(what: str, total: int) -> Any:
 
 
 def run_tasks(
-  workdir: str, step: int, tasks: list[str], folder: str, fewshot: int, limit: int, batch: int
+  workdir: str,
+  step: int,
+  tasks: list[str],
+  folder: str,
+  fewshot: int,
+  limit: int,
+  batch: int,
+  options: Mapping[str, Any],
 ) -> str:
   """Runs tasks and writes their results to tasks.json in the workdir; returns a table of them.
 
@@ -91,6 +99,7 @@ def run_tasks(
     fewshot: examples before each question; -1 for the number that the task names.
     limit: questions of each task; 0 for all.
     batch: rows that are computed together.
+    options: further ones of lm_eval.simple_evaluate: apply_chat_template, system_instruction, ...
 
   Raises:
     UserError: lm-eval is missing, or has no such task.
@@ -110,7 +119,7 @@ def run_tasks(
     )
   results = lm_eval.simple_evaluate(
     model=language_model(workdir, step, batch), tasks=tasks, task_manager=manager,
-    num_fewshot=None if fewshot < 0 else fewshot, limit=limit or None, log_samples=False,
+    num_fewshot=None if fewshot < 0 else fewshot, limit=limit or None, log_samples=False, **options,
   )  # fmt: skip
   kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
   path = workdir_lib.open_path(workdir) / TASKS
@@ -121,52 +130,63 @@ def run_tasks(
 def language_model(workdir: str, step: int, batch: int) -> Any:
   """Returns a run as a language model of lm-eval (lm_eval.api.model.LM).
 
-  Texts begin as the model was trained: with the separator, or, for an import, with what its
-  tokenizer's own file puts there, which is often nothing.
+  Texts begin as in generate.py. An import gets the ids that lm-eval's Hugging Face model would get.
   """
   from lm_eval.api.model import TemplateLM
 
   text = generate.load(workdir, step)
   path = workdir_lib.open_path(workdir)
   length = workdir_lib.read_config(path).data.seq_len
-  imported = files.exists(path / workdir_lib.HF)
-  before = text.tokenizer.before if imported else [text.tokenizer.separator]
   scorer = scoring.Scorer(text, batch)
+  tokenizer, beside = text.tokenizer, path / workdir_lib.HF
+  special = text.imported and isinstance(tokenizer, tokenizers.HuggingFace)
+  encode = tokenizer.encode_special if special else tokenizer.encode
+
+  def cut(lengths: list[int]) -> None:
+    if count := sum(n > length for n in lengths):
+      print(f"note: {count} of {len(lengths)} requests are longer than config.data.seq_len={length} "
+            "and lose the beginning of their context", file=sys.stderr)  # fmt: skip
 
   class Model(TemplateLM):
     """See lm_eval.api.model."""
 
-    eot_token_id = text.tokenizer.separator
+    eot_token_id = tokenizer.eos
+    prefix_token_id = tokenizer.prefix
     max_length = length
+    tokenizer_name = str(beside)
+    template = functools.cached_property(lambda self: chat.Template(beside))
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+      return self.template.text if chat_template else None
+
+    def apply_chat_template(
+      self, chat_history: chat.Messages, add_generation_prompt: bool = True
+    ) -> str:
+      return self.template.render(chat_history, add_generation_prompt)
 
     def tok_encode(
       self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-      ids = text.tokenizer.encode(string).tolist()
-      return ids if add_special_tokens is False else [*before, *ids]
+      ids = list(map(int, encode(string)))
+      whole = add_special_tokens is False or ids[:1] == [tokenizer.prefix]
+      return ids if whole else [*text.before, *ids]
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-      # A row that is too long loses the beginning of its context.
-      rows = [(context + continuation)[-length - 1 :] for _, context, continuation in requests]
-      found = []
-      for (_, _, continuation), scores in zip(
-        requests, scorer(rows, _progress("requests", len(rows))), strict=True
-      ):
-        ends = slice(len(scores.log_probs) - len(continuation), None)
-        found.append((float(scores.log_probs[ends].sum()), bool(scores.best[ends].all())))
-      return found
+      rows = [
+        list(scoring.windows(context or [tokenizer.prefix], continuation, length, length))
+        for _, context, continuation in requests
+      ]
+      cut([len(context) + len(continuation) - 1 for _, context, continuation in requests])
+      found = scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
+      return [(math.fsum(s.log_probs), bool(s.best.all())) for s in found]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
       rows = [
-        list(scoring.windows(self.tok_encode(r.args[0], False), self.eot_token_id, length, length))
+        list(scoring.windows([tokenizer.prefix], self.tok_encode(r.args[0]), length, length))
         for r in requests
       ]
-      flat = [window for windows in rows for window in windows]
-      scores = iter(scorer([window.ids for window in flat], _progress("windows", len(flat))))
-      return [
-        math.fsum(float(next(scores).log_probs[-w.scored :].sum()) for w in windows)
-        for windows in rows
-      ]
+      found = scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
+      return [math.fsum(s.log_probs) for s in found]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
       done: dict[int, str] = {}
@@ -192,8 +212,10 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
         )
       until = options.get("until") or []
       until = [until] if isinstance(until, str) else until
+      prompts = [self.tok_encode(context) or [tokenizer.prefix] for context in contexts]
+      cut([len(prompt) + most for prompt in prompts])
       rows = text.generate(
-        [self.tok_encode(context)[-room:] for context in contexts],
+        [prompt[-room:] for prompt in prompts],
         max_new_tokens=most,
         temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
       )

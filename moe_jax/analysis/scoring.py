@@ -28,7 +28,7 @@ class Scorer:
   """Scores rows of ids in batches on the mesh of a TextGenerator; nothing is dropped."""
 
   def __init__(self, text: TextGenerator, batch: int):
-    """`batch` is the number of rows that are computed together."""
+    """`batch` rows are computed together; of rows over 2,048 ids fewer, for as much memory."""
     self._text, self._batch = text, batch
     self._scores = jax.jit(functools.partial(_scores, model=text.model))
 
@@ -41,12 +41,24 @@ class Scorer:
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     found: dict[int, Scores] = {}
-    for start in range(0, len(order), self._batch):
-      chosen = order[start : start + self._batch]
+    while len(found) < len(rows):
+      together = max(min(self._batch, self._batch * 2048 // len(rows[order[len(found)]])), 1)
+      chosen = order[len(found) : len(found) + together]
       for i, scores in zip(chosen, self._together([rows[i] for i in chosen]), strict=True):
         found[i] = scores
       progress(len(found))
     return [found[i] for i in range(len(rows))]
+
+  def of_windows(
+    self, texts: Sequence[Sequence["Window"]], progress: Callable[[int], None]
+  ) -> list[Scores]:
+    """Returns the Scores of the ids that count in the windows of each text, one after another."""
+    scores = iter(self([window.ids for text in texts for window in text], progress))
+    found = []
+    for text in texts:
+      parts = [Scores(*(part[-w.scored :] for part in next(scores))) for w in text]
+      found.append(Scores(*(np.concatenate([[], *part]) for part in zip(*parts, strict=True))))
+    return found
 
   def _together(self, rows: list[Ids]) -> list[Scores]:
     text = self._text
@@ -77,21 +89,18 @@ class Window(NamedTuple):
   scored: int
 
 
-def windows(ids: Ids, begin: int, length: int, stride: int) -> Iterator[Window]:
+def windows(context: Ids, ids: Ids, length: int, stride: int) -> Iterator[Window]:
   """Yields windows that together score every id of a text once.
 
   Args:
+    context: the ids before the text; one at least. Where they are too many the first are cut.
     ids: of the text.
-    begin: the id before the text.
     length: ids that a window predicts from at most.
     stride: ids by which a window moves on, at most `length`. After the first window, each id is
       predicted from length - stride + 1 ids before it at least.
   """
-  ids = [begin, *ids]
-  done = min(length, len(ids) - 1)
-  if done:
-    yield Window(ids[: done + 1], done)
-  while done < len(ids) - 1:
-    end = min(done + stride, len(ids) - 1)
-    yield Window(ids[end - length : end + 1], end - done)
-    done = end
+  ids, done = [*context, *ids], len(context)
+  end = min(done + length, len(ids))
+  while done < len(ids):
+    yield Window(ids[max(end - length - 1, 0) : end], end - done)
+    done, end = end, min(end + stride, len(ids))

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import Data, UserError
+from moe_jax.data import special_tokens
 
-# The first of these that is a special token of a Hugging Face file begins each document.
+# The first of these that is a special token begins each document, where no file says which does.
 _SEPARATORS = (
   "<|begin_of_text|>",
   "<|startoftext|>",
@@ -40,10 +42,15 @@ class Tokenizer:
     Metaspace put a space before each document, and some tokenizers normalise the text; the numbers
     then sum to the length of the changed text, with the space one byte more for each document.
   fingerprint: the same string for equal tokenizers.
+  eos: the end token; the separator where no file says which.
+  prefix: the id before a text where something must stand: the begin token, else `eos`.
+  ends: ids that end a text by the files beside the tokenizer; none where they say nothing.
   """
 
+  ends: Sequence[int] = ()
+
   def __init__(self, pieces_V: list[bytes], separator: int, fingerprint: str):
-    self.separator = separator
+    self.separator = self.prefix = self.eos = separator
     self.fingerprint = fingerprint
     self.vocab_size = len(pieces_V)
     self.bytes_V = np.array([len(piece) for piece in pieces_V], np.int32)
@@ -55,7 +62,7 @@ class Tokenizer:
 
   @property
   def before(self) -> list[int]:
-    """The ids that the tokenizer's own rules put before a text."""
+    """The ids that the tokenizer's own rules put before a text; there may be none."""
     return [self.separator]
 
   def encode_special(self, text: str) -> list[int]:
@@ -99,13 +106,18 @@ class HuggingFace(Tokenizer):
     self._model.no_truncation()  # the file may ask for truncation and padding
     self._model.no_padding()
     self._model.encode_special_tokens = True  # "<s>" in a document is text
+    beside = special_tokens.read(pathlib.Path(path).parent)
     added = self._model.get_added_tokens_decoder()
-    special = {token.content: i for i, token in added.items() if token.special}
+    more = self._add(added, beside)
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
     if size > _MOST:
       raise UserError(f"config.data.tokenizer={path!r}: an id of {size - 1:,} is over {_MOST:,}")
-    separator = next((special[name] for name in _SEPARATORS if name in special), size)
+    special = {token.content: i for i, token in added.items() if token.special}
+    guess = next((special[name] for name in _SEPARATORS if name in special), size)
+    bos, eos = (vocabulary.get(beside.names.get(name)) for name in ("bos_token", "eos_token"))
+    said = (i for i in (bos, beside.begin, eos, *beside.ends) if i is not None)
+    separator = next(said, guess)
     file = json.loads(pathlib.Path(path).read_bytes())
     for rule in ("continuing_subword_prefix", "end_of_word_suffix"):
       if mark := file["model"].get(rule):
@@ -121,8 +133,24 @@ class HuggingFace(Tokenizer):
         pieces_V[i] = b"" if added[i].special else piece.encode()
       else:
         pieces_V[i] = _byte_level(piece) if self._byte_level else _metaspace(piece)
+    pieces_V[separator] = b""
     self._path = path
-    super().__init__(pieces_V, separator, _fingerprint(path))
+    beyond = f"{separator} {more}" if more or separator != guess else ""
+    super().__init__(pieces_V, separator, _fingerprint(path, beyond))
+    self.ends = sorted({*beside.ends, *([] if eos is None else [eos])})
+    self.eos = separator if eos is None else eos
+    self.prefix = self.eos if bos is None else bos
+
+  def _add(self, known: dict[int, Any], beside: special_tokens.SpecialTokens) -> list[Any]:
+    """Adds the tokens that are not in the file, or otherwise, and returns them."""
+    token = _import("tokenizers", "").AddedToken
+    have = {added.content: added for added in known.values()}
+    wanted = {values["content"]: token(**values) for values in beside.added}
+    for text in beside.names.values():
+      wanted.setdefault(text, have.get(text, token(text, special=True)))
+    new = [added for text, added in wanted.items() if have.get(text) != added]
+    self._model.add_tokens(new)
+    return new
 
   def encode(self, text: bytes | str) -> np.ndarray:
     try:
@@ -135,7 +163,9 @@ class HuggingFace(Tokenizer):
 
   @property
   def before(self) -> list[int]:
-    return self._model.encode("", add_special_tokens=True).ids
+    encoded = self._model.encode("a", add_special_tokens=True)
+    pairs = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+    return [i for i, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
 
   def encode_special(self, text: str) -> list[int]:
     self._model.encode_special_tokens = False
@@ -155,6 +185,7 @@ class SentencePiece(Tokenizer):
 
   def __init__(self, path: str):
     self._model = _import("sentencepiece", path).SentencePieceProcessor(model_file=path)
+    self._beside = special_tokens.read(pathlib.Path(path).parent)
     size = self._model.vocab_size()
     ends = [i for i in (self._model.bos_id(), self._model.eos_id()) if i >= 0]
     separator = ends[0] if ends else size
@@ -165,6 +196,12 @@ class SentencePiece(Tokenizer):
     if self._model.unk_id() >= 0:
       pieces_V[self._model.unk_id()] = "\ufffd".encode()
     super().__init__(pieces_V + [b""] * (separator == size), separator, _fingerprint(path))
+    self.ends = sorted({*self._beside.ends, *ends[-1:]})
+    self.eos = ends[-1] if ends else separator
+
+  @property
+  def before(self) -> list[int]:
+    return [self.separator] if self._beside.begins else []
 
   def encode(self, text: bytes | str) -> np.ndarray:
     return np.array(self._model.encode(_to_str(text)), np.int64)
@@ -202,6 +239,16 @@ def load_tokenizer(config: Data) -> Tokenizer:
     ) from error
 
 
+def check_fits(tokenizer: Tokenizer, name: str, rows: int) -> None:
+  """Raises a UserError if a tokenizer has ids beyond the rows of an embedding."""
+  if tokenizer.vocab_size > rows:
+    raise UserError(
+      f"{name} has ids up to {tokenizer.vocab_size - 1:,}, and the embedding {rows:,} rows; its "
+      f"separator, {tokenizer.separator:,}, is the bos_token or eos_token of {special_tokens.CONFIG} "
+      "beside it, where that names one"
+    )
+
+
 def _import(package: str, path: str) -> Any:
   try:
     return importlib.import_module(package)
@@ -219,8 +266,9 @@ def _to_str(text: bytes | str) -> str:
   return text if isinstance(text, str) else text.decode(errors="replace")
 
 
-def _fingerprint(path: str) -> str:
-  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+def _fingerprint(path: str, beyond: str = "") -> str:
+  """`beyond` says what files beside the tokenizer change in what it does."""
+  return hashlib.sha256(pathlib.Path(path).read_bytes() + beyond.encode()).hexdigest()[:16]
 
 
 def _metaspace(piece: str) -> bytes:

@@ -1,83 +1,93 @@
-"""Prompts for a chat model: messages in the template that came with its tokenizer.
+"""Prompts for a chat model: messages in the template that came with its tokenizer."""
 
-The template is a program of Jinja, in a file of the import. It runs in Jinja's sandbox, where it
-can read the messages and make text, and nothing else.
-"""
-
+import importlib.util
 import json
 import pathlib
-import time
+import subprocess
+import sys
+import threading
 from typing import Any
 
-from moe_jax import workdir as workdir_lib
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax import files
+from moe_jax.data import special_tokens
 from moe_jax.errors import UserError
 
-_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+Messages = list[dict[str, str]]  # [{"role": "user", "content": text}, ...]
+FILE = "chat_template.jinja"
+_SECONDS = 10.0  # of a template, and of the start of the process
+_LONGEST = 2**24  # characters of a prompt
 
 
-def prompt(
-  workdir: pathlib.Path, tokenizer: Tokenizer, messages: list[dict[str, str]]
-) -> list[int]:
-  """Returns the ids after which the model answers.
+class Template:
+  """The chat template of a folder with a tokenizer's files; another process renders it."""
 
-  Args:
-    workdir: of an import whose tokenizer has a template.
-    tokenizer: of the workdir.
-    messages: [{"role": "user", "content": text}, ...].
+  def __init__(self, folder: pathlib.Path):
+    """Reads the template; raises a UserError where there is none."""
+    if not importlib.util.find_spec("jinja2"):
+      raise UserError("a chat template needs Jinja: pip install 'moe_jax[tokenizers]'")
+    self._folder, self._special = folder, special_tokens.read(folder).names
+    self.text = _template(folder)
+    self._worker: subprocess.Popen[str] | None = None
 
-  Raises:
-    UserError: there is no template, or it refuses the messages.
-  """
-  return tokenizer.encode_special(render(workdir / workdir_lib.HF, messages))
+  def render(self, messages: Messages, begin_answer: bool = True) -> str:
+    """Returns the messages as text, special tokens included.
+
+    Args:
+      messages: of the conversation.
+      begin_answer: whether the text ends where the model's answer begins.
+
+    Raises:
+      UserError: the template refuses the messages, fails, or does not end.
+    """
+    worker = self._running()
+    variables = {"messages": messages, "tools": None, "documents": None,
+                 "add_generation_prompt": begin_answer}  # fmt: skip
+    asked = {"template": self.text, "variables": self._special | variables}
+    assert worker.stdin and worker.stdout
+    timer = threading.Timer(_SECONDS, worker.kill)
+    timer.start()
+    worker.stdin.write(json.dumps(asked) + "\n")
+    worker.stdin.flush()
+    line = worker.stdout.readline(_LONGEST)
+    timer.cancel()
+    answer = {"error": f"it does not end in {_SECONDS:.0f} s, or needs too much memory"}
+    if line.endswith("\n"):
+      answer = json.loads(line)
+    else:
+      self.close()
+    if "error" in answer:
+      raise UserError(f"{self._folder}: its chat template refuses the messages: {answer['error']}")
+    return answer["text"]
+
+  def _running(self) -> "subprocess.Popen[str]":
+    if self._worker is None:
+      self._worker = subprocess.Popen(
+        [sys.executable, "-m", "moe_jax.inference.chat_worker"], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+      )  # fmt: skip
+    return self._worker
+
+  def close(self) -> None:
+    """Ends the process; another `render` starts one again."""
+    if self._worker is not None:
+      self._worker.kill()
+      self._worker.communicate()
+      self._worker = None
+
+  __del__ = close
 
 
-def render(folder: pathlib.Path, messages: list[dict[str, str]]) -> str:
-  """Returns the messages as text, special tokens included, and the begin of an answer.
-
-  Args:
-    folder: with the tokenizer's files.
-    messages: as of `prompt`.
-  """
-  try:
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-  except ImportError:
-    raise UserError("--chat needs Jinja: pip install 'moe_jax[tokenizers]'") from None
-  config = workdir_lib.read_object(folder / _CONFIG)
-
-  def refuse(why: str) -> None:
-    raise jinja2.TemplateError(why)
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+def _template(folder: pathlib.Path) -> str:
+  if (folder / FILE).is_file():
+    return (folder / FILE).read_text()
+  found: Any = files.read_json(folder / special_tokens.CONFIG, "download it again").get(
+    "chat_template"
   )
-  environment.filters["tojson"] = lambda value, **options: json.dumps(
-    value, ensure_ascii=False, **options
-  )
-  environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-  special = {
-    name: token["content"] if isinstance(token, dict) else token
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-    if (token := config.get(name))
-  }
-  try:
-    template = environment.from_string(_template(folder, config))
-    return template.render(messages=messages, add_generation_prompt=True, **special)
-  except jinja2.TemplateError as error:
-    raise UserError(f"{folder}: its chat template refuses the messages: {error}") from None
-
-
-def _template(folder: pathlib.Path, config: dict[str, Any]) -> str:
-  if (folder / _FILE).is_file():
-    return (folder / _FILE).read_text()
-  found = config.get("chat_template")
   if isinstance(found, list):  # several by name
     found = next((t.get("template") for t in found if t.get("name") == "default"), None)
   if not isinstance(found, str):
     raise UserError(
-      f"--chat: {folder} has no {_FILE}, and no chat_template in {_CONFIG}; only an import of a "
-      "chat model has one"
+      f"{folder} has no {FILE}, and no chat_template in {special_tokens.CONFIG}; only an import "
+      "of a chat model has one"
     )
   return found

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import sharding, startup
+from moe_jax import files, sharding, startup
 from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
@@ -68,7 +68,8 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   step, stored = weights_lib.read(path, step, model, mesh)
   with jax.set_mesh(mesh):
     weights = decoding.weights(model, *stored)
-  return TextGenerator(model, weights, mesh, tokenizer, step, workdir_lib.read_ends(path))
+  imported = files.exists(path / workdir_lib.HF)
+  return TextGenerator(model, weights, mesh, tokenizer, step, imported)
 
 
 class TextGenerator:
@@ -84,18 +85,21 @@ class TextGenerator:
     mesh: jax.sharding.Mesh,
     tokenizer: tokenizers.Tokenizer,
     step: int = 0,
-    ends: Sequence[int] = (),
+    imported: bool = False,
   ):
     """Keeps the results of `decoding.for_inference` and, on `mesh`, of `decoding.weights`.
 
-    `ends` are ids that end a document, beside the tokenizer's separator.
+    Texts of a model that is `imported`, or trained from such, begin and end as its files say: often
+    nothing stands before a prompt. Those of others begin and end with the tokenizer's separator.
     """
     self.model, self.tokenizer, self.step = model, tokenizer, step
     self.weights, self.mesh = weights, mesh
     self.rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     self._all_logits = jax.jit(functools.partial(decoding.logits_of_rows, model=model))
     num_ids = min(tokenizer.vocab_size, model.vocab_size)
-    self._ends = (tokenizer.separator, *(i for i in ends if i != tokenizer.separator))
+    self.imported = imported
+    self.before = tokenizer.before if imported else [tokenizer.separator]
+    self._ends = tuple(imported and tokenizer.ends) or (tokenizer.separator,)
     options: dict[str, Any] = dict(model=model, num_ids=num_ids, ends=self._ends)
     self._prefill = jax.jit(
       functools.partial(_prefill, **options), static_argnames=("slots", "kind")
@@ -111,7 +115,7 @@ class TextGenerator:
     """Returns next-token logits after every token, float32 [L, V] or [B, L, V].
 
     Args:
-      tokens: ids, [L] or [B, L]; a document begins with tokenizer.separator.
+      tokens: ids, [L] or [B, L]; a document begins with the ids `before`.
 
     Raises:
       UserError: the array is not of integers in this shape, or an id is not in the vocabulary.
@@ -222,7 +226,8 @@ class TextGenerator:
 
   def _ids(self, prompt: Prompt) -> np.ndarray:
     if isinstance(prompt, str):
-      return np.concatenate([[self.tokenizer.separator], self.tokenizer.encode(prompt)])
+      begun = [*self.before, *self.tokenizer.encode(prompt)]
+      return np.asarray(begun or [self.tokenizer.prefix])
     ids = np.asarray(prompt, np.int64)
     if not ids.size or ids.min() < 0 or ids.max() >= self.model.vocab_size:
       raise UserError(f"a prompt of ids: give some, from 0 to {self.model.vocab_size - 1}")
