@@ -82,11 +82,18 @@ class MoE(Section):
     1, "Of the layers after first_dense, each every-th is an MoE layer.", at_least=1, at_most=64
   )
   first_dense: int = option(0, "Dense layers before the first MoE layer.", at_least=0)
+  dense_layers: str = option("", "Dense layers among the others, by index from 0: 3,7.")
 
   @property
   def shared_width(self) -> int:
     """The hidden width of all shared experts together."""
     return self.shared_experts * (self.shared_dim or self.expert_dim)
+
+  def in_layer(self, layer: int) -> bool:
+    """Returns whether a layer, counted from 0, has experts."""
+    after = layer + 1 - self.first_dense
+    is_dense = str(layer) in self.dense_layers.split(",")
+    return bool(self.num_experts) and after > 0 and after % self.every == 0 and not is_dense
 
   @property
   def renormalizes(self) -> bool:

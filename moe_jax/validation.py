@@ -129,12 +129,16 @@ def _check_moe(config: Config) -> None:
       _refuse(config, f"model.moe.{field}", "model.moe.shared_experts", "there is no shared "
               "expert; set shared_experts=1")  # fmt: skip
   _check_groups(config)
-  if moe.first_dense >= config.model.num_layers:
-    _refuse(config, "model.moe.first_dense", "model.num_layers", "no layer is left for the experts;"
-            " for a dense model set num_experts=0")  # fmt: skip
+  dense = filter(None, moe.dense_layers.split(","))
+  if not all(i.isdecimal() and int(i) < config.model.num_layers for i in dense):
+    _refuse(config, "model.moe.dense_layers", "model.num_layers", "give the indices of layers, "
+            "from 0 on, with commas between them")  # fmt: skip
   if (config.model.num_layers - moe.first_dense) % moe.every:
     _refuse(config, "model.num_layers", "model.moe.every", "the layers after first_dense="
             f"{moe.first_dense} must divide into periods of `every`")  # fmt: skip
+  if not any(map(moe.in_layer, range(config.model.num_layers))):
+    _refuse(config, "model.moe.first_dense", "model.moe.dense_layers", "no layer is left for the "
+            "experts; for a dense model set num_experts=0")  # fmt: skip
   group, length = moe.group_size or data.seq_len, data.seq_len
   if length % group and group % length:
     _refuse(config, "model.moe.group_size", "data.seq_len", "a routing group is a whole part or a "
@@ -265,7 +269,7 @@ def _check_mesh(config: Config) -> None:
   if moe.num_experts:
     divisions += [("model.moe.num_experts", "mesh.expert"), ("model.moe.expert_dim", "mesh.tensor")]
     divisions += [("model.moe.shared_dim", "mesh.tensor")]
-  if not moe.num_experts or moe.first_dense or moe.every > 1:
+  if not all(map(moe.in_layer, range(config.model.num_layers))):
     divisions += [("model.ffn_dim", "mesh.tensor")]
   for size, axis in divisions:
     if _get(config, size) % _get(config, axis):

@@ -144,8 +144,8 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
 
   def cut(lengths: list[int]) -> None:
     if count := sum(n > length for n in lengths):
-      print(f"note: {count} of {len(lengths)} requests are longer than config.data.seq_len={length} "
-            "and lose the beginning of their context", file=sys.stderr)  # fmt: skip
+      print(f"note: {count} of {len(lengths)} requests are over config.data.seq_len={length}: "
+            "the beginning of their context is cut", file=sys.stderr)  # fmt: skip
 
   class Model(TemplateLM):
     """See lm_eval.api.model."""

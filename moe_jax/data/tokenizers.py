@@ -244,8 +244,8 @@ def check_fits(tokenizer: Tokenizer, name: str, rows: int) -> None:
   if tokenizer.vocab_size > rows:
     raise UserError(
       f"{name} has ids up to {tokenizer.vocab_size - 1:,}, and the embedding {rows:,} rows; its "
-      f"separator, {tokenizer.separator:,}, is the bos_token or eos_token of {special_tokens.CONFIG} "
-      "beside it, where that names one"
+      f"separator, {tokenizer.separator:,}, is the bos_token or eos_token of "
+      f"{special_tokens.CONFIG} beside it, where that names one"
     )
 
 

@@ -51,26 +51,27 @@ _ALL = [
     "qwen2_moe", "Qwen2MoeForCausalLM",
     defaults={"num_key_value_heads": 16},
     fields=(
-      *parts.COMMON, *parts.QWEN_LAYERS, parts.DENSE_WIDTH, Field("qkv_bias", "qkv_bias", True),
+      *parts.COMMON, parts.PERIOD, parts.DENSE_WIDTH, Field("qkv_bias", "qkv_bias", True),
       *parts.QWEN_SIZES,
       Field("moe.renormalize", "norm_topk_prob", False),
     ),
     layer=(*parts.ATTENTION, *parts.QWEN_SHARED),
     fixed={"moe.shared_experts": 1, "moe.shared_gate": True}, allowed=parts.SILU | parts.WINDOW_OFF,
+    **parts.DENSE_LAYERS,
     check=lambda model: parts.qwen_period(model) or parts.shared_width(model),
   ),
   Family(
     "qwen3_moe", "Qwen3MoeForCausalLM",
     defaults={"num_key_value_heads": 4},
     fields=(
-      *parts.COMMON, *parts.QWEN_LAYERS, *parts.BIASES, parts.DENSE_WIDTH,
+      *parts.COMMON, parts.PERIOD, *parts.BIASES, parts.DENSE_WIDTH,
       Field("moe.num_experts", "num_experts", also="num_local_experts"),
       Field("moe.top_k", "num_experts_per_tok"),
       Field("moe.expert_dim", "moe_intermediate_size"),
       Field("moe.renormalize", "norm_topk_prob", False),
     ),
     layer=parts.MLP_EXPERTS, fixed={"qk_norm": QKNorm.HEAD}, allowed=parts.SILU | parts.WINDOW_OFF,
-    check=parts.qwen_period,
+    **parts.DENSE_LAYERS, check=parts.qwen_period,
   ),
   Family(
     "granitemoe", "GraniteMoeForCausalLM",
@@ -202,12 +203,17 @@ _ALL = [
     "qwen3_next", "Qwen3NextForCausalLM",
     defaults={"num_key_value_heads": 2, "head_dim": 256},
     fields=(
-      *parts.COMMON, *parts.QWEN_LAYERS, *parts.DELTA_SIZES, parts.DENSE_WIDTH,
+      *parts.COMMON, parts.PERIOD, *parts.DELTA_SIZES, parts.DENSE_WIDTH,
       *parts.QWEN_SIZES,
       Field("moe.renormalize", "norm_topk_prob", True),
     ),
     layer=(*parts.DELTA, *parts.QWEN_SHARED),
-    **_QWEN_DELTA,
+    **_QWEN_DELTA | {
+      "read": _QWEN_DELTA["read"] | parts.DENSE_LAYERS["read"],
+      "written": lambda model: (
+        parts.layer_types(model, parts.LINEAR) | parts.DENSE_LAYERS["written"](model)
+      ),
+    },
     check=lambda model: parts.qwen_period(model) or parts.shared_width(model),
     left_out=r"mtp\..*", why_left_out="the multi-token prediction layer",
   ),

@@ -73,7 +73,7 @@ _UNREAD = (
   "rope_interleave", "output_attentions", "output_hidden_states", "return_dict",
   "is_encoder_decoder", "chunk_size_feed_forward", "problem_type", "tokenizer_class", "head_dim",
   "experts_implementation", "quantization_config", "qk_head_dim", "ep_size", "aux_loss_alpha",
-  "seq_aux",
+  "seq_aux", "mlp_only_layers",
 )  # fmt: skip
 
 

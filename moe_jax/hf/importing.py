@@ -7,6 +7,7 @@ its devices hold, and one tensor of the file more.
 import functools
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,11 +26,15 @@ from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.hf.layout import Tensor
 from moe_jax.hf.ranges import Ranges
+from moe_jax.kernels import platform
 from moe_jax.model import cost, pattern, transformer
 from moe_jax.weights import Weights
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _NAMED = 20  # tensors that do not fit; a wrong file has thousands
+_LENGTH = 2048  # of a row, where a model names none
+# Files of which a folder with a tokenizer has one.
+_TOKENIZER = r"tokenizer\.|tokenizer_config|vocab\.|merges\.|spiece\.|.*(tiktoken|\.tekken)"
 _READ, _WRITTEN = 5e8, 3e8  # bytes per second, for the prediction of --dry-run
 
 
@@ -85,6 +90,12 @@ def plan(folder: str, mesh: Mesh) -> Plan:
     notes.append(f"{_HEAD} is not the embedding, so tie_word_embeddings=true is not followed")
   config = _config(model, mesh, theirs, path)
   validation.validate(config)
+  _fit_rows(config, theirs.get("max_position_embeddings"))
+  if config.data.tokenizer == "bytes":
+    notes.append("no tokenizer is there: a text is its bytes")
+  else:
+    tokenizer = tokenizers.load_tokenizer(config.data)
+    tokenizers.check_fits(tokenizer, config.data.tokenizer, model.vocab_size)
   try:
     tensors = layout.tensors(model, parts.TOP, layer, parts.LAYER)
   except KeyError as error:
@@ -109,19 +120,29 @@ def _config(
 ) -> Config:
   """Returns the config of the workdir: their model, without dropped tokens as there."""
   model.moe.dispatch = Dispatch.GROUPED
-  tokenizer = folder / files.TOKENIZER
-  if not tokenizer.is_file():
-    tokenizer = folder / "tokenizer.model"
-  longest = theirs.get("max_position_embeddings")
-  data = config_lib.Data(
-    tokenizer=str(tokenizer) if tokenizer.is_file() else "bytes",
-    seq_len=min(longest, 2048) if isinstance(longest, int) and longest > 0 else 2048,
-    batch_size=8 * max(mesh.data, 1) * mesh.fsdp * mesh.expert,
-  )
+  found = sorted(path.name for path in folder.iterdir() if re.match(_TOKENIZER, path.name))
+  named = next((name for name in (files.TOKENIZER, "tokenizer.model") if name in found), "")
+  if found and not named:
+    raise UserError(
+      f"{folder}: its tokenizer, {found[0]}, is not read; {files.TOKENIZER} is, which "
+      "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes"
+    )
+  data = config_lib.Data(tokenizer=str(folder / named) if named else "bytes")
   coefficient = theirs.get("router_aux_loss_coef")
   balance = float(coefficient) * model.moe.top_k if isinstance(coefficient, int | float) else 0.0
   loss = Loss(load_balance=balance if model.moe.num_experts else 0.0, router_z=0.0)
   return Config(model=model, mesh=mesh, data=data, loss=loss)
+
+
+def _fit_rows(config: Config, longest: Any) -> None:
+  """Takes the model's own length of a row, or as much of it as there is memory for its logits."""
+  data, mesh = config.data, config.mesh
+  data.seq_len = longest if isinstance(longest, int) and longest > 0 else _LENGTH
+  room = (platform.memory_bytes() or sys.maxsize) - cost.check_weights_memory(config)
+  while 8 * data.seq_len * config.model.vocab_size / mesh.tensor > room and data.seq_len > _LENGTH:
+    data.seq_len //= 2
+  devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
+  data.batch_size = devices * min(max(8 * _LENGTH // data.seq_len, 1), 8)
 
 
 def _compare(
@@ -265,9 +286,11 @@ def report(made: Plan) -> str:
   devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
   held = cost.check_weights_memory(made.config)
   seconds = made.bytes_to_read / _READ + 4 * counts.total / _WRITTEN
+  data = made.config.data
   lines = [
     f"family             {made.family.model_type}, {len(made.tensors)} tensors in "
     f"{files.gb(made.bytes_to_read)} of files, the largest {files.gb(made.largest)}",
+    f"text               {data.tokenizer}, rows of {data.seq_len:,} tokens",
     f"parameters         {cost.si(counts.total)} total, {cost.si(counts.active)} active per token",
     f"memory             {files.gb(held)} on each of {devices} device(s), in float32; on the host "
     f"{files.gb(1.5 * made.largest)} beside it",

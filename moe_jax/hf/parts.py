@@ -247,22 +247,25 @@ def delta_types(theirs: Mapping[str, Any]) -> list[str]:
   return theirs.get("layer_types") or [LINEAR if n % every else FULL for n in layers]
 
 
-def dense_first(layers: list[int]) -> int:
-  """Their list of dense layers -> how many come first."""
-  if sorted(layers) != list(range(len(layers))):
-    raise ValueError("dense layers that are not the first ones cannot be expressed")
-  return len(layers)
-
-
 def norm_topk_prob(model: Model) -> str:
   """Returns why a family with the field norm_topk_prob has no such model, or ""."""
   return renormalized(model) if model.moe.renormalize else ""
 
 
-QWEN_LAYERS = (
-  Field("moe.every", "decoder_sparse_step", 1),
-  Field("moe.first_dense", "mlp_only_layers", [], dense_first, lambda n: list(range(n))),
-)
+def _dense_layers(theirs: Mapping[str, Any]) -> tuple[int, str]:
+  """Returns how many layers of theirs are dense at first, and which others are."""
+  layers = set(theirs.get("mlp_only_layers") or [])
+  first = next(n for n in range(len(layers) + 1) if n not in layers)
+  return first, ",".join(str(n) for n in sorted(layers) if n > first)
+
+
+PERIOD = Field("moe.every", "decoder_sparse_step", 1)
+DENSE_LAYERS: dict[str, Any] = dict(
+  read={"moe.first_dense": lambda theirs: _dense_layers(theirs)[0],
+        "moe.dense_layers": lambda theirs: _dense_layers(theirs)[1]},
+  written=lambda model: {"mlp_only_layers": [
+    *range(model.moe.first_dense), *map(int, filter(None, model.moe.dense_layers.split(",")))]},
+)  # fmt: skip
 
 
 def qwen_period(model: Model) -> str:

@@ -99,7 +99,7 @@ class TextGenerator:
     num_ids = min(tokenizer.vocab_size, model.vocab_size)
     self.imported = imported
     self.before = tokenizer.before if imported else [tokenizer.separator]
-    self._ends = tuple(imported and tokenizer.ends) or (tokenizer.separator,)
+    self._ends = tuple(tokenizer.ends if imported else ()) or (tokenizer.separator,)
     options: dict[str, Any] = dict(model=model, num_ids=num_ids, ends=self._ends)
     self._prefill = jax.jit(
       functools.partial(_prefill, **options), static_argnames=("slots", "kind")

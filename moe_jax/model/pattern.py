@@ -18,11 +18,9 @@ def layer_kinds(model: config_lib.Model) -> list[LayerKind]:
   moe = model.moe
 
   def kind(layer: int) -> LayerKind:
-    after = layer + 1 - moe.first_dense
-    is_moe = bool(moe.num_experts) and after > 0 and after % moe.every == 0
     is_global = model.global_every > 0 and (layer + 1) % model.global_every == 0
     delta = model.delta.value_heads > 0 and not is_global
-    return LayerKind(is_moe, 0 if is_global else model.window, delta)
+    return LayerKind(moe.in_layer(layer), 0 if is_global else model.window, delta)
 
   return [kind(layer) for layer in range(model.num_layers)]
 

@@ -12,6 +12,7 @@ from moe_jax import command_line, validation
 from moe_jax import config as config_lib
 from moe_jax.config import Config, UserError
 from moe_jax.model import cost
+from moe_jax.model.pattern import moe_layers
 
 _COUNTS = {  # by: (field of cost.Counts, its name in messages)
   "active_params": ("active", "active parameters"),
@@ -52,9 +53,9 @@ class Match:
     twin = command_line.override(twin, {field: width}, str(self))
     validation.validate(twin)
     note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
-    moe, layers = reference.model.moe, reference.model.num_layers
-    if self.kind == "dense" and (moe.first_dense or moe.every > 1):
-      dense = layers - (layers - moe.first_dense) // moe.every
+    layers = reference.model.num_layers
+    dense = layers - len(moe_layers(reference.model))
+    if self.kind == "dense" and dense:
       note += (
         f"; one ffn_dim for all {layers} layers, where {dense} of the reference are dense with "
         f"ffn_dim={reference.model.ffn_dim}"

@@ -164,7 +164,7 @@ BAD = {
   ),
   "activation": (lambda p: set_config(p, hidden_act="gelu"), "hidden_act='gelu' cannot be"),
   "window": (lambda p: set_config(p, use_sliding_window=True), "use_sliding_window=True cannot"),
-  "dense layers": (lambda p: set_config(p, mlp_only_layers=[1]), "are not the first ones"),
+  "dense layers": (lambda p: set_config(p, mlp_only_layers=[1, 7]), "model.moe.dense_layers='1,7'"),
   "rope": (lambda p: set_config(p, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
            "rope_type='dynamic' cannot be expressed"),
   "heads": (lambda p: set_config(p, num_key_value_heads=3), "config.model.num_kv_heads=3"),

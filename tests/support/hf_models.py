@@ -46,7 +46,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
   ),
   "qwen3_moe": dict(
     model_type="qwen3_moe", num_experts=9, num_experts_per_tok=4, moe_intermediate_size=4,
-    intermediate_size=18, mlp_only_layers=[0], norm_topk_prob=True, attention_bias=True,
+    intermediate_size=18, mlp_only_layers=[0, 2], num_hidden_layers=4, norm_topk_prob=True,
+    attention_bias=True,
     rope_parameters=_theta(1000.0),
   ),
   "granitemoe": dict(
