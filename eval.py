@@ -8,6 +8,8 @@ gzip's, and the routing report; writes eval.json and the plots. Options (docs/sp
   --causal                        the loss with every token's future hidden from the routers
   --documents=10                  the losses of the ten largest documents
 
+  --data.path=FOLDER              other text than the run's: eval_data.json
+
 In place of the split (docs/checkpoints.md):
 
   --tasks=hellaswag,gsm8k         tasks of lm-eval: tasks.json
@@ -22,12 +24,16 @@ from moe_jax.config import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest", lower_bound=0)
-_SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "data split")
+_SPLITS = ["train", "validation", "test"]
+_SPLIT = flags.DEFINE_enum("split", "validation", _SPLITS, "data split")
 _ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: the tokens of each expert")
 _CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; inf: no drops")
 _CAUSAL = flags.DEFINE_bool("causal", False, "also measure the loss with the future hidden")
 _MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
+_DATA = ["data.path", "data.name", "data.text_field", *(f"data.{s}_split" for s in _SPLITS)]
+for _name in _DATA:
+  flags.DEFINE_string(_name, None, f"other text than the run's: in place of config.{_name}")
 _TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-eval to run (pip install 'moe_jax[eval]')")
 _TASK_FOLDER = flags.DEFINE_string("task_folder", "", "a folder with YAML files of more tasks")
 _FEWSHOT = flags.DEFINE_integer("fewshot", -1, "examples before a question; -1: as the task says")
@@ -61,7 +67,7 @@ def main() -> None:
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
     result, routing = evaluation.run(
       _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=factors, causal=_CAUSAL.value,
-      documents=_DOCUMENTS.value, routing=_ROUTING.value,
+      documents=_DOCUMENTS.value, routing=_ROUTING.value, data=other_data(),
     )  # fmt: skip
   if not result:
     return  # the first of several processes prints
@@ -89,6 +95,13 @@ def of_other_text() -> None:
       _BATCH.value, chat,
     )  # fmt: skip
     print(table)
+
+
+def other_data() -> dict[str, str]:
+  """Returns the fields of config.data that --data.path and the like name."""
+  fields = {name.removeprefix("data."): flags.FLAGS[name].value for name in _DATA}
+  given = {name: value for name, value in fields.items() if value is not None}
+  return ({"name": "text"} if "path" in given else {}) | given
 
 
 def capacity_factors() -> list[float]:

@@ -22,6 +22,7 @@ INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters thi
 METRICS = "metrics.jsonl"  # one line for each logged step
 ALARMS = "alarms.jsonl"  # one line for each alarm
 EVAL = "eval.json"  # the result of eval.py
+EVAL_DATA = "eval_data.json"  # the result of eval.py on other text, --data.path
 ROUTING = "routing.json"  # the result of eval.py --routing
 SAVED = "saved.json"  # {step: of the newest checkpoint that is complete; 0 before the first one}
 LOCK = "lock.json"  # {host, pid, started} of the process that trains here; empty if none does

@@ -5,13 +5,13 @@ Everything is read from the run's workdir.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, sharding, startup, validation
+from moe_jax import checkpoint, command_line, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import causal, specialisation, trace
@@ -44,6 +44,7 @@ def run(
   causal: bool = False,
   documents: int = 0,
   routing: bool = False,
+  data: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Evaluates a checkpoint and writes eval.json and, with `routing`, routing.json.
 
@@ -55,12 +56,13 @@ def run(
     causal: whether to measure the loss with the future hidden.
     documents: how many documents to give the loss of, the largest ones.
     routing: whether to trace which experts took which tokens.
+    data: fields of config.data, for other text than the run's; the file is then eval_data.json.
 
   Returns:
     The contents of eval.json and of routing.json; {} for the latter without `routing`. Of several
     processes the first one writes the files, and the others get {} for both.
   """
-  run = LoadedRun(workdir, step, split)
+  run = LoadedRun(workdir, step, split, data)
   check_options(run.config, capacity_factors, routing)
   traced: dict[str, Any] = {}
   with jax.set_mesh(run.mesh):
@@ -78,16 +80,26 @@ def run(
   if routing:
     traced = workdir_lib.write_object(run.path / workdir_lib.ROUTING, traced, indent=None)
   # Written last, because this file shows that the evaluation is complete.
-  return workdir_lib.write_object(run.path / workdir_lib.EVAL, result), traced
+  name = workdir_lib.EVAL_DATA if data else workdir_lib.EVAL
+  return workdir_lib.write_object(run.path / name, result), traced
 
 
 class LoadedRun:
   """A run whose workdir is open, and one split of its data, on this machine's devices."""
 
-  def __init__(self, workdir: str, step: int, split: str):
-    """Opens a workdir; `step` is that of the checkpoint to evaluate, 0 for the newest."""
+  def __init__(self, workdir: str, step: int, split: str, data: Mapping[str, str] | None = None):
+    """Opens a workdir.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint to evaluate, 0 for the newest.
+      split: train, validation or test.
+      data: fields of config.data, for other text than the run's.
+    """
     self.path = workdir_lib.open_path(workdir)
     config = workdir_lib.read_config(self.path)
+    fields = {f"data.{name}": value for name, value in (data or {}).items()}
+    config = command_line.override(config, fields, "--data")
     startup.start()
     mesh = mesh_here(config)
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
@@ -97,7 +109,8 @@ class LoadedRun:
     self.step, self.steps = self._reader.find(step), self._reader.steps()
     self.rows = pipeline.load_rows(config.data, split)
     workdir_lib.check_same_tokenizer(self.path, self.rows.tokenizer.fingerprint)
-    workdir_lib.check_same_data(self.path, {split: self.rows.digest})
+    if not data:
+      workdir_lib.check_same_data(self.path, {split: self.rows.digest})
     self.mesh = sharding.make_mesh(self.config.mesh)
 
   def restore(self, step: int) -> trace.RestoredModel:
@@ -132,6 +145,7 @@ class LoadedRun:
     return result | {
       "step": self.step,
       "split": self.split,
+      "data": f"{config.data.name} {config.data.path}".strip(),
       "layers": moe_layers(config.model),
       "parameters": counts.total,
       "active_parameters": counts.active,

@@ -82,11 +82,9 @@ def run_export(args: argparse.Namespace) -> None:
 
   startup.start()
   loaded = exporting.load(args.workdir, args.step)
-  named = args.family
   known = loaded.beside / "family"
-  if not named and known.is_file():
-    named = known.read_text().strip()
-  family = exporting.choose(loaded.config.model, named)
+  first = known.read_text().strip() if known.is_file() else ""
+  family = exporting.choose(loaded.config.model, args.family, first)
   target = pathlib.Path(args.to)
   exporting.export(loaded, family, target, args.dtype, int(args.file_gb * 1e9), _progress)
   print(f"{target} holds step {loaded.step} as {family.model_type} in {args.dtype}: "

@@ -11,6 +11,7 @@ from moe_jax import sharding
 from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, UserError
+from moe_jax.data import tokenizers
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.model import cost
@@ -41,8 +42,8 @@ def load(workdir: str, step: int) -> Loaded:
   return Loaded(config, weights, step, path / workdir_lib.HF)
 
 
-def choose(model: Any, named: str) -> Family:
-  """Returns the family that is named, or the first that can say the model.
+def choose(model: Any, named: str, first: str = "") -> Family:
+  """Returns the family that is named, or one that can say the model: `first`, if that can.
 
   Raises:
     UserError: there is no such family, or none can; then what hinders the nearest one.
@@ -52,7 +53,7 @@ def choose(model: Any, named: str) -> Family:
       raise UserError(f"--family={named}: there are {', '.join(families.FAMILIES)}")
     return families.FAMILIES[named]
   refusals = {}
-  for family in families.FAMILIES.values():
+  for family in sorted(families.FAMILIES.values(), key=lambda family: family.model_type != first):
     try:
       fields.to_theirs(family, model)
     except UserError as error:
@@ -113,10 +114,21 @@ def export(
       )
       done += sizes[tensor.name]
       told.at(done)
-    writer.finish(theirs, loaded.beside if loaded.beside.is_dir() else None)
+    writer.finish(theirs, _beside(loaded))
   except BaseException:
     writer.drop()
     raise
+
+
+def _beside(loaded: Loaded) -> dict[str, pathlib.Path]:
+  """Returns {name in the export: file} of what came with an import, or of the run's tokenizer."""
+  if loaded.beside.is_dir():
+    return {name: loaded.beside / name for name in files.BESIDE}
+  tokenizer = pathlib.Path(loaded.config.data.tokenizer)
+  if not tokenizer.suffix:  # bytes
+    return {}
+  named = files.TOKENIZER if tokenizer.suffix == ".json" else files.SENTENCEPIECE
+  return {name: tokenizer.parent / name for name in files.OF_TOKENIZER} | {named: tokenizer}
 
 
 def _part(array: Any, part: layout.Part) -> np.ndarray:
@@ -134,5 +146,6 @@ def _config(loaded: Loaded, family: Family, dtype: str) -> dict[str, Any]:
     if before.get("model_type") != family.model_type:
       before = {}
   longest = {"max_position_embeddings": loaded.config.data.seq_len}
-  ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+  separator = tokenizers.load_tokenizer(loaded.config.data).separator
+  ends = {"bos_token_id": separator, "eos_token_id": separator, "pad_token_id": None}
   return longest | ends | before | theirs

@@ -28,11 +28,14 @@ from moe_jax.hf.ranges import Ranges
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 # Files beside the weights that travel with them.
+OF_TOKENIZER = (
+  "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 BESIDE = (
-  CONFIG, "generation_config.json", TOKENIZER, "tokenizer.model", "tokenizer_config.json",
-  "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+  CONFIG, "generation_config.json", TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt",
+  *OF_TOKENIZER,
 )  # fmt: skip
 _DTYPES: dict[str, Any] = {
   "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -213,12 +216,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def copy_beside(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies what is beside the weights: small files of known names."""
+def copy(named: Mapping[str, pathlib.Path], target: pathlib.Path) -> None:
+  """Copies small files, those of {name in the target: file} that there are."""
   target.mkdir(parents=True, exist_ok=True)
-  for name in BESIDE:
-    if (source / name).is_file():
-      files.write(target / name, files.read_bytes(source / name))
+  for name, source in named.items():
+    if source.is_file():
+      files.write(target / name, files.read_bytes(source))
 
 
 class Writer:
@@ -265,11 +268,10 @@ class Writer:
     total = len(self._planned)
     return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
-  def finish(self, config: Mapping[str, Any], beside: pathlib.Path | None) -> None:
-    """Writes the index and config.json, copies the tokenizer's files, and names the folder."""
+  def finish(self, config: Mapping[str, Any], beside: Mapping[str, pathlib.Path]) -> None:
+    """Writes the index and config.json, copies what goes beside, and names the folder."""
     with _storage(self.target):
-      if beside is not None:
-        copy_beside(beside, self.folder)
+      copy(beside, self.folder)
       if len(self._planned) > 1:
         where = {n: self._file(i) for i, names in enumerate(self._planned) for n in names}
         index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": where}

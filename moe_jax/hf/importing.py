@@ -121,7 +121,7 @@ def _config(
   """Returns the config of the workdir: their model, without dropped tokens as there."""
   model.moe.dispatch = Dispatch.GROUPED
   found = sorted(path.name for path in folder.iterdir() if re.match(_TOKENIZER, path.name))
-  named = next((name for name in (files.TOKENIZER, "tokenizer.model") if name in found), "")
+  named = next((name for name in (files.TOKENIZER, files.SENTENCEPIECE) if name in found), "")
   if found and not named:
     raise UserError(
       f"{folder}: its tokenizer, {found[0]}, is not read; {files.TOKENIZER} is, which "
@@ -268,7 +268,8 @@ def save(made: Plan, weights: Weights, workdir: pathlib.Path) -> None:
   """
   workdir_lib.make(workdir)
   weights_lib.save(workdir, weights)
-  files.copy_beside(made.stored.folder, workdir / workdir_lib.HF)
+  beside = {name: made.stored.folder / name for name in files.BESIDE}
+  files.copy(beside, workdir / workdir_lib.HF)
   config = made.config
   if config.data.tokenizer != "bytes":
     name = pathlib.Path(config.data.tokenizer).name

@@ -31,8 +31,8 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
     f"{result['active_parameters'] / 1e6:,.2f}M active per token",
     f"training speed     {np.median(rates) if rates else 0:,.0f} tokens/s (median)",
-    f"step {result['step']}, {result['split']} set: {result['tokens']:,} tokens, "
-    f"{result['bytes']:,} bytes",
+    f"step {result['step']}, {result['split']} set of {result['data']}: "
+    f"{result['tokens']:,} tokens, {result['bytes']:,} bytes",
     f"loss               {result['loss']:.4f} nats per token",
     f"perplexity         {result['perplexity']:.3f}",
     f"bits per byte      {bits:.4f}{_uncertainty(result)}, {verdict} gzip -9 on the same text: "
