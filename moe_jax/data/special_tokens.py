@@ -29,6 +29,9 @@ def read(folder: pathlib.Path) -> SpecialTokens:
   table = config.get("added_tokens_decoder") or {}
   if not table:
     config |= files.read_json(folder / MAP, _REMEDY)
+  # In transformers' order, in which those that are new get their ids.
+  first = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+  config = {name: config.get(name) for name in first} | config
   texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
   parts: list[Any] = []
   for name in ("generation_config", "config"):

@@ -21,13 +21,14 @@ _LONGEST = 2**24  # characters of a prompt
 class Template:
   """The chat template of a folder with a tokenizer's files; another process renders it."""
 
+  _worker: "subprocess.Popen[str] | None" = None
+
   def __init__(self, folder: pathlib.Path):
     """Reads the template; raises a UserError where there is none."""
     if not importlib.util.find_spec("jinja2"):
       raise UserError("a chat template needs Jinja: pip install 'moe_jax[tokenizers]'")
     self._folder, self._special = folder, special_tokens.read(folder).names
     self.text = _template(folder)
-    self._worker: subprocess.Popen[str] | None = None
 
   def render(self, messages: Messages, begin_answer: bool = True) -> str:
     """Returns the messages as text, special tokens included.

@@ -18,11 +18,17 @@ from tests.support.hf_files import plan
 from tests.support.scripts import ONE_DEVICE, python, refused
 from tests.support.toys import mesh_of
 
+SPECIAL = ["<|endoftext|>", "<s>", "<|im_end|>"]
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{{ message.role[0] }} {{ message.content }}<|im_end|>
+{%- endfor %}{% if add_generation_prompt %}a {% endif %}"""
 LETTERS = [chr(97 + i) for i in range(20)] + list("A .!?")
 QUESTIONS = [
   {"question": "abc", "choices": ["de", "f", "abcdefgh"], "answer": 1},
   {"question": "a b c", "choices": [" d", "e", "ff"], "answer": 0},
   {"question": "t" * 60, "choices": ["s", "ab", "c"], "answer": 2},  # longer than the model reads
+  {"question": "", "choices": ["abc", "<s>b"], "answer": 0},
+  {"question": "<s>a<|im_end|>b", "choices": ["ab", "c"], "answer": 1},
 ]
 TEXTS = [{"text": "abcdefg hij" * n} for n in (1, 5, 19)]
 TASKS = {
@@ -43,9 +49,16 @@ TASKS = {
 }  # fmt: skip
 
 
+CHAT = {"apply_chat_template": True, "system_instruction": "e", "num_fewshot": 1}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  """A Qwen3-MoE of transformers with a tokenizer of letters, and three tasks as files."""
+def folder(tmp_path_factory, request):
+  """A Qwen3-MoE of transformers with a tokenizer of letters, and three tasks as files.
+
+  A begin token stands before each text, or none does; the end token is not the separator.
+  """
+  begins = request.param
   pytest.importorskip("lm_eval", reason="the standard tasks: pip install -e '.[eval]'")
   pytest.importorskip("torch", reason="compares with Hugging Face: pip install -e '.[hf]'")
   from tests.support import hf_models
@@ -55,18 +68,24 @@ def folder(tmp_path_factory):
     "qwen3_moe",
     path / "model",
     max_position_embeddings=32,
-    eos_token_id=0,
-    vocab_size=1 + len(LETTERS),
+    eos_token_id=2,
+    vocab_size=len(SPECIAL) + len(LETTERS),
   )
-  vocabulary = {"<|endoftext|>": 0} | {letter: 1 + i for i, letter in enumerate(LETTERS)}
+  vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS])}
   model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
   model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
   model.decoder = tokenizers.decoders.Fuse()
-  model.add_special_tokens(["<|endoftext|>"])
-  model.save(str(path / "model/tokenizer.json"))
-  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
+  model.add_special_tokens(SPECIAL)
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "model_max_length": 32}  # fmt: skip
+  if begins:
+    settings["bos_token"] = "<s>"
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+  model.save(str(path / "model/tokenizer.json"))
   (path / "model/tokenizer_config.json").write_text(json.dumps(settings))
+  (path / "model/chat_template.jinja").write_text(TEMPLATE)
   (path / "tasks").mkdir()
   for name, task in TASKS.items():
     data = path / f"{name}.jsonl"
@@ -81,24 +100,27 @@ def folder(tmp_path_factory):
   return path
 
 
-def evaluated(folder, model):
+def evaluated(folder, model, **options):
   import lm_eval
   from lm_eval.tasks import TaskManager
 
-  return lm_eval.simple_evaluate(
-    model=model, tasks=list(TASKS), task_manager=TaskManager(include_path=str(folder / "tasks"))
-  )
+  manager = TaskManager(include_path=str(folder / "tasks"))
+  return lm_eval.simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and what it imports
-def test_the_answers_are_those_of_lm_evals_own_model(folder):
+@pytest.mark.parametrize(
+  ("folder", "options"), [(True, {}), (True, CHAT), (False, {})], indirect=["folder"],
+  ids=["begin token", "chat", "no begin token"],
+)  # fmt: skip
+def test_the_answers_are_those_of_lm_evals_own_model(options, folder):
   """Each log-likelihood, each rolling one, each text that is written, and the metrics."""
   from lm_eval.models.huggingface import HFLM
 
   theirs = HFLM(str(folder / "model"), device="cpu", dtype="float32", max_length=32, batch_size=2)
-  want = evaluated(folder, theirs)
-  got = evaluated(folder, harness.language_model(str(folder / "run"), 0, 2))
+  want = evaluated(folder, theirs, **options)
+  got = evaluated(folder, harness.language_model(str(folder / "run"), 0, 2), **options)
   for name in TASKS:
     pairs = zip(got["samples"][name], want["samples"][name], strict=True)
     for ours, other in pairs:
@@ -116,6 +138,7 @@ def test_the_answers_are_those_of_lm_evals_own_model(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", [False], indirect=True)
 def test_eval_runs_tasks_and_measures_a_text(folder, tmp_path):
   (tmp_path / "text").write_text("abcdefg hij" * 9)
   done = python(
@@ -135,7 +158,7 @@ def test_windows_score_every_id_once():
   for count in (0, 1, 7, 8, 9, 30):
     for length, stride in ((8, 8), (8, 3), (8, 1), (1, 1)):
       ids, seen = list(range(1, count + 1)), []
-      for window in scoring.windows(ids, 0, length, stride):
+      for window in scoring.windows([0], ids, length, stride):
         assert len(window.ids) <= length + 1 and window.scored < len(window.ids)
         seen += window.ids[len(window.ids) - window.scored :]
         first = window.ids[-window.scored]

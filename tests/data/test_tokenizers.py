@@ -110,6 +110,72 @@ def test_sentencepiece_without_bos_and_eos_gets_a_separator(tmp_path):
   assert model.decode([model.separator, *model.encode("fox")]) == "fox"
 
 
+BEGIN = {
+  "tokenizer_class": "PreTrainedTokenizerFast",
+  "bos_token": "<s>",
+  "eos_token": "<|im_end|>",
+}
+TABLE = {"0": {"content": "<|endoftext|>", "special": True},
+         "1": {"content": "<s>", "special": True},
+         "30": {"content": "<|im_end|>", "special": True, "lstrip": True},
+         "31": {"content": "<think>", "special": False}}  # fmt: skip
+BESIDE = {
+  "nothing": ({}, (0, 0, 0, [])),
+  "a begin token, which no rule puts before a text": (
+    {"tokenizer_config.json": BEGIN}, (1, 1, 24, [24])
+  ),
+  "the map, which counts without a table": (
+    {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+     "special_tokens_map.json": BEGIN | {"eos_token": {"content": "</s>"}}}, (1, 1, 24, [24]),
+  ),
+  "a table, beside which the map is not read": (
+    {"tokenizer_config.json": BEGIN | {"added_tokens_decoder": TABLE, "bos_token": None},
+     "special_tokens_map.json": {"bos_token": "<s>"}}, (24, 24, 24, [24]),
+  ),
+  "the model's ids": (
+    {"generation_config.json": {"eos_token_id": [5, 0]}, "config.json": {"bos_token_id": 1}},
+    (1, 1, 1, [0, 5]),
+  ),
+  "the model of text in one of images": (
+    {"config.json": {"text_config": {"eos_token_id": 5}}}, (5, 5, 5, [5])
+  ),
+}  # fmt: skip
+
+
+def letters(folder, begins):
+  """A tokenizer of a letter each, with two special tokens, of which one may stand before a text."""
+  hf = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+  vocabulary = {c: i for i, c in enumerate(["<|endoftext|>", "<s>", *"abcdefghijklmnopqrstuv"])}
+  model = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token="a"))
+  model.pre_tokenizer = hf.pre_tokenizers.Split("", "isolated")
+  model.add_special_tokens(["<|endoftext|>"])
+  if begins:
+    model.post_processor = hf.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+  model.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_files_beside_a_tokenizer_name_its_special_tokens(name, begins, tmp_path):
+  files, (separator, prefix, eos, ends) = BESIDE[name]
+  letters(tmp_path, begins)
+  for file, values in files.items():
+    (tmp_path / file).write_text(json.dumps(values))
+  ours = tokenizers.HuggingFace(str(tmp_path / "tokenizer.json"))
+  assert (ours.separator, ours.prefix, ours.eos, ours.ends) == (separator, prefix, eos, ends)
+  assert ours.before == [1] * begins
+  assert ours.bytes_V[separator] == 0
+  theirs = pytest.importorskip(
+    "transformers", reason="compares with Hugging Face: pip install -e '.[hf]'"
+  ).AutoTokenizer.from_pretrained(tmp_path)
+  names = (theirs.bos_token_id, theirs.eos_token_id)
+  assert prefix == next((i for i in names if i is not None), separator)
+  text = "ab<s>c <|im_end|><think>v"
+  assert theirs(text).input_ids == [*ours.before, *ours.encode_special(text)]
+
+
 def test_another_tokenizer_makes_other_rows_of_the_same_text(text, tmp_path):
   (pathlib.Path(text.path) / "a.txt").write_text(PROSE)
   plain = pipeline.load_rows(text, "train")

@@ -73,7 +73,7 @@ def write_synthetic(config, path):
   rng = np.random.default_rng(0)
   for tensor in found:
     writer.add(tensor.name, rng.standard_normal(tensor.shape, np.float32))
-  writer.finish(fields.to_theirs(family, config.model) | {"max_position_embeddings": 64}, None)
+  writer.finish(fields.to_theirs(family, config.model) | {"max_position_embeddings": 64}, {})
   return list(sizes)
 
 

@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 
 import moe_jax
-from moe_jax import workdir as workdir_lib
 from moe_jax.data import tokenizers as ours
 from moe_jax.errors import UserError
 from moe_jax.hf import exporting, families, importing
@@ -16,13 +15,18 @@ from tests.support.hf_files import loaded, plan, toy
 from tests.support.scripts import call
 from tests.support.toys import mesh_of
 
-TEMPLATE = """{{ bos_token }}{% for message in messages %}
+TEMPLATE = """{{ bos_token }}{% if tools is none and documents is none %}
+{%- for message in messages %}
     {%- if message['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
-<|im_start|>{{ message['role'] + '\\n' + message['content'] | trim }}<|im_end|>
-{% endfor %}
+<|im_start|>{{ message['role'] + '\\n' }}{% generation %}{{ message['content'] | trim }}
+{%- endgeneration %}<|im_end|>
+{% endfor %}{% endif %}
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-MESSAGES = [{"role": "user", "content": " abc "}, {"role": "assistant", "content": "b<|im_end|>"}]
+MESSAGES = [
+  {"role": "system", "content": "e"}, {"role": "user", "content": " abc "},
+  {"role": "assistant", "content": "b<|im_end|>"}, {"role": "user", "content": "d"},
+]  # fmt: skip
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -49,7 +53,11 @@ def test_the_text_and_the_ids_are_those_of_transformers(folder):
     "transformers", reason="compares with Hugging Face: pip install -e '.[hf]'"
   )
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
-  text = chat.render(folder, MESSAGES)
+  template = chat.Template(folder)
+  text = template.render(MESSAGES)
+  assert template.render(MESSAGES[:-1], begin_answer=False) == theirs.apply_chat_template(
+    MESSAGES[:-1], tokenize=False
+  )
   assert text == theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
   assert ours.HuggingFace(str(folder / "tokenizer.json")).encode_special(text) == theirs.encode(
     text, add_special_tokens=False
@@ -58,19 +66,39 @@ def test_the_text_and_the_ids_are_those_of_transformers(folder):
 
 def test_special_tokens_of_the_template_are_ids_and_a_text_has_none(folder):
   tokenizer = ours.HuggingFace(str(folder / "tokenizer.json"))
-  ids = tokenizer.encode_special(chat.render(folder, MESSAGES[:1]))
+  ids = tokenizer.encode_special(chat.Template(folder).render(MESSAGES[:1]))
   assert ids[0] == 0 and ids.count(1) == 2 and ids.count(2) == 1
   assert not {1, 2} & set(tokenizer.encode("<|im_end|>").tolist())
 
 
 def test_what_has_no_template_or_refuses_is_one_line(folder, tmp_path):
   with pytest.raises(UserError, match=r"no chat_template\.jinja, and no chat_template"):
-    chat.render(tmp_path, MESSAGES)
+    chat.Template(tmp_path)
   with pytest.raises(UserError, match="refuses the messages: no robots"):
-    chat.render(folder, [{"role": "robot", "content": ""}])
-  (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
-  with pytest.raises(UserError, match="refuses the messages"):
-    chat.render(tmp_path, MESSAGES)
+    chat.Template(folder).render([{"role": "robot", "content": ""}])
+
+
+FOREIGN = {
+  "{{ ''.__class__.__mro__ }}": "unsafe",
+  "{{ 1 / 0 }}": "ZeroDivisionError division by zero",
+  "{% for %}": "Expected an expression",
+  "{{ messages[0].content.missing.more }}": "has no attribute 'missing'",
+  "{{ 'a' * 2 ** 33 }}": "MemoryError",
+  "{{ 'a' * 2 ** 25 }}": "does not end in 1 s, or needs too much memory",
+  "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "does not end",
+}
+
+
+@pytest.mark.parametrize("program", FOREIGN)
+def test_a_template_ends_and_whatever_it_does_is_one_line(program, tmp_path, monkeypatch):
+  monkeypatch.setattr(chat, "_SECONDS", 1.0)
+  (tmp_path / chat.FILE).write_text(program)
+  template = chat.Template(tmp_path)
+  with pytest.raises(UserError, match=FOREIGN[program]) as error:
+    template.render(MESSAGES)
+  assert "\n" not in str(error.value)
+  template.text = "{{ messages[0].content }}"
+  assert template.render(MESSAGES) == "e"  # another process, where one had to end
 
 
 @pytest.mark.slow
@@ -90,11 +118,3 @@ def test_an_import_answers_and_ends_at_the_files_eos(folder, tmp_path):
   (tmp_path / "run/hf/generation_config.json").write_text(ends)
   (row,) = moe_jax.load(tmp_path / "run").generate("abc", max_new_tokens=64, temperature=0)
   assert row.finished and len(row.tokens) < 64
-
-
-@pytest.mark.parametrize("inside", ["{}", '{{"text_config": {}}}'])
-def test_the_ids_that_end_a_text_stand_in_the_config_of_the_text_model(inside, tmp_path):
-  """Which stands in that of the whole, where the model reads images too."""
-  (tmp_path / "hf").mkdir()
-  (tmp_path / "hf/config.json").write_text(inside.format('{"eos_token_id": 5}'))
-  assert workdir_lib.read_ends(tmp_path) == [5]
