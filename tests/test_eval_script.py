@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from moe_jax import workdir as workdir_lib
 from tests.support.scripts import (
   built,
   call,
@@ -27,7 +28,15 @@ def evaluated(shared_folder, whole_run):
     output, result = evaluate(workdir)
     files = {p.name: p.read_bytes()[:4].hex() for p in workdir.glob("*.png")}
     call("eval.py", f"--workdir={workdir}", "--split=test")
-    return {"output": output, "result": result, "pictures": files, "other": result_of(workdir)}
+    other = result_of(workdir)
+    (path / "mine").mkdir()
+    for number in range(20):
+      (path / f"mine/{number}.txt").write_text(f"def f(x):\n  return x + {number}\n" * 200)
+    done = call("eval.py", f"--workdir={workdir}", f"--data.path={path / 'mine'}")
+    assert not done.returncode, done.stderr
+    assert result_of(workdir) == other  # which stays that of the run's own text
+    mine = workdir_lib.read_object(workdir / workdir_lib.EVAL_DATA)
+    return {"output": output, "result": result, "pictures": files, "other": other, "mine": mine}
 
   return built(shared_folder / "evaluated", build).said
 
@@ -55,6 +64,13 @@ def test_the_output_names_the_numbers_and_plots_are_drawn(evaluated):
     assert word in evaluated["output"]
   for name in ("loss.png", "load.png", "balance.png"):
     assert bytes.fromhex(evaluated["pictures"][name]) == b"\x89PNG"
+
+
+def test_every_evaluation_names_its_data(evaluated):
+  assert evaluated["result"]["data"] == evaluated["other"]["data"] != evaluated["mine"]["data"]
+  assert evaluated["mine"]["data"].startswith("text ") and evaluated["mine"]["data"][-4:] == "mine"
+  assert f"validation set of {evaluated['result']['data']}: " in evaluated["output"]
+  assert evaluated["mine"]["loss"] != evaluated["result"]["loss"]
 
 
 def test_another_split_has_another_loss(evaluated):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, command_line, sharding, startup, validation
+from moe_jax import checkpoint, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import causal, specialisation, trace
@@ -44,7 +44,7 @@ def run(
   causal: bool = False,
   documents: int = 0,
   routing: bool = False,
-  data: Mapping[str, str] | None = None,
+  data: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Evaluates a checkpoint and writes eval.json and, with `routing`, routing.json.
 
@@ -87,7 +87,7 @@ def run(
 class LoadedRun:
   """A run whose workdir is open, and one split of its data, on this machine's devices."""
 
-  def __init__(self, workdir: str, step: int, split: str, data: Mapping[str, str] | None = None):
+  def __init__(self, workdir: str, step: int, split: str, data: Mapping[str, Any] | None = None):
     """Opens a workdir.
 
     Args:
@@ -98,8 +98,7 @@ class LoadedRun:
     """
     self.path = workdir_lib.open_path(workdir)
     config = workdir_lib.read_config(self.path)
-    fields = {f"data.{name}": value for name, value in (data or {}).items()}
-    config = command_line.override(config, fields, "--data")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **(data or {})))
     startup.start()
     mesh = mesh_here(config)
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))

@@ -15,6 +15,7 @@ import moe_jax
 from moe_jax.config import UserError
 from moe_jax.errors import StorageError
 from moe_jax.hf import exporting, families, fields, files, importing
+from moe_jax.kernels import platform
 from tests.support.disks import fill, small_disk
 from tests.support.hf_files import exact_leaves, loaded, plan, toy
 from tests.support.scripts import call, python
@@ -164,7 +165,10 @@ BAD = {
   ),
   "activation": (lambda p: set_config(p, hidden_act="gelu"), "hidden_act='gelu' cannot be"),
   "window": (lambda p: set_config(p, use_sliding_window=True), "use_sliding_window=True cannot"),
-  "dense layers": (lambda p: set_config(p, mlp_only_layers=[1, 7]), "model.moe.dense_layers='1,7'"),
+  "dense layers": (lambda p: set_config(p, mlp_only_layers=[1, 7]), "model.moe.dense_layers=1,7"),
+  "another tokenizer": (lambda p: (p / "tiktoken.model").touch(), "tiktoken.model, is not read"),
+  "more ids": (lambda p: [set_config(p, bos_token_id=None, eos_token_id=None),
+                          letters(26).save(str(p / "tokenizer.json"))], "has ids up to 26, and"),
   "rope": (lambda p: set_config(p, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
            "rope_type='dynamic' cannot be expressed"),
   "heads": (lambda p: set_config(p, num_key_value_heads=3), "config.model.num_kv_heads=3"),
@@ -230,13 +234,49 @@ def test_a_folder_with_files_is_not_written_to(folder):
     exporting.export(loaded(toy()), families.FAMILIES["qwen3_moe"], folder)
 
 
-@pytest.mark.slow
-def test_the_tokenizer_travels(tmp_path):
-  """In with the weights, into generated text from a workdir that has moved, and out again."""
-  vocabulary = {"<|endoftext|>": 0} | {chr(97 + i): 1 + i for i in range(20)}
+def letters(count):
+  vocabulary = {"<|endoftext|>": 0} | {chr(97 + i): 1 + i for i in range(count)}
   model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
   model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
   model.add_special_tokens(["<|endoftext|>"])
+  return model
+
+
+def test_a_run_is_exported_with_its_own_tokenizer(tmp_path):
+  letters(20).save(str(tmp_path / "mine.json"))
+  beside = {"tokenizer_config.json": '{"eos_token": "<|endoftext|>"}', "config.json": "{}"}
+  for name, text in beside.items():
+    (tmp_path / name).write_text(text)
+  config = toy()
+  config.data.tokenizer = str(tmp_path / "mine.json")
+  with jax.set_mesh(mesh_of()):
+    exporting.export(loaded(config), families.FAMILIES["qwen3_moe"], tmp_path / "out")
+  names = sorted(path.name for path in (tmp_path / "out").iterdir())
+  assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+  out = json.loads((tmp_path / "out/config.json").read_text())
+  assert (out["bos_token_id"], out["eos_token_id"]) == (0, 0) and out["num_experts"] == 4
+  assert json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["vocab"]["c"] == 3
+
+
+@pytest.mark.parametrize(
+  ("longest", "memory", "expected"),
+  [(64, None, (64, 8)), (65_536, None, (65_536, 1)), (None, None, (2048, 8)),
+   (65_536, 4_000_000, (16_384, 1)), (65_536, 200_000, (2048, 8))],
+)  # fmt: skip
+def test_rows_are_as_long_as_the_model_and_memory_allow(
+  longest, memory, expected, copy, monkeypatch
+):
+  """The logits of a row, float32 [L, 24], have half of what the weights leave."""
+  monkeypatch.setattr(platform, "memory_bytes", lambda: memory)
+  set_config(copy, max_position_embeddings=longest)
+  data = plan(copy).config.data
+  assert (data.seq_len, data.batch_size) == expected
+
+
+@pytest.mark.slow
+def test_the_tokenizer_travels(tmp_path):
+  """In with the weights, into generated text from a workdir that has moved, and out again."""
+  model = letters(20)
   config = toy()
   family = families.FAMILIES["qwen3_moe"]
   with jax.set_mesh(mesh_of()):

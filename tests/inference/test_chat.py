@@ -12,7 +12,7 @@ from moe_jax.errors import UserError
 from moe_jax.hf import exporting, families, importing
 from moe_jax.inference import chat
 from tests.support.hf_files import loaded, plan, toy
-from tests.support.scripts import call
+from tests.support.scripts import call, refused
 from tests.support.toys import mesh_of
 
 TEMPLATE = """{{ bos_token }}{% if tools is none and documents is none %}
@@ -110,10 +110,20 @@ def test_an_import_answers_and_ends_at_the_files_eos(folder, tmp_path):
       (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
     made = plan(tmp_path / "in")
     importing.save(made, importing.read(made, mesh_of()), tmp_path / "run")
-  options = (f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=abc", "--max_new_tokens=9")
-  done = call("generate.py", *options)
+  run = tmp_path / "run"
+  (tmp_path / "turns.json").write_text(json.dumps(MESSAGES[1:3]))
+  earlier = ("--chat", "--system=e", f"--messages={tmp_path / 'turns.json'}", "--prompt=d")
+  options = (f"--workdir={run}", "--max_new_tokens=9", "--temperature=0")
+  done = call("generate.py", *options, *earlier)
   assert not done.returncode, done.stderr
-  assert "abc" not in done.stdout
+  model = moe_jax.load(run)
+  ids = model.tokenizer.encode_special(chat.Template(run / "hf").render(MESSAGES))
+  (answer,) = model.generate([ids], max_new_tokens=9, temperature=0)
+  assert done.stdout == answer.text + "\n"
+  assert model.before == [] and model._ids("").tolist() == [0]  # its files put nothing there
+  assert "--system and --messages go with --chat" in refused("generate.py", *options, earlier[1])
+  (tmp_path / "turns.json").write_text('[{"role": "user"}]')
+  assert "not a JSON list of" in refused("generate.py", *options, *earlier)
   ends = json.dumps({"eos_token_id": list(range(2, 24))})  # nearly every id
   (tmp_path / "run/hf/generation_config.json").write_text(ends)
   (row,) = moe_jax.load(tmp_path / "run").generate("abc", max_new_tokens=64, temperature=0)
