@@ -1,17 +1,29 @@
 """Trains a model: python train.py --config=configs/tiny_moe.py --workdir=runs/tiny
 
 Any field can be overridden, as in --config.model.moe.num_experts=16. The same command resumes a run
-that was interrupted. --describe prints parameters, FLOPs and memory and trains nothing; --diff
-prints what differs from the defaults.
+that was interrupted. --config=WORKDIR takes the config of another run. --describe prints
+parameters, FLOPs and memory and trains nothing; --diff prints what differs from the defaults.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from moe_jax import command_line, validation
-from moe_jax.config import UserError
+from moe_jax.config import Config, UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="a Python config file")
+
+
+class _Parser(flags.ArgumentParser):
+  """Reads a config with the same function as all other commands."""
+
+  def parse(self, path: str) -> Config:
+    return command_line.load_file(path)
+
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", help_string="a Python config file, or the workdir of a run or an import"
+)
+flags.FLAGS["config"].parser = _Parser()
 _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it is missing")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
 _DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
@@ -67,6 +79,7 @@ def main() -> None:
       _WORKDIR.value,
       init_from_flag=_INIT_FROM.value,
       init_optimizer=_INIT_OPTIMIZER.value,
+      named=config_flags.get_override_values(flags.FLAGS["config"]),
       profile=_PROFILE.value,
       resume_step=_RESUME_STEP.value,
     )

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -43,6 +43,7 @@ def run(
   *,
   init_from_flag: str = "",
   init_optimizer: bool = False,
+  named: Collection[str] = (),
   profile: str = "",
   resume_step: int = NEWEST,
 ) -> None:
@@ -53,6 +54,7 @@ def run(
     workdir: the run's folder; created if it is missing.
     init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
     init_optimizer: take that run's optimizer state, too.
+    named: fields on the command line; see `init_from.find`.
     profile: FIRST:LAST, the steps to trace.
     resume_step: go on from this checkpoint and set newer ones aside; 0 begins again.
 
@@ -66,7 +68,7 @@ def run(
   window = profiling.parse(profile, config.train.steps)
   config, path = begin(config, workdir)
   _refuse_weights(path)
-  source = init_from.find(init_from_flag, init_optimizer, path, config)
+  source = init_from.find(init_from_flag, init_optimizer, path, config, named)
   text = read_text(config, path)
   with _alone(path):
     workdir_lib.refuse_links(path)
