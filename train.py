@@ -12,7 +12,6 @@ from moe_jax import command_line, validation
 from moe_jax.config import Config, UserError
 
 
-
 class _Parser(flags.ArgumentParser):
   """Reads a config with the same function as all other commands."""
 
@@ -26,6 +25,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 flags.FLAGS["config"].parser = _Parser()
 _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it is missing")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
+_DEVICE = flags.DEFINE_string(
+  "device", "", "with --describe: say whether the run fits this device, as v5e or H100"
+)
 _DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
 _MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
 _INIT_FROM = flags.DEFINE_string(
@@ -51,6 +53,8 @@ def main() -> None:
   if config is None:
     raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
   validation.check_fields(config)  # all that can be said before jax is imported
+  if _DEVICE.value and not _DESCRIBE.value:
+    raise UserError(f"--device={_DEVICE.value} belongs to --describe; add it, or drop --device")
   if _DIFF.value:
     print(command_line.difference(config))
     return
@@ -60,7 +64,7 @@ def main() -> None:
     from moe_jax.model import cost
     from moe_jax.training import optimizers
 
-    print(cost.report(config, optimizers.abstract_state(config)))
+    print(cost.report(config, optimizers.abstract_state(config), _DEVICE.value))
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 
-from moe_jax import checkpoint, lock, sharding, startup, validation
+from moe_jax import checkpoint, command_line, lock, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.data import pipeline, tokenizers
@@ -174,15 +174,15 @@ def _check_complete(path: pathlib.Path) -> None:
 
 
 def _record(config: config_lib.Config, workdir: pathlib.Path, text: Text) -> None:
-  """Writes what the run is made of to the workdir; prints config, cost and device."""
+  """Writes what the run is made of to the workdir; prints what is no default, cost and device."""
   if workdir_lib.recorded_step(workdir) is None:  # before the config, which _check_complete sees
     workdir_lib.record_saved(workdir, max([0, *workdir_lib.saved_steps(workdir)]))
   digests = {name: getattr(text, name).digest for name in Text._fields}
   digests["tokenizer"] = text.train.tokenizer.fingerprint
   workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
   workdir_lib.write_config(workdir, config)
-  device = jax.devices()[0]
-  print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
+  device, state = jax.devices()[0], optimizers.abstract_state(config)
+  print(command_line.difference(config), cost.report(config, state), sep="\n")
   print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
   if notice := sharding.split_notice(config.mesh):
     print(f"mesh               {notice}")
