@@ -25,8 +25,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 flags.FLAGS["config"].parser = _Parser()
 _WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; created if it is missing")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "print the model's size and cost, then exit")
-_DEVICE = flags.DEFINE_string(
-  "device", "", "with --describe: say whether the run fits this device, as v5e or H100"
+# GB of memory, from the vendors' data sheets.
+_GB = {"": 0, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "A100": 80, "H100": 80, "H200": 141}
+_DEVICE = flags.DEFINE_enum(
+  "device", "", list(_GB), "with --describe: say whether the run fits this device"
 )
 _DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
 _MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
@@ -64,7 +66,8 @@ def main() -> None:
     from moe_jax.model import cost
     from moe_jax.training import optimizers
 
-    print(cost.report(config, optimizers.abstract_state(config), _DEVICE.value))
+    state = optimizers.abstract_state(config)
+    print(cost.report(config, state, _DEVICE.value, _GB[_DEVICE.value]))
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")

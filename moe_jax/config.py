@@ -55,7 +55,7 @@ class Data(Section):
   name: str = option(
     "python_stdlib", "python_stdlib, python_domains, text (your own files), or a TFDS name."
   )
-  path: str = option("", "For name=text: a .txt or .jsonl file, or a folder of them.")
+  path: str = option("", "For name=text: a file, or a folder whose every file is read.")
   text_field: str = option("text", "Key of the text in a TFDS example or a JSON line.")
   train_split: str = option("train", "Text to train on, in TFDS's syntax: train[:1%] works.")
   validation_split: str = option("validation", "Text of the evaluations while training.")
@@ -190,14 +190,14 @@ def changes(base: Config, config: Config) -> dict[str, Any]:
 
 
 def other_model(before: Model, model: Model, word: str) -> dict[str, str]:
-  """{"moe.top_k": "config.model.moe.top_k=1 (dense: 2)"} of fields that make another function.
+  """{"model.moe.top_k": "config.model.moe.top_k=1 (WORD: 2)"}: what makes another function.
 
   Kernels and types compute the same one, and what is done in training alone is no part of it.
   """
   old = flatten(before)
   dense = not (before.moe.num_experts or model.moe.num_experts)
   return {
-    name: f"config.model.{name}={value} ({word}: {old[name]})"
+    f"model.{name}": f"config.model.{name}={value} ({word}: {old[name]})"
     for name, value in flatten(model).items()
     if value != old[name] and name not in _SAME_MODEL and not (dense and name.startswith("moe."))
   }

@@ -55,7 +55,8 @@ def check(dense: Model, model: Model) -> int:
       "feed-forward would count it twice; set shared_experts=0"
     )
   other = config_lib.other_model(dense, model, "dense")
-  words = [text for name, text in other.items() if not name.startswith(("moe.", "ffn_dim"))]
+  free = ("model.moe.", "model.ffn_dim")
+  words = [text for name, text in other.items() if not name.startswith(free)]
   if words:
     raise UserError(f"--config: the decoder is not that of the dense run: {', '.join(words)}")
   parts = dense.ffn_dim // moe.expert_dim

@@ -67,7 +67,9 @@ class Memory:
     static |= {"slots": slots} if slots else {}
     with jax.set_mesh(self._mesh), one_line(what):
       program = function.lower(weights, *shapes, *more, **static).compile()
-    needed = _needed(program)
+    usage = program.memory_analysis()  # None on platforms that do not tell
+    needed = usage.argument_size_in_bytes + usage.output_size_in_bytes if usage else 0
+    needed += usage.temp_size_in_bytes - usage.alias_size_in_bytes if usage else 0
     have = platform.memory_bytes(sharing=len(self._mesh.local_devices))
     if have is not None and needed > have:
       raise UserError(
@@ -75,14 +77,6 @@ class Memory:
         f"{have / 1e9:,.1f}; give fewer or shorter ones"
       )
     self._fitting.add(key)
-
-
-def _needed(program: jax.stages.Compiled) -> int:
-  usage = program.memory_analysis()
-  if usage is None:  # some platforms do not tell
-    return 0
-  inputs, outputs = usage.argument_size_in_bytes, usage.output_size_in_bytes
-  return inputs + outputs - usage.alias_size_in_bytes + usage.temp_size_in_bytes
 
 
 @contextlib.contextmanager

@@ -9,11 +9,10 @@ import jax
 from moe_jax import checkpoint, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.config import UserError
+from moe_jax.config import Config, UserError
+from moe_jax.errors import few
 from moe_jax.model import cost
 from moe_jax.training import optimizers
-
-_SHOWN = 3  # parameters that an error message names
 
 
 class Source(NamedTuple):
@@ -29,11 +28,7 @@ class Source(NamedTuple):
 
 
 def find(
-  text: str,
-  optimizer: bool,
-  workdir: pathlib.Path,
-  config: config_lib.Config,
-  named: Collection[str] = (),
+  text: str, optimizer: bool, workdir: pathlib.Path, config: Config, named: Collection[str] = ()
 ) -> Source | None:
   """Returns the checkpoint that the run begins or began with; None for a random start.
 
@@ -81,7 +76,7 @@ def find(
   return source
 
 
-def _check(source: Source, config: config_lib.Config, named: Collection[str]) -> None:
+def _check(source: Source, config: Config, named: Collection[str]) -> None:
   """Raises a UserError if the checkpoint is not there, or does not fit the config's model."""
   flag = f"--init_from={source.workdir}:{source.step}"
   path = workdir_lib.open_path(source.workdir)
@@ -96,12 +91,8 @@ def _check(source: Source, config: config_lib.Config, named: Collection[str]) ->
       f"it, or take its config with --config={source.workdir}"
     )
   known = {*named, *validation.without_consequence(other, config)}
-  unknown = [
-    text
-    for name, text in config_lib.other_model(other.model, config.model, "there").items()
-    if f"model.{name}" not in known
-  ]
-  if unknown:
+  fields = config_lib.other_model(other.model, config.model, "there")
+  if unknown := [text for name, text in fields.items() if name not in known]:
     raise UserError(
       f"{flag}: with this config its parameters are another model: {', '.join(unknown)}; take that "
       f"run's with --config={source.workdir}, or name each of these fields on the command line"
@@ -130,8 +121,7 @@ def _differences(theirs: config_lib.Model, ours: config_lib.Model) -> str:
     for name in there | here
     if there.get(name) != here.get(name)
   ]
-  more = [f"{len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-  return ", ".join(lines[:_SHOWN] + more)
+  return few(lines)
 
 
 def load(source: Source, state: Any, shardings: Any) -> Any:

@@ -118,7 +118,7 @@ def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:
   if vocab_size > config.model.vocab_size:  # before hours of tokenising
     raise UserError(
       f"config.model.vocab_size={config.model.vocab_size} is less than the {vocab_size} of "
-      f"config.data.tokenizer={config.data.tokenizer}"
+      f"config.data.tokenizer={config.data.tokenizer}; set it to {vocab_size} or more"
     )
   text = Text(
     pipeline.load_rows(config.data, "train"), pipeline.load_rows(config.data, "validation")

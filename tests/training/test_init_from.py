@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
     "name=muon and clip_norm=1.0 do not fit the state of that run's name=adamw", optimizer=True
   )
   config.model.moe.num_experts = 8
-  refused(r"down_EFD is \[2, 4, 16, 16\] there and \[2, 8, 16, 16\] here, .*, 1 more; set")
+  refused(r"down_EFD is \[2, 4, 16, 16\] there and \[2, 8, 16, 16\] here, .* and 1 more; set")
   config.model.moe.num_experts, config.model.moe.bias_update_rate = 0, 0.0
   refused(r"router_DE is .* there and absent here|.*\d more; set config.model as that run has it")
 
