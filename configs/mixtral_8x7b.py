@@ -3,7 +3,8 @@
 Question   What does the published model cost? The config is for --describe and for compiling, and
            has the shapes of Mixtral's published weights.
 Command    python train.py --config=configs/mixtral_8x7b.py --describe
-Hardware   for --describe any; for training 64 accelerators of 95 GB (fsdp 8 x expert 8)
+Hardware   for --describe any; for training 64 accelerators (fsdp 8 x expert 8) of 40 GB: --describe
+           counts 15.8 GiB on each, and a step that was compiled for v5p takes 30.4
 Time       --describe: seconds
 Expect     46.70B parameters, 12.88B active per token; 79.7 GFLOPs per token at sequence 4096
 """

@@ -21,6 +21,8 @@ from typing import Any
 from absl import app, flags, logging
 
 from moe_jax import config as config_lib
+from moe_jax import files
+from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, is_storage
 from moe_jax.options import spelled
@@ -176,15 +178,21 @@ def _check_config_arguments(argv: list[str]) -> None:
 def load_file(path: str) -> Config:
   """Runs `get_config()` of a Python file, with one-line errors for what can go wrong in it.
 
-  FILE.py:WORD runs `get_config("WORD")`.
+  FILE.py:WORD runs `get_config("WORD")`. The workdir of a run or an import stands for its config.
   """
   arguments = []
+  if path and not os.path.isfile(path):
+    workdir = workdir_lib.open_path(path)
+    if files.exists(workdir / workdir_lib.CONFIG):
+      with importing():
+        return workdir_lib.read_config(workdir)
   if not os.path.isfile(path) and ":" in path:
     path, _, word = path.partition(":")
     arguments = [word]
   if not os.path.isfile(path):
     shipped = sorted(p.stem for p in pathlib.Path("configs").glob("*.py"))
-    raise UserError(f"--config={path}: no such file (in configs/: {', '.join(shipped)})")
+    raise UserError(f"--config={path}: no such file and no workdir of a run (in configs/: "
+                    f"{', '.join(shipped)})")  # fmt: skip
   spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
   if spec is None or spec.loader is None:
     raise UserError(f"--config={path}: not a Python file; name one that ends in .py")

@@ -41,6 +41,9 @@ from moe_jax.options import (  # noqa: F401 (config_lib.Dispatch)
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
 _FORMAT = 4  # of config.json; `upgraded` says what older ones had
+_SAME_MODEL = (
+  "remat", "attention", "compute_dtype", "moe.grouped_matmul", "moe.jitter", "moe.bias_update_rate"
+)  # fmt: skip
 # Fields that are gone, and what to use in their place.
 _REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 
@@ -52,7 +55,7 @@ class Data(Section):
   name: str = option(
     "python_stdlib", "python_stdlib, python_domains, text (your own files), or a TFDS name."
   )
-  path: str = option("", "For name=text: a .txt or .jsonl file, or a folder of them.")
+  path: str = option("", "For name=text: a file, or a folder whose every file is read.")
   text_field: str = option("text", "Key of the text in a TFDS example or a JSON line.")
   train_split: str = option("train", "Text to train on, in TFDS's syntax: train[:1%] works.")
   validation_split: str = option("validation", "Text of the evaluations while training.")
@@ -184,6 +187,20 @@ def changes(base: Config, config: Config) -> dict[str, Any]:
   """{field: value} of `config`, where it differs; values as config.json has them."""
   before = flatten(base)
   return {name: value for name, value in flatten(config).items() if value != before[name]}
+
+
+def other_model(before: Model, model: Model, word: str) -> dict[str, str]:
+  """{"model.moe.top_k": "config.model.moe.top_k=1 (WORD: 2)"}: what makes another function.
+
+  Kernels and types compute the same one, and what is done in training alone is no part of it.
+  """
+  old = flatten(before)
+  dense = not (before.moe.num_experts or model.moe.num_experts)
+  return {
+    f"model.{name}": f"config.model.{name}={value} ({word}: {old[name]})"
+    for name, value in flatten(model).items()
+    if value != old[name] and name not in _SAME_MODEL and not (dense and name.startswith("moe."))
+  }
 
 
 def to_json(config: Config) -> str:

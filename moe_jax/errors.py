@@ -51,6 +51,12 @@ class PeerError(UserError):
   code = 7  # 6 is training.health.StopAlarm
 
 
+def few(names: list[str], most: int = 3) -> str:
+  """Lists the first names as they print: "a, b, c and 9 more"."""
+  shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:most]]
+  return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def is_storage(error: BaseException) -> bool:
   """Returns whether the error means that a disk or an object store cannot be used now."""
   if isinstance(error, OSError) and error.errno in _STORAGE:

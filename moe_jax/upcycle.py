@@ -54,13 +54,11 @@ def check(dense: Model, model: Model) -> int:
       f"config.model.moe.shared_experts={moe.shared_experts}: a shared expert beside copies of the "
       "feed-forward would count it twice; set shared_experts=0"
     )
-  free = ("remat", "attention", "compute_dtype", "ffn_dim")
-  before, after = config_lib.flatten(dense), config_lib.flatten(model)
-  after = {name: value for name, value in after.items() if not name.startswith("moe.")}
-  other = [n for n in after if n not in free and before[n] != after[n]]
-  if other:
-    words = ", ".join(f"config.model.{n}={after[n]} (dense: {before[n]})" for n in other)
-    raise UserError(f"--config: the decoder is not that of the dense run: {words}")
+  other = config_lib.other_model(dense, model, "dense")
+  free = ("model.moe.", "model.ffn_dim")
+  words = [text for name, text in other.items() if not name.startswith(free)]
+  if words:
+    raise UserError(f"--config: the decoder is not that of the dense run: {', '.join(words)}")
   parts = dense.ffn_dim // moe.expert_dim
   if dense.ffn_dim % moe.expert_dim:
     raise UserError(
@@ -205,7 +203,7 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
                f"{moe.eval_capacity_factor} in evaluation")  # fmt: skip
   print(f"{target} holds {config.model.moe.num_experts} experts, each of them {each} of the "
         f"feed-forward of {path}, step {step}. It computes {same}. Go on with train.py "
-        f"--init_from={target}")  # fmt: skip
+        f"--config={target} --init_from={target}")  # fmt: skip
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ GROUPS = {
     "moe",
     "validation_model",
   },  # the records of routers and dispatchers
-  "command_line": {"config", "config_docs", "options", "errors"},
+  "command_line": {"config", "config_docs", "options", "errors", "files", "workdir"},
   "workdir": {"config", "errors", "files", "remote", "validation"},
   "data": {"config", "errors", "files"},
   "sharding": {"config", "errors"},

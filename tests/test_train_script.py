@@ -39,6 +39,15 @@ def test_a_run_writes_its_files(whole_run):
   assert json.loads((whole_run.workdir / "kernels.json").read_text())["attention"] == "blocks"
 
 
+def test_a_run_prints_what_is_no_default(whole_run):
+  """As --diff has it, and no other field."""
+  lines = whole_run.output.split("\nmodel  ")[0].splitlines()
+  config = config_lib.from_json((whole_run.workdir / "config.json").read_text())
+  changed = config_lib.changes(config_lib.Config(), config)
+  assert [line.split(" = ")[0] for line in lines] == [f"config.{name}" for name in changed]
+  assert "config.train.steps = 12   (default 1000)" in lines
+
+
 def test_a_run_prints_its_kernel_and_its_steps(whole_run):
   assert "\nattention          blocks; differs from the reference by" in whole_run.output
   line = next(x for x in whole_run.output.splitlines() if x.startswith("step     10/12"))

@@ -201,13 +201,11 @@ def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: s
 
 def _user_text(config: Data) -> Corpus:
   files = text_files.user_files(config)
-  parts = ["2", str(files.root), config.text_field]  # 2: of the rules by which files are read
+  parts = ["3", str(files.root), config.text_field]  # 3: of the rules by which files are read
   parts += [f"{name} {size} {time_ns}" for name, (size, time_ns) in files.seen.items()]
 
   def documents() -> _ReadSplit:
-    cache.notice(f"reading all files of {config.path}: {text_files.kinds(files)}")
-    if files.links:
-      cache.notice(f"note: links to folders are not followed: {', '.join(files.links[:3])}")
+    text_files.describe(config, files)
     return text_files.split_user_documents(config, lambda: text_files.user_documents(config, files))
 
   return Corpus(f"text-{cache.key(*parts)}", documents, text_files.first_folders(files.seen))
@@ -224,7 +222,7 @@ DATASETS = {
   ),
   "text": Dataset(
     _user_text, "1.0.0",
-    "your files: `config.data.path` is a `.txt` or `.jsonl` file or a folder of them",
+    "your files: `config.data.path` is a file, or a folder whose every file is read",
     field="text",
   ),
 }  # fmt: skip

@@ -227,15 +227,21 @@ def train_iterator(
   Raises:
     UserError: the split has fewer full rows than a batch, or a batch does not split over processes.
   """
-  local = _local(config.batch_size, process_count)
+  local, rest = divmod(config.batch_size, process_count)
+  if rest:
+    raise UserError(
+      f"config.data.batch_size={config.batch_size} does not split over {process_count} processes"
+    )
   if rows.num_full < config.batch_size:
     raise UserError(
       f"config.data.train_split={config.train_split!r} has {rows.num_full} rows of "
       f"config.data.seq_len={config.seq_len}, fewer than config.data.batch_size="
       f"{config.batch_size}; make one of them smaller or give more text"
     )
-  # Batch j of `local` rows belongs to process j % process_count.
-  batches = _order(rows, config).batch(local)[process_index::process_count].map(rows.batch)
+  # Batch j of `local` rows belongs to process j % process_count. The endless order has the greatest
+  # length that there is; a remainder of it, rounded up, would be one more.
+  batches = _order(rows, config).batch(local, drop_remainder=True)
+  batches = batches[process_index::process_count].map(rows.batch)
   options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)
   return iter(batches.to_iter_dataset(options))
 
@@ -282,14 +288,6 @@ def eval_batches(numbers: Numbers, batch_size: int) -> Iterator[np.ndarray]:
   padded = np.full(-(-len(numbers) // batch_size) * batch_size, -1)
   padded[: len(numbers)] = numbers
   yield from padded.reshape(-1, batch_size)
-
-
-def _local(batch_size: int, process_count: int) -> int:
-  if batch_size % process_count:
-    raise UserError(
-      f"config.data.batch_size={batch_size} does not split over {process_count} processes"
-    )
-  return batch_size // process_count
 
 
 def gzip_bits_per_byte(rows: Rows, numbers: Numbers) -> float:

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from moe_jax.config import Data, UserError
 from moe_jax.data import cache
+from moe_jax.errors import few
 
 SPLITS = ("train", "validation", "test")
 _MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text
@@ -45,18 +46,20 @@ def list_files(
   root: pathlib.Path,
   skip: frozenset[str] = frozenset(),
   fail: Callable[[OSError], None] | None = None,
-) -> list[str]:
-  """Returns the sorted paths of files below `root`; leaves out hidden names and those in `skip`.
+) -> tuple[list[str], list[str]]:
+  """Returns the sorted paths of files below `root`, and those of what is not looked into.
 
-  Links to folders are not followed; they are among the files. `fail` is called with the error of a
-  folder that cannot be read, which is otherwise left out.
+  That are hidden names, folders in `skip`, and links to folders. `fail` is called with the error of
+  a folder that cannot be read, which is otherwise left out.
   """
-  paths = []
+  found: tuple[list[str], list[str]] = [], []
   for folder, folders, files in os.walk(root, onerror=fail):
-    folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-    links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-    paths += [os.path.join(folder, name) for name in files + links if not name.startswith(".")]
-  return sorted(os.path.relpath(path, root) for path in paths)
+    closed = {n for n in folders if n in skip or os.path.islink(os.path.join(folder, n))}
+    closed |= {name for name in folders + files if name.startswith(".")}
+    folders[:] = [name for name in folders if name not in closed]
+    for name in {*files, *closed}:
+      found[name in closed].append(os.path.relpath(os.path.join(folder, name), root))
+  return sorted(found[0]), sorted(found[1])
 
 
 def stdlib() -> tuple[pathlib.Path, list[str]]:
@@ -67,7 +70,7 @@ def stdlib() -> tuple[pathlib.Path, list[str]]:
   """
   root = pathlib.Path(sysconfig.get_path("stdlib"))
   skip = frozenset(["site-packages", "dist-packages", "__pycache__"])
-  names = [name for name in list_files(root, skip) if name.endswith(".py")]
+  names = [name for name in list_files(root, skip)[0] if name.endswith(".py")]
   return root, [name for name in names if (root / name).is_file()]
 
 
@@ -87,7 +90,7 @@ class UserFiles(NamedTuple):
 
   root: pathlib.Path
   seen: dict[str, tuple[int, int]]  # {name: size and time of change}, sorted by name
-  links: list[str]  # links to folders, which are not followed
+  unread: list[str]  # hidden names and links to folders
 
 
 def user_files(config: Data) -> UserFiles:
@@ -110,18 +113,20 @@ def user_files(config: Data) -> UserFiles:
   def fail(error: OSError) -> None:
     raise _refusal(config, error.filename, f"cannot be read ({error.strerror})") from None
 
-  names = list_files(path, fail=fail)
-  links = [name for name in names if (path / name).is_dir()]
-  seen = {name: _look(config, path / name) for name in names if name not in links}
+  names, unread = list_files(path, fail=fail)
+  seen = {name: _look(config, path / name) for name in names}
   if not seen:
     raise UserError(f"config.data.path={config.path!r}: no files in this folder")
-  return UserFiles(path, seen, links)
+  return UserFiles(path, seen, unread)
 
 
-def kinds(files: UserFiles) -> str:
-  """Returns how many files there are of each ending: "12 .py, 3 .md"."""
+def describe(config: Data, files: UserFiles) -> None:
+  """Says of which endings files are read, "12 .py, 3 .md", and what is not read."""
   endings = collections.Counter(pathlib.PurePath(name).suffix or "others" for name in files.seen)
-  return ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
+  kinds = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
+  cache.notice(f"reading all files of {config.path}: {kinds}")
+  if files.unread:
+    cache.notice(f"not read, as hidden or links to folders: {few(files.unread)}")
 
 
 def _look(config: Data, path: pathlib.Path, file: BinaryIO | None = None) -> tuple[int, int]:
@@ -152,7 +157,7 @@ def first_folders(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
-  """Yields the documents in the user's files; the text of those without any is "".
+  """Yields the documents in the user's files; the text of some may be nothing but white space.
 
   Each line of a file of JSON lines, by its name or its first two lines, is a document, whose text
   is in the field config.text_field; any other file is one document.
@@ -171,17 +176,16 @@ def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
         why = "is a table, or JSON without an object on each line"
         raise _refusal(config, path, why, "write its text to a .txt or a .jsonl file")
       else:
-        text = _decode_text(config, _limited(config, path, file.read(_LARGEST + 1)), path)
-        yield name, text if text.strip() else ""
+        yield name, _decode_text(config, _limited(config, path, file.read(_LARGEST + 1)), path)
 
 
 def _holds_lines(name: str, file: BinaryIO) -> bool:
   """Returns whether a file has a document on each line."""
-  if name.lower().endswith((".jsonl", ".ndjson")):
-    return True
   lines = iter(lambda: file.readline(_LARGEST_NAMED), b"")
   first = list(itertools.islice(filter(bytes.strip, lines), 2))
   file.seek(0)
+  if name.lower().endswith((".jsonl", ".ndjson")):
+    return bool(first)  # an empty one is a document without text
   return len(first) == 2 and all(map(_is_object, first))
 
 
@@ -288,7 +292,7 @@ def split_user_documents(
   """Returns a function from a split to its documents.
 
   First reads all documents once, so that a mistake is reported before any work, and says in one
-  line how many have no text and are left out. If a split would be empty, the two documents of the
+  line which have no text and are left out. If a split would be empty, the two documents of the
   highest hashes become validation and test. One or two documents are each cut by length instead,
   90/5/5, at ends of lines.
 
@@ -301,14 +305,14 @@ def split_user_documents(
   """
   counts: collections.Counter[str] = collections.Counter()
   names: list[str] = []
-  empty = 0
+  empty: list[str] = []
 
   def with_text() -> Iterator[Document]:
-    return ((name, text) for name, text in read() if text)
+    return ((name, text) for name, text in read() if text.strip())
 
   for name, text in read():
-    if not text:
-      empty += 1
+    if not text.strip():
+      empty.append(name)
       continue
     counts[split_of(name)] += 1
     if len(names) < 10_000:  # with more documents no split is empty
@@ -316,7 +320,7 @@ def split_user_documents(
   if not names:
     raise UserError(f"config.data.path={config.path!r}: no text in it")
   if empty:
-    cache.notice(f"left out {empty:,} documents of {config.path} that have no text")
+    cache.notice(f"left out {len(empty):,} documents of {config.path} without text: {few(empty)}")
   if len(names) < 3:
     for name, text in with_text():
       if not all(_parts(text).values()):

@@ -5,24 +5,17 @@ process when the memory is used.
 """
 
 import contextlib
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import psutil
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
 from moe_jax.config import UserError
+from moe_jax.kernels import platform
 
 _MOST = 2**30  # tokens of all rows, since their places are 32-bit numbers
-
-# Where Linux tells the limit of a container.
-_LIMITS = (
-  pathlib.Path("/sys/fs/cgroup/memory.max"),
-  pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 
 
 class Memory:
@@ -74,26 +67,16 @@ class Memory:
     static |= {"slots": slots} if slots else {}
     with jax.set_mesh(self._mesh), one_line(what):
       program = function.lower(weights, *shapes, *more, **static).compile()
-    needed, have = self._needed(program), self._have()
-    if needed > have:
+    usage = program.memory_analysis()  # None on platforms that do not tell
+    needed = usage.argument_size_in_bytes + usage.output_size_in_bytes if usage else 0
+    needed += usage.temp_size_in_bytes - usage.alias_size_in_bytes if usage else 0
+    have = platform.memory_bytes(sharing=len(self._mesh.local_devices))
+    if have is not None and needed > have:
       raise UserError(
-        f"{what} need {needed / 1e9:,.1f} GB of memory, and there are {have / 1e9:,.1f}; give "
-        "fewer or shorter ones"
+        f"{what} need {needed / 1e9:,.1f} GB of memory on each device, which has "
+        f"{have / 1e9:,.1f}; give fewer or shorter ones"
       )
     self._fitting.add(key)
-
-  def _needed(self, program: jax.stages.Compiled) -> int:
-    usage = program.memory_analysis()
-    if usage is None:  # some platforms do not tell
-      return 0
-    inputs, outputs = usage.argument_size_in_bytes, usage.output_size_in_bytes
-    needed = inputs + outputs - usage.alias_size_in_bytes + usage.temp_size_in_bytes
-    devices = self._mesh.local_devices
-    return needed * (1 if devices[0].memory_stats() else len(devices))
-
-  def _have(self) -> int:
-    stats = self._mesh.local_devices[0].memory_stats()  # None on a CPU, whose devices share it
-    return stats["bytes_limit"] if stats and "bytes_limit" in stats else _host_memory()
 
 
 @contextlib.contextmanager
@@ -106,12 +89,3 @@ def one_line(what: str) -> Iterator[None]:
       raise
     why = " ".join(str(error).split())[:200]
     raise UserError(f"{what} do not fit into memory ({why}); give fewer or shorter ones") from error
-
-
-def _host_memory() -> int:
-  """Returns the bytes that this process has and can still get."""
-  have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-  for path in _LIMITS:
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-      have = min(have, int(path.read_text()))
-  return have

@@ -1,9 +1,9 @@
 """The kind of device that this process runs on; no other module of the model asks JAX for it."""
 
-import os
 import pathlib
 
 import jax
+import psutil
 
 from moe_jax.config import Exchange
 
@@ -21,14 +21,15 @@ def one_cpu() -> bool:
   return name() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
 
 
-def memory_bytes() -> int | None:
+def memory_bytes(sharing: int = 0) -> int | None:
   """Returns the memory of a device of this process; None where it is not known.
 
-  The CPU devices of a process share the machine's memory.
+  CPU devices share what this process has and can still get, within the limits of its job:
+  `sharing` of them, or all.
   """
   if name() == "cpu":
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([pages, *cgroup_limits(_ROOT)]) // jax.local_device_count()
+    have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return min([have, *cgroup_limits(_ROOT)]) // (sharing or jax.local_device_count())
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("bytes_limit")
 

@@ -212,8 +212,11 @@ def activation_bytes(config: config_lib.Config) -> float:
   return sum(math.prod(s.shape) * s.dtype.itemsize for s in saved)
 
 
-def report(config: config_lib.Config, optimizer_state: Any) -> str:
-  """Describes the size and the cost in some lines; `optimizer_state` is that of `state_bytes`."""
+def report(config: config_lib.Config, optimizer_state: Any, device: str = "", gb: int = 0) -> str:
+  """Describes the size and the cost in some lines; `optimizer_state` is that of `state_bytes`.
+
+  Of a `device` with `gb` GB, which need not be here, it says whether what is counted fits.
+  """
   counts, model, mesh = count(config), config.model, config.mesh
   devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
   layers = moe_layers(model)
@@ -223,6 +226,7 @@ def report(config: config_lib.Config, optimizer_state: Any) -> str:
     if layers
     else f"dense, {model.num_layers} layers"
   )
+  state, activations = state_bytes(config, optimizer_state), activation_bytes(config)
   lines = [
     f"model              {kind}",
     f"parameters         {si(counts.total)} total, {si(counts.active)} active per token "
@@ -233,33 +237,21 @@ def report(config: config_lib.Config, optimizer_state: Any) -> str:
     "embedding alone, as gpt-oss counts",
     f"FLOPs per token    {si(counts.flops_per_token)} in training "
     f"(forward {si(counts.flops_per_token / 3)}), sequence {config.data.seq_len}",
-    f"memory per device  {gib(state_bytes(config, optimizer_state))} weights, gradients and "
+    f"memory per device  {gib(state)} weights, gradients and "
     f"{config.optimizer.name.value} in float32, "
-    f"+ {gib(activation_bytes(config))} activations kept (remat={model.remat.value}), "
+    f"+ {gib(activations)} activations kept (remat={model.remat.value}), "
     f"on {devices} device(s)",
   ]
+  if device:
+    needed = state + activations
+    verdict = "fits" if needed <= gb * 1e9 else "does not fit"
+    lines.append(
+      f"{device:<19}{verdict}: {gib(needed)} and temporary arrays, of its {gib(gb * 1e9)}"
+    )
   for phase in ("training", "evaluation"):
     leak = validation.future_leak(model.moe, train=phase == "training")
     if leak:
       lines.append(f"not causal         in {phase}, so its loss looks too good: {leak}")
-  return "\n".join(lines)
-
-
-def config_table(config: config_lib.Config) -> str:
-  """Lists the fields of the resolved config, wrapped at 100 columns, each section on new lines."""
-  sections: dict[str, list[str]] = {}
-  for name, value in config_lib.flatten(config).items():
-    section, field = name.rsplit(".", 1)
-    sections.setdefault(section, []).append(f"{field}={value}")
-  lines = []
-  for section, fields in sections.items():
-    text = f"{section:<10}"
-    for field in fields:
-      if len(text) + len(field) + 2 > 100:
-        lines.append(text)
-        text = " " * 10
-      text += "  " + field
-    lines.append(text)
   return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import OnAlarm, OnNonfinite
+from moe_jax.errors import few
 
 
 class Alarm(NamedTuple):
@@ -139,8 +140,7 @@ class Monitor:
       where = f"; first in the router of layer {layer}"
     # The loss is named first, since it is the metric that people know.
     names = sorted(broken, key=lambda name: (name != "loss", name))
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    message = f"not finite at step {step}: {', '.join(names[:6])}{more}{where}"
+    message = f"not finite at step {step}: {few(names, 6)}{where}"
     message += f"; --replay={step} looks into it"
     return Alarm(step, "nonfinite", layer, float(values["loss"]), 0.0, message)
 

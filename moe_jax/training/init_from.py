@@ -1,18 +1,18 @@
 """Starts a new run with the parameters of another run's checkpoint: --init_from=WORKDIR:STEP."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import checkpoint
+from moe_jax import checkpoint, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.config import UserError
+from moe_jax.config import Config, UserError
+from moe_jax.errors import few
 from moe_jax.model import cost
 from moe_jax.training import optimizers
-
-_SHOWN = 3  # parameters that an error message names
 
 
 class Source(NamedTuple):
@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
 
 def find(
-  text: str, optimizer: bool, workdir: pathlib.Path, config: config_lib.Config
+  text: str, optimizer: bool, workdir: pathlib.Path, config: Config, named: Collection[str] = ()
 ) -> Source | None:
   """Returns the checkpoint that the run begins or began with; None for a random start.
 
@@ -39,10 +39,11 @@ def find(
     optimizer: the value of --init_optimizer.
     workdir: of the run that begins or goes on.
     config: of that run.
+    named: its fields on the command line, in which the model may be another one than the source's.
 
   Raises:
-    UserError: there is no such checkpoint; its arrays are of other shapes than the run's; or the
-      workdir has its own checkpoint, of a run that began otherwise.
+    UserError: there is no such checkpoint; its arrays are of other shapes than the run's, or make
+      another function there; or the workdir has its own checkpoint, of a run that began otherwise.
   """
   if optimizer and not text:
     raise UserError("--init_optimizer needs --init_from=WORKDIR: whose optimizer state is meant?")
@@ -70,11 +71,12 @@ def find(
       )
     source = Source(str(other), steps[-1] if step is None else step, optimizer)
   if source and not own_steps:
-    _check(source, config)
+    # A run that was cut off has been asked at its start.
+    _check(source, config, named if text else config_lib.field_names())
   return source
 
 
-def _check(source: Source, config: config_lib.Config) -> None:
+def _check(source: Source, config: Config, named: Collection[str]) -> None:
   """Raises a UserError if the checkpoint is not there, or does not fit the config's model."""
   flag = f"--init_from={source.workdir}:{source.step}"
   path = workdir_lib.open_path(source.workdir)
@@ -85,7 +87,15 @@ def _check(source: Source, config: config_lib.Config) -> None:
   differing = _differences(other.model, config.model)
   if differing:
     raise UserError(
-      f"{flag}: the parameters have other shapes: {differing}; set config.model as that run has it"
+      f"{flag}: the parameters have other shapes: {differing}; set config.model as that run has "
+      f"it, or take its config with --config={source.workdir}"
+    )
+  known = {*named, *validation.without_consequence(other, config)}
+  fields = config_lib.other_model(other.model, config.model, "there")
+  if unknown := [text for name, text in fields.items() if name not in known]:
+    raise UserError(
+      f"{flag}: with this config its parameters are another model: {', '.join(unknown)}; take that "
+      f"run's with --config={source.workdir}, or name each of these fields on the command line"
     )
   there, here = (
     [path for path, _ in jax.tree_util.tree_leaves_with_path(optimizers.abstract_state(c))]
@@ -111,8 +121,7 @@ def _differences(theirs: config_lib.Model, ours: config_lib.Model) -> str:
     for name in there | here
     if there.get(name) != here.get(name)
   ]
-  more = [f"{len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-  return ", ".join(lines[:_SHOWN] + more)
+  return few(lines)
 
 
 def load(source: Source, state: Any, shardings: Any) -> Any:

@@ -14,6 +14,7 @@ from moe_jax.model.transformer import abstract_params
 from moe_jax.training.metrics import parameter_group
 
 _MUON_BETA = 0.95  # decay of the momentum, as in 2502.16982
+_FACTORED = 128  # Adafactor's second moment is a row and a column where both have so many entries
 # The root mean square of an update's entries. It is about that of AdamW, so that one learning rate
 # suits both optimizers.
 _MUON_RMS = 0.2
@@ -80,11 +81,48 @@ def _adafactor(
   # optax.adafactor does not multiply weight decay by the learning rate, and takes the rate relative
   # to the size of the weights. Both fields would mean something else than with AdamW.
   return optax.chain(
-    optax.scale_by_factored_rms(),
+    _each_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=_FACTORED)),
     optax.clip_by_block_rms(1.0),
     optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
     optax.scale_by_learning_rate(rate),
   )
+
+
+def _each_matrix(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns Adafactor's scaling in which each layer's and each expert's matrix stands alone.
+
+  optax makes rows and columns of the two largest dimensions, also of one that counts experts.
+  """
+  one, axes = optax.FactoredState(0, 0, 0, 0), optax.FactoredState(None, 0, 0, 0)
+
+  def each(function: Any, into: Any, out_of: Any, like: Any, *trees: Any) -> Any:
+    def call(path: tuple[Any, ...], array: jax.Array, *more: Any) -> Any:
+      mapped = function
+      for _ in range(_stacked(sharding.param_name(path), array.shape)):
+        mapped = jax.vmap(mapped, into, out_of)
+      return mapped(array, *more)
+
+    found = jax.tree_util.tree_map_with_path(call, *trees)
+    return jax.tree.transpose(jax.tree.structure(trees[0]), jax.tree.structure(like), found)
+
+  def init(params: Any) -> Any:
+    return each(inner.init, 0, axes, one, params)._replace(count=jnp.zeros((), jnp.int32))
+
+  def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    states = jax.tree.map(lambda *moments: optax.FactoredState(state.count, *moments), *state[1:])
+    like, into = (0, one), (0, axes, 0)
+    updates, new = each(inner.update, into, (0, axes), like, updates, states, params)
+    return updates, new._replace(count=optax.safe_increment(state.count))
+
+  return optax.GradientTransformation(init, update)
+
+
+def _stacked(name: str, shape: tuple[int, ...]) -> int:
+  """Returns how many dimensions count matrices, if optax would make rows or columns of one."""
+  letters = name.rsplit("_", 1)[-1]
+  stacked = len(shape) - len(letters) + letters.startswith("E")
+  second = sorted((0, *shape))[-2]
+  return stacked if max(shape[:stacked], default=0) >= second >= _FACTORED else 0
 
 
 def _muon(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -158,7 +196,7 @@ OPTIMIZERS = {
   OptimizerName.ADAFACTOR: OptimizerRecord(
     _adafactor,
     "No first moment, and the second one as a row and a column of the two largest dimensions if "
-    "both have 128 or more (1804.04235).",
+    "both have 128 or more (1804.04235); of stacked experts, each alone.",
   ),
   OptimizerName.MUON: OptimizerRecord(
     _muon,

@@ -3,13 +3,13 @@
 import contextlib
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import grain
 import jax
 
-from moe_jax import checkpoint, lock, sharding, startup, validation
+from moe_jax import checkpoint, command_line, lock, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.data import pipeline, tokenizers
@@ -43,6 +43,7 @@ def run(
   *,
   init_from_flag: str = "",
   init_optimizer: bool = False,
+  named: Collection[str] = (),
   profile: str = "",
   resume_step: int = NEWEST,
 ) -> None:
@@ -53,6 +54,7 @@ def run(
     workdir: the run's folder; created if it is missing.
     init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
     init_optimizer: take that run's optimizer state, too.
+    named: fields on the command line; see `init_from.find`.
     profile: FIRST:LAST, the steps to trace.
     resume_step: go on from this checkpoint and set newer ones aside; 0 begins again.
 
@@ -66,7 +68,7 @@ def run(
   window = profiling.parse(profile, config.train.steps)
   config, path = begin(config, workdir)
   _refuse_weights(path)
-  source = init_from.find(init_from_flag, init_optimizer, path, config)
+  source = init_from.find(init_from_flag, init_optimizer, path, config, named)
   text = read_text(config, path)
   with _alone(path):
     workdir_lib.refuse_links(path)
@@ -116,7 +118,7 @@ def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:
   if vocab_size > config.model.vocab_size:  # before hours of tokenising
     raise UserError(
       f"config.model.vocab_size={config.model.vocab_size} is less than the {vocab_size} of "
-      f"config.data.tokenizer={config.data.tokenizer}"
+      f"config.data.tokenizer={config.data.tokenizer}; set it to {vocab_size} or more"
     )
   text = Text(
     pipeline.load_rows(config.data, "train"), pipeline.load_rows(config.data, "validation")
@@ -172,15 +174,15 @@ def _check_complete(path: pathlib.Path) -> None:
 
 
 def _record(config: config_lib.Config, workdir: pathlib.Path, text: Text) -> None:
-  """Writes what the run is made of to the workdir; prints config, cost and device."""
+  """Writes what the run is made of to the workdir; prints what is no default, cost and device."""
   if workdir_lib.recorded_step(workdir) is None:  # before the config, which _check_complete sees
     workdir_lib.record_saved(workdir, max([0, *workdir_lib.saved_steps(workdir)]))
   digests = {name: getattr(text, name).digest for name in Text._fields}
   digests["tokenizer"] = text.train.tokenizer.fingerprint
   workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
   workdir_lib.write_config(workdir, config)
-  device = jax.devices()[0]
-  print(f"{cost.config_table(config)}\n{cost.report(config, optimizers.abstract_state(config))}")
+  device, state = jax.devices()[0], optimizers.abstract_state(config)
+  print(command_line.difference(config), cost.report(config, state), sep="\n")
   print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
   if notice := sharding.split_notice(config.mesh):
     print(f"mesh               {notice}")

@@ -73,8 +73,8 @@ def train_step(
     step_metrics["window_dead_experts_Z"] = metrics.count_dead(load_ZE)
   new = TrainState(state.step + 1, params, opt_state, bias_ZE, load_ZE)
   if config.health.on_nonfinite is OnNonfinite.SKIP:
-    watched = [step_metrics[name] for name in ("total_loss", "grad_norm", "param_norm")]
-    finite = jnp.all(jnp.isfinite(jnp.array(watched)))
+    # Of all metrics, as health.Monitor looks at them: what it calls skipped is skipped.
+    finite = jnp.array([jnp.all(jnp.isfinite(value)) for value in step_metrics.values()]).all()
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     new = new._replace(step=state.step + 1)  # the next step draws other noise
   return new, step_metrics

@@ -137,10 +137,11 @@ def test_training_leaves_out_the_padded_row():
   assert sorted(numbers(next(batches))) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_assemble_the_same_batches(processes):
+@pytest.mark.parametrize(("batch_size", "processes"), [(8, 2), (8, 4), (8, 8), (1, 1)])
+def test_processes_assemble_the_same_batches(batch_size, processes):
+  """Also where each of them has one row of a batch."""
   rows = numbered_rows(21)
-  config = Data(batch_size=8, seq_len=4)
+  config = Data(batch_size=batch_size, seq_len=4)
   whole = pipeline.train_iterator(rows, config)
   parts = [pipeline.train_iterator(rows, config, p, processes) for p in range(processes)]
   for _ in range(8):  # three epochs; batches cross their borders

@@ -188,15 +188,19 @@ def test_a_file_that_grows_under_the_reader_is_refused(text):
     list(documents)
 
 
-def test_documents_without_text_are_counted(text, capfd):
+def test_documents_without_text_are_named(text, capfd):
+  """Of blanks alone, too, in a line as in a file; and a file of lines without any."""
   root = pathlib.Path(text.path)
-  (root / "a.jsonl").write_text('{"text": "x"}\n\n{"text": ""}\n{"text": "y"}\n{"text": ""}')
+  (root / "a.jsonl").write_text('{"text": "x"}\n\n{"text": " \\n\\t"}\n{"text": "y"}\n{"text": ""}')
   (root / "b.txt").write_text("z")
   (root / "c.txt").write_text(" \n\t")
-  (root / "d.txt").write_text("")
+  (root / "d.jsonl").write_text("")
+  (root / "e.jsonl").write_text("\n\n")
   rows = load(text)
   assert sorted(joined(map(everything, rows.values()))) == [b"x", b"y", b"z"]
-  assert f"left out 4 documents of {text.path} that have no text\n" in capfd.readouterr().err
+  said = capfd.readouterr().err
+  without = "without text: a.jsonl:3, a.jsonl:5, c.txt and 2 more"
+  assert f"left out 5 documents of {text.path} {without}\n" in said
 
 
 def test_carriage_returns_byte_order_marks_and_nul_characters(text):
@@ -207,14 +211,19 @@ def test_carriage_returns_byte_order_marks_and_nul_characters(text):
   assert sorted(found) == [b"a\0b", b"one\r\n", b"two\r\n"]
 
 
-def test_links_to_folders_are_not_followed_and_named(text, tmp_path, capfd):
+def test_what_is_read_of_a_folder_is_said_and_what_is_not(text, capfd):
+  """Of every file that is not hidden all bytes; folders behind links are not looked into."""
   root = pathlib.Path(text.path)
-  (root / "sub").mkdir()
+  (root / "sub/.git").mkdir(parents=True)
   (root / "sub" / "back").symlink_to(root)
-  for name in ("a", "b", "sub/c"):
-    (root / f"{name}.txt").write_text(name)
-  assert sum(rows.num_documents for rows in load(text).values()) == 3
-  assert "links to folders are not followed: sub/back\n" in capfd.readouterr().err
+  written = {"a.txt": "a", "b.md": "# b\n", "sub/c.json": '["c"]', "d.csv": "d,e\n", "f": "f"}
+  for name, content in (written | {"sub/.git/g": "g", ".h\a": "h"}).items():
+    (root / name).write_text(content)
+  rows = load(text).values()
+  assert sorted(joined(map(everything, rows))) == sorted(c.encode() for c in written.values())
+  said = capfd.readouterr().err
+  assert f"reading all files of {text.path}: 1 .txt, 1 .md, 1 .csv, 1 others, 1 .json\n" in said
+  assert "not read, as hidden or links to folders: .h\\x07, sub/.git, sub/back\n" in said
   load(text)
   assert not capfd.readouterr().err
 

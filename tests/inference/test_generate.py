@@ -12,7 +12,8 @@ import pytest
 
 from moe_jax.config import Router, UserError
 from moe_jax.inference import decoding, sampling
-from moe_jax.kernels import per_expert
+from moe_jax.kernels import per_expert, platform
+from moe_jax.model import cost
 from tests.support.generation import empty_cache, full_forward, greedy, model_of, rows_of
 from tests.support.toys import mesh_of, slow_unless, toy_config
 
@@ -171,6 +172,21 @@ def test_what_does_not_fit_into_memory_is_refused_before_anything_is_allocated(c
     made.model.generate(prompts, **options)
   assert "give fewer or shorter ones" in str(caught.value)
   assert psutil.Process().memory_info().rss < before + 3e9  # what the compiler takes
+
+
+def test_the_limit_of_the_job_holds_for_generation_as_for_training(made, tmp_path, monkeypatch):
+  """That of a group around this process's own, in place of the machine's."""
+  (tmp_path / "proc/self").mkdir(parents=True)
+  (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+  (tmp_path / "sys/fs/cgroup/job").mkdir(parents=True)
+  (tmp_path / "sys/fs/cgroup/job/memory.max").write_text("8000\n")
+  monkeypatch.setattr(platform, "_ROOT", tmp_path)
+  assert made.model.mesh.size == 1 and jax.local_device_count() == 8
+  assert (platform.memory_bytes(sharing=1), platform.memory_bytes()) == (8000, 1000)
+  with pytest.raises(UserError, match=r"need 0.0 GB of memory on each device, which has 0.0; give"):
+    made.model.generate("ab" * 90)  # no other test has a prompt this long
+  with pytest.raises(UserError, match=r"weights: at least 10.0 MiB on each device, which has"):
+    cost.refuse_over_memory(10 * 2**20, "weights", "take more")
 
 
 @pytest.mark.slow

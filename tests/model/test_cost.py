@@ -13,6 +13,7 @@ from moe_jax.config import Config, Delta, Mesh, Router, UserError
 from moe_jax.kernels import platform
 from moe_jax.model import cost
 from moe_jax.training import optimizers, train
+from tests.support import scripts
 from tests.support.toys import mesh_of, toy_batch, toy_config
 
 
@@ -63,6 +64,21 @@ def test_describe_says_what_is_not_causal():
   report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False), ())
   assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
   assert "not causal" not in cost.report(toy_config(), ())
+
+
+@pytest.mark.parametrize(("device", "verdict"), [
+  ("v5e", "v5e                does not fit: 15.76 GiB and temporary arrays, of its 14.90 GiB"),
+  ("v5p", "v5p                fits: 15.76 GiB and temporary arrays, of its 88.48 GiB"),
+])  # fmt: skip
+def test_describe_says_whether_a_named_device_suffices(device, verdict):
+  """Of GB, as data sheets have them, and without that device."""
+  mixtral = "--config=configs/mixtral_8x7b.py"
+  done = scripts.call("train.py", mixtral, "--describe", f"--device={device}")
+  assert done.returncode == 0 and done.stdout.splitlines()[-1] == verdict, done
+  line = scripts.refused("train.py", mixtral, "--describe", "--device=H2O")
+  assert "--device=H2O: value should be one of <|v4|v5e|v5p|v6e|A100|H100|H200>" in line
+  line = scripts.refused("train.py", mixtral, f"--device={device}")
+  assert "belongs to --describe" in line
 
 
 def debug_config(**fields) -> Config:

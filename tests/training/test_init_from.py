@@ -20,7 +20,8 @@ from moe_jax.analysis import evaluation
 from moe_jax.config import OptimizerName, UserError
 from moe_jax.training import init_from, train
 from moe_jax.training import run as run_lib
-from tests.support.scripts import checkpoint_of, refused, validation_of
+from tests.support.scripts import call, checkpoint_of, validation_of
+from tests.support.scripts import refused as refused_script
 
 
 def config_of(text, num_experts=4, learning_rate=0.01, steps=4, **mesh):
@@ -173,9 +174,53 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
     "name=muon and clip_norm=1.0 do not fit the state of that run's name=adamw", optimizer=True
   )
   config.model.moe.num_experts = 8
-  refused(r"down_EFD is \[2, 4, 16, 16\] there and \[2, 8, 16, 16\] here, .*, 1 more; set")
+  refused(r"down_EFD is \[2, 4, 16, 16\] there and \[2, 8, 16, 16\] here, .* and 1 more; set")
   config.model.moe.num_experts, config.model.moe.bias_update_rate = 0, 0.0
   refused(r"router_DE is .* there and absent here|.*\d more; set config.model as that run has it")
+
+
+MODEL = "config.model.rope_base=500.0 (there: 10000.0), config.model.moe.top_k=1 (there: 2)"
+
+
+def test_another_model_of_the_same_shapes_is_refused_unless_it_is_named(moe_run, text, tmp_path):
+  """Kernels, and what is done in training alone, make no other model."""
+  config = config_of(text)
+  config.model.rope_base, config.model.moe.top_k = 500.0, 1
+  config.model.remat = config_lib.Remat.FULL
+  config.model.moe.jitter, config.model.moe.bias_update_rate = 0.1, 0.0
+  named = ["model.rope_base", "model.moe.top_k"]
+
+  def found(*names):
+    return init_from.find(str(moe_run), False, tmp_path, config, names)
+
+  remedy = f"take that run's with --config={moe_run}, or name each of these fields on the command"
+  with pytest.raises(UserError, match=re.escape(f"another model: {MODEL}; {remedy}")):
+    found()
+  with pytest.raises(UserError, match=r"another model: config.model.rope_base=500.0 \(there: 10"):
+    found(named[1])
+  assert found(*named) == (str(moe_run), 4, False)
+  # A run that was cut off before its first checkpoint was asked at its start.
+  workdir_lib.write_object(tmp_path / workdir_lib.INIT, found(*named)._asdict())
+  assert init_from.find("", False, tmp_path, config) == (str(moe_run), 4, False)
+
+
+def test_the_command_line_takes_a_runs_config_and_names_what_is_another(moe_run, tmp_path):
+  """Its config, whatever the defaults are, and overrides on top."""
+  run, begun = f"--config={moe_run}", (f"--init_from={moe_run}", f"--workdir={tmp_path / 'new'}")
+  done = call("train.py", run, "--config.train.steps=1", "--config.model.moe.top_k=1", "--diff")
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  for line in ("model.dim = 16   (default 192)", "model.moe.top_k = 1   (default 2)",
+               "train.steps = 1   (default 1000)"):  # fmt: skip
+    assert f"config.{line}" in lines
+  steps = "--config.train.steps=1", "--config.optimizer.learning_rate=1e-12"
+  done = call("train.py", run, *steps, *begun, "--config.model.rope_base=500")
+  assert f"begins with the parameters of {moe_run}, step 4" in done.stdout, done
+  stored = workdir_lib.read_config(tmp_path / "new")
+  assert (stored.model.rope_base, stored.model.moe.num_experts) == (500.0, 4)
+  (tmp_path / "folder").mkdir()
+  line = refused_script("train.py", f"--config={tmp_path / 'folder'}")
+  assert f"--config={tmp_path / 'folder'}: no such file and no workdir of a run" in line
 
 
 class Saved(NamedTuple):
@@ -226,5 +271,5 @@ def test_the_remedy_of_a_run_that_blew_up_works(moe_run, text, tmp_path):
 def test_the_command_line_has_the_flags(tmp_path):
   new = f"--workdir={tmp_path / 'new'}"
   flags = ["--init_from=none", "--init_optimizer", "--profile=9:10"]
-  line = refused("train.py", "--config=configs/debug.py", new, *flags)
+  line = refused_script("train.py", "--config=configs/debug.py", new, *flags)
   assert line.startswith("error: --init_from=none: no checkpoint there")

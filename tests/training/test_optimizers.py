@@ -144,6 +144,40 @@ def test_adafactor_by_numpy(axes):
   np.testing.assert_allclose(got["up_EDF"], want, rtol=1e-4, atol=1e-8)
 
 
+# 130 experts of a width between: a row of 130 of them would be the second largest dimension.
+MANY = {"up_EDF": (2, 130, 6, 256), "down_EFD": (2, 130, 140, 128), "router_DE": (2, 150, 130),
+        "gate_bias_EF": (2, 130, 140)}  # fmt: skip
+
+
+def test_adafactor_updates_each_of_many_experts_as_if_it_were_alone():
+  """By its own row and column, or its own entries; a router is one matrix."""
+  optimizer = settings(
+    OptimizerName.ADAFACTOR, weight_decay=0.0, schedule=config_lib.Schedule.CONSTANT
+  )
+  # Smaller ones after the first, so that nothing is clipped: a clip is over all of a parameter.
+  steps = [draw(MANY, 1), {name: 0.1 * grad for name, grad in draw(MANY, 2).items()}]
+  params = draw(MANY, 0)
+  together = updates_of(optimizer, params, steps, {})[1]
+
+  def one(tree, layer, expert):
+    layer, expert = slice(layer, layer + 1), slice(expert, expert + 1)
+    return {n: x[layer] if n == "router_DE" else x[layer, expert] for n, x in tree.items()}
+
+  for layer, expert in ((0, 0), (1, 129)):
+    alone = updates_of(
+      optimizer, one(params, layer, expert), [one(grads, layer, expert) for grads in steps], {}
+    )[1]
+    for name, want in alone.items():
+      got = one(together, layer, expert)[name]
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=0, err_msg=name)
+      assert np.sqrt(np.mean(want**2)) < 0.9 * optimizer.learning_rate
+  state = jax.eval_shape(optimizers.make_optimizer(optimizer, 10).init, params)[0]
+  shapes = {name: (state.v_row[name].shape, state.v[name].shape) for name in MANY}
+  assert shapes["down_EFD"] == ((2, 130, 128), (2, 130, 1))
+  assert shapes["up_EDF"] == ((2, 130, 1), MANY["up_EDF"])
+  assert shapes["router_DE"] == ((2, 130), (1,)) and state.count.shape == ()
+
+
 # name: shape, with the layers where there are some
 DECAYING = STACKED | {"kv_up_WHY": (2, 6, 4, 3), "down_FD": (2, 10, 6), "head_DV": (6, 8)}
 STEADY = {"embed_VD": (8, 6), "router_DE": (2, 6, 4), "norm_D": (2, 6), "sinks_H": (2, 4),

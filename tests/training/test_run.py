@@ -76,6 +76,18 @@ def arrays_of(workdir, step):
   return json.loads(path.read_text())["about"]["arrays"]
 
 
+def test_a_vocabulary_that_is_too_small_is_told_before_any_text_is_read(tmp_path):
+  config = config_of(tmp_path / "no text")
+  config.model.vocab_size = 250
+  line = (
+    "config.model.vocab_size=250 is less than the 257 of config.data.tokenizer=bytes; set it to "
+    "257 or more"
+  )
+  with pytest.raises(UserError, match=f"^{line}$"):
+    run_lib.run(config, str(tmp_path / "run"))
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped(text, tmp_path, nan_in_one_batch, capsys):
   """The state stays as it is, but for the number of steps; `--replay` sees the same batch."""

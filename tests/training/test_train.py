@@ -11,7 +11,7 @@ from flax import nnx
 
 from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.training import train
+from moe_jax.training import health, train
 from tests.support.toys import (
   biased_config,
   gradients,
@@ -260,6 +260,35 @@ def test_every_step_and_every_microbatch_draws_noise_of_its_own():
       state, metrics = step(state, batch)
       counts.append(np.round(metrics["load_ZE"] * metrics["tokens"] * config.model.moe.top_k))
   assert (counts[0] % 2).any() and (counts[0] != counts[1]).any()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e18])
+def test_a_step_skips_what_its_alarm_calls_skipped(size, tmp_path):
+  """Logits of 1e18 have a sum of squares beyond float32; loss, gradient and weights are finite."""
+  config = toy_config()
+  config.loss.router_z, config.health.on_nonfinite = 0.0, config_lib.OnNonfinite.SKIP
+  mesh, state, step = set_up(config, {})
+  normal = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      size * leaf / leaf.std() if sharding.param_name(path) == "router_DE" else leaf
+    ),
+    state.params,
+  )
+  before = jax.device_get(normal)
+  with jax.set_mesh(mesh):
+    batch = sharding.to_global(toy_batch(config), mesh)
+    state, metrics = step(state._replace(params=normal), batch)
+  values = {name: np.asarray(value) for name, value in metrics.items()}
+  watch = health.Monitor(config, [0, 1], tmp_path, 0)
+  skipped = [alarm.alarm for alarm in watch(1, values, lambda step: [])]
+  broken = [name for name, value in values.items() if not np.isfinite(value).all()]
+  changed = jax.tree.map(lambda a, b: (a != b).any(), before, jax.device_get(state.params))
+  if size == 1:
+    assert (broken, skipped, watch.skipped) == ([], [], 0) and any(jax.tree.leaves(changed))
+  else:
+    assert set(broken) == {"router_z", "router_z_Z"}
+    assert skipped == ["nonfinite"] and watch.skipped == 1 and not any(jax.tree.leaves(changed))
+  assert state.step == 1
 
 
 GOLDEN = {
