@@ -30,6 +30,7 @@ from moe_jax import config as config_lib
 from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, Model, UserError
+from moe_jax.data import tokenizers
 from moe_jax.model import pattern, transformer
 from moe_jax.moe import dispatch, routers, routing
 from moe_jax.weights import Weights
@@ -192,6 +193,9 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
     weights = Weights(make(stored.params), jnp.zeros(pattern.bias_shape(config.model)))
     workdir_lib.make(target)
     weights_lib.save(target, weights)
+  fingerprint = tokenizers.load_tokenizer(config.data).fingerprint
+  workdir_lib.write_object(target / workdir_lib.DATA, {"tokenizer": fingerprint})
+  workdir_lib.inherit(target, path, fingerprint)
   workdir_lib.write_config(target, config)
   each = "a copy" if parts == 1 else f"one of {parts} parts"
   moe, same = config.model.moe, "something else"

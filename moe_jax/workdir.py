@@ -76,6 +76,20 @@ def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
+def inherit(workdir: pathlib.Path, source: pathlib.Path, tokenizer: str) -> None:
+  """Copies what came with an import to a run that begins with its weights and has its tokenizer.
+
+  Args:
+    workdir: of the run.
+    source: the workdir whose weights it begins with.
+    tokenizer: the fingerprint of the run's tokenizer.
+  """
+  if files.exists(source / HF) and read_object(source / DATA).get("tokenizer") == tokenizer:
+    (workdir / HF).mkdir(exist_ok=True)
+    for path in (source / HF).iterdir():
+      files.write(workdir / HF / path.name, files.read_bytes(path))
+
+
 def split_step(text: str) -> tuple[str, int | None]:
   """Returns the workdir and the step of WORKDIR:STEP; None for WORKDIR alone."""
   named = re.fullmatch(r"(.+):([0-9]+)", text)

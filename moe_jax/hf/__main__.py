@@ -72,7 +72,7 @@ def run_import(args: argparse.Namespace) -> None:
   with jax.set_mesh(mesh):
     importing.save(made, importing.read(made, mesh, _progress), path)
   print(f"{path} holds it as step 0: eval.py and generate.py take --workdir={path}, "
-        f"train.py --init_from={path}")  # fmt: skip
+        f"train.py --config={path} --init_from={path}")  # fmt: skip
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -216,6 +216,8 @@ def _train(
     if source and jax.process_index() == 0:
       print(f"{path} begins with {source}")
       workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
+      fingerprint = text.train.tokenizer.fingerprint
+      workdir_lib.inherit(path, workdir_lib.open_path(source.workdir), fingerprint)
   batches = text.batches(config)
   pipeline.move(batches, next_after(start, next_batch, rewinds))
   loop = Loop(config, path, saver, start, profiling.Profiler(window, path, start))

@@ -275,13 +275,16 @@ def test_rows_are_as_long_as_the_model_and_memory_allow(
 
 @pytest.mark.slow
 def test_the_tokenizer_travels(tmp_path):
-  """In with the weights, into generated text from a workdir that has moved, and out again."""
+  """In with the weights, to a workdir that has moved, to what is trained from it, and out."""
   model = letters(20)
   config = toy()
   family = families.FAMILIES["qwen3_moe"]
   with jax.set_mesh(mesh_of()):
     exporting.export(loaded(config), family, tmp_path / "in")
     model.save(str(tmp_path / "in/tokenizer.json"))
+    set_config(tmp_path / "in", bos_token_id=None, eos_token_id=None)
+    (tmp_path / "in/chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "in/generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     made = plan(tmp_path / "in")
     importing.save(made, importing.read(made, mesh_of()), tmp_path / "first")
   (tmp_path / "first").rename(tmp_path / "moved")
@@ -290,11 +293,26 @@ def test_the_tokenizer_travels(tmp_path):
   (text,) = generator.generate("abc", max_new_tokens=8, temperature=0)
   assert text.tokens and all(token <= 20 for token in text.tokens)
   assert generator.tokenizer.encode("abc").tolist() == [1, 2, 3]
-  run = exporting.load(str(tmp_path / "moved"), 0)
+  (tmp_path / "texts").mkdir()
+  for number in range(40):
+    (tmp_path / f"texts/{number}.txt").write_text("abcdefghij" * 20)
+  done = call(
+    "train.py", f"--config={tmp_path / 'moved'}", f"--init_from={tmp_path / 'moved'}",
+    f"--workdir={tmp_path / 'run'}", "--config.data.name=text", "--config.train.steps=2",
+    "--config.optimizer.warmup_steps=1", "--config.mesh.data=8",
+    f"--config.data.path={tmp_path / 'texts'}", "--config.eval.batches=1",
+  )  # fmt: skip
+  assert not done.returncode, done.stderr
+  shutil.rmtree(tmp_path / "moved")
+  trained = moe_jax.load(tmp_path / "run")
+  assert trained.imported and list(trained.tokenizer.ends) == [3, 5]
+  run = exporting.load(str(tmp_path / "run"), 0)
   with jax.set_mesh(mesh_of()):
     exporting.export(run, family, tmp_path / "out")
-  same = [(path / "tokenizer.json").read_text() for path in (tmp_path / "out", run.beside)]
-  assert same[0] == same[1]
+  assert (tmp_path / "out/tokenizer.json").read_text() == model.to_str(pretty=True)
+  assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+  ends = json.loads((tmp_path / "out/generation_config.json").read_text())
+  assert ends == {"eos_token_id": [3, 5]}
 
 
 def hf(*arguments):
