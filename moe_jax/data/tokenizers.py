@@ -114,10 +114,11 @@ class HuggingFace(Tokenizer):
     if size > _MOST:
       raise UserError(f"config.data.tokenizer={path!r}: an id of {size - 1:,} is over {_MOST:,}")
     special = {token.content: i for i, token in added.items() if token.special}
-    guess = next((special[name] for name in _SEPARATORS if name in special), size)
+    known = next((special[name] for name in _SEPARATORS if name in special), None)
+    guess = size if known is None else known
     bos, eos = (vocabulary.get(beside.names.get(name)) for name in ("bos_token", "eos_token"))
-    said = (i for i in (bos, beside.begin, eos, *beside.ends) if i is not None)
-    separator = next(said, guess)
+    said = (i for i in (bos, beside.begin, eos, known, *beside.ends) if i is not None)
+    separator = next(said, size)
     file = json.loads(pathlib.Path(path).read_bytes())
     for rule in ("continuing_subword_prefix", "end_of_word_suffix"):
       if mark := file["model"].get(rule):

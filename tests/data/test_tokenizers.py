@@ -137,7 +137,7 @@ BESIDE = {
     (1, 1, 1, [0, 5]),
   ),
   "the model of text in one of images": (
-    {"config.json": {"text_config": {"eos_token_id": 5}}}, (5, 5, 5, [5])
+    {"config.json": {"text_config": {"eos_token_id": 5}}}, (0, 0, 0, [5])
   ),
 }  # fmt: skip
 
