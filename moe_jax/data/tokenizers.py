@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import Data, UserError
+from moe_jax.config import Config, Data, UserError
 from moe_jax.data import special_tokens
 
 # The first of these that is a special token begins each document, where no file says which does.
@@ -139,6 +139,7 @@ class HuggingFace(Tokenizer):
     beyond = f"{separator} {more}" if more or separator != guess else ""
     super().__init__(pieces_V, separator, _fingerprint(path, beyond))
     self.ends = sorted({*beside.ends, *([] if eos is None else [eos])})
+    self.invented = separator == size  # an id that the file does not have
     self.eos = separator if eos is None else eos
     self.prefix = self.eos if bos is None else bos
 
@@ -240,14 +241,20 @@ def load_tokenizer(config: Data) -> Tokenizer:
     ) from error
 
 
-def check_fits(tokenizer: Tokenizer, name: str, rows: int) -> None:
-  """Raises a UserError if a tokenizer has ids beyond the rows of an embedding."""
+def check_fits(config: Config) -> Tokenizer:
+  """Returns the tokenizer of a run; raises a UserError if it has ids beyond the embedding."""
+  tokenizer, rows = load_tokenizer(config.data), config.model.vocab_size
   if tokenizer.vocab_size > rows:
-    raise UserError(
-      f"{name} has ids up to {tokenizer.vocab_size - 1:,}, and the embedding {rows:,} rows; its "
-      f"separator, {tokenizer.separator:,}, is the bos_token or eos_token of "
-      f"{special_tokens.CONFIG} beside it, where that names one"
+    invented = (
+      f" ({tokenizer.separator} separates documents, as {special_tokens.CONFIG} names none)"
     )
+    raise UserError(
+      f"config.model.vocab_size={rows} is less than the {tokenizer.vocab_size} of "
+      f"config.data.tokenizer={config.data.tokenizer}; set it to {tokenizer.vocab_size} or more"
+      + invented
+      * (isinstance(tokenizer, HuggingFace) and tokenizer.invented)
+    )
+  return tokenizer
 
 
 def _import(package: str, path: str) -> Any:

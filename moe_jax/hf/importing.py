@@ -94,8 +94,7 @@ def plan(folder: str, mesh: Mesh) -> Plan:
   if config.data.tokenizer == "bytes":
     notes.append("no tokenizer is there: a text is its bytes")
   else:
-    tokenizer = tokenizers.load_tokenizer(config.data)
-    tokenizers.check_fits(tokenizer, config.data.tokenizer, model.vocab_size)
+    tokenizers.check_fits(config)
   try:
     tensors = layout.tensors(model, parts.TOP, layer, parts.LAYER)
   except KeyError as error:

@@ -60,7 +60,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   startup.start()
   config.mesh = sharding.fit_mesh(config.mesh, parts=jax.process_count())
   cost.check_weights_memory(config)
-  tokenizer = tokenizers.load_tokenizer(config.data)
+  tokenizer = tokenizers.check_fits(config)
   workdir_lib.check_same_tokenizer(path, tokenizer.fingerprint)
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
   model = decoding.for_inference(model)

@@ -114,12 +114,7 @@ def _say_if_rates_move(path: pathlib.Path, config: config_lib.Config) -> None:
 
 def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:
   """Returns the rows of the run; raises a UserError if the run was trained on others."""
-  vocab_size = tokenizers.load_tokenizer(config.data).vocab_size
-  if vocab_size > config.model.vocab_size:  # before hours of tokenising
-    raise UserError(
-      f"config.model.vocab_size={config.model.vocab_size} is less than the {vocab_size} of "
-      f"config.data.tokenizer={config.data.tokenizer}; set it to {vocab_size} or more"
-    )
+  tokenizers.check_fits(config)  # before hours of tokenising
   text = Text(
     pipeline.load_rows(config.data, "train"), pipeline.load_rows(config.data, "validation")
   )
