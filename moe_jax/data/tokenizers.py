@@ -246,7 +246,7 @@ def check_fits(config: Config) -> Tokenizer:
   tokenizer, rows = load_tokenizer(config.data), config.model.vocab_size
   if tokenizer.vocab_size > rows:
     invented = (
-      f" ({tokenizer.separator} separates documents, as {special_tokens.CONFIG} names none)"
+      f" ({tokenizer.separator} begins a text: {special_tokens.CONFIG} names none)"
     )
     raise UserError(
       f"config.model.vocab_size={rows} is less than the {tokenizer.vocab_size} of "

@@ -168,7 +168,7 @@ BAD = {
   "dense layers": (lambda p: set_config(p, mlp_only_layers=[1, 7]), "model.moe.dense_layers=1,7"),
   "another tokenizer": (lambda p: (p / "tiktoken.model").touch(), "tiktoken.model, is not read"),
   "more ids": (lambda p: [set_config(p, bos_token_id=None, eos_token_id=None),
-                          letters(26).save(str(p / "tokenizer.json"))], "=24 is less than the 27 of"),
+                          letters(26).save(str(p / "tokenizer.json"))], "=24 is less than the 27"),
   "rope": (lambda p: set_config(p, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
            "rope_type='dynamic' cannot be expressed"),
   "heads": (lambda p: set_config(p, num_key_value_heads=3), "config.model.num_kv_heads=3"),
