@@ -22,7 +22,7 @@ def delete_remains(checkpoints: pathlib.Path) -> None:
   """Deletes what a save or a deletion that was cut off has left."""
   _delete_all(checkpoints / DELETED)
   for partial in checkpoints.glob(f"*{_TEMPORARY}*"):
-    partial.unlink() if partial.is_symlink() else shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 class Unneeded:

@@ -237,15 +237,20 @@ def make(workdir: pathlib.Path) -> None:
 
 
 def refuse_links(workdir: pathlib.Path) -> None:
-  """Raises a UserError for a symbolic link where a run writes: it would write somewhere else."""
+  """Raises a UserError for a symbolic link where a run writes or deletes: it leads somewhere else."""
   if remote.is_remote(workdir):
     return  # an object store has none
-  for name in (METRICS, ALARMS, LOCK, CHECKPOINTS, SET_ASIDE, TENSORBOARD, PROFILE, LOG):
-    if (workdir / name).is_symlink():
-      raise UserError(
-        f"--workdir={workdir}: {name} is a symbolic link, and a run writes through none; put the "
-        "folder or file itself there, or name the workdir where it should be"
-      )
+  tops = (METRICS, ALARMS, LOCK, CHECKPOINTS, SET_ASIDE, TENSORBOARD, PROFILE, LOG)
+  for folder, folders, names in os.walk(workdir):  # which follows none below the workdir
+    top = folder == os.fspath(workdir)
+    for path in (pathlib.Path(folder, name) for name in (tops if top else folders + names)):
+      if path.is_symlink():
+        raise UserError(
+          f"--workdir={workdir}: {path.relative_to(workdir)} is a symbolic link, and a run writes "
+          "through none; put the folder or file itself there, or name the workdir where it should be"
+        )
+    # Below the folder of a whole checkpoint nothing is written, and it is deleted without links.
+    folders[:] = [name for name in folders if (not top or name in tops) and not name.isdecimal()]
 
 
 def recorded_step(workdir: pathlib.Path) -> int | None:

@@ -240,14 +240,22 @@ def test_a_step_that_was_due_an_evaluation_gets_it_when_the_run_goes_on(text, tm
   assert arrays_of(parts, 8) == arrays_of(whole, 8)
 
 
-def test_no_run_writes_through_a_link(text, trained, tmp_path):
-  for name in ("checkpoints", "tensorboard", "metrics.jsonl", "profile", "alarms.jsonl"):
-    workdir = tmp_path / name / "run"
-    shutil.copytree(trained, workdir)
-    if (workdir / name).exists():
-      (workdir / name).rename(tmp_path / name / "elsewhere")
-    (workdir / name).symlink_to(tmp_path / name / "elsewhere")
-    refused(text, workdir, f"{name} is a symbolic link, and a run writes through none", UserError)
+@pytest.mark.parametrize("name", [
+  "checkpoints", "checkpoints/deleted", "checkpoints/4", "tensorboard", "metrics.jsonl", "profile",
+  "profile/plugins/profile", "alarms.jsonl",
+])  # fmt: skip
+def test_no_run_writes_or_deletes_through_a_link(name, text, trained, tmp_path):
+  workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+  shutil.copytree(trained, workdir)
+  (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+  if (workdir / name).exists():
+    (workdir / name).rename(elsewhere)
+  else:
+    (elsewhere / "mine").mkdir(parents=True)
+  (workdir / name).symlink_to(elsewhere)
+  before = sorted(elsewhere.rglob("*"))
+  refused(text, workdir, f"{name} is a symbolic link, and a run writes through none", UserError)
+  assert sorted(elsewhere.rglob("*")) == before
 
 
 def test_the_rows_that_are_named_are_those_of_the_batch(text):
