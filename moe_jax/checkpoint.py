@@ -123,7 +123,7 @@ class Checkpointer:
       return False
     self.wait()
     about = {"arrays": arrays, "next_batch": next_batch, "step": step, "loss": str(loss)}
-    stored = digests.sealed(about)
+    stored = files.sealed({"about": about})
     with self._storage_errors(step):
       self._manager.save(
         step,
@@ -212,9 +212,9 @@ class Checkpointer:
       files.notice(f"note: checkpoint {step} is not verified: it was saved without digests")
       return {}
     stored = self._read(step, about=ocp.args.JsonRestore())["about"]
-    about = digests.unsealed(stored)
-    if not about:
+    if not isinstance(stored, dict) or stored.get("digest") != files.digest(stored):
       raise self._damaged(step, "its digests are not what was written")
+    about = stored["about"]
     here, there = digests.kinds(fields), about["arrays"]
     other = [name for name, kind in here.items() if there.get(name, "").split(" ")[0] != kind]
     if other:

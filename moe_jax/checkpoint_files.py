@@ -16,6 +16,7 @@ DELETED = "deleted"  # a folder in that of the checkpoints, of those that no run
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is not completely written
 _METADATA = "_CHECKPOINT_METADATA"
 _METRICS = "metrics/metrics"
+_ABOUT = "about/metadata"
 
 
 def delete_remains(checkpoints: pathlib.Path) -> None:
@@ -52,18 +53,20 @@ def _delete_all(folder: pathlib.Path) -> None:
 
 
 def unreadable(folder: pathlib.Path) -> str:
-  """Returns what is wrong with the small files of a checkpoint, without which Orbax does not start.
+  """Returns what is wrong with the small files of a checkpoint, by which Orbax opens and keeps it.
 
   "" where they are as they should be.
   """
-  for name in (_METADATA, _METRICS):
-    try:
-      value = files.read_json(folder / name, "")
-    except DamagedError as error:
-      return str(error)
-    if not value:
-      return f"{folder / name} is missing"
-  return "" if isinstance(value.get("loss"), float) else f"{folder / name} has no loss"
+  try:
+    found = [files.read_json(folder / name, "") for name in (_METADATA, _METRICS, _ABOUT)]
+  except DamagedError as error:
+    return str(error)
+  if not found[0] or not isinstance(loss := found[1].get("loss"), float):
+    return f"{folder / (_METRICS if found[0] else _METADATA)} is missing or has no loss"
+  # A checkpoint of before there were digests has no copy of its loss.
+  about = found[2].get("about", {"loss": str(loss)})
+  saved = about.get("loss") if isinstance(about, dict) else about
+  return "" if saved == str(loss) else f"the loss is {loss}, not {saved}"
 
 
 def has_digests(folder: pathlib.Path) -> bool:

@@ -6,6 +6,7 @@ by the store itself. Imports no jax.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -76,7 +77,28 @@ def read_json(path: pathlib.Path, remedy: str) -> dict[str, Any]:
     raise DamagedError(
       f"{path} is damaged (it holds a {type(value).__name__}, not an object); {remedy}"
     )
+  if not is_whole(value):
+    raise DamagedError(
+      f"{path} is damaged (its digest is of other values; if you changed them yourself, remove its "
+      f'"digest"); {remedy}'
+    )
   return value
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the values with their digest, by which `is_whole` sees a later change."""
+  return values | {"digest": digest(values)}
+
+
+def is_whole(stored: dict[str, Any]) -> bool:
+  """Returns whether an object is what was written; true, too, of one without a digest."""
+  return "digest" not in stored or stored["digest"] == digest(stored)
+
+
+def digest(values: dict[str, Any]) -> str:
+  """Returns the digest of what an object has under "about", else of all but its own digest."""
+  values = values.get("about") or {k: v for k, v in values.items() if k != "digest"}
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read(path: pathlib.Path, remedy: str) -> str | None:
@@ -133,7 +155,7 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
     value = None
     with contextlib.suppress(ValueError, RecursionError):
       value = json.loads(line)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and is_whole(value):
       objects.append(value)
     else:
       damaged.append(number)

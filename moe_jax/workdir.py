@@ -144,7 +144,7 @@ def _stored_config(path: pathlib.Path) -> Config:
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-  files.write(workdir / CONFIG, config_lib.to_json(config) + "\n")
+  files.write_json(workdir / CONFIG, files.sealed(json.loads(config_lib.to_json(config))))
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
@@ -260,8 +260,17 @@ def recorded_step(workdir: pathlib.Path) -> int | None:
 
 
 def rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines of alarms.jsonl about rewinds: the step each went to, and its next batch."""
-  lines = read_lines(workdir / ALARMS)
+  """Returns the lines of alarms.jsonl about rewinds: the step each went to, and its next batch.
+
+  Raises:
+    DamagedError: a line is not what was written, and may be one of them.
+  """
+  lines, damaged = files.read_lines(workdir / ALARMS)
+  if damaged:
+    raise DamagedError(
+      f"{workdir / ALARMS} is damaged: line {damaged[0]} is not what was written, and may say where "
+      "the data go on; put the file back from a copy, or delete the line if it is of no rewind"
+    )
   return [line for line in lines if line.get("alarm") == "rewind" and "next_batch" in line]
 
 
@@ -317,7 +326,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
-  files.append_line(path, values)
+  files.append_line(path, files.sealed(values) if path.name == ALARMS else values)
 
 
 def keep_lines(path: pathlib.Path, resume_step: int) -> None:

@@ -98,6 +98,18 @@ def test_what_is_no_object_is_one_line(kind, tmp_path):
   assert "\n" not in str(error.value) and len(str(error.value)) < 300 + len(str(path))
 
 
+def test_a_digest_tells_a_change_and_may_be_missing(tmp_path):
+  path = tmp_path / "value.json"
+  for values in ({"a": 1, "b": [float("inf")]}, {"about": {"a": 1}}):
+    files.write_json(path, files.sealed(values))
+    assert files.read_json(path, "") == files.sealed(values)
+    path.write_text(path.read_text().replace("1", "2", 1))
+    with pytest.raises(DamagedError, match=r'changed them yourself, remove its "digest"\); put it'):
+      files.read_json(path, "put it back")
+  path.write_text('{"a": 2}')
+  assert files.read_json(path, "") == {"a": 2}
+
+
 def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
   with pytest.raises(DamagedError, match=r"cannot be read \(Is a directory\); delete it"):
     files.read_json(tmp_path, "delete it")

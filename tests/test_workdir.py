@@ -1,5 +1,6 @@
 """The files of a run: what is kept when it goes on, and what may not differ."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import workdir
+from moe_jax import files, workdir
 from moe_jax.config import Dispatch
 from moe_jax.errors import DamagedError, UserError
 
@@ -102,6 +103,44 @@ def _changed(**changes):
   moe = dataclasses.replace(moe, **{n: v for n, v in changes.items() if n in fields})
   model = config_lib.Model(moe=moe, **{n: v for n, v in changes.items() if n not in fields})
   return config_lib.Config(model=model)
+
+
+def test_no_character_of_a_config_changes_unnoticed(tmp_path):
+  """And a file of before there were digests, or of one who has removed it, is read."""
+  path = tmp_path / workdir.CONFIG
+  workdir.write_config(tmp_path, config_lib.Config())
+  whole = path.read_text()
+  assert workdir.read_config(tmp_path) == config_lib.Config()
+  for place in range(0, len(whole), 7):
+    other = "7" if whole[place] in "01234568" else "_"
+    path.write_text(whole[:place] + other + whole[place + 1 :])
+    with contextlib.suppress(DamagedError, UserError):
+      assert workdir.read_config(tmp_path) == config_lib.Config(), whole[place - 30 : place]
+  values = json.loads(whole)
+  values["data"]["batch_size"] += 1
+  path.write_text(json.dumps(values))
+  with pytest.raises(DamagedError, match='yourself, remove its "digest"\\); put it back from a copy'):
+    workdir.read_config(tmp_path)
+  del values["digest"]
+  path.write_text(json.dumps(values))
+  assert workdir.read_config(tmp_path).data.batch_size == config_lib.Data().batch_size + 1
+
+
+def test_no_character_of_the_alarms_moves_the_data_unnoticed(tmp_path):
+  path, line = tmp_path / workdir.ALARMS, {"step": 8, "alarm": "rewind", "next_batch": 11}
+  path.write_text(json.dumps(line) + "\n")  # of before there were digests
+  assert workdir.rewinds(tmp_path) == [line]
+  path.unlink()
+  workdir.append_line(path, line)
+  assert workdir.rewinds(tmp_path) == [files.sealed(line)]
+  workdir.keep_lines(path, 8)
+  whole = path.read_text()
+  assert workdir.rewinds(tmp_path) == [files.sealed(line)]
+  for place in range(len(whole) - 1):
+    path.write_text(whole[:place] + ("7" if whole[place] != "7" else "1") + whole[place + 1 :])
+    with contextlib.suppress(DamagedError):
+      (found,) = workdir.rewinds(tmp_path)
+      assert {name: found.get(name) for name in line} == line, whole[:place]
 
 
 def test_what_changes_no_value_may_change(tmp_path):
