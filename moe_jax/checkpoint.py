@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from moe_jax import checkpoint_files, digests, files, remote, sharding
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, why_unread
+from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, notice, why_unread
 
 
 class Checkpointer:
@@ -209,7 +209,7 @@ class Checkpointer:
       UserError: the checkpoint has no arrays of the names, types and shapes of `fields`.
     """
     if not checkpoint_files.has_digests(self._folder / str(step)):
-      files.notice(f"note: checkpoint {step} is not verified: it was saved without digests")
+      notice(f"note: checkpoint {step} is not verified: it was saved without digests")
       return {}
     stored = self._read(step, about=ocp.args.JsonRestore())["about"]
     if not isinstance(stored, dict) or stored.get("digest") != files.digest(stored):

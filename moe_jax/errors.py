@@ -1,8 +1,11 @@
 """The errors that end a program with one line, and its exit codes (docs/reliability.md)."""
 
+import atexit
 import errno
 import os
 import re
+import sys
+from typing import NoReturn
 
 # Errors of the operating system that mean "this disk cannot be written (or read) now".
 _STORAGE = {
@@ -49,6 +52,28 @@ class PeerError(UserError):
   """Another process of the run is gone. The same command on all hosts goes on."""
 
   code = 7  # 6 is training.health.StopAlarm
+
+
+def shown(text: str) -> str:
+  """Returns a text in one line, in which nothing is left that a terminal would act upon."""
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def notice(text: str) -> None:
+  """Prints one line on stderr."""
+  print(shown(text), file=sys.stderr, flush=True)
+
+
+def end(code: int) -> NoReturn:
+  """Ends the program after its last line: a library's threads are not waited for, nor heard.
+
+  Those of a save that has failed wait for each other for five minutes.
+  """
+  if sys.stderr is sys.__stderr__:  # and not a caller's, who goes on in this process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    atexit._run_exitfuncs()
+    os._exit(code)
+  sys.exit(code)
 
 
 def is_storage(error: BaseException) -> bool:

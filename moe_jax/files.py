@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -200,11 +199,6 @@ def storage_errors(path: pathlib.Path) -> Iterator[None]:
       f"cannot write {path}: {error.strerror or error}; what was saved before is intact, and the "
       "same command goes on once this can be written"
     ) from error
-
-
-def notice(text: str) -> None:
-  """Prints one line on stderr."""
-  print(text, file=sys.stderr, flush=True)
 
 
 def _short(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from moe_jax import config as config_lib
 from moe_jax import files, remote
 from moe_jax.config import Config
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, UserError, notice
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its fingerprint}
@@ -237,7 +237,7 @@ def make(workdir: pathlib.Path) -> None:
 
 
 def refuse_links(workdir: pathlib.Path) -> None:
-  """Raises a UserError for a symbolic link where a run writes or deletes: it leads somewhere else."""
+  """Raises a UserError for a symbolic link where a run writes or deletes, which leads elsewhere."""
   if remote.is_remote(workdir):
     return  # an object store has none
   tops = (METRICS, ALARMS, LOCK, CHECKPOINTS, SET_ASIDE, TENSORBOARD, PROFILE, LOG)
@@ -246,8 +246,9 @@ def refuse_links(workdir: pathlib.Path) -> None:
     for path in (pathlib.Path(folder, name) for name in (tops if top else folders + names)):
       if path.is_symlink():
         raise UserError(
-          f"--workdir={workdir}: {path.relative_to(workdir)} is a symbolic link, and a run writes "
-          "through none; put the folder or file itself there, or name the workdir where it should be"
+          f"--workdir={workdir}: {path.relative_to(workdir)} is a symbolic link, and a run "
+          "writes through none; put the folder or file itself there, or name the workdir where it "
+          "should be"
         )
     # Below the folder of a whole checkpoint nothing is written, and it is deleted without links.
     folders[:] = [name for name in folders if (not top or name in tops) and not name.isdecimal()]
@@ -268,8 +269,8 @@ def rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
   lines, damaged = files.read_lines(workdir / ALARMS)
   if damaged:
     raise DamagedError(
-      f"{workdir / ALARMS} is damaged: line {damaged[0]} is not what was written, and may say where "
-      "the data go on; put the file back from a copy, or delete the line if it is of no rewind"
+      f"{workdir / ALARMS} is damaged: line {damaged[0]} is not what was written, and may say "
+      "where the data go on; put the file back from a copy, or delete the line if it is no rewind"
     )
   return [line for line in lines if line.get("alarm") == "rewind" and "next_batch" in line]
 
@@ -285,7 +286,7 @@ def set_aside(workdir: pathlib.Path, step: int, why: str) -> None:
   folder = workdir / SET_ASIDE
   folder.mkdir(exist_ok=True)
   target = folder / f"{step}.{len(list(folder.glob(f'{step}.*')))}"
-  files.notice(f"checkpoint {step} is set aside as {target}: {why}")
+  notice(f"checkpoint {step} is set aside as {target}: {why}")
   files.move(workdir / CHECKPOINTS / str(step), target)
 
 
@@ -321,7 +322,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   if damaged:
     more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     numbers = ", ".join(map(str, damaged[:3]))
-    files.notice(f"{path} is damaged: line {numbers}{more} left out, {len(lines)} read")
+    notice(f"{path} is damaged: line {numbers}{more} left out, {len(lines)} read")
   return [line for line in lines if isinstance(line.get("step"), int)]
 
 
