@@ -87,8 +87,12 @@ def next_batch(folder: pathlib.Path) -> int | None:
 
 @functools.cache  # once
 def silence_late_answers() -> None:
-  """Ignores what is still printed of other arrays when one cannot be read or written."""
+  """Ignores what is still printed of other arrays when one cannot be read or written.
+
+  And a warning that Orbax has for whoever only reads.
+  """
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
   hook = sys.unraisablehook
 
   def without_late_answers(error: Any) -> None:

@@ -238,6 +238,11 @@ def test_a_changed_loss_does_not_decide_which_checkpoints_are_kept(tmp_path, cap
   assert capfd.readouterr().err.endswith("set_aside/1.0: the loss is 9.5, not 1.5\n")
 
 
+def test_who_only_reads_gets_no_warning(whole_run, caplog):
+  checkpoint.Checkpointer(whole_run.workdir).close()
+  assert not caplog.messages
+
+
 def test_a_checkpoint_that_no_run_needs_is_deleted(tmp_path):
   saver = checkpoint.Checkpointer(tmp_path, config.Train(keep_latest=1, keep_best=0))
   for step in (1, 2, 3):
