@@ -63,13 +63,28 @@ def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return remote.open_path(os.fspath(workdir))
 
 
+def open_written(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path of a workdir in which checkpoints are saved.
+
+  Raises:
+    UserError: Orbax would look for their parts in other folders, or TensorStore refuse the name.
+  """
+  path = open_path(workdir)
+  if odd := re.search(r"[][*?\\\ud800-\udfff]", str(remote.resolved(path))):
+    raise UserError(
+      f"--workdir={workdir}: no checkpoint can be saved below a folder with {odd[0]!r} in its name,"
+      " which the libraries take for a pattern, or is no UTF-8; name another folder"
+    )
+  return path
+
+
 def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the path of a workdir that does not exist yet, or is empty.
 
   Raises:
     UserError: there are files in it, or it cannot be opened.
   """
-  path = open_path(workdir)
+  path = open_written(workdir)
   if path.exists() and any(path.iterdir()):
     raise UserError(f"--workdir={workdir} is not empty; name a new folder")
   return path

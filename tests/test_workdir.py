@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -37,6 +38,16 @@ def test_an_object_comes_back_as_the_file_has_it(tmp_path):
   path.write_text('{"loss": 1')
   with pytest.raises(DamagedError, match=r"eval.json is damaged .*; delete it and run eval.py"):
     workdir.read_object(path)
+
+
+@pytest.mark.parametrize("name", ["a[1]/run", "a]", "a*b", "a?b", "a\\b", "a\udcffb"])
+def test_a_name_in_which_no_checkpoint_could_be_read_again_is_refused(name, tmp_path):
+  (odd,) = set(name) & set("[*?\\\udcff") or "]"
+  said = rf"^--workdir=.*{re.escape(repr(odd))} in its name, .*; name another folder$"
+  for opened in (workdir.open_written, workdir.open_new):
+    with pytest.raises(UserError, match=said):
+      opened(tmp_path / name)
+    assert opened(tmp_path / "a%20b #{1}") == tmp_path / "a%20b #{1}"
 
 
 def test_kernels_are_remembered(tmp_path):

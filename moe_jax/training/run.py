@@ -90,7 +90,7 @@ def begin(config: config_lib.Config, workdir: str) -> tuple[config_lib.Config, p
   config = validation.resolve_mesh(config, jax.device_count())
   choose.check(config)
   cost.check_training_memory(config, optimizers.abstract_state(config))
-  path = workdir_lib.open_path(workdir)
+  path = workdir_lib.open_written(workdir)
   workdir_lib.check_same_config(path, config)
   _say_if_rates_move(path, config)
   return config, path
