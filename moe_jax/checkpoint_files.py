@@ -72,7 +72,7 @@ def unreadable(folder: pathlib.Path) -> str:
 def has_digests(folder: pathlib.Path) -> bool:
   """Returns whether a checkpoint was saved with digests, also where they are missing now."""
   items = files.read_json(folder / _METADATA, "").get("item_handlers")
-  return (folder / "about").exists() or "about" in (items or {})
+  return (folder / "about").exists() or "about" in str(items)
 
 
 def next_batch(folder: pathlib.Path) -> int | None:

@@ -6,10 +6,12 @@ by the store itself. Imports no jax.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,15 +109,11 @@ def read(path: pathlib.Path, remedy: str) -> str | None:
     DamagedError: the file is not UTF-8 or cannot be read; the message ends with `remedy`.
   """
   try:
-    return read_bytes(path).decode("utf-8")
+    return read_bytes(path, remedy).decode("utf-8")
   except FileNotFoundError:
     return None
   except UnicodeDecodeError:
     raise DamagedError(f"{path} is damaged (it is not UTF-8 text); {remedy}") from None
-  except OSError as error:
-    if why := why_unread(error):
-      raise unread(path, why) from error
-    raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
 def unread(path: pathlib.Path, why: str) -> StorageError:
@@ -129,8 +127,27 @@ def exists(path: pathlib.Path) -> bool:
   return os.path.exists(path)  # False, too, where no path can be so long
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
-  return remote.read(path) if remote.is_remote(path) else path.read_bytes()
+def read_bytes(path: pathlib.Path, remedy: str = "make it a readable file, or remove it") -> bytes:
+  """Returns what is in a file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    DamagedError: it is a folder, a pipe or a device, which could be waited for or read for ever.
+    StorageError: it cannot be read now.
+  """
+  if remote.is_remote(path):
+    return remote.read(path)
+  try:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+      if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise OSError(errno.EINVAL, "it is no file")
+      return file.read()
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    if why := why_unread(error):
+      raise unread(path, why) from error
+    raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
 def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -142,12 +159,6 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
     raw = read_bytes(path)
   except FileNotFoundError:
     return [], []
-  except OSError as error:
-    if why := why_unread(error):
-      raise unread(path, why) from error
-    raise DamagedError(
-      f"{path} cannot be read ({error.strerror}); make it a readable file, or remove it"
-    ) from None
   *whole, _ = raw.split(b"\n")
   objects, damaged = [], []
   for number, line in enumerate(whole, 1):

@@ -96,7 +96,7 @@ def _beat(descriptor: int, ended: threading.Event) -> None:
 
 
 def _owner(descriptor: int) -> dict[str, Any]:
-  with contextlib.suppress(ValueError):
+  with contextlib.suppress(ValueError, RecursionError, OSError):  # also of what is no file
     value = json.loads(os.pread(descriptor, 4096, 0))
     return value if isinstance(value, dict) else {}
   return {}

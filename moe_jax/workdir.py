@@ -44,6 +44,11 @@ _REMEDY = {
   ROUTING: "delete it and run eval.py --routing again",
 }
 
+# What is in those that have the same fields in every run.
+_KINDS: dict[str, dict[str, type]] = {
+  SAVED: {"step": int}, INIT: {"workdir": str, "step": int, "optimizer": bool},
+}  # fmt: skip
+
 # Fields that a resumed run may change, since they change no value of the training: where and how
 # long it runs, what is logged and watched, and by which kernels the same values are computed.
 _MAY_CHANGE = (
@@ -239,7 +244,8 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
   store, where nothing is renamed, it then writes one more file.
   """
   with remote.errors(workdir):
-    folders = [path for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    found = (workdir / CHECKPOINTS).glob("*")
+    folders = [path for path in found if re.fullmatch("0|[1-9][0-9]*", path.name)]  # no 007
     if remote.is_remote(workdir):
       folders = [path for path in folders if (path / "commit_success.txt").exists()]
     return sorted(int(path.name) for path in folders)
@@ -271,8 +277,7 @@ def refuse_links(workdir: pathlib.Path) -> None:
 
 def recorded_step(workdir: pathlib.Path) -> int | None:
   """Returns the newest step that the run has saved; None where there is no record."""
-  step = read_object(workdir / SAVED).get("step")
-  return step if isinstance(step, int) else None
+  return read_object(workdir / SAVED).get("step")
 
 
 def rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -299,7 +304,7 @@ def record_saved(workdir: pathlib.Path, step: int) -> None:
 def set_aside(workdir: pathlib.Path, step: int, why: str) -> None:
   """Moves a checkpoint to the folder of those that no run uses, and says so."""
   folder = workdir / SET_ASIDE
-  folder.mkdir(exist_ok=True)
+  make(folder)
   target = folder / f"{step}.{len(list(folder.glob(f'{step}.*')))}"
   notice(f"checkpoint {step} is set aside as {target}: {why}")
   files.move(workdir / CHECKPOINTS / str(step), target)
@@ -316,7 +321,11 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     DamagedError: the file holds something else.
   """
-  return files.read_json(path, _REMEDY.get(path.name, "put it back from a copy, or delete it"))
+  remedy = _REMEDY.get(path.name, "put it back from a copy, or delete it")
+  values, kinds = files.read_json(path, remedy), _KINDS.get(path.name)
+  if values and kinds and {name: type(value) for name, value in values.items()} != kinds:
+    raise DamagedError(f"{path} is damaged (it has other values than {', '.join(kinds)}); {remedy}")
+  return values
 
 
 def write_object(

@@ -116,6 +116,15 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
   assert files.read_json(tmp_path / "missing.json", "") == {}
 
 
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "zero").symlink_to("/dev/zero")
+  for name in ("pipe", "zero"):
+    for read in (lambda path: files.read_json(path, "delete it"), files.read_lines):
+      with pytest.raises(DamagedError, match=rf"{name} cannot be read \(it is no file\); "):
+        read(tmp_path / name)
+
+
 def test_damaged_lines_are_counted_and_a_cut_last_one_is_not(tmp_path):
   path = tmp_path / "lines.jsonl"
   path.write_bytes(b'{"step": 1}\n[2]\n\xff\xfe\n{"step": 4}\n{"step": 5')

@@ -12,7 +12,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import files, workdir
 from moe_jax.config import Dispatch
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, StorageError, UserError
 
 UNLIMITED = math.inf  # capacity factor
 
@@ -198,6 +198,30 @@ def test_the_saved_steps_are_the_whole_checkpoints(tmp_path):
     (tmp_path / workdir.CHECKPOINTS / name).mkdir(parents=True)
   assert workdir.saved_steps(tmp_path) == [4, 12]
   assert workdir.is_trained(tmp_path, 12) and not workdir.is_trained(tmp_path, 8)
+
+
+def test_a_folder_that_no_save_has_made_is_no_step(tmp_path):
+  for name in ("007", "\u0663", "0", "10"):
+    (tmp_path / workdir.CHECKPOINTS / name).mkdir(parents=True)
+  assert workdir.saved_steps(tmp_path) == [0, 10]
+
+
+@pytest.mark.parametrize(("name", "values"), [
+  (workdir.SAVED, {"step": "8"}), (workdir.SAVED, {"stop": 8}), (workdir.SAVED, {"step": True}),
+  (workdir.INIT, {"workdir": "a", "step": 8}),
+  (workdir.INIT, {"workdir": 5, "step": 8, "optimizer": False}),
+  (workdir.INIT, {"workdir": "a", "step": 8, "optimizer": False, "\u001b[31m": 1}),
+])  # fmt: skip
+def test_other_values_than_a_run_writes_are_one_line(name, values, tmp_path):
+  (tmp_path / name).write_text(json.dumps(values))
+  with pytest.raises(DamagedError, match=rf"{name} is damaged \(it has other values than .*step"):
+    workdir.read_object(tmp_path / name)
+
+
+def test_a_file_in_the_place_of_set_aside_is_one_line(tmp_path):
+  (tmp_path / workdir.SET_ASIDE).touch()
+  with pytest.raises(StorageError, match=r"cannot write .*set_aside: File exists"):
+    workdir.set_aside(tmp_path, 8, "damaged")
 
 
 def test_an_older_config_takes_defaults(tmp_path):

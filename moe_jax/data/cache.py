@@ -24,7 +24,10 @@ def directory() -> pathlib.Path:
   Nothing in a run's folder names it, because compiled programs in the cache are run.
   """
   default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moe_jax")
-  return pathlib.Path(os.environ.get("MOE_JAX_CACHE") or default).expanduser().absolute()
+  path = os.path.expanduser(os.environ.get("MOE_JAX_CACHE") or default)
+  if path.startswith("~"):
+    raise UserError(f"the cache {path} has no place: there is no home folder; {_REMEDY}")
+  return pathlib.Path(path).absolute()
 
 
 def make(path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from moe_jax import checkpoint, lock, sharding, startup, validation
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.data import pipeline, tokenizers
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.training import health, init_from, optimizers, profiling
@@ -208,11 +208,11 @@ def _train(
   start, state, next_batch = _restore_newest(saver, checkpoint.abstract(shapes, shardings))
   if start:
     began = f" from its own checkpoint; it began with {source}" if source else ""
-    print(f"resuming {path} at step {start}{began}")
+    print(shown(f"resuming {path} at step {start}{began}"))
   else:
     state = begin_state(init, source, shardings)
     if source and jax.process_index() == 0:
-      print(f"{path} begins with {source}")
+      print(shown(f"{path} begins with {source}"))
       workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
   batches = text.batches(config)
   pipeline.move(batches, next_after(start, next_batch, rewinds))
