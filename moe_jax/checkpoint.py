@@ -147,11 +147,12 @@ class Checkpointer:
     about = self._about(step, abstract_state._asdict())
     args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=args)
+    if why := checkpoint_files.unreadable(self._folder / str(step)):
+      raise self._damaged(step, why)
     state = self._read(step, state=wanted)["state"]
-    if about:
-      self._check(step, about, state._asdict())
-      self._same(step, about["loss"], str(self.loss(step)), "the loss")
-    self._same(step, step, int(state.step), "the number of the step")
+    self._check(step, about, state._asdict())
+    if step != int(state.step):
+      raise self._damaged(step, f"the number of the step is {int(state.step)}, not {step}")
     if about:
       return state, about["next_batch"]
     next_batch = checkpoint_files.next_batch(self._folder / str(step))
@@ -161,18 +162,26 @@ class Checkpointer:
 
   def restore_part(
     self, step: int, needed: dict[str, Any], mesh: jax.sharding.Mesh
-  ) -> dict[str, Any]:
-    """Returns some fields of the saved state, sharded over `mesh`.
+  ) -> tuple[int, dict[str, Any]]:
+    """Returns a step and some fields of its saved state, sharded over `mesh`.
 
     Args:
-      step: a saved step.
+      step: of the checkpoint; 0 is the newest, also where a training puts a newer in its place.
       needed: {field of the state: its shapes}; a model alone needs no moments of an optimizer.
       mesh: may differ from the one that saved the step.
 
     Raises:
       DamagedError: the checkpoint cannot be read, or is not what was saved.
     """
-    return self.restore_fields(step, abstract(needed, sharding.param_shardings(needed, mesh)))
+    fields = abstract(needed, sharding.param_shardings(needed, mesh))
+    while True:
+      found = self.find(step)
+      try:
+        return found, self.restore_fields(found, fields)
+      except DamagedError:
+        if step or found in workdir_lib.saved_steps(self._workdir):
+          raise
+        self._manager.reload()
 
   def restore_fields(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns some fields of the saved state; `fields` gives their shapes and shardings."""
@@ -180,8 +189,7 @@ class Checkpointer:
     args = ocp.checkpoint_utils.construct_restore_args(fields)
     state = ocp.args.PyTreeRestore(fields, restore_args=args, partial_restore=True)
     restored = self._read(step, state=state)["state"]
-    if about:
-      self._check(step, about, restored)
+    self._check(step, about, restored)
     return restored
 
   def _read(self, step: int, **items: Any) -> Any:
@@ -209,7 +217,6 @@ class Checkpointer:
       UserError: the checkpoint has no arrays of the names, types and shapes of `fields`.
     """
     if not checkpoint_files.has_digests(self._folder / str(step)):
-      notice(f"note: checkpoint {step} is not verified: it was saved without digests")
       return {}
     stored = self._read(step, about=ocp.args.JsonRestore())["about"]
     if not isinstance(stored, dict) or stored.get("digest") != files.digest(stored):
@@ -226,22 +233,21 @@ class Checkpointer:
     return about
 
   def _check(self, step: int, about: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Raises a DamagedError where an array is not the one that was saved."""
+    """Raises a DamagedError where an array is not the one that was saved, if that is known."""
+    if not about:
+      return notice(f"note: checkpoint {step} is not verified: it was saved without digests")
     read, _ = digests.of(fields)
     wrong = [name for name, digest in read.items() if about["arrays"].get(name) != digest]
     if wrong:
       more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
       raise self._damaged(step, f"other values than were saved in {', '.join(wrong[:3])}{more}")
 
-  def _same(self, step: int, saved: Any, read: Any, what: str) -> None:
-    if saved != read:
-      raise self._damaged(step, f"{what} is {read}, not {saved}")
-
   def _damaged(self, step: int, why: str) -> DamagedError:
-    others = [other for other in workdir_lib.saved_steps(self._workdir) if other != step]
+    steps = workdir_lib.saved_steps(self._workdir)
+    why = f"is damaged ({' '.join(why.split())[:160]})" if step in steps else "is there no more"
+    others = [other for other in steps if other != step]
     return DamagedError(
-      f"{self._folder / str(step)} is damaged ({' '.join(why.split())[:160]}); other checkpoints "
-      f"there: {others or 'none'}"
+      f"{self._folder / str(step)} {why}; other checkpoints there: {others or 'none'}"
     )
 
   def set_aside(self, step: int, why: str) -> None:

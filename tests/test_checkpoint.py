@@ -238,6 +238,24 @@ def test_a_changed_loss_does_not_decide_which_checkpoints_are_kept(tmp_path, cap
   assert capfd.readouterr().err.endswith("set_aside/1.0: the loss is 9.5, not 1.5\n")
 
 
+def test_the_newest_may_be_replaced_while_it_is_asked_for(tmp_path):
+  """By a training that keeps one; the newer one is read then, and is the only one that is."""
+  keep, mesh = config.Train(keep_latest=1, keep_best=0), mesh_of()
+  saver = checkpoint.Checkpointer(tmp_path, keep)
+  reader, needed = None, {"weights_DF": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+  for step in (1, 2):
+    assert saver.save(step, State(jnp.full((2, 3), float(step))), step, 1.0)
+    saver.wait()
+    reader = reader or checkpoint.Checkpointer(tmp_path)
+  assert reader.find(0) == 1
+  with pytest.raises(DamagedError, match=r"checkpoints/1 is there no more; other .* there: \[2\]"):
+    reader.restore_part(1, needed, mesh)
+  step, fields = reader.restore_part(0, needed, mesh)
+  assert step == 2 and float(fields["weights_DF"][0, 0]) == 2
+  saver.close()
+  reader.close()
+
+
 def test_who_only_reads_gets_no_warning(whole_run, caplog):
   checkpoint.Checkpointer(whole_run.workdir).close()
   assert not caplog.messages

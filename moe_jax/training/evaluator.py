@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,10 @@ def batch_size(config: config_lib.Config) -> int:
   return config.eval.batch_size or config.data.batch_size // config.train.accumulation
 
 
+class Stopped(Exception):
+  """An evaluation was asked to end before its last batch."""
+
+
 class Evaluator:
   """Runs `eval_step` over rows spread evenly over a split, always the same ones."""
 
@@ -66,6 +71,7 @@ class Evaluator:
   ):
     """Reads num_batches of the rows (`pipeline.eval_rows`); 0 is the whole split."""
     self._config, self._rows, self._mesh = config, rows, mesh
+    self.stopped: Callable[[], bool] = lambda: False  # asked before each batch
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = batch_size(config)
@@ -88,13 +94,15 @@ class Evaluator:
     return self.result(self.total(params, bias_ZE)) | gzip
 
   def total(self, params: Any, bias_ZE: jax.Array, *, by_document: bool = False) -> EvalSums:
-    """Returns the sums over all rows; `by_document`, also those of documents."""
+    """Returns the sums over all rows; `by_document`, also those of documents. May raise Stopped."""
     total: Any = None
     documents = None
     if by_document:
       shape = self._rows.starts_M.shape
       documents = DocumentSums(*(np.zeros(shape, dtype) for dtype in (float, int, int)))
     for numbers_B in pipeline.eval_batches(self.numbers, self.batch_size):
+      if self.stopped():
+        raise Stopped
       batch = self._rows.batch(numbers_B)
       placed = sharding.place(batch, self._mesh)
       sums, num_bytes, nll_BL = self._step(params, bias_ZE, placed, self._bytes_V)

@@ -136,9 +136,7 @@ def test_who_has_no_home_names_a_cache(monkeypatch):
   for name in ("MOE_JAX_CACHE", "XDG_CACHE_HOME", "HOME"):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without an entry
-  with pytest.raises(
-    UserError, match=r"there is no home folder; --cache_dir or \$MOE"
-  ):
+  with pytest.raises(UserError, match=r"there is no home folder; --cache_dir or \$MOE"):
     cache.directory()
 
 
