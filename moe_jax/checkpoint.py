@@ -147,8 +147,6 @@ class Checkpointer:
     about = self._about(step, abstract_state._asdict())
     args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=args)
-    if why := checkpoint_files.unreadable(self._folder / str(step)):
-      raise self._damaged(step, why)
     state = self._read(step, state=wanted)["state"]
     self._check(step, about, state._asdict())
     if step != int(state.step):
@@ -199,6 +197,9 @@ class Checkpointer:
       StorageError: the system or an object store does not let it be read, which says nothing about
         the checkpoint.
     """
+    local = not remote.is_remote(self._folder)
+    if local and any(path.is_fifo() for path in (self._folder / str(step)).rglob("*")):
+      raise self._damaged(step, "a pipe is in the place of a file")  # the libraries would wait
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # of many types, from three libraries
@@ -245,10 +246,8 @@ class Checkpointer:
   def _damaged(self, step: int, why: str) -> DamagedError:
     steps = workdir_lib.saved_steps(self._workdir)
     why = f"is damaged ({' '.join(why.split())[:160]})" if step in steps else "is there no more"
-    others = [other for other in steps if other != step]
-    return DamagedError(
-      f"{self._folder / str(step)} {why}; other checkpoints there: {others or 'none'}"
-    )
+    others = [other for other in steps if other != step] or "none"
+    return DamagedError(f"{self._folder / str(step)} {why}; other checkpoints there: {others}")
 
   def set_aside(self, step: int, why: str) -> None:
     """Moves a damaged checkpoint to the folder of those that no run uses, and says so.

@@ -16,7 +16,6 @@ DELETED = "deleted"  # a folder in that of the checkpoints, of those that no run
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is not completely written
 _METADATA = "_CHECKPOINT_METADATA"
 _METRICS = "metrics/metrics"
-_ABOUT = "about/metadata"
 
 
 def delete_remains(checkpoints: pathlib.Path) -> None:
@@ -58,11 +57,12 @@ def unreadable(folder: pathlib.Path) -> str:
   "" where they are as they should be.
   """
   try:
-    found = [files.read_json(folder / name, "") for name in (_METADATA, _METRICS, _ABOUT)]
+    found = [files.read_json(folder / n, "") for n in (_METADATA, _METRICS, "about/metadata")]
   except DamagedError as error:
     return str(error)
-  if not found[0] or not isinstance(loss := found[1].get("loss"), float):
-    return f"{folder / (_METRICS if found[0] else _METADATA)} is missing or has no loss"
+  items, loss = found[0].get("item_handlers"), found[1].get("loss")
+  if not isinstance(items, dict) or not isinstance(loss, float):
+    return f"{folder} has no {'items' if not isinstance(items, dict) else 'loss'}"
   # A checkpoint of before there were digests has no copy of its loss.
   about = found[2].get("about", {"loss": str(loss)})
   saved = about.get("loss") if isinstance(about, dict) else about
@@ -87,10 +87,7 @@ def next_batch(folder: pathlib.Path) -> int | None:
 
 @functools.cache  # once
 def silence_late_answers() -> None:
-  """Ignores what is still printed of other arrays when one cannot be read or written.
-
-  And a warning that Orbax has for whoever only reads.
-  """
+  """Ignores what is still printed of other arrays, and Orbax's warning for whoever only reads."""
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
   hook = sys.unraisablehook

@@ -115,8 +115,7 @@ def one_line_errors(main: Callable[[], None], end: Callable[[int], NoReturn] = e
     if not is_storage(error):
       raise
     name, text = getattr(error, "filename", None), getattr(error, "strerror", None)
-    message = f"{name or 'a file'}: {text}" if text else str(error)[:300]
-    notice(f"error: {message}")
+    notice(f"error: {name or 'a file'}: {text}" if text else f"error: {str(error)[:300]}")
     end(StorageError.code)
 
 

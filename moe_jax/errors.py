@@ -64,11 +64,13 @@ def notice(text: str) -> None:
   print(shown(text), file=sys.stderr, flush=True)
 
 
-def end(code: int) -> NoReturn:
-  """Ends the program after its last line: a library's threads are not waited for, nor heard.
+def short(error: Exception) -> str:
+  """Returns the beginning of what an error says, in one line."""
+  return " ".join(str(error).split())[:140] or type(error).__name__
 
-  Those of a save that has failed wait for each other for five minutes.
-  """
+
+def end(code: int) -> NoReturn:
+  """Ends the program after its last line: a library's threads are not waited for, nor heard."""
   if sys.stderr is sys.__stderr__:  # and not a caller's, who goes on in this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     atexit._run_exitfuncs()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax import remote
-from moe_jax.errors import DamagedError, StorageError, why_unread
+from moe_jax.errors import DamagedError, StorageError, UserError, short, why_unread
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
@@ -67,53 +67,33 @@ def read_json(path: pathlib.Path, remedy: str) -> dict[str, Any]:
   Raises:
     DamagedError: the file holds no JSON object; the message ends with `remedy`.
   """
-  text = read(path, remedy)
-  if text is None:
-    return {}
   try:
-    value = json.loads(text)
+    value = json.loads(read_bytes(path, remedy).decode())
+  except FileNotFoundError:
+    return {}
+  except UserError:
+    raise
   except (ValueError, RecursionError) as error:
-    raise DamagedError(f"{path} is damaged ({_short(error)}); {remedy}") from None
+    why = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else short(error)
+    raise DamagedError(f"{path} is damaged ({why}); {remedy}") from None
   if not isinstance(value, dict):
     raise DamagedError(
       f"{path} is damaged (it holds a {type(value).__name__}, not an object); {remedy}"
     )
-  if not is_whole(value):
-    raise DamagedError(
-      f"{path} is damaged (its digest is of other values; if you changed them yourself, remove its "
-      f'"digest"); {remedy}'
-    )
+  if "digest" in value and value["digest"] != digest(value):
+    raise DamagedError(f"{path} is damaged (if you changed it, remove its digest); {remedy}")
   return value
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-  """Returns the values with their digest, by which `is_whole` sees a later change."""
+  """Returns the values with their digest, by which who reads them knows of a change."""
   return values | {"digest": digest(values)}
-
-
-def is_whole(stored: dict[str, Any]) -> bool:
-  """Returns whether an object is what was written; true, too, of one without a digest."""
-  return "digest" not in stored or stored["digest"] == digest(stored)
 
 
 def digest(values: dict[str, Any]) -> str:
   """Returns the digest of what an object has under "about", else of all but its own digest."""
   values = values.get("about") or {k: v for k, v in values.items() if k != "digest"}
   return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read(path: pathlib.Path, remedy: str) -> str | None:
-  """Returns the text of a file; None where there is no file.
-
-  Raises:
-    DamagedError: the file is not UTF-8 or cannot be read; the message ends with `remedy`.
-  """
-  try:
-    return read_bytes(path, remedy).decode("utf-8")
-  except FileNotFoundError:
-    return None
-  except UnicodeDecodeError:
-    raise DamagedError(f"{path} is damaged (it is not UTF-8 text); {remedy}") from None
 
 
 def unread(path: pathlib.Path, why: str) -> StorageError:
@@ -128,13 +108,7 @@ def exists(path: pathlib.Path) -> bool:
 
 
 def read_bytes(path: pathlib.Path, remedy: str = "make it a readable file, or remove it") -> bytes:
-  """Returns what is in a file.
-
-  Raises:
-    FileNotFoundError: there is none.
-    DamagedError: it is a folder, a pipe or a device, which could be waited for or read for ever.
-    StorageError: it cannot be read now.
-  """
+  """Returns what is in a file; a pipe or a device, which it may wait for, is a DamagedError."""
   if remote.is_remote(path):
     return remote.read(path)
   try:
@@ -165,7 +139,7 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
     value = None
     with contextlib.suppress(ValueError, RecursionError):
       value = json.loads(line)
-    if isinstance(value, dict) and is_whole(value):
+    if isinstance(value, dict) and ("digest" not in value or value["digest"] == digest(value)):
       objects.append(value)
     else:
       damaged.append(number)
@@ -210,7 +184,3 @@ def storage_errors(path: pathlib.Path) -> Iterator[None]:
       f"cannot write {path}: {error.strerror or error}; what was saved before is intact, and the "
       "same command goes on once this can be written"
     ) from error
-
-
-def _short(error: Exception) -> str:
-  return " ".join(str(error).split())[:120] or type(error).__name__

@@ -238,8 +238,6 @@ def _print_error(error: BaseException) -> int:
     command_line.one_line_errors(again, sys.exit)
   except SystemExit as end:
     return int(end.code or 0)
-  except KeyboardInterrupt:
-    return _INTERRUPTED
   except BaseException:
     traceback.print_exc()
   return 1

@@ -69,11 +69,7 @@ def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def open_written(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the path of a workdir in which checkpoints are saved.
-
-  Raises:
-    UserError: Orbax would look for their parts in other folders, or TensorStore refuse the name.
-  """
+  """Returns the path of a workdir; raises a UserError where no checkpoint could be saved in it."""
   path = open_path(workdir)
   if odd := re.search(r"[][*?\\\ud800-\udfff]", str(remote.resolved(path))):
     raise UserError(
@@ -244,11 +240,10 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
   store, where nothing is renamed, it then writes one more file.
   """
   with remote.errors(workdir):
-    found = (workdir / CHECKPOINTS).glob("*")
-    folders = [path for path in found if re.fullmatch("0|[1-9][0-9]*", path.name)]  # no 007
+    found = [p for p in (workdir / CHECKPOINTS).glob("*") if re.fullmatch("0|[1-9][0-9]*", p.name)]
     if remote.is_remote(workdir):
-      folders = [path for path in folders if (path / "commit_success.txt").exists()]
-    return sorted(int(path.name) for path in folders)
+      found = [path for path in found if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in found)
 
 
 def make(workdir: pathlib.Path) -> None:
@@ -268,8 +263,7 @@ def refuse_links(workdir: pathlib.Path) -> None:
       if path.is_symlink():
         raise UserError(
           f"--workdir={workdir}: {path.relative_to(workdir)} is a symbolic link, and a run "
-          "writes through none; put the folder or file itself there, or name the workdir where it "
-          "should be"
+          "writes through none; put the folder or file itself there"
         )
     # Below the folder of a whole checkpoint nothing is written, and it is deleted without links.
     folders[:] = [name for name in folders if (not top or name in tops) and not name.isdecimal()]
@@ -281,16 +275,12 @@ def recorded_step(workdir: pathlib.Path) -> int | None:
 
 
 def rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines of alarms.jsonl about rewinds: the step each went to, and its next batch.
-
-  Raises:
-    DamagedError: a line is not what was written, and may be one of them.
-  """
+  """Returns the lines of alarms.jsonl about rewinds: the step each went to, and its next batch."""
   lines, damaged = files.read_lines(workdir / ALARMS)
   if damaged:
     raise DamagedError(
-      f"{workdir / ALARMS} is damaged: line {damaged[0]} is not what was written, and may say "
-      "where the data go on; put the file back from a copy, or delete the line if it is no rewind"
+      f"{workdir / ALARMS} is damaged: line {damaged[0]}, which may say where the data go on, has "
+      "changed; put the file back from a copy, or delete the line if it is of no rewind"
     )
   return [line for line in lines if line.get("alarm") == "rewind" and "next_batch" in line]
 

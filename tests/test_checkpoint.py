@@ -158,6 +158,14 @@ def test_the_only_checkpoint_stays_where_it_is(whole_run, tmp_path):
   assert workdir.saved_steps(folder) == [12]
 
 
+def test_no_pipe_in_a_checkpoint_is_waited_for(whole_run, tmp_path, capfd):
+  folder = shutil.copytree(whole_run.workdir, tmp_path / "run")
+  (folder / "checkpoints/12/state/_METADATA").unlink()
+  os.mkfifo(folder / "checkpoints/12/state/_METADATA")
+  assert newest_whole(folder, workdir.read_config(folder)).step == 8
+  assert "12 is damaged (a pipe is in the place of a file)" in capfd.readouterr().err
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_stays(whole_run, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(whole_run.workdir, folder)

@@ -130,7 +130,7 @@ def test_no_character_of_a_config_changes_unnoticed(tmp_path):
   values = json.loads(whole)
   values["data"]["batch_size"] += 1
   path.write_text(json.dumps(values))
-  with pytest.raises(DamagedError, match='yourself, remove its "digest"\\); put it back'):
+  with pytest.raises(DamagedError, match="if you changed it, remove its digest\\); put it back"):
     workdir.read_config(tmp_path)
   del values["digest"]
   path.write_text(json.dumps(values))

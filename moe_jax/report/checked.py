@@ -219,10 +219,8 @@ def _lines(path: pathlib.Path, root: pathlib.Path, kind: Object, shared: Sizes) 
 
 
 def _check_place(path: pathlib.Path, root: pathlib.Path) -> None:
-  """Raises a DamagedError for what is no file, or a file elsewhere."""
-  if not os.path.lexists(path):
-    return
-  if not is_inside(path, root):
+  """Raises a DamagedError for a file elsewhere."""
+  if os.path.lexists(path) and not is_inside(path, root):
     raise DamagedError(f"{path} is a link that leads out of {root}; put a copy in its place")
 
 

@@ -55,10 +55,6 @@ def batch_size(config: config_lib.Config) -> int:
   return config.eval.batch_size or config.data.batch_size // config.train.accumulation
 
 
-class Stopped(Exception):
-  """An evaluation was asked to end before its last batch."""
-
-
 class Evaluator:
   """Runs `eval_step` over rows spread evenly over a split, always the same ones."""
 
@@ -71,7 +67,7 @@ class Evaluator:
   ):
     """Reads num_batches of the rows (`pipeline.eval_rows`); 0 is the whole split."""
     self._config, self._rows, self._mesh = config, rows, mesh
-    self.stopped: Callable[[], bool] = lambda: False  # asked before each batch
+    self.stopped: Callable[[], bool] = lambda: False  # before a batch: InterruptedError
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = batch_size(config)
@@ -94,7 +90,7 @@ class Evaluator:
     return self.result(self.total(params, bias_ZE)) | gzip
 
   def total(self, params: Any, bias_ZE: jax.Array, *, by_document: bool = False) -> EvalSums:
-    """Returns the sums over all rows; `by_document`, also those of documents. May raise Stopped."""
+    """Returns the sums over all rows; `by_document`, also those of documents."""
     total: Any = None
     documents = None
     if by_document:
@@ -102,7 +98,7 @@ class Evaluator:
       documents = DocumentSums(*(np.zeros(shape, dtype) for dtype in (float, int, int)))
     for numbers_B in pipeline.eval_batches(self.numbers, self.batch_size):
       if self.stopped():
-        raise Stopped
+        raise InterruptedError
       batch = self._rows.batch(numbers_B)
       placed = sharding.place(batch, self._mesh)
       sums, num_bytes, nll_BL = self._step(params, bias_ZE, placed, self._bytes_V)

@@ -23,16 +23,13 @@ from moe_jax.errors import StorageError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
 from moe_jax.training import health, metrics, writer
-from moe_jax.training.evaluator import Evaluator, Stopped
+from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.profiling import Profiler
 
 if TYPE_CHECKING:  # train.py imports this file
   from moe_jax.training.train import TrainState
 
   Step = Callable[[TrainState, pipeline.Batch[jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-
-
-_AS_ONE = 1.0  # seconds in which a scheduler may send its signal to a process twice
 
 
 class Loop:
@@ -182,13 +179,12 @@ class Loop:
 
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
     """Remembers a first signal until the step ends; raises KeyboardInterrupt at a second one."""
-    now = time.monotonic()
-    if self.stop_signal and now < self.stop_time + _AS_ONE:
-      return
+    if self.stop_signal and time.monotonic() < self.stop_time + 1:
+      return  # some schedulers send theirs to the process and to its group
     if self.stop_signal:  # the second signal: stop at once; the last checkpoint remains
       signal.signal(signal.SIGINT, signal.default_int_handler)
       raise KeyboardInterrupt
-    self.stop_signal, self.stop_time = number, now
+    self.stop_signal, self.stop_time = number, time.monotonic()
     if jax.process_count() > 1:
       signal.raise_signal(signal.SIGTERM)
     words = "\nstopping after this step, which is saved; a second signal stops without saving"
@@ -211,9 +207,8 @@ class Loop:
 
   def _should_stop(self, step: int) -> bool:
     """Returns whether the run is to end after this step."""
-    if jax.process_count() == 1:
-      return self._is_asked()
-    return self.saver.reached_preemption(step)  # all processes agree on the step
+    several = jax.process_count() > 1  # all of them agree on the step
+    return self.saver.reached_preemption(step) if several else self._is_asked()
 
   def _finish(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
     """Waits for a step's metrics; counts the step's time, raises its alarms, and may log it."""
@@ -283,14 +278,12 @@ class Loop:
     return speed
 
   def _evaluate(self, step: int, evaluator: Evaluator, state: "TrainState") -> float:
-    """Returns the validation loss, after it has logged it; inf if the run is asked to stop.
-
-    Then the next start evaluates the step. There is none after the last step, which is evaluated.
-    """
+    """Returns the validation loss, after it has logged it; inf if the run is asked to stop."""
+    # The next start evaluates the step then. After the last step there is none that would.
     evaluator.stopped = lambda: self._is_asked() and step < self.config.train.steps
     try:
       result = evaluator(state.params, state.bias_ZE)
-    except Stopped:
+    except InterruptedError:
       return math.inf
     if self.writer:
       self.writer.write(step, result, "validation")

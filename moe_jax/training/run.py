@@ -219,7 +219,7 @@ def _train(
   loop = Loop(config, path, saver, start, profiling.Profiler(window, path, start))
   evaluator = Evaluator(config, text.validation, jax.sharding.get_mesh(), config.eval.batches)
   # A run that was asked to stop has saved this step without the evaluation that it was due.
-  planned = start % config.train.eval_every == 0 or start % config.train.checkpoint_every == 0
+  planned = 0 in (start % config.train.eval_every, start % config.train.checkpoint_every)
   due = planned and start > 0 and math.isinf(saver.loss(start))
   loop.run(state, batches, compile_step(config, shardings), evaluator, text.train, evaluate=due)
 
