@@ -282,7 +282,7 @@ def rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
       f"{workdir / ALARMS} is damaged: line {damaged[0]}, which may say where the data go on, has "
       "changed; put the file back from a copy, or delete the line if it is of no rewind"
     )
-  return [line for line in lines if line.get("alarm") == "rewind" and "next_batch" in line]
+  return [x for x in lines if x.get("alarm") == "rewind" and isinstance(x.get("next_batch"), int)]
 
 
 def record_saved(workdir: pathlib.Path, step: int) -> None:

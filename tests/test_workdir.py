@@ -142,8 +142,12 @@ def test_no_character_of_the_alarms_moves_the_data_unnoticed(tmp_path):
   path.write_text(json.dumps(line) + "\n")  # of before there were digests
   assert workdir.rewinds(tmp_path) == [line]
   path.unlink()
+  for other in ({"step": 8, "alarm": "collapse"}, {"alarm": "rewind", "next_batch": "11"}):
+    files.append_line(path, other)
   workdir.append_line(path, line)
   assert workdir.rewinds(tmp_path) == [files.sealed(line)]
+  path.unlink()
+  workdir.append_line(path, line)
   workdir.keep_lines(path, 8)
   whole = path.read_text()
   assert workdir.rewinds(tmp_path) == [files.sealed(line)]
