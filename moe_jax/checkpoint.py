@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from moe_jax import checkpoint_files, digests, files, remote, sharding
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, why_unread
+from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, notice, why_unread
 
 
 class Checkpointer:
@@ -123,7 +123,7 @@ class Checkpointer:
       return False
     self.wait()
     about = {"arrays": arrays, "next_batch": next_batch, "step": step, "loss": str(loss)}
-    stored = digests.sealed(about)
+    stored = files.sealed({"about": about})
     with self._storage_errors(step):
       self._manager.save(
         step,
@@ -148,10 +148,9 @@ class Checkpointer:
     args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=args)
     state = self._read(step, state=wanted)["state"]
-    if about:
-      self._check(step, about, state._asdict())
-      self._same(step, about["loss"], str(self.loss(step)), "the loss")
-    self._same(step, step, int(state.step), "the number of the step")
+    self._check(step, about, state._asdict())
+    if step != int(state.step):
+      raise self._damaged(step, f"the number of the step is {int(state.step)}, not {step}")
     if about:
       return state, about["next_batch"]
     next_batch = checkpoint_files.next_batch(self._folder / str(step))
@@ -161,18 +160,26 @@ class Checkpointer:
 
   def restore_part(
     self, step: int, needed: dict[str, Any], mesh: jax.sharding.Mesh
-  ) -> dict[str, Any]:
-    """Returns some fields of the saved state, sharded over `mesh`.
+  ) -> tuple[int, dict[str, Any]]:
+    """Returns a step and some fields of its saved state, sharded over `mesh`.
 
     Args:
-      step: a saved step.
+      step: of the checkpoint; 0 is the newest, also where a training puts a newer in its place.
       needed: {field of the state: its shapes}; a model alone needs no moments of an optimizer.
       mesh: may differ from the one that saved the step.
 
     Raises:
       DamagedError: the checkpoint cannot be read, or is not what was saved.
     """
-    return self.restore_fields(step, abstract(needed, sharding.param_shardings(needed, mesh)))
+    fields = abstract(needed, sharding.param_shardings(needed, mesh))
+    while True:
+      found = self.find(step)
+      try:
+        return found, self.restore_fields(found, fields)
+      except DamagedError:
+        if step or found in workdir_lib.saved_steps(self._workdir):
+          raise
+        self._manager.reload()
 
   def restore_fields(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns some fields of the saved state; `fields` gives their shapes and shardings."""
@@ -180,8 +187,7 @@ class Checkpointer:
     args = ocp.checkpoint_utils.construct_restore_args(fields)
     state = ocp.args.PyTreeRestore(fields, restore_args=args, partial_restore=True)
     restored = self._read(step, state=state)["state"]
-    if about:
-      self._check(step, about, restored)
+    self._check(step, about, restored)
     return restored
 
   def _read(self, step: int, **items: Any) -> Any:
@@ -191,6 +197,9 @@ class Checkpointer:
       StorageError: the system or an object store does not let it be read, which says nothing about
         the checkpoint.
     """
+    local = not remote.is_remote(self._folder)
+    if local and any(path.is_fifo() for path in (self._folder / str(step)).rglob("*")):
+      raise self._damaged(step, "a pipe is in the place of a file")  # the libraries would wait
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # of many types, from three libraries
@@ -209,12 +218,11 @@ class Checkpointer:
       UserError: the checkpoint has no arrays of the names, types and shapes of `fields`.
     """
     if not checkpoint_files.has_digests(self._folder / str(step)):
-      files.notice(f"note: checkpoint {step} is not verified: it was saved without digests")
       return {}
     stored = self._read(step, about=ocp.args.JsonRestore())["about"]
-    about = digests.unsealed(stored)
-    if not about:
+    if not isinstance(stored, dict) or stored.get("digest") != files.digest(stored):
       raise self._damaged(step, "its digests are not what was written")
+    about = stored["about"]
     here, there = digests.kinds(fields), about["arrays"]
     other = [name for name, kind in here.items() if there.get(name, "").split(" ")[0] != kind]
     if other:
@@ -226,23 +234,20 @@ class Checkpointer:
     return about
 
   def _check(self, step: int, about: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Raises a DamagedError where an array is not the one that was saved."""
+    """Raises a DamagedError where an array is not the one that was saved, if that is known."""
+    if not about:
+      return notice(f"note: checkpoint {step} is not verified: it was saved without digests")
     read, _ = digests.of(fields)
     wrong = [name for name, digest in read.items() if about["arrays"].get(name) != digest]
     if wrong:
       more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
       raise self._damaged(step, f"other values than were saved in {', '.join(wrong[:3])}{more}")
 
-  def _same(self, step: int, saved: Any, read: Any, what: str) -> None:
-    if saved != read:
-      raise self._damaged(step, f"{what} is {read}, not {saved}")
-
   def _damaged(self, step: int, why: str) -> DamagedError:
-    others = [other for other in workdir_lib.saved_steps(self._workdir) if other != step]
-    return DamagedError(
-      f"{self._folder / str(step)} is damaged ({' '.join(why.split())[:160]}); other checkpoints "
-      f"there: {others or 'none'}"
-    )
+    steps = workdir_lib.saved_steps(self._workdir)
+    why = f"is damaged ({' '.join(why.split())[:160]})" if step in steps else "is there no more"
+    others = [other for other in steps if other != step] or "none"
+    return DamagedError(f"{self._folder / str(step)} {why}; other checkpoints there: {others}")
 
   def set_aside(self, step: int, why: str) -> None:
     """Moves a damaged checkpoint to the folder of those that no run uses, and says so.

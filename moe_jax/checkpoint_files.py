@@ -22,7 +22,7 @@ def delete_remains(checkpoints: pathlib.Path) -> None:
   """Deletes what a save or a deletion that was cut off has left."""
   _delete_all(checkpoints / DELETED)
   for partial in checkpoints.glob(f"*{_TEMPORARY}*"):
-    partial.unlink() if partial.is_symlink() else shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 class Unneeded:
@@ -52,24 +52,27 @@ def _delete_all(folder: pathlib.Path) -> None:
 
 
 def unreadable(folder: pathlib.Path) -> str:
-  """Returns what is wrong with the small files of a checkpoint, without which Orbax does not start.
+  """Returns what is wrong with the small files of a checkpoint, by which Orbax opens and keeps it.
 
   "" where they are as they should be.
   """
-  for name in (_METADATA, _METRICS):
-    try:
-      value = files.read_json(folder / name, "")
-    except DamagedError as error:
-      return str(error)
-    if not value:
-      return f"{folder / name} is missing"
-  return "" if isinstance(value.get("loss"), float) else f"{folder / name} has no loss"
+  try:
+    found = [files.read_json(folder / n, "") for n in (_METADATA, _METRICS, "about/metadata")]
+  except DamagedError as error:
+    return str(error)
+  items, loss = found[0].get("item_handlers"), found[1].get("loss")
+  if not isinstance(items, dict) or not isinstance(loss, float):
+    return f"{folder} has no {'items' if not isinstance(items, dict) else 'loss'}"
+  # A checkpoint of before there were digests has no copy of its loss.
+  about = found[2].get("about", {"loss": str(loss)})
+  saved = about.get("loss") if isinstance(about, dict) else about
+  return "" if saved == str(loss) else f"the loss is {loss}, not {saved}"
 
 
 def has_digests(folder: pathlib.Path) -> bool:
   """Returns whether a checkpoint was saved with digests, also where they are missing now."""
   items = files.read_json(folder / _METADATA, "").get("item_handlers")
-  return (folder / "about").exists() or "about" in (items or {})
+  return (folder / "about").exists() or "about" in str(items)
 
 
 def next_batch(folder: pathlib.Path) -> int | None:
@@ -84,8 +87,9 @@ def next_batch(folder: pathlib.Path) -> int | None:
 
 @functools.cache  # once
 def silence_late_answers() -> None:
-  """Ignores what is still printed of other arrays when one cannot be read or written."""
+  """Ignores what is still printed of other arrays, and Orbax's warning for whoever only reads."""
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
   hook = sys.unraisablehook
 
   def without_late_answers(error: Any) -> None:

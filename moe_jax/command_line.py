@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -24,7 +24,7 @@ from moe_jax import config as config_lib
 from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, field_names, unknown_field
-from moe_jax.errors import StorageError, UserError, is_storage
+from moe_jax.errors import StorageError, UserError, end, is_storage, notice
 from moe_jax.options import spelled
 
 CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
@@ -92,7 +92,7 @@ def help_text(overrides: bool = False) -> str:
   return "\n\n".join(part.strip("\n") for part in parts)
 
 
-def one_line_errors(main: Callable[[], None]) -> None:
+def one_line_errors(main: Callable[[], None], end: Callable[[int], NoReturn] = end) -> None:
   """Calls `main`; a UserError becomes one line on stderr and its class's exit code.
 
   A reader of the output that closes it, as `head` does, ends the program as SIGPIPE would: 141.
@@ -108,10 +108,8 @@ def one_line_errors(main: Callable[[], None]) -> None:
   except KeyboardInterrupt:
     sys.exit(128 + signal.SIGINT)
   except (UserError, flags.Error) as error:
-    message = " ".join(str(error).split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"error: {shown}", file=sys.stderr)
-    sys.exit(error.code if isinstance(error, UserError) else UserError.code)
+    notice(f"error: {error}")
+    end(error.code if isinstance(error, UserError) else UserError.code)
   except BrokenPipeError:  # the reader has what it wanted, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
@@ -119,9 +117,8 @@ def one_line_errors(main: Callable[[], None]) -> None:
     if not is_storage(error):
       raise
     name, text = getattr(error, "filename", None), getattr(error, "strerror", None)
-    message = f"{name or 'a file'}: {text}" if text else " ".join(str(error).split())[:300]
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(StorageError.code)
+    notice(f"error: {name or 'a file'}: {text}" if text else f"error: {str(error)[:300]}")
+    end(StorageError.code)
 
 
 @contextlib.contextmanager

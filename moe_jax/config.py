@@ -231,6 +231,7 @@ def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
   """The values of a config.json of any format, as `to_json` would write them, without a number."""
   values = copy.deepcopy(stored)
   number = values.pop("format", 0)
+  values.pop("digest", None)  # which files.read_json has looked at
   if number > _FORMAT:
     raise UserError(f"config.json is of format {number}, made by a newer moe_jax; update this one")
   moe = values.get("model", {}).get("moe", {})

@@ -1,7 +1,5 @@
 """Digests of the arrays of a tree, by which a checkpoint is recognised as what was saved."""
 
-import hashlib
-import json
 from typing import Any
 
 import jax
@@ -58,20 +56,3 @@ def _mixed(x: jax.Array) -> jax.Array:
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     x = (x ^ (x >> np.uint32(shift))) * jnp.uint32(factor)
   return x ^ (x >> np.uint32(16))
-
-
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
-  """Returns what `unsealed` takes: the values and their own digest."""
-  return {"about": values, "digest": _digest_of_text(values)}
-
-
-def unsealed(stored: Any) -> dict[str, Any]:
-  """Returns the values; {} where they are not those that were sealed."""
-  values = stored.get("about") if isinstance(stored, dict) else None
-  if not isinstance(values, dict) or stored.get("digest") != _digest_of_text(values):
-    return {}
-  return values
-
-
-def _digest_of_text(values: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

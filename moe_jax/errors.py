@@ -1,8 +1,11 @@
 """The errors that end a program with one line, and its exit codes (docs/reliability.md)."""
 
+import atexit
 import errno
 import os
 import re
+import sys
+from typing import NoReturn
 
 # Errors of the operating system that mean "this disk cannot be written (or read) now".
 _STORAGE = {
@@ -55,6 +58,30 @@ def few(names: list[str], most: int = 3) -> str:
   """Lists the first names as they print: "a, b, c and 9 more"."""
   shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:most]]
   return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def shown(text: str) -> str:
+  """Returns a text in one line, in which nothing is left that a terminal would act upon."""
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def notice(text: str) -> None:
+  """Prints one line on stderr."""
+  print(shown(text), file=sys.stderr, flush=True)
+
+
+def short(error: Exception) -> str:
+  """Returns the beginning of what an error says, in one line."""
+  return " ".join(str(error).split())[:140] or type(error).__name__
+
+
+def end(code: int) -> NoReturn:
+  """Ends the program after its last line: a library's threads are not waited for, nor heard."""
+  if sys.stderr is sys.__stderr__:  # and not a caller's, who goes on in this process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    atexit._run_exitfuncs()
+    os._exit(code)
+  sys.exit(code)
 
 
 def is_storage(error: BaseException) -> bool:

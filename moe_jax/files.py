@@ -6,15 +6,17 @@ by the store itself. Imports no jax.
 """
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import pathlib
-import sys
+import stat
 from collections.abc import Iterator
 from typing import Any
 
 from moe_jax import remote
-from moe_jax.errors import DamagedError, StorageError, why_unread
+from moe_jax.errors import DamagedError, StorageError, UserError, short, why_unread
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
@@ -65,36 +67,33 @@ def read_json(path: pathlib.Path, remedy: str) -> dict[str, Any]:
   Raises:
     DamagedError: the file holds no JSON object; the message ends with `remedy`.
   """
-  text = read(path, remedy)
-  if text is None:
-    return {}
   try:
-    value = json.loads(text)
+    value = json.loads(read_bytes(path, remedy).decode())
+  except FileNotFoundError:
+    return {}
+  except UserError:
+    raise
   except (ValueError, RecursionError) as error:
-    raise DamagedError(f"{path} is damaged ({_short(error)}); {remedy}") from None
+    why = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else short(error)
+    raise DamagedError(f"{path} is damaged ({why}); {remedy}") from None
   if not isinstance(value, dict):
     raise DamagedError(
       f"{path} is damaged (it holds a {type(value).__name__}, not an object); {remedy}"
     )
+  if "digest" in value and value["digest"] != digest(value):
+    raise DamagedError(f"{path} is damaged (if you changed it, remove its digest); {remedy}")
   return value
 
 
-def read(path: pathlib.Path, remedy: str) -> str | None:
-  """Returns the text of a file; None where there is no file.
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the values with their digest, by which who reads them knows of a change."""
+  return values | {"digest": digest(values)}
 
-  Raises:
-    DamagedError: the file is not UTF-8 or cannot be read; the message ends with `remedy`.
-  """
-  try:
-    return read_bytes(path).decode("utf-8")
-  except FileNotFoundError:
-    return None
-  except UnicodeDecodeError:
-    raise DamagedError(f"{path} is damaged (it is not UTF-8 text); {remedy}") from None
-  except OSError as error:
-    if why := why_unread(error):
-      raise unread(path, why) from error
-    raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+
+def digest(values: dict[str, Any]) -> str:
+  """Returns the digest of what an object has under "about", else of all but its own digest."""
+  values = values.get("about") or {k: v for k, v in values.items() if k != "digest"}
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def unread(path: pathlib.Path, why: str) -> StorageError:
@@ -108,8 +107,21 @@ def exists(path: pathlib.Path) -> bool:
   return os.path.exists(path)  # False, too, where no path can be so long
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
-  return remote.read(path) if remote.is_remote(path) else path.read_bytes()
+def read_bytes(path: pathlib.Path, remedy: str = "make it a readable file, or remove it") -> bytes:
+  """Returns what is in a file; a pipe or a device, which it may wait for, is a DamagedError."""
+  if remote.is_remote(path):
+    return remote.read(path)
+  try:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+      if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise OSError(errno.EINVAL, "it is no file")
+      return file.read()
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    if why := why_unread(error):
+      raise unread(path, why) from error
+    raise DamagedError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
 def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -121,19 +133,13 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
     raw = read_bytes(path)
   except FileNotFoundError:
     return [], []
-  except OSError as error:
-    if why := why_unread(error):
-      raise unread(path, why) from error
-    raise DamagedError(
-      f"{path} cannot be read ({error.strerror}); make it a readable file, or remove it"
-    ) from None
   *whole, _ = raw.split(b"\n")
   objects, damaged = [], []
   for number, line in enumerate(whole, 1):
     value = None
     with contextlib.suppress(ValueError, RecursionError):
       value = json.loads(line)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and ("digest" not in value or value["digest"] == digest(value)):
       objects.append(value)
     else:
       damaged.append(number)
@@ -178,12 +184,3 @@ def storage_errors(path: pathlib.Path) -> Iterator[None]:
       f"cannot write {path}: {error.strerror or error}; what was saved before is intact, and the "
       "same command goes on once this can be written"
     ) from error
-
-
-def notice(text: str) -> None:
-  """Prints one line on stderr."""
-  print(text, file=sys.stderr, flush=True)
-
-
-def _short(error: Exception) -> str:
-  return " ".join(str(error).split())[:120] or type(error).__name__

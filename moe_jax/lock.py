@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from moe_jax import files, remote
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import BusyError
+from moe_jax.errors import BusyError, notice
 
 _BEAT = 10.0  # seconds between signs of life, for processes on other hosts
 _SILENT = 3 * _BEAT  # seconds without one, after which a process on another host counts as dead
@@ -83,7 +82,7 @@ def _this_process() -> dict[str, Any]:
 
 def _wait_for(owner: dict[str, Any]) -> None:
   """Gives the process that did not free the lock the time for a sign of life."""
-  files.notice(
+  notice(
     f"waiting {_SILENT:.0f} s for a sign of life of process {owner.get('pid')} on "
     f"{owner.get('host')}, which did not end this run"
   )
@@ -97,7 +96,7 @@ def _beat(descriptor: int, ended: threading.Event) -> None:
 
 
 def _owner(descriptor: int) -> dict[str, Any]:
-  with contextlib.suppress(ValueError):
+  with contextlib.suppress(ValueError, RecursionError, OSError):  # also of what is no file
     value = json.loads(os.pread(descriptor, 4096, 0))
     return value if isinstance(value, dict) else {}
   return {}
@@ -162,7 +161,7 @@ def _beat_object(
     with contextlib.suppress(Exception):  # of the store; whatever is saved next tells it
       owner = json.loads(path.read_text()) if path.exists() else {}
       if owner and not _is_of(this, owner):
-        print(f"error: {_busy(workdir, owner)}", file=sys.stderr, flush=True)
+        notice(f"error: {_busy(workdir, owner)}")
         os._exit(BusyError.code)  # as if it were killed: the workdir is the other one's now
       beat += 1
       path.write_text(json.dumps(this | {"beat": beat}))

@@ -16,7 +16,7 @@ import traceback
 from typing import Any, NoReturn
 
 from moe_jax import command_line
-from moe_jax.errors import PeerError, UserError
+from moe_jax.errors import PeerError, UserError, shown
 
 # Seconds between two things that belong together: the loss of a peer and the error of a collective,
 # or the same mistake in all processes, each of which then says it itself.
@@ -201,7 +201,7 @@ class Processes:
     for peer in self._peers:
       peer.send(name=self._name, end=line, code=code)
     if error is None:
-      os.write(2, f"error: {line}\n".encode())
+      os.write(2, f"error: {shown(line)}\n".encode())
     else:
       code = _print_error(error)
     deadline = time.monotonic() + _FAREWELL
@@ -235,11 +235,9 @@ def _print_error(error: BaseException) -> int:
     raise error
 
   try:
-    command_line.one_line_errors(again)
+    command_line.one_line_errors(again, sys.exit)
   except SystemExit as end:
     return int(end.code or 0)
-  except KeyboardInterrupt:
-    return _INTERRUPTED
   except BaseException:
     traceback.print_exc()
   return 1

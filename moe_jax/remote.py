@@ -19,7 +19,7 @@ import time
 import typing
 from collections.abc import Iterator
 
-from moe_jax.errors import StorageError, UserError, is_storage
+from moe_jax.errors import StorageError, UserError, is_storage, short
 
 _UPLOAD_EVERY = 30.0  # seconds between uploads of a file that grows
 _NOT_AGAIN = 10.0  # seconds after a failure
@@ -57,7 +57,7 @@ def open_path(text: str) -> pathlib.Path:
       return typing.cast(pathlib.Path, path)
   except Exception as error:
     if any(word in str(error) for word in _NO_ACCESS):
-      raise UserError(f"{text}: no access ({_short(error)}); {_LOG_IN}") from None
+      raise UserError(f"{text}: no access ({short(error)}); {_LOG_IN}") from None
     raise unreachable(path, error) from error
   raise UserError(f"{text}: there is no bucket {bucket}; make it, or name another one")
 
@@ -92,7 +92,7 @@ def errors(path: pathlib.Path) -> Iterator[None]:
 def unreachable(path: pathlib.Path, error: Exception, what: str = "cannot reach") -> StorageError:
   """Returns the error to raise for one of the store's, which says what could not be done."""
   return StorageError(
-    f"{what} {path} ({_short(error)}); what was saved before is intact, and the same command goes "
+    f"{what} {path} ({short(error)}); what was saved before is intact, and the same command goes "
     "on once the store answers"
   )
 
@@ -203,7 +203,3 @@ _STATE = _State()
 def _stamp(file: pathlib.Path) -> tuple[int, int]:
   stat = file.stat()
   return stat.st_size, stat.st_mtime_ns
-
-
-def _short(error: Exception) -> str:
-  return " ".join(str(error).split())[:160] or type(error).__name__

@@ -36,9 +36,8 @@ def read(
   """
   reader = Checkpointer(workdir)
   try:
-    step = reader.find(step)
     with jax.set_mesh(mesh):
-      stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
+      step, stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
   finally:
     reader.close()
   return step, Weights(**stored)

@@ -13,7 +13,7 @@ from typing import Any
 from moe_jax import config as config_lib
 from moe_jax import files, remote
 from moe_jax.config import Config
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, UserError, notice
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its fingerprint}
@@ -45,6 +45,11 @@ _REMEDY = {
   ROUTING: "delete it and run eval.py --routing again",
 }
 
+# What is in those that have the same fields in every run.
+_KINDS: dict[str, dict[str, type]] = {
+  SAVED: {"step": int}, INIT: {"workdir": str, "step": int, "optimizer": bool},
+}  # fmt: skip
+
 # Fields that a resumed run may change, since they change no value of the training: where and how
 # long it runs, what is logged and watched, and by which kernels the same values are computed.
 _MAY_CHANGE = (
@@ -64,13 +69,24 @@ def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return remote.open_path(os.fspath(workdir))
 
 
+def open_written(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path of a workdir; raises a UserError where no checkpoint could be saved in it."""
+  path = open_path(workdir)
+  if odd := re.search(r"[][*?\\\ud800-\udfff]", str(remote.resolved(path))):
+    raise UserError(
+      f"--workdir={workdir}: no checkpoint can be saved below a folder with {odd[0]!r} in its name,"
+      " which the libraries take for a pattern, or is no UTF-8; name another folder"
+    )
+  return path
+
+
 def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the path of a workdir that does not exist yet, or is empty.
 
   Raises:
     UserError: there are files in it, or it cannot be opened.
   """
-  path = open_path(workdir)
+  path = open_written(workdir)
   if path.exists() and any(path.iterdir()):
     raise UserError(f"--workdir={workdir} is not empty; name a new folder")
   return path
@@ -151,7 +167,7 @@ def _stored_config(path: pathlib.Path) -> Config:
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-  files.write(workdir / CONFIG, config_lib.to_json(config) + "\n")
+  files.write_json(workdir / CONFIG, files.sealed(json.loads(config_lib.to_json(config))))
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
@@ -231,10 +247,10 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
   store, where nothing is renamed, it then writes one more file.
   """
   with remote.errors(workdir):
-    folders = [path for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    found = [p for p in (workdir / CHECKPOINTS).glob("*") if re.fullmatch("0|[1-9][0-9]*", p.name)]
     if remote.is_remote(workdir):
-      folders = [path for path in folders if (path / "commit_success.txt").exists()]
-    return sorted(int(path.name) for path in folders)
+      found = [path for path in found if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in found)
 
 
 def make(workdir: pathlib.Path) -> None:
@@ -244,27 +260,36 @@ def make(workdir: pathlib.Path) -> None:
 
 
 def refuse_links(workdir: pathlib.Path) -> None:
-  """Raises a UserError for a symbolic link where a run writes: it would write somewhere else."""
+  """Raises a UserError for a symbolic link where a run writes or deletes, which leads elsewhere."""
   if remote.is_remote(workdir):
     return  # an object store has none
-  for name in (METRICS, ALARMS, LOCK, CHECKPOINTS, SET_ASIDE, TENSORBOARD, PROFILE, LOG):
-    if (workdir / name).is_symlink():
-      raise UserError(
-        f"--workdir={workdir}: {name} is a symbolic link, and a run writes through none; put the "
-        "folder or file itself there, or name the workdir where it should be"
-      )
+  tops = (METRICS, ALARMS, LOCK, CHECKPOINTS, SET_ASIDE, TENSORBOARD, PROFILE, LOG)
+  for folder, folders, names in os.walk(workdir):  # which follows none below the workdir
+    top = folder == os.fspath(workdir)
+    for path in (pathlib.Path(folder, name) for name in (tops if top else folders + names)):
+      if path.is_symlink():
+        raise UserError(
+          f"--workdir={workdir}: {path.relative_to(workdir)} is a symbolic link, and a run "
+          "writes through none; put the folder or file itself there"
+        )
+    # Below the folder of a whole checkpoint nothing is written, and it is deleted without links.
+    folders[:] = [name for name in folders if (not top or name in tops) and not name.isdecimal()]
 
 
 def recorded_step(workdir: pathlib.Path) -> int | None:
   """Returns the newest step that the run has saved; None where there is no record."""
-  step = read_object(workdir / SAVED).get("step")
-  return step if isinstance(step, int) else None
+  return read_object(workdir / SAVED).get("step")
 
 
 def rewinds(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """Returns the lines of alarms.jsonl about rewinds: the step each went to, and its next batch."""
-  lines = read_lines(workdir / ALARMS)
-  return [line for line in lines if line.get("alarm") == "rewind" and "next_batch" in line]
+  lines, damaged = files.read_lines(workdir / ALARMS)
+  if damaged:
+    raise DamagedError(
+      f"{workdir / ALARMS} is damaged: line {damaged[0]}, which may say where the data go on, has "
+      "changed; put the file back from a copy, or delete the line if it is of no rewind"
+    )
+  return [x for x in lines if x.get("alarm") == "rewind" and isinstance(x.get("next_batch"), int)]
 
 
 def record_saved(workdir: pathlib.Path, step: int) -> None:
@@ -276,9 +301,9 @@ def record_saved(workdir: pathlib.Path, step: int) -> None:
 def set_aside(workdir: pathlib.Path, step: int, why: str) -> None:
   """Moves a checkpoint to the folder of those that no run uses, and says so."""
   folder = workdir / SET_ASIDE
-  folder.mkdir(exist_ok=True)
+  make(folder)
   target = folder / f"{step}.{len(list(folder.glob(f'{step}.*')))}"
-  files.notice(f"checkpoint {step} is set aside as {target}: {why}")
+  notice(f"checkpoint {step} is set aside as {target}: {why}")
   files.move(workdir / CHECKPOINTS / str(step), target)
 
 
@@ -293,7 +318,11 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     DamagedError: the file holds something else.
   """
-  return files.read_json(path, _REMEDY.get(path.name, "put it back from a copy, or delete it"))
+  remedy = _REMEDY.get(path.name, "put it back from a copy, or delete it")
+  values, kinds = files.read_json(path, remedy), _KINDS.get(path.name)
+  if values and kinds and {name: type(value) for name, value in values.items()} != kinds:
+    raise DamagedError(f"{path} is damaged (it has other values than {', '.join(kinds)}); {remedy}")
+  return values
 
 
 def write_object(
@@ -314,12 +343,12 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   if damaged:
     more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     numbers = ", ".join(map(str, damaged[:3]))
-    files.notice(f"{path} is damaged: line {numbers}{more} left out, {len(lines)} read")
+    notice(f"{path} is damaged: line {numbers}{more} left out, {len(lines)} read")
   return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
-  files.append_line(path, values)
+  files.append_line(path, files.sealed(values) if path.name == ALARMS else values)
 
 
 def keep_lines(path: pathlib.Path, resume_step: int) -> None:

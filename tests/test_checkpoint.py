@@ -158,6 +158,14 @@ def test_the_only_checkpoint_stays_where_it_is(whole_run, tmp_path):
   assert workdir.saved_steps(folder) == [12]
 
 
+def test_no_pipe_in_a_checkpoint_is_waited_for(whole_run, tmp_path, capfd):
+  folder = shutil.copytree(whole_run.workdir, tmp_path / "run")
+  (folder / "checkpoints/12/state/_METADATA").unlink()
+  os.mkfifo(folder / "checkpoints/12/state/_METADATA")
+  assert newest_whole(folder, workdir.read_config(folder)).step == 8
+  assert "12 is damaged (a pipe is in the place of a file)" in capfd.readouterr().err
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_stays(whole_run, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(whole_run.workdir, folder)
@@ -223,6 +231,44 @@ def test_a_deletion_that_is_cut_off_leaves_no_part_of_a_checkpoint(tmp_path, mon
   assert not cut_off.parent.exists() and workdir.saved_steps(tmp_path) == [2]
 
 
+def test_a_changed_loss_does_not_decide_which_checkpoints_are_kept(tmp_path, capfd):
+  """That of the lowest loss would seem the worst, and would be deleted; it is set aside."""
+  keep = config.Train(keep_latest=1, keep_best=1)
+  saver = checkpoint.Checkpointer(tmp_path, keep)
+  for step, loss in enumerate((1.5, 3.0, 2.0), 1):
+    assert saver.save(step, State(jnp.ones((2, 3))), step, loss)
+  saver.wait()
+  saver.close()
+  assert workdir.saved_steps(tmp_path) == [1, 3]
+  (tmp_path / "checkpoints/1/metrics/metrics").write_text('{"loss": 9.5}')
+  checkpoint.Checkpointer(tmp_path, keep).close()
+  assert workdir.saved_steps(tmp_path) == [3] and (tmp_path / "set_aside/1.0/state").is_dir()
+  assert capfd.readouterr().err.endswith("set_aside/1.0: the loss is 9.5, not 1.5\n")
+
+
+def test_the_newest_may_be_replaced_while_it_is_asked_for(tmp_path):
+  """By a training that keeps one; the newer one is read then, and is the only one that is."""
+  keep, mesh = config.Train(keep_latest=1, keep_best=0), mesh_of()
+  saver = checkpoint.Checkpointer(tmp_path, keep)
+  reader, needed = None, {"weights_DF": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+  for step in (1, 2):
+    assert saver.save(step, State(jnp.full((2, 3), float(step))), step, 1.0)
+    saver.wait()
+    reader = reader or checkpoint.Checkpointer(tmp_path)
+  assert reader.find(0) == 1
+  with pytest.raises(DamagedError, match=r"checkpoints/1 is there no more; other .* there: \[2\]"):
+    reader.restore_part(1, needed, mesh)
+  step, fields = reader.restore_part(0, needed, mesh)
+  assert step == 2 and float(fields["weights_DF"][0, 0]) == 2
+  saver.close()
+  reader.close()
+
+
+def test_who_only_reads_gets_no_warning(whole_run, caplog):
+  checkpoint.Checkpointer(whole_run.workdir).close()
+  assert not caplog.messages
+
+
 def test_a_checkpoint_that_no_run_needs_is_deleted(tmp_path):
   saver = checkpoint.Checkpointer(tmp_path, config.Train(keep_latest=1, keep_best=0))
   for step in (1, 2, 3):
@@ -249,14 +295,6 @@ def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(dtype):
     seen.add(*digests.of(jnp.asarray(changed.view(x_ED.dtype)))[0].values())
   assert len(seen) > 35 and digest in seen  # the same change may be drawn twice
   assert list(digests.of(x_ED[::-1])[0].values()) != [digest]
-
-
-def test_values_that_were_sealed_are_known_again():
-  stored = digests.sealed({"step": 3, "loss": "1.5"})
-  assert digests.unsealed(stored) == {"step": 3, "loss": "1.5"}
-  stored["about"]["step"] = 4
-  for other in (stored, {}, [], None, {"about": 1}):
-    assert digests.unsealed(other) == {}
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.scripts import python
 from tests.support.toys import ROOT
 
 _PRINTS_TEXT = r"""
@@ -35,6 +36,26 @@ def test_an_error_prints_what_a_terminal_would_not():
   done = prints_text("x")
   assert done.returncode == 2
   assert done.stderr == "to stderr\nerror: no \\x1b[31m \\udcff \u65e5\n".encode()
+
+
+_LIBRARY_GOES_ON = """
+import atexit, sys, threading
+from moe_jax import command_line
+from moe_jax.errors import StorageError
+
+def main():
+  threading.Thread(target=threading.Event().wait, args=(300,)).start()
+  atexit.register(print, "Traceback", file=sys.stderr)
+  print("saved", end="")
+  raise StorageError("full")
+
+command_line.one_line_errors(main)
+"""
+
+
+def test_nothing_follows_the_line_that_ends_a_program_and_no_thread_is_waited_for():
+  done = python("-c", _LIBRARY_GOES_ON, timeout=60)
+  assert (done.returncode, done.stdout, done.stderr) == (3, "saved", "error: full\n")
 
 
 def test_text_that_a_terminal_cannot_show_is_spelled():

@@ -90,6 +90,13 @@ def test_a_disk_without_room_for_a_line_or_read_only_is_one_line(tmp_path, cache
     assert workdir_lib.saved_steps(disk / "run") == [4, 8]
 
 
+def test_a_checkpoint_folder_that_cannot_be_made_is_one_line_and_the_end(tmp_path, cache):
+  """The threads of its save wait for each other for 300 s, and nobody for them."""
+  with disks.small_disk(tmp_path / "disk", "80m,nr_inodes=14") as disk:
+    done = python(*command(disk / "run", cache, steps=40)[1:], timeout=120)
+    one_line(done, 3, "cannot write a checkpoint in", "No space left on device")
+
+
 def test_a_second_training_in_a_workdir_is_refused(tmp_path, cache):
   """And the first one trains as if nothing had been; after its SIGKILL the workdir is free."""
   workdir = tmp_path / "run"

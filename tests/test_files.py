@@ -98,10 +98,31 @@ def test_what_is_no_object_is_one_line(kind, tmp_path):
   assert "\n" not in str(error.value) and len(str(error.value)) < 300 + len(str(path))
 
 
+def test_a_digest_tells_a_change_and_may_be_missing(tmp_path):
+  path = tmp_path / "value.json"
+  for values in ({"a": 1, "b": [float("inf")]}, {"about": {"a": 1}}):
+    files.write_json(path, files.sealed(values))
+    assert files.read_json(path, "") == files.sealed(values)
+    path.write_text(path.read_text().replace("1", "2", 1))
+    with pytest.raises(DamagedError, match=r"\(if you changed it, remove its digest\); put it"):
+      files.read_json(path, "put it back")
+  path.write_text('{"a": 2}')
+  assert files.read_json(path, "") == {"a": 2}
+
+
 def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
   with pytest.raises(DamagedError, match=r"cannot be read \(Is a directory\); delete it"):
     files.read_json(tmp_path, "delete it")
   assert files.read_json(tmp_path / "missing.json", "") == {}
+
+
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "zero").symlink_to("/dev/zero")
+  for name in ("pipe", "zero"):
+    for read in (lambda path: files.read_json(path, "delete it"), files.read_lines):
+      with pytest.raises(DamagedError, match=rf"{name} cannot be read \(it is no file\); "):
+        read(tmp_path / name)
 
 
 def test_damaged_lines_are_counted_and_a_cut_last_one_is_not(tmp_path):

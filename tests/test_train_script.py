@@ -71,6 +71,11 @@ def test_running_again_says_that_it_is_finished(copied_run, cache):
   assert done.returncode == 0 and "is finished: step 12 of 12" in done.stdout
 
 
+def test_a_workdir_that_reads_as_a_pattern_is_refused(tmp_path, cache):
+  assert "below a folder with '['" in refused(*command(tmp_path / "a[1]", cache)[1:])
+  assert not list(tmp_path.iterdir())
+
+
 def test_another_config_in_the_same_workdir_is_refused(whole_run, cache):
   path = whole_run.workdir / "config.json"
   before = path.read_text()

@@ -1,16 +1,18 @@
 """The files of a run: what is kept when it goes on, and what may not differ."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import workdir
+from moe_jax import files, workdir
 from moe_jax.config import Dispatch
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, StorageError, UserError
 
 UNLIMITED = math.inf  # capacity factor
 
@@ -36,6 +38,16 @@ def test_an_object_comes_back_as_the_file_has_it(tmp_path):
   path.write_text('{"loss": 1')
   with pytest.raises(DamagedError, match=r"eval.json is damaged .*; delete it and run eval.py"):
     workdir.read_object(path)
+
+
+@pytest.mark.parametrize("name", ["a[1]/run", "a]", "a*b", "a?b", "a\\b", "a\udcffb"])
+def test_a_name_in_which_no_checkpoint_could_be_read_again_is_refused(name, tmp_path):
+  (odd,) = set(name) & set("[*?\\\udcff") or "]"
+  said = rf"^--workdir=.*{re.escape(repr(odd))} in its name, .*; name another folder$"
+  for opened in (workdir.open_written, workdir.open_new):
+    with pytest.raises(UserError, match=said):
+      opened(tmp_path / name)
+    assert opened(tmp_path / "a%20b #{1}") == tmp_path / "a%20b #{1}"
 
 
 def test_kernels_are_remembered(tmp_path):
@@ -104,6 +116,48 @@ def _changed(**changes):
   return config_lib.Config(model=model)
 
 
+def test_no_character_of_a_config_changes_unnoticed(tmp_path):
+  """And a file of before there were digests, or of one who has removed it, is read."""
+  path = tmp_path / workdir.CONFIG
+  workdir.write_config(tmp_path, config_lib.Config())
+  whole = path.read_text()
+  assert workdir.read_config(tmp_path) == config_lib.Config()
+  for place in range(0, len(whole), 7):
+    other = "7" if whole[place] in "01234568" else "_"
+    path.write_text(whole[:place] + other + whole[place + 1 :])
+    with contextlib.suppress(DamagedError, UserError):
+      assert workdir.read_config(tmp_path) == config_lib.Config(), whole[place - 30 : place]
+  values = json.loads(whole)
+  values["data"]["batch_size"] += 1
+  path.write_text(json.dumps(values))
+  with pytest.raises(DamagedError, match="if you changed it, remove its digest\\); put it back"):
+    workdir.read_config(tmp_path)
+  del values["digest"]
+  path.write_text(json.dumps(values))
+  assert workdir.read_config(tmp_path).data.batch_size == config_lib.Data().batch_size + 1
+
+
+def test_no_character_of_the_alarms_moves_the_data_unnoticed(tmp_path):
+  path, line = tmp_path / workdir.ALARMS, {"step": 8, "alarm": "rewind", "next_batch": 11}
+  path.write_text(json.dumps(line) + "\n")  # of before there were digests
+  assert workdir.rewinds(tmp_path) == [line]
+  path.unlink()
+  for other in ({"step": 8, "alarm": "collapse"}, {"alarm": "rewind", "next_batch": "11"}):
+    files.append_line(path, other)
+  workdir.append_line(path, line)
+  assert workdir.rewinds(tmp_path) == [files.sealed(line)]
+  path.unlink()
+  workdir.append_line(path, line)
+  workdir.keep_lines(path, 8)
+  whole = path.read_text()
+  assert workdir.rewinds(tmp_path) == [files.sealed(line)]
+  for place in range(len(whole) - 1):
+    path.write_text(whole[:place] + ("7" if whole[place] != "7" else "1") + whole[place + 1 :])
+    with contextlib.suppress(DamagedError):
+      (found,) = workdir.rewinds(tmp_path)
+      assert {name: found.get(name) for name in line} == line, whole[:place]
+
+
 def test_what_changes_no_value_may_change(tmp_path):
   workdir.write_config(tmp_path, _changed())
   watched = dataclasses.replace(_changed(), health=config_lib.Health(window=7, loss_spike=0.0))
@@ -148,6 +202,30 @@ def test_the_saved_steps_are_the_whole_checkpoints(tmp_path):
     (tmp_path / workdir.CHECKPOINTS / name).mkdir(parents=True)
   assert workdir.saved_steps(tmp_path) == [4, 12]
   assert workdir.is_trained(tmp_path, 12) and not workdir.is_trained(tmp_path, 8)
+
+
+def test_a_folder_that_no_save_has_made_is_no_step(tmp_path):
+  for name in ("007", "\u0663", "0", "10"):
+    (tmp_path / workdir.CHECKPOINTS / name).mkdir(parents=True)
+  assert workdir.saved_steps(tmp_path) == [0, 10]
+
+
+@pytest.mark.parametrize(("name", "values"), [
+  (workdir.SAVED, {"step": "8"}), (workdir.SAVED, {"stop": 8}), (workdir.SAVED, {"step": True}),
+  (workdir.INIT, {"workdir": "a", "step": 8}),
+  (workdir.INIT, {"workdir": 5, "step": 8, "optimizer": False}),
+  (workdir.INIT, {"workdir": "a", "step": 8, "optimizer": False, "\u001b[31m": 1}),
+])  # fmt: skip
+def test_other_values_than_a_run_writes_are_one_line(name, values, tmp_path):
+  (tmp_path / name).write_text(json.dumps(values))
+  with pytest.raises(DamagedError, match=rf"{name} is damaged \(it has other values than .*step"):
+    workdir.read_object(tmp_path / name)
+
+
+def test_a_file_in_the_place_of_set_aside_is_one_line(tmp_path):
+  (tmp_path / workdir.SET_ASIDE).touch()
+  with pytest.raises(StorageError, match=r"cannot write .*set_aside: File exists"):
+    workdir.set_aside(tmp_path, 8, "damaged")
 
 
 def test_an_older_config_takes_defaults(tmp_path):

@@ -66,7 +66,7 @@ def run(
   check_options(run.config, capacity_factors, routing)
   traced: dict[str, Any] = {}
   with jax.set_mesh(run.mesh):
-    model = run.restore(run.step)
+    model = run.restore(run.asked)
     result = run.loss(model, documents)
     if capacity_factors:
       result["capacity"] = run.capacity(model, capacity_factors)
@@ -105,7 +105,7 @@ class LoadedRun:
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
     cost.check_evaluation_memory(self.config)
     self._reader = checkpoint.Checkpointer(self.path)
-    self.step, self.steps = self._reader.find(step), self._reader.steps()
+    self.asked, self.step, self.steps = step, self._reader.find(step), self._reader.steps()
     self.rows = pipeline.load_rows(config.data, split)
     workdir_lib.check_same_tokenizer(self.path, self.rows.tokenizer.fingerprint)
     if not data:
@@ -113,9 +113,10 @@ class LoadedRun:
     self.mesh = sharding.make_mesh(self.config.mesh)
 
   def restore(self, step: int) -> trace.RestoredModel:
-    """Reads the checkpoint of a step."""
+    """Reads the checkpoint of a step; 0 is the newest, which is then that of this evaluation."""
     model = self.config.model
-    stored = self._reader.restore_part(step, abstract_weights(model), self.mesh)
+    found, stored = self._reader.restore_part(step, abstract_weights(model), self.mesh)
+    self.step = self.step if step else found
     return trace.RestoredModel(model, **stored)
 
   def close(self) -> None:

@@ -7,11 +7,10 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 
-from moe_jax.errors import DamagedError, StorageError, UserError, is_storage
+from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, notice
 
 SEAL = "checksums.json"  # {"files": {name: [size, CRC-32 or null]}, "crc32": of the former}
 SUSPECT = "suspect"  # an empty file, where a reader has found damage in a large file
@@ -25,7 +24,10 @@ def directory() -> pathlib.Path:
   Nothing in a run's folder names it, because compiled programs in the cache are run.
   """
   default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moe_jax")
-  return pathlib.Path(os.environ.get("MOE_JAX_CACHE") or default).expanduser().absolute()
+  path = os.path.expanduser(os.environ.get("MOE_JAX_CACHE") or default)
+  if path.startswith("~"):
+    raise UserError(f"the cache {path} has no place: there is no home folder; {_REMEDY}")
+  return pathlib.Path(path).absolute()
 
 
 def make(path: pathlib.Path) -> None:
@@ -60,11 +62,6 @@ def programs() -> pathlib.Path | None:
 def key(*parts: str) -> str:
   """Returns a short hash of `parts` for a folder's name."""
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def notice(text: str) -> None:
-  """Prints one line for the user about work that a second run does not repeat."""
-  print(text, file=sys.stderr, flush=True)
 
 
 def build_once(

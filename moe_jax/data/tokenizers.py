@@ -245,9 +245,7 @@ def check_fits(config: Config) -> Tokenizer:
   """Returns the tokenizer of a run; raises a UserError if it has ids beyond the embedding."""
   tokenizer, rows = load_tokenizer(config.data), config.model.vocab_size
   if tokenizer.vocab_size > rows:
-    invented = (
-      f" ({tokenizer.separator} begins a text: {special_tokens.CONFIG} names none)"
-    )
+    invented = f" ({tokenizer.separator} begins a text: {special_tokens.CONFIG} names none)"
     raise UserError(
       f"config.model.vocab_size={rows} is less than the {tokenizer.vocab_size} of "
       f"config.data.tokenizer={config.data.tokenizer}; set it to {tokenizer.vocab_size} or more"

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import tempfile
 
-from moe_jax import command_line, files
+from moe_jax import command_line, errors
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.report import Report, compare, compare_runs, runs
@@ -32,7 +32,7 @@ def main() -> int:
     workdirs = [workdir_lib.fetched(name, pathlib.Path(folder)) for name in args.workdirs]
     report = _write(workdirs, args.out, args.target)
   for note in report.notes:
-    files.notice(note)
+    errors.notice(note)
   print(f"wrote {report.page.with_suffix('.md')} and {report.page}")
   return report.code
 

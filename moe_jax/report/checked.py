@@ -208,7 +208,7 @@ def _lines(path: pathlib.Path, root: pathlib.Path, kind: Object, shared: Sizes) 
   with _named(path):
     if damaged:
       raise WrongError(f"line {damaged[0]} is no JSON object")
-    if not lines and path.exists() and path.read_bytes()[:1] not in (b"", b"{"):
+    if not lines and path.exists() and files.read_bytes(path)[:1] not in (b"", b"{"):
       raise WrongError("it has no lines of JSON")
   for number, line in enumerate(lines, 1):
     with _named(path, f"line {number}: "):
@@ -219,13 +219,9 @@ def _lines(path: pathlib.Path, root: pathlib.Path, kind: Object, shared: Sizes) 
 
 
 def _check_place(path: pathlib.Path, root: pathlib.Path) -> None:
-  """Raises a DamagedError for what is no file, or a file elsewhere."""
-  if not os.path.lexists(path):
-    return
-  if not is_inside(path, root):
+  """Raises a DamagedError for a file elsewhere."""
+  if os.path.lexists(path) and not is_inside(path, root):
     raise DamagedError(f"{path} is a link that leads out of {root}; put a copy in its place")
-  if path.exists() and not path.is_file():
-    raise DamagedError(f"{path} is no file; move it away")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +67,7 @@ class Evaluator:
   ):
     """Reads num_batches of the rows (`pipeline.eval_rows`); 0 is the whole split."""
     self._config, self._rows, self._mesh = config, rows, mesh
+    self.stopped: Callable[[], bool] = lambda: False  # before a batch: InterruptedError
     self._bytes_V = np.zeros(config.model.vocab_size, np.int32)
     self._bytes_V[: rows.tokenizer.vocab_size] = rows.tokenizer.bytes_V
     self.batch_size = batch_size(config)
@@ -95,6 +97,8 @@ class Evaluator:
       shape = self._rows.starts_M.shape
       documents = DocumentSums(*(np.zeros(shape, dtype) for dtype in (float, int, int)))
     for numbers_B in pipeline.eval_batches(self.numbers, self.batch_size):
+      if self.stopped():
+        raise InterruptedError
       batch = self._rows.batch(numbers_B)
       placed = sharding.place(batch, self._mesh)
       sums, num_bytes, nll_BL = self._step(params, bias_ZE, placed, self._bytes_V)

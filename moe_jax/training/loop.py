@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -54,7 +55,7 @@ class Loop:
     self.config, self.path, self.saver, self.start = config, path, saver, start
     self.profiler = profiler
     self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
-    self.stop_signal = 0
+    self.stop_signal, self.stop_time = 0, 0.0  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
     peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
     self.flops_fraction = cost.count(config).flops_per_token / peak if peak else 0.0
@@ -102,7 +103,8 @@ class Loop:
     try:
       if evaluate:
         self._evaluate(self.start, evaluator, state)
-      self._take_steps(state, batches, step_fn, evaluator)
+      if not self._is_asked():
+        self._take_steps(state, batches, step_fn, evaluator)
       self.saver.wait()
       files.flush()
     finally:
@@ -142,7 +144,8 @@ class Loop:
         self._finish(*pending)
         pending = None
         # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
-        loss = self._evaluate(step, evaluator, state) if save or not stop else float("inf")
+        loss = self._evaluate(step, evaluator, state) if save or not stop else math.inf
+        stop = stop or self._is_asked()
         if save or stop:
           begin = time.perf_counter()
           self._save(step, state, loss)
@@ -176,10 +179,12 @@ class Loop:
 
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
     """Remembers a first signal until the step ends; raises KeyboardInterrupt at a second one."""
+    if self.stop_signal and time.monotonic() < self.stop_time + 1:
+      return  # some schedulers send theirs to the process and to its group
     if self.stop_signal:  # the second signal: stop at once; the last checkpoint remains
       signal.signal(signal.SIGINT, signal.default_int_handler)
       raise KeyboardInterrupt
-    self.stop_signal = number
+    self.stop_signal, self.stop_time = number, time.monotonic()
     if jax.process_count() > 1:
       signal.raise_signal(signal.SIGTERM)
     words = "\nstopping after this step, which is saved; a second signal stops without saving"
@@ -196,11 +201,14 @@ class Loop:
         signal.raise_signal(signal.SIGTERM)
       self.unread = True
 
+  def _is_asked(self) -> bool:
+    """Returns whether this process, if it is the only one, is asked to stop."""
+    return jax.process_count() == 1 and (bool(self.stop_signal) or self.unread)
+
   def _should_stop(self, step: int) -> bool:
     """Returns whether the run is to end after this step."""
-    if jax.process_count() == 1:
-      return bool(self.stop_signal) or self.unread
-    return self.saver.reached_preemption(step)  # all processes agree on the step
+    several = jax.process_count() > 1  # all of them agree on the step
+    return self.saver.reached_preemption(step) if several else self._is_asked()
 
   def _finish(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
     """Waits for a step's metrics; counts the step's time, raises its alarms, and may log it."""
@@ -270,8 +278,13 @@ class Loop:
     return speed
 
   def _evaluate(self, step: int, evaluator: Evaluator, state: "TrainState") -> float:
-    """Returns the validation loss, after it has logged it."""
-    result = evaluator(state.params, state.bias_ZE)
+    """Returns the validation loss, after it has logged it; inf if the run is asked to stop."""
+    # The next start evaluates the step then. After the last step there is none that would.
+    evaluator.stopped = lambda: self._is_asked() and step < self.config.train.steps
+    try:
+      result = evaluator(state.params, state.bias_ZE)
+    except InterruptedError:
+      return math.inf
     if self.writer:
       self.writer.write(step, result, "validation")
       self._say(

@@ -13,7 +13,7 @@ from moe_jax import checkpoint, command_line, lock, sharding, startup, validatio
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.data import pipeline, tokenizers
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.training import health, init_from, optimizers, profiling
@@ -92,7 +92,7 @@ def begin(config: config_lib.Config, workdir: str) -> tuple[config_lib.Config, p
   config = validation.resolve_mesh(config, jax.device_count())
   choose.check(config)
   cost.check_training_memory(config, optimizers.abstract_state(config))
-  path = workdir_lib.open_path(workdir)
+  path = workdir_lib.open_written(workdir)
   workdir_lib.check_same_config(path, config)
   _say_if_rates_move(path, config)
   return config, path
@@ -205,11 +205,11 @@ def _train(
   start, state, next_batch = _restore_newest(saver, checkpoint.abstract(shapes, shardings))
   if start:
     began = f" from its own checkpoint; it began with {source}" if source else ""
-    print(f"resuming {path} at step {start}{began}")
+    print(shown(f"resuming {path} at step {start}{began}"))
   else:
     state = begin_state(init, source, shardings)
     if source and jax.process_index() == 0:
-      print(f"{path} begins with {source}")
+      print(shown(f"{path} begins with {source}"))
       workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
       fingerprint = text.train.tokenizer.fingerprint
       workdir_lib.inherit(path, workdir_lib.open_path(source.workdir), fingerprint)
@@ -218,7 +218,8 @@ def _train(
   loop = Loop(config, path, saver, start, profiling.Profiler(window, path, start))
   evaluator = Evaluator(config, text.validation, jax.sharding.get_mesh(), config.eval.batches)
   # A run that was asked to stop has saved this step without the evaluation that it was due.
-  due = start % config.train.eval_every == 0 and start > 0 and math.isinf(saver.loss(start))
+  planned = 0 in (start % config.train.eval_every, start % config.train.checkpoint_every)
+  due = planned and start > 0 and math.isinf(saver.loss(start))
   loop.run(state, batches, compile_step(config, shardings), evaluator, text.train, evaluate=due)
 
 

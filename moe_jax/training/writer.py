@@ -66,7 +66,7 @@ class Writer:
   def last(self, name: str) -> float:
     """Returns the newest value that metrics.jsonl has of a metric; 0.0 if there is none."""
     lines = workdir_lib.read_lines(self._path)
-    return next((line[name] for line in reversed(lines) if name in line), 0.0)
+    return next((x[name] for x in reversed(lines) if isinstance(x.get(name), float)), 0.0)
 
   def close(self) -> None:
     with contextlib.suppress(OSError):  # of a full disk, which `write` has told

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax.config import Data
 from moe_jax.data import cache, pipeline
+from moe_jax.errors import UserError
 from tests.support.scripts import python
 from tests.support.texts import error_of
 from tests.support.toys import ROOT
@@ -129,6 +130,14 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half(text, own_cache
     assert not list(own_cache.glob("*/*.partial"))
   again = python(*command, "-1", env=os.environ)
   assert again.returncode == 0 and int(again.stdout) > 100, again.stderr
+
+
+def test_who_has_no_home_names_a_cache(monkeypatch):
+  for name in ("MOE_JAX_CACHE", "XDG_CACHE_HOME", "HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without an entry
+  with pytest.raises(UserError, match=r"there is no home folder; --cache_dir or \$MOE"):
+    cache.directory()
 
 
 def test_cache_that_cannot_be_written(own_cache):

@@ -236,14 +236,16 @@ def test_a_report_shows_nothing_from_outside_of_its_folder(tmp_path):
   assert ["is not in this folder" in why for why in said] == [False] * 3 + [True] * 4
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_file_is_not_read(make, tmp_path):
+@pytest.mark.parametrize(
+  ("make", "why"), [(os.mkfifo, "it is no file"), (os.mkdir, "Is a directory")]
+)
+def test_what_is_no_file_is_not_read(make, why, tmp_path):
   """A pipe would block its reader."""
   out = sweep(tmp_path)
   make(out / "moe/seed0/eval.json")
   make(out / "moe/seed1/log.txt")
   error = runs.read_sweep(out).arms[1].runs[0].error
-  assert error.endswith("seed0/eval.json is no file; move it away")
+  assert error.endswith(f"seed0/eval.json cannot be read ({why}); run eval.py again")
 
 
 def test_named_workdirs_are_left_out_where_they_are_damaged(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -252,14 +253,45 @@ def test_a_step_that_was_due_an_evaluation_gets_it_when_the_run_goes_on(text, tm
   assert arrays_of(parts, 8) == arrays_of(whole, 8)
 
 
-def test_no_run_writes_through_a_link(text, trained, tmp_path):
-  for name in ("checkpoints", "tensorboard", "metrics.jsonl", "profile", "alarms.jsonl"):
-    workdir = tmp_path / name / "run"
-    shutil.copytree(trained, workdir)
-    if (workdir / name).exists():
-      (workdir / name).rename(tmp_path / name / "elsewhere")
-    (workdir / name).symlink_to(tmp_path / name / "elsewhere")
-    refused(text, workdir, f"{name} is a symbolic link, and a run writes through none", UserError)
+def test_a_signal_in_a_validation_ends_it_and_two_at_once_are_one(text, tmp_path, monkeypatch):
+  """The step is saved at once, and evaluated by the next start that is not asked to stop too."""
+  real, read, workdir = run_lib.pipeline.eval_batches, [], tmp_path / "run"
+
+  def eval_batches(*arguments):
+    for batch in real(*arguments):
+      read.append(batch)
+      if len(read) in (2, 4):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(run_lib.pipeline, "eval_batches", eval_batches)
+  config, evaluated = config_of(text, steps=6, every=3), []
+  config.train.eval_every, config.eval.batches = 6, 3  # step 3 is evaluated because it is saved
+  for saved in ([3], [3], [3, 6]):
+    run_lib.run(config, str(workdir))
+    assert workdir_lib.saved_steps(workdir) == saved
+    lines = workdir_lib.read_lines(workdir / workdir_lib.METRICS)
+    evaluated.append([line["step"] for line in lines if "validation/loss" in line])
+  assert evaluated == [[], [], [3, 6]] and len(read) == 2 + 2 + 3 + 3
+
+
+@pytest.mark.parametrize("name", [
+  "checkpoints", "checkpoints/deleted", "checkpoints/4", "tensorboard", "metrics.jsonl", "profile",
+  "profile/plugins/profile", "alarms.jsonl",
+])  # fmt: skip
+def test_no_run_writes_or_deletes_through_a_link(name, text, trained, tmp_path):
+  workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+  shutil.copytree(trained, workdir)
+  (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+  if (workdir / name).exists():
+    (workdir / name).rename(elsewhere)
+  else:
+    (elsewhere / "mine").mkdir(parents=True)
+  (workdir / name).symlink_to(elsewhere)
+  before = sorted(elsewhere.rglob("*"))
+  refused(text, workdir, f"{name} is a symbolic link, and a run writes through none", UserError)
+  assert sorted(elsewhere.rglob("*")) == before
 
 
 def test_the_rows_that_are_named_are_those_of_the_batch(text):
