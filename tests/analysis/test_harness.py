@@ -168,6 +168,18 @@ def test_windows_score_every_id_once():
       assert seen == ids
 
 
+@pytest.mark.parametrize(("context", "continuation"), [(3, 2), (9, 2), (1, 8), (5, 20), (12, 17)])
+def test_a_continuation_is_scored_whole_after_as_much_context_as_there_is_room_for(
+  context, continuation
+):
+  ids = list(range(context + continuation))
+  windows = list(scoring.windows(ids[:context], ids[context:], 8, 8))
+  assert [i for w in windows for i in w.ids[len(w.ids) - w.scored :]] == ids[context:]
+  first = windows[0].ids
+  assert len(first) - windows[0].scored == min(context, max(9 - continuation, 1))
+  assert all(w.ids == ids[w.ids[0] : w.ids[-1] + 1] and len(w.ids) <= 9 for w in windows)
+
+
 @pytest.mark.parametrize("stride", [pytest.param(9, marks=pytest.mark.slow), 4])
 def test_perplexity_is_that_of_the_models_logits(whole_run, stride):
   """Every byte from the longest window that its stride gives it, one after another."""
