@@ -147,8 +147,8 @@ def earlier_turns() -> list[dict[str, str]]:
   if _MESSAGES.value:
     try:
       given = json.loads(text_files.read_text("--messages", _MESSAGES.value))
-      turns += [{"role": turn["role"], "content": turn["content"]} for turn in given]
-    except (KeyError, TypeError, ValueError):
+      turns += [{k: v for k, v in {"role": t["role"], **t}.items() if v is not None} for t in given]
+    except (KeyError, RecursionError, TypeError, ValueError):
       raise UserError(
         f'--messages={_MESSAGES.value}: not a JSON list of {{"role": ..., "content": ...}}'
       ) from None

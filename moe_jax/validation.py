@@ -129,8 +129,7 @@ def _check_moe(config: Config) -> None:
       _refuse(config, f"model.moe.{field}", "model.moe.shared_experts", "there is no shared "
               "expert; set shared_experts=1")  # fmt: skip
   _check_groups(config)
-  dense = filter(None, moe.dense_layers.split(","))
-  if not all(i.isdecimal() and int(i) < config.model.num_layers for i in dense):
+  if not {"", *map(str, range(config.model.num_layers))}.issuperset(moe.dense_layers.split(",")):
     _refuse(config, "model.moe.dense_layers", "model.num_layers", "give the indices of layers, "
             "from 0 on, with commas between them")  # fmt: skip
   if (config.model.num_layers - moe.first_dense) % moe.every:

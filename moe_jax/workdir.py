@@ -211,7 +211,8 @@ def check_same_tokenizer(workdir: pathlib.Path, fingerprint: str) -> None:
   if read_object(workdir / DATA).get("tokenizer", fingerprint) != fingerprint:
     raise UserError(
       f"--workdir={workdir}: the file of config.data.tokenizer is not the one that this run was "
-      "trained with (changed or damaged?); put that file back in its place"
+      "trained with (changed or damaged?), or those beside it name other special tokens; put that "
+      "file back in its place"
     )
 
 

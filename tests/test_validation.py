@@ -22,6 +22,7 @@ DISAGREEMENTS = {
   "model.moe.gate_scale=inf": "finite",
   "model.moe.every=3": "config.model.num_layers=2",
   "model.moe.first_dense=2": "num_experts=0",
+  "model.moe.dense_layers=01": "the indices of layers",
   "model.moe.group_size=4": "config.data.seq_len=9",
   "model.moe.jitter=1.5": "below 1",
   "model.global_every=2": "config.model.window=0: all layers attend to everything",

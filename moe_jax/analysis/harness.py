@@ -217,6 +217,8 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
       rows = text.generate(
         [prompt[-room:] for prompt in prompts],
         max_new_tokens=most,
+        top_k=int(options.get("top_k") or 0),
+        top_p=float(options.get("top_p") or 1.0),
         temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
       )
       return [_cut(row.text, until) for row in rows]

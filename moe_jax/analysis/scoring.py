@@ -56,8 +56,9 @@ class Scorer:
     scores = iter(self([window.ids for text in texts for window in text], progress))
     found = []
     for text in texts:
-      parts = [Scores(*(part[-w.scored :] for part in next(scores))) for w in text]
-      found.append(Scores(*(np.concatenate([[], *part]) for part in zip(*parts, strict=True))))
+      parts = [[part[-w.scored :] for part in next(scores)] for w in text]
+      empty = [np.zeros(0, np.float32), np.zeros(0, bool)]  # of a text without ids
+      found.append(Scores(*map(np.concatenate, zip(empty, *parts, strict=True))))
     return found
 
   def _together(self, rows: list[Ids]) -> list[Scores]:

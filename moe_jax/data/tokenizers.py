@@ -29,7 +29,6 @@ _SEPARATORS = (
   "<eos>",
   "[EOS]",
 )
-_MOST = 2**24  # ids of a vocabulary, which has gaps where a file is damaged
 
 
 class Tokenizer:
@@ -42,12 +41,14 @@ class Tokenizer:
     Metaspace put a space before each document, and some tokenizers normalise the text; the numbers
     then sum to the length of the changed text, with the space one byte more for each document.
   fingerprint: the same string for equal tokenizers.
+  separator_text: the separator as a file names it; None where it is none of a file's tokens.
   eos: the end token; the separator where no file says which.
   prefix: the id before a text where something must stand: the begin token, else `eos`.
   ends: ids that end a text by the files beside the tokenizer; none where they say nothing.
   """
 
   ends: Sequence[int] = ()
+  separator_text: str | None = None
 
   def __init__(self, pieces_V: list[bytes], separator: int, fingerprint: str):
     self.separator = self.prefix = self.eos = separator
@@ -107,13 +108,15 @@ class HuggingFace(Tokenizer):
     self._model.no_padding()
     self._model.encode_special_tokens = True  # "<s>" in a document is text
     beside = special_tokens.read(pathlib.Path(path).parent)
+    special = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
+    more = self._add(beside)
     added = self._model.get_added_tokens_decoder()
-    more = self._add(added, beside)
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
-    if size > _MOST:
-      raise UserError(f"config.data.tokenizer={path!r}: an id of {size - 1:,} is over {_MOST:,}")
-    special = {token.content: i for i, token in added.items() if token.special}
+    if size > special_tokens.MOST:
+      raise UserError(
+        f"config.data.tokenizer={path!r}: an id of {size - 1:,} is over {special_tokens.MOST:,}"
+      )
     known = next((special[name] for name in _SEPARATORS if name in special), None)
     guess = size if known is None else known
     bos, eos = (vocabulary.get(beside.names.get(name)) for name in ("bos_token", "eos_token"))
@@ -129,8 +132,9 @@ class HuggingFace(Tokenizer):
     rules = [file.get("pre_tokenizer"), file.get("decoder")]  # split text, and put it together
     self._byte_level = '"ByteLevel"' in json.dumps(rules)
     pieces_V = [b""] * max(size, separator + 1)
+    plain = self._model.get_vocab(with_added_tokens=False)  # what a text can be made of
     for piece, i in vocabulary.items():
-      if i in added:
+      if i in added and (piece in special or piece not in plain):
         pieces_V[i] = b"" if added[i].special else piece.encode()
       else:
         pieces_V[i] = _byte_level(piece) if self._byte_level else _metaspace(piece)
@@ -139,29 +143,36 @@ class HuggingFace(Tokenizer):
     beyond = f"{separator} {more}" if more or separator != guess else ""
     super().__init__(pieces_V, separator, _fingerprint(path, beyond))
     self.ends = sorted({*beside.ends, *([] if eos is None else [eos])})
-    self.invented = separator == size  # an id that the file does not have
+    self.separator_text = self._model.id_to_token(separator)
     self.eos = separator if eos is None else eos
     self.prefix = self.eos if bos is None else bos
 
-  def _add(self, known: dict[int, Any], beside: special_tokens.SpecialTokens) -> list[Any]:
-    """Adds the tokens that are not in the file, or otherwise, and returns them."""
+  def _add(self, beside: special_tokens.SpecialTokens) -> list[str]:
+    """Adds the tokens that the file lacks, or has with other flags; returns them as they print."""
     token = _import("tokenizers", "").AddedToken
-    have = {added.content: added for added in known.values()}
-    wanted = {values["content"]: token(**values) for values in beside.added}
-    for text in beside.names.values():
-      wanted.setdefault(text, have.get(text, token(text, special=True)))
-    new = [added for text, added in wanted.items() if have.get(text) != added]
+    have = {known.content: known for known in self._model.get_added_tokens_decoder().values()}
+    new = []
+    for text in beside.table | beside.named:
+      flags = beside.named.get(text, {})
+      if text in have:
+        flags = {flag: getattr(have[text], flag) for flag in special_tokens.FLAGS}
+      flags = flags | beside.table.get(text, {})
+      flags |= {"special": True} if text in beside.named else {}
+      if have.get(text) != (wanted := token(text, **flags)):
+        new.append(wanted)
     self._model.add_tokens(new)
-    return new
+    return [repr(added) for added in new]
 
   def encode(self, text: bytes | str) -> np.ndarray:
+    return np.array(self._ids(_to_str(text)), np.int64)
+
+  def _ids(self, text: str) -> list[int]:
     try:
-      ids = self._model.encode(_to_str(text), add_special_tokens=False).ids
+      return self._model.encode(text, add_special_tokens=False).ids
     except Exception as error:  # bare; a vocabulary without a piece for unknown characters
       raise UserError(
         f"config.data.tokenizer={self._path!r} cannot encode a text: {_why(error)}"
       ) from error
-    return np.array(ids, np.int64)
 
   @property
   def before(self) -> list[int]:
@@ -172,7 +183,7 @@ class HuggingFace(Tokenizer):
   def encode_special(self, text: str) -> list[int]:
     self._model.encode_special_tokens = False
     try:
-      return self._model.encode(text, add_special_tokens=False).ids
+      return self._ids(text)
     finally:
       self._model.encode_special_tokens = True
 
@@ -189,11 +200,14 @@ class SentencePiece(Tokenizer):
     self._model = _import("sentencepiece", path).SentencePieceProcessor(model_file=path)
     self._beside = special_tokens.read(pathlib.Path(path).parent)
     size = self._model.vocab_size()
-    ends = [i for i in (self._model.bos_id(), self._model.eos_id()) if i >= 0]
+    pieces = [self._model.id_to_piece(i) for i in range(size)]
+    own = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
+    names = self._beside.names
+    ids = (pieces.index(names[n]) if names.get(n) in pieces else i for n, i in own.items())
+    ends = [i for i in ids if i >= 0]
     separator = ends[0] if ends else size
     pieces_V = [
-      b"" if self._model.is_control(i) else _metaspace(self._model.id_to_piece(i))
-      for i in range(size)
+      b"" if self._model.is_control(i) else _metaspace(piece) for i, piece in enumerate(pieces)
     ]
     if self._model.unk_id() >= 0:
       pieces_V[self._model.unk_id()] = "\ufffd".encode()
@@ -250,7 +264,7 @@ def check_fits(config: Config) -> Tokenizer:
       f"config.model.vocab_size={rows} is less than the {tokenizer.vocab_size} of "
       f"config.data.tokenizer={config.data.tokenizer}; set it to {tokenizer.vocab_size} or more"
       + invented
-      * (isinstance(tokenizer, HuggingFace) and tokenizer.invented)
+      * (isinstance(tokenizer, HuggingFace) and not tokenizer.separator_text)
     )
   return tokenizer
 

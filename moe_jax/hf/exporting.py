@@ -1,5 +1,6 @@
 """Writes a run's checkpoint as a Hugging Face checkpoint that `from_pretrained` loads unchanged."""
 
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from moe_jax import sharding
 from moe_jax import weights as weights_lib
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, UserError
-from moe_jax.data import tokenizers
+from moe_jax.data import special_tokens, tokenizers
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.model import cost
@@ -120,15 +121,21 @@ def export(
     raise
 
 
-def _beside(loaded: Loaded) -> dict[str, pathlib.Path]:
-  """Returns {name in the export: file} of what came with an import, or of the run's tokenizer."""
+def _beside(loaded: Loaded) -> dict[str, pathlib.Path | str]:
+  """Returns {name: file or text} of what came with an import, or of the run's tokenizer."""
   if loaded.beside.is_dir():
     return {name: loaded.beside / name for name in files.BESIDE}
   tokenizer = pathlib.Path(loaded.config.data.tokenizer)
   if not tokenizer.suffix:  # bytes
     return {}
   named = files.TOKENIZER if tokenizer.suffix == ".json" else files.SENTENCEPIECE
-  return {name: tokenizer.parent / name for name in files.OF_TOKENIZER} | {named: tokenizer}
+  found: dict[str, pathlib.Path | str] = {n: tokenizer.parent / n for n in files.OF_TOKENIZER}
+  if named == files.TOKENIZER and not (tokenizer.parent / special_tokens.CONFIG).is_file():
+    separator = tokenizers.load_tokenizer(loaded.config.data).separator_text
+    # Otherwise transformers makes another one, of the family's class.
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": separator}
+    found[special_tokens.CONFIG] = json.dumps(about)
+  return found | {named: tokenizer}
 
 
 def _part(array: Any, part: layout.Part) -> np.ndarray:
@@ -143,6 +150,7 @@ def _config(loaded: Loaded, family: Family, dtype: str) -> dict[str, Any]:
   before: dict[str, Any] = {}
   if (loaded.beside / files.CONFIG).is_file():
     before = dict(fields.of_text(files.read_json(loaded.beside / files.CONFIG)))
+    before.pop("quantization_config", None)
     if before.get("model_type") != family.model_type:
       before = {}
   longest = {"max_position_embeddings": loaded.config.data.seq_len}

@@ -216,11 +216,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def copy(named: Mapping[str, pathlib.Path], target: pathlib.Path) -> None:
-  """Copies small files, those of {name in the target: file} that there are."""
+def copy(named: Mapping[str, pathlib.Path | str], target: pathlib.Path) -> None:
+  """Copies small files, those of {name in the target: file or text} that there are."""
   target.mkdir(parents=True, exist_ok=True)
   for name, source in named.items():
-    if source.is_file():
+    if isinstance(source, str):
+      files.write(target / name, source)
+    elif source.is_file():
       files.write(target / name, files.read_bytes(source))
 
 
@@ -268,7 +270,7 @@ class Writer:
     total = len(self._planned)
     return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
-  def finish(self, config: Mapping[str, Any], beside: Mapping[str, pathlib.Path]) -> None:
+  def finish(self, config: Mapping[str, Any], beside: Mapping[str, pathlib.Path | str]) -> None:
     """Writes the index and config.json, copies what goes beside, and names the folder."""
     with _storage(self.target):
       copy(beside, self.folder)

@@ -34,7 +34,7 @@ _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _NAMED = 20  # tensors that do not fit; a wrong file has thousands
 _LENGTH = 2048  # of a row, where a model names none
 # Files of which a folder with a tokenizer has one.
-_TOKENIZER = r"tokenizer\.|tokenizer_config|vocab\.|merges\.|spiece\.|.*(tiktoken|\.tekken)"
+_TOKENIZER = r"tokeniz|special_tokens|added_tokens|vocab\.|merges\.|tekken|.*(tiktoken|\.model$)"
 _READ, _WRITTEN = 5e8, 3e8  # bytes per second, for the prediction of --dry-run
 
 
@@ -136,7 +136,7 @@ def _config(
 def _fit_rows(config: Config, longest: Any) -> None:
   """Takes the model's own length of a row, or as much of it as there is memory for its logits."""
   data, mesh = config.data, config.mesh
-  data.seq_len = longest if isinstance(longest, int) and longest > 0 else _LENGTH
+  data.seq_len = longest if type(longest) is int and longest > 0 else _LENGTH
   room = (platform.memory_bytes() or sys.maxsize) - cost.check_weights_memory(config)
   while 8 * data.seq_len * config.model.vocab_size / mesh.tensor > room and data.seq_len > _LENGTH:
     data.seq_len //= 2

@@ -1,5 +1,6 @@
 """Prompts for a chat model: messages in the template that came with its tokenizer."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -47,9 +48,11 @@ class Template:
     assert worker.stdin and worker.stdout
     timer = threading.Timer(_SECONDS, worker.kill)
     timer.start()
-    worker.stdin.write(json.dumps(asked) + "\n")
-    worker.stdin.flush()
-    line = worker.stdout.readline(_LONGEST)
+    line = ""
+    with contextlib.suppress(OSError):  # its process is gone
+      worker.stdin.write(json.dumps(asked) + "\n")
+      worker.stdin.flush()
+      line = worker.stdout.readline(_LONGEST)
     timer.cancel()
     answer = {"error": f"it does not end in {_SECONDS:.0f} s, or needs too much memory"}
     if line.endswith("\n"):
@@ -63,7 +66,7 @@ class Template:
   def _running(self) -> "subprocess.Popen[str]":
     if self._worker is None:
       self._worker = subprocess.Popen(
-        [sys.executable, "-m", "moe_jax.inference.chat_worker"], text=True,
+        [sys.executable, "-P", pathlib.Path(__file__).with_name("chat_worker.py")], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
       )  # fmt: skip
     return self._worker
@@ -80,12 +83,15 @@ class Template:
 
 def _template(folder: pathlib.Path) -> str:
   if (folder / FILE).is_file():
-    return (folder / FILE).read_text()
-  found: Any = files.read_json(folder / special_tokens.CONFIG, "download it again").get(
-    "chat_template"
-  )
+    try:
+      return files.read_bytes(folder / FILE).decode()
+    except UnicodeDecodeError:
+      raise UserError(f"{folder / FILE} is not UTF-8 text; download it again") from None
+  config = files.read_json(folder / special_tokens.CONFIG, "download it again")
+  found: Any = config.get("chat_template")
   if isinstance(found, list):  # several by name
-    found = next((t.get("template") for t in found if t.get("name") == "default"), None)
+    named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+    found = named.get("default")
   if not isinstance(found, str):
     raise UserError(
       f"{folder} has no {FILE}, and no chat_template in {special_tokens.CONFIG}; only an import "

@@ -1,14 +1,14 @@
-"""A process that renders chat templates, which are foreign programs: python -m ...chat_worker.
+"""A process that renders chat templates, which are foreign programs; it needs Jinja alone.
 
 It reads a JSON object a line, and answers each with one: {"text": ...} or {"error": ...}. Jinja's
 sandbox keeps a template from everything but the messages; the memory of the process is bounded, and
 who started it ends it where an answer takes too long.
 """
 
+import datetime
 import json
 import resource
 import sys
-import time
 from typing import Any
 
 import jinja2
@@ -32,16 +32,22 @@ class Generation(ext.Extension):
 def render(template: str, variables: dict[str, Any]) -> str:
   """Returns the text of a template, in the environment that transformers gives it."""
 
-  def refuse(why: str) -> None:
+  def raise_exception(why: str) -> None:
     raise jinja2.TemplateError(why)
+
+  def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+             sort_keys: bool = False) -> str:  # fmt: skip
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip
+
+  def strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
 
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
   )
-  environment.filters["tojson"] = lambda value, **options: json.dumps(
-    value, **{"ensure_ascii": False} | options
-  )
-  environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+  environment.filters["tojson"] = tojson
+  environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
   return environment.from_string(template).render(variables)
 
 

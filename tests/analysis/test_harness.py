@@ -195,6 +195,8 @@ def test_perplexity_is_that_of_the_models_logits(whole_run, stride):
       total -= float(log_probs[-1 - back, window[-1 - back]])
     done = end
   assert found.loss == pytest.approx(total / len(ids), rel=1e-5) and found.tokens == len(ids)
+  (none,) = scoring.Scorer(text, 4).of_windows([[]], len)
+  assert none.log_probs.shape == none.best.shape == (0,) and none.best.all()
   assert found.bits_per_byte == pytest.approx(found.loss / math.log(2), rel=1e-6)
 
 

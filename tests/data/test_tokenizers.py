@@ -122,15 +122,31 @@ TABLE = {"0": {"content": "<|endoftext|>", "special": True},
 BESIDE = {
   "nothing": ({}, (0, 0, 0, [])),
   "a begin token, which no rule puts before a text": (
-    {"tokenizer_config.json": BEGIN}, (1, 1, 24, [24])
+    {"tokenizer_config.json": BEGIN}, (1, 1, 25, [25])
   ),
   "the map, which counts without a table": (
     {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
-     "special_tokens_map.json": BEGIN | {"eos_token": {"content": "</s>"}}}, (1, 1, 24, [24]),
+     "special_tokens_map.json": BEGIN | {"eos_token": {"content": "</s>"}}}, (1, 1, 25, [25]),
   ),
   "a table, beside which the map is not read": (
     {"tokenizer_config.json": BEGIN | {"added_tokens_decoder": TABLE, "bos_token": None},
-     "special_tokens_map.json": {"bos_token": "<s>"}}, (24, 24, 24, [24]),
+     "special_tokens_map.json": {"bos_token": "<s>"}}, (25, 25, 25, [25]),
+  ),
+  "an empty table, beside which the map is not read": (
+    {"tokenizer_config.json": BEGIN | {"added_tokens_decoder": {}},
+     "special_tokens_map.json": {"eos_token": "</s>"}}, (1, 1, 25, [25]),
+  ),
+  "flags of a name, and tokens of other names": (
+    {"tokenizer_config.json": BEGIN | {
+      "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "rstrip": True},
+      "image_token": "<image>",
+      "extra_special_tokens": {"audio_token": "<think>"}}}, (1, 1, 25, [25]),
+  ),
+  "a name that the file has as a token like others": (
+    {"tokenizer_config.json": BEGIN | {"eos_token": "uv"}}, (1, 1, 24, [24])
+  ),
+  "ids that are none": (
+    {"config.json": {"bos_token_id": -1, "eos_token_id": [True, 10**12, 3]}}, (0, 0, 0, [3])
   ),
   "the model's ids": (
     {"generation_config.json": {"eos_token_id": [5, 0]}, "config.json": {"bos_token_id": 1}},
@@ -149,6 +165,7 @@ def letters(folder, begins):
   model = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token="a"))
   model.pre_tokenizer = hf.pre_tokenizers.Split("", "isolated")
   model.add_special_tokens(["<|endoftext|>"])
+  model.add_tokens(["uv"])
   if begins:
     model.post_processor = hf.processors.TemplateProcessing(
       single="<s> $A", special_tokens=[("<s>", 1)]
@@ -166,13 +183,13 @@ def test_the_files_beside_a_tokenizer_name_its_special_tokens(name, begins, tmp_
   ours = tokenizers.HuggingFace(str(tmp_path / "tokenizer.json"))
   assert (ours.separator, ours.prefix, ours.eos, ours.ends) == (separator, prefix, eos, ends)
   assert ours.before == [1] * begins
-  assert ours.bytes_V[separator] == 0
+  assert ours.bytes_V[separator] == 0 and separator not in ours.encode("abuv<s><|im_end|>")
   theirs = pytest.importorskip(
     "transformers", reason="compares with Hugging Face: pip install -e '.[hf]'"
   ).AutoTokenizer.from_pretrained(tmp_path)
   names = (theirs.bos_token_id, theirs.eos_token_id)
   assert prefix == next((i for i in names if i is not None), separator)
-  text = "ab<s>c <|im_end|><think>v"
+  text = "ab<s>c <|im_end|> <think>vuv<image> a"
   assert theirs(text).input_ids == [*ours.before, *ours.encode_special(text)]
 
 

@@ -167,6 +167,8 @@ BAD = {
   "window": (lambda p: set_config(p, use_sliding_window=True), "use_sliding_window=True cannot"),
   "dense layers": (lambda p: set_config(p, mlp_only_layers=[1, 7]), "model.moe.dense_layers=1,7"),
   "another tokenizer": (lambda p: (p / "tiktoken.model").touch(), "tiktoken.model, is not read"),
+  "a third": (lambda p: (p / "tekken.json").touch(), "tekken.json, is not read"),
+  "a code": (lambda p: (p / "tokenization_x.py").touch(), "tokenization_x.py, is not read"),
   "more ids": (lambda p: [set_config(p, bos_token_id=None, eos_token_id=None),
                           letters(26).save(str(p / "tokenizer.json"))], "=24 is less than the 27"),
   "rope": (lambda p: set_config(p, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
@@ -256,6 +258,30 @@ def test_a_run_is_exported_with_its_own_tokenizer(tmp_path):
   out = json.loads((tmp_path / "out/config.json").read_text())
   assert (out["bos_token_id"], out["eos_token_id"]) == (0, 0) and out["num_experts"] == 4
   assert json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["vocab"]["c"] == 3
+
+
+def test_transformers_takes_the_exported_tokenizer_as_it_is(tmp_path):
+  """Not that of the family's class, which it would make where no file names another."""
+  transformers = pytest.importorskip(
+    "transformers", reason="compares with Hugging Face: pip install -e '.[hf]'"
+  )
+  letters(20).save(str(tmp_path / "mine.json"))
+  config = toy()
+  config.data.tokenizer = str(tmp_path / "mine.json")
+  with jax.set_mesh(mesh_of()):
+    exporting.export(loaded(config), families.FAMILIES["qwen3_moe"], tmp_path / "out")
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert theirs("abc").input_ids == [1, 2, 3] and theirs.eos_token_id == 0
+
+
+def test_an_export_is_in_its_own_type(copy, tmp_path):
+  set_config(copy, quantization_config={"quant_method": "fp8"})
+  with jax.set_mesh(mesh_of()):
+    made = plan(copy)
+    importing.save(made, importing.read(made, mesh_of()), tmp_path / "run")
+    run = loaded(made.config)._replace(beside=tmp_path / "run/hf")
+    exporting.export(run, made.family, tmp_path / "out")
+  assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Chat templates: as transformers renders them, and answers that end where the template says."""
 
 import json
+import time
 
 import jax
 import pytest
@@ -99,6 +100,28 @@ def test_a_template_ends_and_whatever_it_does_is_one_line(program, tmp_path, mon
   assert "\n" not in str(error.value)
   template.text = "{{ messages[0].content }}"
   assert template.render(MESSAGES) == "e"  # another process, where one had to end
+  template._worker.kill()
+  template._worker.wait()
+  with pytest.raises(UserError, match="does not end"):
+    template.render(MESSAGES)
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [(chat.FILE, b"\xff"), ("tokenizer_config.json", b'{"chat_template": ["a", {"name": "b"}]}')],
+)
+def test_a_template_that_is_no_text_is_one_line(name, content, tmp_path):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=f"{name} is not UTF-8|has no {chat.FILE}"):
+    chat.Template(tmp_path)
+
+
+def test_a_template_gets_the_functions_that_transformers_gives_it(tmp_path):
+  (tmp_path / chat.FILE).write_text(
+    "{{ {'b': 'é', 'a': [1]} | tojson(false, 1, sort_keys=true) }}{{ strftime_now(format='%Y') }}"
+  )
+  text = chat.Template(tmp_path).render(MESSAGES)
+  assert text == '{\n "a": [\n  1\n ],\n "b": "é"\n}' + time.strftime("%Y")
 
 
 @pytest.mark.slow
