@@ -177,9 +177,9 @@ class Checkpointer:
       try:
         return found, self.restore_fields(found, fields)
       except DamagedError:
-        if step or found in workdir_lib.saved_steps(self._workdir):
-          raise
         self._manager.reload()
+        if step or found in self.steps():
+          raise
 
   def restore_fields(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns some fields of the saved state; `fields` gives their shapes and shardings."""

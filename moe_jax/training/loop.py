@@ -55,7 +55,7 @@ class Loop:
     self.config, self.path, self.saver, self.start = config, path, saver, start
     self.profiler = profiler
     self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
-    self.stop_signal, self.stop_time = 0, 0.0  # the first signal, and the clock at it
+    self.stop_signal, self.stop_time = 0, -math.inf  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
     peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
     self.flops_fraction = cost.count(config).flops_per_token / peak if peak else 0.0
@@ -179,8 +179,8 @@ class Loop:
 
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
     """Remembers a first signal until the step ends; raises KeyboardInterrupt at a second one."""
-    if self.stop_signal and time.monotonic() < self.stop_time + 1:
-      return  # some schedulers send theirs to the process and to its group
+    if number == signal.SIGTERM and time.monotonic() < self.stop_time + 0.5:
+      return  # some schedulers send it to the process and to its group
     if self.stop_signal:  # the second signal: stop at once; the last checkpoint remains
       signal.signal(signal.SIGINT, signal.default_int_handler)
       raise KeyboardInterrupt
