@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from moe_jax import files
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.report import checked, curves, experts, inside, markdown, page, runs, sections, table
+from moe_jax.report import curves, experts, inside, markdown, page, reading, runs, sections, table
 
 PICTURE = "load.png"
 
@@ -50,7 +50,7 @@ def write(study: runs.Study, out: pathlib.Path) -> Report:
   folder, path = out / markdown.FOLDER, out / "report.html"
   with files.storage_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  if not checked.is_inside(folder, out):
+  if not reading.is_inside(folder, out):
     raise UserError(f"{folder} is a link that leads out of {out}; remove it")
   drawn = inside.picture(study)
   if drawn:
@@ -59,4 +59,5 @@ def write(study: runs.Study, out: pathlib.Path) -> Report:
   files.write(path, page.render(study.title, parts, inside.data(study)))
   damaged = [run for _, run in study.runs if run.status == "damaged"]
   notes = [study.no_target, *(f"{run.name} is left out: {run.error}" for run in damaged)]
-  return Report(path, list(filter(None, notes)), DamagedError.code if study.no_target else 0)
+  notes = ["".join(filter(str.isprintable, note)) for note in notes if note]
+  return Report(path, notes, DamagedError.code if study.no_target else 0)

@@ -48,22 +48,13 @@ def data(study: Study) -> list[dict[str, Any]]:
         "label": f"{arm.name}, seed {run.seed}",
         "layers": run.layers(),
         "heat": loads,
-        "text": _rounded(routing.get("text") or {}),
+        "text": routing.get("text") or {},
         "domains": routing.get("domains") or [],
-        "domain_load_ZGE": _rounded(routing.get("domain_load_ZGE") or []),
-        "top_tokens_ZE": _rounded(routing.get("top_tokens_ZE") or []),
+        "domain_load_ZGE": routing.get("domain_load_ZGE") or [],
+        "top_tokens_ZE": routing.get("top_tokens_ZE") or [],
       }
     )
   return entries
-
-
-def _rounded(value: Any) -> Any:
-  """Rounds every float to three digits, which are enough for the page."""
-  if isinstance(value, dict):
-    return {name: _rounded(item) for name, item in value.items()}
-  if isinstance(value, list):
-    return [_rounded(item) for item in value]
-  return round(value, 3) if isinstance(value, float) else value
 
 
 def picture(study: Study) -> bytes:

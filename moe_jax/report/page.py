@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,15 +136,8 @@ def section_html(section: Section, anchor: str) -> str:
 
 def embedded(value: Any) -> str:
   """Returns JSON that cannot end its script element; numbers that are not finite become null."""
-  return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _finite(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {name: _finite(item) for name, item in value.items()}
-  if isinstance(value, list):
-    return [_finite(item) for item in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+  finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+  return json.dumps(finite, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def render(title: str, sections: list[Section], runs: list[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax import workdir as workdir_lib
 from moe_jax.config import SEEDS
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.report import checked
+from moe_jax.report import reading
 
 _EXPERTS = "model.moe.num_experts"
 _NO_ARM = "(of no arm)"  # the arm of runs whose entry in sweep.json names none
@@ -124,29 +124,26 @@ def read_run(
     **fields: of Run, from a sweep's record; they replace those read from the files.
   """
   root = root or workdir
-  run = Run(name=name, seed=0, status="")
+  run, sizes = Run(name=name, seed=0, status=""), dict[str, int]()
   try:
-    run.config = checked.read_config(workdir, root)
+    run.config = reading.read(workdir / workdir_lib.CONFIG, root, {})
     run.seed = run.config.get("train.seed", 0)
-    found = checked.read_files(workdir, root)
+    metrics = reading.read_lines(workdir / workdir_lib.METRICS, root, sizes)
+    alarms = reading.read_lines(workdir / workdir_lib.ALARMS, root, sizes)
+    evaluated = reading.read(workdir / workdir_lib.EVAL, root, sizes)
+    routing = reading.read(workdir / workdir_lib.ROUTING, root, sizes)
   except DamagedError as error:
     return dataclasses.replace(run, **fields | {"status": "damaged", "error": str(error)})
-  for point in found.eval.get("capacity", []):
-    # As config_lib.upgraded does: an older run wrote a capacity without limit as 0.
-    point["capacity_factor"] = point["capacity_factor"] or "inf"
-  run.train, run.validation = (
-    _with_prefix(found.metrics, prefix) for prefix in ("train/", "validation/")
-  )
-  run.eval, run.routing, run.alarms, run.sizes = (
-    found.eval, found.routing, found.alarms, found.sizes,
-  )  # fmt: skip
-  run = dataclasses.replace(run, **fields)
+  found: dict[str, Any] = {"eval": evaluated, "routing": routing, "alarms": alarms}
+  found |= {name: _with_prefix(metrics, f"{name}/") for name in ("train", "validation")}
+  found |= {"sizes": {letter: size for letter, size in sizes.items() if letter in "ZE"}}
+  run = dataclasses.replace(run, **found | fields)
   if not run.status:
     done = run.step >= run.config.get("train.steps", 1 << 62) and run.validation
-    weights = run.eval and not found.metrics  # imported or upcycled: never to be trained here
+    weights = run.eval and not metrics  # imported or upcycled: never to be trained here
     run.status = "finished" if done or weights else "unfinished"
   if run.status in ("failed", "stopped", "unfinished") and not run.error:
-    run.error = checked.log_tail(workdir, root)
+    run.error = reading.log_tail(workdir, root)
   return run
 
 
@@ -156,35 +153,26 @@ def read_sweep(out: pathlib.Path) -> Study:
   Raises:
     UserError: the folder has no sweep.json with arms.
   """
-  sweep = checked.read_sweep(out)
+  sweep = reading.read(out / reading.SWEEP, out, {})
   if not sweep.get("arms"):
     raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
-  arms = {
-    arm["name"]: ArmRuns(
-      name=arm["name"], runs=[], notes=arm.get("notes", []), overrides=arm.get("overrides", {})
-    )
-    for arm in sweep["arms"]
-  }
+  arms = {arm["name"]: ArmRuns(runs=[], **arm) for arm in sweep["arms"]}
   for number, entry in enumerate(sweep["runs"]):
     run = _recorded_run(out, number, entry)
-    name = entry.get("arm") if isinstance(entry, dict) else None
-    name = name if isinstance(name, str) and name in arms else _NO_ARM
+    name = next((n for n in arms if isinstance(entry, dict) and entry.get("arm") == n), _NO_ARM)
     arms.setdefault(name, ArmRuns(name=name, runs=[])).runs.append(run)
-  texts = ("question", "published", "band", "sweep", "base", "target_arm")
-  return _checked(Study(
-    title=pathlib.PurePath(sweep.get("sweep") or out.resolve().name).stem,
-    arms=list(arms.values()), **{name: sweep.get(name, "") for name in texts},
-  ))  # fmt: skip
+  title = pathlib.PurePath(sweep["sweep"] or out.resolve().name).stem
+  texts = {name: sweep[name] for name in reading.TEXTS}
+  return _checked(Study(title=title, arms=list(arms.values()), **texts))
 
 
 def _recorded_run(out: pathlib.Path, number: int, entry: Any) -> Run:
   try:
-    checked.check_entry(out, number, entry)
+    fields = reading.read_entry(out, number, entry)
   except DamagedError as error:
     return Run(name=f"runs[{number}]", seed=0, status="damaged", error=str(error))
-  recorded = ("seed", "command", "evaluate", "status", "seconds", "error")
-  fields = {name: entry[name] for name in recorded}
-  return read_run(out / entry["workdir"], entry["workdir"], root=out, **fields)
+  place, _ = fields.pop("workdir"), fields.pop("arm")
+  return read_run(out / place, place, root=out, **fields)
 
 
 def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
@@ -219,8 +207,7 @@ def _checked(study: Study) -> Study:
   for arm in study.arms:
     shared: dict[str, int] = {}
     for i, run in enumerate(arm.runs):
-      other = [k for k, n in run.sizes.items() if shared.setdefault(k, n) != n]
-      if other:
+      if any(shared.setdefault(letter, size) != size for letter, size in run.sizes.items()):
         error = f"{run.name} has other layers or experts than the other runs of its arm"
         arm.runs[i] = Run(name=run.name, seed=run.seed, status="damaged", error=error)
   return study
@@ -242,9 +229,8 @@ def common_name(names: list[str]) -> str:
 
 def _with_prefix(lines: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
   """Returns the lines that have metrics of this prefix, with the prefix removed."""
-  result = []
-  for line in lines:
-    values = {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
-    if values:
-      result.append({"step": line["step"], **values})
-  return result
+  return [
+    {"step": line["step"], **{name.removeprefix(prefix): line[name] for name in names}}
+    for line in lines
+    if (names := [name for name in line if name.startswith(prefix)])
+  ]

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.errors import DamagedError
-from moe_jax.report import checked, runs
+from moe_jax.report import reading, runs
 from moe_jax.report.blocks import printable
 from moe_jax.report.inside import png
 
@@ -23,7 +23,7 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   verdict = "below" if bits < gzip_bits else "above"
   try:
-    measured, damage = checked.read_metrics(path), ""
+    measured, damage = reading.read_lines(path / workdir_lib.METRICS, path, {}), ""
   except DamagedError as error:  # which the evaluation does not need
     measured, damage = [], f"none: {error}"
   rates = runs.series(measured, "train/tokens_per_s")[1]

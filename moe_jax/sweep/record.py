@@ -7,8 +7,7 @@ from typing import Any
 from moe_jax import files
 from moe_jax import workdir as workdir_lib
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.report import checked
-from moe_jax.report.checked import SWEEP, SWEEP_FORMAT
+from moe_jax.report import reading
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep.plan import Plan, PlannedRun
 
@@ -19,15 +18,15 @@ def read(out: pathlib.Path) -> dict[str, Any]:
   Raises:
     DamagedError: it is damaged, of something else, or of a newer moe_jax.
   """
-  record = checked.read_sweep(out)
+  record = reading.read(out / reading.SWEEP, out, {})
   for number, entry in enumerate(record.get("runs", [])):
-    checked.check_entry(out, number, entry)
+    reading.read_entry(out, number, entry)
   return record
 
 
 def write(out: pathlib.Path, record: dict[str, Any]) -> None:
   """Writes the record; raises a StorageError, and leaves the old one, where it cannot."""
-  files.write_json(out / SWEEP, record)
+  files.write_json(out / reading.SWEEP, record)
 
 
 def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
   order = list(arms)
   with_runs = {name: a for name, a in arms.items() if any(name == arm for arm, _ in entries)}
   return {
-    "format": SWEEP_FORMAT,
+    "format": reading.SWEEP_FORMAT,
     "question": plan.question,
     "sweep": plan.path,
     "base": plan.sweep.base,

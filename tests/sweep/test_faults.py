@@ -64,7 +64,7 @@ DAMAGE = [
   ({"workdir": "/tmp"}, "its workdir '/tmp' is not in this folder"),
   ({"workdir": 7}, "workdir is 7, not a text"), ({"seed": 0.5}, "seed is 0.5, not an integer"),
   ({"seconds": "long"}, "seconds is 'long', not a number"), ({"status": "?"}, "status is '?'"),
-  ({"command": "python 'train.py"}, "not a command line"),
+  ({"command": "python 'train.py"}, "No closing quotation"),
   ({"evaluate": None}, "evaluate is None, not a command line"),
 ]  # fmt: skip
 
