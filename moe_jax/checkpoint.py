@@ -19,7 +19,15 @@ from orbax.checkpoint import checkpoint_managers as policies
 from moe_jax import checkpoint_files, digests, files, remote, sharding
 from moe_jax import config as config_lib
 from moe_jax import workdir as workdir_lib
-from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, notice, why_unread
+from moe_jax.errors import (
+  DamagedError,
+  StorageError,
+  UserError,
+  few,
+  is_storage,
+  notice,
+  why_unread,
+)
 
 
 class Checkpointer:
@@ -240,8 +248,7 @@ class Checkpointer:
     read, _ = digests.of(fields)
     wrong = [name for name, digest in read.items() if about["arrays"].get(name) != digest]
     if wrong:
-      more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-      raise self._damaged(step, f"other values than were saved in {', '.join(wrong[:3])}{more}")
+      raise self._damaged(step, f"other values than were saved in {few(wrong)}")
 
   def _damaged(self, step: int, why: str) -> DamagedError:
     steps = workdir_lib.saved_steps(self._workdir)

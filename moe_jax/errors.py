@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 # Errors of the operating system that mean "this disk cannot be written (or read) now".
@@ -54,9 +55,10 @@ class PeerError(UserError):
   code = 7  # 6 is training.health.StopAlarm
 
 
-def few(names: list[str], most: int = 3) -> str:
+def few(names: Sequence[object], most: int = 3) -> str:
   """Lists the first names as they print: "a, b, c and 9 more"."""
-  shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:most]]
+  texts = map(str, names[:most])
+  shown = [name if name.isprintable() else ascii(name)[1:-1] for name in texts]
   return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from moe_jax import config as config_lib
 from moe_jax import files, remote
 from moe_jax.config import Config
-from moe_jax.errors import DamagedError, UserError, notice
+from moe_jax.errors import DamagedError, UserError, few, notice
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its fingerprint}
@@ -342,9 +342,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """
   lines, damaged = files.read_lines(path)
   if damaged:
-    more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-    numbers = ", ".join(map(str, damaged[:3]))
-    notice(f"{path} is damaged: line {numbers}{more} left out, {len(lines)} read")
+    notice(f"{path} is damaged: line {few(damaged)} left out, {len(lines)} read")
   return [line for line in lines if isinstance(line.get("step"), int)]
 
 

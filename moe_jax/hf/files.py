@@ -44,7 +44,6 @@ WRITTEN = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.
 # Weights that stand in several tensors of few bits: the module that reads them, and bits a number.
 _QUANTIZED = {"MXFP4": (mxfp4, 4.25), "FP8": (fp8, 8)}
 _OF_TEXT = "model.language_model."  # before the names of a text model beside one of images
-_LARGEST_JSON = 2**26  # bytes
 _SECONDS = 5.0  # between lines of progress
 
 
@@ -199,21 +198,10 @@ def gb(size: float) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object of a JSON file.
-
-  Raises:
-    UserError: there is no such file, or it is none.
-  """
-  try:
-    if path.stat().st_size > _LARGEST_JSON:
-      raise UserError(f"{path}: over {_LARGEST_JSON:,} bytes, so it is no such file")
-    values = json.loads(path.read_text())
-  except (OSError, ValueError, RecursionError) as error:
-    why = error.strerror if isinstance(error, OSError) else f"damaged ({type(error).__name__})"
-    raise UserError(f"{path}: {why}") from None
-  if not isinstance(values, dict):
-    raise UserError(f"{path}: it is a {type(values).__name__} and no object")
-  return values
+  """Returns the object of a JSON file; raises a UserError where there is none."""
+  if not path.is_file():
+    raise UserError(f"{path}: no such file")
+  return files.read_json(path, "download it again")
 
 
 def copy(named: Mapping[str, pathlib.Path | str], target: pathlib.Path) -> None:

@@ -144,10 +144,10 @@ def test_values_that_are_not_finite_are_named(copy):
 
 BAD = {
   "no folder": (lambda p: shutil.rmtree(p), "no such folder"),
-  "no config": (lambda p: (p / files.CONFIG).unlink(), "config.json: No such file"),
-  "no json": (lambda p: (p / files.CONFIG).write_text("{"), "config.json: damaged"),
-  "a list": (lambda p: (p / files.CONFIG).write_text("[]"), "it is a list and no object"),
-  "deep": (lambda p: (p / files.CONFIG).write_text("[" * 10**5), "config.json: damaged"),
+  "no config": (lambda p: (p / files.CONFIG).unlink(), "config.json: no such file"),
+  "no json": (lambda p: (p / files.CONFIG).write_text("{"), "config.json is damaged"),
+  "a list": (lambda p: (p / files.CONFIG).write_text("[]"), "it holds a list, not an object"),
+  "deep": (lambda p: (p / files.CONFIG).write_text("[" * 10**5), "config.json is damaged"),
   "unknown family": (lambda p: set_config(p, model_type="gpt9"), "model_type='gpt9' is not known"),
   "no field": (lambda p: set_config(p, hidden_size=None), "hidden_size is missing"),
   "wrong type": (lambda p: set_config(p, hidden_size="wide"), "no value of config.model.dim"),
