@@ -33,13 +33,11 @@ GROUPS = {
   "config_model": {"options"},
   "config": {"config_model", "options", "errors"},
   "config_docs": {"config", "options"},
-  "validation_model": {"config"},
   "validation": {
     "config",
     "options",
     "errors",
     "moe",
-    "validation_model",
   },  # the records of routers and dispatchers
   "command_line": {"config", "config_docs", "options", "errors", "files", "workdir"},
   "workdir": {"config", "errors", "files", "remote", "validation"},

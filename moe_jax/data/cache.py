@@ -3,16 +3,16 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import pathlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
 
+from moe_jax import files
 from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, notice
 
-SEAL = "checksums.json"  # {"files": {name: [size, CRC-32 or null]}, "crc32": of the former}
+SEAL = "checksums.json"  # {"files": {name: [size, CRC-32 or null]}, "digest": of the former}
 SUSPECT = "suspect"  # an empty file, where a reader has found damage in a large file
 _LARGE = 2**32  # bytes; a larger file is not read whole to check it, unless it is suspect
 _REMEDY = "--cache_dir or $MOE_JAX_CACHE can name another folder"
@@ -134,7 +134,7 @@ def seal(folder: pathlib.Path, without: str = "") -> None:
     if path.is_file():
       crc = None if without and path.match(without) else _crc32(path)
       sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
-  (folder / SEAL).write_text(json.dumps({"files": sums, "crc32": zlib.crc32(_bytes(sums))}))
+  files.write_json(folder / SEAL, files.sealed({"files": sums}), indent=None)
 
 
 def check(folder: pathlib.Path) -> None:
@@ -146,13 +146,9 @@ def check(folder: pathlib.Path) -> None:
     DamagedError: a file is not what was written, or is missing; no remedy is named.
   """
   try:
-    stored = json.loads((folder / SEAL).read_bytes())
-    sums = stored["files"]
-    whole = stored["crc32"] == zlib.crc32(_bytes(sums))
-  except (FileNotFoundError, ValueError, RecursionError, TypeError, KeyError):
-    whole = False
-  if not whole:
-    raise DamagedError(f"{folder / SEAL} is damaged")
+    sums = files.read_json(folder / SEAL, "")["files"]
+  except (DamagedError, KeyError):
+    raise DamagedError(f"{folder / SEAL} is damaged") from None
   suspect = folder / SUSPECT
   for name, (size, crc) in sums.items():
     path = folder / name
@@ -174,10 +170,6 @@ def _crc32(path: pathlib.Path) -> int:
     while block := file.read(2**20):
       crc = zlib.crc32(block, crc)
   return crc
-
-
-def _bytes(values: object) -> bytes:
-  return json.dumps(values, sort_keys=True).encode()
 
 
 @contextlib.contextmanager

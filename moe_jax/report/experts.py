@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe_jax.report import blocks, charts, table
-from moe_jax.report import expert_conclusions as conclude
+from moe_jax.report import blocks, charts, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, ArmName, Block, Cell, Section, Table, Text
 from moe_jax.report.runs import ArmRuns, Run, Study, series
 from moe_jax.report.sections import arm_names, last_step, pairs, runs_to_draw
@@ -48,7 +47,7 @@ def balance_section(study: Study) -> Section:
       continue  # the conclusion says so
     pictures += charts.chart(metric.removesuffix("_Z"), title, lines, axes)
   parts = [*pictures, *_late(study), *_shares(study)]
-  return Section("Balance", parts, conclude.balance(study) if parts else "")
+  return Section("Balance", parts, conclusions.balance(study) if parts else "")
 
 
 def _late(study: Study) -> list[Block]:
@@ -139,7 +138,7 @@ def capacity_section(study: Study) -> Section:
   ]
   title = "Loss ± standard deviation over seeds / dropped in %, at each capacity factor"
   numbers = Table(title, ["arm", *(_factor(f) for f in factors)], rows)
-  return Section("Capacity in evaluation", [*pictures, numbers], conclude.capacity(study))
+  return Section("Capacity in evaluation", [*pictures, numbers], conclusions.capacity(study))
 
 
 def _loss_and_drop(point: tuple[table.Spread | None, float]) -> str:
@@ -179,7 +178,7 @@ def domain_section(study: Study) -> Section:
     head = ["arm", "loss, later tokens seen", "loss, later tokens hidden", "gap"]
     title = "Causal evaluation: a gap shows that the router read later tokens"
     tables.append(Table(title, head, rows))
-  return Section("Domains and causality", tables, conclude.domains(study) if tables else "")
+  return Section("Domains and causality", tables, conclusions.domains(study) if tables else "")
 
 
 def _arm_rows(
@@ -229,7 +228,7 @@ def specialisation_section(study: Study) -> Section:
       "saturation: how many of a checkpoint's choices of experts are those of the last one."
     )
     parts.append(Text(note, small=True))
-  return Section("Specialisation", parts, conclude.specialisation(study) if parts else "")
+  return Section("Specialisation", parts, conclusions.specialisation(study) if parts else "")
 
 
 def _by_layer(run: Run, name: str) -> list[float] | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.report import charts, conclusions, curves, expert_conclusions, table
+from moe_jax.report import charts, conclusions, curves, table
 from moe_jax.report.blocks import ArmName
 from moe_jax.report.runs import ArmRuns, Run, Study
 
@@ -96,12 +96,12 @@ def test_balance():
   drop = {"a": (0.0, 0.0, 0.0), "b": (0.1, 0.1, 0.1)}
   dead = {"a": (1, 1, 1), "b": (1, 1, 1)}
   metrics = {"max_vio_Z": vio, "drop_fraction_Z": drop, "window_dead_experts_Z": dead}
-  first, second, third = expert_conclusions.balance(study(CLEAR, **metrics)).split("\n")
+  first, second, third = conclusions.balance(study(CLEAR, **metrics)).split("\n")
   assert "a is the best balanced: its MaxVio is 0.20 ± 0.10" in first and "by 1.00 ± 0.01" in first
   assert second == "Most assignments are dropped by b: 10.0 ± 0.0% over 3 seeds; the others: none."
   assert "a and b: 1.0 ± 0.0 over 3 seeds" in third  # a tie has no winner
   metrics["drop_fraction_Z"] = {"a": (0, 0, 0), "b": (0, 0, 0)}
-  assert "No arm drops anything." in expert_conclusions.balance(study(CLEAR, **metrics))
+  assert "No arm drops anything." in conclusions.balance(study(CLEAR, **metrics))
 
 
 def test_capacity_domains_and_causality():
@@ -112,10 +112,10 @@ def test_capacity_domains_and_causality():
       run.eval = {"capacity": points, "causal": {"gap": gap}}
       run.eval["domains"] = {"code": {"bits_per_byte": cost}, "prose": {"bits_per_byte": -cost}}
       run.routing = {"domain_separation_Z": [cost]}
-  assert "factor of 1 costs a the least: its loss is 0.1000" in expert_conclusions.capacity(found)
-  said = expert_conclusions.domains(found)
+  assert "factor of 1 costs a the least: its loss is 0.1000" in conclusions.capacity(found)
+  said = conclusions.domains(found)
   assert "in code a; in prose b." in said and "routers of b read later tokens" in said
-  assert "experts of b differ most" in expert_conclusions.specialisation(found)
+  assert "experts of b differ most" in conclusions.specialisation(found)
 
 
 def test_arms_without_a_usable_run_are_named_where_they_could_have_a_number():
@@ -130,11 +130,10 @@ def test_arms_without_a_usable_run_are_named_where_they_could_have_a_number():
   found.arms += [ArmRuns(name="c", runs=[lost]), never]
   compared = table.compare_arms(found)
   for said in (conclusions.results(found), conclusions.curves(found, compared),
-               expert_conclusions.domains(found)):  # fmt: skip
+               conclusions.domains(found)):  # fmt: skip
     assert said.count("c and d are missing here, without a usable run") == 1, said
     assert "Not every finished run" not in said
-  for conclude in (expert_conclusions.balance, expert_conclusions.capacity,
-                   expert_conclusions.specialisation):  # fmt: skip
+  for conclude in (conclusions.balance, conclusions.capacity, conclusions.specialisation):
     assert conclude(found).count(" missing here") == conclude(found).count("c is missing here") == 1
 
 
