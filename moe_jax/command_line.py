@@ -5,18 +5,18 @@ import copy
 import dataclasses
 import enum
 import errno
-import importlib.util
 import io
 import operator
 import os
 import pathlib
 import re
+import runpy
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 
@@ -27,6 +27,7 @@ from moe_jax.config import Config, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, end, is_storage, notice
 from moe_jax.options import spelled
 
+T = TypeVar("T")
 CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
 
 
@@ -190,28 +191,39 @@ def load_file(path: str) -> Config:
     shipped = sorted(p.stem for p in pathlib.Path("configs").glob("*.py"))
     raise UserError(f"--config={path}: no such file and no workdir of a run (in configs/: "
                     f"{', '.join(shipped)})")  # fmt: skip
-  spec = importlib.util.spec_from_file_location("moe_jax_config_file", path)
-  if spec is None or spec.loader is None:
+  if not path.endswith(".py"):
     raise UserError(f"--config={path}: not a Python file; name one that ends in .py")
-  module = importlib.util.module_from_spec(spec)
+  return run_file(path, "get_config", Config, *arguments)[0]
+
+
+def run_file(path: str, name: str, kind: type[T], *arguments: str) -> tuple[T, str]:
+  """Returns what a function of a user's file returns, and the file's docstring.
+
+  Raises:
+    UserError: the file or the function fails, with the line, or it returns another kind.
+  """
   try:
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-      raise UserError(f"--config={path}: it defines no get_config(), which has to return a Config")
-    config = module.get_config(*arguments)
-  except UserError:
-    raise
+    module = runpy.run_path(path)
+    if name not in module:
+      raise UserError(f"it defines no {name}(), which has to return a {kind.__name__}")
+    value = module[name](*arguments)
+  except UserError as error:
+    raise UserError(f"{_place(error, path)}: {error}") from None
   except (Exception, SystemExit) as error:  # whatever the file does wrong, say where
     raise UserError(_explain(error, path)) from None
-  if not isinstance(config, Config):
-    raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a moe_jax Config")
-  return config
+  if not isinstance(value, kind):
+    raise UserError(f"{path}: {name}() returned {type(value).__name__}, not a {kind.__name__}")
+  return value, (module["__doc__"] or "").strip()
+
+
+def _place(error: BaseException, path: str) -> str:
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
+  return f"{path}:{lines[-1]}" if lines else path
 
 
 def _explain(error: BaseException, path: str) -> str:
-  frames = traceback.extract_tb(error.__traceback__)
-  lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
-  where = f"{path}:{lines[-1]}" if lines else path
+  where = _place(error, path)
   if isinstance(error, SyntaxError):
     where = f"{error.filename or path}:{error.lineno or 1}"
   message = error.msg if isinstance(error, SyntaxError) else str(error)

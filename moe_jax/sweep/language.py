@@ -4,11 +4,10 @@ import dataclasses
 import itertools
 import os
 import re
-import runpy
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moe_jax import command_line
 from moe_jax.config import Config, UserError
 
 Transform = Callable[[Config], Config]
@@ -103,19 +102,8 @@ def load_sweep(path: str) -> tuple[str, Sweep]:
   """
   if not os.path.isfile(path):
     raise UserError(f"--sweep={path}: no such file")
-  try:
-    module = runpy.run_path(path)
-    if "get_sweep" not in module:
-      raise UserError("it defines no get_sweep(), which has to return a Sweep")
-    sweep = module["get_sweep"]()
-  except UserError as error:
-    raise UserError(f"{_place(error, path)}: {error}") from None
-  except (Exception, SystemExit) as error:  # the user's file can raise anything
-    raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from None
-  if not isinstance(sweep, Sweep):
-    raise UserError(f"{path}: get_sweep() returned {type(sweep).__name__}, not a Sweep")
+  sweep, question = command_line.run_file(path, "get_sweep", Sweep)
   _check_types(path, sweep)
-  question = (module["__doc__"] or "").strip()
   if not question:
     raise UserError(f"{path}: it has no docstring; begin with the question that it answers")
   return question, sweep
@@ -130,8 +118,3 @@ def _check_types(path: str, sweep: Sweep) -> None:
     if not isinstance(value, list | tuple | range) or not all(isinstance(v, kind) for v in value):
       hint = f"; write ({value!r},)" if isinstance(value, kind) else ""
       raise UserError(f"{path}: {name}={value!r} is not a list of {kind.__name__}{hint}")
-
-
-def _place(error: BaseException, path: str) -> str:
-  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-  return f"{path}:{lines[-1]}" if lines else path
