@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -27,7 +27,6 @@ from moe_jax.config import Config, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, end, is_storage, notice
 from moe_jax.options import spelled
 
-T = TypeVar("T")
 CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
 
 
@@ -196,7 +195,7 @@ def load_file(path: str) -> Config:
   return run_file(path, "get_config", Config, *arguments)[0]
 
 
-def run_file(path: str, name: str, kind: type[T], *arguments: str) -> tuple[T, str]:
+def run_file(path: str, name: str, kind: type, *arguments: str) -> tuple[Any, str]:
   """Returns what a function of a user's file returns, and the file's docstring.
 
   Raises:

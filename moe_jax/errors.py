@@ -57,9 +57,8 @@ class PeerError(UserError):
 
 def few(names: Sequence[object], most: int = 3) -> str:
   """Lists the first names as they print: "a, b, c and 9 more"."""
-  texts = map(str, names[:most])
-  shown = [name if name.isprintable() else ascii(name)[1:-1] for name in texts]
-  return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+  first = ", ".join(shown(str(name)) for name in names[:most])
+  return first + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def shown(text: str) -> str:

@@ -93,13 +93,7 @@ def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def inherit(workdir: pathlib.Path, source: pathlib.Path, tokenizer: str) -> None:
-  """Copies what came with an import to a run that begins with its weights and has its tokenizer.
-
-  Args:
-    workdir: of the run.
-    source: the workdir whose weights it begins with.
-    tokenizer: the fingerprint of the run's tokenizer.
-  """
+  """Copies what came with the import `source` to a run with its weights and its tokenizer."""
   if files.exists(source / HF) and read_object(source / DATA).get("tokenizer") == tokenizer:
     (workdir / HF).mkdir(exist_ok=True)
     for path in (source / HF).iterdir():

@@ -88,14 +88,7 @@ class LoadedRun:
   """A run whose workdir is open, and one split of its data, on this machine's devices."""
 
   def __init__(self, workdir: str, step: int, split: str, data: Mapping[str, Any] | None = None):
-    """Opens a workdir.
-
-    Args:
-      workdir: of the run.
-      step: of the checkpoint to evaluate, 0 for the newest.
-      split: train, validation or test.
-      data: fields of config.data, for other text than the run's.
-    """
+    """Opens a workdir; the arguments are those of `evaluation.run`."""
     self.path = workdir_lib.open_path(workdir)
     config = workdir_lib.read_config(self.path)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **(data or {})))

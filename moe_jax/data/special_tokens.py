@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from moe_jax import files
 
 CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
-ADDED = "added_tokens.json"
 MOST = 2**24  # ids of a vocabulary, which has gaps where a file is damaged
 _REMEDY = "download it again, or delete it"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -35,7 +34,7 @@ def read(folder: pathlib.Path) -> SpecialTokens:
   config = files.read_json(folder / CONFIG, _REMEDY)
   if "added_tokens_decoder" not in config:
     config |= files.read_json(folder / MAP, _REMEDY)
-    older = files.read_json(folder / ADDED, _REMEDY)
+    older = files.read_json(folder / "added_tokens.json", _REMEDY)
     config["added_tokens_decoder"] = {i: text for text, i in older.items()}
   table, extra = config["added_tokens_decoder"] or {}, config.get("extra_special_tokens") or []
   names = {k: config.get(k) for k in (*_NAMES, *config) if k.endswith("_token")}

@@ -118,7 +118,6 @@ class HuggingFace(Tokenizer):
         f"config.data.tokenizer={path!r}: an id of {size - 1:,} is over {special_tokens.MOST:,}"
       )
     known = next((special[name] for name in _SEPARATORS if name in special), None)
-    guess = size if known is None else known
     bos, eos = (vocabulary.get(beside.names.get(name)) for name in ("bos_token", "eos_token"))
     said = (i for i in (bos, beside.begin, eos, known, *beside.ends) if i is not None)
     separator = next(said, size)
@@ -140,7 +139,7 @@ class HuggingFace(Tokenizer):
         pieces_V[i] = _byte_level(piece) if self._byte_level else _metaspace(piece)
     pieces_V[separator] = b""
     self._path = path
-    beyond = f"{separator} {more}" if more or separator != guess else ""
+    beyond = f"{separator} {more}" if more or separator not in (known, size) else ""
     super().__init__(pieces_V, separator, _fingerprint(path, beyond))
     self.ends = sorted({*beside.ends, *([] if eos is None else [eos])})
     self.separator_text = self._model.id_to_token(separator)

@@ -206,11 +206,8 @@ def if_grouped(name: str) -> Callable[[Mapping[str, Any]], Any]:
   """Returns what reads a field of theirs that routers have which choose groups first, else 1."""
 
   def read(theirs: Mapping[str, Any]) -> Any:
-    if theirs.get("topk_method", "greedy") == "greedy":
-      return 1
-    if theirs.get(name) is None:
-      raise KeyError(name)
-    return theirs[name]
+    given = {field: value for field, value in theirs.items() if value is not None}
+    return given[name] if given.get("topk_method", "greedy") != "greedy" else 1
 
   return read
 

@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from moe_jax import files
-from moe_jax.data import special_tokens
+from moe_jax.data import special_tokens, text_files
 from moe_jax.errors import UserError
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": text}, ...]
@@ -32,16 +32,17 @@ class Template:
     self.text = _template(folder)
 
   def render(self, messages: Messages, begin_answer: bool = True) -> str:
-    """Returns the messages as text, special tokens included.
-
-    Args:
-      messages: of the conversation.
-      begin_answer: whether the text ends where the model's answer begins.
+    """Returns the messages as text, special tokens and the begin of an answer included.
 
     Raises:
       UserError: the template refuses the messages, fails, or does not end.
     """
-    worker = self._running()
+    if self._worker is None:
+      self._worker = subprocess.Popen(
+        [sys.executable, "-P", pathlib.Path(__file__).with_name("chat_worker.py")], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+      )  # fmt: skip
+    worker = self._worker
     variables = {"messages": messages, "tools": None, "documents": None,
                  "add_generation_prompt": begin_answer}  # fmt: skip
     asked = {"template": self.text, "variables": self._special | variables}
@@ -63,14 +64,6 @@ class Template:
       raise UserError(f"{self._folder}: its chat template refuses the messages: {answer['error']}")
     return answer["text"]
 
-  def _running(self) -> "subprocess.Popen[str]":
-    if self._worker is None:
-      self._worker = subprocess.Popen(
-        [sys.executable, "-P", pathlib.Path(__file__).with_name("chat_worker.py")], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-      )  # fmt: skip
-    return self._worker
-
   def close(self) -> None:
     """Ends the process; another `render` starts one again."""
     if self._worker is not None:
@@ -83,10 +76,7 @@ class Template:
 
 def _template(folder: pathlib.Path) -> str:
   if (folder / FILE).is_file():
-    try:
-      return files.read_bytes(folder / FILE).decode()
-    except UnicodeDecodeError:
-      raise UserError(f"{folder / FILE} is not UTF-8 text; download it again") from None
+    return text_files.read_text("--chat", str(folder / FILE))
   config = files.read_json(folder / special_tokens.CONFIG, "download it again")
   found: Any = config.get("chat_template")
   if isinstance(found, list):  # several by name

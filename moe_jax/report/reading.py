@@ -92,10 +92,8 @@ def read(path: pathlib.Path, root: pathlib.Path, sizes: dict[str, int]) -> dict[
       return {}
     found = _kept(found, _FILES[path.name], sizes)
     for point in found.get("capacity", []):  # an older run wrote one without limit as 0
-      point |= {
-        "capacity_factor": float(point["capacity_factor"]) or math.inf,
-        "loss": point["loss"],
-      }
+      limit, _ = float(point["capacity_factor"]), point["loss"]
+      point["capacity_factor"] = limit or math.inf
     if path.name == workdir_lib.ROUTING:
       experts = range(len(found["top_tokens_ZE"][0]))
       for layer in found["text"]["layers"] if "text" in found else []:

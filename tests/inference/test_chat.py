@@ -112,7 +112,7 @@ def test_a_template_ends_and_whatever_it_does_is_one_line(program, tmp_path, mon
 )
 def test_a_template_that_is_no_text_is_one_line(name, content, tmp_path):
   (tmp_path / name).write_bytes(content)
-  with pytest.raises(UserError, match=f"{name} is not UTF-8|has no {chat.FILE}"):
+  with pytest.raises(UserError, match=f"{name}: this is not UTF-8|has no {chat.FILE}"):
     chat.Template(tmp_path)
 
 
