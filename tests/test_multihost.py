@@ -125,6 +125,7 @@ def test_what_both_refuse_and_an_alarm_are_the_same_lines_of_both(one, tmp_path)
   shutil.copytree(one.workdir, tmp_path / "odd")
   path = tmp_path / "odd/config.json"
   config = json.loads(path.read_text())
+  del config["digest"]
   config["mesh"]["expert"] = 1
   config["model"]["moe"]["group_size"] = config["data"]["seq_len"] * config["data"]["batch_size"]
   path.write_text(json.dumps(config))

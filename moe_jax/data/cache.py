@@ -121,7 +121,9 @@ def remove(path: pathlib.Path, inode: int, why: str) -> None:
 
 def _remove(path: pathlib.Path, why: str) -> None:
   notice(f"{why}; it is removed and made again")
-  shutil.rmtree(path)
+  shutil.rmtree(path, ignore_errors=True)
+  if path.exists():  # a reader has called a file suspect meanwhile
+    shutil.rmtree(path)
 
 
 def seal(folder: pathlib.Path, without: str = "") -> None:

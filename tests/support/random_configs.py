@@ -22,6 +22,7 @@ SIZES = {
   "model.moe.shared_experts": (0, 1, 2), "model.moe.expert_groups": (1, 2, 4),
   "model.moe.top_groups": (1, 2), "model.moe.group_size": (0, 1, 2, 4, 8, 16, 24, 32),
   "model.moe.every": (1, 2), "model.moe.first_dense": (0, 1), "data.path": ("", "x"),
+  "model.moe.dense_layers": ("", "", "1", "0,2"),
   "data.seq_len": (1, 6, 8, 12), "data.batch_size": (1, 4, 8, 16), "train.accumulation": (1, 2, 4),
   "eval.batch_size": (0, 1, 4, 8), "mesh.data": (-1, 1, 2, 4, 8), "mesh.fsdp": (1, 1, 2),
   "mesh.expert": (1, 2, 4), "mesh.tensor": (1, 1, 2), "model.latent.kv_dim": (0, 0, 5),

@@ -124,7 +124,7 @@ def test_a_mesh_of_three_axes_takes_the_same_step_with_every_option_of_the_layer
   one, other = (take_steps(config, MESHES[name]) for name in ("one", "expert2-fsdp2-tensor2"))
   names = {sharding.param_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(one.grads)}
   assert OPTIONS[options] <= names
-  compare(other.grads, one.grads, atol=1e-6)
+  compare(other.grads, one.grads, atol=1e-4)  # of values up to 9, summed in another order
   compare(other.second, one.second, atol=1e-4)
 
 
