@@ -121,9 +121,8 @@ def remove(path: pathlib.Path, inode: int, why: str) -> None:
 
 def _remove(path: pathlib.Path, why: str) -> None:
   notice(f"{why}; it is removed and made again")
-  shutil.rmtree(path, ignore_errors=True)
-  if path.exists():  # a reader has called a file suspect meanwhile
-    shutil.rmtree(path)
+  for _ in range(2):  # a reader may call a file suspect meanwhile
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def seal(folder: pathlib.Path, without: str = "") -> None:
