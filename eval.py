@@ -18,9 +18,9 @@ In place of the split (docs/checkpoints.md):
 
 from absl import flags
 
-from moe_jax import command_line
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
+from moe_jax.start import command_line
+from moe_jax.storage import workdir as workdir_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest", lower_bound=0)
@@ -61,8 +61,9 @@ def main() -> None:
   if _TASKS.value or _TEXT.value:
     return of_other_text()
   with command_line.importing():
-    from moe_jax import report, startup
+    from moe_jax import report
     from moe_jax.analysis import evaluation, specialisation
+    from moe_jax.start import startup
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
     result, routing = evaluation.run(

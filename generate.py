@@ -21,11 +21,11 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import command_line
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
 from moe_jax.data import text_files
 from moe_jax.options import GENERATION, check_generation
+from moe_jax.start import command_line
+from moe_jax.storage import workdir as workdir_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
 _STEP = flags.DEFINE_integer("step", 0, "checkpoint to use; 0 is the newest", lower_bound=0)
@@ -64,7 +64,7 @@ def main() -> None:
   if not _CHAT.value and (_SYSTEM.value or _MESSAGES.value):
     raise UserError("--system and --messages go with --chat")
   prompts = read_prompts()
-  from moe_jax import startup
+  from moe_jax.start import startup
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
     generate(prompts, options, heed)

@@ -11,8 +11,8 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax import command_line
 from moe_jax.config import UserError
+from moe_jax.start import command_line
 
 _SWEEP = flags.DEFINE_string("sweep", "", "a Python file with a question and get_sweep()")
 _OUT = flags.DEFINE_string("out", "", "the folder of the runs, created if it does not exist")

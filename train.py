@@ -8,8 +8,9 @@ parameters, FLOPs and memory and trains nothing; --diff prints what differs from
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import command_line, validation
+from moe_jax import validation
 from moe_jax.config import Config, UserError
+from moe_jax.start import command_line
 
 
 class _Parser(flags.ArgumentParser):
@@ -74,7 +75,7 @@ def main() -> None:
   command_line.check_folder("workdir", _WORKDIR.value)
   with command_line.importing():
     validation.validate(config)
-    from moe_jax import startup  # imports jax, so only when the config is known to be valid
+    from moe_jax.start import startup  # imports jax, so only when the config is known to be valid
     from moe_jax.training import replay, run
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value, saves=not _REPLAY.value):

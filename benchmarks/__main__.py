@@ -21,8 +21,8 @@ import sys
 from typing import Any
 
 from benchmarks import compare, results
-from moe_jax import command_line
 from moe_jax.config import UserError
+from moe_jax.start import command_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -152,7 +152,7 @@ def main() -> None:
   args = parse_arguments()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
-  from moe_jax import startup  # imports jax, so it comes after the arguments are checked
+  from moe_jax.start import startup  # imports jax, so it comes after the arguments are checked
 
   startup.start()  # sets the cache of compiled programs, as for a training run
   where = results.environment()

@@ -13,8 +13,8 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where this file is run by its path
 
 from benchmarks import results
-from moe_jax import command_line
 from moe_jax.config import UserError
+from moe_jax.start import command_line
 
 
 def aims(result: Any) -> Iterator[dict[str, Any]]:

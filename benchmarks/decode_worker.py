@@ -55,10 +55,10 @@ def main() -> None:
   import jax
 
   from benchmarks import inference
-  from moe_jax import startup
   from moe_jax.hf import exporting, families
   from moe_jax.model import cost
-  from moe_jax.weights import Weights
+  from moe_jax.start import startup
+  from moe_jax.storage.weights import Weights
 
   config = train_worker.make_config(args)
   startup.start()

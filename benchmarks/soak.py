@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import results
 from benchmarks.results import progress
-from moe_jax import workdir as workdir_lib
+from moe_jax.storage import workdir as workdir_lib
 
 _STEPS = 10**8  # more than the time allows
 # A constant rate, so that the number of steps changes nothing.

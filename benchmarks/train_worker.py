@@ -82,8 +82,8 @@ def main() -> None:
   import jax
 
   from benchmarks import timing
-  from moe_jax import startup
   from moe_jax.model import cost
+  from moe_jax.start import startup
 
   config = make_config(args)
   startup.start()

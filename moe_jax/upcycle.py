@@ -25,15 +25,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import command_line, sharding, startup, validation
 from moe_jax import config as config_lib
-from moe_jax import weights as weights_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding, validation
 from moe_jax.config import Config, Model, UserError
 from moe_jax.data import tokenizers
 from moe_jax.model import pattern, transformer
 from moe_jax.moe import dispatch, routers, routing
-from moe_jax.weights import Weights
+from moe_jax.start import command_line, startup
+from moe_jax.storage import weights as weights_lib
+from moe_jax.storage import workdir as workdir_lib
+from moe_jax.storage.weights import Weights
 
 METHODS = {"copy": 0.0, "noise": 0.1, "drop": 0.5}  # and the default of --amount
 Path = tuple[str, ...]
@@ -182,7 +183,8 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
   parts = check(before.model, config.model)
   target = workdir_lib.open_new(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  step, stored = weights_lib.read(path, number or 0, before.model, mesh)
+  shapes = transformer.abstract_weights(before.model)
+  step, stored = weights_lib.read(path, number or 0, shapes, mesh)
   where = sharding.param_shardings(transformer.abstract_params(config.model), mesh)
   with jax.set_mesh(mesh):
     key = jax.random.key(config.train.seed)

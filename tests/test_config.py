@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import command_line, sharding, validation
 from moe_jax import config as config_lib
+from moe_jax import sharding, validation
 from moe_jax.config import Dispatch, QKNorm
 from moe_jax.options import Choice, walk
+from moe_jax.start import command_line
 from tests.support.toys import ROOT, lower_step, set_up, slow_unless, toy_batch, toy_config
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -60,7 +60,7 @@ def missing_of_command(script, arguments):
     return [f"script {script}"]
   text = source.read_text()
   if "multihost_flags()" in text:
-    text += (ROOT / "moe_jax/command_line.py").read_text()
+    text += (ROOT / "moe_jax/start/command_line.py").read_text()
   defined = re.findall(r'(?:DEFINE_\w+|add)\(\s*"-*([\w-]+)"', text)
   flags = re.findall(r"(?<=\s)--([a-z_-]+)\b(?!\.)", arguments)
   return [f"{script} --{flag}" for flag in flags if flag not in (*defined, "config", "help")]

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from moe_jax import workdir as workdir_lib
+from moe_jax.storage import workdir as workdir_lib
 from tests.support.scripts import (
   built,
   call,

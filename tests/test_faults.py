@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from moe_jax import workdir as workdir_lib
+from moe_jax.storage import workdir as workdir_lib
 from tests.support import disks
 from tests.support.scripts import ONE_DEVICE, call, command, losses_of, python
 from tests.support.toys import ROOT

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import evaluation
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import run as run_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_run"

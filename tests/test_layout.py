@@ -3,67 +3,42 @@
 import ast
 import re
 
-from moe_jax import workdir
+from moe_jax.storage import workdir
 from tests.support.scripts import python
 from tests.support.toys import ROOT
 
 PACKAGE = ROOT / "moe_jax"
 TESTS = ROOT / "tests"
-_CORE = {
-  "config",
-  "options",
-  "errors",
-  "files",
-  "validation",
-  "workdir",
-  "sharding",
-  "startup",
-  "data",
-}
+_CORE = {"config", "options", "errors", "validation", "sharding", "storage", "start", "data"}
 _CORE |= {"kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {
   "errors": set(),
-  "remote": {"errors"},
-  "files": {"errors", "remote"},
-  "digests": set(),
-  "checkpoint_files": {"errors", "files"},
-  "lock": {"errors", "files", "remote", "workdir"},
   "options": {"errors"},
   "config_model": {"options"},
   "config": {"config_model", "options", "errors"},
   "config_docs": {"config", "options"},
-  "validation": {
-    "config",
-    "options",
-    "errors",
-    "moe",
-  },  # the records of routers and dispatchers
-  "command_line": {"config", "config_docs", "options", "errors", "files", "workdir"},
-  "workdir": {"config", "errors", "files", "remote", "validation"},
-  "data": {"config", "errors", "files"},
+  # The records of routers and dispatchers say what they ask of a config.
+  "validation": {"config", "options", "errors", "moe"},
   "sharding": {"config", "errors"},
-  "peers": {"command_line", "errors"},
-  "startup": {"data", "errors", "peers"},
+  "storage": {"config", "errors", "sharding", "validation"},
+  "data": {"config", "errors", "storage"},
+  "start": {"config", "config_docs", "options", "errors", "data", "storage"},
   # The core can be read and taken alone: no decoder, and below the layer no experts' router.
   "kernels": {"config", "errors", "sharding"},
   "moe": {"config", "errors", "sharding", "kernels"},
   "model": {"config", "errors", "validation", "sharding", "kernels", "moe"},
-  "checkpoint": {"checkpoint_files", "config", "digests", "errors", "files", "remote", "sharding"}
-  | {"workdir"},
-  "weights": {"checkpoint", "config", "errors", "model"},
   # The everyday loss does not depend on the microscope.
-  "training": _CORE | {"checkpoint", "command_line", "lock"},
+  "training": _CORE,
   # load() pulls no optimizer and no TensorBoard.
-  "inference": _CORE | {"weights"},
-  "analysis": _CORE | {"checkpoint", "inference", "training"},
+  "inference": _CORE,
+  "analysis": _CORE | {"inference", "training"},
   # They run anywhere: a plan starts no trainer, and a report needs no jax.
-  "sweep": {"config", "options", "errors", "files", "validation", "workdir", "command_line"}
-  | {"model", "report"},
-  "report": {"config", "errors", "files", "workdir", "command_line"},
+  "sweep": {"config", "options", "errors", "validation", "storage", "start", "model", "report"},
+  "report": {"config", "errors", "storage", "start"},
   # Leaves: nothing imports them.
-  "hf": _CORE | {"weights", "command_line", "inference"},
-  "upcycle": _CORE | {"weights", "command_line"},
+  "hf": _CORE | {"inference"},
+  "upcycle": _CORE,
 }
 
 
@@ -130,7 +105,7 @@ def test_two_files_name_collectives():
 def test_only_kernels_know_the_platform():
   for name, path in modules():
     asks = re.search(r"default_backend|\.platform\b", path.read_text())
-    assert name in ("kernels", "startup") or not asks, path
+    assert name in ("kernels", "start") or not asks, path
 
 
 def test_one_module_names_the_files_of_a_run():
@@ -143,7 +118,7 @@ def test_one_module_names_the_files_of_a_run():
     tree = ast.parse(path.read_text())
     found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} & names
     name = str(path.relative_to(PACKAGE))
-    assert name == "workdir.py" or found <= allowed.get(name, set()), (path, found)
+    assert name == "storage/workdir.py" or found <= allowed.get(name, set()), (path, found)
 
 
 def test_the_readme_maps_the_folders():

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
+from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
 from moe_jax.inference import decoding
+from moe_jax.storage import checkpoint
 from moe_jax.training import train
 from tests.support import routings, shape_names
 from tests.support.toys import (

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, sharding, startup, validation
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding, validation
 from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Dispatch, Exchange
 from moe_jax.data import builders, pipeline
@@ -22,6 +21,9 @@ from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
 from moe_jax.model.transformer import abstract_weights
 from moe_jax.moe import dispatch
+from moe_jax.start import startup
+from moe_jax.storage import checkpoint
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import evaluator as evaluator_lib
 from moe_jax.training.evaluator import Evaluator, batch_size
 

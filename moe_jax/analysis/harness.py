@@ -11,13 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import scoring
 from moe_jax.config import UserError
 from moe_jax.data import text_files, tokenizers
 from moe_jax.inference import chat, generate
 from moe_jax.inference.generate import TextGenerator
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 
 TASKS = "tasks.json"
 _MISSING = "--tasks needs lm-eval: pip install 'moe_jax[eval]'"

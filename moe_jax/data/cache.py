@@ -9,8 +9,8 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 
-from moe_jax import files
 from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, notice
+from moe_jax.storage import files
 
 SEAL = "checksums.json"  # {"files": {name: [size, CRC-32 or null]}, "digest": of the former}
 SUSPECT = "suspect"  # an empty file, where a reader has found damage in a large file

@@ -7,7 +7,7 @@ has no table of added tokens; generation_config.json and config.json have ids of
 import pathlib
 from typing import Any, NamedTuple
 
-from moe_jax import files
+from moe_jax.storage import files
 
 CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
 MOST = 2**24  # ids of a vocabulary, which has gaps where a file is damaged

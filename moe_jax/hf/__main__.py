@@ -13,8 +13,8 @@ import argparse
 import pathlib
 import sys
 
-from moe_jax import command_line
 from moe_jax.config import Mesh, UserError
+from moe_jax.start import command_line
 
 _TEXT = "The quick brown fox jumps over the lazy dog. def main():\n  return 0\n"
 
@@ -55,9 +55,10 @@ def run_import(args: argparse.Namespace) -> None:
   """Imports a checkpoint, or says what that would take."""
   import jax
 
-  from moe_jax import sharding, startup
-  from moe_jax import workdir as workdir_lib
+  from moe_jax import sharding
   from moe_jax.hf import importing
+  from moe_jax.start import startup
+  from moe_jax.storage import workdir as workdir_lib
 
   startup.start()
   made = importing.plan(args.folder, _mesh(args))
@@ -77,8 +78,8 @@ def run_import(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
   """Exports a run's checkpoint."""
-  from moe_jax import startup
   from moe_jax.hf import exporting
+  from moe_jax.start import startup
 
   startup.start()
   loaded = exporting.load(args.workdir, args.step)
@@ -95,9 +96,10 @@ def run_check(args: argparse.Namespace) -> None:
   """Compares our model with transformers'."""
   import jax
 
-  from moe_jax import sharding, startup
+  from moe_jax import sharding
   from moe_jax.data import text_files
   from moe_jax.hf import check, importing
+  from moe_jax.start import startup
 
   startup.start()
   made = importing.plan(args.folder, _mesh(args))

@@ -12,7 +12,7 @@ from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.hf.importing import Plan
 from moe_jax.inference import decoding
-from moe_jax.weights import Weights
+from moe_jax.storage.weights import Weights
 
 _PARTS = 1e-3  # a difference, relative to the largest value, from which two layers are said to part
 

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax import weights as weights_lib
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, UserError
 from moe_jax.data import special_tokens, tokenizers
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
-from moe_jax.model import cost
-from moe_jax.weights import Weights
+from moe_jax.model import cost, transformer
+from moe_jax.storage import weights as weights_lib
+from moe_jax.storage import workdir as workdir_lib
+from moe_jax.storage.weights import Weights
 
 
 class Loaded(NamedTuple):
@@ -39,7 +39,8 @@ def load(workdir: str, step: int) -> Loaded:
   config.mesh = sharding.fit_mesh(config.mesh, parts=jax.process_count())
   cost.check_weights_memory(config)
   mesh = sharding.make_mesh(config.mesh)
-  step, weights = weights_lib.read(path, step, config.model, mesh)
+  shapes = transformer.abstract_weights(config.model)
+  step, weights = weights_lib.read(path, step, shapes, mesh)
   return Loaded(config, weights, step, path / workdir_lib.HF)
 
 

@@ -20,10 +20,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from moe_jax import command_line, files
 from moe_jax.errors import StorageError, UserError, is_storage
 from moe_jax.hf import fp8, mxfp4
 from moe_jax.hf.ranges import Ranges
+from moe_jax.start import command_line
+from moe_jax.storage import files
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

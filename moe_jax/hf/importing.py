@@ -15,11 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import command_line, sharding, validation
 from moe_jax import config as config_lib
-from moe_jax import files as file_lib
-from moe_jax import weights as weights_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding, validation
 from moe_jax.config import Config, Dispatch, Loss, Mesh, UserError
 from moe_jax.data import tokenizers
 from moe_jax.hf import families, fields, files, layout, parts
@@ -28,7 +25,11 @@ from moe_jax.hf.layout import Tensor
 from moe_jax.hf.ranges import Ranges
 from moe_jax.kernels import platform
 from moe_jax.model import cost, pattern, transformer
-from moe_jax.weights import Weights
+from moe_jax.start import command_line
+from moe_jax.storage import files as file_lib
+from moe_jax.storage import weights as weights_lib
+from moe_jax.storage import workdir as workdir_lib
+from moe_jax.storage.weights import Weights
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _NAMED = 20  # tensors that do not fit; a wrong file has thousands

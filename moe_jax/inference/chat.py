@@ -9,9 +9,9 @@ import sys
 import threading
 from typing import Any
 
-from moe_jax import files
 from moe_jax.data import special_tokens, text_files
 from moe_jax.errors import UserError
+from moe_jax.storage import files
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": text}, ...]
 FILE = "chat_template.jinja"

@@ -17,16 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import files, sharding, startup
-from moe_jax import weights as weights_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding
 from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, memory, padding, sampling
 from moe_jax.inference.decoding import Weights
 from moe_jax.kernels import choose
-from moe_jax.model import cost
+from moe_jax.model import cost, transformer
 from moe_jax.options import check_generation
+from moe_jax.start import startup
+from moe_jax.storage import files
+from moe_jax.storage import weights as weights_lib
+from moe_jax.storage import workdir as workdir_lib
 
 _SLOT_MULTIPLE = 32  # the number of slots of a cache is a multiple of this
 _CHUNK = 32  # the most tokens of a row that the device draws before it returns them
@@ -65,7 +67,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
   model = decoding.for_inference(model)
   mesh = sharding.make_mesh(config.mesh)
-  step, stored = weights_lib.read(path, step, model, mesh)
+  step, stored = weights_lib.read(path, step, transformer.abstract_weights(model), mesh)
   with jax.set_mesh(mesh):
     weights = decoding.weights(model, *stored)
   imported = files.exists(path / workdir_lib.HF)

@@ -10,10 +10,11 @@ import pathlib
 import sys
 import tempfile
 
-from moe_jax import command_line, errors
-from moe_jax import workdir as workdir_lib
+from moe_jax import errors
 from moe_jax.config import UserError
 from moe_jax.report import Report, compare, compare_runs, runs
+from moe_jax.start import command_line
+from moe_jax.storage import workdir as workdir_lib
 
 
 def main() -> int:

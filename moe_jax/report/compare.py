@@ -3,9 +3,9 @@
 import pathlib
 from typing import NamedTuple
 
-from moe_jax import files
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import curves, experts, inside, markdown, page, reading, runs, sections, table
+from moe_jax.storage import files
 
 PICTURE = "load.png"
 

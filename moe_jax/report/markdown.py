@@ -5,9 +5,9 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from moe_jax import files
 from moe_jax.report import blocks, charts
 from moe_jax.report.blocks import ArmName, Cell, Chart, Code, Section, Table, Text
+from moe_jax.storage import files
 
 FOLDER = "report_files"
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_jax import config as config_lib
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
 from moe_jax.errors import DamagedError, StorageError
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 
 SWEEP = "sweep.json"
 SWEEP_FORMAT = 1  # a file without a number is older, and has the same names

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import SEEDS
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import reading
+from moe_jax.storage import workdir as workdir_lib
 
 _EXPERTS = "model.moe.num_experts"
 _NO_ARM = "(of no arm)"  # the arm of runs whose entry in sweep.json names none

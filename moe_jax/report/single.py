@@ -9,12 +9,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
 from moe_jax.errors import DamagedError
 from moe_jax.report import reading, runs
 from moe_jax.report.blocks import printable
 from moe_jax.report.inside import png
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 
 
 def summary(workdir: str, result: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
 from moe_jax.errors import StorageError, UserError
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep.plan import PlannedRun
 from moe_jax.sweep.slots import MachineSlots
 

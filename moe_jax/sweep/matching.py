@@ -8,11 +8,12 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from moe_jax import command_line, validation
 from moe_jax import config as config_lib
+from moe_jax import validation
 from moe_jax.config import Config, UserError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
+from moe_jax.start import command_line
 
 _COUNTS = {  # by: (field of cost.Counts, its name in messages)
   "active_params": ("active", "active parameters"),

@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_jax import command_line, validation
 from moe_jax import config as config_lib
+from moe_jax import validation
 from moe_jax.config import SEEDS, Config, UserError
 from moe_jax.options import LARGEST_SEED, spelled
+from moe_jax.start import command_line
 from moe_jax.sweep import language, matching
 from moe_jax.sweep.language import Arm, Sweep, Transform
 

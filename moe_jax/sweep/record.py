@@ -4,10 +4,10 @@ import pathlib
 import shlex
 from typing import Any
 
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import reading
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep.plan import Plan, PlannedRun
 

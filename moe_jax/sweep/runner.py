@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 
-from moe_jax import command_line, files, report
-from moe_jax import workdir as workdir_lib
+from moe_jax import report
 from moe_jax.errors import BusyError, StorageError, UserError
+from moe_jax.start import command_line
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
 from moe_jax.sweep.job import Job

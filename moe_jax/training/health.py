@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import OnAlarm, OnNonfinite
 from moe_jax.errors import few
+from moe_jax.storage import workdir as workdir_lib
 
 
 class Alarm(NamedTuple):

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import checkpoint, validation
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import validation
 from moe_jax.config import Config, UserError
 from moe_jax.errors import few
 from moe_jax.model import cost
+from moe_jax.storage import checkpoint
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import optimizers
 
 

@@ -16,12 +16,14 @@ import grain
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, command_line, files, sharding
 from moe_jax import config as config_lib
+from moe_jax import sharding
 from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
+from moe_jax.start import command_line
+from moe_jax.storage import checkpoint, files
 from moe_jax.training import health, metrics, writer
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.profiling import Profiler

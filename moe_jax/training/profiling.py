@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import UserError
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 
 
 class Window(NamedTuple):

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
+from moe_jax.storage import checkpoint
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import init_from
 from moe_jax.training.run import begin, begin_state, choose_kernels, next_after, read_text
 from moe_jax.training.train import compile_step, init_state

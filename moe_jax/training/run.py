@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import grain
 import jax
 
-from moe_jax import checkpoint, command_line, lock, sharding, startup, validation
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding, validation
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.kernels import choose
 from moe_jax.model import cost
+from moe_jax.start import command_line, startup
+from moe_jax.storage import checkpoint, lock
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, init_from, optimizers, profiling
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.loop import Loop

@@ -14,8 +14,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 
 
 class Writer:

@@ -10,10 +10,10 @@ import tokenizers
 import yaml
 
 import moe_jax
-from moe_jax import workdir as workdir_lib
 from moe_jax.analysis import harness, scoring
 from moe_jax.errors import UserError
 from moe_jax.hf import importing
+from moe_jax.storage import workdir as workdir_lib
 from tests.support.hf_files import plan
 from tests.support.scripts import ONE_DEVICE, python, refused
 from tests.support.toys import mesh_of

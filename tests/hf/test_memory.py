@@ -13,7 +13,7 @@ from moe_jax import config as config_lib
 from moe_jax.config import QKNorm, UserError
 from moe_jax.hf import exporting, families, fields, files, importing, layout, parts
 from moe_jax.model import pattern
-from moe_jax.weights import Weights
+from moe_jax.storage.weights import Weights
 from tests.support.hf_files import plan
 from tests.support.scripts import python
 from tests.support.toys import build, mesh_of, toy_config

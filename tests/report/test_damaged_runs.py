@@ -5,10 +5,11 @@ import os
 
 import pytest
 
-from moe_jax import command_line, report
+from moe_jax import report
 from moe_jax.errors import DamagedError
 from moe_jax.report import __main__ as command
 from moe_jax.report import runs
+from moe_jax.start import command_line
 from tests.support import report_runs
 from tests.support.report_runs import FINISHED, row, sweep, write_report
 

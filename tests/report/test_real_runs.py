@@ -11,11 +11,11 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from moe_jax import command_line
-from moe_jax import workdir as workdir_lib
 from moe_jax.errors import DamagedError
 from moe_jax.report import __main__ as command
 from moe_jax.report import blocks, compare_runs, runs
+from moe_jax.start import command_line
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import runner
 from tests.support import real_runs
 from tests.support.report_runs import row

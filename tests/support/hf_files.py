@@ -9,7 +9,7 @@ from moe_jax import config as config_lib
 from moe_jax.config import QKNorm
 from moe_jax.hf import exporting, importing
 from moe_jax.model import pattern
-from moe_jax.weights import Weights
+from moe_jax.storage.weights import Weights
 from tests.support.toys import build, toy_config
 
 

@@ -14,7 +14,8 @@ import signal
 import sys
 import time
 
-from moe_jax import command_line, workdir
+from moe_jax.start import command_line
+from moe_jax.storage import workdir
 from moe_jax.training import run
 
 OVERRIDES = {

@@ -6,8 +6,8 @@ When all have met it says so; then it waits, computes, leaves, or fails, as BODY
 import sys
 import time
 
-from moe_jax import peers
 from moe_jax.errors import UserError
+from moe_jax.start import peers
 
 
 def compute(seconds):

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 
-from moe_jax import command_line
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax.start import command_line
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import run as run_lib
 from tests.support import sweeps
 from tests.support.scripts import ONE_DEVICE, built

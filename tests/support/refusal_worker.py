@@ -6,8 +6,8 @@ both. FOLDER/odd is a run whose batch does not split over two processes.
 
 import sys
 
-from moe_jax import command_line, startup
 from moe_jax.errors import UserError
+from moe_jax.start import command_line, startup
 
 
 def main(folder: str) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import checkpoint, sharding, validation
 from moe_jax import config as config_lib
+from moe_jax import sharding, validation
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
+from moe_jax.storage import checkpoint
 from moe_jax.training import train
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import command_line, sharding, validation
 from moe_jax import config as config_lib
+from moe_jax import sharding, validation
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe.layer import on_mesh
 from moe_jax.moe.routing import LayerInputs
+from moe_jax.start import command_line
 from tests.support.tpu_cycles import cycles
 from tests.support.train_step_case import SPLIT, collectives, compile_config, compile_step
 

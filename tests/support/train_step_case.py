@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
+from moe_jax import sharding
 from moe_jax.config import Attention, Dtype
 from moe_jax.data import pipeline
+from moe_jax.storage import checkpoint
 from moe_jax.training import train
 
 LENGTH = 1152  # a multiple of 128 that is no other size, and no product of other sizes

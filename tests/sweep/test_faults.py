@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from moe_jax import command_line
 from moe_jax import config as config_lib
 from moe_jax.errors import DamagedError, StorageError, UserError
+from moe_jax.start import command_line
 from tests.support.disks import small_disk
 from tests.support.fake_runs import fakes_in
 from tests.support.sweeps import TWO

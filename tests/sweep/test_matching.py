@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import command_line
 from moe_jax import config as config_lib
 from moe_jax.config import Router, UserError
 from moe_jax.model import cost, feedforward
 from moe_jax.moe import layer
+from moe_jax.start import command_line
 from moe_jax.sweep.matching import match
 from tests.support.toys import toy_config
 

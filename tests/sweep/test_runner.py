@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_jax import command_line, report
 from moe_jax import config as config_lib
+from moe_jax import report
 from moe_jax.errors import BusyError
+from moe_jax.start import command_line
 from moe_jax.sweep import runner
 from tests.support.fake_runs import Swept, fakes_in
 from tests.support.sweeps import TWO

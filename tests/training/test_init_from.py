@@ -13,11 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import checkpoint, sharding
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding
 from moe_jax.analysis import evaluation
 from moe_jax.config import OptimizerName, UserError
+from moe_jax.storage import checkpoint
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import init_from, train
 from moe_jax.training import run as run_lib
 from tests.support.scripts import call, checkpoint_of, validation_of

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import OnNonfinite
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, losses, optimizers, replay
 from moe_jax.training import run as run_lib
 from tests.support.scripts import losses_of

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe_jax import files, lock, remote
-from moe_jax import workdir as workdir_lib
 from moe_jax.errors import BusyError, StorageError, UserError, is_storage
+from moe_jax.storage import files, lock, remote
+from moe_jax.storage import workdir as workdir_lib
 from tests.support.scripts import python, refused
 
 

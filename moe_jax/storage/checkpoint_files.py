@@ -9,8 +9,8 @@ import shutil
 import sys
 from typing import Any
 
-from moe_jax import files
 from moe_jax.errors import DamagedError
+from moe_jax.storage import files
 
 DELETED = "deleted"  # a folder in that of the checkpoints, of those that no run needs
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is not completely written

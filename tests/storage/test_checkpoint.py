@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, config, digests, sharding, workdir
+from moe_jax import config, sharding
 from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
+from moe_jax.storage import checkpoint, digests, workdir
 from moe_jax.training import run, train
 from tests.support.toys import mesh_of
 

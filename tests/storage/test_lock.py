@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from moe_jax import lock, workdir
 from moe_jax.errors import BusyError
+from moe_jax.storage import lock, workdir
 from tests.support.toys import ROOT
 
 HOLD = """

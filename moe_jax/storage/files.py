@@ -15,8 +15,8 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax import remote
 from moe_jax.errors import DamagedError, StorageError, UserError, short, why_unread
+from moe_jax.storage import remote
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:

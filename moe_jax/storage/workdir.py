@@ -11,9 +11,9 @@ import re
 from typing import Any
 
 from moe_jax import config as config_lib
-from moe_jax import files, remote
 from moe_jax.config import Config
 from moe_jax.errors import DamagedError, UserError, few, notice
+from moe_jax.storage import files, remote
 
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its fingerprint}

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from moe_jax import command_line
 from moe_jax import config as config_lib
 from moe_jax.config import Router, UserError
+from moe_jax.start import command_line
 from tests.support.scripts import call, python, refused
 from tests.support.toys import ROOT, toy_config
 

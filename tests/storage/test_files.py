@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from moe_jax import files
 from moe_jax.errors import DamagedError, StorageError
+from moe_jax.storage import files
 from tests.support.scripts import python
 from tests.support.toys import ROOT
 

@@ -14,9 +14,9 @@ import jax
 from jax._src import clusters
 from jax.extend import backend
 
-from moe_jax import peers
 from moe_jax.data import cache
 from moe_jax.errors import UserError
+from moe_jax.start import peers
 
 _KEEPER = """
 import signal, sys, time
@@ -43,7 +43,7 @@ def start() -> None:
 def together(multihost: bool, timeout: float, *, saves: bool = False) -> Iterator[None]:
   """Runs the body as one of several processes, if `multihost`. To be entered before `start`.
 
-  Process 0 alone has a stdout. If a process is lost or fails, all end (moe_jax.peers).
+  Process 0 alone has a stdout. If a process is lost or fails, all end (moe_jax.start.peers).
 
   Args:
     multihost: whether to join the other processes. jax finds them itself on a TPU pod and under

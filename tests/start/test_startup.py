@@ -2,8 +2,8 @@
 
 import pytest
 
-from moe_jax import startup
 from moe_jax.config import UserError
+from moe_jax.start import startup
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe_jax import workdir as workdir_lib
+from moe_jax.storage import workdir as workdir_lib
 from tests.support.object_store import Store
 from tests.support.scripts import ONE_DEVICE, checkpoint_of, command, evaluate, losses_of, python
 from tests.support.toys import ROOT

@@ -15,8 +15,8 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from moe_jax import command_line
 from moe_jax.errors import PeerError, UserError, shown
+from moe_jax.start import command_line
 
 # Seconds between two things that belong together: the loss of a peer and the error of a collective,
 # or the same mistake in all processes, each of which then says it itself.

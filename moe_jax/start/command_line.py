@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from moe_jax import config as config_lib
-from moe_jax import files
-from moe_jax import workdir as workdir_lib
 from moe_jax.config import Config, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, end, is_storage, notice
 from moe_jax.options import spelled
+from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 
 CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax import files, remote
-from moe_jax import workdir as workdir_lib
 from moe_jax.errors import BusyError, notice
+from moe_jax.storage import files, remote
+from moe_jax.storage import workdir as workdir_lib
 
 _BEAT = 10.0  # seconds between signs of life, for processes on other hosts
 _SILENT = 3 * _BEAT  # seconds without one, after which a process on another host counts as dead

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import files, workdir
 from moe_jax.config import Dispatch
 from moe_jax.errors import DamagedError, StorageError, UserError
+from moe_jax.storage import files, workdir
 
 UNLIMITED = math.inf  # capacity factor
 

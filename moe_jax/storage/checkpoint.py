@@ -16,9 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moe_jax import checkpoint_files, digests, files, remote, sharding
 from moe_jax import config as config_lib
-from moe_jax import workdir as workdir_lib
+from moe_jax import sharding
 from moe_jax.errors import (
   DamagedError,
   StorageError,
@@ -28,6 +27,8 @@ from moe_jax.errors import (
   notice,
   why_unread,
 )
+from moe_jax.storage import checkpoint_files, digests, files, remote
+from moe_jax.storage import workdir as workdir_lib
 
 
 class Checkpointer:

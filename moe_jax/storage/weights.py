@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_jax import config as config_lib
-from moe_jax.checkpoint import Checkpointer
 from moe_jax.errors import UserError
-from moe_jax.model import transformer
+from moe_jax.storage.checkpoint import Checkpointer
 
 
 class Weights(NamedTuple):
@@ -20,14 +19,14 @@ class Weights(NamedTuple):
 
 
 def read(
-  workdir: pathlib.Path, step: int, model: config_lib.Model, mesh: jax.sharding.Mesh
+  workdir: pathlib.Path, step: int, shapes: dict[str, Any], mesh: jax.sharding.Mesh
 ) -> tuple[int, Weights]:
   """Returns the step and the weights of a run's checkpoint, split over `mesh`.
 
   Args:
     workdir: of the run.
     step: of the checkpoint; 0 is the newest.
-    model: its config.
+    shapes: of its weights: `transformer.abstract_weights`.
     mesh: may differ from the one that saved the step.
 
   Raises:
@@ -37,7 +36,7 @@ def read(
   reader = Checkpointer(workdir)
   try:
     with jax.set_mesh(mesh):
-      step, stored = reader.restore_part(step, transformer.abstract_weights(model), mesh)
+      step, stored = reader.restore_part(step, shapes, mesh)
   finally:
     reader.close()
   return step, Weights(**stored)

@@ -1,0 +1,1 @@
+"""From argv to a started jax: command line, process start, processes that watch each other."""
