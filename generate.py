@@ -147,7 +147,9 @@ def earlier_turns() -> list[dict[str, str]]:
   if _MESSAGES.value:
     try:
       given = json.loads(text_files.read_text("--messages", _MESSAGES.value))
-      turns += [{k: v for k, v in {"role": t["role"], **t}.items() if v is not None} for t in given]
+      if not all({"role", "content"} <= set(turn) for turn in given):
+        raise KeyError
+      turns += [{k: v for k, v in turn.items() if v is not None} for turn in given]
     except (KeyError, RecursionError, TypeError, ValueError):
       raise UserError(
         f'--messages={_MESSAGES.value}: not a JSON list of {{"role": ..., "content": ...}}'

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from moe_jax.errors import DamagedError
@@ -90,11 +91,10 @@ def silence_late_answers() -> None:
   """Ignores what is still printed of other arrays, and Orbax's warning for whoever only reads."""
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
-  hook = sys.unraisablehook
 
-  def without_late_answers(error: Any) -> None:
-    # TensorStore answers to an event loop that has ended with the first error.
-    if "Event loop is closed" not in str(error.exc_value):
-      hook(error)
+  def without_late_answers(hook: Callable[..., Any], *error: Any) -> None:
+    if "Event loop is closed" not in str(error):  # to which TensorStore answers late
+      hook(*error)
 
-  sys.unraisablehook = without_late_answers
+  for name in ("unraisablehook", "excepthook"):  # a library in C++ may call either
+    setattr(sys, name, functools.partial(without_late_answers, getattr(sys, name)))

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import sys
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+<<<<<<< HEAD:tests/storage/test_checkpoint.py
 from moe_jax import config, sharding
+=======
+from moe_jax import checkpoint, checkpoint_files, config, digests, sharding, workdir
+>>>>>>> main:tests/test_checkpoint.py
 from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
-from moe_jax.storage import checkpoint, digests, workdir
+from moe_jax.storage import checkpoint, checkpoint_files, digests, workdir
 from moe_jax.training import run, train
 from tests.support.toys import mesh_of
 
@@ -136,6 +141,14 @@ def check_falls_back(name, settings, undamaged, folder, capfd):
     assert said.count("\n") == 1 and "checkpoint 12 is set aside as" in said
   else:
     assert name not in ARRAYS and not said
+
+
+def test_what_a_library_answers_late_is_not_printed(capsys):
+  checkpoint_files.silence_late_answers()
+  sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
+  assert not capsys.readouterr().err
+  sys.excepthook(ValueError, ValueError("another"), None)
+  assert "ValueError: another" in capsys.readouterr().err
 
 
 def test_the_files_are_those_of_a_checkpoint(whole_run):
