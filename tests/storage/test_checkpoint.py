@@ -15,11 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-<<<<<<< HEAD:tests/storage/test_checkpoint.py
 from moe_jax import config, sharding
-=======
-from moe_jax import checkpoint, checkpoint_files, config, digests, sharding, workdir
->>>>>>> main:tests/test_checkpoint.py
 from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
 from moe_jax.storage import checkpoint, checkpoint_files, digests, workdir
 from moe_jax.training import run, train
