@@ -91,7 +91,8 @@ def export(
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"--to={target} is not empty; name a new folder")
   model = loaded.config.model
-  theirs = _config(loaded, family, dtype)
+  tokenizer = tokenizers.load_tokenizer(loaded.config.data)
+  theirs = _config(loaded, family, dtype, tokenizer.separator)
   found = layout.tensors(model, parts.TOP, family.layer, parts.LAYER)
   bias_ZE = np.asarray(sharding.whole(loaded.weights.bias_ZE))
   arrays = {
@@ -116,13 +117,13 @@ def export(
       )
       done += sizes[tensor.name]
       told.at(done)
-    writer.finish(theirs, _beside(loaded))
+    writer.finish(theirs, _beside(loaded, tokenizer.separator_text))
   except BaseException:
     writer.drop()
     raise
 
 
-def _beside(loaded: Loaded) -> dict[str, pathlib.Path | str]:
+def _beside(loaded: Loaded, separator: str | None) -> dict[str, pathlib.Path | str]:
   """Returns {name: file or text} of what came with an import, or of the run's tokenizer."""
   if loaded.beside.is_dir():
     return {name: loaded.beside / name for name in files.BESIDE}
@@ -132,7 +133,6 @@ def _beside(loaded: Loaded) -> dict[str, pathlib.Path | str]:
   named = files.TOKENIZER if tokenizer.suffix == ".json" else files.SENTENCEPIECE
   found: dict[str, pathlib.Path | str] = {n: tokenizer.parent / n for n in files.OF_TOKENIZER}
   if named == files.TOKENIZER and not (tokenizer.parent / special_tokens.CONFIG).is_file():
-    separator = tokenizers.load_tokenizer(loaded.config.data).separator_text
     # Otherwise transformers makes another one, of the family's class.
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": separator}
     found[special_tokens.CONFIG] = json.dumps(about)
@@ -145,7 +145,7 @@ def _part(array: Any, part: layout.Part) -> np.ndarray:
   return np.asarray(piece if isinstance(piece, np.ndarray) else sharding.whole(piece))
 
 
-def _config(loaded: Loaded, family: Family, dtype: str) -> dict[str, Any]:
+def _config(loaded: Loaded, family: Family, dtype: str, separator: int) -> dict[str, Any]:
   """Returns config.json: what came with an import, under what the model says now."""
   theirs = fields.to_theirs(family, loaded.config.model) | {"dtype": dtype, "torch_dtype": dtype}
   before: dict[str, Any] = {}
@@ -155,6 +155,5 @@ def _config(loaded: Loaded, family: Family, dtype: str) -> dict[str, Any]:
     if before.get("model_type") != family.model_type:
       before = {}
   longest = {"max_position_embeddings": loaded.config.data.seq_len}
-  separator = tokenizers.load_tokenizer(loaded.config.data).separator
   ends = {"bos_token_id": separator, "eos_token_id": separator, "pad_token_id": None}
   return longest | ends | before | theirs

@@ -135,11 +135,12 @@ def _config(
 
 
 def _fit_rows(config: Config, longest: Any) -> None:
-  """Takes the model's own length of a row, or as much of it as there is memory for its logits."""
+  """Takes the model's own length, or as much of it as half of the memory has room for logits."""
   data, mesh = config.data, config.mesh
   data.seq_len = longest if type(longest) is int and longest > 0 else _LENGTH
   room = (platform.memory_bytes() or sys.maxsize) - cost.check_weights_memory(config)
-  while 8 * data.seq_len * config.model.vocab_size / mesh.tensor > room and data.seq_len > _LENGTH:
+  logits = 4 * config.model.vocab_size / mesh.tensor  # bytes of a token
+  while data.seq_len * logits > room / 2 and data.seq_len > _LENGTH:
     data.seq_len //= 2
   devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   data.batch_size = devices * min(max(8 * _LENGTH // data.seq_len, 1), 8)

@@ -76,7 +76,7 @@ class Template:
 
 def _template(folder: pathlib.Path) -> str:
   if (folder / FILE).is_file():
-    return text_files.read_text("--chat", str(folder / FILE))
+    return text_files.read_text("chat template", str(folder / FILE))
   config = files.read_json(folder / special_tokens.CONFIG, "download it again")
   found: Any = config.get("chat_template")
   if isinstance(found, list):  # several by name

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import enum
 import errno
+import functools
 import io
 import operator
 import os
@@ -99,7 +100,7 @@ def one_line_errors(main: Callable[[], None], end: Callable[[int], NoReturn] = e
   Ctrl-C ends it as SIGINT would: 130.
   """
   _open_streams()
-  sys.unraisablehook = _end_if_interrupted
+  sys.unraisablehook = functools.partial(_end_if_interrupted, sys.unraisablehook)
   try:
     try:
       main()
@@ -133,12 +134,12 @@ def importing() -> Iterator[None]:
     signal.signal(signal.SIGINT, handler)
 
 
-def _end_if_interrupted(lost: "sys.UnraisableHookArgs") -> None:
+def _end_if_interrupted(hook: Callable[..., Any], lost: "sys.UnraisableHookArgs") -> None:
   """Ends the program at a Ctrl-C that Python would lose, as it does inside jax's hook of gc."""
   if lost.exc_type is KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)
-  sys.__unraisablehook__(lost)
+  hook(lost)
 
 
 def _open_streams() -> None:

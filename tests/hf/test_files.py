@@ -265,13 +265,18 @@ def test_transformers_takes_the_exported_tokenizer_as_it_is(tmp_path):
   transformers = pytest.importorskip(
     "transformers", reason="compares with Hugging Face: pip install -e '.[hf]'"
   )
-  letters(20).save(str(tmp_path / "mine.json"))
+  vocabulary = {"<|endoftext|>": 0, "\u2581": 1, "a": 2, "b": 3, "\u2581a": 4}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("\u2581", "a")]))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  model.add_special_tokens(["<|endoftext|>"])
+  model.save(str(tmp_path / "mine.json"))
   config = toy()
   config.data.tokenizer = str(tmp_path / "mine.json")
   with jax.set_mesh(mesh_of()):
     exporting.export(loaded(config), families.FAMILIES["qwen3_moe"], tmp_path / "out")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-  assert theirs("abc").input_ids == [1, 2, 3] and theirs.eos_token_id == 0
+  assert theirs("abc").input_ids == [4, 3] and theirs("a b").input_ids == [4, 1, 3]
+  assert theirs.eos_token_id == 0
 
 
 def test_an_export_is_in_its_own_type(copy, tmp_path):

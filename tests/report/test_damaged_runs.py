@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -166,6 +167,7 @@ def test_damaged_runs_are_named_on_stderr(tmp_path, capsys, monkeypatch):
   out = sweep(tmp_path)
   (out / "moe/seed1/eval.json").write_text("[]")
   monkeypatch.setattr("sys.argv", ["report", str(out)])
+  monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
   assert command.main() == 0
   said = capsys.readouterr().err
   assert said.count("\n") == 1 and said.startswith("moe/seed1 is left out: ")
@@ -305,6 +307,7 @@ def test_a_damaged_sweep_is_one_line_and_changes_nothing(content, reported, caps
   with pytest.raises(DamagedError):
     report.compare(out)
   monkeypatch.setattr("sys.argv", ["report", str(out)])
+  monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
   with pytest.raises(SystemExit) as ended:
     command_line.one_line_errors(command.main)
   said = capsys.readouterr().err

@@ -6,6 +6,7 @@ The runs are those of tests/support/real_runs.py. Numbers are compared with the 
 import json
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -159,6 +160,7 @@ def test_a_sweep_without_its_target_says_so_first_and_once(swept, capsys, monkey
   assert f"## Results\n\n> {LEAD}" in text and "dense is missing here" in text
   assert "dense is missing" not in text.split("## Balance")[1].split("## Domains")[0]
   monkeypatch.setattr("sys.argv", ["report", str(out)])
+  monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
   with pytest.raises(SystemExit) as ended:
     command_line.one_line_errors(lambda: exit(command.main()))
   said = capsys.readouterr()

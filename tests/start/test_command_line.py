@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -120,6 +121,15 @@ def test_ctrl_c_while_garbage_is_collected_is_not_lost():
   """Python ignores what is raised there, and jax has a function there."""
   done = python("-c", _LOSES_CTRL_C)
   assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_hook_of_before_hears_what_is_lost(monkeypatch):
+  heard = []
+  monkeypatch.setattr(sys, "unraisablehook", heard.append)
+  command_line.one_line_errors(lambda: None)
+  lost = types.SimpleNamespace(exc_type=ValueError)
+  sys.unraisablehook(lost)
+  assert heard == [lost]
 
 
 TRAIN = ("train.py", "--config=configs/debug.py", "--workdir")
