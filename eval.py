@@ -18,7 +18,7 @@ In place of the split (docs/checkpoints.md):
 
 from absl import flags
 
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax.config import UserError
 from moe_jax.data import text_files
-from moe_jax.options import GENERATION, check_generation
+from moe_jax.errors import UserError
+from moe_jax.inference.options import GENERATION, check_generation
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 

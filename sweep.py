@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 
 _SWEEP = flags.DEFINE_string("sweep", "", "a Python file with a question and get_sweep()")

@@ -8,8 +8,8 @@ parameters, FLOPs and memory and trains nothing; --diff prints what differs from
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import validation
-from moe_jax.config import Config, UserError
+from moe_jax.config import Config, checks
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 
 
@@ -55,7 +55,7 @@ def main() -> None:
   config = _CONFIG.value
   if config is None:
     raise UserError("--config is missing: name a file, --config=configs/tiny_moe.py")
-  validation.check_fields(config)  # all that can be said before jax is imported
+  checks.check(config)  # all that can be said before jax is imported
   if _DEVICE.value and not _DESCRIBE.value:
     raise UserError(f"--device={_DEVICE.value} belongs to --describe; add it, or drop --device")
   if _DIFF.value:
@@ -63,10 +63,11 @@ def main() -> None:
     return
   if _DESCRIBE.value:
     config.mesh.data = max(config.mesh.data, 1)  # no device is asked for
-    validation.validate(config)
     from moe_jax.model import cost
+    from moe_jax.moe import validation
     from moe_jax.training import optimizers
 
+    validation.validate(config)
     state = optimizers.abstract_state(config)
     print(cost.report(config, state, _DEVICE.value, _GB[_DEVICE.value]))
     return
@@ -74,9 +75,11 @@ def main() -> None:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
   command_line.check_folder("workdir", _WORKDIR.value)
   with command_line.importing():
-    validation.validate(config)
-    from moe_jax.start import startup  # imports jax, so only when the config is known to be valid
+    from moe_jax.moe import validation  # imports jax, as the others do
+    from moe_jax.start import startup
     from moe_jax.training import replay, run
+
+    validation.validate(config)
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value, saves=not _REPLAY.value):
     if _REPLAY.value:

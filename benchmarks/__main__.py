@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 from benchmarks import compare, results
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 
 
@@ -83,7 +83,7 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   """Runs the benchmark `inference`, prints its tables and draws its picture."""
   from benchmarks import inference, inference_report, plots
-  from moe_jax import validation
+  from moe_jax.moe import validation
 
   path = args.config or "configs/mixtral_small.py"
   config = command_line.override(command_line.load_file(path), args.overrides, path)

@@ -18,13 +18,26 @@ import numpy as np
 
 from benchmarks import inference, results, timing
 from benchmarks.results import progress
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import Attention, Config, Dispatch, Dtype, GroupedMatmul, Remat
+from moe_jax import sharding
+from moe_jax.config import (
+  Attention,
+  Config,
+  Data,
+  Dispatch,
+  Dtype,
+  GroupedMatmul,
+  Loss,
+  Mesh,
+  Model,
+  MoE,
+  Optimizer,
+  Remat,
+)
 from moe_jax.kernels import choose, platform
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.experts import EXPERT_KERNELS, Experts, experts
 from moe_jax.model import cost
+from moe_jax.moe import validation
 from moe_jax.training import metrics
 
 _GROUPED, _SLOTS = 0.60, 0.80  # FLOP/s / those of one dense matmul
@@ -45,7 +58,7 @@ class Training(NamedTuple):
   """A model to train, and the MFU to reach with each dispatcher."""
 
   name: str
-  model: config_lib.Model
+  model: Model
   batch_size: int
   seq_len: int
   aims: dict[Dispatch, float]
@@ -58,16 +71,16 @@ class Sizes(NamedTuple):
   square: int  # side of the matrices that give the rate of a dense matmul
   shapes: tuple[Shape, ...]
   training: tuple[Training, ...]
-  decoded: config_lib.Model
+  decoded: Model
   batches: tuple[int, ...]
 
 
 def _model(layers: int, dim: int, heads: int, kv_heads: int, vocab_size: int, dtype: Dtype,
-           **moe: Any) -> config_lib.Model:  # fmt: skip
-  return config_lib.Model(
+           **moe: Any) -> Model:  # fmt: skip
+  return Model(
     vocab_size=vocab_size, num_layers=layers, dim=dim, num_heads=heads, num_kv_heads=kv_heads,
     head_dim=dim // heads, ffn_dim=4 * dim, tied_head=False, compute_dtype=dtype,
-    remat=Remat.DOTS, moe=config_lib.MoE(**moe),
+    remat=Remat.DOTS, moe=MoE(**moe),
   )  # fmt: skip
 
 
@@ -119,7 +132,7 @@ def run(out: pathlib.Path, rounds: int, minutes: float) -> dict[str, Any]:
   end = time.monotonic() + 60 * minutes
   sizes = toy() if platform.name() == "cpu" else full()
   result: dict[str, Any] = {"toy": platform.name() == "cpu"}
-  with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(data=1))):
+  with jax.set_mesh(sharding.make_mesh(Mesh(data=1))):
     result["correctness"] = correctness(sizes.dtype)
     wrong = {row["kernel"] for row in result["correctness"] if row["error"]}
     result["machine"] = machine(sizes, rounds)
@@ -305,10 +318,10 @@ def training_row(
   moe = dataclasses.replace(case.model.moe, dispatch=dispatch, capacity_factor=1.0)
   config = Config(
     model=dataclasses.replace(case.model, moe=moe),
-    data=config_lib.Data(seq_len=case.seq_len, batch_size=case.batch_size),
-    loss=config_lib.Loss(load_balance=0.01),
-    optimizer=config_lib.Optimizer(warmup_steps=0),
-    mesh=config_lib.Mesh(data=1),
+    data=Data(seq_len=case.seq_len, batch_size=case.batch_size),
+    loss=Loss(load_balance=0.01),
+    optimizer=Optimizer(warmup_steps=0),
+    mesh=Mesh(data=1),
   )
   trace = profile / f"{case.name} {dispatch.value}"
   row: dict[str, Any] = {"name": case.name, "dispatch": dispatch.value, "error": ""}

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where this file is run by its path
 
 from benchmarks import results
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import results
 from benchmarks.results import progress
 from benchmarks.train import Command, Worker, has_torch
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 
 BATCHES = (1, 8, 32)
 

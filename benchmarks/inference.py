@@ -14,8 +14,8 @@ from flax import nnx
 
 from benchmarks import timing
 from benchmarks.results import progress
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Config, Dtype, Mesh, Model
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
@@ -39,20 +39,18 @@ class Machine(NamedTuple):
   flops: float  # FLOP/s of a matmul of 1024 rows
 
 
-def models(config: config_lib.Config) -> dict[str, config_lib.Config]:
+def models(config: Config) -> dict[str, Config]:
   """Returns {name: config} of the MoE and its two dense twins, in a dtype for this device."""
-  dtype = config_lib.Dtype.FLOAT32
+  dtype = Dtype.FLOAT32
   if jax.default_backend() != "cpu":
-    dtype = config_lib.Dtype.BFLOAT16
+    dtype = Dtype.BFLOAT16
   model = dataclasses.replace(config.model, compute_dtype=dtype)
-  config = dataclasses.replace(config, model=model, mesh=config_lib.Mesh(data=1))
+  config = dataclasses.replace(config, model=model, mesh=Mesh(data=1))
   twins = {name: matching.match("dense", by=by)(config) for name, by in TWINS.items()}
   return {MOE: config} | twins
 
 
-def random_parameters(
-  config: config_lib.Config, seed: int, never: int = -1
-) -> tuple[Any, jax.Array]:
+def random_parameters(config: Config, seed: int, never: int = -1) -> tuple[Any, jax.Array]:
   """Returns random parameters of a config's model and balancing biases of 0, on the mesh in force.
 
   Greedy decoding never draws the token `never`. For the separator this means that no row ends
@@ -68,14 +66,14 @@ def random_parameters(
 
 
 def build_generator(
-  config: config_lib.Config, seed: int = 0, tokenizer: tokenizers.Tokenizer | None = None,
+  config: Config, seed: int = 0, tokenizer: tokenizers.Tokenizer | None = None,
   never: int = -1,
 ) -> generate.TextGenerator:  # fmt: skip
   """Returns a generator with `random_parameters` on one device.
 
   Its tokens are bytes if no tokenizer is given.
   """
-  mesh = sharding.make_mesh(config_lib.Mesh(data=1))
+  mesh = sharding.make_mesh(Mesh(data=1))
   with jax.set_mesh(mesh):
     model = decoding.for_inference(config.model)
     weights = decoding.weights(model, *random_parameters(config, seed, never))
@@ -189,7 +187,7 @@ class Work(NamedTuple):
   flops: float
 
 
-def work(weights: decoding.Weights, model: config_lib.Model, batch: int, experts: float) -> Work:
+def work(weights: decoding.Weights, model: Model, batch: int, experts: float) -> Work:
   """Returns the work of a step of `batch` rows that reads `experts` experts in each MoE layer."""
 
   def size(tree):
@@ -208,9 +206,7 @@ def work(weights: decoding.Weights, model: config_lib.Model, batch: int, experts
   )
 
 
-def run(
-  config: config_lib.Config, rounds: int, batches=BATCHES, seconds: float = 0.3
-) -> dict[str, Any]:
+def run(config: Config, rounds: int, batches=BATCHES, seconds: float = 0.3) -> dict[str, Any]:
   """Times decoding at each batch size, and prefill.
 
   Args:

@@ -18,9 +18,9 @@ from flax import nnx
 
 from benchmarks import phases, timing
 from benchmarks.results import progress
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Dtype, UserError
+from moe_jax.config import Dispatch, Dtype, GroupedMatmul, Mesh, Model, MoE
+from moe_jax.errors import UserError
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
@@ -75,16 +75,16 @@ class Candidate(NamedTuple):
   name: str
   kind: str  # "ffn", a dispatcher, or "slots" and "blocks": the experts alone
   experts: int
-  moe: config_lib.MoE | None  # None: nothing is routed
+  moe: MoE | None  # None: nothing is routed
   graph: Any
   forward: Callable[..., Any]  # (*Arrays) -> (y_BLD, MoeStats or None)
   step: Callable[..., Any]  # (*Arrays) -> (y_BLD, MoeStats or None, (dparams, dx_BLD))
   arrays: Arrays
 
 
-def make_moe(setting: Setting, dispatch: Dispatch, experts: int) -> config_lib.MoE:
+def make_moe(setting: Setting, dispatch: Dispatch, experts: int) -> MoE:
   """Returns the configuration of an MoE layer of a setting."""
-  return config_lib.MoE(
+  return MoE(
     num_experts=experts, top_k=setting.top_k, expert_dim=setting.expert_dim, dispatch=dispatch,
     capacity_factor=1.0,
   )  # fmt: skip
@@ -108,7 +108,7 @@ def _programs(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
   return jax.jit(forward), jax.jit(step)
 
 
-def _init(model: config_lib.Model, experts: int, ffn_dim: int) -> tuple[Any, Any]:
+def _init(model: Model, experts: int, ffn_dim: int) -> tuple[Any, Any]:
   """Returns the graph and the weights of an MoE layer, or of a dense FFN for experts=0."""
 
   def make(key):
@@ -151,7 +151,7 @@ def _inputs(setting: Setting) -> tuple[jax.Array, jax.Array, jax.Array]:
 def candidates(setting: Setting) -> Iterator[Candidate]:
   """Yields the dense FFN, then every dispatcher with every number of experts."""
   x_BLD, real_BL, dy_BLD = _inputs(setting)
-  model = config_lib.Model(dim=setting.dim, compute_dtype=setting.dtype)
+  model = Model(dim=setting.dim, compute_dtype=setting.dtype)
   graph, params = _init(model, 0, setting.top_k * setting.expert_dim)
   dense = Arrays(params, x_BLD, real_BL, dy_BLD)
   yield Candidate("ffn", "ffn", 0, None, graph, *_programs(graph), dense)
@@ -185,7 +185,7 @@ def _experts_alone(
 
     def forward(matrices, x, real_BL, dy, kind=kind):
       sizes_E = jnp.full((experts,), rows) if kind == "blocks" else None
-      kernel = config_lib.GroupedMatmul.AUTO
+      kernel = GroupedMatmul.AUTO
       return expert_kernels.experts(x, sizes_E, Experts(**matrices), kernel), None
 
     def step(matrices, x, real_BL, dy, forward=forward):
@@ -233,7 +233,7 @@ def check(
 
   def small(dispatch):
     moe = dataclasses.replace(candidate.moe, dispatch=dispatch, capacity_factor=math.inf)
-    model = config_lib.Model(dim=setting.dim, compute_dtype=setting.dtype, moe=moe)
+    model = Model(dim=setting.dim, compute_dtype=setting.dtype, moe=moe)
     layer = nnx.eval_shape(lambda: MoEFFN(model, nnx.Rngs(0)))
     return _programs(nnx.split(layer)[0])[1](*few)
 
@@ -346,7 +346,7 @@ def default_grid(*, short: bool) -> list[Setting]:
 def run(grid: list[Setting], rounds: int, min_seconds: float = 0.05) -> dict[str, Any]:
   """Times a grid; returns its rows and the rows of phases."""
   rows, splits = [], []
-  with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(data=1))):
+  with jax.set_mesh(sharding.make_mesh(Mesh(data=1))):
     for number, setting in enumerate(grid, 1):
       progress(f"layer {number}/{len(grid)}: {setting.name}")
       setting_rows, setting_splits = run_setting(setting, rounds, min_seconds)

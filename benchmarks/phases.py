@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import timing
-from moe_jax import config as config_lib
-from moe_jax.config import Dispatch
+from moe_jax.config import Dispatch, MoE
 from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import counts, dispatch, routers
@@ -24,7 +23,7 @@ SPLIT = (Dispatch.GATHER, Dispatch.GROUPED)
 MOVING = ("router", "dispatch", "combine")  # the pieces that a dense layer does not have
 
 
-def thunks(graph: Any, moe: config_lib.MoE, arrays: Any) -> dict[str, Callable[[], Any]]:
+def thunks(graph: Any, moe: MoE, arrays: Any) -> dict[str, Callable[[], Any]]:
   """Returns compiled functions {"router forward": ..., "router step": ...} of a layer in SPLIT."""
   B, L, D = arrays.x_BLD.shape
   E, grouped = moe.num_experts, moe.dispatch is Dispatch.GROUPED

@@ -150,8 +150,9 @@ def compile_seconds(name: str) -> float:
   import jax
   import numpy as np
 
-  from moe_jax import sharding, validation
+  from moe_jax import sharding
   from moe_jax.data import pipeline
+  from moe_jax.moe import validation
   from moe_jax.start import command_line, startup
   from moe_jax.training import train
 

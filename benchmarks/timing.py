@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Config
 from moe_jax.data import pipeline
 from moe_jax.training import train
 
@@ -62,7 +62,7 @@ def ratio(times: Times, name: str, base: str) -> float:
 class Trainer:
   """Trains on one batch of random tokens, to measure the time of a step."""
 
-  def __init__(self, config: config_lib.Config, bare: bool):
+  def __init__(self, config: Config, bare: bool):
     """Makes the state, the batch and the compiled step.
 
     Args:

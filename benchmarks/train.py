@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import results
 from benchmarks.results import progress
 from benchmarks.workload import LARGE, W
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 
 # {our model: its speed / the faster of transformers' eager and grouped_mm, or transformers' dense},
 # for the smaller workload and the larger one.

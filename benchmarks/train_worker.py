@@ -15,16 +15,28 @@ import sys
 from typing import TextIO
 
 from benchmarks import workload
-from moe_jax import config as config_lib
+from moe_jax.config import (
+  Config,
+  Data,
+  Dispatch,
+  Loss,
+  Mesh,
+  Model,
+  MoE,
+  Optimizer,
+  Remat,
+  Schedule,
+  Train,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
   """Parses the command line."""
   parser = argparse.ArgumentParser(prog="python -m benchmarks.train_worker", allow_abbrev=False)
   add = parser.add_argument
-  add("--model", default="grouped", choices=["ffn", *(d.value for d in config_lib.Dispatch)])
+  add("--model", default="grouped", choices=["ffn", *(d.value for d in Dispatch)])
   add("--capacity_factor", type=float, default=1.25)
-  add("--remat", default="dots", choices=[r.value for r in config_lib.Remat])
+  add("--remat", default="dots", choices=[r.value for r in Remat])
   add("--bare", action="store_true", help="compute no metrics but the loss")
   add("--cpus", type=workload.cpus, help="the CPUs to run on, where the system can pin")
   for name, default in workload.W.items():
@@ -35,30 +47,30 @@ def parse_arguments() -> argparse.Namespace:
   return args
 
 
-def make_config(args: argparse.Namespace) -> config_lib.Config:
+def make_config(args: argparse.Namespace) -> Config:
   """Returns a config of Mixtral's layers and losses, or with --model=ffn a dense twin.
 
   The twin has the same active size.
   """
-  moe = config_lib.MoE()
+  moe = MoE()
   if args.model != "ffn":
-    moe = config_lib.MoE(
+    moe = MoE(
       num_experts=args.experts_count, top_k=args.top_k, expert_dim=args.expert_dim,
-      dispatch=config_lib.Dispatch(args.model), capacity_factor=args.capacity_factor,
+      dispatch=Dispatch(args.model), capacity_factor=args.capacity_factor,
     )  # fmt: skip
-  return config_lib.Config(
-    model=config_lib.Model(
+  return Config(
+    model=Model(
       vocab_size=args.vocab_size, num_layers=args.layers, dim=args.dim, num_heads=args.heads,
       num_kv_heads=args.kv_heads, head_dim=args.head_dim, ffn_dim=args.top_k * args.expert_dim,
-      tied_head=False, remat=config_lib.Remat(args.remat), moe=moe,
+      tied_head=False, remat=Remat(args.remat), moe=moe,
     ),
-    data=config_lib.Data(seq_len=args.seq_len, batch_size=args.batch_size),
-    loss=config_lib.Loss(load_balance=0.01, router_z=0.0),
-    optimizer=config_lib.Optimizer(
-      learning_rate=1e-3, schedule=config_lib.Schedule.CONSTANT, warmup_steps=0, clip_norm=0.0,
+    data=Data(seq_len=args.seq_len, batch_size=args.batch_size),
+    loss=Loss(load_balance=0.01, router_z=0.0),
+    optimizer=Optimizer(
+      learning_rate=1e-3, schedule=Schedule.CONSTANT, warmup_steps=0, clip_norm=0.0,
     ),
-    train=config_lib.Train(seed=args.seed),
-    mesh=config_lib.Mesh(data=1),
+    train=Train(seed=args.seed),
+    mesh=Mesh(data=1),
   )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax import config as config_lib
+from moe_jax.config import Mesh
+from moe_jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # devices along these axes hold different sequences
@@ -78,9 +79,7 @@ def declared(name: str) -> Parameter | None:
   return _declared.get(name)
 
 
-def make_mesh(
-  mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
-) -> jax.sharding.Mesh:
+def make_mesh(mesh: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """Returns the mesh of these sizes, over the first devices of each process.
 
   Args:
@@ -94,7 +93,7 @@ def make_mesh(
   return jax.sharding.Mesh(device_mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def split_notice(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> str:
+def split_notice(mesh: Mesh, devices: Sequence[jax.Device] | None = None) -> str:
   """Returns what to say of a mesh that splits an axis of a TPU slice's torus; "" for no such mesh.
 
   The arguments are those of `make_mesh`. Named are sizes that need no split, those with the most of
@@ -119,9 +118,7 @@ def split_notice(mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = N
   )
 
 
-def _first_of_each_process(
-  mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None
-) -> list[jax.Device]:
+def _first_of_each_process(mesh: Mesh, devices: Sequence[jax.Device] | None) -> list[jax.Device]:
   devices = jax.devices() if devices is None else devices
   processes = sorted({device.process_index for device in devices})
   share = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor // len(processes)
@@ -129,13 +126,13 @@ def _first_of_each_process(
   return [device for some in by_process for device in some[:share]]
 
 
-def _on_torus(mesh: config_lib.Mesh, devices: list[jax.Device], split: bool) -> np.ndarray:
+def _on_torus(mesh: Mesh, devices: list[jax.Device], split: bool) -> np.ndarray:
   """Returns the devices in the mesh's shape, neighbours on a TPU's torus together."""
   shape = tuple(getattr(mesh, axis) for axis in AXES)
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
 
 
-def _fits_torus(mesh: config_lib.Mesh, devices: list[jax.Device]) -> bool:
+def _fits_torus(mesh: Mesh, devices: list[jax.Device]) -> bool:
   """Returns whether each axis of the mesh is a product of whole axes of the torus."""
   try:
     _on_torus(mesh, devices, split=False)
@@ -154,14 +151,14 @@ def check_processes(processes: np.ndarray) -> None:
     UserError: the devices of one place on the batch axes belong to several processes.
   """
   if (processes != processes[..., :1]).any():
-    raise config_lib.UserError(
+    raise UserError(
       f"config.mesh.tensor={processes.shape[-1]}: every process feeds sequences of its own, and on "
       "this mesh some sequences are on devices of several processes; choose a tensor axis that "
       f"divides the {np.sum(processes == processes.flat[0])} device(s) of a process"
     )
 
 
-def fit_mesh(mesh: config_lib.Mesh, parts: int) -> config_lib.Mesh:
+def fit_mesh(mesh: Mesh, parts: int) -> Mesh:
   """Returns a run's own mesh if it takes all devices here, otherwise a mesh that splits the batch.
 
   Results do not depend on the mesh, so one device can use a checkpoint of 64 devices. The returned
@@ -179,11 +176,11 @@ def fit_mesh(mesh: config_lib.Mesh, parts: int) -> config_lib.Mesh:
     return mesh
   devices = math.gcd(parts, jax.device_count())
   if devices % jax.process_count():
-    raise config_lib.UserError(
+    raise UserError(
       f"--multihost: a batch of {parts} parts does not split over {jax.process_count()} "
       "processes; start fewer, or a single one without --multihost"
     )
-  return config_lib.Mesh(data=devices)
+  return Mesh(data=devices)
 
 
 def spec(letters: str) -> PartitionSpec:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from moe_jax.config import field_names
+from moe_jax.config.run import field_names
 from tests.support.toys import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import moe_jax
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from tests.support.scripts import ONE_DEVICE, call, python, refused
 from tests.support.toys import ROOT
 

@@ -9,36 +9,30 @@ from tests.support.toys import ROOT
 
 PACKAGE = ROOT / "moe_jax"
 TESTS = ROOT / "tests"
-_CORE = {"config", "options", "errors", "validation", "sharding", "storage", "start", "data"}
-_CORE |= {"kernels", "moe", "model"}
+_BASE = {"config", "errors"}
+_CORE = {*_BASE, "sharding", "storage", "start", "data", "kernels", "moe", "model"}
 # What each folder or file may import, besides itself; first what stands alone.
 GROUPS = {
   "errors": set(),
-  "options": {"errors"},
-  "config_model": {"options"},
-  "config": {"config_model", "options", "errors"},
-  "config_docs": {"config", "options"},
-  # The records of routers and dispatchers say what they ask of a config.
-  "validation": {"config", "options", "errors", "moe"},
-  "sharding": {"config", "errors"},
-  "storage": {"config", "errors", "sharding", "validation"},
-  "data": {"config", "errors", "storage"},
-  "start": {"config", "config_docs", "options", "errors", "data", "storage"},
+  "config": {"errors"},
+  "sharding": _BASE,
+  "storage": {*_BASE, "sharding"},
+  "data": {*_BASE, "storage"},
+  "start": {*_BASE, "storage", "data"},
   # The core can be read and taken alone: no decoder, and below the layer no experts' router.
-  "kernels": {"config", "errors", "sharding"},
-  "moe": {"config", "errors", "sharding", "kernels"},
-  "model": {"config", "errors", "validation", "sharding", "kernels", "moe"},
+  "kernels": {*_BASE, "sharding"},
+  "moe": {*_BASE, "sharding", "kernels"},
+  "model": {*_BASE, "sharding", "kernels", "moe"},
   # The everyday loss does not depend on the microscope.
   "training": _CORE,
   # load() pulls no optimizer and no TensorBoard.
   "inference": _CORE,
   "analysis": _CORE | {"inference", "training"},
   # They run anywhere: a plan starts no trainer, and a report needs no jax.
-  "sweep": {"config", "options", "errors", "validation", "storage", "start", "model", "report"},
-  "report": {"config", "errors", "storage", "start"},
-  # Leaves: nothing imports them.
+  "report": {*_BASE, "storage", "start"},
+  "sweep": {*_BASE, "storage", "start", "moe", "model", "report"},
+  # A leaf: nothing imports it.
   "hf": _CORE | {"inference"},
-  "upcycle": _CORE,
 }
 
 
@@ -68,13 +62,17 @@ def test_folders_import_only_what_they_may():
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+def test_no_file_without_a_room():
+  assert {p.name for p in PACKAGE.glob("*.py")} == {"__init__.py", "errors.py", "sharding.py"}
+
+
 def test_the_package_knows_no_benchmark():
   for _, path in modules():
     assert not re.search(r"^\s*(?:import|from) benchmarks\b", path.read_text(), re.M), path
 
 
-def test_reports_need_no_model():
-  for path in (PACKAGE / "report").glob("*.py"):
+def test_configs_and_reports_need_no_model():
+  for path in [*(PACKAGE / "config").glob("*.py"), *(PACKAGE / "report").glob("*.py")]:
     assert not re.search(r"^\s*(?:import|from) (jax|flax)\b", path.read_text(), re.M), path
 
 
@@ -113,7 +111,7 @@ def test_one_module_names_the_files_of_a_run():
   names = {v for k, v in vars(workdir).items() if k.isupper() and isinstance(v, str)}
   assert {"config.json", "metrics.jsonl", "checkpoints", "kernels.json"} <= names
   # Of a message; and the files of Hugging Face, which have names of their own.
-  allowed = {"config.py": {"config.json"}, "hf/files.py": {"config.json"}}
+  allowed = {"config/run.py": {"config.json"}, "hf/files.py": {"config.json"}}
   for _, path in modules():
     tree = ast.parse(path.read_text())
     found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} & names

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.training import health
 from tests.support.processes import Together, alone, train_command
 from tests.support.scripts import Run, built, call

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Loss, Mesh, QKNorm
 from moe_jax.inference import decoding
 from moe_jax.storage import checkpoint
 from moe_jax.training import train
@@ -56,10 +55,10 @@ EVERYDAY = ["gather, expert 2, data 2", "all_to_all"]
 def test_a_training_step(name):
   fields, axes = (PATHS | ROUTERS)[name]
   config = toy_config(shared_experts=1, **dict(num_experts=8) | fields)
-  config.model.qk_norm, config.model.num_layers = config_lib.QKNorm.HEAD, 1
+  config.model.qk_norm, config.model.num_layers = QKNorm.HEAD, 1
   config.train.accumulation, config.data.batch_size = 2, 16
-  config.loss = config_lib.Loss(load_balance=0.0)  # which some routers do not take
-  config.mesh = config_lib.Mesh(**{"data": 1} | axes)
+  config.loss = Loss(load_balance=0.0)  # which some routers do not take
+  config.mesh = Mesh(**{"data": 1} | axes)
   lies = lies_of_a_step(config)
   assert not lies, "\n".join(sorted(lies))
 
@@ -98,7 +97,7 @@ def test_every_option_of_the_layers(options):
 
 
 def lies_of_generation(config, axes):
-  config.mesh = config_lib.Mesh(**{"data": 1} | axes)
+  config.mesh = Mesh(**{"data": 1} | axes)
   mesh, state, _ = abstract(config)
   model = decoding.for_inference(config.model)
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax.config import Config
+from moe_jax.config.run import changes, from_json
 from tests.support.scripts import (
   ONE_DEVICE,
   built,
@@ -33,7 +34,7 @@ def copied_run(whole_run, tmp_path):
 
 
 def test_a_run_writes_its_files(whole_run):
-  config = config_lib.from_json((whole_run.workdir / "config.json").read_text())
+  config = from_json((whole_run.workdir / "config.json").read_text())
   assert config.train.steps == 12
   assert list((whole_run.workdir / "tensorboard").glob("events.*"))
   assert json.loads((whole_run.workdir / "kernels.json").read_text())["attention"] == "blocks"
@@ -42,8 +43,8 @@ def test_a_run_writes_its_files(whole_run):
 def test_a_run_prints_what_is_no_default(whole_run):
   """As --diff has it, and no other field."""
   lines = whole_run.output.split("\nmodel  ")[0].splitlines()
-  config = config_lib.from_json((whole_run.workdir / "config.json").read_text())
-  changed = config_lib.changes(config_lib.Config(), config)
+  config = from_json((whole_run.workdir / "config.json").read_text())
+  changed = changes(Config(), config)
   assert [line.split(" = ")[0] for line in lines] == [f"config.{name}" for name in changed]
   assert "config.train.steps = 12   (default 1000)" in lines
 

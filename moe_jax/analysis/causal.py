@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.analysis import trace
+from moe_jax.config import MoE
 from moe_jax.data import pipeline
+from moe_jax.errors import UserError
 from moe_jax.model import transformer
 from moe_jax.moe import dispatch
 from moe_jax.training import losses
@@ -104,7 +105,7 @@ def causal_losses(
 def measure_losses(
   model: trace.RestoredModel,
   rows: pipeline.Rows,
-  moe: config_lib.MoE,
+  moe: MoE,
   num_rows: int,
   batch_size: int,
   mesh: jax.sharding.Mesh,
@@ -120,7 +121,7 @@ def measure_losses(
   numbers = pipeline.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
   numbers = numbers[: len(numbers) - len(numbers) % group_rows]
   if len(numbers) < 2 * group_rows:
-    raise config_lib.UserError(
+    raise UserError(
       f"--causal: the split has {rows.num_full} rows, but needs at least {2 * group_rows}, because "
       "the future of one row is replaced by the text of another; choose another --split"
     )

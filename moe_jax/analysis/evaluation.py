@@ -11,16 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
+from moe_jax import sharding
 from moe_jax.analysis import causal, specialisation, trace
-from moe_jax.config import Dispatch, Exchange
+from moe_jax.config import Config, Dispatch, Exchange, Mesh, MoE
+from moe_jax.config.fields import plain
 from moe_jax.data import builders, pipeline
+from moe_jax.errors import UserError
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
 from moe_jax.model.transformer import abstract_weights
-from moe_jax.moe import dispatch
+from moe_jax.moe import dispatch, validation
 from moe_jax.start import startup
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
@@ -156,7 +157,7 @@ class LoadedRun:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator.result(evaluator.total(model.params, model.bias_ZE))
-      point = {"capacity_factor": config_lib.plain(factor)}
+      point = {"capacity_factor": plain(factor)}
       points.append(point | {name: result[name] for name in _CAPACITY_METRICS})
       print(
         f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
@@ -199,24 +200,24 @@ class LoadedRun:
     return about | report | {"saturation": saturation}
 
 
-def mesh_here(config: config_lib.Config) -> config_lib.Mesh:
+def mesh_here(config: Config) -> Mesh:
   """Returns the mesh of an evaluation here, of which every device holds whole routing groups."""
   group_rows = dispatch.group_rows(config.model.moe, config.data.seq_len)
   return sharding.fit_mesh(config.mesh, batch_size(config) // group_rows)
 
 
-def check_options(config: config_lib.Config, factors: Sequence[float], routing: bool) -> None:
+def check_options(config: Config, factors: Sequence[float], routing: bool) -> None:
   """Raises UserError for an option that has no meaning for this model."""
   for flag, value in (("--capacity_factors", factors), ("--routing", routing)):
     if value and not config.model.moe.num_experts:
-      raise config_lib.UserError(
+      raise UserError(
         f"{flag}: config.model.moe.num_experts=0, a dense model, routes nothing; leave it out"
       )
   for factor in factors:
     at_capacity(config, factor)
 
 
-def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
+def at_capacity(config: Config, factor: float) -> Config:
   """The same model with another capacity in evaluation; inf drops nothing.
 
   A dropless dispatch has no slots, so it gives way to `gather`: what a model trained without drops
@@ -227,11 +228,11 @@ def at_capacity(config: config_lib.Config, factor: float) -> config_lib.Config:
   moe = dataclasses.replace(moe, eval_capacity_factor=factor)
   changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
   # Without the mesh: it is made for evaluation, and a batch of training need not split over it.
-  validation.validate(dataclasses.replace(changed, mesh=config_lib.Mesh()))
+  validation.validate(dataclasses.replace(changed, mesh=Mesh()))
   return changed
 
 
-def with_slots(moe: config_lib.MoE) -> config_lib.MoE:
+def with_slots(moe: MoE) -> MoE:
   """Returns a config of the same values: a dispatch without slots gives way to `gather`."""
   if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
     return moe

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.analysis import scoring
-from moe_jax.config import UserError
 from moe_jax.data import text_files, tokenizers
+from moe_jax.errors import UserError
 from moe_jax.inference import chat, generate
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.storage import files

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.analysis.specialisation import Trace
+from moe_jax.config import Model
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
 
@@ -16,12 +16,12 @@ from moe_jax.model import transformer
 class RestoredModel(NamedTuple):
   """The weights of a checkpoint, on the mesh in force."""
 
-  config: config_lib.Model
+  config: Model
   params: Any
   bias_ZE: jax.Array
 
 
-def compile_choices(model: config_lib.Model) -> Callable[..., Any]:
+def compile_choices(model: Model) -> Callable[..., Any]:
   """Returns a compiled function (params, bias_ZE, batch) -> Choices."""
 
   def choices(params: Any, bias_ZE: jax.Array, batch: pipeline.Batch[jax.Array]) -> Any:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from moe_jax.config import Data, UserError
+from moe_jax.config import Data
 from moe_jax.data import cache, catalog, domains, text_files
-from moe_jax.errors import DamagedError
+from moe_jax.errors import DamagedError, UserError
 
 _PYTHON = ".".join(map(str, sys.version_info[:3]))
 _ReadSplit = Callable[[str], Iterator[text_files.Document]]

@@ -15,9 +15,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from google.protobuf import json_format
 
-from moe_jax.config import UserError
 from moe_jax.data import cache
-from moe_jax.errors import DamagedError
+from moe_jax.errors import DamagedError, UserError
 
 FORMAT = "array_record"  # TFDS's format with random access; its parquet loses rows
 

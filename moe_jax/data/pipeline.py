@@ -17,8 +17,9 @@ from typing import Generic, NamedTuple, TypeVar
 import grain
 import numpy as np
 
-from moe_jax.config import Data, UserError
+from moe_jax.config import Data
 from moe_jax.data import builders, cache, token_files, tokenizers
+from moe_jax.errors import UserError
 
 _VERSION = "5"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress

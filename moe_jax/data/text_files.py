@@ -17,9 +17,9 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from moe_jax.config import Data, UserError
+from moe_jax.config import Data
 from moe_jax.data import cache
-from moe_jax.errors import few
+from moe_jax.errors import UserError, few
 
 SPLITS = ("train", "validation", "test")
 _MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text

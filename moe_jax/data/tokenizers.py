@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import Config, Data, UserError
+from moe_jax.config import Config, Data
 from moe_jax.data import special_tokens
+from moe_jax.errors import UserError
 
 # The first of these that is a special token begins each document, where no file says which does.
 _SEPARATORS = (

@@ -13,7 +13,8 @@ import argparse
 import pathlib
 import sys
 
-from moe_jax.config import Mesh, UserError
+from moe_jax.config import Mesh
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 
 _TEXT = "The quick brown fox jumps over the lazy dog. def main():\n  return 0\n"

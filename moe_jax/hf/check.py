@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import UserError
 from moe_jax.data import tokenizers
+from moe_jax.errors import UserError
 from moe_jax.hf.importing import Plan
 from moe_jax.inference import decoding
 from moe_jax.storage.weights import Weights

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.config import Config, UserError
+from moe_jax.config import Config
 from moe_jax.data import special_tokens, tokenizers
+from moe_jax.errors import UserError
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.model import cost, transformer

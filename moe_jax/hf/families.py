@@ -8,11 +8,11 @@ tests/hf compares every family with transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import UserError
+from moe_jax.config import Activation, GroupScore, QKNorm, Score
+from moe_jax.errors import UserError
 from moe_jax.hf import parts
 from moe_jax.hf.fields import Family, Field
 from moe_jax.hf.layout import Row
-from moe_jax.options import Activation, GroupScore, QKNorm, Score
 
 _QWEN_DELTA: dict[str, Any] = dict(
   fixed={"moe.shared_experts": 1, "moe.shared_gate": True, "qk_norm": QKNorm.HEAD,

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from moe_jax import config as config_lib
-from moe_jax.config import Model, UserError
+from moe_jax.config import Activation, Model, RopeScaling
+from moe_jax.config.fields import flatten, from_plain, plain, walk
+from moe_jax.errors import UserError
 from moe_jax.hf.layout import Row
 from moe_jax.model.pattern import moe_layers
-from moe_jax.options import flatten, from_plain, plain, walk
 
 
 def _same(value: Any) -> Any:
@@ -194,7 +194,7 @@ def relevant(model: Model) -> set[str]:
     names -= {"global_every"}
   if not model.delta.value_heads:
     names -= {name for name in names if name.startswith("delta.")} - {"delta.value_heads"}
-  if model.activation is not config_lib.Activation.CLAMPED_SWIGLU:
+  if model.activation is not Activation.CLAMPED_SWIGLU:
     names -= {"activation_limit"}
   if not model.latent.kv_dim:
     names -= {f"latent.{name}" for name in ("query_dim", "rotary_dim", "value_dim", "norm_eps")}
@@ -204,7 +204,7 @@ def relevant(model: Model) -> set[str]:
 
 
 _ROPE = ("rope_base", "rotary_fraction", *(
-  f"rope_scaling.{name}" for name in flatten(config_lib.RopeScaling())
+  f"rope_scaling.{name}" for name in flatten(RopeScaling())
 ))  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def _mscale(factor: float, scale: float) -> float:
   return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
 
 
-def _mscale_of(scaling: config_lib.RopeScaling) -> float:
+def _mscale_of(scaling: RopeScaling) -> float:
   """Returns the mscale that with mscale_all_dim makes the attention_factor."""
   if scaling.factor <= 1:
     return 1.0

@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import Config, Dispatch, Loss, Mesh, UserError
+from moe_jax import sharding
+from moe_jax.config import Config, Data, Dispatch, Loss, Mesh, Model
 from moe_jax.data import tokenizers
+from moe_jax.errors import UserError
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.hf.layout import Tensor
 from moe_jax.hf.ranges import Ranges
 from moe_jax.kernels import platform
 from moe_jax.model import cost, pattern, transformer
+from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.storage import files as file_lib
 from moe_jax.storage import weights as weights_lib
@@ -115,9 +116,7 @@ def _check_quantization(theirs: Mapping[str, Any], where: str) -> None:
     )
 
 
-def _config(
-  model: config_lib.Model, mesh: Mesh, theirs: Mapping[str, Any], folder: pathlib.Path
-) -> Config:
+def _config(model: Model, mesh: Mesh, theirs: Mapping[str, Any], folder: pathlib.Path) -> Config:
   """Returns the config of the workdir: their model, without dropped tokens as there."""
   model.moe.dispatch = Dispatch.GROUPED
   found = sorted(path.name for path in folder.iterdir() if re.match(_TOKENIZER, path.name))
@@ -127,7 +126,7 @@ def _config(
       f"{folder}: its tokenizer, {found[0]}, is not read; {files.TOKENIZER} is, which "
       "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes"
     )
-  data = config_lib.Data(tokenizer=str(folder / named) if named else "bytes")
+  data = Data(tokenizer=str(folder / named) if named else "bytes")
   coefficient = theirs.get("router_aux_loss_coef")
   balance = float(coefficient) * model.moe.top_k if isinstance(coefficient, int | float) else 0.0
   loss = Loss(load_balance=balance if model.moe.num_experts else 0.0, router_z=0.0)
@@ -147,7 +146,7 @@ def _fit_rows(config: Config, longest: Any) -> None:
 
 
 def _compare(
-  family: Family, model: config_lib.Model, tensors: list[Tensor], stored: files.Stored
+  family: Family, model: Model, tensors: list[Tensor], stored: files.Stored
 ) -> list[str]:
   """Returns notes about tensors that are left out; raises a UserError where some do not fit."""
   wanted = {tensor.name: tensor for tensor in tensors}

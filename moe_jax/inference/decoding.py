@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import Dispatch, Exchange
+from moe_jax import sharding
+from moe_jax.config import Dispatch, Exchange, Model
 from moe_jax.kernels import cache as kv_cache
 from moe_jax.kernels import packing
 from moe_jax.kernels.attention import segment_attention
@@ -24,6 +23,7 @@ from moe_jax.kernels.linear import Weight
 from moe_jax.model import delta, pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.model.transformer import LayerWeights, Tokens
+from moe_jax.moe import validation
 from moe_jax.moe.counts import Choices
 
 
@@ -56,7 +56,7 @@ class Decoded(NamedTuple):
   stream: list[jax.Array]  # x_BLD of the embedding, then after each layer; empty without `trace`
 
 
-def for_inference(model: config_lib.Model) -> config_lib.Model:
+def for_inference(model: Model) -> Model:
   """Returns the model with dispatch and capacity set so that no token is dropped.
 
   Raises:
@@ -69,7 +69,7 @@ def for_inference(model: config_lib.Model) -> config_lib.Model:
   return dataclasses.replace(model, moe=moe)
 
 
-def weights(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights:
+def weights(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
   """Lays out a Transformer's parameters for inference on the mesh in force.
 
   Args:
@@ -92,7 +92,7 @@ def weights(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights
   return jax.jit(unpacked, out_shardings=shardings)(params, bias_ZE)
 
 
-def unstacked(model: config_lib.Model, params: Any, bias_ZE: jax.Array) -> Weights:
+def unstacked(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
   """Returns the weights with separate arrays for each layer, in the layout of training."""
   dtype = jnp.dtype(model.compute_dtype.value)
   decoder = transformer.merge(model, params)
@@ -134,7 +134,7 @@ def _packed_ffn(ffn: FFNWeights) -> FFNWeights:
   return FFNWeights(gate_DF, packing.matrix(ffn.up_DF), packing.matrix(ffn.down_FD))
 
 
-def empty_cache(model: config_lib.Model, start_B: jax.Array, slots: int) -> Cache:
+def empty_cache(model: Model, start_B: jax.Array, slots: int) -> Cache:
   """Returns a cache with room for `slots` tokens of each row.
 
   start_B, int32, is the number of padding tokens at the start of each row.
@@ -154,7 +154,7 @@ def empty_cache(model: config_lib.Model, start_B: jax.Array, slots: int) -> Cach
 
 def forward_with_cache(
   weights: Weights,
-  model: config_lib.Model,
+  model: Model,
   cache: Cache,
   tokens_BL: jax.Array,
   *,
@@ -215,7 +215,7 @@ def forward_with_cache(
 
 
 def logits_of_rows(
-  weights: Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: config_lib.Model
+  weights: Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: Model
 ) -> jax.Array:
   """Returns float32 logits_BLV after every token of rows that begin at the slots start_B."""
   cache = empty_cache(model, start_B, tokens_BL.shape[1])

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import UserError
+from moe_jax.config import Model
 from moe_jax.data import tokenizers
+from moe_jax.errors import UserError
 from moe_jax.inference import decoding, memory, padding, sampling
 from moe_jax.inference.decoding import Weights
+from moe_jax.inference.options import check_generation
 from moe_jax.kernels import choose
 from moe_jax.model import cost, transformer
-from moe_jax.options import check_generation
 from moe_jax.start import startup
 from moe_jax.storage import files
 from moe_jax.storage import weights as weights_lib
@@ -82,7 +82,7 @@ class TextGenerator:
 
   def __init__(
     self,
-    model: config_lib.Model,
+    model: Model,
     weights: Weights,
     mesh: jax.sharding.Mesh,
     tokenizer: tokenizers.Tokenizer,
@@ -266,7 +266,7 @@ def _prefill(
   seed: jax.Array,
   draw: sampling.Sampling,
   *,
-  model: config_lib.Model,
+  model: Model,
   num_ids: int,
   ends: tuple[int, ...],
   slots: int,
@@ -289,7 +289,7 @@ def _decode(
   steps: jax.Array,
   draw: sampling.Sampling,
   *,
-  model: config_lib.Model,
+  model: Model,
   num_ids: int,
   ends: tuple[int, ...],
   kind: sampling.Kind,

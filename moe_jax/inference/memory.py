@@ -12,7 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 
 _MOST = 2**30  # tokens of all rows, since their places are 32-bit numbers

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config as config_lib
+from moe_jax.config import Activation, Model
 
 # (gate, up) -> h, or (up,) -> h of a feed-forward without a gate matrix; all of one shape.
-Activation = Callable[..., jax.Array]
+Nonlinearity = Callable[..., jax.Array]
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -33,16 +33,15 @@ def relu_squared(up: jax.Array) -> jax.Array:
   return jnp.square(jax.nn.relu(up))
 
 
-def of(model: config_lib.Model) -> Activation:
+def of(model: Model) -> Nonlinearity:
   """Returns the activation of a model."""
   return _named(model.activation, model.activation_limit)
 
 
 @functools.cache  # one object for one function, so that what was compiled with it is found again
-def _named(name: config_lib.Activation, limit: float) -> Activation:
-  kinds = config_lib.Activation
-  functions: dict[config_lib.Activation, Activation] = {
-    kinds.SWIGLU: gated, kinds.CLAMPED_SWIGLU: functools.partial(clamped, limit=limit),
-    kinds.GEGLU: geglu, kinds.RELU_SQUARED: relu_squared, kinds.GELU: jax.nn.gelu,
+def _named(name: Activation, limit: float) -> Nonlinearity:
+  functions: dict[Activation, Nonlinearity] = {
+    Activation.SWIGLU: gated, Activation.CLAMPED_SWIGLU: functools.partial(clamped, limit=limit),
+    Activation.GEGLU: geglu, Activation.RELU_SQUARED: relu_squared, Activation.GELU: jax.nn.gelu,
   }  # fmt: skip
   return functions[name]

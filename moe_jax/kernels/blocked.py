@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.activation import Nonlinearity
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL, vary, varying
 from moe_jax.kernels.expert_weights import Experts
 from moe_jax.kernels.matmul import weight_gradient
@@ -28,7 +28,7 @@ _BLOCK_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def experts(
-  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Nonlinearity
 ) -> jax.Array:
   """Returns y_ND; the arguments are those of experts.experts for sorted rows."""
 
@@ -43,7 +43,7 @@ Residuals = tuple[jax.Array, tuple[jax.Array, ...], Experts, jax.Array]
 
 
 def _forward(
-  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Nonlinearity
 ) -> tuple[jax.Array, Residuals]:
   def body(block: "_Block", carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     y_ND, *first_NF = carry
@@ -59,7 +59,7 @@ def _forward(
 
 
 def _backward(
-  activation: Activation, residuals: Residuals, dy_ND: jax.Array
+  activation: Nonlinearity, residuals: Residuals, dy_ND: jax.Array
 ) -> tuple[jax.Array, Experts, None]:
   x_ND, first_NF, weights, sizes_E = residuals
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import Attention, Config, Dispatch, Exchange, GroupedMatmul, UserError
+from moe_jax.config import Attention, Config, Dispatch, Exchange, GroupedMatmul, Model
+from moe_jax.config.fields import flatten
+from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 from moe_jax.kernels.activation import gated
 from moe_jax.kernels.attention import ATTENTION_KERNELS
@@ -59,7 +60,7 @@ def check(config: Config) -> None:
       wrong["model.moe.grouped_matmul"] = _not_for(experts.platforms) or experts.available()
   if grouped and config.mesh.expert > 1 and not platform.has_exchange(moe.exchange):
     wrong["model.moe.exchange"] = f"it does not run on {platform.name()}"
-  fields = config_lib.flatten(config)
+  fields = flatten(config)
   for field, reason in wrong.items():
     if reason:
       raise UserError(f"config.{field}={fields[field]}: {reason}; set it to auto")
@@ -110,7 +111,7 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
   return dataclasses.replace(config, model=model), record, lines
 
 
-def for_reading(model: config_lib.Model, recorded: dict[str, str]) -> config_lib.Model:
+def for_reading(model: Model, recorded: dict[str, str]) -> Model:
   """Returns the model with the kernels that its run recorded, for evaluation and generation.
 
   On another kind of device than the run's, `auto` remains, and it replaces a kernel or an exchange

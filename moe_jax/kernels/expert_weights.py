@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.activation import Nonlinearity
 
 MATRICES = ("gate_EDF", "up_EDF", "down_EFD")  # of experts with gates and without biases
 
@@ -33,7 +33,7 @@ def with_grouped_matmul(
   x_ND: jax.Array,
   weights: Experts,
   sizes_E: jax.Array,
-  activation: Activation,
+  activation: Nonlinearity,
 ) -> jax.Array:
   """Computes experts.experts of sorted rows with a grouped matmul of (x, w, sizes_E).
 

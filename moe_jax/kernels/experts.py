@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import GroupedMatmul
 from moe_jax.kernels import blocked, per_expert, platform, tokamax_experts
-from moe_jax.kernels.activation import Activation, gated
+from moe_jax.kernels.activation import Nonlinearity, gated
 from moe_jax.kernels.autodiff import vary_alike
 from moe_jax.kernels.expert_weights import Experts, with_grouped_matmul
 from moe_jax.kernels.per_expert import PerExpert
@@ -28,7 +28,7 @@ def experts(
   sizes_E: jax.Array | None,
   weights: ExpertWeights,
   kernel: GroupedMatmul,
-  activation: Activation = gated,
+  activation: Nonlinearity = gated,
 ) -> jax.Array:
   """Returns down(activation(gate(x), up(x))) of every row with its own expert's weights.
 
@@ -58,7 +58,7 @@ def experts(
   return EXPERT_KERNELS[kernel].function(x, stacked, sizes_E, activation)
 
 
-def _slots(x_ERD: jax.Array, weights: Experts, activation: Activation) -> jax.Array:
+def _slots(x_ERD: jax.Array, weights: Experts, activation: Nonlinearity) -> jax.Array:
   def product(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
     y = jnp.einsum("ERD,EDF->ERF", x, matrix)
     return y if bias is None else y + bias[:, None]
@@ -68,7 +68,7 @@ def _slots(x_ERD: jax.Array, weights: Experts, activation: Activation) -> jax.Ar
 
 
 def reference(
-  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Nonlinearity
 ) -> jax.Array:
   """Computes sorted rows with XLA's grouped matmul; every other kernel must give this answer.
 
@@ -81,7 +81,7 @@ def reference(
 class ExpertsKernel:
   """One way to compute the experts of sorted rows, forward and backward."""
 
-  function: Callable[[jax.Array, Experts, jax.Array, Activation], jax.Array]
+  function: Callable[[jax.Array, Experts, jax.Array, Nonlinearity], jax.Array]
   platforms: tuple[str, ...]  # where the kernel runs
   tried_on: tuple[str, ...]  # where `auto` measures it
   available: Callable[[], str] = lambda: ""  # why it cannot run on the mesh in force; "" if it can

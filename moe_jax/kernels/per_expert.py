@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.activation import Nonlinearity
 from moe_jax.kernels.expert_weights import Experts
 
 
@@ -33,7 +33,7 @@ def pack(weights: Experts) -> PerExpert:
 
 
 def experts(
-  x_ND: jax.Array, weights: PerExpert, sizes_E: jax.Array, activation: Activation
+  x_ND: jax.Array, weights: PerExpert, sizes_E: jax.Array, activation: Nonlinearity
 ) -> jax.Array:
   """Returns y_ND; the arguments are those of experts.experts for sorted rows. Has no gradient."""
   N, D = x_ND.shape
@@ -79,7 +79,7 @@ def _add_block(
   first: jax.Array,
   size: int,
   matrices: Experts,
-  activation: Activation,
+  activation: Nonlinearity,
 ) -> jax.Array:
 
   def product(w_FD: jax.Array, x_DR: jax.Array, bias_F: jax.Array | None) -> jax.Array:

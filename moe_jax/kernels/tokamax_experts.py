@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import jax
 
-from moe_jax.config import UserError
-from moe_jax.kernels.activation import Activation
+from moe_jax.errors import UserError
+from moe_jax.kernels.activation import Nonlinearity
 from moe_jax.kernels.expert_weights import Experts, with_grouped_matmul
 
 _OLDEST = (0, 0, 17)  # earlier versions give an expert without rows NaN weight gradients on a GPU
@@ -41,7 +41,7 @@ def _experts(
   x_ND: jax.Array,
   weights: Experts,
   sizes_E: jax.Array,
-  activation: Activation,
+  activation: Nonlinearity,
 ) -> jax.Array:
   reason = missing(name)
   if reason:

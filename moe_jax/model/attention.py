@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Attention, Model, QKNorm
 from moe_jax.kernels.attention import segment_attention
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.model.norm import RMSNorm, rms_norm
@@ -59,7 +59,7 @@ class AttentionWeights(NamedTuple):
 class AttentionLayer(nnx.Module):
   """The parameters of one layer's attention."""
 
-  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+  def __init__(self, model: Model, rngs: nnx.Rngs):
     D, H, G, A = model.dim, model.num_heads, model.num_kv_heads, model.head_dim
     init = jax.random.normal
     self.q_DHA = nnx.Param(D**-0.5 * init(rngs.params(), (D, H, A)))
@@ -102,16 +102,16 @@ class AttentionLayer(nnx.Module):
     )
 
 
-def _qk_norm(model: config_lib.Model, letter: str, heads: int) -> RMSNorm | None:
+def _qk_norm(model: Model, letter: str, heads: int) -> RMSNorm | None:
   kind, A, offset = model.qk_norm, model.head_dim, model.norm_offset
-  if kind is config_lib.QKNorm.NONE:
+  if kind is QKNorm.NONE:
     return None
-  if kind is config_lib.QKNorm.HEAD:
+  if kind is QKNorm.HEAD:
     return RMSNorm("A", A, offset=offset)
   return RMSNorm(f"{letter}A", heads, A, offset=offset)
 
 
-def over_segments(segments_BL: jax.Array, kernel: config_lib.Attention) -> Attend:
+def over_segments(segments_BL: jax.Array, kernel: Attention) -> Attend:
   """Returns the Attend of training: over the documents of a batch, with that kernel."""
 
   def attend(
@@ -128,7 +128,7 @@ def grouped_query_attention(
   weights: AttentionWeights,
   positions_BL: jax.Array,
   attend: Attend,
-  model: config_lib.Model,
+  model: Model,
   window: int = 0,
 ) -> tuple[jax.Array, Any]:
   """Projects tokens to queries, keys and values, attends, and projects the result back.
@@ -159,7 +159,7 @@ def grouped_query_attention(
   return _plus(linear(y_BLHA, weights.out_HAD, inner=2), weights.out_bias_D), state
 
 
-def scaled(q: jax.Array, model: config_lib.Model) -> jax.Array:
+def scaled(q: jax.Array, model: Model) -> jax.Array:
   """Returns queries for a kernel that multiplies scores by q's own width^-0.5."""
   scale = (model.attention_scale or model.head_dim**-0.5) * score_factor(model.rope_scaling)
   usual = q.shape[-1] ** -0.5

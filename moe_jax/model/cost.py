@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
+from moe_jax import sharding
+from moe_jax.config import Config, GroupedMatmul, Mesh, Model
+from moe_jax.config.fields import cached, flatten
+from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 from moe_jax.model.pattern import bias_shape, layer_kinds, moe_layers
 from moe_jax.model.transformer import Tokens, abstract_params, forward
+from moe_jax.moe import validation
 
 
 class Counts(NamedTuple):
@@ -23,13 +26,13 @@ class Counts(NamedTuple):
   embedding: int  # parameters of the embedding and the output head alone
 
 
-def parameters(model: config_lib.Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+def parameters(model: Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
   """Returns {path in the Transformer: shape} of every parameter; nothing is allocated."""
   leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
   return {sharding.path_of(path): shape for path, shape in leaves}
 
 
-def count(config: config_lib.Config) -> Counts:
+def count(config: Config) -> Counts:
   """Counts the parameters of a config's model, and the FLOPs of a token of a full sequence."""
   model, moe = config.model, config.model.moe
   total = active = embedding = matmul = 0
@@ -60,7 +63,7 @@ def _mean_keys(length: int, window: int) -> float:
   return window - window * (window - 1) / (2 * length)
 
 
-def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
+def state_bytes(config: Config, optimizer_state: Any) -> int:
   """Returns the bytes per device of weights, gradients and the optimizer's state.
 
   `optimizer_state` is the state as shapes, because this folder does not import the optimizers.
@@ -69,7 +72,7 @@ def state_bytes(config: config_lib.Config, optimizer_state: Any) -> int:
   return _bytes_per_device(config, (params, params, optimizer_state), params)
 
 
-def _bytes_per_device(config: config_lib.Config, state: Any, params: Any) -> int:
+def _bytes_per_device(config: Config, state: Any, params: Any) -> int:
   shardings = sharding.param_shardings(state, _abstract_mesh(config.mesh), params)
   return sum(
     math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -77,7 +80,7 @@ def _bytes_per_device(config: config_lib.Config, state: Any, params: Any) -> int
   )
 
 
-def check_training_memory(config: config_lib.Config, optimizer_state: Any) -> None:
+def check_training_memory(config: Config, optimizer_state: Any) -> None:
   """Refuses a run that cannot fit the memory of a device; nothing is allocated.
 
   What is counted is the least that any compiler needs, so that no run is refused that would fit:
@@ -109,7 +112,7 @@ def check_training_memory(config: config_lib.Config, optimizer_state: Any) -> No
   check_evaluation_memory(config, state)
 
 
-def check_evaluation_memory(config: config_lib.Config, state: int = 0) -> None:
+def check_evaluation_memory(config: Config, state: int = 0) -> None:
   """Refuses an evaluation whose float32 logits cannot fit a device, beside its weights.
 
   Args:
@@ -128,7 +131,7 @@ def check_evaluation_memory(config: config_lib.Config, state: int = 0) -> None:
   )
 
 
-def check_weights_memory(config: config_lib.Config) -> int:
+def check_weights_memory(config: Config) -> int:
   """Returns the bytes of the weights on each device; refuses a model of which they do not fit."""
   params = abstract_params(config.model)
   weights = _bytes_per_device(config, params, params)
@@ -140,7 +143,7 @@ def refuse_over_memory(size: float, what: str, remedy: str) -> None:
   """Raises a UserError if `what`, of that many bytes, does not fit the memory of a device."""
   memory = platform.memory_bytes()
   if memory is not None and size > memory:
-    raise config_lib.UserError(
+    raise UserError(
       f"{what}: at least {gib(size)} on each device, which has {gib(memory)}; {remedy}"
     )
 
@@ -154,7 +157,7 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def _smaller_model(config: config_lib.Config) -> str:
+def _smaller_model(config: Config) -> str:
   """Names the fields that make the largest parameter as large as it is."""
   path, _ = max(parameters(config.model).items(), key=lambda item: math.prod(item[1].shape))
   letters = "Z" * (path[0] == "scans") + path[-1].rsplit("_", 1)[-1]
@@ -167,28 +170,28 @@ def _smaller_model(config: config_lib.Config) -> str:
   together = "model.delta.value_heads" if "J" in letters else "model.latent.value_dim"
   fields = {letter: [name] for letter, name in _FIELDS.items()} | {"F": hidden, "Y": [together]}
   names = [name for letter in letters for name in fields.get(letter, [])]
-  values = config_lib.flatten(config)
+  values = flatten(config)
   lower = " or ".join(f"config.{name}={values[name]}" for name in names)
   return f"lower {lower}, or take more devices (config.mesh)"
 
 
-def _abstract_mesh(mesh: config_lib.Mesh) -> jax.sharding.AbstractMesh:
+def _abstract_mesh(mesh: Mesh) -> jax.sharding.AbstractMesh:
   """Returns the mesh without its devices; an axis that is not resolved (-1) counts as 1."""
   sizes = tuple(max(getattr(mesh, axis), 1) for axis in sharding.AXES)
   types = (jax.sharding.AxisType.Auto,) * len(sizes)
   return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=types)
 
 
-@config_lib.cached  # a start asks twice, and tracing takes a second
-def activation_bytes(config: config_lib.Config) -> float:
+@cached  # a start asks twice, and tracing takes a second
+def activation_bytes(config: Config) -> float:
   """Returns the bytes per device that the forward pass saves for the backward pass.
 
   The remat policy of the config applies. `auto` experts count as `blocked`, because kernels are not
   measured here.
   """
   model, mesh = config.model, config.mesh
-  if model.moe.grouped_matmul is config_lib.GroupedMatmul.AUTO:
-    moe = dataclasses.replace(model.moe, grouped_matmul=config_lib.GroupedMatmul.BLOCKED)
+  if model.moe.grouped_matmul is GroupedMatmul.AUTO:
+    moe = dataclasses.replace(model.moe, grouped_matmul=GroupedMatmul.BLOCKED)
     model = dataclasses.replace(model, moe=moe)
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   batch = config.data.batch_size // config.train.accumulation // shards
@@ -204,7 +207,7 @@ def activation_bytes(config: config_lib.Config) -> float:
 
     return jax.vjp(logits, params)[1]
 
-  with jax.sharding.use_abstract_mesh(_abstract_mesh(config_lib.Mesh())):
+  with jax.sharding.use_abstract_mesh(_abstract_mesh(Mesh())):
     saved = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
   # The backward pass reads the weights too, also in the compute dtype; state_bytes counts them.
   weights = {p.shape for p in jax.tree.leaves(params)}
@@ -212,7 +215,7 @@ def activation_bytes(config: config_lib.Config) -> float:
   return sum(math.prod(s.shape) * s.dtype.itemsize for s in saved)
 
 
-def report(config: config_lib.Config, optimizer_state: Any, device: str = "", gb: int = 0) -> str:
+def report(config: Config, optimizer_state: Any, device: str = "", gb: int = 0) -> str:
   """Describes the size and the cost in some lines; `optimizer_state` is that of `state_bytes`.
 
   Of a `device` with `gb` GB, which need not be here, it says whether what is counted fits.

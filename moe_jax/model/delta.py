@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Delta, Model
 from moe_jax.kernels import delta_rule
 from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight, linear
@@ -42,13 +42,13 @@ LOG_RATE_O = sharding.Parameter(
 )
 
 
-def _sizes(delta: config_lib.Delta) -> tuple[int, int, int, int, int]:
+def _sizes(delta: Delta) -> tuple[int, int, int, int, int]:
   """Returns J, I, O, X and U."""
   J, I, O, X = delta.key_heads, delta.key_dim, delta.value_heads, delta.value_dim  # noqa: E741
   return J, I, O, X, 2 * J * I + O * X
 
 
-def slices(delta: config_lib.Delta) -> dict[str, slice]:
+def slices(delta: Delta) -> dict[str, slice]:
   """Returns where q, k, v and z stand on Y, and b and a on R."""
   key, each = delta.key_dim, delta.value_heads // max(delta.key_heads, 1)
   value = each * delta.value_dim
@@ -83,7 +83,7 @@ class DeltaWeights(NamedTuple):
 class DeltaLayer(nnx.Module):
   """The parameters of one layer's delta rule."""
 
-  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+  def __init__(self, model: Model, rngs: nnx.Rngs):
     D = model.dim
     J, I, O, X, U = _sizes(model.delta)  # noqa: E741
     init, each = jax.random.normal, O // J
@@ -110,7 +110,7 @@ class DeltaLayer(nnx.Module):
     )
 
 
-def empty_state(model: config_lib.Model, B: int) -> DeltaState:
+def empty_state(model: Model, B: int) -> DeltaState:
   """Returns a layer's state before the first token of B rows."""
   _, I, O, X, U = _sizes(model.delta)  # noqa: E741
   recent_BWU = jnp.zeros((B, model.delta.conv_width - 1, U), model.compute_dtype.value)
@@ -122,7 +122,7 @@ def delta_layer(
   weights: DeltaWeights,
   segments_BL: jax.Array,
   state: DeltaState | None,
-  model: config_lib.Model,
+  model: Model,
 ) -> tuple[jax.Array, DeltaState | None]:
   """Mixes the tokens of each document by the delta rule.
 

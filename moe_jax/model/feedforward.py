@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.kernels.activation import Activation, gated
+from moe_jax.config import Model, MoE
+from moe_jax.kernels.activation import Nonlinearity, gated
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.moe.layer import MoELayer, MoEOutput, MoEWeights, moe_layer
 
@@ -43,7 +43,7 @@ class MoEFFNWeights(NamedTuple):
 class DenseFFN(nnx.Module):
   """The parameters of a dense feed-forward of width ffn_dim."""
 
-  def __init__(self, model: config_lib.Model, ffn_dim: int, rngs: nnx.Rngs):
+  def __init__(self, model: Model, ffn_dim: int, rngs: nnx.Rngs):
     D, F = model.dim, ffn_dim
     init = jax.random.normal
     if model.gated:
@@ -67,7 +67,7 @@ class MoEFFN(MoELayer):
   own. n shared experts are computed as one feed-forward that is n times as wide.
   """
 
-  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+  def __init__(self, model: Model, rngs: nnx.Rngs):
     super().__init__(model, rngs)
     width = model.moe.shared_width
     self.shared = DenseFFN(model, width, rngs) if width else None
@@ -89,10 +89,10 @@ def moe_feedforward(
   real_BL: jax.Array,
   ids_BL: jax.Array,
   weights: MoEFFNWeights,
-  moe: config_lib.MoE,
+  moe: MoE,
   key: jax.Array,
   *,
-  activation: Activation = gated,
+  activation: Nonlinearity = gated,
   train: bool,
   trace: bool = False,
 ) -> MoEOutput:
@@ -114,7 +114,9 @@ def moe_feedforward(
     return out._replace(y_BLD=out.y_BLD + y_BLD)
 
 
-def feedforward(x_BLD: jax.Array, weights: FFNWeights, activation: Activation = gated) -> jax.Array:
+def feedforward(
+  x_BLD: jax.Array, weights: FFNWeights, activation: Nonlinearity = gated
+) -> jax.Array:
   """Returns down(activation(gate(x), up(x))) as y_BLD, in the dtype of x_BLD."""
   matrices = (weights.gate_DF, weights.up_DF)
   h_BLF = activation(*(linear(x_BLD, w) for w in matrices if w is not None))

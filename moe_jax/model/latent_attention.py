@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Model
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.model.attention import SINKS_H, Attend, scaled
 from moe_jax.model.norm import RMSNorm, rms_norm
@@ -52,7 +52,7 @@ class LatentWeights(NamedTuple):
 class LatentAttentionLayer(nnx.Module):
   """The parameters of one layer's latent attention."""
 
-  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+  def __init__(self, model: Model, rngs: nnx.Rngs):
     D, H, A, latent = model.dim, model.num_heads, model.head_dim, model.latent
     W, R, X = latent.kv_dim, latent.rotary_dim, latent.value_dim
 
@@ -97,7 +97,7 @@ def latent_attention(
   weights: LatentWeights,
   positions_BL: jax.Array,
   attend: Attend,
-  model: config_lib.Model,
+  model: Model,
   window: int = 0,
 ) -> tuple[jax.Array, Any]:
   """Computes attention with latents; a single token is computed absorbed.

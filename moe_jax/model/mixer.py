@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moe_jax import config as config_lib
+from moe_jax.config import Model
 from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.model.attention import (
   Attend,
@@ -21,7 +21,7 @@ MixerWeights = AttentionWeights | LatentWeights | DeltaWeights
 
 
 def make(
-  model: config_lib.Model, kind: LayerKind, rngs: nnx.Rngs
+  model: Model, kind: LayerKind, rngs: nnx.Rngs
 ) -> AttentionLayer | LatentAttentionLayer | DeltaLayer:
   """Returns the parameters of a layer of that kind."""
   if kind.delta:
@@ -34,7 +34,7 @@ def mix(
   weights: MixerWeights,
   tokens: Any,
   attend: Attend | DeltaState | None,
-  model: config_lib.Model,
+  model: Model,
   window: int = 0,
 ) -> tuple[jax.Array, Any]:
   """Calls the function that the type of the weights names.

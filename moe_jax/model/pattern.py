@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_jax import config as config_lib
+from moe_jax.config import Model
 
 
 class LayerKind(NamedTuple):
@@ -13,7 +13,7 @@ class LayerKind(NamedTuple):
   delta: bool  # whether the delta rule takes the place of attention
 
 
-def layer_kinds(model: config_lib.Model) -> list[LayerKind]:
+def layer_kinds(model: Model) -> list[LayerKind]:
   """Returns the kind of each layer, first layer first."""
   moe = model.moe
 
@@ -25,7 +25,7 @@ def layer_kinds(model: config_lib.Model) -> list[LayerKind]:
   return [kind(layer) for layer in range(model.num_layers)]
 
 
-def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[LayerKind, ...]]]:
+def layer_pattern(model: Model) -> list[tuple[int, tuple[LayerKind, ...]]]:
   """Returns [(repeats, kinds of the layers in the repeated unit)], first layer first."""
   kinds = layer_kinds(model)
   first_dense = model.moe.first_dense if model.moe.num_experts else 0
@@ -39,7 +39,7 @@ def layer_pattern(model: config_lib.Model) -> list[tuple[int, tuple[LayerKind, .
   return [(repeats, unit) for repeats, unit in scans if unit]
 
 
-def layer_places(model: config_lib.Model) -> list[tuple[tuple[str, ...], int]]:
+def layer_places(model: Model) -> list[tuple[tuple[str, ...], int]]:
   """Returns (path of the parameters in which it is stacked, its place on Z) of each layer."""
   return [
     (("scans", str(scan), "blocks", str(block)), repeat)
@@ -49,11 +49,11 @@ def layer_places(model: config_lib.Model) -> list[tuple[tuple[str, ...], int]]:
   ]
 
 
-def moe_layers(model: config_lib.Model) -> list[int]:
+def moe_layers(model: Model) -> list[int]:
   """Returns the index of each MoE layer in the network, in the order of Z in statistics."""
   return [index for index, kind in enumerate(layer_kinds(model)) if kind.is_moe]
 
 
-def bias_shape(model: config_lib.Model) -> tuple[int, int]:
+def bias_shape(model: Model) -> tuple[int, int]:
   """Returns the biases' shape [Z, E]; [1, 1] if dense, because Orbax saves no empty array."""
   return max(len(moe_layers(model)), 1), max(model.moe.num_experts, 1)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Model, Remat
+from moe_jax.config.fields import cached
 from moe_jax.kernels import activation, gathered
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.delta_rule import DeltaState
@@ -70,7 +71,7 @@ def decoder_layer(
   weights: LayerWeights,
   tokens: Tokens,
   attend: Attend | DeltaState | None,
-  model: config_lib.Model,
+  model: Model,
   key: jax.Array,
   *,
   window: int,
@@ -113,7 +114,7 @@ def _scaled(x: jax.Array, multiplier: float) -> jax.Array:
   return x if multiplier == 1 else x * multiplier
 
 
-def embed(embed_VD: Any, ids_BL: jax.Array, model: config_lib.Model) -> jax.Array:
+def embed(embed_VD: Any, ids_BL: jax.Array, model: Model) -> jax.Array:
   """Looks up the embeddings x_BLD of ids_BL, in the dtype of the table embed_VD."""
   if not isinstance(embed_VD, gathered.Copies):
     # Gathers the table along D first; otherwise each token's row is gathered from several devices.
@@ -123,7 +124,7 @@ def embed(embed_VD: Any, ids_BL: jax.Array, model: config_lib.Model) -> jax.Arra
 
 
 def next_token_logits(
-  x_BLD: jax.Array, final_norm_D: jax.Array, head_DV: Weight, model: config_lib.Model
+  x_BLD: jax.Array, final_norm_D: jax.Array, head_DV: Weight, model: Model
 ) -> jax.Array:
   """Returns float32 logits_BLV of the last layer's x_BLD, after the final norm."""
   x_BLD = rms_norm(x_BLD, final_norm_D, model.norm_eps)
@@ -135,7 +136,7 @@ def next_token_logits(
 class DecoderLayer(nnx.Module):
   """The parameters of one layer."""
 
-  def __init__(self, model: config_lib.Model, kind: LayerKind, rngs: nnx.Rngs):
+  def __init__(self, model: Model, kind: LayerKind, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
     self.attention = mixer.make(model, kind, rngs)
     self.ffn_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
@@ -159,7 +160,7 @@ class DecoderLayer(nnx.Module):
 class Period(nnx.Module):
   """The layers that the pattern repeats; one step of the scan."""
 
-  def __init__(self, model: config_lib.Model, unit: tuple[LayerKind, ...], rngs: nnx.Rngs):
+  def __init__(self, model: Model, unit: tuple[LayerKind, ...], rngs: nnx.Rngs):
     self.blocks = nnx.List([DecoderLayer(model, kind, rngs) for kind in unit])
 
 
@@ -172,21 +173,19 @@ class ModelOutput(NamedTuple):
 
 
 REMAT_POLICIES = {
-  config_lib.Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
+  Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable,
     jax.checkpoint_policies.save_only_these_names(SAVED_BY_KERNEL),
   ),
-  config_lib.Remat.FULL: jax.checkpoint_policies.nothing_saveable,
-  config_lib.Remat.NONE: jax.checkpoint_policies.save_anything_except_these_names(
-    gathered.GATHERED
-  ),
+  Remat.FULL: jax.checkpoint_policies.nothing_saveable,
+  Remat.NONE: jax.checkpoint_policies.save_anything_except_these_names(gathered.GATHERED),
 }
 
 
 class Transformer(nnx.Module):
   """The parameters of a decoder, float32, and its forward pass over packed documents."""
 
-  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+  def __init__(self, model: Model, rngs: nnx.Rngs):
     self.model = model
     init = jax.random.normal
     self.embed_VD = nnx.Param(0.02 * init(rngs.params(), (model.vocab_size, model.dim)))
@@ -275,7 +274,7 @@ class Transformer(nnx.Module):
         return x_BLD, None
       return x_BLD, jax.tree.map(lambda *layers: jnp.stack(layers), *moe_outputs)
 
-    if model.remat is not config_lib.Remat.NONE or gathered.drops_copies():
+    if model.remat is not Remat.NONE or gathered.drops_copies():
       # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
     x_BLD, moe_outputs = jax.lax.scan(body, x_BLD, (params, biases, keys))
@@ -288,28 +287,28 @@ def _on_layers(parts: list[Any]) -> Any:
   return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
-def _stack(model: config_lib.Model, unit: tuple[LayerKind, ...], keys: jax.Array) -> Period:
+def _stack(model: Model, unit: tuple[LayerKind, ...], keys: jax.Array) -> Period:
   """Returns one Period whose parameters have a leading Z, one entry for each key."""
   return nnx.vmap(lambda key: Period(model, unit, nnx.Rngs(key)))(keys)
 
 
-def abstract_params(model: config_lib.Model) -> Any:
+def abstract_params(model: Model) -> Any:
   """Returns the nnx state of a Transformer as shapes, without allocating it."""
   return jax.tree.map(lambda shape: shape, _split(model, jax.sharding.get_abstract_mesh())[1])
 
 
-def merge(model: config_lib.Model, params: Any) -> Transformer:
+def merge(model: Model, params: Any) -> Transformer:
   """Returns the decoder with these parameters, the nnx state of a Transformer of this config."""
   return nnx.merge(_split(model, jax.sharding.get_abstract_mesh())[0], params)
 
 
-@config_lib.cached  # a start asks ten times
-def _split(model: config_lib.Model, _: jax.sharding.AbstractMesh) -> tuple[Any, Any]:
+@cached  # a start asks ten times
+def _split(model: Model, _: jax.sharding.AbstractMesh) -> tuple[Any, Any]:
   return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
 
 
 def forward(
-  model: config_lib.Model,
+  model: Model,
   params: Any,
   bias_ZE: jax.Array,
   tokens: Tokens,
@@ -322,14 +321,14 @@ def forward(
   return merge(model, params)(tokens, bias_ZE, key, train=train, trace=trace)
 
 
-def abstract_weights(model: config_lib.Model) -> dict[str, Any]:
+def abstract_weights(model: Model) -> dict[str, Any]:
   """Returns {"params", "bias_ZE"} as shapes: the part of a checkpoint that a model needs."""
   bias_ZE = jax.ShapeDtypeStruct(bias_shape(model), jnp.float32)
   return {"params": abstract_params(model), "bias_ZE": bias_ZE}
 
 
 def evaluate(
-  model: config_lib.Model, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
+  model: Model, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
 ) -> ModelOutput:
   """Calls `forward` on a data.pipeline.Batch as in evaluation, with a fixed key."""
   tokens, key = Tokens.of(batch), jax.random.key(0)

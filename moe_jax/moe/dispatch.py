@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config as config_lib
+from moe_jax.config import Dispatch, MoE, Priority
 from moe_jax.moe import routers
 from moe_jax.moe.routing import Assignments
 
@@ -74,7 +74,7 @@ def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
   return max(1, math.ceil(min(factor * tokens * top_k / num_experts, tokens) - 1e-6))
 
 
-def group_rows(moe: config_lib.MoE, length: int) -> int:
+def group_rows(moe: MoE, length: int) -> int:
   """Returns how many sequences of `length` share a routing group; 1 if each has groups of its own.
 
   A batch splits over devices, and into microbatches, between groups only.
@@ -82,19 +82,19 @@ def group_rows(moe: config_lib.MoE, length: int) -> int:
   return max(moe.group_size // length, 1) if moe.num_experts else 1
 
 
-def has_capacity(moe: config_lib.MoE) -> bool:
+def has_capacity(moe: MoE) -> bool:
   """Whether the capacity factors have a meaning: something drops, or experts choose."""
   return DISPATCHERS[moe.dispatch].drops or routers.ROUTERS[moe.router].takes_capacity
 
 
-def capacity_factor(moe: config_lib.MoE, *, train: bool) -> float:
+def capacity_factor(moe: MoE, *, train: bool) -> float:
   """The factor in force; inf where nothing can be dropped."""
   if not has_capacity(moe):
     return math.inf
   return moe.capacity_factor if train else moe.eval_capacity_factor
 
 
-def layout_of(moe: config_lib.MoE, shape: tuple[int, ...], *, train: bool) -> Layout:
+def layout_of(moe: MoE, shape: tuple[int, ...], *, train: bool) -> Layout:
   """Returns the layout of one device's tokens, of shape (B, L, ...)."""
   B, L = shape[:2]
   size = moe.group_size or L
@@ -106,7 +106,7 @@ def layout_of(moe: config_lib.MoE, shape: tuple[int, ...], *, train: bool) -> La
     capacity=capacity(factor, size, moe.top_k, moe.num_experts),
     slots=DISPATCHERS[moe.dispatch].slots,
     choices=routers.choices_per_token(moe),
-    in_token_order=moe.priority is config_lib.Priority.TOKEN,
+    in_token_order=moe.priority is Priority.TOKEN,
     exchange_factor=moe.exchange_factor,
   )
 
@@ -299,16 +299,8 @@ def _dense_combine(
 
 
 DISPATCHERS = {
-  config_lib.Dispatch.GATHER: Dispatcher(
-    pack=gather_pack, combine=gather_combine, slots=True, drops=True
-  ),
-  config_lib.Dispatch.EINSUM: Dispatcher(
-    pack=_einsum_pack, combine=_einsum_combine, slots=True, drops=True
-  ),
-  config_lib.Dispatch.GROUPED: Dispatcher(
-    pack=gather_pack, combine=gather_combine, slots=False, drops=False
-  ),
-  config_lib.Dispatch.DENSE: Dispatcher(
-    pack=_dense_pack, combine=_dense_combine, slots=True, drops=False
-  ),
+  Dispatch.GATHER: Dispatcher(pack=gather_pack, combine=gather_combine, slots=True, drops=True),
+  Dispatch.EINSUM: Dispatcher(pack=_einsum_pack, combine=_einsum_combine, slots=True, drops=True),
+  Dispatch.GROUPED: Dispatcher(pack=gather_pack, combine=gather_combine, slots=False, drops=False),
+  Dispatch.DENSE: Dispatcher(pack=_dense_pack, combine=_dense_combine, slots=True, drops=False),
 }

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config as config_lib
+from moe_jax.config import Exchange
 from moe_jax.kernels import platform
 from moe_jax.moe import dispatch
 from moe_jax.moe.dispatch import ExpertRows, Layout
@@ -74,7 +74,7 @@ class ExchangeSpec:
   finish: Callable[[jax.Array, Assignments, Trip], tuple[jax.Array, jax.Array]] = _sums_of_sent_rows
 
 
-def exchange_in_force(exchange: config_lib.Exchange, *, slots: bool) -> ExchangeSpec:
+def exchange_in_force(exchange: Exchange, *, slots: bool) -> ExchangeSpec:
   """Returns the exchange for the mesh in force.
 
   Args:
@@ -85,7 +85,7 @@ def exchange_in_force(exchange: config_lib.Exchange, *, slots: bool) -> Exchange
     return STAY
   if slots:
     return SLOTS
-  if exchange is config_lib.Exchange.AUTO:
+  if exchange is Exchange.AUTO:
     exchange = platform.default_exchange()
   return EXCHANGES[exchange]
 
@@ -304,9 +304,9 @@ def _bring_back_ragged(y_RD: jax.Array, trip: Trip) -> jax.Array:
 STAY = ExchangeSpec()
 SLOTS = ExchangeSpec(send=_send_slots, bring_back=_bring_back_slots)
 EXCHANGES = {
-  config_lib.Exchange.ALL_GATHER: ExchangeSpec(prepare=_all_tokens, finish=_own_sums),
-  config_lib.Exchange.ALL_TO_ALL: ExchangeSpec(
+  Exchange.ALL_GATHER: ExchangeSpec(prepare=_all_tokens, finish=_own_sums),
+  Exchange.ALL_TO_ALL: ExchangeSpec(
     prepare=_by_device, send=_send_buffers, bring_back=_bring_back_buffers
   ),
-  config_lib.Exchange.RAGGED: ExchangeSpec(send=_send_ragged, bring_back=_bring_back_ragged),
+  Exchange.RAGGED: ExchangeSpec(send=_send_ragged, bring_back=_bring_back_ragged),
 }

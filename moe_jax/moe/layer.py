@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Model, MoE
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels import gathered
-from moe_jax.kernels.activation import Activation, gated
+from moe_jax.kernels.activation import Nonlinearity, gated
 from moe_jax.kernels.experts import Experts, ExpertWeights
 from moe_jax.moe import counts, dispatch, exchange, routers, routing
 from moe_jax.moe.counts import Choices, MoeStats
@@ -27,9 +27,9 @@ def moe_on_device(
   x_BLD: jax.Array,
   inputs: LayerInputs,
   experts: ExpertWeights,
-  moe: config_lib.MoE,
+  moe: MoE,
   *,
-  activation: Activation,
+  activation: Nonlinearity,
   train: bool,
   trace: bool,
 ) -> "MoEOutput":
@@ -91,10 +91,10 @@ def moe_layer(
   real_BL: jax.Array,
   ids_BL: jax.Array,
   weights: MoEWeights,
-  moe: config_lib.MoE,
+  moe: MoE,
   key: jax.Array,
   *,
-  activation: Activation = gated,
+  activation: Nonlinearity = gated,
   train: bool,
   trace: bool = False,
 ) -> MoEOutput:
@@ -123,9 +123,9 @@ def on_mesh(
   x_BLD: jax.Array,
   inputs: LayerInputs,
   experts: ExpertWeights,
-  moe: config_lib.MoE,
+  moe: MoE,
   *,
-  activation: Activation = gated,
+  activation: Nonlinearity = gated,
   train: bool,
   trace: bool = False,
 ) -> MoEOutput:
@@ -171,7 +171,7 @@ def router_inputs(
   real_BL: jax.Array,
   ids_BL: jax.Array,
   weights: MoEWeights,
-  moe: config_lib.MoE,
+  moe: MoE,
   key: jax.Array,
   *,
   train: bool,
@@ -210,7 +210,7 @@ def router_inputs(
   )
 
 
-def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: config_lib.MoE) -> jax.Array:
+def router_logits(x_BLD: jax.Array, w_DE: jax.Array, moe: MoE) -> jax.Array:
   """Returns the product of x_BLD and w_DE, computed in router_dtype, as float32 [B, L, E]."""
   # precision="highest", because an accelerator rounds float32 operands by default, and rounding
   # changes which expert wins a near tie.
@@ -227,7 +227,7 @@ def _by_batch(x_BLE: jax.Array) -> jax.Array:
 class MoELayer(nnx.Module):
   """The parameters of a router and of E experts."""
 
-  def __init__(self, model: config_lib.Model, rngs: nnx.Rngs):
+  def __init__(self, model: Model, rngs: nnx.Rngs):
     moe = model.moe
     D, E, F = model.dim, moe.num_experts, moe.expert_dim
     self.moe = moe

@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 from moe_jax import errors
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.report import Report, compare, compare_runs, runs
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib

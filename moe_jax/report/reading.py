@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moe_jax import config as config_lib
+from moe_jax.config.run import upgraded
 from moe_jax.errors import DamagedError, StorageError
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
@@ -85,7 +85,7 @@ def read(path: pathlib.Path, root: pathlib.Path, sizes: dict[str, int]) -> dict[
   with _damage(path):
     found = workdir_lib.read_object(_in_place(path, root))
     if path.name == workdir_lib.CONFIG:
-      found = dict(_flat(config_lib.upgraded(found)))
+      found = dict(_flat(upgraded(found)))
     elif (number := found.get("format", 0)) > SWEEP_FORMAT:
       raise ValueError(f"it is of format {number}, made by a newer moe_jax; update this one")
     if not found and not (path.name == SWEEP and path.exists()):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import SEEDS
+from moe_jax.config.run import SEEDS
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import reading
 from moe_jax.storage import workdir as workdir_lib

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import SEEDS
+from moe_jax.config.run import SEEDS
 from moe_jax.report.runs import ArmRuns, Run, Study, series
 
 LATE = 0.25  # "late in training" is this last part of the log lines

@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from moe_jax import config as config_lib
-from moe_jax.config import Config, field_names, unknown_field
+from moe_jax.config import Config
+from moe_jax.config.fields import flatten, from_plain, plain, spelled
+from moe_jax.config.run import changes, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, end, is_storage, notice
-from moe_jax.options import spelled
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
@@ -85,7 +85,7 @@ def set_cache(folder: str) -> None:
 
 def help_text(overrides: bool = False) -> str:
   """Returns the text of --help: a script's docstring, its flags, and the fields it can set."""
-  from moe_jax import config_docs
+  from moe_jax.config import docs as config_docs
 
   parts = [sys.modules["__main__"].__doc__ or "", flags.FLAGS.main_module_help()]
   if overrides or "config" in flags.FLAGS:
@@ -301,21 +301,21 @@ def override(config: Config, fields: dict[str, Any], where: str) -> Config:
     path, leaf = name.rsplit(".", 1)
     section = operator.attrgetter(path)(changed)
     (field,) = (f for f in dataclasses.fields(section) if f.name == leaf)
-    setattr(section, leaf, config_lib.from_plain(field, name, config_lib.plain(value)))
+    setattr(section, leaf, from_plain(field, name, plain(value)))
   return changed
 
 
 def words(base: Config, config: Config) -> list[str]:
   """Returns the arguments, such as --config.model.moe.top_k=1, that turn `base` into `config`."""
-  return [f"--config.{n}={spelled(v)}" for n, v in config_lib.changes(base, config).items()]
+  return [f"--config.{n}={spelled(v)}" for n, v in changes(base, config).items()]
 
 
 def difference(config: Config) -> str:
   """Returns a line for each changed field: "config.model.moe.top_k = 1   (default 2)"."""
-  defaults = config_lib.flatten(Config())
+  defaults = flatten(Config())
   lines = [
     f"config.{name} = {spelled(value)}   (default {spelled(defaults[name]) or 'empty'})"
-    for name, value in config_lib.changes(Config(), config).items()
+    for name, value in changes(Config(), config).items()
   ]
   return "\n".join(lines) or "every field has its default"
 

@@ -16,8 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Train
 from moe_jax.errors import (
   DamagedError,
   StorageError,
@@ -37,7 +37,7 @@ class Checkpointer:
   A checkpoint's folder appears only when all its files are written.
   """
 
-  def __init__(self, workdir: pathlib.Path, train: config_lib.Train | None = None):
+  def __init__(self, workdir: pathlib.Path, train: Train | None = None):
     """Opens the checkpoints.
 
     Args:
@@ -60,7 +60,7 @@ class Checkpointer:
           self._move_away(step, why)
     self._manager = self._open(train)
 
-  def _open(self, train: config_lib.Train | None) -> ocp.CheckpointManager:
+  def _open(self, train: Train | None) -> ocp.CheckpointManager:
     # read_only implies the next two options, but Orbax prints a warning unless they are given.
     options = ocp.CheckpointManagerOptions(
       read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True

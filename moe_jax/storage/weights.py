@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import config as config_lib
+from moe_jax.config import Train
 from moe_jax.errors import UserError
 from moe_jax.storage.checkpoint import Checkpointer
 
@@ -49,7 +49,7 @@ def save(workdir: pathlib.Path, weights: Weights) -> None:
     UserError: they are not finite.
     StorageError: they could not be written.
   """
-  saver = Checkpointer(workdir, config_lib.Train())
+  saver = Checkpointer(workdir, Train())
   try:
     if not saver.save(0, weights, next_batch=0, loss=math.inf):
       raise UserError(f"--workdir={workdir}: weights that are not finite are not saved")

@@ -10,8 +10,8 @@ import pathlib
 import re
 from typing import Any
 
-from moe_jax import config as config_lib
-from moe_jax.config import Config
+from moe_jax.config import Attention, Config, Exchange, GroupedMatmul, checks
+from moe_jax.config.run import from_json, to_json
 from moe_jax.errors import DamagedError, UserError, few, notice
 from moe_jax.storage import files, remote
 
@@ -49,14 +49,6 @@ _REMEDY = {
 _KINDS: dict[str, dict[str, type]] = {
   SAVED: {"step": int}, INIT: {"workdir": str, "step": int, "optimizer": bool},
 }  # fmt: skip
-
-# Fields that a resumed run may change, since they change no value of the training: where and how
-# long it runs, what is logged and watched, and by which kernels the same values are computed.
-_MAY_CHANGE = (
-  "mesh.", "eval.", "health.", "train.steps", "train.log_every", "train.eval_every",
-  "train.checkpoint_every", "train.keep_", "data.threads", "model.remat", "model.attention",
-  "model.moe.grouped_matmul",
-)  # fmt: skip
 
 
 def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -131,29 +123,33 @@ def fetched(workdir: str, folder: pathlib.Path) -> pathlib.Path:
 
 def read_config(workdir: pathlib.Path) -> Config:
   """Returns the validated config of a run; raises a UserError where the workdir has none."""
-  from moe_jax import validation  # not at the top, since a report does not need it
-
   path = workdir / CONFIG
   if not files.exists(path):
     raise UserError(
       f"--workdir={workdir}: no {CONFIG} there, so no run; train one first with train.py"
     )
-  config = _stored_config(path)
+  config = _config_of(path)
   tokenizer = pathlib.Path(config.data.tokenizer)
   beside = workdir / HF / tokenizer.name
   if config.data.tokenizer != "bytes" and not tokenizer.exists() and files.exists(beside):
     config.data.tokenizer = str(beside)  # the workdir of an import has moved
   try:
-    validation.validate(config)
+    checks.check(config)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
   return config
 
 
-def _stored_config(path: pathlib.Path) -> Config:
+def stored_config(workdir: pathlib.Path) -> Config | None:
+  """Returns the config of a run as it was written, or None; a newer program may refuse it."""
+  path = workdir / CONFIG
+  return _config_of(path) if path.exists() else None
+
+
+def _config_of(path: pathlib.Path) -> Config:
   values = read_object(path)  # names what is wrong with the file
   try:
-    return config_lib.from_json(json.dumps(values))
+    return from_json(json.dumps(values))
   except UserError:
     raise
   except Exception as error:  # a value of another type than the field's, in any of many ways
@@ -161,25 +157,7 @@ def _stored_config(path: pathlib.Path) -> Config:
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-  files.write_json(workdir / CONFIG, files.sealed(json.loads(config_lib.to_json(config))))
-
-
-def check_same_config(workdir: pathlib.Path, config: Config) -> None:
-  """Raises a UserError if the workdir holds a run whose values this config would change."""
-  if not (workdir / CONFIG).exists():
-    return
-  from moe_jax import validation  # not at the top, since a report does not need it
-
-  before = _stored_config(workdir / CONFIG)
-  old, new = config_lib.flatten(before), config_lib.flatten(config)
-  same = validation.without_consequence(before, config)
-  changed = [n for n in new if new[n] != old[n] and not n.startswith(_MAY_CHANGE) and n not in same]
-  if changed:
-    what = ", ".join(f"config.{n}={new[n]} (was {old[n]})" for n in changed)
-    raise UserError(
-      f"--workdir={workdir} holds a run with another config: {what}; drop the change to go on with "
-      f"that run, or name a new workdir, which --init_from={workdir} gives that run's parameters"
-    )
+  files.write_json(workdir / CONFIG, files.sealed(json.loads(to_json(config))))
 
 
 def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
@@ -223,9 +201,9 @@ def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
   try:
     if not isinstance(kernels["device"], str):
       raise TypeError("its device is no text")
-    config_lib.Attention(kernels["attention"])
-    config_lib.GroupedMatmul(kernels["grouped_matmul"])
-    config_lib.Exchange(kernels.get("exchange", "auto"))
+    Attention(kernels["attention"])
+    GroupedMatmul(kernels["grouped_matmul"])
+    Exchange(kernels.get("exchange", "auto"))
   except (KeyError, TypeError, ValueError) as error:
     raise DamagedError(f"{path} is damaged ({error!r}); {_REMEDY[KERNELS]}") from None
   return kernels

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.config import Config, UserError
+from moe_jax.config import Config
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 
 Transform = Callable[[Config], Config]

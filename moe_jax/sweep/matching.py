@@ -8,11 +8,12 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from moe_jax import config as config_lib
-from moe_jax import validation
-from moe_jax.config import Config, UserError
+from moe_jax.config import Config, Data, Loss, MoE
+from moe_jax.config.fields import cached
+from moe_jax.errors import UserError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
+from moe_jax.moe import validation
 from moe_jax.start import command_line
 
 _COUNTS = {  # by: (field of cost.Counts, its name in messages)
@@ -75,8 +76,8 @@ class Match:
       return twin, "model.moe.expert_dim"
     if not reference.model.moe.num_experts:
       raise UserError(f"{self}: config.model.moe.num_experts=0 is dense already; match an MoE")
-    model = dataclasses.replace(reference.model, moe=config_lib.MoE())
-    loss = config_lib.Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
+    model = dataclasses.replace(reference.model, moe=MoE())
+    loss = Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
     return dataclasses.replace(reference, model=model, loss=loss), "model.ffn_dim"
 
   def _by_count(self, reference: Config, twin: Config, field: str, step: int) -> tuple[int, str]:
@@ -130,11 +131,11 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
 
 def cached_count(config: Config) -> cost.Counts:
   """Returns cost.count of a config, from a cache if its model was counted before."""
-  counted = Config(model=config.model, data=config_lib.Data(seq_len=config.data.seq_len))
+  counted = Config(model=config.model, data=Data(seq_len=config.data.seq_len))
   return _count(counted)
 
 
-_count = config_lib.cached(cost.count)
+_count = cached(cost.count)
 
 
 def sizes(config: Config) -> str:

@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_jax import config as config_lib
-from moe_jax import validation
-from moe_jax.config import SEEDS, Config, UserError
-from moe_jax.options import LARGEST_SEED, spelled
+from moe_jax.config import Config
+from moe_jax.config.fields import LARGEST_SEED, spelled
+from moe_jax.config.run import SEEDS, changes, to_json
+from moe_jax.errors import UserError
+from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.sweep import language, matching
 from moe_jax.sweep.language import Arm, Sweep, Transform
@@ -79,7 +80,7 @@ def make_plan(
   planned = [_planned(path, a, base, overrides) for a in sweep.arms]
   same: dict[str, str] = {}
   for a in planned:
-    first = same.setdefault(config_lib.to_json(a.config), a.name)
+    first = same.setdefault(to_json(a.config), a.name)
     if first != a.name:
       raise UserError(f"{path}: the arms {first} and {a.name} are the same config; drop one")
   plan = Plan(question=question, path=path, sweep=sweep, base=base, out=out, arms=planned, runs=[])
@@ -128,9 +129,7 @@ def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> Plan
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
-  return PlannedArm(
-    a.name, config_lib.changes(base, config), [*notes, matching.sizes(config)], config
-  )
+  return PlannedArm(a.name, changes(base, config), [*notes, matching.sizes(config)], config)
 
 
 def _transformed(transform: Transform, config: Config) -> Config:

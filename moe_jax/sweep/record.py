@@ -5,6 +5,7 @@ import shlex
 from typing import Any
 
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.moe import validation
 from moe_jax.report import reading
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
@@ -96,7 +97,8 @@ def _is_finished(run: PlannedRun, out: pathlib.Path, old: dict[str, Any] | None)
     if old["status"] != "finished" or not same:
       return False
   try:
-    workdir_lib.check_same_config(out / run.workdir, run.config)
+    before = workdir_lib.stored_config(out / run.workdir)
+    validation.check_same_config(out / run.workdir, before, run.config)
   except UserError:
     return False  # train.py will refuse the workdir too, and explain why
   return True

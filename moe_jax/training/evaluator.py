@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import BalanceScope, Config, Model
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
 from moe_jax.training import losses, metrics
@@ -38,7 +38,7 @@ def eval_step(
   batch: pipeline.Batch[jax.Array],
   bytes_V: jax.Array,
   *,
-  model: config_lib.Model,
+  model: Model,
 ) -> tuple[losses.Sums, jax.Array, jax.Array]:
   """Returns the sums of one batch, the bytes of its text, and the nats of each target (nll_BL).
 
@@ -51,7 +51,7 @@ def eval_step(
   return losses.sums(logits_BLV, batch.targets_BL, real_BL, stats), jnp.sum(bytes_BL), nll_BL
 
 
-def batch_size(config: config_lib.Config) -> int:
+def batch_size(config: Config) -> int:
   return config.eval.batch_size or config.data.batch_size // config.train.accumulation
 
 
@@ -60,7 +60,7 @@ class Evaluator:
 
   def __init__(
     self,
-    config: config_lib.Config,
+    config: Config,
     rows: pipeline.Rows,
     mesh: jax.sharding.Mesh,
     num_batches: int,
@@ -152,7 +152,7 @@ class Evaluator:
 
 @jax.jit  # one program, where each operation by itself would be one
 def _ratios(sums: losses.Sums) -> dict[str, jax.Array]:
-  balance_Z = losses.load_balance(sums, config_lib.BalanceScope.GLOBAL)
+  balance_Z = losses.load_balance(sums, BalanceScope.GLOBAL)
   return {"load_balance": jnp.mean(balance_Z)} | metrics.moe_metrics(sums.moe)
 
 

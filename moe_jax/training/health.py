@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax.config import OnAlarm, OnNonfinite
-from moe_jax.errors import few
+from moe_jax.config import Config, OnAlarm, OnNonfinite
+from moe_jax.errors import UserError, few
 from moe_jax.storage import workdir as workdir_lib
 
 
@@ -35,7 +34,7 @@ class Alarm(NamedTuple):
     return values if self.rows else {k: v for k, v in values.items() if k != "rows"}
 
 
-class StopAlarm(config_lib.UserError):
+class StopAlarm(UserError):
   """An alarm that ends the run, as config.health says."""
 
   code = 6
@@ -57,9 +56,7 @@ class Rewind(Exception):
 class Monitor:
   """Looks at the metrics of every step. A resumed run has no memory of the steps before."""
 
-  def __init__(
-    self, config: config_lib.Config, layers: list[int], workdir: pathlib.Path, resume_step: int
-  ):
+  def __init__(self, config: Config, layers: list[int], workdir: pathlib.Path, resume_step: int):
     """Opens the alarms of a run.
 
     Args:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import config as config_lib
-from moe_jax import validation
-from moe_jax.config import Config, UserError
-from moe_jax.errors import few
+from moe_jax.config import Config, Model
+from moe_jax.config.run import field_names, other_model
+from moe_jax.errors import UserError, few
 from moe_jax.model import cost
+from moe_jax.moe import validation
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import optimizers
@@ -73,7 +73,7 @@ def find(
     source = Source(str(other), steps[-1] if step is None else step, optimizer)
   if source and not own_steps:
     # A run that was cut off has been asked at its start.
-    _check(source, config, named if text else config_lib.field_names())
+    _check(source, config, named if text else field_names())
   return source
 
 
@@ -91,8 +91,8 @@ def _check(source: Source, config: Config, named: Collection[str]) -> None:
       f"{flag}: the parameters have other shapes: {differing}; set config.model as that run has "
       f"it, or take its config with --config={source.workdir}"
     )
-  known = {*named, *validation.without_consequence(other, config)}
-  fields = config_lib.other_model(other.model, config.model, "there")
+  known = {*named, *validation.fields_with_equal_values(other, config)}
+  fields = other_model(other.model, config.model, "there")
   if unknown := [text for name, text in fields.items() if name not in known]:
     raise UserError(
       f"{flag}: with this config its parameters are another model: {', '.join(unknown)}; take that "
@@ -111,7 +111,7 @@ def _check(source: Source, config: Config, named: Collection[str]) -> None:
     )
 
 
-def _differences(theirs: config_lib.Model, ours: config_lib.Model) -> str:
+def _differences(theirs: Model, ours: Model) -> str:
   """Returns the first parameters whose shapes differ, with both; "" where all are equal."""
   there, here = (
     {".".join(path): list(array.shape) for path, array in cost.parameters(model).items()}

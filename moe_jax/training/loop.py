@@ -16,8 +16,8 @@ import grain
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Config, OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
 from moe_jax.model import cost
@@ -39,7 +39,7 @@ class Loop:
 
   def __init__(
     self,
-    config: config_lib.Config,
+    config: Config,
     path: pathlib.Path,
     saver: checkpoint.Checkpointer,
     start: int,
@@ -256,7 +256,7 @@ class Loop:
   def _log(self, step: int, values: dict[str, np.ndarray]) -> None:
     """Writes the step's metrics to the workdir, and some of them to the terminal."""
     logged: dict[str, Any] = values | self._speed()
-    if self.config.health.on_nonfinite is config_lib.OnNonfinite.SKIP:
+    if self.config.health.on_nonfinite is OnNonfinite.SKIP:
       logged["skipped_updates"] = self.monitor.skipped
     if "load_ZE" in values:
       logged["device_overload_Z"] = metrics.device_overload(

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config as config_lib
-from moe_jax.config import BalanceScope
+from moe_jax.config import BalanceScope, Loss
 from moe_jax.moe import counts
 from moe_jax.moe.counts import MoeStats
 
@@ -89,7 +88,7 @@ def cv_squared_plus_one(x_ZE: jax.Array) -> jax.Array:
   return x_ZE.shape[-1] * jnp.sum((x_ZE / total_Z[:, None]) ** 2, axis=-1)
 
 
-def total(sums: Sums, loss: config_lib.Loss, num_moe_layers: int) -> Losses:
+def total(sums: Sums, loss: Loss, num_moe_layers: int) -> Losses:
   """Returns the losses of a batch.
 
   Raises:

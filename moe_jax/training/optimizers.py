@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import OptimizerName
+from moe_jax.config import Config, Optimizer, OptimizerName, Schedule
 from moe_jax.model.transformer import abstract_params
 from moe_jax.training.metrics import parameter_group
 
@@ -20,7 +19,7 @@ _FACTORED = 128  # Adafactor's second moment is a row and a column where both ha
 _MUON_RMS = 0.2
 
 
-def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
+def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
   """Returns the function from a step, counted from 0, to the learning rate.
 
   It rises linearly in `warmup_steps`. Then it falls as a cosine, or stays and falls linearly at the
@@ -33,11 +32,11 @@ def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
   peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
   final = peak * optimizer.final_fraction
   rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-  if optimizer.schedule is config_lib.Schedule.COSINE:
+  if optimizer.schedule is Schedule.COSINE:
     falling = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), optimizer.final_fraction)
     return optax.join_schedules([rising, falling], [warmup])
   flat = optax.constant_schedule(peak)
-  if optimizer.schedule is config_lib.Schedule.CONSTANT:
+  if optimizer.schedule is Schedule.CONSTANT:
     return optax.join_schedules([rising, flat], [warmup])
   decay = max(round(optimizer.decay_fraction * steps), 1)
   falling = optax.linear_schedule(peak, final, decay)
@@ -68,16 +67,14 @@ def decay_mask(params: Any) -> Any:
   return _by_name(params, lambda name, _: decays(name))
 
 
-def _adamw(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adamw(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
   return optax.adamw(
     rate, b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
     weight_decay=optimizer.weight_decay, mask=decay_mask,
   )  # fmt: skip
 
 
-def _adafactor(
-  optimizer: config_lib.Optimizer, rate: optax.Schedule
-) -> optax.GradientTransformation:
+def _adafactor(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
   # optax.adafactor does not multiply weight decay by the learning rate, and takes the rate relative
   # to the size of the weights. Both fields would mean something else than with AdamW.
   return optax.chain(
@@ -125,7 +122,7 @@ def _stacked(name: str, shape: tuple[int, ...]) -> int:
   return stacked if max(shape[:stacked], default=0) >= second >= _FACTORED else 0
 
 
-def _muon(optimizer: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+def _muon(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
   def kind(name: str, ndim: int) -> str:
     return "muon" if muon_axes(name, ndim) else "adamw"
 
@@ -185,7 +182,7 @@ def muon_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None
 class OptimizerRecord(NamedTuple):
   """An optimizer: how it is made, and what the guide says about it."""
 
-  make: Callable[[config_lib.Optimizer, optax.Schedule], optax.GradientTransformation]
+  make: Callable[[Optimizer, optax.Schedule], optax.GradientTransformation]
   about: str  # a sentence for docs/guide.md
 
 
@@ -206,7 +203,7 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
+def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
   """Returns the optimizer that the config names; gradients are clipped before it sees them.
 
   Args:
@@ -219,7 +216,7 @@ def make_optimizer(optimizer: config_lib.Optimizer, steps: int) -> optax.Gradien
   return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), chosen)
 
 
-def abstract_state(config: config_lib.Config) -> Any:
+def abstract_state(config: Config) -> Any:
   """Returns the shapes of the optimizer's state; no memory is allocated."""
   optimizer = make_optimizer(config.optimizer, config.train.steps)
   return jax.eval_shape(optimizer.init, abstract_params(config.model))

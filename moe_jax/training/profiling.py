@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 

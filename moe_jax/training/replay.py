@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Config
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
 from moe_jax.storage import checkpoint
@@ -18,7 +18,7 @@ from moe_jax.training.run import begin, begin_state, choose_kernels, next_after,
 from moe_jax.training.train import compile_step, init_state
 
 
-def replay(config: config_lib.Config, workdir: str, step: int) -> None:
+def replay(config: Config, workdir: str, step: int) -> None:
   """Takes the steps from the checkpoint before `step` and then that step, under jax_debug_nans.
 
   A step depends on the state and its rows alone, so it is the one that the run took. Nothing is

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import grain
 import jax
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
+from moe_jax import sharding
+from moe_jax.config import Config
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.kernels import choose
 from moe_jax.model import cost
+from moe_jax.moe import validation
 from moe_jax.start import command_line, startup
 from moe_jax.storage import checkpoint, lock
 from moe_jax.storage import workdir as workdir_lib
@@ -32,7 +33,7 @@ class Text(NamedTuple):
   train: pipeline.Rows
   validation: pipeline.Rows
 
-  def batches(self, config: config_lib.Config) -> grain.DatasetIterator:
+  def batches(self, config: Config) -> grain.DatasetIterator:
     """Returns this process's training batches from the first one on."""
     return pipeline.train_iterator(
       self.train, config.data, jax.process_index(), jax.process_count()
@@ -40,7 +41,7 @@ class Text(NamedTuple):
 
 
 def run(
-  config: config_lib.Config,
+  config: Config,
   workdir: str,
   *,
   init_from_flag: str = "",
@@ -88,19 +89,19 @@ def run(
         rewinds.append(_rewound(config, path, rewind, len(rewinds)))
 
 
-def begin(config: config_lib.Config, workdir: str) -> tuple[config_lib.Config, pathlib.Path]:
+def begin(config: Config, workdir: str) -> tuple[Config, pathlib.Path]:
   """Starts jax; returns the config with its mesh, and the folder, which has no other config."""
   startup.start()
   config = validation.resolve_mesh(config, jax.device_count())
   choose.check(config)
   cost.check_training_memory(config, optimizers.abstract_state(config))
   path = workdir_lib.open_written(workdir)
-  workdir_lib.check_same_config(path, config)
+  validation.check_same_config(path, workdir_lib.stored_config(path), config)
   _say_if_rates_move(path, config)
   return config, path
 
 
-def _say_if_rates_move(path: pathlib.Path, config: config_lib.Config) -> None:
+def _say_if_rates_move(path: pathlib.Path, config: Config) -> None:
   """Says what another number of steps does to a run that goes on: its schedule moves."""
   steps = workdir_lib.saved_steps(path)
   if not steps or jax.process_index():
@@ -114,7 +115,7 @@ def _say_if_rates_move(path: pathlib.Path, config: config_lib.Config) -> None:
           f"the learning rate of step {steps[-1] + 1} is {new:.3g}, and was {old:.3g}")  # fmt: skip
 
 
-def read_text(config: config_lib.Config, path: pathlib.Path) -> Text:
+def read_text(config: Config, path: pathlib.Path) -> Text:
   """Returns the rows of the run; raises a UserError if the run was trained on others."""
   tokenizers.check_fits(config)  # before hours of tokenising
   text = Text(
@@ -170,7 +171,7 @@ def _check_complete(path: pathlib.Path) -> None:
     )
 
 
-def _record(config: config_lib.Config, workdir: pathlib.Path, text: Text) -> None:
+def _record(config: Config, workdir: pathlib.Path, text: Text) -> None:
   """Writes what the run is made of to the workdir; prints what is no default, cost and device."""
   if workdir_lib.recorded_step(workdir) is None:  # before the config, which _check_complete sees
     workdir_lib.record_saved(workdir, max([0, *workdir_lib.saved_steps(workdir)]))
@@ -186,7 +187,7 @@ def _record(config: config_lib.Config, workdir: pathlib.Path, text: Text) -> Non
 
 
 def _train(
-  config: config_lib.Config,
+  config: Config,
   path: pathlib.Path,
   text: Text,
   source: init_from.Source | None,
@@ -253,7 +254,7 @@ def next_after(step: int, saved: int, rewinds: list[dict[str, Any]]) -> int:
 
 
 def _rewound(
-  config: config_lib.Config, path: pathlib.Path, rewind: health.Rewind, before: int
+  config: Config, path: pathlib.Path, rewind: health.Rewind, before: int
 ) -> dict[str, Any]:
   """Returns the line of alarms.jsonl about a rewind, after it is written.
 
@@ -281,9 +282,7 @@ def _rewound(
   return line
 
 
-def choose_kernels(
-  config: config_lib.Config, workdir: pathlib.Path, *, write: bool = True
-) -> config_lib.Config:
+def choose_kernels(config: Config, workdir: pathlib.Path, *, write: bool = True) -> Config:
   """Returns the config with a kernel in place of each `auto`; the workdir records the kernels."""
   config, chosen, lines = choose.resolve(config, workdir_lib.read_kernels(workdir))
   if jax.process_index() == 0 and write:

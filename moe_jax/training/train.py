@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import OnNonfinite
+from moe_jax.config import Config, OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
 from moe_jax.model.pattern import bias_shape, moe_layers
@@ -32,7 +31,7 @@ def train_step(
   state: TrainState,
   batch: pipeline.Batch[jax.Array],
   *,
-  config: config_lib.Config,
+  config: Config,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after one optimizer step, and the step's metrics.
@@ -86,7 +85,7 @@ def batch_sums(
   batch: pipeline.Batch[jax.Array],
   key: jax.Array,
   *,
-  config: config_lib.Config,
+  config: Config,
 ) -> losses.Sums:
   """Returns the loss sums of the batch, of which one microbatch at a time is computed.
 
@@ -126,9 +125,7 @@ def batch_sums(
   return jax.lax.scan(add, zeros, (micro, keys))[0]
 
 
-def init_state(
-  config: config_lib.Config, mesh: jax.sharding.Mesh
-) -> tuple[Any, TrainState, TrainState]:
+def init_state(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, TrainState, TrainState]:
   """Returns (function that makes a new state, the state's shapes, its shardings).
 
   The initial weights do not depend on the mesh.
@@ -148,7 +145,7 @@ def init_state(
 
 
 def compile_step(
-  config: config_lib.Config,
+  config: Config,
   shardings: TrainState,
   only: tuple[str, ...] = (),
   *,

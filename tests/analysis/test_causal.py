@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import causal, evaluation
-from moe_jax.config import Dispatch, Priority, Router, UserError
+from moe_jax.config import Dispatch, Priority, Router
 from moe_jax.data import pipeline
+from moe_jax.errors import UserError
 from tests.support.toy_text import S, read, toy_model, toy_rows
 from tests.support.toys import mesh_of, toy_config
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.analysis import evaluation
-from moe_jax.config import Dispatch, Exchange, Router, UserError
+from moe_jax.config import Dispatch, Exchange, Mesh, Router
+from moe_jax.errors import UserError
 from moe_jax.training import evaluator
 from tests.support.scripts import built, evaluate, python, refused
 from tests.support.toy_text import toy_rows, weights
@@ -67,7 +67,7 @@ def test_no_device_evaluates_a_part_of_a_routing_group():
   assert mesh.data == 4
   rows, totals = toy_rows([30, 3, 17, 25, 40, 9, 28], [0, 1, 0, 1, 0, 1, 1]), []
   assert len(rows) % 8  # so that padding fills the last batch
-  for some in (config_lib.Mesh(data=1), mesh):
+  for some in (Mesh(data=1), mesh):
     devices = sharding.make_mesh(some)
     with jax.set_mesh(devices):
       total = evaluator.Evaluator(config, rows, devices, 0).total(weights(), np.zeros((2, 4)))

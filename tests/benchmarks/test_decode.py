@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from benchmarks import train
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from tests.support.toys import TOY_SIZES
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from benchmarks import layer, layer_report, plots, results
-from moe_jax.config import Dispatch, Dtype, UserError
+from moe_jax.config import Dispatch, Dtype
+from moe_jax.errors import UserError
 from moe_jax.moe import dispatch
 
 TOY = layer.Setting(8, 12, 2, (8,), 2, 8, phases=True)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from benchmarks import results, train
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from tests.support.toys import TOY_SIZES
 
 

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax.config import Data, UserError
+from moe_jax.config import Data
 from moe_jax.data import builders, pipeline, token_files, tokenizers
+from moe_jax.errors import UserError
 from tests.support.texts import PROSE, S, documents_of, everything, joined
 
 

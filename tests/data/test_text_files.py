@@ -11,9 +11,10 @@ import tempfile
 import numpy as np
 import pytest
 
-from moe_jax.config import Data, UserError
+from moe_jax.config import Data
 from moe_jax.data import text_files
 from moe_jax.data.text_files import split_of
+from moe_jax.errors import UserError
 from tests.support.texts import PROSE, SPLITS, error_of, everything, joined, load
 
 

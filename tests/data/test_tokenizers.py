@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from moe_jax.config import Data, UserError
+from moe_jax.config import Data
 from moe_jax.data import pipeline, tokenizers
+from moe_jax.errors import UserError
 from tests.support.texts import PROSE, S, error_of, everything
 
 

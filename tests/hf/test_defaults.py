@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.hf import families, fields
 from tests.support.hf_models import COMMON, CONFIGS, transformers
 

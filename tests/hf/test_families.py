@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Mesh, Score
 from moe_jax.hf import check, exporting, importing, layout, parts
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
@@ -24,7 +24,7 @@ class Pair:
 
   def __init__(self, name, folder):
     self.peer = hf_models.build(name, folder)
-    self.made = importing.plan(str(folder), config_lib.Mesh(data=1))
+    self.made = importing.plan(str(folder), Mesh(data=1))
     self.model = self.made.config.model
     self.mesh = mesh_of()
     with jax.set_mesh(self.mesh):
@@ -132,7 +132,7 @@ def test_experts_in_one_tensor_are_the_same_weights(pair, tmp_path):
   """As transformers 5 holds them, and writes them if it is asked to."""
   pair.peer.model.save_pretrained(tmp_path, save_original_format=False)
   with jax.set_mesh(pair.mesh):
-    found = importing.read(importing.plan(str(tmp_path), config_lib.Mesh(data=1)), pair.mesh)
+    found = importing.read(importing.plan(str(tmp_path), Mesh(data=1)), pair.mesh)
   jax.tree.map(np.testing.assert_array_equal, found, pair.weights)
 
 
@@ -165,7 +165,7 @@ def test_their_balance_loss_is_that_of_all_layers_loads_together(pair):
   fields = inspect.signature(pair.peer.model.forward).parameters
   if "output_router_logits" not in fields:
     pytest.skip("transformers has no balance loss for it")
-  if pair.model.moe.score is config_lib.Score.SIGMOID:
+  if pair.model.moe.score is Score.SIGMOID:
     pytest.skip("theirs takes the softmax of logits whose sigmoid the router takes")
   with torch.no_grad():
     want = pair.peer.model(torch.tensor(ids_BL), output_router_logits=True).aux_loss
@@ -194,7 +194,7 @@ def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path)
   with torch.no_grad():
     got, want = theirs.eval()(ids).logits, pair.peer.model(ids).logits
   close(got, want, "logits", 1e-6)
-  again = importing.plan(str(tmp_path / "ours"), config_lib.Mesh(data=1))
+  again = importing.plan(str(tmp_path / "ours"), Mesh(data=1))
   assert again.config.model == pair.model
   with jax.set_mesh(pair.mesh):
     weights = importing.read(again, pair.mesh)
@@ -280,7 +280,7 @@ def test_the_text_model_beside_one_of_images(stacked, tmp_path):
   model.save_pretrained(tmp_path)
   if stacked:
     stack_experts(tmp_path / "model.safetensors", 7)
-  made = importing.plan(str(tmp_path), config_lib.Mesh(data=1))
+  made = importing.plan(str(tmp_path), Mesh(data=1))
   assert any("vision" in note for note in made.notes)
   mesh, ids_L = mesh_of(), hf_models.tokens()[0]
   with jax.set_mesh(mesh):

@@ -12,8 +12,7 @@ import safetensors.numpy
 import tokenizers
 
 import moe_jax
-from moe_jax.config import UserError
-from moe_jax.errors import StorageError
+from moe_jax.errors import StorageError, UserError
 from moe_jax.hf import exporting, families, fields, files, importing
 from moe_jax.kernels import platform
 from tests.support.disks import fill, small_disk

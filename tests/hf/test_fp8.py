@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax.config import Mesh
 from moe_jax.hf import importing
 from moe_jax.model import transformer
 from tests.support.toys import mesh_of, tokens_of
@@ -47,7 +47,7 @@ def test_deepseek_as_it_is_published(kind, dtype, tmp_path):
   with torch.no_grad():
     want = peer.model(torch.tensor(ids_BL)).logits.numpy()
   for axes in ({}, dict(expert=2, fsdp=2)):
-    made = importing.plan(str(tmp_path), config_lib.Mesh(**{"data": 1} | axes))
+    made = importing.plan(str(tmp_path), Mesh(**{"data": 1} | axes))
     with jax.set_mesh(mesh_of(**axes)):
       weights = importing.read(made, mesh_of(**axes))
     whole = jax.tree.map(np.asarray, weights)

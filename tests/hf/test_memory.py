@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import published
-from moe_jax import config as config_lib
-from moe_jax.config import QKNorm, UserError
+from moe_jax.config import Dtype, QKNorm
+from moe_jax.errors import UserError
 from moe_jax.hf import exporting, families, fields, files, importing, layout, parts
 from moe_jax.model import pattern
 from moe_jax.storage.weights import Weights
@@ -24,7 +24,7 @@ gigabytes = float(sys.argv[1])
 import jax
 from moe_jax import config as config_lib, sharding
 from moe_jax.hf import importing
-made = importing.plan(sys.argv[2], config_lib.Mesh(data=1))
+made = importing.plan(sys.argv[2], Mesh(data=1))
 mesh = sharding.make_mesh(made.config.mesh)
 base = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (base + int(gigabytes * 2**30),) * 2)
@@ -126,7 +126,7 @@ def test_the_layers_and_experts_of_olmoe_at_a_smaller_width(tmp_path):
   config = published.get_config("olmoe_1b_7b")
   model = config.model
   model.dim, model.num_heads, model.num_kv_heads, model.head_dim = 64, 4, 4, 16
-  model.vocab_size, model.moe.expert_dim, model.compute_dtype = 512, 32, config_lib.Dtype.FLOAT32
+  model.vocab_size, model.moe.expert_dim, model.compute_dtype = 512, 32, Dtype.FLOAT32
   family = families.FAMILIES["olmoe"]
   with jax.set_mesh(mesh_of(expert=4)):
     _, params = build(config)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_jax import config as config_lib
+from moe_jax.config import Mesh
 from moe_jax.hf import importing, mxfp4
 from moe_jax.model import transformer
 from tests.support.toys import mesh_of, tokens_of
@@ -72,7 +72,7 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     with torch.no_grad():
       peer.model.get_parameter(name).copy_(torch.tensor(whole(parts)))
   safetensors.numpy.save_file(held, tmp_path / "model.safetensors")
-  made = importing.plan(str(tmp_path), config_lib.Mesh(data=1))
+  made = importing.plan(str(tmp_path), Mesh(data=1))
   ids_BL = hf_models.tokens()
   with jax.set_mesh(mesh_of()):
     weights = importing.read(made, mesh_of())

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax.config import Dispatch
+from moe_jax.config import Dispatch, MoE, QKNorm
 from moe_jax.inference import decoding
 from tests.support.generation import (
   MODELS,
@@ -30,7 +29,7 @@ PROMPTS, STEPS = (3, 8, 5), 6  # tokens of three rows, and how many more follow 
 def test_prefill_and_each_decoded_token_equal_the_full_forward(name, one_device):
   """Prompts of different lengths in one batch, then token after token through the cache."""
   # The dense model's norms are scaled by hand, as it has no router to be uneven.
-  qk_norm = config_lib.QKNorm.HEAD if name in ("deepseek", "dense") else config_lib.QKNorm.NONE
+  qk_norm = QKNorm.HEAD if name in ("deepseek", "dense") else QKNorm.NONE
   ours, trained = model_of(name, qk_norm=qk_norm, tied_head=name == "switch")
   rows = rows_of((9, 14, 11))
   full = full_forward(trained, rows)
@@ -88,7 +87,7 @@ def test_a_layer_with_a_window_keeps_its_tokens_alone(length, windows, one_devic
   ],
 )
 def test_nothing_drops_whatever_the_training_did(dispatch, factor):
-  moe = config_lib.MoE(
+  moe = MoE(
     num_experts=4, top_k=2, expert_dim=18, dispatch=dispatch, capacity_factor=factor,
     eval_capacity_factor=factor,
   )  # fmt: skip

@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
-from moe_jax.config import Router, UserError
+from moe_jax.config import Router
+from moe_jax.errors import UserError
 from moe_jax.inference import decoding, sampling
 from moe_jax.kernels import per_expert, platform
 from moe_jax.model import cost

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks import decode
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from tests.support.toys import TOY_SIZES
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax.config import Attention, Dispatch, Exchange, GroupedMatmul, UserError
+from moe_jax.config import Attention, Dispatch, Exchange, GroupedMatmul, Model
+from moe_jax.errors import UserError
 from moe_jax.kernels import attention, choose, experts, platform
 from tests.support.toys import mesh_of, toy_config
 
@@ -169,14 +169,14 @@ def test_what_cannot_run_here_is_refused_before_a_run_starts(monkeypatch):
 
 def test_another_platforms_kernels_become_auto(monkeypatch):
   """To evaluate on a laptop what was trained on a pod."""
-  model = config_lib.Model(attention=Attention.SPLASH)
+  model = Model(attention=Attention.SPLASH)
   model.moe.grouped_matmul, model.moe.exchange = GroupedMatmul.MOSAIC, Exchange.RAGGED
   there = {"device": "TPU v9", "attention": "splash", "grouped_matmul": "mosaic"}
   here = choose.for_reading(model, there)
   assert here.attention is Attention.AUTO and here.moe.grouped_matmul is GroupedMatmul.AUTO
   assert here.moe.exchange is Exchange.AUTO
   same = there | {"device": jax.devices()[0].device_kind, "attention": "reference"}
-  assert choose.for_reading(config_lib.Model(), same).attention is Attention.REFERENCE
+  assert choose.for_reading(Model(), same).attention is Attention.REFERENCE
   monkeypatch.setattr(platform, "name", lambda: "tpu")
   assert choose.for_reading(model, there) == model
 

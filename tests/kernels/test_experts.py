@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax.config import Dispatch, GroupedMatmul
+from moe_jax.config import Dispatch, GroupedMatmul, Remat
 from moe_jax.kernels import blocked, per_expert
-from moe_jax.kernels.activation import Activation, clamped, gated, geglu, relu_squared
+from moe_jax.kernels.activation import Nonlinearity, clamped, gated, geglu, relu_squared
 from moe_jax.kernels.experts import Experts, experts
 from tests.support.toys import lower_step, toy_config
 
@@ -42,7 +41,7 @@ def arrays(*shapes):
 class Kind(NamedTuple):
   """An activation, and whether the experts have biases."""
 
-  activation: Activation
+  activation: Nonlinearity
   biases: bool = False
 
   def weights(self):
@@ -179,7 +178,7 @@ def test_bfloat16_sums_in_float32(blocks, monkeypatch):
 def test_remat_dots_keeps_the_blocked_activations():
   """The backward pass under remat=dots runs none of the forward pass's loops again."""
   loops = {}
-  for remat in config_lib.Remat:
+  for remat in Remat:
     config = toy_config(dispatch=Dispatch.GROUPED, grouped_matmul=GroupedMatmul.BLOCKED)
     config.model.remat = remat
     loops[remat.value] = lower_step(config).as_text().count("stablehlo.while")

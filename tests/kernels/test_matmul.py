@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import Remat
 from moe_jax.kernels.linear import linear
 from moe_jax.kernels.matmul import matmul
 from moe_jax.model.transformer import REMAT_POLICIES
-from moe_jax.options import Remat
 
 
 def both(function, x, w, dy):

@@ -7,11 +7,12 @@ import jax
 import pytest
 
 import moe_jax
-from moe_jax import validation
 from moe_jax.analysis import evaluation
-from moe_jax.config import Config, Delta, Mesh, Router, UserError
+from moe_jax.config import Config, Delta, Mesh, Router
+from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 from moe_jax.model import cost
+from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.storage import workdir
 from moe_jax.training import optimizers, train

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax import validation
-from moe_jax.config import Dispatch, GroupedMatmul, Router
+from moe_jax.config import Dispatch, Dtype, GroupedMatmul, Loss, Router, Score
+from moe_jax.errors import UserError
 from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
 from moe_jax.moe import layer as layer_lib
+from moe_jax.moe import validation
 from tests.support.toys import mesh_of, slow_unless, toy_config
 
 
@@ -31,7 +31,7 @@ def call_dense(layer, x_BLD):
 
 @pytest.mark.parametrize("how", slow_unless([Dispatch.GATHER], [Dispatch.GATHER, Dispatch.GROUPED]))
 @pytest.mark.parametrize("router", list(Router))
-@pytest.mark.parametrize("score", list(config_lib.Score))
+@pytest.mark.parametrize("score", list(Score))
 @pytest.mark.parametrize(
   ("top_k", "renormalize"),
   [(1, False), (2, True)]
@@ -44,10 +44,10 @@ def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_d
     top_k=top_k, renormalize=renormalize, score=score, router=router, dispatch=how,
     capacity_factor=factor, eval_capacity_factor=factor, grouped_matmul=GroupedMatmul.RAGGED_DOT,
   )  # fmt: skip
-  config.loss = config_lib.Loss(load_balance=0.0)
+  config.loss = Loss(load_balance=0.0)
   try:
     validation.validate(config)
-  except config_lib.UserError as refused:
+  except UserError as refused:
     assert "router" in str(refused) or "renormalize" in str(refused)
     return
   graph, params = nnx.split(MoEFFN(config.model, nnx.Rngs(0)))
@@ -156,7 +156,7 @@ def test_evaluation_has_no_jitter_and_no_noise(fields, one_device):
 
 def test_router_stays_float32_under_bfloat16(one_device):
   model = toy_config().model
-  model.compute_dtype = config_lib.Dtype.BFLOAT16
+  model.compute_dtype = Dtype.BFLOAT16
   layer = MoEFFN(model, nnx.Rngs(0))
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
   real_BL, ids_BL = jnp.ones((2, 9), bool), jnp.zeros((2, 9), int)

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import BalanceScope
+from moe_jax import sharding
+from moe_jax.config import BalanceScope, Config, Data, Mesh, Model, MoE, Router
 from moe_jax.model.feedforward import MoEFFN, moe_feedforward
-from moe_jax.moe import counts, dispatch, routers
+from moe_jax.moe import counts, dispatch, routers, validation
 from moe_jax.moe.layer import router_inputs
 from moe_jax.moe.routing import Routing
 from moe_jax.training import losses
@@ -54,10 +53,10 @@ def weights_of(moe):
 
 def layer_of(moe):
   """(weights by name -> MoEFFN) of a valid config."""
-  config = config_lib.Config(
-    model=config_lib.Model(dim=D, moe=moe),
-    data=config_lib.Data(seq_len=L, batch_size=B),
-    mesh=config_lib.Mesh(data=1),
+  config = Config(
+    model=Model(dim=D, moe=moe),
+    data=Data(seq_len=L, batch_size=B),
+    mesh=Mesh(data=1),
   )
   validation.validate(config)
   graph, params = nnx.split(MoEFFN(config.model, nnx.Rngs(0)))
@@ -92,7 +91,7 @@ def sums_of(stats, real_BL):
 def test_balance_loss(one_device, padded):
   """Theirs is K at perfect balance. One layer: over several they pool f and P, we mean losses."""
   E, K = 8, 2
-  moe = config_lib.MoE(num_experts=E, top_k=K, expert_dim=6)
+  moe = MoE(num_experts=E, top_k=K, expert_dim=6)
   weights, bias_E = weights_of(moe), np.zeros(E, np.float32)
   module = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
   x_BLD, _, real_BL = arrays()
@@ -157,8 +156,8 @@ def test_switch(one_device):
   gated = gate_BL1[..., 0] * torch.tensor(cotangent_BL * kept_BLE.any(axis=-1))
   (gated.sum() + 3 * want[0] + want[1]).backward()
 
-  moe = config_lib.MoE(
-    num_experts=E, top_k=1, expert_dim=6, renormalize=False, router=config_lib.Router.SWITCH,
+  moe = MoE(
+    num_experts=E, top_k=1, expert_dim=6, renormalize=False, router=Router.SWITCH,
     eval_capacity_factor=C * E / L,
   )  # fmt: skip
   assert dispatch.capacity(moe.eval_capacity_factor, L, 1, E) == C

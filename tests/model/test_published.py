@@ -3,8 +3,8 @@
 import pytest
 
 from configs import published
-from moe_jax import validation
 from moe_jax.model import cost
+from moe_jax.moe import validation
 
 # {model: (total, active, active without the input embedding)}, in billions. Of MoE models from
 # transformers' own code and their model cards; of dense ones their published numbers of parameters.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
+from moe_jax.config import Dtype, Remat
 from moe_jax.kernels.attention import reference
 from moe_jax.model import attention, pattern, transformer
 from tests.support.toys import build, slow_unless, toy_config
@@ -146,9 +146,7 @@ def loss_and_grads(config, params, tokens):
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize(
-  "remat", slow_unless([config_lib.Remat.DOTS], [config_lib.Remat.DOTS, config_lib.Remat.FULL])
-)
+@pytest.mark.parametrize("remat", slow_unless([Remat.DOTS], [Remat.DOTS, Remat.FULL]))
 def test_remat_changes_no_value(remat):
   config = toy_config(capacity_factor=0.8, every=2)
   _, params = build(config)
@@ -167,7 +165,7 @@ def test_bfloat16_follows_float32():
   config = toy_config(capacity_factor=math.inf)
   graph, params = build(config)
   exact, _ = forward(graph, params, *tokens_of(config))
-  config.model.compute_dtype = config_lib.Dtype.BFLOAT16
+  config.model.compute_dtype = Dtype.BFLOAT16
   graph, _ = build(config)
   rounded, _ = forward(graph, params, *tokens_of(config))
   assert rounded.dtype == jnp.float32

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Router
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, MoE, Router
 from moe_jax.kernels import experts as kernels
 from moe_jax.kernels.experts import Experts
 from moe_jax.moe import exchange, layer
@@ -74,7 +73,7 @@ def run(axes, inputs, *, train=True, **options):
   """(y, statistics, gradients of x, logits and experts) of a loss on y and the statistics."""
   x_BLD, logits_BLE, experts, real_BL, weights_BLD = inputs
   options = dict(dispatch=Dispatch.GROUPED, grouped_matmul=GroupedMatmul.RAGGED_DOT) | options
-  moe = config_lib.MoE(num_experts=E, top_k=K, expert_dim=F, **options)
+  moe = MoE(num_experts=E, top_k=K, expert_dim=F, **options)
 
   def loss(x_BLD, logits_BLE, experts):
     ids_BL = jnp.zeros((B, L), jnp.int32)

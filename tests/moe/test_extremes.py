@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax import validation
-from moe_jax.config import Dispatch, Dtype, GroupedMatmul, MoE, Router, Score
+from moe_jax.config import BalanceScope, Dispatch, Dtype, GroupedMatmul, Loss, MoE, Router, Score
+from moe_jax.errors import UserError
 from moe_jax.kernels.experts import Experts
-from moe_jax.moe import dispatch, exchange, layer, routers
+from moe_jax.moe import dispatch, exchange, layer, routers, validation
 from moe_jax.moe.routing import LayerInputs, RouterInputs
 from moe_jax.training import losses, metrics
 from tests.support.routings import ROUTINGS
@@ -79,7 +78,7 @@ def test_experts_whose_scores_round_to_zero_keep_their_order(score, fields):
 
 
 B, L, D, F = 8, 5, 6, 4
-LOSS = config_lib.Loss(load_balance=1.0, router_z=1e-3, importance=1.0)
+LOSS = Loss(load_balance=1.0, router_z=1e-3, importance=1.0)
 
 
 def extreme_logits(E):
@@ -113,7 +112,7 @@ def computed(moe, logits_BLE, real_BL, axes):
     y_BLD, stats, _ = layer.on_mesh(x_BLD, inputs, experts, moe, train=True)
     stats = jax.tree.map(lambda x: x[None], stats)
     sums = losses.sums(jnp.zeros((*shape, 2)), jnp.zeros(shape, jnp.int32), real_BL, stats)
-    by_row = losses.load_balance(sums, config_lib.BalanceScope.SEQUENCE)[0]
+    by_row = losses.load_balance(sums, BalanceScope.SEQUENCE)[0]
     all_losses = losses.total(sums, loss, 1)
     value = jnp.sum(y_BLD * cotangent_BLD) + all_losses.total + by_row
     return value, (y_BLD, all_losses, metrics.moe_metrics(stats))
@@ -189,7 +188,7 @@ def test_devices_with_nothing_but_padding_give_finite_numbers(real_rows, routing
 
 @pytest.mark.parametrize("field", ["gate_scale", "bias_update_rate"])
 def test_a_number_that_leads_out_of_float32_is_refused(field):
-  with pytest.raises(config_lib.UserError, match=f"config.model.moe.{field}=1e.30 must be .*most"):
+  with pytest.raises(UserError, match=f"config.model.moe.{field}=1e.30 must be .*most"):
     validation.validate(toy_config(**{field: 1e30}))
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import Priority, Router, Score
+from moe_jax import sharding
+from moe_jax.config import Dispatch, Loss, MoE, Priority, Router, Score
+from moe_jax.errors import UserError
 from moe_jax.model.transformer import Tokens, Transformer
-from moe_jax.moe import dispatch, routers
+from moe_jax.moe import dispatch, routers, validation
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.training import metrics as metrics_lib
 from moe_jax.training import optimizers
@@ -42,7 +42,7 @@ def route(probs, *, train=True, capacity=1, real=None, ids=None, noise=None, bia
   """What a router makes of softmax probabilities [T, E]."""
   logits = LOG(np.array(probs, float))
   T, E = logits.shape
-  moe = config_lib.MoE(num_experts=E, **dict(top_k=1, renormalize=False) | fields)
+  moe = MoE(num_experts=E, **dict(top_k=1, renormalize=False) | fields)
   inputs = RouterInputs(
     jnp.array(logits, jnp.float32),
     jnp.array([True] * T if real is None else real),
@@ -203,7 +203,7 @@ def test_causality_is_as_documented(name, one_device):
   fields, in_training, in_evaluation = CAUSAL[name]
   fields = dict(capacity_factor=0.7, eval_capacity_factor=0.7) | fields
   config = toy_config(**fields)
-  config.loss = config_lib.Loss(load_balance=0.0)
+  config.loss = Loss(load_balance=0.0)
   validation.validate(config)
   graph, params = nnx.split(Transformer(config.model, nnx.Rngs(0)))
 
@@ -237,7 +237,7 @@ def test_causality_is_as_documented(name, one_device):
 )
 def test_generation_refuses_what_it_cannot_follow(router, why):
   moe = toy_config(router=router, renormalize=False).model.moe
-  with pytest.raises(config_lib.UserError, match=rf"router={router.value}.*{why}"):
+  with pytest.raises(UserError, match=rf"router={router.value}.*{why}"):
     validation.validate_generation(moe)
   for fits in (dict(router=Router.SINKHORN), dict(priority=Priority.SCORE), dict(num_experts=0)):
     validation.validate_generation(toy_config(**fits).model.moe)
@@ -260,8 +260,8 @@ def test_a_new_router_is_one_record(gumbel):
   """With noise and a parameter: a mesh trains it as one device does, and all know the parameter."""
   results = []
   for axes, how in (({}, "gather"), (dict(expert=2, data=2), "einsum")):
-    config = toy_config(router=gumbel, dispatch=config_lib.Dispatch(how))
-    config.loss = config_lib.Loss(load_balance=0.01)
+    config = toy_config(router=gumbel, dispatch=Dispatch(how))
+    config.loss = Loss(load_balance=0.01)
     mesh, state, step = set_up(config, axes)
     batch = toy_batch(config)
     with jax.set_mesh(mesh):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from moe_jax import report
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.report import __main__ as command
 from moe_jax.report import runs
 from tests.support import report_runs

@@ -3,7 +3,9 @@
 import json
 import math
 
-from moe_jax import config as config_lib
+from moe_jax.config import Config
+from moe_jax.config.fields import flatten
+from moe_jax.config.run import to_json
 from moe_jax.report import runs
 
 
@@ -18,5 +20,5 @@ def test_a_zero_was_no_limit(tmp_path):
 
 
 def test_the_format_is_no_field(tmp_path):
-  (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.Config()))
-  assert runs.read_run(tmp_path, "a").config == config_lib.flatten(config_lib.Config())
+  (tmp_path / "config.json").write_text(to_json(Config()))
+  assert runs.read_run(tmp_path, "a").config == flatten(Config())

@@ -13,8 +13,10 @@ import types
 
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax.config import Router, UserError
+from moe_jax.config import Config, Remat, Router
+from moe_jax.config.fields import flatten
+from moe_jax.config.run import field_names, to_json
+from moe_jax.errors import UserError
 from moe_jax.start import command_line
 from tests.support.scripts import call, python, refused
 from tests.support.toys import ROOT, toy_config
@@ -193,7 +195,7 @@ def test_a_read_only_disk_has_a_code_of_its_own(tmp_path):
   ("optimizer.eps", "much", "config.optimizer.eps='much' is of type str, not float"),
 ])  # fmt: skip
 def test_a_config_json_gets_the_same_lines(field, value, why, tmp_path):
-  values = json.loads(config_lib.to_json(config_lib.Config()))
+  values = json.loads(to_json(Config()))
   section, leaf = field.split(".")
   values[section][leaf] = value
   (tmp_path / "config.json").write_text(json.dumps(values))
@@ -214,7 +216,7 @@ def test_help_lists_every_field():
   assert "--workdir" in text and "Trains a model" in text
   for section in ("model", "model.moe", "data", "mesh"):
     assert f"\nconfig.{section}: " in text
-  for name in config_lib.field_names():
+  for name in field_names():
     assert f"\n  {name.rsplit('.', 1)[1]} = " in text, name
   assert "capacity_factor = 1.25 " in text and "inf is no limit" in text
   assert "top_k = 2" in said("--help", script="sweep.py")
@@ -230,7 +232,7 @@ def test_what_differs_from_the_defaults():
   assert "config.data.path = x   (default empty)" in lines
   assert "config.model.moe.num_experts = 4   (default 0)" in lines
   assert not any("qkv_bias" in line for line in lines)
-  assert command_line.difference(config_lib.Config()) == "every field has its default"
+  assert command_line.difference(Config()) == "every field has its default"
 
 
 OVERRIDES = {
@@ -250,9 +252,9 @@ def test_overrides_are_spelled_as_in_train():
 
 
 def test_overrides_become_words_again():
-  config = command_line.override(config_lib.Config(), OVERRIDES, "here")
+  config = command_line.override(Config(), OVERRIDES, "here")
   assert config.model.moe.router is Router.HASH and config.loss.z == 1.0
-  assert command_line.words(config_lib.Config(), config)[:2] == [
+  assert command_line.words(Config(), config)[:2] == [
     "--config.model.qkv_bias=true", "--config.model.moe.router=hash"
   ]  # fmt: skip
 
@@ -280,13 +282,13 @@ def test_override_refuses(fields, why):
 
 
 def test_an_override_takes_members_and_the_words_of_config_json():
-  base = config_lib.Config()
-  flat = config_lib.flatten(base) | {"model.moe.capacity_factor": "inf", "model.remat": "dots"}
+  base = Config()
+  flat = flatten(base) | {"model.moe.capacity_factor": "inf", "model.remat": "dots"}
   config = command_line.override(base, flat, "here")
-  assert config_lib.flatten(config) == flat and config.model.remat is config_lib.Remat.DOTS
+  assert flatten(config) == flat and config.model.remat is Remat.DOTS
   config = command_line.override(base, {"model.moe.router": Router.SINKHORN}, "here")
   assert config.model.moe.router is Router.SINKHORN
-  assert base == config_lib.Config()  # a copy was changed
+  assert base == Config()  # a copy was changed
 
 
 _PRINTS_THE_CACHE = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.start import startup
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

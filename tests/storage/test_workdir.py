@@ -9,9 +9,23 @@ import re
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax.config import Dispatch
+from moe_jax.config import (
+  Attention,
+  Config,
+  Data,
+  Dispatch,
+  Exchange,
+  GroupedMatmul,
+  Health,
+  Loss,
+  Model,
+  MoE,
+  Remat,
+  Train,
+)
+from moe_jax.config.run import to_json
 from moe_jax.errors import DamagedError, StorageError, UserError
+from moe_jax.moe import validation
 from moe_jax.storage import files, workdir
 
 UNLIMITED = math.inf  # capacity factor
@@ -38,6 +52,10 @@ def test_an_object_comes_back_as_the_file_has_it(tmp_path):
   path.write_text('{"loss": 1')
   with pytest.raises(DamagedError, match=r"eval.json is damaged .*; delete it and run eval.py"):
     workdir.read_object(path)
+
+
+def check_same_config(folder, config):
+  validation.check_same_config(folder, workdir.stored_config(folder), config)
 
 
 @pytest.mark.parametrize("name", ["a[1]/run", "a]", "a*b", "a?b", "a\\b", "a\udcffb"])
@@ -76,19 +94,19 @@ def test_a_run_goes_on_with_its_own_text_alone(tmp_path):
   workdir.check_same_data(tmp_path, {"train": "a"})  # a new run
   workdir.write_object(tmp_path / workdir.DATA, {"train": "a", "validation": "b"})
   workdir.check_same_data(tmp_path, {"validation": "b"})
-  with pytest.raises(config_lib.UserError, match="the validation text is not the one"):
+  with pytest.raises(UserError, match="the validation text is not the one"):
     workdir.check_same_data(tmp_path, {"train": "a", "validation": "c"})
 
 
 def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
-  config = config_lib.Config()
-  workdir.check_same_config(tmp_path, config)  # a new run
+  config = Config()
+  check_same_config(tmp_path, config)  # a new run
   workdir.write_config(tmp_path, config)
-  longer = dataclasses.replace(config, train=config_lib.Train(steps=7))
-  workdir.check_same_config(tmp_path, longer)
-  other = dataclasses.replace(config, loss=config_lib.Loss(z=1.0))
-  with pytest.raises(config_lib.UserError, match=r"config.loss.z=1.0 \(was 0.0\)"):
-    workdir.check_same_config(tmp_path, other)
+  longer = dataclasses.replace(config, train=Train(steps=7))
+  check_same_config(tmp_path, longer)
+  other = dataclasses.replace(config, loss=Loss(z=1.0))
+  with pytest.raises(UserError, match=r"config.loss.z=1.0 \(was 0.0\)"):
+    check_same_config(tmp_path, other)
 
 
 @pytest.mark.parametrize("field", [
@@ -96,37 +114,37 @@ def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
   "train.accumulation",
 ])  # fmt: skip
 def test_what_changes_the_values_of_a_run_may_not_change(field, tmp_path):
-  before, after = config_lib.Config(), config_lib.Config()
+  before, after = Config(), Config()
   section, name = field.split(".")
   setattr(getattr(after, section), name, getattr(getattr(after, section), name) + 1)
   workdir.write_config(tmp_path, before)
   with pytest.raises(UserError, match=f"config.{field}="):
-    workdir.check_same_config(tmp_path, after)
+    check_same_config(tmp_path, after)
 
 
 def _changed(**changes):
   """A dropless grouped model with some fields of the model or the MoE changed."""
-  moe = config_lib.MoE(
+  moe = MoE(
     num_experts=4, dispatch=Dispatch.GROUPED, capacity_factor=UNLIMITED,
     eval_capacity_factor=UNLIMITED,
   )  # fmt: skip
   fields = {f.name for f in dataclasses.fields(moe)}
   moe = dataclasses.replace(moe, **{n: v for n, v in changes.items() if n in fields})
-  model = config_lib.Model(moe=moe, **{n: v for n, v in changes.items() if n not in fields})
-  return config_lib.Config(model=model)
+  model = Model(moe=moe, **{n: v for n, v in changes.items() if n not in fields})
+  return Config(model=model)
 
 
 def test_no_character_of_a_config_changes_unnoticed(tmp_path):
   """And a file of before there were digests, or of one who has removed it, is read."""
   path = tmp_path / workdir.CONFIG
-  workdir.write_config(tmp_path, config_lib.Config())
+  workdir.write_config(tmp_path, Config())
   whole = path.read_text()
-  assert workdir.read_config(tmp_path) == config_lib.Config()
+  assert workdir.read_config(tmp_path) == Config()
   for place in range(0, len(whole), 7):
     other = "7" if whole[place] in "01234568" else "_"
     path.write_text(whole[:place] + other + whole[place + 1 :])
     with contextlib.suppress(DamagedError, UserError):
-      assert workdir.read_config(tmp_path) == config_lib.Config(), whole[place - 30 : place]
+      assert workdir.read_config(tmp_path) == Config(), whole[place - 30 : place]
   values = json.loads(whole)
   values["data"]["batch_size"] += 1
   path.write_text(json.dumps(values))
@@ -134,7 +152,7 @@ def test_no_character_of_a_config_changes_unnoticed(tmp_path):
     workdir.read_config(tmp_path)
   del values["digest"]
   path.write_text(json.dumps(values))
-  assert workdir.read_config(tmp_path).data.batch_size == config_lib.Data().batch_size + 1
+  assert workdir.read_config(tmp_path).data.batch_size == Data().batch_size + 1
 
 
 def test_no_character_of_the_alarms_moves_the_data_unnoticed(tmp_path):
@@ -160,27 +178,27 @@ def test_no_character_of_the_alarms_moves_the_data_unnoticed(tmp_path):
 
 def test_what_changes_no_value_may_change(tmp_path):
   workdir.write_config(tmp_path, _changed())
-  watched = dataclasses.replace(_changed(), health=config_lib.Health(window=7, loss_spike=0.0))
+  watched = dataclasses.replace(_changed(), health=Health(window=7, loss_spike=0.0))
   for config in (
     watched,
-    _changed(remat=config_lib.Remat.FULL),
-    _changed(attention=config_lib.Attention.REFERENCE),
-    _changed(grouped_matmul=config_lib.GroupedMatmul.RAGGED_DOT),
-    _changed(exchange=config_lib.Exchange.ALL_TO_ALL),
+    _changed(remat=Remat.FULL),
+    _changed(attention=Attention.REFERENCE),
+    _changed(grouped_matmul=GroupedMatmul.RAGGED_DOT),
+    _changed(exchange=Exchange.ALL_TO_ALL),
     *(_changed(dispatch=dispatch) for dispatch in Dispatch),  # nothing is dropped by any of them
   ):
-    workdir.check_same_config(tmp_path, config)
+    check_same_config(tmp_path, config)
 
 
 def _refuses(path, field, **changes):
-  with pytest.raises(config_lib.UserError, match=rf"config\.model\.moe\.{field}=.* \(was "):
-    workdir.check_same_config(path, _changed(**changes))
+  with pytest.raises(UserError, match=rf"config\.model\.moe\.{field}=.* \(was "):
+    check_same_config(path, _changed(**changes))
 
 
 def test_dispatchers_that_drop_are_a_pair_and_so_are_those_that_do_not(tmp_path):
   limited = {"capacity_factor": 1.25, "eval_capacity_factor": 2.0}
   workdir.write_config(tmp_path, _changed(dispatch=Dispatch.GATHER, **limited))
-  workdir.check_same_config(tmp_path, _changed(dispatch=Dispatch.EINSUM, **limited))
+  check_same_config(tmp_path, _changed(dispatch=Dispatch.EINSUM, **limited))
   for dispatch in (Dispatch.GROUPED, Dispatch.DENSE):
     _refuses(tmp_path, "dispatch", dispatch=dispatch, **limited)
   only_training = {"capacity_factor": UNLIMITED, "eval_capacity_factor": 2.0}
@@ -190,9 +208,9 @@ def test_dispatchers_that_drop_are_a_pair_and_so_are_those_that_do_not(tmp_path)
 
 def test_an_exchange_whose_buffers_can_overflow_stays(tmp_path):
   """What overflows is dropped, and all_to_all and ragged do not drop the same assignments."""
-  buffers = {"exchange": config_lib.Exchange.ALL_TO_ALL, "exchange_factor": 1.5}
+  buffers = {"exchange": Exchange.ALL_TO_ALL, "exchange_factor": 1.5}
   workdir.write_config(tmp_path, _changed(**buffers))
-  _refuses(tmp_path, "exchange", **buffers | {"exchange": config_lib.Exchange.RAGGED})
+  _refuses(tmp_path, "exchange", **buffers | {"exchange": Exchange.RAGGED})
   _refuses(tmp_path, "exchange_factor", **buffers | {"exchange_factor": 0.0})
 
 
@@ -229,17 +247,17 @@ def test_a_file_in_the_place_of_set_aside_is_one_line(tmp_path):
 
 
 def test_an_older_config_takes_defaults(tmp_path):
-  values = json.loads(config_lib.to_json(config_lib.Config()))
+  values = json.loads(to_json(Config()))
   del values["optimizer"]["name"], values["health"]
   (tmp_path / workdir.CONFIG).write_text(json.dumps(values))
-  assert workdir.read_config(tmp_path) == config_lib.Config()
-  workdir.check_same_config(tmp_path, config_lib.Config())
+  assert workdir.read_config(tmp_path) == Config()
+  check_same_config(tmp_path, Config())
 
 
 OF_BEFORE = {  # a run's fields in a config.json without a format: how its command is spelled now
   "dropless": (
     dict(dispatch="grouped", capacity_factor=0.0, eval_capacity_factor=0.0),
-    dict(dispatch=config_lib.Dispatch.GROUPED),
+    dict(dispatch=Dispatch.GROUPED),
   ),
   "no limit": (dict(capacity_factor=0.0), dict(capacity_factor=math.inf)),
   "top-1": (dict(top_k=1, renormalize=False), dict(top_k=1)),
@@ -252,10 +270,10 @@ def test_a_run_of_before_goes_on(kind, tmp_path):
   text = json.dumps({"model": {"moe": {"num_experts": 4} | before}})
   (tmp_path / workdir.CONFIG).write_text(text)
   workdir.read_config(tmp_path)
-  config = config_lib.Config()
-  config.model.moe = config_lib.MoE(num_experts=4, **now)
-  workdir.check_same_config(tmp_path, config)
-  config.model.moe.dispatch = config_lib.Dispatch.EINSUM
+  config = Config()
+  config.model.moe = MoE(num_experts=4, **now)
+  check_same_config(tmp_path, config)
+  config.model.moe.dispatch = Dispatch.EINSUM
   config.model.moe.capacity_factor = 1.5
-  with pytest.raises(config_lib.UserError, match=r"dispatch=einsum .*capacity_factor=1.5 \(was"):
-    workdir.check_same_config(tmp_path, config)
+  with pytest.raises(UserError, match=r"dispatch=einsum .*capacity_factor=1.5 \(was"):
+    check_same_config(tmp_path, config)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax.config import Router, Score
+from moe_jax.config import Model, Router, Score
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
@@ -47,7 +46,7 @@ class Letters(tokenizers.Tokenizer):
 
 @dataclasses.dataclass(eq=False)
 class Trained:
-  model: config_lib.Model  # as generation runs it: nothing drops
+  model: Model  # as generation runs it: nothing drops
   params: nnx.State
   bias_ZE: jax.Array
 

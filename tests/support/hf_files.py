@@ -5,8 +5,7 @@ import pathlib
 import jax
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax.config import QKNorm
+from moe_jax.config import Mesh, QKNorm
 from moe_jax.hf import exporting, importing
 from moe_jax.model import pattern
 from moe_jax.storage.weights import Weights
@@ -31,4 +30,4 @@ def exact_leaves():
 
 
 def plan(path, **mesh):
-  return importing.plan(str(path), config_lib.Mesh(**{"data": 1} | mesh))
+  return importing.plan(str(path), Mesh(**{"data": 1} | mesh))

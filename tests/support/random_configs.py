@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import Config, UserError
-from moe_jax.options import Choice, walk
+from moe_jax.config import Config
+from moe_jax.config.fields import Choice, walk
+from moe_jax.errors import UserError
 from tests.support.toys import toy_config
 
 # Sizes of which a step compiles in seconds. Other numbers are near their defaults.

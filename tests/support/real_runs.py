@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 
-from moe_jax import config as config_lib
+from moe_jax.config import Mesh
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import run as run_lib
@@ -92,9 +92,10 @@ def main(folder, text):
 
   import jax
 
-  from moe_jax import sharding, upcycle
+  from moe_jax import sharding
   from moe_jax.analysis import evaluation
   from moe_jax.hf import exporting, families, importing
+  from moe_jax.training import upcycle
 
   for planned in plan(folder, text)[1].runs:
     run_lib.run(planned.config, str(folder / "sweep" / planned.workdir))
@@ -104,7 +105,7 @@ def main(folder, text):
   upcycle.run(str(workdirs["dense"]), tuned, str(workdirs["upcycled"]), "copy", 0.0)
   loaded = exporting.load(str(workdirs["moe"]), 0)
   exporting.export(loaded, families.FAMILIES["mixtral"], folder / "hf")
-  made = importing.plan(str(folder / "hf"), config_lib.Mesh(data=1))
+  made = importing.plan(str(folder / "hf"), Mesh(data=1))
   made.config.data, made.config.eval = config.data, config.eval  # the text here, not 100 MB
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax.config import Priority, Router, Score
+from moe_jax.config import MoE, Priority, Router, Score
 from tests.support import oracle
 
 B, L, D, E, F = 8, 9, 6, 8, 4
@@ -32,17 +31,17 @@ ROUTINGS = {
 }
 
 
-def moe_config(name: str, *, dropless: bool = False, **fields) -> config_lib.MoE:
+def moe_config(name: str, *, dropless: bool = False, **fields) -> MoE:
   """Returns a routing as a config; expert choice has a capacity with every dispatcher."""
   routing, factor, group = ROUTINGS[name]
   factor = math.inf if dropless and name != "expert-choice" else factor
-  return config_lib.MoE(
+  return MoE(
     num_experts=E, expert_dim=F, capacity_factor=factor, eval_capacity_factor=factor,
     group_size=group, **routing | fields,
   )  # fmt: skip
 
 
-def spec(moe: config_lib.MoE) -> oracle.Spec:
+def spec(moe: MoE) -> oracle.Spec:
   return oracle.Spec(
     router="topk" if moe.router is Router.SWITCH else moe.router.value,
     top_k=moe.top_k, renormalize=moe.renormalize, score=moe.score.value, scale=moe.gate_scale,

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from moe_jax.config import UserError
 from moe_jax.data import builders, pipeline
+from moe_jax.errors import UserError
 
 S = 256  # the bytes tokenizer's separator
 SPLITS = ("train", "validation", "test")

@@ -12,10 +12,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
+from moe_jax import sharding
+from moe_jax.config import (
+  Activation,
+  Config,
+  Data,
+  Delta,
+  Latent,
+  Loss,
+  Mesh,
+  Model,
+  MoE,
+  Optimizer,
+  QKNorm,
+  RopeKind,
+  RopeScaling,
+  Train,
+)
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
+from moe_jax.moe import validation
 from moe_jax.storage import checkpoint
 from moe_jax.training import train
 
@@ -24,21 +40,21 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def mesh_of(**axes: int) -> jax.sharding.Mesh:
   """Returns a mesh of the first devices: mesh_of(expert=4, data=2)."""
-  return sharding.make_mesh(config_lib.Mesh(**{"data": 1} | axes))
+  return sharding.make_mesh(Mesh(**{"data": 1} | axes))
 
 
-def toy_config(**moe) -> config_lib.Config:
+def toy_config(**moe) -> Config:
   """Returns a config of some thousand parameters; mesh axes can be 2, data and expert also 4."""
   moe = {"num_experts": 4, "top_k": 2, "expert_dim": 18} | moe
-  return config_lib.Config(
-    model=config_lib.Model(
+  return Config(
+    model=Model(
       vocab_size=24, num_layers=2, dim=10, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=14,
-      moe=config_lib.MoE(**moe),
+      moe=MoE(**moe),
     ),
-    data=config_lib.Data(seq_len=9, batch_size=8),
-    optimizer=config_lib.Optimizer(warmup_steps=1, learning_rate=0.01),
-    train=config_lib.Train(steps=10, eval_every=5, checkpoint_every=5),
-    mesh=config_lib.Mesh(data=1),
+    data=Data(seq_len=9, batch_size=8),
+    optimizer=Optimizer(warmup_steps=1, learning_rate=0.01),
+    train=Train(steps=10, eval_every=5, checkpoint_every=5),
+    mesh=Mesh(data=1),
   )  # fmt: skip
 
 
@@ -88,7 +104,7 @@ def tokens_of(ids_BL):
 
 def set_up(config, axes):
   """Returns a mesh, a state whose routers are as uneven as learned ones, and the jitted step."""
-  config.mesh = config_lib.Mesh(**{"data": 1} | axes)
+  config.mesh = Mesh(**{"data": 1} | axes)
   validation.validate(config)
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
@@ -142,11 +158,11 @@ def build(config, seed=0):
 def with_options(model):
   """Returns a toy model with every option of its layers that is off by default."""
   return dataclasses.replace(
-    model, qk_norm=config_lib.QKNorm.WIDTH, qkv_bias=True, out_bias=True, rotary_fraction=0.67,
-    rope_scaling=config_lib.RopeScaling(
-      kind=config_lib.RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0
+    model, qk_norm=QKNorm.WIDTH, qkv_bias=True, out_bias=True, rotary_fraction=0.67,
+    rope_scaling=RopeScaling(
+      kind=RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0
     ),
-    window=4, global_every=2, sinks=True, activation=config_lib.Activation.CLAMPED_SWIGLU,
+    window=4, global_every=2, sinks=True, activation=Activation.CLAMPED_SWIGLU,
     activation_limit=0.9, attention_scale=0.7, embedding_multiplier=2.0,
     residual_multiplier=0.5, logit_multiplier=1.5,
     moe=dataclasses.replace(model.moe, shared_experts=1, shared_dim=14, shared_gate=True,
@@ -157,10 +173,10 @@ def with_options(model):
 def with_latents(model, query_dim=5):
   """Returns a toy model with latent attention, windows, and groups that are chosen by the best."""
   return dataclasses.replace(
-    model, latent=config_lib.Latent(kv_dim=7, query_dim=query_dim, rotary_dim=4, value_dim=5),
+    model, latent=Latent(kv_dim=7, query_dim=query_dim, rotary_dim=4, value_dim=5),
     head_dim=9, num_kv_heads=model.num_heads, rope_interleaved=True, window=6, global_every=2,
-    rope_scaling=config_lib.RopeScaling(
-      kind=config_lib.RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0,
+    rope_scaling=RopeScaling(
+      kind=RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0,
       mscale_all_dim=0.8,
     ),
   )  # fmt: skip
@@ -169,15 +185,15 @@ def with_latents(model, query_dim=5):
 def with_delta(model):
   """Returns a toy model in which every second layer has the delta rule in place of attention."""
   return dataclasses.replace(
-    model, delta=config_lib.Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3, conv_width=4),
-    global_every=2, attention_gate=True, norm_offset=True, qk_norm=config_lib.QKNorm.HEAD,
+    model, delta=Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3, conv_width=4),
+    global_every=2, attention_gate=True, norm_offset=True, qk_norm=QKNorm.HEAD,
     rotary_fraction=0.67, moe=dataclasses.replace(model.moe, shared_experts=1, shared_gate=True),
   )  # fmt: skip
 
 
 def biased_config(rate=0.05):
   config = toy_config(bias_update_rate=rate, capacity_factor=math.inf)
-  config.loss = config_lib.Loss(load_balance=0.0)
+  config.loss = Loss(load_balance=0.0)
   return config
 
 

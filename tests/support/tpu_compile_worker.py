@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul
+from moe_jax import sharding
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Mesh, MoE
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
+from moe_jax.moe import validation
 from moe_jax.moe.layer import on_mesh
 from moe_jax.moe.routing import LayerInputs
 from moe_jax.start import command_line
@@ -61,7 +61,7 @@ def with_gradient(loss, differentiated):
 
 
 def mesh_of(devices, data, expert):
-  mesh = config_lib.Mesh(data=data, expert=expert)
+  mesh = Mesh(data=data, expert=expert)
   return sharding.make_mesh(mesh, devices[: data * expert])
 
 
@@ -72,7 +72,7 @@ def array(mesh, shape, dtype, *axes):
 def layer(mesh, sizes=(B, L, D, F), **options):
   """Returns a loss of the MoE layer on a mesh, which has an auxiliary output, and its shapes."""
   B, L, D, F = sizes
-  moe = config_lib.MoE(num_experts=E, top_k=K, expert_dim=F, **options)
+  moe = MoE(num_experts=E, top_k=K, expert_dim=F, **options)
 
   def loss(x_BLD, logits_BLE, experts, real_BL, ids_BL, bias_E):
     inputs = LayerInputs(logits_BLE, real_BL, ids_BL, bias_E)
@@ -130,7 +130,7 @@ def split_steps():
   devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
   found = {}
   for fsdp, expert in ((8, 8), (16, 4), (32, 2), (64, 1)):
-    mesh = config_lib.Mesh(data=1, fsdp=fsdp, expert=expert)
+    mesh = Mesh(data=1, fsdp=fsdp, expert=expert)
     hlo = compile_config(dataclasses.replace(SPLIT, mesh=mesh), devices)
     found[f"{fsdp}x{expert}"] = {k: sorted(v) for k, v in collectives(hlo).items()}
   return found

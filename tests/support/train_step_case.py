@@ -9,22 +9,21 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import Attention, Dtype
+from moe_jax.config import Attention, Config, Data, Dtype, Mesh, Model, MoE, Remat
 from moe_jax.data import pipeline
 from moe_jax.storage import checkpoint
 from moe_jax.training import train
 
 LENGTH = 1152  # a multiple of 128 that is no other size, and no product of other sizes
-_CONFIG = config_lib.Config(
-  model=config_lib.Model(
+_CONFIG = Config(
+  model=Model(
     vocab_size=512, num_layers=2, dim=256, num_heads=4, num_kv_heads=2, head_dim=128,
     compute_dtype=Dtype.BFLOAT16,
-    moe=config_lib.MoE(num_experts=4, expert_dim=128, capacity_factor=1.25),
+    moe=MoE(num_experts=4, expert_dim=128, capacity_factor=1.25),
   ),
-  data=config_lib.Data(seq_len=LENGTH, batch_size=4),
-  mesh=config_lib.Mesh(data=1, expert=2, tensor=2),
+  data=Data(seq_len=LENGTH, batch_size=4),
+  mesh=Mesh(data=1, expert=2, tensor=2),
 )  # fmt: skip
 
 
@@ -34,7 +33,7 @@ def compile_step(devices: Sequence[jax.Device], attention: str) -> str:
   return compile_config(dataclasses.replace(_CONFIG, model=model), devices[:4])
 
 
-def compile_config(config: config_lib.Config, devices: Sequence[jax.Device]) -> str:
+def compile_config(config: Config, devices: Sequence[jax.Device]) -> str:
   """Returns the optimized HLO of a config's step on these devices."""
   mesh = sharding.make_mesh(config.mesh, devices)
   with jax.set_mesh(mesh):
@@ -49,14 +48,14 @@ def compile_config(config: config_lib.Config, devices: Sequence[jax.Device]) -> 
 
 # A step whose weights are split over all 64 devices of a slice. 2048 / 64 is less than a row of a
 # vector register, along which XLA gathers and scatters nothing.
-SPLIT = config_lib.Config(
-  model=config_lib.Model(
+SPLIT = Config(
+  model=Model(
     vocab_size=1024, num_layers=2, dim=2048, num_heads=8, num_kv_heads=8, head_dim=128,
-    tied_head=False, compute_dtype=Dtype.BFLOAT16, remat=config_lib.Remat.FULL,
+    tied_head=False, compute_dtype=Dtype.BFLOAT16, remat=Remat.FULL,
     attention=Attention.REFERENCE,
-    moe=config_lib.MoE(num_experts=8, expert_dim=512, capacity_factor=1.25),
+    moe=MoE(num_experts=8, expert_dim=512, capacity_factor=1.25),
   ),
-  data=config_lib.Data(seq_len=256, batch_size=64),
+  data=Data(seq_len=256, batch_size=64),
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax.config.run import to_json
 from moe_jax.errors import DamagedError, StorageError, UserError
 from moe_jax.start import command_line
 from tests.support.disks import small_disk
@@ -97,7 +97,7 @@ def test_without_its_record_a_sweep_finds_the_finished_runs(fake):
   """As the message about a damaged record says."""
   before = fake.sweep(TWO)
   base = command_line.load_file("configs/debug.py")
-  (OUT / "base/seed0/config.json").write_text(config_lib.to_json(base))
+  (OUT / "base/seed0/config.json").write_text(to_json(base))
   (OUT / "sweep.json").rename("moved")
   after = fake.sweep(TWO, names=["base"])
   assert after.code == 0 and after.logs["base"] == before.logs["base"]

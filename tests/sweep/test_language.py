@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from moe_jax.sweep import arm, match, product, zipped
 
 FIRST = [arm("a", {"train.steps": 1}), arm("b", {"train.steps": 2}, notes="two")]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax.config import Router, UserError
+from moe_jax.config import Loss, MoE, Router
+from moe_jax.config.fields import flatten
+from moe_jax.errors import UserError
 from moe_jax.model import cost, feedforward
 from moe_jax.moe import layer
 from moe_jax.start import command_line
@@ -76,11 +77,11 @@ def test_the_twin_differs_only_where_it_must(name):
   config = reference(name)
   config.loss.z = 1e-4
   twin = match("dense", by="active_params")(config)
-  before, after = config_lib.flatten(config), config_lib.flatten(twin)
+  before, after = flatten(config), flatten(twin)
   changed = {n for n in before if before[n] != after[n] and not n.startswith("model.moe.")}
   assert changed <= {"model.ffn_dim", "loss.load_balance", "loss.router_z"}
-  assert twin.model.moe == config_lib.MoE() and not twin.model.moe.num_experts
-  assert twin.loss == config_lib.Loss(load_balance=0.0, router_z=0.0, z=1e-4)
+  assert twin.model.moe == MoE() and not twin.model.moe.num_experts
+  assert twin.loss == Loss(load_balance=0.0, router_z=0.0, z=1e-4)
   assert config == reference(name) or config.loss.z  # the reference is not changed in place
   assert config.model.moe.num_experts
 
@@ -118,7 +119,7 @@ def test_finer_experts_by_hand(by):
   assert twin.model.moe.expert_dim == round((before * 192 + (8 - 16) / 3) / used)
   assert twin.model.moe.num_experts == 16 and twin.model.moe.shared_experts == 1
   assert "moe twin by" in note
-  rest = command_line.override(twin, {f"model.moe.{n}": v for n, v in config_lib.flatten(
+  rest = command_line.override(twin, {f"model.moe.{n}": v for n, v in flatten(
     config.model.moe).items()}, "")  # fmt: skip
   assert rest == config
 

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax.config import UserError
+from moe_jax.errors import UserError
 from tests.support.sweeps import TWO, make, write_sweep
 from tests.support.toys import ROOT, slow_unless
 

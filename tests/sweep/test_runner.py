@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_jax import config as config_lib
 from moe_jax import report
+from moe_jax.config.run import to_json
 from moe_jax.errors import BusyError
 from moe_jax.start import command_line
 from moe_jax.sweep import runner
@@ -113,7 +113,7 @@ def test_a_finished_run_without_a_record_is_left_alone_unless_its_config_has_cha
   before = fake.sweep("[arm('a')]")
   assert before.code == 0
   config = command_line.load_file("configs/debug.py")
-  pathlib.Path("out/a/seed0/config.json").write_text(config_lib.to_json(config))
+  pathlib.Path("out/a/seed0/config.json").write_text(to_json(config))
   pathlib.Path("out/sweep.json").unlink()
   same = fake.sweep("[arm('a')]")
   assert same.code == 0 and same.logs == before.logs

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax.config import OnAlarm, OnNonfinite
+from moe_jax.config import Health, OnAlarm, OnNonfinite, QKNorm
 from moe_jax.model import cost
 from moe_jax.moe import counts
 from moe_jax.training import health, metrics
@@ -54,7 +53,7 @@ def test_moe_metrics_by_hand():
 def test_gradient_norms_by_group():
   """Every parameter of a model with all kinds of them is in the group that its name says."""
   config = toy_config(first_dense=1, shared_experts=1)
-  config.model.tied_head, config.model.qk_norm = False, config_lib.QKNorm.HEAD
+  config.model.tied_head, config.model.qk_norm = False, QKNorm.HEAD
   groups = {}
   for path in cost.parameters(config.model):
     groups.setdefault(metrics.parameter_group(path[-1]), set()).add(path[-1])
@@ -75,7 +74,7 @@ def test_gradient_norms_by_group():
 
 def monitor(tmp_path, resume_step=0, **limits):
   config = toy_config()
-  config.health = config_lib.Health(window=4, patience=3, **limits)
+  config.health = Health(window=4, patience=3, **limits)
   watch = health.Monitor(config, [1, 3], tmp_path, resume_step)
   return lambda step, values: watch(step, values, lambda step: [10 * step, 10 * step + 1])
 

@@ -13,10 +13,21 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
 from moe_jax.analysis import evaluation
-from moe_jax.config import OptimizerName, UserError
+from moe_jax.config import (
+  Config,
+  Data,
+  Eval,
+  Mesh,
+  Model,
+  MoE,
+  Optimizer,
+  OptimizerName,
+  Remat,
+  Train,
+)
+from moe_jax.errors import UserError
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import init_from, train
@@ -27,22 +38,22 @@ from tests.support.scripts import refused as refused_script
 
 def config_of(text, num_experts=4, learning_rate=0.01, steps=4, **mesh):
   """A model of some thousand parameters for bytes, on the eight simulated devices."""
-  return config_lib.Config(
-    model=config_lib.Model(
+  return Config(
+    model=Model(
       num_layers=2, dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24,
-      moe=config_lib.MoE(num_experts=num_experts, expert_dim=16, bias_update_rate=0.01),
+      moe=MoE(num_experts=num_experts, expert_dim=16, bias_update_rate=0.01),
     ),
-    data=config_lib.Data(
+    data=Data(
       name="text", path=str(text), seq_len=16, batch_size=8
     ),
-    optimizer=config_lib.Optimizer(
+    optimizer=Optimizer(
       warmup_steps=0, learning_rate=learning_rate, weight_decay=0.0
     ),
-    train=config_lib.Train(
+    train=Train(
       steps=steps, eval_every=2, checkpoint_every=2, keep_latest=2, log_every=1
     ),
-    eval=config_lib.Eval(batches=1),
-    mesh=config_lib.Mesh(**mesh),
+    eval=Eval(batches=1),
+    mesh=Mesh(**mesh),
   )  # fmt: skip
 
 
@@ -187,7 +198,7 @@ def test_another_model_of_the_same_shapes_is_refused_unless_it_is_named(moe_run,
   """Kernels, and what is done in training alone, make no other model."""
   config = config_of(text)
   config.model.rope_base, config.model.moe.top_k = 500.0, 1
-  config.model.remat = config_lib.Remat.FULL
+  config.model.remat = Remat.FULL
   config.model.moe.jitter, config.model.moe.bias_update_rate = 0.1, 0.0
   named = ["model.rope_base", "model.moe.top_k"]
 
@@ -239,7 +250,7 @@ class Saved(NamedTuple):
 )
 def test_the_best_step_has_a_loss_that_is_a_number(tmp_path, losses, kept, best):
   """inf is the loss of a step that was saved without an evaluation; nan that of a broken model."""
-  keep = config_lib.Train(keep_latest=1, keep_best=1)
+  keep = Train(keep_latest=1, keep_best=1)
   # Closed also where an assertion fails: Python would wait for Orbax's threads for minutes.
   with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep)) as saver:
     assert saver.best_step() is None

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import BalanceScope
+from moe_jax.config import BalanceScope, Loss
 from moe_jax.moe import counts
 from moe_jax.training import losses
 from tests.support.toys import set_up, toy_batch, toy_config
@@ -46,7 +45,7 @@ def test_a_loss_of_weight_zero_is_logged_only(name):
 
   def total(x, weight):
     made = sums._replace(z=x) if name == "z" else sums._replace(moe=stats._replace(**{source: x}))
-    others = config_lib.Loss(**(dict(load_balance=0.1, router_z=0.1) | {name: weight}))
+    others = Loss(**(dict(load_balance=0.1, router_z=0.1) | {name: weight}))
     all_losses = losses.total(made, others, 1)
     return all_losses.total, all_losses
 
@@ -61,7 +60,7 @@ def test_a_lost_statistic_raises():
   stats = counts.zeros(1, 4, 1)
   sums = losses.sums(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), stats)
   with pytest.raises(ValueError, match="1 of 2 MoE layers"):
-    losses.total(sums, config_lib.Loss(), num_moe_layers=2)
+    losses.total(sums, Loss(), num_moe_layers=2)
 
 
 class Rows(NamedTuple):
@@ -105,7 +104,7 @@ def test_scopes_do_not_depend_on_the_mesh(scope):
   values = []
   for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):
     config = toy_config()
-    config.loss = config_lib.Loss(load_balance=1.0, balance_scope=scope)
+    config.loss = Loss(load_balance=1.0, balance_scope=scope)
     config.train.accumulation = accumulation
     mesh, state, step = set_up(config, axes)
     with jax.set_mesh(mesh):
@@ -125,7 +124,7 @@ def test_cross_entropy_by_hand():
   np.testing.assert_allclose(sums.nll, -np.log(0.5) - np.log(0.8), rtol=1e-6)
   np.testing.assert_allclose(sums.z, 2 * 2.0**2, rtol=1e-6)  # logsumexp of each is 2
   assert sums.targets == 2
-  total = losses.total(sums, config_lib.Loss(z=0.5), num_moe_layers=0)
+  total = losses.total(sums, Loss(z=0.5), num_moe_layers=0)
   np.testing.assert_allclose(total.cross_entropy, sums.nll / 2, rtol=1e-6)
   np.testing.assert_allclose(total.total, sums.nll / 2 + 0.5 * 4, rtol=1e-6)
 
@@ -137,7 +136,7 @@ def test_weighted_losses_by_hand():
     prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
   )  # fmt: skip
   uniform = losses.sums(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool), stats)
-  weights = config_lib.Loss(load_balance=0.1, router_z=0.01, importance=0.2)
+  weights = Loss(load_balance=0.1, router_z=0.01, importance=0.2)
   found = losses.total(uniform._replace(nll=jnp.array(6.0)), weights, 1)
   assert float(found.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P
   assert float(found.router_z) == pytest.approx(2.0)

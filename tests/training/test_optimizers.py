@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
-from moe_jax.config import OptimizerName
+from moe_jax.config import Optimizer, OptimizerName, Schedule
 from moe_jax.model import cost
 from moe_jax.training import optimizers, train
 from tests.support.toys import (
@@ -29,7 +28,7 @@ STACKED = {  # name: shape, with the layers Z before the letters
 
 
 def settings(name, **more):
-  return config_lib.Optimizer(name=name, warmup_steps=1, clip_norm=0.0, **more)
+  return Optimizer(name=name, warmup_steps=1, clip_norm=0.0, **more)
 
 
 def draw(shapes, seed):
@@ -73,7 +72,7 @@ def matrices(name, stack):
 
 @pytest.mark.parametrize("axes", slow_unless(MESHES[1:], MESHES))
 def test_muon_updates_each_expert_as_if_it_were_alone(axes):
-  optimizer = settings(OptimizerName.MUON, weight_decay=0.0, schedule=config_lib.Schedule.CONSTANT)
+  optimizer = settings(OptimizerName.MUON, weight_decay=0.0, schedule=Schedule.CONSTANT)
   steps = [draw(STACKED, 1), draw(STACKED, 2)]
   first, second = updates_of(optimizer, draw(STACKED, 0), steps, axes)
   beta, rate = 0.95, optimizer.learning_rate
@@ -151,9 +150,7 @@ MANY = {"up_EDF": (2, 130, 6, 256), "down_EFD": (2, 130, 140, 128), "router_DE":
 
 def test_adafactor_updates_each_of_many_experts_as_if_it_were_alone():
   """By its own row and column, or its own entries; a router is one matrix."""
-  optimizer = settings(
-    OptimizerName.ADAFACTOR, weight_decay=0.0, schedule=config_lib.Schedule.CONSTANT
-  )
+  optimizer = settings(OptimizerName.ADAFACTOR, weight_decay=0.0, schedule=Schedule.CONSTANT)
   # Smaller ones after the first, so that nothing is clipped: a clip is over all of a parameter.
   steps = [draw(MANY, 1), {name: 0.1 * grad for name, grad in draw(MANY, 2).items()}]
   params = draw(MANY, 0)
@@ -288,16 +285,14 @@ def test_bias_update_by_hand():
   ],
 )
 def test_schedules_by_hand(schedule, expected):
-  settings = config_lib.Optimizer(
-    learning_rate=1.0, warmup_steps=10, schedule=config_lib.Schedule(schedule)
-  )
+  settings = Optimizer(learning_rate=1.0, warmup_steps=10, schedule=Schedule(schedule))
   rate = optimizers.schedule(settings, steps=100)
   for step, value in expected.items():
     assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
 
 
 def test_a_huge_gradient_is_clipped_to_norm_1():
-  clipped, params = config_lib.Optimizer(clip_norm=1.0), draw(STACKED, 0)
+  clipped, params = Optimizer(clip_norm=1.0), draw(STACKED, 0)
   transform = optimizers.make_optimizer(clipped, 10)
   huge = {name: 1e6 * np.ones_like(weight) for name, weight in params.items()}
   _, state = jax.jit(lambda p: transform.update(huge, transform.init(p), p))(params)

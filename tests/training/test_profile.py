@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax.config import Config, Data, Eval, Model, Optimizer, Train
+from moe_jax.errors import UserError
 from moe_jax.training import profiling
 from moe_jax.training import run as run_lib
 
@@ -20,7 +21,7 @@ from moe_jax.training import run as run_lib
   ],
 )
 def test_a_window_outside_the_run_is_one_line(text, said):
-  with pytest.raises(config_lib.UserError, match=f"--profile={text}: .*{said}"):
+  with pytest.raises(UserError, match=f"--profile={text}: .*{said}"):
     profiling.parse(text, 20)
 
 
@@ -60,14 +61,14 @@ def test_a_run_leaves_a_trace_of_its_steps(tmp_path, capsys):
   (tmp_path / "text").mkdir()
   for n in range(40):
     (tmp_path / "text" / f"{n}.txt").write_text(f"document {n} is about the number {n}. " * 40)
-  config = config_lib.Config(
-    model=config_lib.Model(num_layers=1, dim=8, num_heads=1, num_kv_heads=1, head_dim=8, ffn_dim=8),
-    data=config_lib.Data(
+  config = Config(
+    model=Model(num_layers=1, dim=8, num_heads=1, num_kv_heads=1, head_dim=8, ffn_dim=8),
+    data=Data(
       name="text", path=str(tmp_path / "text"), seq_len=16, batch_size=8
     ),
-    optimizer=config_lib.Optimizer(warmup_steps=0),
-    train=config_lib.Train(steps=5, eval_every=5, checkpoint_every=5),
-    eval=config_lib.Eval(batches=1),
+    optimizer=Optimizer(warmup_steps=0),
+    train=Train(steps=5, eval_every=5, checkpoint_every=5),
+    eval=Eval(batches=1),
   )  # fmt: skip
   run_lib.run(config, str(tmp_path / "run"), profile="3:4")
   (trace,) = (tmp_path / "run/profile/plugins/profile").glob("*/*.xplane.pb")

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax.config import OnNonfinite
+from moe_jax.config import Config, Data, Eval, Health, Model, MoE, OnNonfinite, Optimizer, Train
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, losses, optimizers, replay
@@ -39,18 +38,18 @@ def own_cache(cache, monkeypatch):
 
 
 def config_of(text, steps=40, every=8, **health):
-  return config_lib.Config(
-    model=config_lib.Model(
+  return Config(
+    model=Model(
       num_layers=1, dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffn_dim=12,
-      moe=config_lib.MoE(num_experts=4, expert_dim=8, jitter=0.1),
+      moe=MoE(num_experts=4, expert_dim=8, jitter=0.1),
     ),
-    data=config_lib.Data(name="text", path=str(text), seq_len=16, batch_size=8),
-    optimizer=config_lib.Optimizer(warmup_steps=0),
-    train=config_lib.Train(
+    data=Data(name="text", path=str(text), seq_len=16, batch_size=8),
+    optimizer=Optimizer(warmup_steps=0),
+    train=Train(
       steps=steps, eval_every=every, checkpoint_every=every, log_every=1, keep_latest=9
     ),
-    eval=config_lib.Eval(batches=1),
-    health=config_lib.Health(**health),
+    eval=Eval(batches=1),
+    health=Health(**health),
   )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config as config_lib
 from moe_jax import sharding
+from moe_jax.config import Loss, OnNonfinite, Remat, Router
 from moe_jax.training import health, train
 from tests.support.toys import (
   biased_config,
@@ -66,7 +66,7 @@ def compare(got, want, atol):
 def weighty_config(accumulation=1):
   """Balance and z-losses heavy enough that an error in them shows."""
   config = toy_config(capacity_factor=0.8)
-  config.loss = config_lib.Loss(load_balance=1.0, router_z=0.1, z=0.1)
+  config.loss = Loss(load_balance=1.0, router_z=0.1, z=0.1)
   config.train.accumulation = accumulation
   return config
 
@@ -189,7 +189,7 @@ E, D, F = 4, 10, 18  # of the toy config
 
 @pytest.mark.parametrize(
   ("remat", "count"),
-  [(config_lib.Remat.NONE, 4), pytest.param(config_lib.Remat.FULL, 6, marks=pytest.mark.slow)],
+  [(Remat.NONE, 4), pytest.param(Remat.FULL, 6, marks=pytest.mark.slow)],
 )
 def test_tokens_travel_to_the_experts_which_stay_where_they_are(remat, count):
   """2 forward and 2 backward, 2 more under full remat (the scanned body stands for each layer)."""
@@ -202,7 +202,7 @@ def test_tokens_travel_to_the_experts_which_stay_where_they_are(remat, count):
 @pytest.mark.slow
 def test_fsdp_gathers_but_not_over_expert():
   """With an fsdp axis the experts' D is gathered, E is not: 1 of 4 experts on each device."""
-  sizes = gathered_sizes(compiled_text(config_lib.Remat.NONE, "fsdp2-expert4"))
+  sizes = gathered_sizes(compiled_text(Remat.NONE, "fsdp2-expert4"))
   assert [D, F] in sizes, "expected all-gathers of one expert's D x F"
   assert not any({E, D, F} <= set(size) for size in sizes)
 
@@ -221,7 +221,7 @@ def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
   """From the loads of all devices and microbatches, once, also under rematerialisation."""
   config = biased_config()
   config.train.accumulation = accumulation
-  config.model.remat = config_lib.Remat(remat)
+  config.model.remat = Remat(remat)
   mesh, state, step = set_up(config, axes)
   batch = toy_batch(config)
   with jax.set_mesh(mesh):
@@ -250,7 +250,7 @@ def test_bias_balances_the_load():
 
 def test_every_step_and_every_microbatch_draws_noise_of_its_own():
   """All rows are equal, so that two microbatches of one noise would make all counts even."""
-  config = toy_config(router=config_lib.Router.RANDOM)
+  config = toy_config(router=Router.RANDOM)
   config.loss.load_balance, config.train.accumulation = 0.0, 2
   mesh, state, step = set_up(config, {})
   batch = jax.tree.map(lambda x_BL: np.tile(x_BL[:1], (8, 1)), toy_batch(config))
@@ -266,7 +266,7 @@ def test_every_step_and_every_microbatch_draws_noise_of_its_own():
 def test_a_step_skips_what_its_alarm_calls_skipped(size, tmp_path):
   """Logits of 1e18 have a sum of squares beyond float32; loss, gradient and weights are finite."""
   config = toy_config()
-  config.loss.router_z, config.health.on_nonfinite = 0.0, config_lib.OnNonfinite.SKIP
+  config.loss.router_z, config.health.on_nonfinite = 0.0, OnNonfinite.SKIP
   mesh, state, step = set_up(config, {})
   normal = jax.tree_util.tree_map_with_path(
     lambda path, leaf: (

@@ -1,6 +1,6 @@
 """Every field of a config and every word that it can take, as text and as docs/config.md:
 
-python -m moe_jax.config_docs > docs/config.md
+python -m moe_jax.config.docs > docs/config.md
 """
 
 import inspect
@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from moe_jax.config import Config
-from moe_jax.options import LARGEST_INT, Choice, spelled, walk
+from moe_jax.config.fields import LARGEST_INT, Choice, spelled, walk
+from moe_jax.config.run import Config
 
 
 class Row(NamedTuple):
@@ -59,8 +59,8 @@ def markdown() -> str:
     "`train.py --config=FILE --diff` prints where a config differs from these defaults. An",
     f"integer is at most {LARGEST_INT}, where its row does not say otherwise.",
     "",
-    "This page is written by `python -m moe_jax.config_docs > docs/config.md` from",
-    "[`config.py`](../moe_jax/config.py) and [`options.py`](../moe_jax/options.py).",
+    "This page is written by `python -m moe_jax.config.docs > docs/config.md` from",
+    "[`moe_jax/config`](../moe_jax/config).",
   ]
   kinds: dict[type[Choice], None] = {}
   for name, about, rows in sections():

@@ -1,12 +1,12 @@
 """docs/config.md is written from the config and is not out of date."""
 
-from moe_jax import config_docs
 from moe_jax.config import Dispatch
+from moe_jax.config import docs as config_docs
 from tests.support.toys import ROOT
 
 
 def test_the_page_is_fresh():
-  stale = "stale: python -m moe_jax.config_docs > docs/config.md"
+  stale = "stale: python -m moe_jax.config.docs > docs/config.md"
   assert (ROOT / "docs/config.md").read_text() == config_docs.markdown(), stale
 
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, upcycle
-from moe_jax.config import Dispatch, Router, UserError
+from moe_jax import sharding
+from moe_jax.config import Dispatch, MoE, Router, Score
+from moe_jax.errors import UserError
 from moe_jax.model import pattern, transformer
-from moe_jax.training import train
+from moe_jax.training import train, upcycle
 from tests.support.real_runs import RUNS, real_runs
 from tests.support.scripts import call, python, refused
 from tests.support.toys import (
@@ -33,7 +33,7 @@ def dense_config():
 def moe_config(**fields):
   config = dense_config()
   fields = dict(num_experts=4, top_k=2, expert_dim=FFN, dispatch=Dispatch.GROUPED) | fields
-  config.model.moe = config_lib.MoE(**fields)
+  config.model.moe = MoE(**fields)
   return config
 
 
@@ -74,7 +74,7 @@ SAME = {
   "halves": (dict(num_experts=8, top_k=4, expert_dim=FFN // 2), {}),
   "thirds, one copy": (dict(num_experts=3, top_k=3, expert_dim=FFN // 3), {}),
   "scaled gates": (dict(num_experts=6, top_k=3, expert_dim=FFN // 3, gate_scale=2.5), {}),
-  "sigmoid": (dict(score=config_lib.Score.SIGMOID), {}),
+  "sigmoid": (dict(score=Score.SIGMOID), {}),
   "every second layer": (dict(every=2), {}),
   "halves on a mesh": (dict(num_experts=8, top_k=4, expert_dim=FFN // 2), dict(expert=4)),
   "a mesh of all axes": (dict(), dict(expert=2, fsdp=2, tensor=2)),
@@ -158,7 +158,7 @@ def test_it_trains():
 
 REFUSED = {
   "experts already": (lambda d, m: setattr(d, "moe", m.moe), "name a dense run"),
-  "no experts": (lambda d, m: setattr(m, "moe", config_lib.MoE()), "num_experts=0"),
+  "no experts": (lambda d, m: setattr(m, "moe", MoE()), "num_experts=0"),
   "shared": (lambda d, m: setattr(m.moe, "shared_experts", 1), "shared_experts=1"),
   "another width": (lambda d, m: setattr(m, "num_layers", 4), "config.model.num_layers=4"),
   "no divisor": (lambda d, m: setattr(m.moe, "expert_dim", 10), "expert_dim=10 does not divide"),
@@ -202,7 +202,7 @@ def test_by_command_and_then_trained(shared_folder, tmp_path):
     "--config.model.moe.expert_dim=16", "--config.model.moe.dispatch=grouped",
   ]  # fmt: skip
   up = f"--workdir={tmp_path / 'up'}"
-  done = python("-m", "moe_jax.upcycle", f"--from={dense}", *moe, up)
+  done = python("-m", "moe_jax.training.upcycle", f"--from={dense}", *moe, up)
   assert not done.returncode, done.stderr
   assert "one of 2 parts" in done.stdout and "what that run does, to rounding" in done.stdout
   new = f"--workdir={tmp_path / 'moe'}"

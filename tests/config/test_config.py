@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import Dispatch, QKNorm
-from moe_jax.options import Choice, walk
+from moe_jax import sharding
+from moe_jax.config import Config, Dispatch, Mesh, QKNorm
+from moe_jax.config.fields import Choice, flatten, walk
+from moe_jax.config.run import from_json, to_json
+from moe_jax.errors import UserError
+from moe_jax.moe import validation
 from moe_jax.start import command_line
 from tests.support.toys import ROOT, lower_step, set_up, slow_unless, toy_batch, toy_config
 
@@ -30,7 +32,7 @@ def load(name):
 def test_every_config_validates_and_survives_json(name):
   config = load(name)
   validation.validate(config)
-  assert config_lib.from_json(config_lib.to_json(config)) == config
+  assert from_json(to_json(config)) == config
   doc = importlib.import_module(f"configs.{name}").__doc__
   for heading in ("Question", "Command", "Hardware", "Time", "Expect"):
     assert f"\n{heading}  " in doc, f"configs/{name}.py does not state {heading}"
@@ -43,11 +45,11 @@ def test_the_shipped_configs_are_there():
 
 def test_no_limit_is_strict_json():
   config = toy_config(capacity_factor=math.inf)
-  text = config_lib.to_json(config)
+  text = to_json(config)
   values = json.loads(text, parse_constant=pytest.fail)  # Infinity, NaN
   assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 4
-  assert config_lib.from_json(text) == config
-  assert config_lib.flatten(config)["model.moe.capacity_factor"] == "inf"
+  assert from_json(text) == config
+  assert flatten(config)["model.moe.capacity_factor"] == "inf"
 
 
 def stored(number, **moe):
@@ -57,40 +59,40 @@ def stored(number, **moe):
 def test_a_stored_config_of_before_means_what_it_meant():
   """Format 0 has no number, and a capacity factor of 0 was no limit."""
   fields = dict(num_experts=4, capacity_factor=0.0, eval_capacity_factor=2.0)
-  moe = config_lib.from_json(stored(0, **fields)).model.moe
+  moe = from_json(stored(0, **fields)).model.moe
   assert (moe.capacity_factor, moe.eval_capacity_factor) == (math.inf, 2.0)
-  moe = config_lib.from_json(stored(1, **fields)).model.moe
+  moe = from_json(stored(1, **fields)).model.moe
   assert moe.capacity_factor == 0.0  # which validate() refuses
-  with pytest.raises(config_lib.UserError, match="of format 5, made by a newer moe_jax"):
-    config_lib.from_json(stored(5, **fields))
+  with pytest.raises(UserError, match="of format 5, made by a newer moe_jax"):
+    from_json(stored(5, **fields))
 
 
 def test_the_norms_of_latents_had_the_epsilon_of_the_others():
   stored = {"model": {"norm_eps": 1e-5, "latent": {"kv_dim": 8}}}
-  model = config_lib.from_json(json.dumps({"format": 3} | stored)).model
+  model = from_json(json.dumps({"format": 3} | stored)).model
   assert model.latent.norm_eps == model.norm_eps == 1e-5
-  assert config_lib.from_json(json.dumps({"format": 4} | stored)).model.latent.norm_eps == 1e-6
+  assert from_json(json.dumps({"format": 4} | stored)).model.latent.norm_eps == 1e-6
 
 
 @pytest.mark.parametrize(("word", "meant"), [(True, QKNorm.HEAD), (False, QKNorm.NONE)])
 def test_a_stored_norm_of_queries_and_keys_was_a_bool(word, meant):
   text = json.dumps({"format": 2, "model": {"qk_norm": word}})
-  assert config_lib.from_json(text).model.qk_norm is meant
+  assert from_json(text).model.qk_norm is meant
 
 
 def test_a_stored_cache_folder_is_dropped():
   """Programs in the cache are run, so a workdir from elsewhere must not name it."""
   config = toy_config()
-  values = json.loads(config_lib.to_json(config))
+  values = json.loads(to_json(config))
   values["data"]["cache_dir"] = "/tmp/elsewhere"
   for number in (0, 1):
-    assert config_lib.from_json(json.dumps(values | {"format": number})) == config
-  with pytest.raises(config_lib.UserError, match=r"no field config.data.cache_dir; .*--cache_dir"):
-    config_lib.from_json(json.dumps(values))
+    assert from_json(json.dumps(values | {"format": number})) == config
+  with pytest.raises(UserError, match=r"no field config.data.cache_dir; .*--cache_dir"):
+    from_json(json.dumps(values))
 
 
 def test_an_int_becomes_a_float_where_one_belongs():
-  config = config_lib.from_json('{"loss": {"z": 1}, "train": {"steps": 2}}')
+  config = from_json('{"loss": {"z": 1}, "train": {"steps": 2}}')
   config.model.moe.capacity_factor = 2
   config.loss = dataclasses.replace(config.loss, load_balance=0)
   for value in (config.loss.z, config.model.moe.capacity_factor, config.loss.load_balance):
@@ -100,7 +102,7 @@ def test_an_int_becomes_a_float_where_one_belongs():
 
 def test_every_field_says_what_it_is():
   """What docs/config.md and --help are made of, and the bounds that validate() checks."""
-  for name, field, default in walk(config_lib.Config()):
+  for name, field, default in walk(Config()):
     assert field.metadata["help"].endswith("."), name
     bounds = field.metadata["bounds"]
     if field.type in (int, float):
@@ -117,21 +119,24 @@ def test_a_word_is_a_value_with_a_meaning():
 
 
 def test_unknown_field_in_json():
-  text = config_lib.to_json(toy_config()).replace('"top_k"', '"topk"')
-  with pytest.raises(config_lib.UserError, match=r"topk; the nearest is config.model.moe.top_k"):
-    config_lib.from_json(text)
+  text = to_json(toy_config()).replace('"top_k"', '"topk"')
+  with pytest.raises(UserError, match=r"topk; the nearest is config.model.moe.top_k"):
+    from_json(text)
 
 
 def test_what_needs_no_jax():
   """peer_worker, so that its tests are fast, and no process is blind while it imports jax."""
-  modules = [f"moe_jax.{m}" for m in ("config_docs", "command_line", "validation", "workdir")]
+  modules = [
+    f"moe_jax.{m}"
+    for m in ("config.docs", "config.checks", "start.command_line", "storage.workdir")
+  ]
   modules += ["moe_jax.report", "tests.support.peer_worker"]
   code = f"import sys; sys.modules['jax'] = None; import {', '.join(modules)}"
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_no_field_is_optional():
-  for section in command_line.sections(config_lib.Config()):
+  for section in command_line.sections(Config()):
     for field in dataclasses.fields(section[1]):
       assert isinstance(field.type, type), field
 
@@ -151,7 +156,7 @@ def shrink(config):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_every_config_can_be_traced(name):
   config = shrink(load(name))
-  config.mesh = config_lib.Mesh(data=8)
+  config.mesh = Mesh(data=8)
   lower_step(config)
 
 

@@ -1,6 +1,7 @@
 """Makes an MoE model of a dense run's weights (sparse upcycling, 2212.05055):
 
-python -m moe_jax.upcycle --from=W_DENSE[:STEP] --config=FILE --workdir=W [--method=copy|noise|drop]
+python -m moe_jax.training.upcycle --from=W_DENSE[:STEP] --config=FILE --workdir=W
+    [--method=copy|noise|drop]
 python train.py --config=FILE --workdir=W_MOE --init_from=W
 
 Every expert begins as the dense feed-forward. Where an expert is n times narrower than it, the
@@ -25,12 +26,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config as config_lib
-from moe_jax import sharding, validation
-from moe_jax.config import Config, Model, UserError
+from moe_jax import sharding
+from moe_jax.config import Config, Model
+from moe_jax.config.run import other_model
 from moe_jax.data import tokenizers
+from moe_jax.errors import UserError
 from moe_jax.model import pattern, transformer
-from moe_jax.moe import dispatch, routers, routing
+from moe_jax.moe import dispatch, routers, routing, validation
 from moe_jax.start import command_line, startup
 from moe_jax.storage import weights as weights_lib
 from moe_jax.storage import workdir as workdir_lib
@@ -56,7 +58,7 @@ def check(dense: Model, model: Model) -> int:
       f"config.model.moe.shared_experts={moe.shared_experts}: a shared expert beside copies of the "
       "feed-forward would count it twice; set shared_experts=0"
     )
-  other = config_lib.other_model(dense, model, "dense")
+  other = other_model(dense, model, "dense")
   free = ("model.moe.", "model.ffn_dim")
   words = [text for name, text in other.items() if not name.startswith(free)]
   if words:
@@ -215,7 +217,7 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
 def main() -> None:
   """Reads the command line."""
   parser = argparse.ArgumentParser(
-    prog="python -m moe_jax.upcycle", description=__doc__, allow_abbrev=False,
+    prog="python -m moe_jax.training.upcycle", description=__doc__, allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   parser.add_argument("--from", dest="source", required=True, help="a dense run: WORKDIR[:STEP]")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.options import (
+from moe_jax.config.choices import (
   Activation,
   Attention,
   Dispatch,
@@ -16,9 +16,8 @@ from moe_jax.options import (
   RopeKind,
   Router,
   Score,
-  Section,
-  option,
 )
+from moe_jax.config.fields import Section, option
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The whole configuration of a run: typed, saved as JSON beside its results. Imports no jax.
 
-docs/config.md lists every field, from what stands here: `python -m moe_jax.config_docs`.
+docs/config.md lists every field, from what stands here: `python -m moe_jax.config.docs`.
 """
 
 import copy
@@ -9,35 +9,16 @@ import difflib
 import json
 from typing import Any
 
-from moe_jax.config_model import Delta, Latent, Model, MoE, RopeScaling  # noqa: F401 (config_lib.MoE)
-from moe_jax.errors import UserError
-from moe_jax.options import (  # noqa: F401 (config_lib.Dispatch)
-  LARGEST_SEED,
-  Activation,
-  Attention,
+from moe_jax.config.choices import (
   BalanceScope,
-  Dispatch,
-  Dtype,
-  Exchange,
-  GroupedMatmul,
-  GroupScore,
   OnAlarm,
   OnNonfinite,
   OptimizerName,
-  Priority,
-  QKNorm,
-  Remat,
-  RopeKind,
-  Router,
   Schedule,
-  Score,
-  Section,
-  cached,
-  flatten,
-  from_plain,
-  option,
-  plain,
 )
+from moe_jax.config.fields import LARGEST_SEED, Section, flatten, from_plain, option, plain
+from moe_jax.config.model import Model
+from moe_jax.errors import UserError
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
 _FORMAT = 4  # of config.json; `upgraded` says what older ones had

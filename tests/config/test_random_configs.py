@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import sharding, validation
+from moe_jax import sharding
 from moe_jax.config import Attention, Config
+from moe_jax.config.fields import Choice, flatten, walk
 from moe_jax.kernels import choose
 from moe_jax.model import cost
-from moe_jax.options import Choice, flatten, walk
+from moe_jax.moe import validation
 from moe_jax.training import evaluator, optimizers, train
 from tests.support.random_configs import draw
 from tests.support.toy_text import toy_rows
