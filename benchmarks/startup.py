@@ -31,7 +31,7 @@ BUDGETS = {
 COMPILED = ("tiny_moe", "laptop_moe", "mixtral_8x7b")
 _PREPARE = """
 import sys
-from moe_jax import command_line
+from moe_jax.start import command_line
 from moe_jax.data import pipeline
 command_line.set_cache(sys.argv[1])
 config = command_line.load_file(sys.argv[2])

@@ -103,7 +103,7 @@ def test_programs_are_not_taken_from_a_folder_of_another_user():
 
 _FULL_DISK = """
 import resource, sys
-from moe_jax import command_line
+from moe_jax.start import command_line
 from moe_jax.config import Data
 from moe_jax.data import pipeline
 

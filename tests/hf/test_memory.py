@@ -22,7 +22,8 @@ _WITHIN = """
 import resource, sys
 gigabytes = float(sys.argv[1])
 import jax
-from moe_jax import config as config_lib, sharding
+from moe_jax import sharding
+from moe_jax.config import Mesh
 from moe_jax.hf import importing
 made = importing.plan(sys.argv[2], Mesh(data=1))
 mesh = sharding.make_mesh(made.config.mesh)

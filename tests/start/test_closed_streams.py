@@ -12,8 +12,8 @@ from tests.support.toys import ROOT
 
 _PRINTS_TEXT = r"""
 import os, sys
-from moe_jax import command_line
-from moe_jax.config import UserError
+from moe_jax.start import command_line
+from moe_jax.errors import UserError
 
 def main():
   print(sys.argv[1])
@@ -40,7 +40,7 @@ def test_an_error_prints_what_a_terminal_would_not():
 
 _LIBRARY_GOES_ON = """
 import atexit, sys, threading
-from moe_jax import command_line
+from moe_jax.start import command_line
 from moe_jax.errors import StorageError
 
 def main():

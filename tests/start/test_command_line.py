@@ -108,7 +108,7 @@ def test_ctrl_c_ends_an_import_at_once(before):
 
 _LOSES_CTRL_C = """
 import gc, signal
-from moe_jax import command_line
+from moe_jax.start import command_line
 
 def main():
   gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
@@ -293,7 +293,7 @@ def test_an_override_takes_members_and_the_words_of_config_json():
 
 _PRINTS_THE_CACHE = """
 import subprocess, sys
-from moe_jax import command_line
+from moe_jax.start import command_line
 
 def main():
   code = "from moe_jax.data import cache; print(cache.directory())"

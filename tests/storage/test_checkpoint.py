@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config, sharding
+from moe_jax import sharding
+from moe_jax.config import Train
 from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
 from moe_jax.storage import checkpoint, checkpoint_files, digests, workdir
 from moe_jax.training import run, train
@@ -195,7 +196,7 @@ class State(NamedTuple):
 def test_whole_files_of_another_state_are_noticed(tmp_path):
   """Storage finds no fault with them: of the same step, names and shapes, with other values."""
   for name, value in (("ours", 1.0), ("theirs", 2.0)):
-    saver = checkpoint.Checkpointer(tmp_path / name, config.Train())
+    saver = checkpoint.Checkpointer(tmp_path / name, Train())
     assert saver.save(1, State(jnp.full((2, 3), value)), 1, 1.0)
     saver.wait()
     saver.close()
@@ -213,7 +214,7 @@ def test_whole_files_of_another_state_are_noticed(tmp_path):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   """It would take the place of one that a run can go on from."""
-  keep = config.Train(keep_latest=1, keep_best=0)
+  keep = Train(keep_latest=1, keep_best=0)
   with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep)) as saver:
     assert saver.save(1, State(jnp.ones((2, 3))), 1, 2.0)
     for step, bad in enumerate((np.nan, np.inf), 2):
@@ -224,7 +225,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 def test_a_deletion_that_is_cut_off_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
   """The next start deletes the rest of it, and a process that only reads leaves it alone."""
-  keep, cut_off = config.Train(keep_latest=1, keep_best=0), tmp_path / "checkpoints/deleted/1"
+  keep, cut_off = Train(keep_latest=1, keep_best=0), tmp_path / "checkpoints/deleted/1"
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.checkpoint_files.Unneeded, "delete", lambda self: None)
     saver = checkpoint.Checkpointer(tmp_path, keep)
@@ -243,7 +244,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_part_of_a_checkpoint(tmp_path, mon
 
 def test_a_changed_loss_does_not_decide_which_checkpoints_are_kept(tmp_path, capfd):
   """That of the lowest loss would seem the worst, and would be deleted; it is set aside."""
-  keep = config.Train(keep_latest=1, keep_best=1)
+  keep = Train(keep_latest=1, keep_best=1)
   saver = checkpoint.Checkpointer(tmp_path, keep)
   for step, loss in enumerate((1.5, 3.0, 2.0), 1):
     assert saver.save(step, State(jnp.ones((2, 3))), step, loss)
@@ -258,7 +259,7 @@ def test_a_changed_loss_does_not_decide_which_checkpoints_are_kept(tmp_path, cap
 
 def test_the_newest_may_be_replaced_while_it_is_asked_for(tmp_path):
   """By a training that keeps one; the newer one is read then, and is the only one that is."""
-  keep, mesh = config.Train(keep_latest=1, keep_best=0), mesh_of()
+  keep, mesh = Train(keep_latest=1, keep_best=0), mesh_of()
   saver = checkpoint.Checkpointer(tmp_path, keep)
   reader, needed = None, {"weights_DF": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
   for step in (1, 2):
@@ -280,7 +281,7 @@ def test_who_only_reads_gets_no_warning(whole_run, caplog):
 
 
 def test_a_checkpoint_that_no_run_needs_is_deleted(tmp_path):
-  saver = checkpoint.Checkpointer(tmp_path, config.Train(keep_latest=1, keep_best=0))
+  saver = checkpoint.Checkpointer(tmp_path, Train(keep_latest=1, keep_best=0))
   for step in (1, 2, 3):
     assert saver.save(step, State(jnp.ones((2, 3))), step, 1.0)
   saver.wait()

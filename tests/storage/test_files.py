@@ -31,7 +31,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
 
 WRITE = """
 import pathlib, sys
-from moe_jax import files
+from moe_jax.storage import files
 print("ready", flush=True)
 for number in range(1_000_000):
   files.write_json(pathlib.Path(sys.argv[1]), {"number": number, "more": "x" * 20_000})
@@ -55,7 +55,8 @@ def test_a_kill_leaves_the_old_contents_or_the_new_ones(tmp_path):
 
 FULL = """
 import pathlib, resource, signal, sys
-from moe_jax import errors, files
+from moe_jax import errors
+from moe_jax.storage import files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 path = pathlib.Path(sys.argv[1])

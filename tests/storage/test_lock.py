@@ -16,7 +16,7 @@ from tests.support.toys import ROOT
 
 HOLD = """
 import pathlib, sys, time
-from moe_jax import lock
+from moe_jax.storage import lock
 with lock.held(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(60)

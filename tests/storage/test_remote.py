@@ -200,7 +200,7 @@ def test_of_two_that_begin_at_once_one_is_refused(quick_lock, run, monkeypatch):
 def test_a_training_whose_lock_another_has_taken_ends_at_once(quick_lock, run):
   """In a process, since it ends as if it were killed."""
   code = (
-    "import json, pathlib, time; from etils import epath; from moe_jax import lock\n"
+    "import json, pathlib, time; from etils import epath; from moe_jax.storage import lock\n"
     f"run = epath.Path({os.fspath(run)!r}); lock._SETTLE = lock._BEAT = 0.1\n"
     "with lock.held(run):\n"
     '  (run / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 2}))\n'

@@ -206,7 +206,7 @@ FAULTS = (
   Fault("other text on disk is not noticed", "storage/workdir.py",
         "if recorded.get(split, digest) != digest]", "if split not in recorded]",
         "tests/storage/test_workdir.py"),
-  Fault("a run may change its batch", "storage/workdir.py",
+  Fault("a run may change its batch", "moe/validation.py",
         '"mesh.", "eval.", "health.",', '"mesh.", "eval.", "health.", "data.",',
         "tests/storage/test_workdir.py -k change"),
   Fault("SIGTERM does not save", "training/loop.py",
