@@ -36,6 +36,7 @@ from moe_jax.config import (
 from moe_jax.kernels import choose, platform
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.experts import EXPERT_KERNELS, Experts, experts
+from moe_jax.kernels.mask import CAUSAL
 from moe_jax.model import cost
 from moe_jax.moe import validation
 from moe_jax.training import metrics
@@ -174,8 +175,8 @@ def correctness(dtype: Dtype) -> list[dict[str, Any]]:
     if platform.name() not in attention.platforms or kernel is Attention.REFERENCE:
       continue
     shapes = (2, 512, 8, 64), (2, 512, 4, 64)
-    refused = functools.partial(attention.refuses, *shapes, number)
-    compare = functools.partial(choose.attention_difference, kernel, *shapes, number)
+    refused = functools.partial(attention.refuses, *shapes, number, CAUSAL)
+    compare = functools.partial(choose.attention_difference, kernel, *shapes, number, CAUSAL)
     rows.append(_compared(f"attention {kernel.value}", "3 documents", refused, compare))
   for row in rows:
     limit = choose.TOLERANCE[dtype.value]

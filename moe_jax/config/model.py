@@ -187,6 +187,11 @@ class Model(Section):
   global_every: int = option(
     0, "n: every n-th layer attends, without the window or the delta rule; 0: none.", at_least=0
   )
+  soft_cap: float = option(
+    0.0,
+    "Scores of attention are c * tanh(score / c), with this c (Gemma 2: 50); 0: no cap.",
+    at_least=0,
+  )
   sinks: bool = option(
     False, "A learned logit of each head joins the softmax of attention (gpt-oss)."
   )
@@ -198,6 +203,9 @@ class Model(Section):
     1.0, "Times what a layer adds to the residual stream (Granite: 0.22).", above=0
   )
   logit_multiplier: float = option(1.0, "Times the output logits (Granite: 1/6).", above=0)
+  logit_soft_cap: float = option(
+    0.0, "Output logits are c * tanh(logit / c), with this c (Gemma 2: 30); 0: no cap.", at_least=0
+  )
   activation: Activation = option(
     Activation.SWIGLU, "The nonlinearity of feed-forwards and experts."
   )

@@ -250,6 +250,32 @@ _ALL = [
     fields=(*parts.COMMON, *parts.BIASES, parts.DENSE_WIDTH), layer=parts.DENSE,
     fixed={"qk_norm": QKNorm.HEAD}, allowed=parts.SILU | parts.WINDOW_OFF,
   ),
+  Family(
+    "vaultgemma", "VaultGemmaForCausalLM",
+    defaults={"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+              "tie_word_embeddings": True, "attn_logit_softcapping": 50.0,
+              "final_logit_softcapping": 30.0},
+    fields=(
+      *parts.COMMON, *parts.BIASES, parts.DENSE_WIDTH, parts.WINDOW,
+      Field("soft_cap", "attn_logit_softcapping", 0.0, to_theirs=lambda cap: cap or None),
+      Field("logit_soft_cap", "final_logit_softcapping", 0.0, to_theirs=lambda cap: cap or None),
+    ),
+    layer=(
+      *(row for row in parts.DENSE if row.ours != "ffn_norm.norm_D"),
+      Row("ffn_norm.norm_D", "pre_feedforward_layernorm.weight", "D"),
+    ),
+    fixed={"norm_offset": True, "activation": Activation.GEGLU},
+    allowed={"hidden_activation": ("gelu_pytorch_tanh",)},
+    read={
+      "attention_scale": lambda theirs: theirs.get("query_pre_attn_scalar", 256) ** -0.5,
+      "embedding_multiplier": lambda theirs: theirs["hidden_size"] ** 0.5,
+      "global_every": lambda theirs: parts.global_every(
+        theirs.get("layer_types") or [parts.SLIDING, parts.FULL], parts.SLIDING),
+    },
+    written=lambda model: parts.layer_types(model, parts.SLIDING) | {
+      "query_pre_attn_scalar": round((model.attention_scale or model.head_dim**-0.5) ** -2)},
+    check=parts.embedding_of_width,
+  ),
 ]  # fmt: skip
 _SAME = {"kimi_k2": "deepseek_v3"}  # other names of a family
 FAMILIES = {family.model_type: family for family in map(parts.also_stacked, _ALL)}

@@ -1,5 +1,6 @@
 """Rows and fields that the tables of several families share."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -212,6 +213,13 @@ def if_grouped(name: str) -> Callable[[Mapping[str, Any]], Any]:
   return read
 
 
+def embedding_of_width(model: Model) -> str:
+  """Returns why a family that multiplies embeddings by sqrt(D) has no such model, or ""."""
+  if math.isclose(model.embedding_multiplier, model.dim**0.5, rel_tol=1e-6):
+    return ""
+  return f"embedding_multiplier={model.embedding_multiplier}: it has the root of dim={model.dim}"
+
+
 def one_window(model: Model) -> str:
   """Returns why a family with its window in all layers has no such model, or ""."""
   if model.window and model.global_every:
@@ -233,7 +241,7 @@ def global_every(types: list[str], other: str) -> int:
 
 def layer_types(model: Model, other: str) -> dict[str, Any]:
   """Returns their list of the layers' types, of which `other` is that with a window or a state."""
-  full = [not kind.window and not kind.delta for kind in layer_kinds(model)]
+  full = [not kind.mask.window and not kind.delta for kind in layer_kinds(model)]
   return {"layer_types": [FULL if is_full else other for is_full in full]}
 
 

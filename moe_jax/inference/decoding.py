@@ -17,9 +17,10 @@ from moe_jax.config import Dispatch, Exchange, Model
 from moe_jax.kernels import cache as kv_cache
 from moe_jax.kernels import packing
 from moe_jax.kernels.attention import segment_attention
-from moe_jax.kernels.cache import KeysValues
+from moe_jax.kernels.cache import KeysValues, Stored
 from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight
+from moe_jax.kernels.mask import Mask
 from moe_jax.model import delta, pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.model.transformer import LayerWeights, Tokens
@@ -146,7 +147,7 @@ def empty_cache(model: Model, start_B: jax.Array, slots: int) -> Cache:
   layers = tuple(
     delta.empty_state(model, B)
     if kind.delta
-    else kv_cache.empty(B, G, min(slots, kind.window or slots), A, dtype, values=values)
+    else kv_cache.empty(B, G, min(slots, kind.mask.window or slots), A, dtype, values=values)
     for kind in pattern.layer_kinds(model)
   )
   return Cache(layers, start_B, jnp.zeros((), jnp.int32))
@@ -187,21 +188,22 @@ def forward_with_cache(
   for kind, layer, layer_cache in zip(kinds, weights.layers, cache.layers, strict=True):
 
     def attend(
-      q: jax.Array, k: jax.Array, v: jax.Array | None, window: int, sinks_H: jax.Array | None,
-      stored: Any = None, old: Any = layer_cache,
-    ) -> tuple[jax.Array, KeysValues]:  # fmt: skip
-      keys, values = stored or (k, v)
-      new = kv_cache.insert(old, keys, values, cache.length)
+      q_BLHA: jax.Array,
+      k_BLGA: jax.Array,
+      v_BLGX: jax.Array | None,
+      mask: Mask,
+      stored: Stored | None = None,
+      old: Any = layer_cache,
+    ) -> tuple[jax.Array, KeysValues]:
+      new = kv_cache.insert(old, stored or Stored(k_BLGA, v_BLGX), cache.length)
       if L == 1:
-        y_BLHA = kv_cache.attend_to_cache(q, new, cache.start_B, cache.length, window, sinks_H)
-      else:
-        kernel = model.attention
-        y_BLHA = segment_attention(q, k, v, tokens.segments_BL, kernel, window, sinks_H)
-      return y_BLHA, new
+        return kv_cache.attend_to_cache(q_BLHA, new, cache.start_B, cache.length, mask), new
+      segments_BL, kernel = tokens.segments_BL, model.attention
+      return segment_attention(q_BLHA, k_BLGA, v_BLGX, segments_BL, kernel, mask), new
 
     out = transformer.decoder_layer(
       x_BLD, layer, tokens, layer_cache if isinstance(layer_cache, DeltaState) else attend, model,
-      key, window=kind.window, train=False, trace=trace,
+      key, mask=kind.mask, train=False, trace=trace,
     )  # fmt: skip
     x_BLD = out.x_BLD
     layers.append(out.cache)

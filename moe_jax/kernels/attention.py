@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import Attention
 from moe_jax.kernels import attention_blocks, attention_cudnn, attention_splash, platform
+from moe_jax.kernels.mask import CAUSAL, Mask
 
 AttentionFunction = Callable[..., jax.Array]  # the arguments are those of `reference`
 Shape = tuple[int, ...]
@@ -25,8 +26,7 @@ def segment_attention(
   v_BLGX: jax.Array | None,
   segments_BL: jax.Array,
   kernel: Attention,
-  window: int = 0,
-  sinks_H: jax.Array | None = None,
+  mask: Mask = CAUSAL,
 ) -> jax.Array:
   """Computes `reference` with `kernel`, or with that of `choose` if `kernel` refuses the sizes.
 
@@ -34,11 +34,10 @@ def segment_attention(
   `auto` also takes the kernel of `choose`.
   """
   v_BLGX = k_BLGA if v_BLGX is None else v_BLGX
-  case = (q_BLHA.shape, k_BLGA.shape, q_BLHA.dtype, window, sinks_H is not None)
+  case = (q_BLHA.shape, k_BLGA.shape, q_BLHA.dtype, mask)
   if kernel is Attention.AUTO or ATTENTION_KERNELS[kernel].refuses(*case):
     kernel, _ = choose(platform.name(), *case)
-  function = ATTENTION_KERNELS[kernel].function
-  return function(q_BLHA, k_BLGA, v_BLGX, segments_BL, window, sinks_H)
+  return ATTENTION_KERNELS[kernel].function(q_BLHA, k_BLGA, v_BLGX, segments_BL, mask)
 
 
 def reference(
@@ -46,8 +45,7 @@ def reference(
   k_BLGA: jax.Array,
   v_BLGX: jax.Array,
   segments_BL: jax.Array,
-  window: int = 0,
-  sinks_H: jax.Array | None = None,
+  mask: Mask = CAUSAL,
 ) -> jax.Array:
   """Returns y_BLHX, in which query l attends to the keys of its own document up to position l.
 
@@ -58,8 +56,7 @@ def reference(
     k_BLGA: keys.
     v_BLGX: values, of the width of keys or less.
     segments_BL: int32, the document of each token, 1 to L; 0 is padding, which attends to padding.
-    window: how many tokens a query attends to at most, itself the last; 0 is no limit.
-    sinks_H: float32, a logit of each head that joins its softmax and has no value; None for none.
+    mask: which scores count, and what becomes of them.
   """
   B, L, H, A = q_BLHA.shape
   G = k_BLGA.shape[2]
@@ -69,13 +66,11 @@ def reference(
   )
   same_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
   index_L = jnp.arange(L)
-  before_LS = index_L[:, None] - index_L[None]
-  near_LS = (before_LS >= 0) & (before_LS < (window or L))
-  visible_BLS = same_BLS & near_LS[None]
-  scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS * A**-0.5, -jnp.inf)
-  if sinks_H is not None:
-    sinks = sinks_H.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
-    sinks_BGRL1 = jnp.broadcast_to(sinks, (*scores_BGRLS.shape[:4], 1))
+  visible_BLS = same_BLS & mask.sees(index_L[:, None] - index_L[None])[None]
+  scores_BGRLS = mask.capped(scores_BGRLS * A**-0.5)
+  scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, -jnp.inf)
+  if mask.sinks_H is not None:
+    sinks_BGRL1 = jnp.broadcast_to(mask.sinks(1, G, H // G, 1, 1), (*scores_BGRLS.shape[:4], 1))
     scores_BGRLS = jnp.concatenate([scores_BGRLS, sinks_BGRL1], axis=-1)
   weights_BGRLS = jax.nn.softmax(scores_BGRLS)[..., :L].astype(v_BLGX.dtype)
   y_BLGRX = jnp.einsum(
@@ -92,14 +87,12 @@ class AttentionKernel(NamedTuple):
   refuses_sizes: Callable[[Shape, Shape, jnp.dtype], str]
   platforms: tuple[str, ...]  # where the kernel runs
   tried_on: tuple[str, ...]  # where `auto` considers it
-  takes_sinks: bool
+  takes: tuple[str, ...]  # the fields of Mask that it computes
 
-  def refuses(
-    self, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype, window: int = 0, sinks: bool = False
-  ) -> str:
-    """Returns why the kernel cannot compute such attention, or ""; every kernel takes windows."""
-    if sinks and not self.takes_sinks:
-      return "sinks: it has no softmax with a logit more"
+  def refuses(self, q_shape: Shape, k_shape: Shape, dtype: jnp.dtype, mask: Mask) -> str:
+    """Returns why the kernel cannot compute such attention, or ""."""
+    if others := [name for name in mask.used() if name not in self.takes]:
+      return f"{' and '.join(others)} of kernels.mask.Mask: it does not compute that"
     return self.refuses_sizes(q_shape, k_shape, dtype)
 
 
@@ -109,16 +102,20 @@ def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
 
 ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
   Attention.REFERENCE: AttentionKernel(
-    reference, _takes_all, ("cpu", "gpu", "tpu"), (), takes_sinks=True
+    reference, _takes_all, ("cpu", "gpu", "tpu"), (), takes=Mask._fields
   ),
   Attention.BLOCKS: AttentionKernel(
-    attention_blocks.attend, _takes_all, ("cpu", "gpu", "tpu"), ("cpu",), takes_sinks=True
+    attention_blocks.attend, _takes_all, ("cpu", "gpu", "tpu"), ("cpu",), takes=Mask._fields
   ),
   Attention.CUDNN: AttentionKernel(
-    attention_cudnn.attend, attention_cudnn.refuses, ("gpu",), ("gpu",), takes_sinks=False
+    attention_cudnn.attend, attention_cudnn.refuses, ("gpu",), ("gpu",), takes=("window",)
   ),
   Attention.SPLASH: AttentionKernel(
-    attention_splash.attend, attention_splash.refuses, ("tpu",), ("tpu",), takes_sinks=False
+    attention_splash.attend,
+    attention_splash.refuses,
+    ("tpu",),
+    ("tpu",),
+    takes=("window", "soft_cap"),
   ),
 }
 
@@ -128,8 +125,7 @@ def choose(
   q_shape: Shape,
   k_shape: Shape,
   dtype: jnp.dtype,
-  window: int = 0,
-  sinks: bool = False,
+  mask: Mask,
 ) -> tuple[Attention, str]:
   """Returns the kernel that `auto` stands for, and a line that names the kernel and the reason.
 
@@ -140,13 +136,12 @@ def choose(
     q_shape: of q_BLHA, of the whole mesh.
     k_shape: of k_BLGA, of the whole mesh.
     dtype: of q_BLHA and k_BLGA.
-    window: of `reference`.
-    sinks: whether there are sinks_H.
+    mask: of `reference`.
   """
   candidates = [name for name, kernel in ATTENTION_KERNELS.items() if platform in kernel.tried_on]
   if not candidates:
     return Attention.REFERENCE, f"reference, because no kernel is made for {platform}"
-  case = (q_shape, k_shape, dtype, window, sinks)
+  case = (q_shape, k_shape, dtype, mask)
   reasons = {name: ATTENTION_KERNELS[name].refuses(*case) for name in candidates}
   for name, reason in reasons.items():
     if not reason:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
+from moe_jax.kernels.mask import CAUSAL, Mask
 
 
 def attend(
@@ -15,8 +16,7 @@ def attend(
   k_BLGA: jax.Array,
   v_BLGX: jax.Array,
   segments_BL: jax.Array,
-  window: int = 0,
-  sinks_H: jax.Array | None = None,
+  mask: Mask = CAUSAL,
 ) -> jax.Array:
   """Returns y_BLHX; the arguments are those of attention.reference.
 
@@ -29,19 +29,21 @@ def attend(
   q_BGRLA = q_BLHA.reshape(B, L, G, H // G, A).transpose(0, 2, 3, 1, 4) * A**-0.5
   k_BGSA, v_BGSX = k_BLGA.swapaxes(1, 2), v_BLGX.swapaxes(1, 2)
   blocks = max(n for n in range(1, 9) if L % n == 0 and (n == 1 or L // n >= 32))
-  out = []
+  out, index_L = [], jnp.arange(L)
   for end in range(L // blocks, L + 1, L // blocks):
     rows = slice(end - L // blocks, end)
-    keys = slice(max(rows.start - window + 1, 0) if window else 0, end)
+    keys = slice(max(rows.start - mask.window + 1, 0) if mask.window else 0, end)
     scores_BGRLS = jnp.einsum(
       "BGRLA,BGSA->BGRLS", q_BGRLA[:, :, :, rows], k_BGSA[:, :, keys],
       preferred_element_type=jnp.float32,
     )  # fmt: skip
-    visible_BLS = _visible(segments_BL, rows, keys, window)
-    scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, -jnp.inf)
+    before_LS = index_L[rows, None] - index_L[None, keys]
+    same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, keys]
+    visible_BLS = same_BLS & mask.sees(before_LS)[None]
+    scores_BGRLS = jnp.where(visible_BLS[:, None, None], mask.capped(scores_BGRLS), -jnp.inf)
     highest = jnp.max(scores_BGRLS, axis=-1, keepdims=True)
-    if sinks_H is not None:
-      sinks = sinks_H.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+    if mask.sinks_H is not None:
+      sinks = mask.sinks(1, G, H // G, 1, 1)
       highest = jnp.maximum(highest, sinks)
     highest = jax.lax.stop_gradient(highest)
     highest = checkpoint_name(highest, SAVED_BY_KERNEL)  # small, and slow to compute again
@@ -53,18 +55,7 @@ def attend(
       jnp.einsum(f"BGRLS,{v}", weights_BGRLS, values, preferred_element_type=jnp.float32)
       for v, values in (("S->BGRL", ones_S), ("BGSX->BGRLX", v_BGSX[:, :, keys]))
     )
-    if sinks_H is not None:
+    if mask.sinks_H is not None:
       total_BGRL += jnp.exp(sinks - highest)[..., 0]
     out.append((y_BGRLX / total_BGRL[..., None]).astype(v_BGSX.dtype))
   return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)
-
-
-def _visible(segments_BL: jax.Array, rows: slice, keys: slice, window: int) -> jax.Array:
-  """Returns visible_BLS, bool: which of `keys` each query of `rows` attends to."""
-  same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, keys]
-  index_L = jnp.arange(segments_BL.shape[1])
-  before_LS = index_L[rows, None] - index_L[None, keys]
-  near_LS = before_LS >= 0
-  if window:
-    near_LS &= before_LS < window
-  return same_BLS & near_LS[None]

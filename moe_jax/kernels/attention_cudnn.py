@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import attention_local
+from moe_jax.kernels.mask import CAUSAL, Mask
 
 _FAR = 10_000.0  # exp(-_FAR + any score) is 0 in float32
 _RADIX = 4
@@ -41,8 +42,7 @@ def attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
-  window: int = 0,
-  sinks_H: None = None,
+  mask: Mask = CAUSAL,
   implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
   """Returns y_BLHA; the other arguments are those of attention.reference.
@@ -53,7 +53,7 @@ def attend(
   Args:
     implementation: "xla" computes the same function on any platform, with [L, L] scores.
   """
-  local = functools.partial(_attend, window=window, implementation=implementation)
+  local = functools.partial(_attend, mask=mask, implementation=implementation)
   return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
 
 
@@ -62,7 +62,7 @@ def _attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
-  window: int,
+  mask: Mask,
   implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:
   A = q_BLHA.shape[-1]
@@ -77,7 +77,8 @@ def _attend(
     append(q_BLHA, is_digit_BLP),
     append(k_BLGA, jnp.where(is_digit_BLP, 0.0, -far)),
     append(v_BLGA, jnp.zeros_like(is_digit_BLP)),  # cuDNN needs values as long as keys
-    scale=A**-0.5, is_causal=True, local_window_size=(window - 1, 0) if window else None,
+    scale=A**-0.5, is_causal=True,
+    local_window_size=(mask.window - 1, 0) if mask.window else None,
     implementation=implementation,
   )  # fmt: skip
   return y_BLHA[..., :A]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import attention_local
+from moe_jax.kernels.mask import CAUSAL, Mask
 
 _LANES = 128  # numbers in a row of a vector register; the kernel's blocks are multiples of 128
 
@@ -26,8 +27,7 @@ def attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
-  window: int = 0,
-  sinks_H: None = None,
+  mask: Mask = CAUSAL,
   interpret: bool = False,
 ) -> jax.Array:
   """Returns y_BLHA; the other arguments are those of attention.reference.
@@ -37,7 +37,7 @@ def attend(
   Args:
     interpret: whether Pallas interprets the kernel on a CPU, which is slow.
   """
-  local = functools.partial(_attend, window=window, interpret=interpret)
+  local = functools.partial(_attend, mask=mask, interpret=interpret)
   return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
 
 
@@ -46,7 +46,7 @@ def _attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
-  window: int,
+  mask: Mask,
   interpret: bool,
 ) -> jax.Array:
   # Imported here, so that other platforms need neither have it nor wait for it.
@@ -55,13 +55,15 @@ def _attend(
   L, H, A = q_BLHA.shape[1:]
   size = next(n for n in (512, 384, 256, _LANES) if L % n == 0)  # the largest that divides L
   # The masks are rules that the kernel evaluates; no [L, L] array is built.
-  mask = splash.LocalMask((L, L), (window - 1, 0), 0) if window else splash.CausalMask((L, L))
+  near = (mask.window - 1, 0)
+  rule = splash.LocalMask((L, L), near, 0) if mask.window else splash.CausalMask((L, L))
   kernel = splash.make_splash_mha_single_device(
-    splash.MultiHeadMask([mask] * H),
+    splash.MultiHeadMask([rule] * H),
     block_sizes=splash.BlockSizes(
       block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
       block_kv_dq=size,
     ),
+    attn_logits_soft_cap=mask.soft_cap or None,
     interpret=interpret,
   )  # fmt: skip
   q_BHLA, k_BGLA, v_BGLA = (x.swapaxes(1, 2) for x in (q_BLHA * A**-0.5, k_BLGA, v_BLGA))

@@ -15,6 +15,14 @@ import jax.numpy as jnp
 
 from moe_jax import sharding
 from moe_jax.kernels import platform
+from moe_jax.kernels.mask import Mask
+
+
+class Stored(NamedTuple):
+  """What a cache keeps of new tokens."""
+
+  keys_BLGA: jax.Array
+  values_BLGA: jax.Array | None  # None where the keys are the values
 
 
 class KeysValues(NamedTuple):
@@ -31,9 +39,7 @@ def empty(B: int, G: int, S: int, A: int, dtype: jnp.dtype, *, values: bool = Tr
   return KeysValues(keys, _sharded(jnp.zeros((*rows, S, A), dtype)) if values else None)
 
 
-def insert(
-  cache: KeysValues, k_BLGA: jax.Array, v_BLGA: jax.Array | None, first: jax.Array
-) -> KeysValues:
+def insert(cache: KeysValues, tokens: Stored, first: jax.Array) -> KeysValues:
   """Returns the cache with L more tokens, of which `first` is the number of the first.
 
   For L > 1 the cache must be empty, or have room for all tokens (first + L <= S).
@@ -49,22 +55,15 @@ def insert(
     return _sharded(jax.lax.dynamic_update_slice(stored, new, start))
 
   values = None
-  if cache.values is not None and v_BLGA is not None:
-    values = put(cache.values, v_BLGA)
-  return KeysValues(put(cache.keys, k_BLGA), values)
+  if cache.values is not None and tokens.values_BLGA is not None:
+    values = put(cache.values, tokens.values_BLGA)
+  return KeysValues(put(cache.keys, tokens.keys_BLGA), values)
 
 
 def attend_to_cache(
-  q_BLHA: jax.Array,
-  cache: KeysValues,
-  start_B: jax.Array,
-  last: jax.Array,
-  window: int = 0,
-  sinks_H: jax.Array | None = None,
+  q_BLHA: jax.Array, cache: KeysValues, start_B: jax.Array, last: jax.Array, mask: Mask
 ) -> jax.Array:
   """Returns y_BLHA of one query (L = 1) over the tokens start_B to `last`, which is its own.
-
-  `window` and sinks_H are those of attention.reference.
 
   Softmax is float32. A row whose start is later than `last` is padding, and its result has no
   meaning.
@@ -74,17 +73,15 @@ def attend_to_cache(
   heads = B * H // math.prod(rows)  # query heads for each key/value head
   q = q_BLHA.reshape(*rows, heads, A) * A**-0.5
   scores = jnp.einsum("...RA,...SA->...RS", q, cache.keys, preferred_element_type=jnp.float32)
+  scores = mask.capped(scores)
   token_S = last - (last - jnp.arange(S)) % S  # the newest of each slot; negative if it is empty
-  visible_BS = token_S[None] >= start_B[:, None]
-  if window:
-    visible_BS &= (token_S > last - window)[None]
+  visible_BS = (token_S[None] >= start_B[:, None]) & mask.sees(last - token_S)[None]
   visible_BGS = jnp.broadcast_to(visible_BS[:, None], (B, H // heads, S))
   # Not -inf, because the softmax of a row of padding, which sees no key, must stay finite.
   least = jnp.finfo(jnp.float32).min
   scores = jnp.where(visible_BGS.reshape(*rows, 1, S), scores, least)
-  if sinks_H is not None:
-    sinks_BGR = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, -1, heads),
-                                 (B, H // heads, heads))  # fmt: skip
+  if mask.sinks_H is not None:
+    sinks_BGR = jnp.broadcast_to(mask.sinks(1, H // heads, heads), (B, H // heads, heads))
     scores = jnp.concatenate([scores, sinks_BGR.reshape(*rows, heads, 1)], axis=-1)
   weights = jax.nn.softmax(scores)[..., :S]
   values = cache.keys if cache.values is None else cache.values

@@ -21,11 +21,13 @@ from moe_jax import sharding
 from moe_jax.config import Attention, Config, Dispatch, Exchange, GroupedMatmul, Model
 from moe_jax.config.fields import flatten
 from moe_jax.errors import UserError
+from moe_jax.kernels import mask as mask_lib
 from moe_jax.kernels import platform
 from moe_jax.kernels.activation import gated
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.attention import choose as choose_attention
 from moe_jax.kernels.experts import EXPERT_KERNELS, Experts
+from moe_jax.kernels.mask import Mask
 
 _COMPARED_ROWS = 512  # of a comparison with the reference
 _ROUNDS = 3
@@ -138,14 +140,16 @@ def _named(name: str, recorded: str) -> str:
 
 
 def _attention_cases(config: Config) -> list[tuple[Any, ...]]:
-  """Returns the arguments of AttentionKernel.refuses for each window that a layer has."""
+  """Returns the arguments of AttentionKernel.refuses for each mask that a layer has."""
   model = config.model
   batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
   q_shape = (batch, length, model.num_heads, model.head_dim)
   k_shape = (batch, length, model.num_kv_heads, model.head_dim)
   dtype = jnp.dtype(model.compute_dtype.value)
-  windows = {model.window, 0 if model.global_every else model.window}
-  return [(q_shape, k_shape, dtype, window, model.sinks) for window in sorted(windows)]
+  sinks_H = jnp.zeros(model.num_heads) if model.sinks else None
+  layers = (False, True) if model.global_every and model.window else (False,)
+  masks = [mask_lib.of_layer(model, is_global=is_global) for is_global in layers]
+  return [(q_shape, k_shape, dtype, m._replace(sinks_H=sinks_H)) for m in masks]
 
 
 def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
@@ -179,8 +183,7 @@ def attention_difference(
   q_shape: tuple[int, ...],
   k_shape: tuple[int, ...],
   dtype: jnp.dtype,
-  window: int = 0,
-  sinks: bool = False,
+  mask: Mask,
 ) -> float:
   """Returns how much `kernel` differs from the reference on a row of three documents.
 
@@ -195,8 +198,8 @@ def attention_difference(
     q, k, v, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
     def bound(name: Attention) -> Function:
-      function, sinks_H = ATTENTION_KERNELS[name].function, jnp.zeros(q_shape[2]) if sinks else None
-      return lambda q, k, v: function(q, k, v, segments_BL, window, sinks_H)
+      function = ATTENTION_KERNELS[name].function
+      return lambda q, k, v: function(q, k, v, segments_BL, mask)
 
     return difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
 

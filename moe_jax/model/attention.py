@@ -1,7 +1,7 @@
 """Grouped-query attention (2305.13245): projections with norms and biases, around an `attend`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,34 @@ from flax import nnx
 from moe_jax import sharding
 from moe_jax.config import Attention, Model, QKNorm
 from moe_jax.kernels.attention import segment_attention
+from moe_jax.kernels.cache import KeysValues, Stored
 from moe_jax.kernels.linear import Weight, linear
+from moe_jax.kernels.mask import Mask
 from moe_jax.model.norm import RMSNorm, rms_norm
 from moe_jax.model.rope import rope, score_factor
 
-# (q_BLHA, k_BLGA, v_BLGA, window, sinks_H, stored) -> (y_BLHA, state for the next tokens). Over the
-# segments of a batch the state is None; over a cache it is the cache with these tokens added.
-# Without v_BLGA the keys are the values. `stored` is what a cache keeps in their place.
-Attend = Callable[..., tuple[jax.Array, Any]]
+
+class Attend(Protocol):
+  """Computes attention for a layer: over the segments of a batch, or over a cache."""
+
+  def __call__(
+    self,
+    q_BLHA: jax.Array,
+    k_BLGA: jax.Array,
+    v_BLGX: jax.Array | None,
+    mask: Mask,
+    stored: Stored | None = None,
+  ) -> tuple[jax.Array, KeysValues | None]:
+    """Returns y_BLHX, and the cache with these tokens added; None over segments.
+
+    Args:
+      q_BLHA: queries.
+      k_BLGA: keys.
+      v_BLGX: values; None where the keys are the values.
+      mask: what the scores are put through.
+      stored: what a cache keeps in place of the keys and values.
+    """
+
 
 SINKS_H = sharding.Parameter(
   name="sinks_H",
@@ -115,10 +135,13 @@ def over_segments(segments_BL: jax.Array, kernel: Attention) -> Attend:
   """Returns the Attend of training: over the documents of a batch, with that kernel."""
 
   def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array | None, window: int, sinks_H: jax.Array | None,
-    stored: Any = None,
-  ) -> tuple[jax.Array, None]:  # fmt: skip
-    return segment_attention(q, k, v, segments_BL, kernel, window, sinks_H), None
+    q_BLHA: jax.Array,
+    k_BLGA: jax.Array,
+    v_BLGX: jax.Array | None,
+    mask: Mask,
+    stored: Stored | None = None,
+  ) -> tuple[jax.Array, None]:
+    return segment_attention(q_BLHA, k_BLGA, v_BLGX, segments_BL, kernel, mask), None
 
   return attend
 
@@ -129,7 +152,7 @@ def grouped_query_attention(
   positions_BL: jax.Array,
   attend: Attend,
   model: Model,
-  window: int = 0,
+  mask: Mask,
 ) -> tuple[jax.Array, Any]:
   """Projects tokens to queries, keys and values, attends, and projects the result back.
 
@@ -139,7 +162,7 @@ def grouped_query_attention(
     positions_BL: int32, position within the document.
     attend: computes attention, over the batch or over a cache.
     model: the configuration.
-    window: tokens that a query of this layer attends to; 0 is all before it.
+    mask: what the scores of this layer are put through; the sinks of the weights join it.
 
   Returns:
     y_BLD in the compute dtype, and the state that `attend` returns.
@@ -153,7 +176,8 @@ def grouped_query_attention(
   q_BLHA = sharding.constrain(rope(q_BLHA, positions_BL, model), "BLHA")
   k_BLGA = sharding.constrain(rope(k_BLGA, positions_BL, model), "BLGA")
   q_BLHA = scaled(q_BLHA, model)
-  y_BLHA, state = attend(q_BLHA, k_BLGA, v_BLGA, window, weights.sinks_H)
+  mask = mask._replace(sinks_H=weights.sinks_H)
+  y_BLHA, state = attend(q_BLHA, k_BLGA, v_BLGA, mask)
   if weights.gate_DHA is not None:
     y_BLHA *= jax.nn.sigmoid(linear(x_BLD, weights.gate_DHA))
   return _plus(linear(y_BLHA, weights.out_HAD, inner=2), weights.out_bias_D), state

@@ -48,7 +48,7 @@ def count(config: Config) -> Counts:
       matmul += active_size
   # Two products, of each query with the keys that it sees.
   kinds, delta = layer_kinds(model), model.delta
-  keys = sum(_mean_keys(config.data.seq_len, kind.window) for kind in kinds if not kind.delta)
+  keys = sum(_mean_keys(config.data.seq_len, kind.mask.window) for kind in kinds if not kind.delta)
   mixing = model.num_heads * (model.head_dim + model.value_dim) * keys
   # Three products with the state: what a key finds, what it writes, and what the query reads.
   state = delta.value_heads * delta.key_dim * delta.value_dim

@@ -19,7 +19,9 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Model
+from moe_jax.kernels.cache import Stored
 from moe_jax.kernels.linear import Weight, linear
+from moe_jax.kernels.mask import Mask
 from moe_jax.model.attention import SINKS_H, Attend, scaled
 from moe_jax.model.norm import RMSNorm, rms_norm
 from moe_jax.model.rope import rope
@@ -98,14 +100,14 @@ def latent_attention(
   positions_BL: jax.Array,
   attend: Attend,
   model: Model,
-  window: int = 0,
+  mask: Mask,
 ) -> tuple[jax.Array, Any]:
   """Computes attention with latents; a single token is computed absorbed.
 
   The arguments are those of grouped_query_attention.
   """
   R, W = model.latent.rotary_dim, model.latent.kv_dim
-  unrotated = model.head_dim - R
+  unrotated, mask = model.head_dim - R, mask._replace(sinks_H=weights.sinks_H)
   if weights.q_DHA is not None:
     q_BLHA = linear(x_BLD, weights.q_DHA)
   else:
@@ -122,7 +124,7 @@ def latent_attention(
     key_up, value_up = weights.kv_up_WHY[..., :unrotated], weights.kv_up_WHY[..., unrotated:]
     q_BLHW = jnp.einsum("BLHA,WHA->BLHW", q_BLHA[..., :unrotated], key_up)
     q_BLHU = scaled(jnp.concatenate([q_BLHW, q_BLHR], axis=-1), model)
-    y_BLHU, state = attend(q_BLHU, stored_BLGU, None, window, weights.sinks_H)
+    y_BLHU, state = attend(q_BLHU, stored_BLGU, None, mask)
     y_BLHX = jnp.einsum("BLHW,WHX->BLHX", y_BLHU[..., :W], value_up)
   else:
     kv_BLHY = linear(latent_BLW, weights.kv_up_WHY)
@@ -131,6 +133,6 @@ def latent_attention(
     q_BLHA = scaled(jnp.concatenate([q_BLHA[..., :unrotated], q_BLHR], axis=-1), model)
     y_BLHX, state = attend(
       sharding.constrain(q_BLHA, "BLHA"), sharding.constrain(k_BLHA, "BLHA"),
-      kv_BLHY[..., unrotated:], window, weights.sinks_H, (stored_BLGU, None),
+      kv_BLHY[..., unrotated:], mask, Stored(stored_BLGU, None),
     )  # fmt: skip
   return linear(y_BLHX, weights.out_HXD, inner=2), state

@@ -7,6 +7,7 @@ from flax import nnx
 
 from moe_jax.config import Model
 from moe_jax.kernels.delta_rule import DeltaState
+from moe_jax.kernels.mask import Mask
 from moe_jax.model.attention import (
   Attend,
   AttentionLayer,
@@ -35,7 +36,7 @@ def mix(
   tokens: Any,
   attend: Attend | DeltaState | None,
   model: Model,
-  window: int = 0,
+  mask: Mask,
 ) -> tuple[jax.Array, Any]:
   """Calls the function that the type of the weights names.
 
@@ -45,7 +46,7 @@ def mix(
     tokens: transformer.Tokens of the batch.
     attend: computes attention; for the delta rule the state before, or None in training.
     model: the configuration.
-    window: tokens that a query of this layer attends to; 0 is all before it.
+    mask: what the scores of this layer are put through; the sinks of the weights join it.
 
   Returns:
     y_BLD in the compute dtype, and the state for the next tokens.
@@ -55,5 +56,5 @@ def mix(
     return delta_layer(x_BLD, weights, tokens.segments_BL, attend, model)
   assert callable(attend)
   if isinstance(weights, LatentWeights):
-    return latent_attention(x_BLD, weights, tokens.positions_BL, attend, model, window)
-  return grouped_query_attention(x_BLD, weights, tokens.positions_BL, attend, model, window)
+    return latent_attention(x_BLD, weights, tokens.positions_BL, attend, model, mask)
+  return grouped_query_attention(x_BLD, weights, tokens.positions_BL, attend, model, mask)

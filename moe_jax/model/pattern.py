@@ -3,13 +3,15 @@
 from typing import NamedTuple
 
 from moe_jax.config import Model
+from moe_jax.kernels import mask
+from moe_jax.kernels.mask import Mask
 
 
 class LayerKind(NamedTuple):
   """What is not the same in all layers."""
 
   is_moe: bool
-  window: int  # tokens that a query attends to, itself the last; 0 is all before it
+  mask: Mask  # of its attention, without the sinks, which are weights
   delta: bool  # whether the delta rule takes the place of attention
 
 
@@ -20,7 +22,7 @@ def layer_kinds(model: Model) -> list[LayerKind]:
   def kind(layer: int) -> LayerKind:
     is_global = model.global_every > 0 and (layer + 1) % model.global_every == 0
     delta = model.delta.value_heads > 0 and not is_global
-    return LayerKind(moe.in_layer(layer), 0 if is_global else model.window, delta)
+    return LayerKind(moe.in_layer(layer), mask.of_layer(model, is_global=is_global), delta)
 
   return [kind(layer) for layer in range(model.num_layers)]
 

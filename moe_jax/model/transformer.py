@@ -17,6 +17,7 @@ from moe_jax.kernels import activation, gathered
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight, linear
+from moe_jax.kernels.mask import Mask, soft_capped
 from moe_jax.model import mixer
 from moe_jax.model.attention import Attend, over_segments
 from moe_jax.model.feedforward import (
@@ -74,7 +75,7 @@ def decoder_layer(
   model: Model,
   key: jax.Array,
   *,
-  window: int,
+  mask: Mask,
   train: bool,
   trace: bool = False,
 ) -> LayerOutput:
@@ -87,13 +88,13 @@ def decoder_layer(
     attend: computes attention; see mixer.mix.
     model: the configuration.
     key: the random key of jitter and of the router's noise.
-    window: tokens that a query of this layer attends to; 0 is all before it.
+    mask: what the scores of this layer's attention are put through.
     train: whether to use the capacity factor, jitter and noise of training.
     trace: whether to return the experts of each token too.
   """
   with jax.named_scope("attention"):
     h_BLD = rms_norm(x_BLD, weights.attention_norm_D, model.norm_eps)
-    y_BLD, cache = mixer.mix(h_BLD, weights.attention, tokens, attend, model, window)
+    y_BLD, cache = mixer.mix(h_BLD, weights.attention, tokens, attend, model, mask)
     x_BLD += _scaled(y_BLD, model.residual_multiplier)
   h_BLD, stats, choices = rms_norm(x_BLD, weights.ffn_norm_D, model.norm_eps), None, None
   if isinstance(weights.ffn, FFNWeights):
@@ -130,7 +131,8 @@ def next_token_logits(
   x_BLD = rms_norm(x_BLD, final_norm_D, model.norm_eps)
   with jax.named_scope("head"):
     logits_BLV = linear(x_BLD, head_DV, dtype=jnp.dtype(jnp.float32))
-    return sharding.constrain(_scaled(logits_BLV, model.logit_multiplier), "BLV")
+    logits_BLV = soft_capped(_scaled(logits_BLV, model.logit_multiplier), model.logit_soft_cap)
+    return sharding.constrain(logits_BLV, "BLV")
 
 
 class DecoderLayer(nnx.Module):
@@ -266,7 +268,7 @@ class Transformer(nnx.Module):
         out = decoder_layer(
           x_BLD, gathered.copies(block.weights(dtype, bias_E)), tokens,
           None if kind.delta else attend, model, jax.random.fold_in(key, number),
-          window=kind.window, train=train, trace=trace,
+          mask=kind.mask, train=train, trace=trace,
         )  # fmt: skip
         x_BLD = out.x_BLD
         moe_outputs += [(out.stats, out.choices)] if out.stats is not None else []

@@ -11,6 +11,7 @@ import pytest
 from moe_jax import sharding
 from moe_jax.config import Attention
 from moe_jax.kernels import attention, attention_cudnn, attention_splash
+from moe_jax.kernels.mask import CAUSAL, Mask
 from tests.support.toys import mesh_of, slow_unless
 
 # What a kernel is on a CPU: the library's own code where it is interpreted, and for cuDNN
@@ -45,7 +46,7 @@ def inputs_of(sizes, dtype, seed=0):
   return (q, k, v), dy, jnp.asarray(segments)
 
 
-def by_hand(q, k, v, segments, window=10**6, sinks=None):
+def by_hand(q, k, v, segments, window=10**6, sinks=None, cap=1e9):
   """NumPy, float64, one query after another."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   y = np.zeros_like(q)
@@ -53,26 +54,27 @@ def by_hand(q, k, v, segments, window=10**6, sinks=None):
     head = h // (q.shape[2] // k.shape[2])
     seen = np.flatnonzero(segments[row, : query + 1] == segments[row, query])
     seen = seen[seen > query - window]
-    weights = np.exp(k[row, seen, head] @ q[row, query, h] / np.sqrt(q.shape[3]))
+    scores = k[row, seen, head] @ q[row, query, h] / np.sqrt(q.shape[3])
+    weights = np.exp(cap * np.tanh(scores / cap))
     total = weights.sum() + (0 if sinks is None else np.exp(sinks[h]))
     y[row, query, h] = weights @ v[row, seen, head] / total
   return y
 
 
-def values_and_gradients(attend, qkv, dy, segments, sinks_H=None):
+def values_and_gradients(attend, qkv, dy, segments, mask=CAUSAL):
   """Of y, q, k, v, and of the sinks if there are some."""
-  if sinks_H is None:
-    y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), *qkv)
+  if mask.sinks_H is None:
+    y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments, mask), *qkv)
   else:
-    y, pull = jax.vjp(lambda q, k, v, s: attend(q, k, v, segments, sinks_H=s), *qkv, sinks_H)
+    with_sinks = lambda q, k, v, s: attend(q, k, v, segments, mask._replace(sinks_H=s))  # noqa: E731
+    y, pull = jax.vjp(with_sinks, *qkv, mask.sinks_H)
   return y, *pull(dy)
 
 
-def run(attend, sizes, dtype, window, sinks):
+def run(attend, sizes, dtype, mask, sinks):
   qkv, dy, segments = inputs_of(sizes, dtype)
-  sinks_H = jnp.linspace(-1.0, 3.0, sizes[2]) if sinks else None
-  attend = functools.partial(attend, window=window)
-  return jax.jit(functools.partial(values_and_gradients, attend))(qkv, dy, segments, sinks_H)
+  mask = mask._replace(sinks_H=jnp.linspace(-1.0, 3.0, sizes[2]) if sinks else None)
+  return jax.jit(lambda *arrays: values_and_gradients(attend, *arrays, mask))(qkv, dy, segments)
 
 
 @functools.cache
@@ -81,9 +83,9 @@ def of_reference(*case):
   return jax.device_get(run(attention.reference, *case))
 
 
-def check_equal(attend, sizes, dtype, window=0, sinks=False):
-  expected = of_reference(sizes, dtype, window, sinks)
-  actual = run(attend, sizes, dtype, window, sinks)
+def check_equal(attend, sizes, dtype, mask=CAUSAL, sinks=False):
+  expected = of_reference(sizes, dtype, mask, sinks)
+  actual = run(attend, sizes, dtype, mask, sinks)
   for name, a, e in zip(("y", "dq", "dk", "dv", "dsinks"), actual, expected, strict=False):
     assert a.dtype == e.dtype == (jnp.float32 if name == "dsinks" else dtype)
     a, e = np.asarray(a, np.float32), np.asarray(e, np.float32)
@@ -95,8 +97,8 @@ def test_reference_is_attention():
   y = attention.reference(*qkv, segments)
   np.testing.assert_allclose(y, by_hand(*qkv, np.asarray(segments)), atol=1e-5)  # float32
   sinks = np.linspace(-2, 2, 6)
-  y = attention.reference(*qkv, segments, 5, jnp.asarray(sinks))
-  np.testing.assert_allclose(y, by_hand(*qkv, np.asarray(segments), 5, sinks), atol=1e-5)
+  y = attention.reference(*qkv, segments, Mask(5, 0.5, jnp.asarray(sinks)))
+  np.testing.assert_allclose(y, by_hand(*qkv, np.asarray(segments), 5, sinks, 0.5), atol=1e-5)
 
 
 CASES = [(name, sizes, "float32") for name in KERNELS for sizes in SIZES]
@@ -114,7 +116,14 @@ def test_kernel_equals_reference(name, sizes, dtype):
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_window_equals_reference(name, window):
   """Shorter than a block of queries, and longer than one."""
-  check_equal(KERNELS[name], SIZES["grouped"], "float32", window, sinks=name == "blocks")
+  check_equal(KERNELS[name], SIZES["grouped"], "float32", Mask(window), sinks=name == "blocks")
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("name", ["blocks", "splash"])
+def test_a_soft_cap_equals_reference(name, window):
+  """Small enough that most scores are near it."""
+  check_equal(KERNELS[name], SIZES["grouped"], "float32", Mask(window, soft_cap=0.5))
 
 
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
@@ -156,15 +165,20 @@ def test_refuses():
   refusal = {name: kernel.refuses for name, kernel in attention.ATTENTION_KERNELS.items()}
   q, k = (2, 256, 8, 64), (2, 256, 4, 64)
   for name in attention.ATTENTION_KERNELS:
-    assert refusal[name](q, k, jnp.bfloat16) == "", name
-  assert "37 tokens" in refusal[Attention.SPLASH]((2, 37, 8, 64), (2, 37, 4, 64), jnp.bfloat16)
-  assert "float32" in refusal[Attention.CUDNN](q, k, jnp.float32)
+    assert refusal[name](q, k, jnp.bfloat16, CAUSAL) == "", name
+  assert "37 tokens" in refusal[Attention.SPLASH](
+    (2, 37, 8, 64), (2, 37, 4, 64), jnp.bfloat16, CAUSAL
+  )
+  assert "float32" in refusal[Attention.CUDNN](q, k, jnp.float32, CAUSAL)
   for name in (Attention.CUDNN, Attention.SPLASH):
-    assert refusal[name](q, k, jnp.bfloat16, 128) == ""
-    assert "sinks" in refusal[name](q, k, jnp.bfloat16, 0, True)
-  assert "head_dim=60" in refusal[Attention.CUDNN]((2, 256, 8, 60), (2, 256, 4, 60), jnp.bfloat16)
+    assert refusal[name](q, k, jnp.bfloat16, Mask(128)) == ""
+    assert "sinks" in refusal[name](q, k, jnp.bfloat16, Mask(sinks_H=jnp.zeros(8)))
+  assert "soft_cap" in refusal[Attention.CUDNN](q, k, jnp.bfloat16, Mask(soft_cap=50.0))
+  assert "head_dim=60" in refusal[Attention.CUDNN](
+    (2, 256, 8, 60), (2, 256, 4, 60), jnp.bfloat16, CAUSAL
+  )
   assert "head_dim=256" in refusal[Attention.CUDNN](
-    (2, 256, 8, 256), (2, 256, 4, 256), jnp.bfloat16
+    (2, 256, 8, 256), (2, 256, 4, 256), jnp.bfloat16, CAUSAL
   )
 
 
@@ -181,6 +195,6 @@ def test_refuses():
 )
 def test_choose(platform, length, dtype, name, says):
   shapes = (2, length, 8, 64), (2, length, 4, 64)
-  chosen, line = attention.choose(platform, *shapes, dtype)
+  chosen, line = attention.choose(platform, *shapes, dtype, CAUSAL)
   assert chosen == name
   assert says in line and "\n" not in line

@@ -12,6 +12,7 @@ from flax import nnx
 
 from moe_jax.config import Dtype, Remat
 from moe_jax.kernels.attention import reference
+from moe_jax.kernels.mask import CAUSAL
 from moe_jax.model import attention, pattern, transformer
 from tests.support.toys import build, slow_unless, toy_config
 
@@ -68,12 +69,12 @@ def test_attention_equals_numpy():
     value = sum(w * (x_BLD[b, s] @ weights[2][:, group]) for w, s in zip(p, keys, strict=True))
     want[b, query] += value @ weights[3][head]
 
-  def attend(q_BLHA, k_BLGA, v_BLGA, window, sinks_H):
+  def attend(q_BLHA, k_BLGA, v_BLGA, mask):
     return reference(q_BLHA, k_BLGA, v_BLGA, jnp.asarray(segments)), None
 
   weights = layer.weights(jnp.float32)
   got, _ = attention.grouped_query_attention(
-    jnp.asarray(x_BLD, jnp.float32), weights, jnp.asarray(positions), attend, model
+    jnp.asarray(x_BLD, jnp.float32), weights, jnp.asarray(positions), attend, model, CAUSAL
   )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # float32 against float64
 

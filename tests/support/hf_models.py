@@ -111,6 +111,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     model_type="qwen2", intermediate_size=18, tie_word_embeddings=True,
     rope_parameters=_YARN | {"attention_factor": 1.3},
   ),
+  "vaultgemma": dict(
+    model_type="vaultgemma", hidden_size=24, intermediate_size=18, sliding_window=7,
+    num_hidden_layers=4,
+    attn_logit_softcapping=0.7, final_logit_softcapping=2.0, query_pre_attn_scalar=9,
+    attention_bias=True, tie_word_embeddings=True, rope_parameters=_theta(100.0),
+  ),
   "qwen3": dict(
     model_type="qwen3", intermediate_size=18, attention_bias=True, rope_parameters=_theta(100.0)
   ),
@@ -132,7 +138,9 @@ def build(name: str, folder, **changed) -> Peer:
   model = transformers.AutoModelForCausalLM.from_config(
     config, dtype=torch.float32, attn_implementation="eager"
   ).eval()
-  from_zero = "linear_attention" in (getattr(config, "layer_types", None) or ())
+  from_zero = name == "vaultgemma" or "linear_attention" in (
+    getattr(config, "layer_types", None) or ()
+  )
   rng = np.random.default_rng(sum(map(ord, name)))
   with torch.no_grad():
     for key, weight in (*model.named_parameters(), *_biases(model)):

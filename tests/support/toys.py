@@ -162,7 +162,8 @@ def with_options(model):
     rope_scaling=RopeScaling(
       kind=RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0
     ),
-    window=4, global_every=2, sinks=True, activation=Activation.CLAMPED_SWIGLU,
+    window=4, global_every=2, sinks=True, soft_cap=1.5, logit_soft_cap=2.0,
+    activation=Activation.CLAMPED_SWIGLU,
     activation_limit=0.9, attention_scale=0.7, embedding_multiplier=2.0,
     residual_multiplier=0.5, logit_multiplier=1.5,
     moe=dataclasses.replace(model.moe, shared_experts=1, shared_dim=14, shared_gate=True,
