@@ -24,6 +24,7 @@ from moe_jax.errors import UserError
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
+from moe_jax.moe.routing import Mode, Tokens
 from moe_jax.training import metrics
 
 
@@ -97,7 +98,8 @@ def _programs(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
       return feedforward(x_BLD, layer.weights(x_BLD.dtype)), None
     ids_BL, key = jnp.zeros(real_BL.shape, jnp.int32), jax.random.key(0)
     weights = layer.ffn_weights(x_BLD.dtype, jnp.zeros(layer.moe.num_experts))
-    out = moe_feedforward(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=True)
+    tokens, model = Tokens(ids_BL, real_BL.astype(jnp.int32), ids_BL), Model(moe=layer.moe)
+    out = moe_feedforward(x_BLD, tokens, weights, model, key, Mode(train=True))
     return out.y_BLD, out.stats
 
   def step(params, x_BLD, real_BL, dy_BLD):

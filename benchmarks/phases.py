@@ -18,6 +18,7 @@ from moe_jax.kernels.expert_weights import MATRICES, Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import counts, dispatch, routers
 from moe_jax.moe import layer as layer_lib
+from moe_jax.moe.routing import Tokens
 
 SPLIT = (Dispatch.GATHER, Dispatch.GROUPED)
 MOVING = ("router", "dispatch", "combine")  # the pieces that a dense layer does not have
@@ -33,7 +34,8 @@ def thunks(graph: Any, moe: MoE, arrays: Any) -> dict[str, Callable[[], Any]]:
     layer = nnx.merge(graph, params)
     weights = layer.weights(x_BLD.dtype, jnp.zeros(E))
     ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
-    inputs = layer_lib.router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, train=True)
+    tokens = Tokens(ids_BL, real_BL.astype(jnp.int32), ids_BL)
+    inputs = layer_lib.router_inputs(x_BLD, tokens, weights, moe, key, train=True)
     routing = routers.route(inputs, moe, B, capacity=layout.capacity, train=True)
     slots, sizes_E = dispatch.place(routing.assignments, layout)
     return routing.gate_N, (inputs, routing, slots, sizes_E)

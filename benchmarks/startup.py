@@ -154,7 +154,8 @@ def compile_seconds(name: str) -> float:
   from moe_jax.data import pipeline
   from moe_jax.moe import validation
   from moe_jax.start import command_line, startup
-  from moe_jax.training import train
+  from moe_jax.training import setup as setup_lib
+  from moe_jax.training.step import compile_step
 
   startup.start()
   jax.config.update("jax_enable_compilation_cache", False)
@@ -165,10 +166,10 @@ def compile_seconds(name: str) -> float:
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     start = time.perf_counter()
-    _, state, shardings = train.init_state(config, mesh)
+    setup = setup_lib.make(config, mesh)
     tokens_BL = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), np.int32)
     batch = pipeline.Batch(*[tokens_BL] * len(pipeline.Batch._fields))
-    train.compile_step(config, shardings).lower(state, batch).compile()
+    compile_step(setup).lower(setup.shapes, batch).compile()
     return time.perf_counter() - start
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.config import Config
 from moe_jax.data import pipeline
-from moe_jax.training import train
+from moe_jax.training import setup as setup_lib
+from moe_jax.training.step import compile_init, compile_step
 
 WARMUP_STEPS = 2  # steps of a Trainer before all its steps take the same time
 Times = dict[str, list[float]]  # {name of a function: seconds of one call, in each round}
@@ -80,9 +81,9 @@ class Trainer:
     )  # fmt: skip
     with jax.set_mesh(self.mesh):
       self.batch = sharding.to_global(batch, self.mesh)
-      init, _, shardings = train.init_state(config, self.mesh)
-      self.state = init()
-      self.step = train.compile_step(config, shardings, only=("loss",) if bare else ())
+      setup = setup_lib.make(config, self.mesh)
+      self.state = compile_init(setup)()
+      self.step = compile_step(setup, only=("loss",) if bare else ())
 
   def measure(self, steps: int) -> dict[str, Any]:
     """Takes some steps. Returns seconds of a step, and loss and balance of the last one."""

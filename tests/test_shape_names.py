@@ -12,7 +12,8 @@ from moe_jax import sharding
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Loss, Mesh, QKNorm
 from moe_jax.inference import decoding
 from moe_jax.storage import checkpoint
-from moe_jax.training import train
+from moe_jax.training import setup as setup_lib
+from moe_jax.training.step import compile_step
 from tests.support import routings, shape_names
 from tests.support.toys import (
   slow_unless,
@@ -76,9 +77,9 @@ def abstract(config):
   """Returns a mesh, the shapes of a state, and the step, of which nothing is compiled."""
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    _, shapes, shardings = train.init_state(config, mesh)
-    state = checkpoint.abstract(shapes, shardings)
-    return mesh, state, train.compile_step(config, shardings)
+    setup = setup_lib.make(config, mesh)
+    state = checkpoint.abstract(setup.shapes, setup.shardings)
+    return mesh, state, compile_step(setup)
 
 
 @pytest.mark.parametrize("axes", [{}, dict(expert=2, tensor=2)], ids=str)

@@ -23,9 +23,10 @@ from moe_jax.kernels.linear import Weight
 from moe_jax.kernels.mask import Mask
 from moe_jax.model import delta, pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
-from moe_jax.model.transformer import LayerWeights, Tokens
+from moe_jax.model.transformer import LayerWeights
 from moe_jax.moe import validation
 from moe_jax.moe.counts import Choices
+from moe_jax.moe.routing import Mode, Tokens
 
 
 class Weights(NamedTuple):
@@ -203,7 +204,7 @@ def forward_with_cache(
 
     out = transformer.decoder_layer(
       x_BLD, layer, tokens, layer_cache if isinstance(layer_cache, DeltaState) else attend, model,
-      key, mask=kind.mask, train=False, trace=trace,
+      key, mask=kind.mask, mode=Mode(train=False, trace=trace),
     )  # fmt: skip
     x_BLD = out.x_BLD
     layers.append(out.cache)

@@ -13,8 +13,9 @@ from moe_jax.config.fields import cached, flatten
 from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 from moe_jax.model.pattern import bias_shape, layer_kinds, moe_layers
-from moe_jax.model.transformer import Tokens, abstract_params, forward
+from moe_jax.model.transformer import abstract_params, forward
 from moe_jax.moe import validation
+from moe_jax.moe.routing import Tokens
 
 
 class Counts(NamedTuple):

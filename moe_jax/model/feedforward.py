@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Model, MoE
+from moe_jax.config import Model
+from moe_jax.kernels import activation
 from moe_jax.kernels.activation import Nonlinearity, gated
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.moe.layer import MoELayer, MoEOutput, MoEWeights, moe_layer
+from moe_jax.moe.routing import Mode, Tokens
 
 SHARED_GATE_D = sharding.Parameter(
   name="shared_gate_D",
@@ -86,28 +88,22 @@ class MoEFFN(MoELayer):
 
 def moe_feedforward(
   x_BLD: jax.Array,
-  real_BL: jax.Array,
-  ids_BL: jax.Array,
+  tokens: Tokens,
   weights: MoEFFNWeights,
-  moe: MoE,
+  model: Model,
   key: jax.Array,
-  *,
-  activation: Nonlinearity = gated,
-  train: bool,
-  trace: bool = False,
+  mode: Mode,
 ) -> MoEOutput:
   """Adds the shared experts, if there are any, to moe.layer.moe_layer.
 
   The arguments are those of `moe_layer`.
   """
   with jax.named_scope("moe"):
-    out = moe_layer(
-      x_BLD, real_BL, ids_BL, weights.moe, moe, key, activation=activation, train=train, trace=trace
-    )
+    out = moe_layer(x_BLD, tokens, weights.moe, model, key, mode)
   if weights.shared is None:
     return out
   with jax.named_scope("shared"):
-    y_BLD = feedforward(x_BLD, weights.shared, activation)
+    y_BLD = feedforward(x_BLD, weights.shared, activation.of(model))
     if weights.shared_gate_D is not None:
       gate_BL1 = jax.nn.sigmoid(linear(x_BLD, weights.shared_gate_D[:, None]))
       y_BLD = y_BLD * gate_BL1
@@ -115,9 +111,9 @@ def moe_feedforward(
 
 
 def feedforward(
-  x_BLD: jax.Array, weights: FFNWeights, activation: Nonlinearity = gated
+  x_BLD: jax.Array, weights: FFNWeights, nonlinearity: Nonlinearity = gated
 ) -> jax.Array:
-  """Returns down(activation(gate(x), up(x))) as y_BLD, in the dtype of x_BLD."""
+  """Returns down(nonlinearity(gate(x), up(x))) as y_BLD, in the dtype of x_BLD."""
   matrices = (weights.gate_DF, weights.up_DF)
-  h_BLF = activation(*(linear(x_BLD, w) for w in matrices if w is not None))
+  h_BLF = nonlinearity(*(linear(x_BLD, w) for w in matrices if w is not None))
   return linear(sharding.constrain(h_BLF, "BLF"), weights.down_FD)

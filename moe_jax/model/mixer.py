@@ -17,6 +17,7 @@ from moe_jax.model.attention import (
 from moe_jax.model.delta import DeltaLayer, DeltaWeights, delta_layer
 from moe_jax.model.latent_attention import LatentAttentionLayer, LatentWeights, latent_attention
 from moe_jax.model.pattern import LayerKind
+from moe_jax.moe.routing import Tokens
 
 MixerWeights = AttentionWeights | LatentWeights | DeltaWeights
 
@@ -33,7 +34,7 @@ def make(
 def mix(
   x_BLD: jax.Array,
   weights: MixerWeights,
-  tokens: Any,
+  tokens: Tokens,
   attend: Attend | DeltaState | None,
   model: Model,
   mask: Mask,
@@ -43,7 +44,7 @@ def mix(
   Args:
     x_BLD: normed tokens, compute dtype.
     weights: of this layer.
-    tokens: transformer.Tokens of the batch.
+    tokens: of the batch.
     attend: computes attention; for the delta rule the state before, or None in training.
     model: the configuration.
     mask: what the scores of this layer are put through; the sinks of the weights join it.

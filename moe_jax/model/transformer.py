@@ -32,21 +32,7 @@ from moe_jax.model.norm import RMSNorm, rms_norm
 from moe_jax.model.pattern import LayerKind, bias_shape, layer_pattern
 from moe_jax.moe import counts, routers
 from moe_jax.moe.counts import Choices, MoeStats
-
-
-class Tokens(NamedTuple):
-  """The id, the document and the position of each token of a batch."""
-
-  ids_BL: jax.Array  # int32, below vocab_size
-  segments_BL: jax.Array  # int32, the document of each token, from 1; 0 is padding
-  positions_BL: jax.Array  # int32, position within the document
-
-  @classmethod
-  def of(cls, batch: Any) -> "Tokens":
-    """Returns the Tokens of a data.pipeline.Batch."""
-    return cls(
-      ids_BL=batch.tokens_BL, segments_BL=batch.segments_BL, positions_BL=batch.positions_BL
-    )
+from moe_jax.moe.routing import Mode, Tokens
 
 
 class LayerWeights(NamedTuple):
@@ -76,8 +62,7 @@ def decoder_layer(
   key: jax.Array,
   *,
   mask: Mask,
-  train: bool,
-  trace: bool = False,
+  mode: Mode,
 ) -> LayerOutput:
   """Computes pre-norm attention, then a dense or an MoE feed-forward.
 
@@ -89,8 +74,7 @@ def decoder_layer(
     model: the configuration.
     key: the random key of jitter and of the router's noise.
     mask: what the scores of this layer's attention are put through.
-    train: whether to use the capacity factor, jitter and noise of training.
-    trace: whether to return the experts of each token too.
+    mode: whether it is training, and whether to return the experts of each token.
   """
   with jax.named_scope("attention"):
     h_BLD = rms_norm(x_BLD, weights.attention_norm_D, model.norm_eps)
@@ -101,11 +85,7 @@ def decoder_layer(
     with jax.named_scope("ffn"):
       y_BLD = feedforward(h_BLD, weights.ffn, activation.of(model))
   else:
-    real_BL = tokens.segments_BL > 0
-    out = moe_feedforward(
-      h_BLD, real_BL, tokens.ids_BL, weights.ffn, model.moe, key, activation=activation.of(model),
-      train=train, trace=trace,
-    )  # fmt: skip
+    out = moe_feedforward(h_BLD, tokens, weights.ffn, model, key, mode)
     y_BLD, stats, choices = out.y_BLD, out.stats, out.choices
   x_BLD = sharding.constrain(x_BLD + _scaled(y_BLD, model.residual_multiplier), "BLD")
   return LayerOutput(x_BLD=x_BLD, stats=stats, choices=choices, cache=cache)
@@ -166,6 +146,13 @@ class Period(nnx.Module):
     self.blocks = nnx.List([DecoderLayer(model, kind, rngs) for kind in unit])
 
 
+class MoELayers(NamedTuple):
+  """What several MoE layers return, stacked on Z."""
+
+  stats: MoeStats
+  choices: Choices | None  # None without `trace`
+
+
 class ModelOutput(NamedTuple):
   """What the decoder returns."""
 
@@ -220,17 +207,18 @@ class Transformer(nnx.Module):
       ends["head_DV"] = self.head_DV[...].astype(dtype)
     ends = gathered.copies(ends)
     x_BLD = embed(ends["embed_VD"], tokens.ids_BL, model)
-    stats = [counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))]
-    choices, first = [], 0
+    of_none = counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))
+    stats, choices, first = [of_none], [], 0
     for index, stack in enumerate(self.scans):
       repeats, unit = layer_pattern(model)[index]
       keys = jax.random.split(jax.random.fold_in(key, index), repeats)
       last = first + repeats * sum(kind.is_moe for kind in unit)
-      x_BLD, moe_outputs = self._scan(
-        index, stack, x_BLD, tokens, bias_ZE[first:last], keys, train, trace
+      x_BLD, moe_layers = self._scan(
+        index, stack, x_BLD, tokens, bias_ZE[first:last], keys, Mode(train, trace)
       )
-      stats += [moe_outputs[0]] if moe_outputs is not None else []
-      choices += [moe_outputs[1]] if moe_outputs is not None and trace else []
+      if moe_layers is not None:
+        stats.append(moe_layers.stats)
+        choices.append(moe_layers.choices)
       first = last
     head_DV = ends["embed_VD"].T if model.tied_head else ends["head_DV"]
     logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, model)
@@ -244,14 +232,12 @@ class Transformer(nnx.Module):
     tokens: Tokens,
     bias_ZE: jax.Array,
     keys: jax.Array,
-    train: bool,
-    trace: bool,
-  ) -> tuple[jax.Array, tuple[MoeStats, Choices | None] | None]:
+    mode: Mode,
+  ) -> tuple[jax.Array, "MoELayers | None"]:
     """Runs the layers of one stack, the `index`-th; `keys` has one for each repeat.
 
     Returns:
-      x_BLD after the stack, and the stats and choices of its MoE layers, stacked on Z; None if all
-      are dense.
+      x_BLD after the stack, and what its MoE layers return; None if all are dense.
     """
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
     repeats, unit = layer_pattern(model)[index]
@@ -261,27 +247,28 @@ class Transformer(nnx.Module):
 
     def body(x_BLD: jax.Array, period: Any) -> tuple[jax.Array, Any]:
       params, biases, key = period
-      moe_outputs: list[tuple[MoeStats, Choices | None]] = []
+      moe_layers: list[MoELayers] = []
       blocks = nnx.merge(graph, params).blocks
       for number, (kind, block) in enumerate(zip(unit, blocks, strict=True)):
-        bias_E = biases[len(moe_outputs)] if kind.is_moe else None
+        bias_E = biases[len(moe_layers)] if kind.is_moe else None
         out = decoder_layer(
           x_BLD, gathered.copies(block.weights(dtype, bias_E)), tokens,
           None if kind.delta else attend, model, jax.random.fold_in(key, number),
-          mask=kind.mask, train=train, trace=trace,
+          mask=kind.mask, mode=mode,
         )  # fmt: skip
         x_BLD = out.x_BLD
-        moe_outputs += [(out.stats, out.choices)] if out.stats is not None else []
-      if not moe_outputs:
+        if out.stats is not None:
+          moe_layers.append(MoELayers(out.stats, out.choices))
+      if not moe_layers:
         return x_BLD, None
-      return x_BLD, jax.tree.map(lambda *layers: jnp.stack(layers), *moe_outputs)
+      return x_BLD, jax.tree.map(lambda *layers: jnp.stack(layers), *moe_layers)
 
     if model.remat is not Remat.NONE or gathered.drops_copies():
       # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
-    x_BLD, moe_outputs = jax.lax.scan(body, x_BLD, (params, biases, keys))
+    x_BLD, moe_layers = jax.lax.scan(body, x_BLD, (params, biases, keys))
     # [repeats, MoE layers of the unit, ...] to [Z, ...]
-    return x_BLD, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), moe_outputs)
+    return x_BLD, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), moe_layers)
 
 
 def _on_layers(parts: list[Any]) -> Any:
@@ -333,5 +320,5 @@ def evaluate(
   model: Model, params: Any, bias_ZE: jax.Array, batch: Any, *, trace: bool = False
 ) -> ModelOutput:
   """Calls `forward` on a data.pipeline.Batch as in evaluation, with a fixed key."""
-  tokens, key = Tokens.of(batch), jax.random.key(0)
+  tokens, key = Tokens.of_batch(batch), jax.random.key(0)
   return forward(model, params, bias_ZE, tokens, key, train=False, trace=trace)

@@ -1,7 +1,6 @@
 """The statistics of an MoE layer, as sums, so that devices, microbatches and batches add up.
 
-Letters: T tokens of one device; N their assignments; P parts of the sequence; Z stacked layers, or
-in `balance` any leading dimension.
+Letters: T tokens of one device; N their assignments; P parts of the sequence; Z stacked layers.
 """
 
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe.balance import balance_loss
 from moe_jax.moe.dispatch import Layout, by_token
 from moe_jax.moe.routing import LayerInputs, Routing
 
@@ -117,7 +117,7 @@ def local_sums(
     kept_P=per_part(kept_N),
     overflow=jnp.sum(lost_N, dtype=jnp.int32),
     prob_E=jnp.sum(prob_BE, axis=0),
-    sequence_balance=jnp.sum(balance(routed_BE, prob_BE, jnp.sum(real_BL, axis=1))),
+    sequence_balance=jnp.sum(balance_loss(routed_BE, prob_BE, jnp.sum(real_BL, axis=1))),
     importance_E=per_expert(routing.gate_N, routing.real_N),
     gate_kept=jnp.sum(jnp.where(kept_N, jax.lax.stop_gradient(routing.gate_N), 0)),
     load_E=jnp.sum(jnp.where(real_BL[..., None], load_BLE, 0), axis=(0, 1)),
@@ -138,20 +138,3 @@ def trace_choices(routing: Routing, kept_N: jax.Array, shape: tuple[int, ...]) -
     kept_BLE=none_TE.at[index].max(kept_N).reshape(B, L, E),
     gate_BLE=jnp.zeros((B * L, E)).at[index].add(gate_N).reshape(B, L, E),
   )
-
-
-def balance(routed_ZE: jax.Array, prob_ZE: jax.Array, tokens_Z: jax.Array) -> jax.Array:
-  """Returns E * sum_e(f_e * P_e), float32 [Z] (Switch 2101.03961 eq. 4, GShard 2006.16668).
-
-  f_e is expert e's share of the assignments before drops and carries no gradient; P_e is its mean
-  probability. Uniform f and P give exactly 1 for every E and K; no tokens give 0.
-
-  Args:
-    routed_ZE: int32, assignments of each expert.
-    prob_ZE: float32, sum of each expert's probability over the tokens.
-    tokens_Z: int32, number of tokens.
-  """
-  routed_Z1 = jnp.maximum(jnp.sum(routed_ZE, axis=-1, keepdims=True), 1).astype(jnp.float32)
-  share_ZE = routed_ZE.astype(jnp.float32) / routed_Z1
-  mean_ZE = prob_ZE / jnp.maximum(tokens_Z, 1).astype(jnp.float32)[:, None]
-  return routed_ZE.shape[-1] * jnp.sum(share_ZE * mean_ZE, axis=-1)

@@ -4,9 +4,11 @@ Rows are either C slots for each expert and routing group, where an assignment t
 slot is dropped, or all assignments sorted by expert, where nothing is dropped. Every dispatcher
 gives the same result for the assignments that it keeps. All sizes are those of one device.
 
-Letters: T tokens, of all M routing groups; U tokens of one group, T = M * U; N assignments; I
-assignments of one group, N = M * I; E experts that the rows are for: all experts of the layer, or
-those of one device after an exchange; Q pairs of an expert and a group; S rows, filled or empty.
+  T   tokens, of all M routing groups        N   their assignments
+  U   tokens of one group, T = M * U         I   assignments of one group, N = M * I
+  K   assignments of a token                 C   slots of an expert in one group
+  E   experts that the rows are for: all of the layer, or one device's after an exchange
+  Q   pairs of an expert and a group, E * M  S   rows, filled or empty; R rows of one expert
 """
 
 import dataclasses

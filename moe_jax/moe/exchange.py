@@ -25,34 +25,38 @@ from moe_jax.moe.dispatch import ExpertRows, Layout
 from moe_jax.moe.routing import Assignments
 
 
-class Load(NamedTuple):
-  """The tokens that a device packs into rows and, when the outputs are back, sums for."""
+class Packing(NamedTuple):
+  """What a device packs, and for which tokens it will sum."""
 
   x_TD: jax.Array
   assignments: Assignments
   layout: Layout
 
 
-class Trip(NamedTuple):
-  """The rows of one device before and after they were sent."""
+class Order(NamedTuple):
+  """How a device sorted the rows that it received by their expert."""
 
-  sent: ExpertRows  # as packed; an assignment that did not fit the buffer has lost its slot
+  arrived: Assignments  # one for each row, in the order of arrival
+  layout: Layout
+
+
+class Sent(NamedTuple):
+  """The rows of one device before and after they were sent, and the way back."""
+
+  rows: ExpertRows  # as packed; an assignment that did not fit the buffer has lost its slot
   received: ExpertRows  # for the J experts of this device
-  plan: Any  # what `bring_back` needs to reverse `send`; each exchange has its own type
+  order: Order | None = None  # None where rows arrive in their order
+  plan: "RaggedPlan | None" = None  # of the ragged exchange
 
 
-def _stay(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
-  return Trip(rows, rows, None)
-
-
-def _stayed(y: jax.Array, trip: Trip) -> jax.Array:
-  return y
-
-
-def _sums_of_sent_rows(
-  y_TD: jax.Array, assigned: Assignments, trip: Trip
-) -> tuple[jax.Array, jax.Array]:
-  return y_TD, trip.sent.slots.kept_N
+# (x_TD, assignments, layout) of a device -> what the device packs
+Prepare = Callable[[jax.Array, Assignments, Layout], Packing]
+# (packed rows, and the assignments and layout that Prepare took) -> rows at their experts
+Send = Callable[[ExpertRows, Assignments, Layout], Sent]
+# (outputs, shaped as received.x) -> outputs, shaped as rows.x
+BringBack = Callable[[jax.Array, Sent], jax.Array]
+# (gated sums for the tokens of Packing, assignments) -> y_TD and bool kept_N of the device's tokens
+Finish = Callable[[jax.Array, Assignments, Sent], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,18 +67,13 @@ class ExchangeSpec:
   instead, or that needs rows in another layout than by expert.
   """
 
-  # (x_TD, assignments, layout) of a device -> the tokens that the device packs
-  prepare: Callable[[jax.Array, Assignments, Layout], Load] = Load
-  # (packed rows, and the assignments and layout that prepare took) -> rows at their experts
-  send: Callable[[ExpertRows, Assignments, Layout], Trip] = _stay
-  # (outputs, shaped as received.x) -> outputs, shaped as sent.x
-  bring_back: Callable[[jax.Array, Trip], jax.Array] = _stayed
-  # (gated sums for the tokens of prepare, assignments) -> (y_TD, bool kept_N) of the device's own
-  # tokens
-  finish: Callable[[jax.Array, Assignments, Trip], tuple[jax.Array, jax.Array]] = _sums_of_sent_rows
+  prepare: Prepare = Packing
+  send: Send = lambda rows, assigned, layout: Sent(rows, rows)
+  bring_back: BringBack = lambda y, sent: y
+  finish: Finish = lambda y_TD, assigned, sent: (y_TD, sent.rows.slots.kept_N)
 
 
-def exchange_in_force(exchange: Exchange, *, slots: bool) -> ExchangeSpec:
+def steps_in_force(exchange: Exchange, *, slots: bool) -> ExchangeSpec:
   """Returns the exchange for the mesh in force.
 
   Args:
@@ -109,7 +108,7 @@ def _expert_devices() -> int:
   return jax.sharding.get_abstract_mesh().shape["expert"]
 
 
-def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
+def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sent:
   """Sends every device equally many slots, in one all_to_all of fixed size.
 
       device 0  [a0 b0 c0 d0]            [a0 a1 b0 b1]
@@ -122,16 +121,16 @@ def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip
   x_ECD = jax.lax.all_to_all(rows.x, "expert", 0, 0, tiled=True)  # by source, then by expert
   x_XJCD = x_ECD.reshape(_expert_devices(), -1, *x_ECD.shape[1:])
   x_JRD = x_XJCD.swapaxes(0, 1).reshape(x_XJCD.shape[1], -1, x_ECD.shape[2])
-  return Trip(rows, rows._replace(x=x_JRD), None)
+  return Sent(rows, rows._replace(x=x_JRD))
 
 
-def _bring_back_slots(y_JRD: jax.Array, trip: Trip) -> jax.Array:
-  sent, own = trip.sent.x.shape, y_JRD.shape[0]
-  y_XJCD = y_JRD.reshape(own, -1, *sent[1:]).swapaxes(0, 1)
-  return jax.lax.all_to_all(y_XJCD.reshape(sent), "expert", 0, 0, tiled=True)
+def _bring_back_slots(y_JRD: jax.Array, sent: Sent) -> jax.Array:
+  shape_ECD, own_experts = sent.rows.x.shape, y_JRD.shape[0]
+  y_XJCD = y_JRD.reshape(own_experts, -1, *shape_ECD[1:]).swapaxes(0, 1)
+  return jax.lax.all_to_all(y_XJCD.reshape(shape_ECD), "expert", 0, 0, tiled=True)
 
 
-def _all_tokens(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
+def _all_tokens(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Packing:
   """Gathers all tokens on every device, which packs only the assignments to its own experts.
 
       device 0  tokens 0             tokens 0 1 -> [a0 a1 b0 b1] -> sums 0 1                 sums 0
@@ -149,16 +148,16 @@ def _all_tokens(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
   expert_V = gathered.expert_N - here * own_experts
   own_V = gathered.real_N & (expert_V >= 0) & (expert_V < own_experts)
   own_layout = layout._replace(tokens=X * layout.tokens, experts=own_experts)
-  return Load(x_WD, gathered._replace(expert_N=expert_V, real_N=own_V), own_layout)
+  return Packing(x_WD, gathered._replace(expert_N=expert_V, real_N=own_V), own_layout)
 
 
-def _own_sums(y_WD: jax.Array, assigned: Assignments, trip: Trip) -> tuple[jax.Array, jax.Array]:
+def _own_sums(y_WD: jax.Array, assigned: Assignments, sent: Sent) -> tuple[jax.Array, jax.Array]:
   with jax.named_scope("exchange"):
     y_TD = jax.lax.psum_scatter(y_WD, "expert", scatter_dimension=0, tiled=True)
   return y_TD, assigned.real_N
 
 
-def _by_device(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
+def _by_device(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Packing:
   """Prepares assignments so that they are packed by destination device, not by expert.
 
   Each device gets a buffer of equally many slots.
@@ -167,10 +166,10 @@ def _by_device(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Load:
   device_N = assigned.expert_N // (layout.experts // X)
   slots = _buffer_rows(layout.exchange_factor, N / X, N)
   buffers = layout._replace(slots=True, experts=X, groups=1, capacity=slots)
-  return Load(x_TD, assigned._replace(expert_N=device_N), buffers)
+  return Packing(x_TD, assigned._replace(expert_N=device_N), buffers)
 
 
-def _send_buffers(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
+def _send_buffers(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sent:
   """Sends every device a buffer of fixed size; rows that do not fit it are lost and counted.
 
       device 0  [a0 b0 a0 .][d0 . . .]            [a0 b0 a0 .][b1 . . .]
@@ -186,20 +185,20 @@ def _send_buffers(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Tr
   x_SD = rows.x.reshape(-1, rows.x.shape[-1])
   x_RD, expert_R = jax.lax.all_to_all((x_SD, expert_S), "expert", 0, 0, tiled=True)
   received, order = _sort_received(x_RD, expert_R, own_experts)
-  return Trip(rows, received, order)
+  return Sent(rows, received, order)
 
 
-def _bring_back_buffers(y_RD: jax.Array, trip: Trip) -> jax.Array:
-  return jax.lax.all_to_all(_unsort(y_RD, trip.received, trip.plan), "expert", 0, 0, tiled=True)
+def _bring_back_buffers(y_RD: jax.Array, sent: Sent) -> jax.Array:
+  return jax.lax.all_to_all(_unsort(y_RD, sent), "expert", 0, 0, tiled=True)
 
 
 def _sort_received(
   x_RD: jax.Array, expert_R: jax.Array, own_experts: int
-) -> tuple[ExpertRows, tuple[Assignments, Layout]]:
+) -> tuple[ExpertRows, Order]:
   """Sorts received rows by this device's experts; an expert of -1 marks an empty row.
 
   Returns:
-    The sorted rows, and the assignments and layout that `_unsort` needs.
+    The sorted rows, and how they were sorted.
   """
   R = x_RD.shape[0]
   arrived = Assignments(
@@ -212,12 +211,14 @@ def _sort_received(
     tokens=R, groups=1, experts=own_experts, capacity=0, slots=False, choices=1,
     in_token_order=True, exchange_factor=0.0,
   )  # fmt: skip
-  return dispatch.gather_pack(x_RD, arrived, layout), (arrived, layout)
+  return dispatch.gather_pack(x_RD, arrived, layout), Order(arrived, layout)
 
 
-def _unsort(y_RD: jax.Array, received: ExpertRows, order: tuple[Assignments, Layout]) -> jax.Array:
-  arrived, layout = order
-  return dispatch.gather_combine(y_RD, arrived, received.slots, layout)
+def _unsort(y_RD: jax.Array, sent: Sent) -> jax.Array:
+  """Returns outputs in the order in which their rows arrived."""
+  assert sent.order is not None
+  arrived, layout = sent.order
+  return dispatch.gather_combine(y_RD, arrived, sent.received.slots, layout)
 
 
 def _buffer_rows(factor: float, fair: float, most: int) -> int:
@@ -265,7 +266,7 @@ def ragged_plan(counts_XXJ: jax.Array, here: jax.Array | int, rows: int) -> Ragg
   )
 
 
-def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Trip:
+def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sent:
   """Sends only filled rows, into a buffer of fixed size; rows that do not fit are lost and counted.
 
       device 0  [a0 a0 b0 d0]                     [a0 a0 b0 b1 . . .]
@@ -289,14 +290,14 @@ def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Tri
   fits_N = rows.slots.slot_N - plan.send_start_X[device_N] < plan.send_X[device_N]
   kept_N = assigned.real_N & fits_N
   slots = rows.slots._replace(slot_N=jnp.where(kept_N, rows.slots.slot_N, N), kept_N=kept_N)
-  return Trip(rows._replace(slots=slots), received, (plan, order))
+  return Sent(rows._replace(slots=slots), received, order, plan)
 
 
-def _bring_back_ragged(y_RD: jax.Array, trip: Trip) -> jax.Array:
-  plan, order = trip.plan
-  y_RD = _unsort(y_RD, trip.received, order)
+def _bring_back_ragged(y_RD: jax.Array, sent: Sent) -> jax.Array:
+  plan, y_RD = sent.plan, _unsort(y_RD, sent)
+  assert plan is not None
   return jax.lax.ragged_all_to_all(
-    y_RD, jnp.zeros_like(y_RD, shape=trip.sent.x.shape), plan.receive_start_X, plan.receive_X,
+    y_RD, jnp.zeros_like(y_RD, shape=sent.rows.x.shape), plan.receive_start_X, plan.receive_X,
     plan.at_sender_X, plan.send_X, axis_name="expert",
   )  # fmt: skip
 

@@ -14,60 +14,58 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Model, MoE
+from moe_jax.kernels import activation, gathered
 from moe_jax.kernels import experts as expert_kernels
-from moe_jax.kernels import gathered
-from moe_jax.kernels.activation import Nonlinearity, gated
 from moe_jax.kernels.experts import Experts, ExpertWeights
 from moe_jax.moe import counts, dispatch, exchange, routers, routing
 from moe_jax.moe.counts import Choices, MoeStats
-from moe_jax.moe.routing import LayerInputs
+from moe_jax.moe.dispatch import ExpertRows
+from moe_jax.moe.routing import LayerInputs, Mode, Tokens
 
 
 def moe_on_device(
-  x_BLD: jax.Array,
-  inputs: LayerInputs,
-  experts: ExpertWeights,
-  moe: MoE,
-  *,
-  activation: Nonlinearity,
-  train: bool,
-  trace: bool,
+  x_BLD: jax.Array, inputs: LayerInputs, experts: ExpertWeights, model: Model, mode: Mode
 ) -> "MoEOutput":
   """Runs the algorithm on the tokens and the experts of one device.
 
   The arguments are those of `on_mesh`, in the sizes of one device.
   """
+  moe = model.moe
   dispatcher = dispatch.DISPATCHERS[moe.dispatch]
-  mover = exchange.exchange_in_force(moe.exchange, slots=dispatcher.slots)
-  layout = dispatch.layout_of(moe, x_BLD.shape, train=train)
+  steps = exchange.steps_in_force(moe.exchange, slots=dispatcher.slots)
+  layout = dispatch.layout_of(moe, x_BLD.shape, train=mode.train)
   with jax.named_scope("route"):  # 1. Who goes where, in order of priority.
-    routing = routers.route(inputs, moe, layout.groups, capacity=layout.capacity, train=train)
+    chosen = routers.route(inputs, moe, layout.groups, capacity=layout.capacity, train=mode.train)
   with jax.named_scope("dispatch"):  # 2. Tokens to rows.
-    load = mover.prepare(x_BLD.reshape(layout.tokens, -1), routing.assignments, layout)
-    rows = dispatcher.pack(*load)
+    packing = steps.prepare(x_BLD.reshape(layout.tokens, -1), chosen.assignments, layout)
+    rows = dispatcher.pack(*packing)
   with jax.named_scope("exchange"):  # 3. Rows to the devices that hold their experts.
-    trip = mover.send(rows, routing.assignments, layout)
+    sent = steps.send(rows, chosen.assignments, layout)
   with jax.named_scope("experts"):  # 4. The experts.
-    received = trip.received
-    if isinstance(experts, Experts) and experts.down_bias_ED is not None:
-      # The devices of `tensor` add up their outputs (6.), but the bias counts once.
-      experts = experts._replace(down_bias_ED=exchange.once_over("tensor", experts.down_bias_ED))
-    outputs = expert_kernels.experts(
-      received.x, received.sizes_E, experts, moe.grouped_matmul, activation
-    )
+    outputs = _experts(sent.received, experts, model)
   with jax.named_scope("exchange"):  # 5. Rows back to the devices of their tokens.
-    returned = mover.bring_back(outputs, trip)
+    returned = steps.bring_back(outputs, sent)
   with jax.named_scope("combine"):  # 6. Rows to tokens: the sum of a token's gated outputs.
-    y_TD = dispatcher.combine(returned, load.assignments, trip.sent.slots, load.layout)
-    y_TD, kept_N = mover.finish(y_TD, routing.assignments, trip)
+    y_TD = dispatcher.combine(returned, packing.assignments, sent.rows.slots, packing.layout)
+    y_TD, kept_N = steps.finish(y_TD, chosen.assignments, sent)
     # Each device of `tensor` holds a part of F, so its y_TD is a partial sum. It is summed here and
     # not before combining, because there are fewer tokens than rows.
     y_TD = exchange.sum_over("tensor", y_TD)
   with jax.named_scope("statistics"):
-    stats = counts.local_sums(inputs, routing, kept_N, layout, drops=dispatcher.drops)
+    stats = counts.local_sums(inputs, chosen, kept_N, layout, drops=dispatcher.drops)
     stats = exchange.sum_over(sharding.BATCH_AXES, stats)
-  choices = counts.trace_choices(routing, kept_N, inputs.real_BL.shape) if trace else None
+  choices = counts.trace_choices(chosen, kept_N, inputs.real_BL.shape) if mode.trace else None
   return MoEOutput(y_TD.reshape(x_BLD.shape), stats, choices)
+
+
+def _experts(received: ExpertRows, experts: ExpertWeights, model: Model) -> jax.Array:
+  """Returns the experts' outputs of rows, in the shape of the rows."""
+  if isinstance(experts, Experts) and experts.down_bias_ED is not None:
+    # The devices of `tensor` add up their outputs in step 6, but the bias counts once.
+    experts = experts._replace(down_bias_ED=exchange.once_over("tensor", experts.down_bias_ED))
+  return expert_kernels.experts(
+    received.x, received.sizes_E, experts, model.moe.grouped_matmul, activation.of(model)
+  )
 
 
 class MoEOutput(NamedTuple):
@@ -88,46 +86,31 @@ class MoEWeights(NamedTuple):
 
 def moe_layer(
   x_BLD: jax.Array,
-  real_BL: jax.Array,
-  ids_BL: jax.Array,
+  tokens: Tokens,
   weights: MoEWeights,
-  moe: MoE,
+  model: Model,
   key: jax.Array,
-  *,
-  activation: Nonlinearity = gated,
-  train: bool,
-  trace: bool = False,
+  mode: Mode,
 ) -> MoEOutput:
   """Routes tokens to experts and adds up the experts' outputs, on the mesh in force.
 
   Args:
     x_BLD: tokens of the whole mesh, compute dtype.
-    real_BL: bool, False at padding, which is neither routed nor counted. What stands there, in any
-      array, changes nothing, but must be finite: gradients multiply it by 0.
-    ids_BL: int32 token ids, for routers that read them.
+    tokens: ids for routers that read them; and what is padding, which is neither routed nor
+      counted. What stands there, in any array, changes nothing, but must be finite: gradients
+      multiply it by 0.
     weights: the weights of the router and the experts.
-    moe: the configuration of the layer.
+    model: the configuration.
     key: the random key of jitter and noise.
-    activation: of the experts.
-    train: whether to use the training capacity factor, jitter, and the router's training function.
-    trace: whether to return the experts of each token too.
+    mode: whether it is training, and whether to return the experts of each token.
   """
   with jax.named_scope("router"):
-    inputs = router_inputs(x_BLD, real_BL, ids_BL, weights, moe, key, train=train)
-  return on_mesh(
-    x_BLD, inputs, weights.experts, moe, activation=activation, train=train, trace=trace
-  )
+    inputs = router_inputs(x_BLD, tokens, weights, model.moe, key, train=mode.train)
+  return on_mesh(x_BLD, inputs, weights.experts, model, mode)
 
 
 def on_mesh(
-  x_BLD: jax.Array,
-  inputs: LayerInputs,
-  experts: ExpertWeights,
-  moe: MoE,
-  *,
-  activation: Nonlinearity = gated,
-  train: bool,
-  trace: bool = False,
+  x_BLD: jax.Array, inputs: LayerInputs, experts: ExpertWeights, model: Model, mode: Mode
 ) -> MoEOutput:
   """Runs `moe_on_device` on every device of the mesh in force, on its part of the arguments.
 
@@ -137,12 +120,10 @@ def on_mesh(
     x_BLD: tokens of the whole mesh, compute dtype; sequences are split over the batch axes.
     inputs: what the router reads, split over the batch axes too.
     experts: split over `expert`, `tensor`, and `fsdp`, over which each device gathers its own.
-    moe: the configuration of the layer.
-    activation: of the experts.
-    train: whether to use the training capacity factor and the router's training function.
-    trace: whether to return the experts of each token too.
+    model: the configuration.
+    mode: whether it is training, and whether to return the experts of each token.
   """
-  local = functools.partial(moe_on_device, moe=moe, activation=activation, train=train, trace=trace)
+  local = functools.partial(moe_on_device, model=model, mode=mode)
   if exchange.one_device():
     return local(x_BLD, inputs, experts)
   # Any, because the trees of specs have the types of the arrays that the specs are for.
@@ -168,8 +149,7 @@ def on_mesh(
 
 def router_inputs(
   x_BLD: jax.Array,
-  real_BL: jax.Array,
-  ids_BL: jax.Array,
+  tokens: Tokens,
   weights: MoEWeights,
   moe: MoE,
   key: jax.Array,
@@ -202,8 +182,8 @@ def router_inputs(
     extra = spec.extra(x_BLD, weights.router, project)
   return LayerInputs(
     logits_BLE=logits_BLE,
-    real_BL=real_BL,
-    ids_BL=ids_BL,
+    real_BL=tokens.real_BL,
+    ids_BL=tokens.ids_BL,
     bias_E=weights.bias_E,
     noise_BLE=noise_BLE,
     extra=extra,

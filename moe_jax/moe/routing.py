@@ -6,7 +6,7 @@ device; N assignments.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,33 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import MoE, Score
+
+
+class Tokens(NamedTuple):
+  """The id, the document and the position of each token of a batch."""
+
+  ids_BL: jax.Array  # int32, below vocab_size
+  segments_BL: jax.Array  # int32, the document of each token, from 1; 0 is padding
+  positions_BL: jax.Array  # int32, position within the document
+
+  @classmethod
+  def of_batch(cls, batch: Any) -> "Tokens":
+    """Returns the Tokens of a data.pipeline.Batch."""
+    return cls(
+      ids_BL=batch.tokens_BL, segments_BL=batch.segments_BL, positions_BL=batch.positions_BL
+    )
+
+  @property
+  def real_BL(self) -> jax.Array:
+    """bool, False at padding."""
+    return self.segments_BL > 0
+
+
+class Mode(NamedTuple):
+  """How a layer runs; static."""
+
+  train: bool  # whether to use the capacity factor, jitter and the router's function of training
+  trace: bool = False  # whether to return the experts of each token too
 
 
 class LayerInputs(NamedTuple):

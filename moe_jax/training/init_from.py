@@ -133,7 +133,7 @@ def load(source: Source, state: Any, shardings: Any) -> Any:
 
   Args:
     source: as `find` returned it.
-    state: a new train.TrainState; the memory of the arrays that are replaced is freed.
+    state: a new TrainState; the memory of the arrays that are replaced is freed.
     shardings: of that state.
   """
   names = ("params", "bias_ZE", *(("opt_state",) if source.optimizer else ()))

@@ -1,7 +1,6 @@
 """The loop over the training steps: it logs metrics, evaluates, saves, and stops when asked to."""
 
 import contextlib
-import functools
 import math
 import os
 import pathlib
@@ -9,29 +8,23 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import grain
 import jax
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.config import Config, OnNonfinite
+from moe_jax.config import OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
-from moe_jax.model import cost
-from moe_jax.model.pattern import moe_layers
 from moe_jax.start import command_line
 from moe_jax.storage import checkpoint, files
 from moe_jax.training import health, metrics, writer
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.profiling import Profiler
-
-if TYPE_CHECKING:  # train.py imports this file
-  from moe_jax.training.train import TrainState
-
-  Step = Callable[[TrainState, pipeline.Batch[jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+from moe_jax.training.setup import Setup, TrainState
+from moe_jax.training.step import Step
 
 
 class Loop:
@@ -39,46 +32,48 @@ class Loop:
 
   def __init__(
     self,
-    config: Config,
+    setup: Setup,
     path: pathlib.Path,
     saver: checkpoint.Checkpointer,
     start: int,
     profiler: Profiler,
+    batches: grain.DatasetIterator,
+    rows: pipeline.Rows,
   ):
     """Prepares the loop.
 
     Args:
-      config: of the run; kernels and mesh are resolved.
+      setup: of the run; its kernels are chosen.
       path: the workdir.
       saver: of the workdir's checkpoints; the loop closes it.
       start: the number of steps taken before.
       profiler: traces the steps that were asked for.
+      batches: of this process, from the next step on.
+      rows: that the batches are made of.
     """
-    self.config, self.path, self.saver, self.start = config, path, saver, start
+    self.config, self.path, self.saver, self.start = setup.config, path, saver, start
     self.profiler = profiler
     self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
     self.stop_signal, self.stop_time = 0, -math.inf  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
     peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-    self.flops_fraction = cost.count(config).flops_per_token / peak if peak else 0.0
-    self.monitor = health.Monitor(config, moe_layers(config.model), path, start)
+    self.flops_fraction = setup.counts.flops_per_token / peak if peak else 0.0
+    self.monitor = health.Monitor(setup.config, setup.moe_layers, path, start)
     # The seconds of training so far, without compilation, evaluation and saving.
     self.seconds = self.writer.last("train/seconds") if self.writer else 0.0
     # The seconds for which saving has stopped the training so far.
     self.save_seconds = self.writer.last("train/save_seconds") if self.writer else 0.0
-    self.rows: Callable[[int], list[int]] = lambda step: []
-    self.next_batch = 0  # number of the batch of the first step
+    self.batches, self.rows = batches, rows
+    self.next_batch = pipeline.place(batches)  # number of the batch of the first step
     self.mark = 0.0  # the clock when `seconds` was last updated
     self.window_seconds = self.seconds  # the value of `seconds` at the last line that was logged
     self.window_steps = 0  # steps since that line
 
   def run(
     self,
-    state: "TrainState",
-    batches: grain.DatasetIterator,
-    step_fn: "Step",
+    state: TrainState,
+    step_fn: Step,
     evaluator: Evaluator,
-    rows: pipeline.Rows,
     *,
     evaluate: bool = False,
   ) -> None:
@@ -86,10 +81,8 @@ class Loop:
 
     Args:
       state: the train state after `start` steps; its buffers are given away to the first step.
-      batches: of this process, from the next step on.
       step_fn: the compiled step.
       evaluator: computes the validation loss.
-      rows: that the batches are made of.
       evaluate: whether to begin with an evaluation.
 
     Raises:
@@ -97,8 +90,6 @@ class Loop:
       StopAlarm: an alarm has ended the run.
       StorageError: the disk is full.
     """
-    self.next_batch = pipeline.place(batches)
-    self.rows = functools.partial(self._rows, rows)
     # Of several processes, jax handles SIGTERM: it tells all of them at which step to stop.
     ours = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, self._on_signal) for number in ours}
@@ -106,7 +97,7 @@ class Loop:
       if evaluate:
         self._evaluate(self.start, evaluator, state)
       if not self._is_asked():
-        self._take_steps(state, batches, step_fn, evaluator)
+        self._take_steps(state, step_fn, evaluator)
       self.saver.wait()
       files.flush()
     finally:
@@ -121,9 +112,8 @@ class Loop:
 
   def _take_steps(
     self,
-    state: "TrainState",
-    batches: grain.DatasetIterator,
-    step_fn: "Step",
+    state: TrainState,
+    step_fn: Step,
     evaluator: Evaluator,
   ) -> None:
     train, mesh = self.config.train, jax.sharding.get_mesh()
@@ -132,7 +122,7 @@ class Loop:
     while step < train.steps:
       self.profiler.before(step + 1, state)
       with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-        batch = sharding.to_global(next(batches), mesh)
+        batch = sharding.to_global(next(self.batches), mesh)
         state, step_metrics = step_fn(state, batch)
       step += 1
       self.mark += self.profiler.after(step, state)
@@ -162,7 +152,7 @@ class Loop:
           raise BrokenPipeError
         break
 
-  def _save(self, step: int, state: "TrainState", loss: float) -> None:
+  def _save(self, step: int, state: TrainState, loss: float) -> None:
     """Saves a state if it is finite; of the last step it has to be."""
     files.flush()  # a run that goes on from this step finds all lines of the steps before
     if self.saver.save(step, state, self._batch_number(step) + 1, loss):
@@ -172,9 +162,9 @@ class Loop:
       raise health.NotFiniteAlarm(f"{message}; {self._remedy(finite=False)}")
     self._say(f"{message}; the newest checkpoint is of step {self.saver.latest_step() or 0}")
 
-  def _rows(self, rows: pipeline.Rows, step: int) -> list[int]:
+  def _rows(self, step: int) -> list[int]:
     """Returns the numbers of the rows of a step."""
-    return pipeline.batch_rows(rows, self.config.data, self._batch_number(step))
+    return pipeline.batch_rows(self.rows, self.config.data, self._batch_number(step))
 
   def _batch_number(self, step: int) -> int:
     return self.next_batch + step - self.start - 1
@@ -232,7 +222,7 @@ class Loop:
   def _raise_alarms(self, step: int, values: dict[str, np.ndarray]) -> None:
     """Lets the monitor look at the step; an alarm that ends the run gets a remedy to its line."""
     try:
-      self.monitor(step, values, self.rows)
+      self.monitor(step, values, self._rows)
     except health.Rewind as rewind:
       rewind.next_batch = self._batch_number(step) + 1
       raise
@@ -279,7 +269,7 @@ class Loop:
       self.window_steps, self.window_seconds = 0, self.seconds
     return speed
 
-  def _evaluate(self, step: int, evaluator: Evaluator, state: "TrainState") -> float:
+  def _evaluate(self, step: int, evaluator: Evaluator, state: TrainState) -> float:
     """Returns the validation loss, after it has logged it; inf if the run is asked to stop."""
     # The next start evaluates the step then. After the last step there is none that would.
     evaluator.stopped = lambda: self._is_asked() and step < self.config.train.steps

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import BalanceScope, Loss
-from moe_jax.moe import counts
+from moe_jax.moe.balance import balance_loss, cv_squared_plus_one
 from moe_jax.moe.counts import MoeStats
 
 
@@ -53,7 +53,7 @@ def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: 
     targets=jnp.sum(real_BL, dtype=jnp.int32),
     moe=moe,
     microbatches=jnp.ones((), jnp.int32),
-    balance_Z=counts.balance(moe.routed_E, moe.prob_E, moe.tokens),
+    balance_Z=balance_loss(moe.routed_E, moe.prob_E, moe.tokens),
   )
 
 
@@ -75,17 +75,7 @@ def load_balance(sums: Sums, scope: BalanceScope) -> jax.Array:
     return moe.sequence_balance / jnp.maximum(moe.sequences, 1)
   if scope is BalanceScope.MICROBATCH:
     return sums.balance_Z / sums.microbatches
-  return counts.balance(moe.routed_E, moe.prob_E, moe.tokens)
-
-
-def cv_squared_plus_one(x_ZE: jax.Array) -> jax.Array:
-  """Returns E * sum(x^2) / sum(x)^2, float32 [Z]: 1 + CV(x)^2 of 1701.06538 eq. 7.
-
-  It is 1.0 if all entries of a row are equal, and 0.0, with no gradient, if all are 0.
-  """
-  # The gradient divides by the square of the total, which float32 has to hold.
-  total_Z = jnp.maximum(jnp.sum(x_ZE, axis=-1), 1e-15)
-  return x_ZE.shape[-1] * jnp.sum((x_ZE / total_Z[:, None]) ** 2, axis=-1)
+  return balance_loss(moe.routed_E, moe.prob_E, moe.tokens)
 
 
 def total(sums: Sums, loss: Loss, num_moe_layers: int) -> Losses:

@@ -236,25 +236,3 @@ def restart_schedule(state: Any) -> Any:
     state,
     is_leaf=is_schedule,
   )
-
-
-def updated_bias(bias_ZE: jax.Array, routed_ZE: jax.Array, rate: float) -> jax.Array:
-  """Returns the bias of loss-free balancing (2408.15664) after a step.
-
-  The bias of an expert rises by `rate` if its load is below the mean, and falls by `rate` if it is
-  above. Then the mean of each layer's biases is subtracted.
-
-  Args:
-    bias_ZE: float32; it is added to the scores by which experts are chosen, not to the gates.
-    routed_ZE: int32, the assignments of the whole batch, of all devices and microbatches.
-    rate: u of the paper, 1e-3 there; 0 leaves the bias as it is.
-  """
-  if not rate or not routed_ZE.size:
-    return bias_ZE
-  # The sign of total/E - load, in integers and without the product E * load, which could overflow:
-  # total/E - load = (quotient - load) + remainder/E.
-  quotient_Z1, remainder_Z1 = jnp.divmod(jnp.sum(routed_ZE, axis=1, keepdims=True), len(bias_ZE[0]))
-  gap_ZE = quotient_Z1 - routed_ZE
-  sign_ZE = jnp.where(gap_ZE != 0, jnp.sign(gap_ZE), jnp.sign(remainder_Z1))
-  bias_ZE = bias_ZE + rate * sign_ZE.astype(jnp.float32)
-  return bias_ZE - jnp.mean(bias_ZE, axis=1, keepdims=True)

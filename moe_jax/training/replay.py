@@ -14,8 +14,8 @@ from moe_jax.errors import UserError
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import init_from
-from moe_jax.training.run import begin, begin_state, choose_kernels, next_after, read_text
-from moe_jax.training.train import compile_step, init_state
+from moe_jax.training.run import begin_state, choose_kernels, next_after, open_run, read_text
+from moe_jax.training.step import compile_step
 
 
 def replay(config: Config, workdir: str, step: int) -> None:
@@ -32,39 +32,37 @@ def replay(config: Config, workdir: str, step: int) -> None:
   Raises:
     UserError: the workdir has no run, or the run has no such step.
   """
-  config, path = begin(config, workdir)
+  setup, path = open_run(config, workdir)
   if not (path / workdir_lib.CONFIG).exists():
     raise UserError(f"--replay={step}: --workdir={workdir} has no run; name that of the step")
   if step > config.train.steps:
     raise UserError(f"--replay={step}: the run has {config.train.steps} steps")
-  text = read_text(config, path)
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    config = choose_kernels(config, path, write=False)
-    init, shapes, shardings = init_state(config, mesh)
-    batches = text.batches(config)
+  text = read_text(setup.config, path)
+  with jax.set_mesh(setup.mesh):
+    setup = choose_kernels(setup, path, write=False)
+    config, batches = setup.config, text.batches(setup.config)
     next_batch = 0
     start = max([0, *(saved for saved in workdir_lib.saved_steps(path) if saved < step)])
     if start:
       reader = checkpoint.Checkpointer(path)
-      state, next_batch = reader.restore(start, checkpoint.abstract(shapes, shardings))
+      state, next_batch = reader.restore(start, checkpoint.abstract(setup.shapes, setup.shardings))
       reader.close()
     else:
-      state = begin_state(init, init_from.find("", False, path, config), shardings)
+      state = begin_state(setup, init_from.find("", False, path, config))
     pipeline.move(batches, next_after(start, next_batch, workdir_lib.rewinds(path)))
     print(f"step {step} again, from step {start}", flush=True)
-    take = compile_step(config, shardings, donate=False)
+    take = compile_step(setup, donate=False)
     for _ in range(start + 1, step):
-      state, _ = take(state, sharding.to_global(next(batches), mesh))
+      state, _ = take(state, sharding.to_global(next(batches), setup.mesh))
     numbers = pipeline.batch_rows(text.train, config.data, pipeline.place(batches))
-    batch = sharding.to_global(next(batches), mesh)
+    batch = sharding.to_global(next(batches), setup.mesh)
     _, values = take(state, batch)
     broken = [n for n, value in jax.device_get(values).items() if not np.isfinite(value).all()]
     lines = [f"rows of the split   {', '.join(map(str, numbers))}"]
     lines.append(f"not finite          {', '.join(broken) or 'nothing: all metrics are finite'}")
     if broken:
       with jax.debug_nans(True):  # a step that is compiled already would not look
-        found = _first(compile_step(config, shardings, donate=False), state, batch)
+        found = _first(compile_step(setup, donate=False), state, batch)
       lines.append(f"first of it         {found}")
   if jax.process_index() == 0:
     print("\n".join(lines))

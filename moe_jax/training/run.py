@@ -1,6 +1,7 @@
 """A run from its start to its end: what it goes on from, and what it does after a bad step."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 from collections.abc import Collection, Iterator
@@ -16,13 +17,15 @@ from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.moe import validation
-from moe_jax.start import command_line, startup
+from moe_jax.start import command_line
 from moe_jax.storage import checkpoint, lock
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, init_from, optimizers, profiling
+from moe_jax.training import setup as setup_lib
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.loop import Loop
-from moe_jax.training.train import TrainState, compile_step, init_state
+from moe_jax.training.setup import Setup, TrainState
+from moe_jax.training.step import compile_init, compile_step
 
 NEWEST = -1  # a resume_step: the newest checkpoint
 
@@ -69,50 +72,48 @@ def run(
     StopAlarm: an alarm has ended the run.
   """
   window = profiling.parse(profile, config.train.steps)
-  config, path = begin(config, workdir)
+  setup, path = open_run(config, workdir)
   _refuse_weights(path)
-  source = init_from.find(init_from_flag, init_optimizer, path, config, named)
-  text = read_text(config, path)
+  source = init_from.find(init_from_flag, init_optimizer, path, setup.config, named)
+  text = read_text(setup.config, path)
   with _alone(path):
     workdir_lib.refuse_links(path)
     if resume_step == NEWEST:
       _check_complete(path)
     if jax.process_index() == 0:
-      _record(config, path, text)
+      _record(setup, path, text)
     rewinds = workdir_lib.rewinds(path)
     while True:
       try:
-        with jax.set_mesh(sharding.make_mesh(config.mesh)):
-          return _train(config, path, text, source, window, resume_step, rewinds)
+        with jax.set_mesh(setup.mesh):
+          return _train(setup, path, text, source, window, resume_step, rewinds)
       except health.Rewind as rewind:
         resume_step = NEWEST
-        rewinds.append(_rewound(config, path, rewind, len(rewinds)))
+        rewinds.append(_rewound(setup.config, path, rewind, len(rewinds)))
 
 
-def begin(config: Config, workdir: str) -> tuple[Config, pathlib.Path]:
-  """Starts jax; returns the config with its mesh, and the folder, which has no other config."""
-  startup.start()
-  config = validation.resolve_mesh(config, jax.device_count())
-  choose.check(config)
-  cost.check_training_memory(config, optimizers.abstract_state(config))
+def open_run(config: Config, workdir: str) -> tuple[Setup, pathlib.Path]:
+  """Returns the setup of a run, and its folder, which has no run of another config."""
+  setup = setup_lib.prepare(config)
   path = workdir_lib.open_written(workdir)
-  validation.check_same_config(path, workdir_lib.stored_config(path), config)
-  _say_if_rates_move(path, config)
-  return config, path
+  validation.check_same_config(path, workdir_lib.stored_config(path), setup.config)
+  _say_if_rates_move(path, setup)
+  return setup, path
 
 
-def _say_if_rates_move(path: pathlib.Path, config: Config) -> None:
+def _say_if_rates_move(path: pathlib.Path, setup: Setup) -> None:
   """Says what another number of steps does to a run that goes on: its schedule moves."""
   steps = workdir_lib.saved_steps(path)
   if not steps or jax.process_index():
     return
-  before = workdir_lib.read_config(path)
-  old, new = (
-    float(optimizers.schedule(c.optimizer, c.train.steps)(steps[-1])) for c in (before, config)
-  )
+  before, now = workdir_lib.read_config(path), setup.config.train.steps
+  old = float(optimizers.schedule(before.optimizer, before.train.steps)(steps[-1]))
+  new = float(setup.schedule(steps[-1]))
   if not math.isclose(old, new, rel_tol=1e-6):
-    print(f"config.train.steps={config.train.steps} (was {before.train.steps}) moves the schedule: "
-          f"the learning rate of step {steps[-1] + 1} is {new:.3g}, and was {old:.3g}")  # fmt: skip
+    print(
+      f"config.train.steps={now} (was {before.train.steps}) moves the schedule: the learning rate "
+      f"of step {steps[-1] + 1} is {new:.3g}, and was {old:.3g}"
+    )
 
 
 def read_text(config: Config, path: pathlib.Path) -> Text:
@@ -171,23 +172,23 @@ def _check_complete(path: pathlib.Path) -> None:
     )
 
 
-def _record(config: Config, workdir: pathlib.Path, text: Text) -> None:
+def _record(setup: Setup, workdir: pathlib.Path, text: Text) -> None:
   """Writes what the run is made of to the workdir; prints what is no default, cost and device."""
   if workdir_lib.recorded_step(workdir) is None:  # before the config, which _check_complete sees
     workdir_lib.record_saved(workdir, max([0, *workdir_lib.saved_steps(workdir)]))
   digests = {name: getattr(text, name).digest for name in Text._fields}
   digests["tokenizer"] = text.train.tokenizer.fingerprint
   workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
-  workdir_lib.write_config(workdir, config)
-  device, state = jax.devices()[0], optimizers.abstract_state(config)
-  print(command_line.difference(config), cost.report(config, state), sep="\n")
+  workdir_lib.write_config(workdir, setup.config)
+  device, config = jax.devices()[0], setup.config
+  print(command_line.difference(config), cost.report(config, setup.shapes.opt_state), sep="\n")
   print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
   if notice := sharding.split_notice(config.mesh):
     print(f"mesh               {notice}")
 
 
 def _train(
-  config: Config,
+  setup: Setup,
   path: pathlib.Path,
   text: Text,
   source: init_from.Source | None,
@@ -196,21 +197,22 @@ def _train(
   rewinds: list[dict[str, Any]],
 ) -> None:
   """Trains from a checkpoint, or from step 0, to the end; raises Rewind where it is to go back."""
-  saver = checkpoint.Checkpointer(path, config.train)
+  saver = checkpoint.Checkpointer(path, setup.config.train)
   if resume_step != NEWEST:
     saver.go_back(resume_step)
-  if (saver.latest_step() or 0) >= config.train.steps:
-    print(f"{path} is finished: step {saver.latest_step()} of {config.train.steps}")
+  steps = setup.config.train.steps
+  if (saver.latest_step() or 0) >= steps:
+    print(f"{path} is finished: step {saver.latest_step()} of {steps}")
     saver.close()
     return
-  config = choose_kernels(config, path)
-  init, shapes, shardings = init_state(config, jax.sharding.get_mesh())
-  start, state, next_batch = _restore_newest(saver, checkpoint.abstract(shapes, shardings))
+  setup = choose_kernels(setup, path)
+  config, abstract = setup.config, checkpoint.abstract(setup.shapes, setup.shardings)
+  start, state, next_batch = _restore_newest(saver, abstract)
   if start:
     began = f" from its own checkpoint; it began with {source}" if source else ""
     print(shown(f"resuming {path} at step {start}{began}"))
   else:
-    state = begin_state(init, source, shardings)
+    state = begin_state(setup, source)
     if source and jax.process_index() == 0:
       print(shown(f"{path} begins with {source}"))
       workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
@@ -218,18 +220,19 @@ def _train(
       workdir_lib.inherit(path, workdir_lib.open_path(source.workdir), fingerprint)
   batches = text.batches(config)
   pipeline.move(batches, next_after(start, next_batch, rewinds))
-  loop = Loop(config, path, saver, start, profiling.Profiler(window, path, start))
-  evaluator = Evaluator(config, text.validation, jax.sharding.get_mesh(), config.eval.batches)
+  profiler = profiling.Profiler(window, path, start)
+  loop = Loop(setup, path, saver, start, profiler, batches, text.train)
+  evaluator = Evaluator(config, text.validation, setup.mesh, config.eval.batches)
   # A run that was asked to stop has saved this step without the evaluation that it was due.
   planned = 0 in (start % config.train.eval_every, start % config.train.checkpoint_every)
   due = planned and start > 0 and math.isinf(saver.loss(start))
-  loop.run(state, batches, compile_step(config, shardings), evaluator, text.train, evaluate=due)
+  loop.run(state, compile_step(setup), evaluator, evaluate=due)
 
 
-def begin_state(init: Any, source: init_from.Source | None, shardings: TrainState) -> TrainState:
+def begin_state(setup: Setup, source: init_from.Source | None) -> TrainState:
   """Returns the state of step 0."""
-  state = init()
-  return init_from.load(source, state, shardings) if source else state
+  state = compile_init(setup)()
+  return init_from.load(source, state, setup.shardings) if source else state
 
 
 def _restore_newest(saver: checkpoint.Checkpointer, abstract_state: Any) -> tuple[int, Any, int]:
@@ -282,10 +285,10 @@ def _rewound(
   return line
 
 
-def choose_kernels(config: Config, workdir: pathlib.Path, *, write: bool = True) -> Config:
-  """Returns the config with a kernel in place of each `auto`; the workdir records the kernels."""
-  config, chosen, lines = choose.resolve(config, workdir_lib.read_kernels(workdir))
+def choose_kernels(setup: Setup, workdir: pathlib.Path, *, write: bool = True) -> Setup:
+  """Returns the setup with a kernel in place of each `auto`; the workdir records the kernels."""
+  config, chosen, lines = choose.resolve(setup.config, workdir_lib.read_kernels(workdir))
   if jax.process_index() == 0 and write:
     workdir_lib.write_kernels(workdir, chosen)
     print("\n".join(lines))
-  return config
+  return dataclasses.replace(setup, config=config)

@@ -37,6 +37,7 @@ from moe_jax.start import command_line, startup
 from moe_jax.storage import weights as weights_lib
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.storage.weights import Weights
+from moe_jax.training import setup as setup_lib
 
 METHODS = {"copy": 0.0, "noise": 0.1, "drop": 0.5}  # and the default of --amount
 Path = tuple[str, ...]
@@ -184,17 +185,16 @@ def run(source: str, config: Config, workdir: str, method: str, amount: float) -
   config = validation.resolve_mesh(config, jax.device_count())
   parts = check(before.model, config.model)
   target = workdir_lib.open_new(workdir)
-  mesh = sharding.make_mesh(config.mesh)
+  setup = setup_lib.make(config, sharding.make_mesh(config.mesh))
   shapes = transformer.abstract_weights(before.model)
-  step, stored = weights_lib.read(path, number or 0, shapes, mesh)
-  where = sharding.param_shardings(transformer.abstract_params(config.model), mesh)
-  with jax.set_mesh(mesh):
+  step, stored = weights_lib.read(path, number or 0, shapes, setup.mesh)
+  with jax.set_mesh(setup.mesh):
     key = jax.random.key(config.train.seed)
     make = jax.jit(
       lambda params: upcycle(params, before.model, config.model, method, amount, key),
-      out_shardings=where,
+      out_shardings=setup.shardings.params,
     )
-    weights = Weights(make(stored.params), jnp.zeros(pattern.bias_shape(config.model)))
+    weights = Weights(make(stored.params), jnp.zeros(setup.shapes.bias_ZE.shape))
     workdir_lib.make(target)
     weights_lib.save(target, weights)
   fingerprint = tokenizers.load_tokenizer(config.data).fingerprint

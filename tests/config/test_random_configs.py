@@ -12,7 +12,9 @@ from moe_jax.config.fields import Choice, flatten, walk
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.moe import validation
-from moe_jax.training import evaluator, optimizers, train
+from moe_jax.training import evaluator, optimizers
+from moe_jax.training import setup as setup_lib
+from moe_jax.training.step import compile_init, compile_step
 from tests.support.random_configs import draw
 from tests.support.toy_text import toy_rows
 
@@ -40,8 +42,8 @@ def numbers_of_a_run(config: Config) -> dict[str, np.ndarray]:
   mesh = sharding.make_mesh(config.mesh)
   rows = toy_rows([5, 40, 1, 30, 60], [0, 1, 0, 1, 1], seq_len=config.data.seq_len)
   with jax.set_mesh(mesh):
-    init, _, shardings = train.init_state(config, mesh)
-    step, state, numbers = train.compile_step(config, shardings), init(), {}
+    setup = setup_lib.make(config, mesh)
+    step, state, numbers = compile_step(setup), compile_init(setup)(), {}
     for _ in range(2):
       batch = rows.batch(np.arange(config.data.batch_size) % len(rows))
       state, values = step(state, sharding.to_global(batch, mesh))

@@ -13,7 +13,7 @@ from moe_jax.config import Mesh, Score
 from moe_jax.hf import check, exporting, importing, layout, parts
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
-from moe_jax.moe import counts
+from moe_jax.moe.balance import balance_loss
 from tests.support import hf_models
 from tests.support.hf_models import CONFIGS, torch, transformers
 from tests.support.toys import mesh_of, slow_unless, tokens_of
@@ -171,7 +171,7 @@ def test_their_balance_loss_is_that_of_all_layers_loads_together(pair):
     want = pair.peer.model(torch.tensor(ids_BL), output_router_logits=True).aux_loss
   stats = pair.ours[0].stats
   sums = (x.sum(axis=0, keepdims=True) for x in (stats.routed_E, stats.prob_E, stats.tokens))
-  got = counts.balance(*sums)[0] * pair.model.moe.top_k
+  got = balance_loss(*sums)[0] * pair.model.moe.top_k
   assert abs(want - pair.model.moe.top_k) > 1e-3, "routing must be unbalanced"
   close(got, want)
 

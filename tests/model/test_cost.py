@@ -15,7 +15,9 @@ from moe_jax.model import cost
 from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.storage import workdir
-from moe_jax.training import optimizers, train
+from moe_jax.training import optimizers
+from moe_jax.training import setup as setup_lib
+from moe_jax.training.step import compile_step
 from tests.support import scripts
 from tests.support.toys import mesh_of, toy_batch, toy_config
 
@@ -143,9 +145,9 @@ def test_no_run_is_refused_that_would_fit(optimizer, monkeypatch):
   config = command_line.override(config, {"optimizer.name": optimizer, "model.dim": 64}, "here")
   mesh = mesh_of()
   with jax.set_mesh(mesh):
-    _, shapes, shardings = train.init_state(config, mesh)
+    setup = setup_lib.make(config, mesh)
     batch = jax.tree.map(_shape, toy_batch(config))
-    step = train.compile_step(config, shardings).lower(shapes, batch).compile()
+    step = compile_step(setup).lower(setup.shapes, batch).compile()
   taken = step.memory_analysis()
   state = optimizers.abstract_state(config)
   for memory, fits in (

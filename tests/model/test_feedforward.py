@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import Dispatch, Dtype, GroupedMatmul, Loss, Router, Score
+from moe_jax.config import Dispatch, Dtype, GroupedMatmul, Loss, Model, Router, Score
 from moe_jax.errors import UserError
 from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
 from moe_jax.moe import layer as layer_lib
 from moe_jax.moe import validation
+from moe_jax.moe.routing import Mode, Tokens
 from tests.support.toys import mesh_of, slow_unless, toy_config
 
 
@@ -20,9 +21,9 @@ def call_layer(layer, x_BLD, *, train=True, seed=0):
   """The layer on real tokens without balancing bias."""
   B, L = x_BLD.shape[:2]
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(seed)
-  real_BL = jnp.ones((B, L), bool)
+  tokens = Tokens(ids_BL, jnp.ones((B, L), jnp.int32), ids_BL)
   weights = layer.ffn_weights(x_BLD.dtype, jnp.zeros(layer.moe.num_experts))
-  return moe_feedforward(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=train)[:2]
+  return moe_feedforward(x_BLD, tokens, weights, Model(moe=layer.moe), key, Mode(train))[:2]
 
 
 def call_dense(layer, x_BLD):
@@ -159,11 +160,11 @@ def test_router_stays_float32_under_bfloat16(one_device):
   model.compute_dtype = Dtype.BFLOAT16
   layer = MoEFFN(model, nnx.Rngs(0))
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
-  real_BL, ids_BL = jnp.ones((2, 9), bool), jnp.zeros((2, 9), int)
+  tokens = Tokens(jnp.zeros((2, 9), int), jnp.ones((2, 9), int), jnp.zeros((2, 9), int))
   weights = layer.weights(jnp.bfloat16, jnp.zeros(4))
   assert all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(weights.experts))
   inputs = layer_lib.router_inputs(
-    x_BLD, real_BL, ids_BL, weights, layer.moe, jax.random.key(0), train=False
+    x_BLD, tokens, weights, layer.moe, jax.random.key(0), train=False
   )
   logits = inputs.logits_BLE
   want = np.asarray(x_BLD, np.float64) @ np.asarray(layer.router_DE[...], np.float64)

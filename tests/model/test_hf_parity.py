@@ -18,7 +18,7 @@ from moe_jax.config import BalanceScope, Config, Data, Mesh, Model, MoE, Router
 from moe_jax.model.feedforward import MoEFFN, moe_feedforward
 from moe_jax.moe import counts, dispatch, routers, validation
 from moe_jax.moe.layer import router_inputs
-from moe_jax.moe.routing import Routing
+from moe_jax.moe.routing import Mode, Routing, Tokens
 from moe_jax.training import losses
 
 MISSING = "compares with Hugging Face: pip install -e '.[hf]'"
@@ -75,9 +75,10 @@ def layer_of(moe):
 def call(layer, x_BLD, bias_E, real_BL=None):
   real_BL = jnp.ones((B, L), bool) if real_BL is None else real_BL
   ids_BL, key = jnp.zeros((B, L), jnp.int32), jax.random.key(0)
+  tokens, model = Tokens(ids_BL, real_BL.astype(jnp.int32), ids_BL), Model(moe=layer.moe)
   weights = layer.ffn_weights(x_BLD.dtype, bias_E)
-  inputs = router_inputs(x_BLD, real_BL, ids_BL, weights.moe, layer.moe, key, train=False)
-  y_BLD, stats, _ = moe_feedforward(x_BLD, real_BL, ids_BL, weights, layer.moe, key, train=False)
+  inputs = router_inputs(x_BLD, tokens, weights.moe, layer.moe, key, train=False)
+  y_BLD, stats, _ = moe_feedforward(x_BLD, tokens, weights, model, key, Mode(train=False))
   return y_BLD, (stats, inputs)
 
 

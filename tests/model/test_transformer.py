@@ -13,7 +13,8 @@ from flax import nnx
 from moe_jax.config import Dtype, Remat
 from moe_jax.kernels.attention import reference
 from moe_jax.kernels.mask import CAUSAL
-from moe_jax.model import attention, pattern, transformer
+from moe_jax.model import attention, pattern
+from moe_jax.moe.routing import Tokens
 from tests.support.toys import build, slow_unless, toy_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -32,7 +33,7 @@ def tokens_of(config, batch=2, seed=0):
 def forward(graph, params, tokens, segments, positions, train=True):
   model = nnx.merge(graph, params)
   bias_ZE = jnp.zeros(pattern.bias_shape(model.model))
-  tokens = transformer.Tokens(tokens, segments, positions)
+  tokens = Tokens(tokens, segments, positions)
   out = model(tokens, bias_ZE, jax.random.key(0), train=train)
   return out.logits_BLV, out.stats
 

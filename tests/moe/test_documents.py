@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.config import Dispatch, Priority, Router
 from moe_jax.model import transformer
+from moe_jax.moe.routing import Tokens
 from tests.support.toy_text import toy_model
 from tests.support.toys import slow_unless, toy_config
 
@@ -41,7 +42,7 @@ def second_documents(fields):
 
   @jax.jit
   def run(tokens_BL):
-    tokens = transformer.Tokens(tokens_BL, segments_BL, positions_BL)
+    tokens = Tokens(tokens_BL, segments_BL, positions_BL)
     key = jax.random.key(0)
     out = transformer.forward(model.config, model.params, model.bias_ZE, tokens, key, train=False)
     return out.logits_BLV, 1 - out.stats.kept_E.sum() / out.stats.routed_E.sum()

@@ -7,11 +7,11 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, MoE, Router
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Model, MoE, Router
 from moe_jax.kernels import experts as kernels
 from moe_jax.kernels.experts import Experts
 from moe_jax.moe import exchange, layer
-from moe_jax.moe.routing import LayerInputs
+from moe_jax.moe.routing import LayerInputs, Mode
 from tests.support.toys import mesh_of
 
 MESHES = {"expert4-data2": dict(expert=4, data=2), "mixed": dict(expert=2, fsdp=2, tensor=2)}
@@ -78,7 +78,7 @@ def run(axes, inputs, *, train=True, **options):
   def loss(x_BLD, logits_BLE, experts):
     ids_BL = jnp.zeros((B, L), jnp.int32)
     inputs = LayerInputs(logits_BLE, jnp.asarray(real_BL), ids_BL, jnp.zeros((E,)))
-    y_BLD, stats, _ = layer.on_mesh(x_BLD, inputs, experts, moe, train=train)
+    y_BLD, stats, _ = layer.on_mesh(x_BLD, inputs, experts, Model(moe=moe), Mode(train))
     return jnp.sum(y_BLD * weights_BLD) + 0.1 * jnp.sum(stats.prob_E**2), (y_BLD, stats)
 
   with jax.set_mesh(mesh_of(**axes)):

@@ -7,11 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import BalanceScope, Dispatch, Dtype, GroupedMatmul, Loss, MoE, Router, Score
+from moe_jax.config import (
+  BalanceScope,
+  Dispatch,
+  Dtype,
+  GroupedMatmul,
+  Loss,
+  Model,
+  MoE,
+  Router,
+  Score,
+)
 from moe_jax.errors import UserError
 from moe_jax.kernels.experts import Experts
 from moe_jax.moe import dispatch, exchange, layer, routers, validation
-from moe_jax.moe.routing import LayerInputs, RouterInputs
+from moe_jax.moe.routing import LayerInputs, Mode, RouterInputs
 from moe_jax.training import losses, metrics
 from tests.support.routings import ROUTINGS
 from tests.support.toys import mesh_of, slow_unless, toy_config
@@ -109,7 +119,7 @@ def computed(moe, logits_BLE, real_BL, axes):
 
   def total(x_BLD, logits_BLE, experts):
     inputs = LayerInputs(logits_BLE, real_BL, ids_BL, jnp.zeros(E), noise_BLE, extra)
-    y_BLD, stats, _ = layer.on_mesh(x_BLD, inputs, experts, moe, train=True)
+    y_BLD, stats, _ = layer.on_mesh(x_BLD, inputs, experts, Model(moe=moe), Mode(train=True))
     stats = jax.tree.map(lambda x: x[None], stats)
     sums = losses.sums(jnp.zeros((*shape, 2)), jnp.zeros(shape, jnp.int32), real_BL, stats)
     by_row = losses.load_balance(sums, BalanceScope.SEQUENCE)[0]

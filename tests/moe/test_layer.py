@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Router
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Model, Router
 from moe_jax.kernels import blocked
 from moe_jax.kernels.experts import Experts
 from moe_jax.moe import counts
 from moe_jax.moe import layer as layer_lib
-from moe_jax.moe.routing import LayerInputs
-from moe_jax.training import losses
+from moe_jax.moe.balance import balance_loss, cv_squared_plus_one
+from moe_jax.moe.routing import LayerInputs, Mode
 from tests.support import routings, unread
 from tests.support.routings import ROUTINGS, E
 from tests.support.toys import mesh_of
@@ -81,14 +81,16 @@ def layer_loss(x_BLD, weights, rest, cotangent_BLD, moe):
   inputs = LayerInputs(logits_BLE, real_BL, ids_BL, bias_E, noise_BLE, extra)
   names = ("gate_EDF", "up_EDF", "down_EFD")
   experts = Experts(*(weights[n] for n in names))
-  y_BLD, stats, choices = layer_lib.on_mesh(x_BLD, inputs, experts, moe, train=True, trace=True)
+  y_BLD, stats, choices = layer_lib.on_mesh(
+    x_BLD, inputs, experts, Model(moe=moe), Mode(train=True, trace=True)
+  )
   stacked = jax.tree.map(lambda s: s[None], stats)
-  balance = counts.balance(stacked.routed_E, stacked.prob_E, stacked.tokens)[0]
+  balance = balance_loss(stacked.routed_E, stacked.prob_E, stacked.tokens)[0]
   loss = jnp.sum(y_BLD * cotangent_BLD) + 3 * balance + stats.z / stats.tokens
   loss += 2 * stats.sequence_balance / stats.sequences
-  loss += losses.cv_squared_plus_one(stacked.importance_E)[0]
+  loss += cv_squared_plus_one(stacked.importance_E)[0]
   if moe.router is Router.NOISY_TOPK:
-    loss += losses.cv_squared_plus_one(stacked.load_E)[0]
+    loss += cv_squared_plus_one(stacked.load_E)[0]
   return loss, Outputs(y_BLD, stats, choices, balance)
 
 

@@ -19,7 +19,8 @@ from moe_jax import sharding
 from moe_jax.config import Train
 from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
 from moe_jax.storage import checkpoint, checkpoint_files, digests, workdir
-from moe_jax.training import run, train
+from moe_jax.training import run
+from moe_jax.training import setup as setup_lib
 from tests.support.toys import mesh_of
 
 # The libraries leave the reads of other arrays behind when one cannot be read.
@@ -61,11 +62,11 @@ def newest_whole(folder, settings, during=None):
   """What a run in the folder would go on from; `during` is in force while it reads."""
   mesh = mesh_of()
   with jax.set_mesh(mesh):
-    _, shapes, shardings = train.init_state(settings, mesh)
+    setup = setup_lib.make(settings, mesh)
     saver = checkpoint.Checkpointer(folder, settings.train)
     try:
       with during or contextlib.nullcontext():
-        found = run._restore_newest(saver, checkpoint.abstract(shapes, shardings))
+        found = run._restore_newest(saver, checkpoint.abstract(setup.shapes, setup.shardings))
       step, state, next_batch = found
     finally:
       saver.close()

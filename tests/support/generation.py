@@ -13,6 +13,7 @@ from moe_jax.config import Model, Router, Score
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
 from moe_jax.model import pattern, transformer
+from moe_jax.moe.routing import Tokens
 from tests.support.toys import build, mesh_of, toy_config, with_delta, with_latents, with_options
 
 MODELS = {
@@ -59,7 +60,7 @@ class Trained:
       positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
       segments_BL = jnp.ones_like(tokens_BL)
       key = jax.random.key(0)
-      tokens = transformer.Tokens(tokens_BL, segments_BL, positions_BL)
+      tokens = Tokens(tokens_BL, segments_BL, positions_BL)
       return transformer.forward(self.model, params, bias_ZE, tokens, key, train=False).logits_BLV
 
     return logits

@@ -8,7 +8,8 @@ import numpy as np
 from moe_jax.analysis import trace
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.model import transformer
-from moe_jax.training import train
+from moe_jax.training import setup as setup_lib
+from moe_jax.training.step import compile_init
 from tests.support.toys import mesh_of, toy_config
 
 S = 23  # the separator of a vocabulary of 24
@@ -32,9 +33,10 @@ def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
 def weights():
   """Of toy_config, with routers as uneven as learned ones; any routing can use them."""
   with jax.set_mesh(mesh_of()):
-    init, _, _ = train.init_state(toy_config(), mesh_of())
+    setup = setup_lib.make(toy_config(), mesh_of())
     return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.asarray(leaf) * (30 if "router_DE" in str(path) else 1), init().params
+      lambda path, leaf: np.asarray(leaf) * (30 if "router_DE" in str(path) else 1),
+      compile_init(setup)().params,
     )
 
 

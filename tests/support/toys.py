@@ -31,9 +31,14 @@ from moe_jax.config import (
 )
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
+from moe_jax.model.pattern import moe_layers
 from moe_jax.moe import validation
+from moe_jax.moe.routing import Tokens
 from moe_jax.storage import checkpoint
-from moe_jax.training import train
+from moe_jax.training import losses
+from moe_jax.training import setup as setup_lib
+from moe_jax.training import step as step_lib
+from moe_jax.training.step import compile_init, compile_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -97,9 +102,7 @@ def tokens_of(ids_BL):
   """Returns rows of one document each."""
   ids_BL = jnp.asarray(ids_BL, jnp.int32)
   places_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape).astype(jnp.int32)
-  return transformer.Tokens(
-    ids_BL=ids_BL, segments_BL=jnp.ones_like(ids_BL), positions_BL=places_BL
-  )
+  return Tokens(ids_BL=ids_BL, segments_BL=jnp.ones_like(ids_BL), positions_BL=places_BL)
 
 
 def set_up(config, axes):
@@ -108,31 +111,31 @@ def set_up(config, axes):
   validation.validate(config)
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
-    init, _, shardings = train.init_state(config, mesh)
-    state = init()
+    setup = setup_lib.make(config, mesh)
+    state = compile_init(setup)()
 
     def scale(path, leaf):
       return leaf * 30 if "router_DE" in jax.tree_util.keystr(path) else leaf
 
     params = jax.tree_util.tree_map_with_path(scale, state.params)
-    params = jax.device_put(params, shardings.params)
-    return mesh, state._replace(params=params), train.compile_step(config, shardings)
+    params = jax.device_put(params, setup.shardings.params)
+    return mesh, state._replace(params=params), compile_step(setup)
 
 
 def lower_step(config):
   """Traces a training step of a config on its mesh, without a state."""
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    _, shapes, shardings = train.init_state(config, mesh)
-    step, state = train.compile_step(config, shardings), checkpoint.abstract(shapes, shardings)
+    setup = setup_lib.make(config, mesh)
+    step, state = compile_step(setup), checkpoint.abstract(setup.shapes, setup.shardings)
     return step.lower(state, sharding.to_global(toy_batch(config), mesh))
 
 
 def gradients(state, batch, config):
   def loss(params):
     key = jax.random.key(0)
-    sums = train.batch_sums(params, state.bias_ZE, batch, key, config=config)
-    return train.losses.total(sums, config.loss, len(train.moe_layers(config.model))).total
+    sums = step_lib.batch_sums(params, state.bias_ZE, batch, key, config=config)
+    return losses.total(sums, config.loss, len(moe_layers(config.model))).total
 
   return jax.grad(loss)(state.params)
 

@@ -25,12 +25,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Mesh, MoE
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Mesh, Model, MoE
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import validation
 from moe_jax.moe.layer import on_mesh
-from moe_jax.moe.routing import LayerInputs
+from moe_jax.moe.routing import LayerInputs, Mode
 from moe_jax.start import command_line
 from tests.support.tpu_cycles import cycles
 from tests.support.train_step_case import SPLIT, collectives, compile_config, compile_step
@@ -76,7 +76,7 @@ def layer(mesh, sizes=(B, L, D, F), **options):
 
   def loss(x_BLD, logits_BLE, experts, real_BL, ids_BL, bias_E):
     inputs = LayerInputs(logits_BLE, real_BL, ids_BL, bias_E)
-    out = on_mesh(x_BLD, inputs, experts, moe, train=True)
+    out = on_mesh(x_BLD, inputs, experts, Model(moe=moe), Mode(train=True))
     total = jnp.sum(out.y_BLD.astype(jnp.float32) ** 2) + jnp.sum(out.stats.prob_E**2)
     return total, (out.y_BLD, out.stats)
 

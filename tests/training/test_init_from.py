@@ -30,8 +30,10 @@ from moe_jax.config import (
 from moe_jax.errors import UserError
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
-from moe_jax.training import init_from, train
+from moe_jax.training import init_from
 from moe_jax.training import run as run_lib
+from moe_jax.training import setup as setup_lib
+from moe_jax.training.step import compile_init
 from tests.support.scripts import call, checkpoint_of, validation_of
 from tests.support.scripts import refused as refused_script
 
@@ -91,9 +93,9 @@ def test_the_state_is_the_checkpoints_on_another_mesh(moe_run, text, tmp_path, o
   assert source == (str(moe_run), 2, optimizer)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    init, _, shardings = train.init_state(config, mesh)
-    state = init_from.load(source, init(), shardings)
-    fresh = init()
+    setup = setup_lib.make(config, mesh)
+    state = init_from.load(source, compile_init(setup)(), setup.shardings)
+    fresh = compile_init(setup)()
   want = checkpoint_of(moe_run, 2)
   for got, expected in zip(arrays(state.params), arrays(want["params"]), strict=True):
     np.testing.assert_array_equal(got, expected)

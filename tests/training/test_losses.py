@@ -10,6 +10,7 @@ import pytest
 from moe_jax import sharding
 from moe_jax.config import BalanceScope, Loss
 from moe_jax.moe import counts
+from moe_jax.moe.balance import balance_loss, cv_squared_plus_one
 from moe_jax.training import losses
 from tests.support.toys import set_up, toy_batch, toy_config
 
@@ -17,14 +18,14 @@ from tests.support.toys import set_up, toy_batch, toy_config
 @pytest.mark.parametrize("experts", [4, 8, 64])
 def test_the_squared_variation_of_even_values_is_zero(experts):
   even_ZE = jnp.full((1, experts), 0.3)
-  np.testing.assert_allclose(losses.cv_squared_plus_one(even_ZE), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(cv_squared_plus_one(even_ZE), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1.0, 1e18])
 def test_the_squared_variation_of_any_values_is_finite(scale):
   """Of nothing it is 0. Also where XLA squares before it divides, as in some programs on meshes."""
   x_ZE = scale * jnp.array([[4.0, 0.0, 1.0, 1.0]])
-  value, gradient = jax.value_and_grad(lambda x: losses.cv_squared_plus_one(x)[0])(x_ZE)
+  value, gradient = jax.value_and_grad(lambda x: cv_squared_plus_one(x)[0])(x_ZE)
   assert np.isfinite(value) and np.isfinite(gradient).all()
   if scale >= 1:
     np.testing.assert_allclose(value, 4 * 18 / 36, rtol=1e-6)
@@ -76,7 +77,7 @@ def opposite_rows():
   stats = counts.zeros(1, 2, 1)._replace(
     tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
     prob_E=jnp.array(prob.sum(0))[None],
-    sequence_balance=jnp.sum(counts.balance(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
+    sequence_balance=jnp.sum(balance_loss(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
     [None],
   )  # fmt: skip
   ones = jnp.ones((1, 1))

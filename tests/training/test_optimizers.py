@@ -9,7 +9,10 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import sharding
 from moe_jax.config import Optimizer, OptimizerName, Schedule
 from moe_jax.model import cost
-from moe_jax.training import optimizers, train
+from moe_jax.moe.balance import updated_bias
+from moe_jax.training import optimizers
+from moe_jax.training import setup as setup_lib
+from moe_jax.training.step import compile_init, compile_step
 from tests.support.toys import (
   ROOT,
   example,
@@ -199,8 +202,8 @@ def train_losses(name, axes):
   config, mesh = toy_config(), mesh_of(**axes)
   config.optimizer.name = name
   with jax.set_mesh(mesh):
-    init, _, shardings = train.init_state(config, mesh)
-    step, state = train.compile_step(config, shardings, only=("loss",)), init()
+    setup = setup_lib.make(config, mesh)
+    step, state = compile_step(setup, only=("loss",)), compile_init(setup)()
     batch = sharding.to_global(toy_batch(config), mesh)
     losses = []
     for _ in range(8):
@@ -264,14 +267,14 @@ def test_a_new_optimizer_is_one_record(monkeypatch):
 
 def test_bias_update_by_hand():
   """Total 10 over 4 experts, mean 2.5: above it down, below it up by u; then centred."""
-  bias = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[7, 2, 1, 0]]), 0.001)
+  bias = updated_bias(jnp.zeros((1, 4)), jnp.array([[7, 2, 1, 0]]), 0.001)
   want = np.array([-1, 1, 1, 1]) * 0.001
   np.testing.assert_allclose(bias, [want - want.mean()], atol=1e-9)
-  even = optimizers.updated_bias(jnp.zeros((1, 4)), jnp.array([[3, 3, 3, 3]]), 0.001)
+  even = updated_bias(jnp.zeros((1, 4)), jnp.array([[3, 3, 3, 3]]), 0.001)
   np.testing.assert_array_equal(even, np.zeros((1, 4)))
   # Counts beyond float32's integers still have the right sign.
   big = jnp.array([[2**28 + 1, 2**28 - 1, 2**28, 2**28]])
-  moved = optimizers.updated_bias(jnp.zeros((1, 4)), big, 1.0)
+  moved = updated_bias(jnp.zeros((1, 4)), big, 1.0)
   assert np.sign(moved).tolist() == [[-1, 1, 0, 0]]
 
 

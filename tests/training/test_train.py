@@ -11,7 +11,9 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Loss, OnNonfinite, Remat, Router
-from moe_jax.training import health, train
+from moe_jax.training import health
+from moe_jax.training import setup as setup_lib
+from moe_jax.training import step as step_lib
 from tests.support.toys import (
   biased_config,
   gradients,
@@ -40,7 +42,7 @@ class Steps(NamedTuple):
   grads: nnx.State  # of the first step
   first: dict  # metrics
   second: dict
-  state: train.TrainState  # after both
+  state: setup_lib.TrainState  # after both
 
 
 def take_steps(config, axes) -> Steps:
@@ -150,7 +152,7 @@ def test_microbatches_have_the_routing_groups_of_the_batch():
 
   def sums(accumulation):
     config, key = grouped_config(accumulation), jax.random.key(0)
-    compute = jax.jit(functools.partial(train.batch_sums, key=key, config=config))
+    compute = jax.jit(functools.partial(step_lib.batch_sums, key=key, config=config))
     return jax.device_get(compute(state.params, state.bias_ZE, toy_batch(config)))
 
   with jax.set_mesh(mesh):

@@ -9,7 +9,10 @@ from moe_jax import sharding
 from moe_jax.config import Dispatch, MoE, Router, Score
 from moe_jax.errors import UserError
 from moe_jax.model import pattern, transformer
-from moe_jax.training import train, upcycle
+from moe_jax.moe.routing import Tokens
+from moe_jax.training import setup as setup_lib
+from moe_jax.training import upcycle
+from moe_jax.training.step import compile_init, compile_step
 from tests.support.real_runs import RUNS, real_runs
 from tests.support.scripts import call, python, refused
 from tests.support.toys import (
@@ -55,7 +58,7 @@ def made(config, method="copy", amount=0.0, dense=None, axes=None):
 def logits(model, params, batch, axes=None):
   mesh = mesh_of(**(axes or {}))
   with jax.set_mesh(mesh):
-    tokens = transformer.Tokens.of(sharding.place(batch, mesh))
+    tokens = Tokens.of_batch(sharding.place(batch, mesh))
     bias_ZE, key = jnp.zeros(pattern.bias_shape(model)), jax.random.key(0)
 
     @jax.jit
@@ -140,9 +143,9 @@ def test_it_trains():
   _, new = made(config)
   mesh = mesh_of()
   with jax.set_mesh(mesh):
-    init, _, shardings = train.init_state(config, mesh)
-    state = init()._replace(params=new)
-    step = train.compile_step(config, shardings)
+    setup = setup_lib.make(config, mesh)
+    state = compile_init(setup)()._replace(params=new)
+    step = compile_step(setup)
     batch = sharding.to_global(toy_batch(config), mesh)
     losses = []
     for _ in range(8):

@@ -1,56 +1,44 @@
-"""The pure training step, the state that it changes, and how both are made."""
+"""The pure training step, and how it and a new state are compiled."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Config, OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
-from moe_jax.model.pattern import bias_shape, moe_layers
-from moe_jax.model.transformer import Tokens, Transformer
 from moe_jax.moe import dispatch, routers
-from moe_jax.training import losses, metrics, optimizers
+from moe_jax.moe.balance import updated_bias
+from moe_jax.moe.routing import Tokens
+from moe_jax.training import losses, metrics
+from moe_jax.training.setup import Setup, TrainState, new_state
 
-
-class TrainState(NamedTuple):
-  """All that one step hands to the next. A checkpoint holds it and the data iterator."""
-
-  step: jax.Array  # int32 [], the number of steps taken
-  params: Any  # nnx state of a Transformer
-  opt_state: Any
-  bias_ZE: jax.Array  # float32, the bias of loss-free balancing; zeros where it is off
-  load_ZE: jax.Array  # float32, running mean of each expert's share of its layer's assignments
+Step = Callable[[TrainState, pipeline.Batch[jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train_step(
-  state: TrainState,
-  batch: pipeline.Batch[jax.Array],
-  *,
-  config: Config,
-  optimizer: optax.GradientTransformation,
+  state: TrainState, batch: pipeline.Batch[jax.Array], setup: Setup
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after one optimizer step, and the step's metrics.
 
   The function is pure: the same state and batch give the same result, on any mesh.
   """
+  config = setup.config
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Any]:
     sums = batch_sums(params, state.bias_ZE, batch, key, config=config)
-    all_losses = losses.total(sums, config.loss, len(moe_layers(config.model)))
+    all_losses = losses.total(sums, config.loss, len(setup.moe_layers))
     return all_losses.total, (all_losses, sums)
 
   grads, (all_losses, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  bias_ZE = optimizers.updated_bias(
-    state.bias_ZE, sums.moe.routed_E, config.model.moe.bias_update_rate
-  )
+  bias_ZE = updated_bias(state.bias_ZE, sums.moe.routed_E, config.model.moe.bias_update_rate)
   step_metrics = {
     "loss": all_losses.cross_entropy,
     "total_loss": all_losses.total,
@@ -58,7 +46,7 @@ def train_step(
     "router_z": all_losses.router_z,
     "z": all_losses.z,
     "param_norm": optax.tree.norm(params),
-    "learning_rate": optimizers.schedule(config.optimizer, config.train.steps)(state.step),
+    "learning_rate": setup.schedule(state.step),
     "tokens": sums.targets,
   } | metrics.gradient_norms(grads)
   load_ZE = state.load_ZE
@@ -95,7 +83,8 @@ def batch_sums(
   """
 
   def forward(params: Any, batch: pipeline.Batch[jax.Array], key: jax.Array) -> losses.Sums:
-    out = transformer.forward(config.model, params, bias_ZE, Tokens.of(batch), key, train=True)
+    tokens = Tokens.of_batch(batch)
+    out = transformer.forward(config.model, params, bias_ZE, tokens, key, train=True)
     return losses.sums(out.logits_BLV, batch.targets_BL, batch.segments_BL > 0, out.stats)
 
   accumulation = config.train.accumulation
@@ -125,48 +114,27 @@ def batch_sums(
   return jax.lax.scan(add, zeros, (micro, keys))[0]
 
 
-def init_state(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, TrainState, TrainState]:
-  """Returns (function that makes a new state, the state's shapes, its shardings).
-
-  The initial weights do not depend on the mesh.
-  """
-  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
-
-  def init() -> TrainState:
-    model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
-    params = nnx.state(model, nnx.Param)
-    bias_ZE = jnp.zeros(bias_shape(config.model))
-    load_ZE = jnp.full_like(bias_ZE, 1 / bias_ZE.shape[1])
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE, load_ZE)
-
-  shapes = jax.eval_shape(init)
-  shardings = sharding.param_shardings(shapes, mesh, shapes.params)
-  return jax.jit(init, out_shardings=shardings), shapes, shardings
+def compile_init(setup: Setup) -> Callable[[], TrainState]:
+  """Returns the function that makes the state of step 0 on the mesh."""
+  return jax.jit(lambda: new_state(setup.config, setup.optimizer), out_shardings=setup.shardings)
 
 
-def compile_step(
-  config: Config,
-  shardings: TrainState,
-  only: tuple[str, ...] = (),
-  *,
-  donate: bool = True,
-) -> Any:
+def compile_step(setup: Setup, only: tuple[str, ...] = (), *, donate: bool = True) -> Step:
   """Returns the compiled `train_step`.
 
   Args:
-    config: of the run; kernels and mesh are resolved.
-    shardings: of the state, also of the returned one; otherwise the second step would compile anew.
+    setup: of the run; its kernels are chosen.
     only: the metrics to return; () is all. Leaving some out shows what they cost.
     donate: whether the step reuses the memory of the state that it is given.
   """
-  optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
 
   def step(
     state: TrainState, batch: pipeline.Batch[jax.Array]
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    state, values = train_step(state, batch, config=config, optimizer=optimizer)
+    state, values = train_step(state, batch, setup)
     return state, {name: values[name] for name in only or values}
 
-  mesh = jax.tree.leaves(shardings)[0].mesh
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.jit(step, donate_argnums=0 if donate else (), out_shardings=(shardings, replicated))
+  replicated = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
+  # The returned state is placed as the given one; otherwise the second step would compile anew.
+  shardings = (setup.shardings, replicated)
+  return jax.jit(step, donate_argnums=0 if donate else (), out_shardings=shardings)
