@@ -1,6 +1,8 @@
 """What a config must satisfy: types, ranges, and fields that have to agree. Imports no jax."""
 
-from typing import Any
+import operator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from moe_jax.config.choices import Schedule
 from moe_jax.config.fields import LARGEST_INT, flatten, walk
@@ -9,26 +11,19 @@ from moe_jax.config.run import Config
 from moe_jax.errors import UserError
 
 
+class Conflict(NamedTuple):
+  """Two fields that disagree, and why, with the remedy."""
+
+  first: str  # "model.moe.top_k"
+  second: str
+  why: str
+
+
 def check(config: Config) -> None:
   """Raises a UserError for a wrong type, a value out of range, or two fields that disagree.
 
   What the records of routers and dispatchers ask of a config is moe.validation.validate's.
   """
-  _check_each_field(config)
-  if config.optimizer.warmup_steps > config.train.steps:
-    refuse(config, "optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
-  falls = round(config.optimizer.decay_fraction * config.train.steps)
-  late = config.optimizer.warmup_steps + falls > config.train.steps
-  if config.optimizer.schedule is Schedule.WSD and late:
-    refuse(config, "optimizer.warmup_steps", "optimizer.decay_fraction",
-            f"warm up before the last {falls} of {config.train.steps} steps, in which wsd falls")  # fmt: skip  # noqa: E501
-  _check_data(config)
-  check_model(config.model)
-  _check_moe(config)
-  _check_mesh(config)
-
-
-def _check_each_field(config: Config) -> None:
   for name, field, value in walk(config):
     kind = field.type
     assert isinstance(kind, type)
@@ -39,32 +34,44 @@ def _check_each_field(config: Config) -> None:
     wrong = kind in (int, float) and field.metadata["bounds"].wrong(value)
     if wrong:
       raise UserError(f"config.{name}={value} {wrong}")
+  refuse(config, _of_run(config))
+  check_model(config.model)
+  refuse(config, _of_moe(config))
+  refuse(config, _of_mesh(config))
+  _check_shares(config)
 
 
-def _get(config: Config, name: str) -> Any:
-  return flatten(config)[name]
+def refuse(config: Config, conflicts: Iterable[Conflict]) -> None:
+  """Raises a UserError about the first of the conflicts, if there is one."""
+  for first, second, why in conflicts:
+    values = flatten(config)
+    raise UserError(f"config.{first}={values[first]} with config.{second}={values[second]}: {why}")
 
 
 def microbatch(config: Config) -> int:
+  """Returns the rows of one accumulation step, over all devices."""
   return config.data.batch_size // config.train.accumulation
 
 
-def refuse(config: Config, first: str, second: str, why: str) -> None:
-  raise UserError(
-    f"config.{first}={_get(config, first)} with config.{second}={_get(config, second)}: {why}"
-  )
-
-
-def _check_data(config: Config) -> None:
-  data, experts = config.data, config.model.moe.num_experts
+def _of_run(config: Config) -> Iterator[Conflict]:
+  optimizer, data, steps = config.optimizer, config.data, config.train.steps
+  if optimizer.warmup_steps > steps:
+    yield Conflict("optimizer.warmup_steps", "train.steps", "warm up in fewer steps than the run")
+  falls = round(optimizer.decay_fraction * steps)
+  if optimizer.schedule is Schedule.WSD and optimizer.warmup_steps + falls > steps:
+    why = f"warm up before the last {falls} of {steps} steps, in which wsd falls"
+    yield Conflict("optimizer.warmup_steps", "optimizer.decay_fraction", why)
   if data.path and data.name != "text":
-    refuse(config, "data.path", "data.name", "only name=text reads a path; set data.name=text, or "
-            "leave data.path empty")  # fmt: skip
-  choices = config.model.moe.top_k if experts else 1
-  for rows in ("data.batch_size", "eval.batch_size"):
-    if _get(config, rows) * data.seq_len * choices > LARGEST_INT:
-      refuse(config, rows, "data.seq_len", f"a batch has more than {LARGEST_INT} tokens (times "
-              "model.moe.top_k), so that int32 cannot count them; make one smaller")  # fmt: skip
+    why = "only name=text reads a path; set data.name=text, or leave data.path empty"
+    yield Conflict("data.path", "data.name", why)
+  choices = config.model.moe.top_k if config.model.moe.num_experts else 1
+  for name, rows in (("data", data.batch_size), ("eval", config.eval.batch_size)):
+    if rows * data.seq_len * choices > LARGEST_INT:
+      why = (
+        f"a batch has more than {LARGEST_INT} tokens (times model.moe.top_k), so that int32 cannot "
+        "count them; make one smaller"
+      )
+      yield Conflict(f"{name}.batch_size", "data.seq_len", why)
 
 
 def check_model(model: Model) -> None:
@@ -142,69 +149,67 @@ def _check_latent(model: Model) -> None:
     )
 
 
-def _check_moe(config: Config) -> None:
-  moe, data = config.model.moe, config.data
+def _of_moe(config: Config) -> Iterator[Conflict]:
+  moe, layers, length = config.model.moe, config.model.num_layers, config.data.seq_len
   if not moe.num_experts:
     return
+  experts = "model.moe.num_experts"
   if moe.top_k > moe.num_experts:
-    refuse(config, "model.moe.top_k", "model.moe.num_experts", "a token can choose each expert "
-            "once, so top_k is at most num_experts")  # fmt: skip
+    why = "a token can choose each expert once, so top_k is at most num_experts"
+    yield Conflict("model.moe.top_k", experts, why)
   for field in ("shared_gate", "shared_dim"):
     if getattr(moe, field) and not moe.shared_experts:
-      refuse(config, f"model.moe.{field}", "model.moe.shared_experts", "there is no shared "
-              "expert; set shared_experts=1")  # fmt: skip
-  _check_groups(config)
-  if not {"", *map(str, range(config.model.num_layers))}.issuperset(moe.dense_layers.split(",")):
-    refuse(config, "model.moe.dense_layers", "model.num_layers", "give the indices of layers, "
-            "from 0 on, with commas between them")  # fmt: skip
-  if (config.model.num_layers - moe.first_dense) % moe.every:
-    refuse(config, "model.num_layers", "model.moe.every", "the layers after first_dense="
-            f"{moe.first_dense} must divide into periods of `every`")  # fmt: skip
-  if not any(map(moe.in_layer, range(config.model.num_layers))):
-    refuse(config, "model.moe.first_dense", "model.moe.dense_layers", "no layer is left for the "
-            "experts; for a dense model set num_experts=0")  # fmt: skip
-  group, length = moe.group_size or data.seq_len, data.seq_len
-  if length % group and group % length:
-    refuse(config, "model.moe.group_size", "data.seq_len", "a routing group is a whole part or a "
-            "whole multiple of a sequence")  # fmt: skip
-
-
-def _check_groups(config: Config) -> None:
-  moe = config.model.moe
-  if moe.expert_groups > 1 and (
-    moe.num_experts % moe.expert_groups or moe.num_experts < 2 * moe.expert_groups
-  ):
-    refuse(config, "model.moe.num_experts", "model.moe.expert_groups", "groups are of equal size, "
-            "two experts at least")  # fmt: skip
+      why = "there is no shared expert; set shared_experts=1"
+      yield Conflict(f"model.moe.{field}", "model.moe.shared_experts", why)
+  uneven = moe.num_experts % moe.expert_groups or moe.num_experts < 2 * moe.expert_groups
+  if moe.expert_groups > 1 and uneven:
+    why = "groups are of equal size, two experts at least"
+    yield Conflict(experts, "model.moe.expert_groups", why)
   if moe.top_groups > moe.expert_groups:
-    refuse(config, "model.moe.top_groups", "model.moe.expert_groups", "a token can use each group "
-            "once")  # fmt: skip
+    why = "a token can use each group once"
+    yield Conflict("model.moe.top_groups", "model.moe.expert_groups", why)
   if moe.top_k > moe.top_groups * moe.num_experts // moe.expert_groups:
-    refuse(config, "model.moe.top_k", "model.moe.top_groups", "the allowed groups hold fewer "
-            "experts than top_k; raise top_groups")  # fmt: skip
+    why = "the allowed groups hold fewer experts than top_k; raise top_groups"
+    yield Conflict("model.moe.top_k", "model.moe.top_groups", why)
+  if not {"", *map(str, range(layers))}.issuperset(moe.dense_layers.split(",")):
+    why = "give the indices of layers, from 0 on, with commas between them"
+    yield Conflict("model.moe.dense_layers", "model.num_layers", why)
+  if (layers - moe.first_dense) % moe.every:
+    why = f"the layers after first_dense={moe.first_dense} must divide into periods of `every`"
+    yield Conflict("model.num_layers", "model.moe.every", why)
+  if not any(map(moe.in_layer, range(layers))):
+    why = "no layer is left for the experts; for a dense model set num_experts=0"
+    yield Conflict("model.moe.first_dense", "model.moe.dense_layers", why)
+  group = moe.group_size or length
+  if length % group and group % length:
+    why = "a routing group is a whole part or a whole multiple of a sequence"
+    yield Conflict("model.moe.group_size", "data.seq_len", why)
 
 
-def _check_mesh(config: Config) -> None:
-  moe, mesh, data = config.model.moe, config.mesh, config.data
+def _of_mesh(config: Config) -> Iterator[Conflict]:
+  model, moe, mesh = config.model, config.model.moe, config.mesh
   if not mesh.data:
     raise UserError("config.mesh.data=0 must be at least 1, or -1 for all devices that are left")
-  divisions = [
-    ("model.dim", "mesh.fsdp"),
-    ("model.vocab_size", "mesh.tensor"),
-    ("model.num_heads", "mesh.tensor"),
-    ("model.num_kv_heads", "mesh.tensor"),
-  ]
+  sizes = [
+    ("dim", "fsdp"), ("vocab_size", "tensor"), ("num_heads", "tensor"), ("num_kv_heads", "tensor")
+  ]  # fmt: skip
   if moe.num_experts:
-    divisions += [("model.moe.num_experts", "mesh.expert"), ("model.moe.expert_dim", "mesh.tensor")]
-    divisions += [("model.moe.shared_dim", "mesh.tensor")]
-  if not all(map(moe.in_layer, range(config.model.num_layers))):
-    divisions += [("model.ffn_dim", "mesh.tensor")]
-  for size, axis in divisions:
-    if _get(config, size) % _get(config, axis):
-      refuse(config, size, axis, "the axis shards this size, so it must divide it")
-  if data.batch_size % config.train.accumulation:
-    refuse(config, "data.batch_size", "train.accumulation", "the batch must split into equal "
-            "microbatches")  # fmt: skip
+    sizes += [("moe.num_experts", "expert"), ("moe.expert_dim", "tensor")]
+    sizes += [("moe.shared_dim", "tensor")]
+  if not all(map(moe.in_layer, range(model.num_layers))):
+    sizes += [("ffn_dim", "tensor")]
+  for size, axis in sizes:
+    if operator.attrgetter(size)(model) % getattr(mesh, axis):
+      why = "the axis shards this size, so it must divide it"
+      yield Conflict(f"model.{size}", f"mesh.{axis}", why)
+  if config.data.batch_size % config.train.accumulation:
+    why = "the batch must split into equal microbatches"
+    yield Conflict("data.batch_size", "train.accumulation", why)
+
+
+def _check_shares(config: Config) -> None:
+  """Raises a UserError where devices would not have equally many sequences, or parts of a group."""
+  moe, mesh, data = config.model.moe, config.mesh, config.data
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   rows = microbatch(config)
   devices = (

@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterator
 
 from moe_jax.config import Config, Exchange, MoE, Priority, checks
-from moe_jax.config.checks import refuse
+from moe_jax.config.checks import Conflict
 from moe_jax.config.fields import LARGEST_INT, flatten
 from moe_jax.errors import UserError
 from moe_jax.moe import dispatch
 from moe_jax.moe.routers import ROUTERS
+from moe_jax.moe.routing import RouterSpec
 
 # Fields that a resumed run may change, since they change no value of the training: where and how
 # long it runs, what is logged and watched, and by which kernels the same values are computed.
@@ -24,8 +26,8 @@ def validate(config: Config) -> None:
   """Raises a UserError for a wrong type, a value out of range, or two fields that disagree."""
   checks.check(config)
   if config.model.moe.num_experts:
-    _check_router(config)
-    _check_dispatch(config)
+    checks.refuse(config, _of_router(config))
+    checks.refuse(config, _of_dispatch(config))
 
 
 def ignored_fields(config: Config) -> set[str]:
@@ -84,56 +86,64 @@ def resolve_mesh(config: Config, num_devices: int) -> Config:
   return config
 
 
-def _check_router(config: Config) -> None:
+def _of_router(config: Config) -> Iterator[Conflict]:
   moe, loss, spec = config.model.moe, config.loss, ROUTERS[config.model.moe.router]
   router = "model.moe.router"
 
-  def others(field: str) -> str:
-    return "use router=" + " or ".join(r.value for r, s in ROUTERS.items() if getattr(s, field))
+  def others(has: Callable[[RouterSpec], bool]) -> str:
+    return "use router=" + " or ".join(r.value for r, record in ROUTERS.items() if has(record))
 
   for rule in spec.rules:
     if not rule.holds(moe):
-      refuse(config, router, f"model.moe.{rule.field}", rule.why)
+      yield Conflict(router, f"model.moe.{rule.field}", rule.why)
   if moe.score not in spec.scores:
-    able = " or ".join(r.value for r, s in ROUTERS.items() if moe.score in s.scores)
-    refuse(config, router, "model.moe.score", f"this router is not defined for that score; use "
-            f"router={able}")  # fmt: skip
+    able = others(lambda record: moe.score in record.scores)
+    why = f"this router is not defined for that score; {able}"
+    yield Conflict(router, "model.moe.score", why)
   if moe.bias_update_rate and not spec.takes_bias:
-    refuse(config, router, "model.moe.bias_update_rate", "a bias balances a choice by score: "
-            f"{others('takes_bias')}, or set bias_update_rate=0")  # fmt: skip
+    able = others(lambda record: record.takes_bias)
+    why = f"a bias balances a choice by score: {able}, or set bias_update_rate=0"
+    yield Conflict(router, "model.moe.bias_update_rate", why)
   for groups in ("expert_groups", "top_groups"):
     if getattr(moe, groups) > 1 and not spec.takes_groups:
-      refuse(config, router, f"model.moe.{groups}", "this router has no groups; set "
-              f"expert_groups=1 and top_groups=1, or {others('takes_groups')}")  # fmt: skip
+      able = others(lambda record: record.takes_groups)
+      why = f"this router has no groups; set expert_groups=1 and top_groups=1, or {able}"
+      yield Conflict(router, f"model.moe.{groups}", why)
   if loss.load_balance and not spec.load_is_learned:
-    refuse(config, router, "loss.load_balance", "the load is not the router's to change, so the "
-            "loss would only distort the gates; set load_balance=0")  # fmt: skip
+    why = (
+      "the load is not the router's to change, so the loss would only distort the gates; set "
+      "load_balance=0"
+    )
+    yield Conflict(router, "loss.load_balance", why)
   if loss.load and not spec.has_load:
-    refuse(config, router, "loss.load", "this router has no chances to be chosen, which the load "
-            f"loss needs; set loss.load=0, or {others('has_load')}")  # fmt: skip
+    able = others(lambda record: record.has_load)
+    why = (
+      "this router has no chances to be chosen, which the load loss needs; set loss.load=0, or "
+      f"{able}"
+    )
+    yield Conflict(router, "loss.load", why)
 
 
-def _check_dispatch(config: Config) -> None:
-  moe = config.model.moe
+def _of_dispatch(config: Config) -> Iterator[Conflict]:
+  moe, mesh, rows = config.model.moe, config.mesh, checks.microbatch(config)
   if moe.exchange is not Exchange.AUTO and dispatch.DISPATCHERS[moe.dispatch].slots:
-    refuse(config, "model.moe.exchange", "model.moe.dispatch", "dispatch with slots always "
-            "exchanges them by all_to_all; set exchange=auto")  # fmt: skip
+    why = "dispatch with slots always exchanges them by all_to_all; set exchange=auto"
+    yield Conflict("model.moe.exchange", "model.moe.dispatch", why)
   if moe.exchange_factor and moe.exchange not in (Exchange.ALL_TO_ALL, Exchange.RAGGED):
-    refuse(config, "model.moe.exchange_factor", "model.moe.exchange", "only the buffers of "
-            "all_to_all and ragged have a size; set exchange_factor=0")  # fmt: skip
-  if config.mesh.data > 0:  # otherwise resolve_mesh will know how many tokens a device has
-    _check_slots(config)
-
-
-def _check_slots(config: Config) -> None:
-  moe, mesh, microbatch = config.model.moe, config.mesh, checks.microbatch(config)
+    why = "only the buffers of all_to_all and ragged have a size; set exchange_factor=0"
+    yield Conflict("model.moe.exchange_factor", "model.moe.exchange", why)
+  if mesh.data < 0:
+    return  # resolve_mesh will know how many tokens a device has
   shards = mesh.data * mesh.fsdp * mesh.expert
-  for batch, train in ((microbatch, True), (config.eval.batch_size or microbatch, False)):
+  for batch, train in ((rows, True), (config.eval.batch_size or rows, False)):
     layout = dispatch.layout_of(moe, (batch // shards, config.data.seq_len), train=train)
     slots = layout.experts * layout.groups * layout.capacity
     if slots > LARGEST_INT and (layout.slots or ROUTERS[moe.router].takes_capacity):
-      refuse(config, "model.moe.num_experts", "data.batch_size", f"a device has {slots} slots, "
-              "which int32 cannot number; lower one of them, or the capacity factors")  # fmt: skip
+      why = (
+        f"a device has {slots} slots, which int32 cannot number; lower one of them, or the "
+        "capacity factors"
+      )
+      yield Conflict("model.moe.num_experts", "data.batch_size", why)
 
 
 def future_leak(moe: MoE, *, train: bool) -> str:
