@@ -85,7 +85,8 @@ def of_other_text() -> None:
   from moe_jax.analysis import harness
 
   if _TEXT.value:
-    print(harness.of_text(_WORKDIR.value, _STEP.value, _TEXT.value, _STRIDE.value, _BATCH.value))
+    flags_of_text = (_WORKDIR, _STEP, _TEXT, _STRIDE, _BATCH)
+    print(harness.perplexity_of_text(*(flag.value for flag in flags_of_text)))
   if _TASKS.value:
     chat = {
       "apply_chat_template": _CHAT.value, "fewshot_as_multiturn": _CHAT.value and _MULTITURN.value,

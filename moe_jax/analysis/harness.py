@@ -32,7 +32,7 @@ class Perplexity(NamedTuple):
   bits_per_byte: float
 
 
-def of_text(workdir: str, step: int, path: str, stride: int, batch: int) -> str:
+def perplexity_of_text(workdir: str, step: int, path: str, stride: int, batch: int) -> str:
   """Measures the perplexity of a text file, and returns a line about it.
 
   Args:

@@ -30,7 +30,7 @@ class MoE(Section):
   shared_experts: int = option(0, "More experts, which every token uses (2401.06066).", at_least=0)
   shared_dim: int = option(0, "Hidden width of a shared expert; 0 is expert_dim.", at_least=0)
   shared_gate: bool = option(
-    False, "The shared experts' output is times sigmoid(x . w) (Qwen2-MoE)."
+    False, "sigmoid(x . w) multiplies the shared experts' output (Qwen2-MoE)."
   )
   expert_bias: bool = option(False, "The matrices of experts have biases (gpt-oss).")
   router_bias: bool = option(False, "The router's logits have a learned bias (gpt-oss).")
@@ -75,7 +75,7 @@ class MoE(Section):
     Dtype.FLOAT32, "Type of the router's logits and scores (2101.03961)."
   )
   jitter: float = option(
-    0.0, "In training the router's input is times U(1-jitter, 1+jitter).", at_least=0, below=1
+    0.0, "In training U(1-jitter, 1+jitter) multiplies the router's input.", at_least=0, below=1
   )
   every: int = option(
     1, "Of the layers after first_dense, each every-th is an MoE layer.", at_least=1, at_most=64
@@ -111,10 +111,10 @@ class RopeScaling(Section):
   beta_slow: float = option(1.0, "yarn: turns in a row below which all of it is.", above=0)
   truncate: bool = option(True, "yarn: the ramp begins and ends at whole dimensions.")
   attention_factor: float = option(
-    0.0, "yarn: rotated queries and keys are times it; 0 is 0.1 ln(factor) + 1.", at_least=0
+    0.0, "yarn: multiplies rotated queries and keys; 0 is 0.1 ln(factor) + 1.", at_least=0
   )
   mscale_all_dim: float = option(
-    0.0, "yarn: scores are times (0.1 * it * ln(factor) + 1)^2 (DeepSeek); 0 is 1.", at_least=0
+    0.0, "yarn: (0.1 * it * ln(factor) + 1)^2 multiplies scores (DeepSeek); 0 is 1.", at_least=0
   )
   low_freq_factor: float = option(1.0, "llama3: turns in a row below which all of it is.", above=0)
   high_freq_factor: float = option(4.0, "llama3: turns above which none is stretched.", above=0)
@@ -177,7 +177,7 @@ class Model(Section):
   qkv_bias: bool = option(False, "Queries, keys and values have biases (Qwen2).")
   out_bias: bool = option(False, "The attention's output has a bias.")
   attention_gate: bool = option(
-    False, "The attention's output is times the sigmoid of a projection (Qwen3-Next)."
+    False, "The sigmoid of a projection multiplies the attention's output (Qwen3-Next)."
   )
   latent: Latent = dataclasses.field(default_factory=Latent)
   delta: Delta = dataclasses.field(default_factory=Delta)
@@ -196,13 +196,13 @@ class Model(Section):
     False, "A learned logit of each head joins the softmax of attention (gpt-oss)."
   )
   attention_scale: float = option(
-    0.0, "Times the products of queries and keys; 0 is head_dim^-0.5.", at_least=0
+    0.0, "Multiplies the products of queries and keys; 0 is head_dim^-0.5.", at_least=0
   )
-  embedding_multiplier: float = option(1.0, "Times the embeddings (Granite: 12).", above=0)
+  embedding_multiplier: float = option(1.0, "Multiplies the embeddings (Granite: 12).", above=0)
   residual_multiplier: float = option(
-    1.0, "Times what a layer adds to the residual stream (Granite: 0.22).", above=0
+    1.0, "Multiplies what a layer adds to the residual stream (Granite: 0.22).", above=0
   )
-  logit_multiplier: float = option(1.0, "Times the output logits (Granite: 1/6).", above=0)
+  logit_multiplier: float = option(1.0, "Multiplies the output logits (Granite: 1/6).", above=0)
   logit_soft_cap: float = option(
     0.0, "Output logits are c * tanh(logit / c), with this c (Gemma 2: 30); 0: no cap.", at_least=0
   )

@@ -82,7 +82,7 @@ class Optimizer(Section):
   b2: float = option(0.95, "Decay of Adam's second moment per step.", at_least=0, below=1)
   eps: float = option(1e-8, "Added to the root of Adam's second moment.", above=0)
   weight_decay: float = option(
-    0.1, "Times the learning rate; not for norms, embeddings and routers.", at_least=0
+    0.1, "Multiplied by the learning rate; not for norms, embeddings and routers.", at_least=0
   )
   clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 is no limit.", at_least=0)
 

@@ -151,7 +151,7 @@ def _config(loaded: Loaded, family: Family, dtype: str, separator: int) -> dict[
   theirs = fields.to_theirs(family, loaded.config.model) | {"dtype": dtype, "torch_dtype": dtype}
   before: dict[str, Any] = {}
   if (loaded.beside / files.CONFIG).is_file():
-    before = dict(fields.of_text(files.read_json(loaded.beside / files.CONFIG)))
+    before = dict(fields.text_config(files.read_json(loaded.beside / files.CONFIG)))
     before.pop("quantization_config", None)
     if before.get("model_type") != family.model_type:
       before = {}

@@ -77,7 +77,7 @@ _UNREAD = (
 )  # fmt: skip
 
 
-def of_text(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
   """Returns the config of the text model in that of a model of text and images."""
   text = theirs.get("text_config")
   if not isinstance(text, dict):

@@ -73,7 +73,7 @@ def plan(folder: str, mesh: Mesh) -> Plan:
   path = pathlib.Path(folder)
   if not path.is_dir():
     raise UserError(f"--from={folder}: no such folder; download the checkpoint into one first")
-  theirs = fields.of_text(files.read_json(path / files.CONFIG))
+  theirs = fields.text_config(files.read_json(path / files.CONFIG))
   where = str(path / files.CONFIG)
   family = families.family_of(theirs, where)
   _check_quantization(theirs, where)

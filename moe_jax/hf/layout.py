@@ -5,6 +5,12 @@ shape letters of ours. `(HA)D` is a matrix whose first dimension counts heads an
 q_DHA is transposed and flattened. `2` counts two of our parameters in one tensor, gate and up.
 `qkvz_DJY[qkv]` are those parts of Y that are named, one after another in the first dimension of
 theirs. The same row serves both directions.
+
+For example Row("ffn.gate_EDF,ffn.up_EDF", "mlp.experts.gate_up_proj", "E(2F)D") of a layer with 4
+experts, D = 8, F = 6 says: their tensor is [4, 8, 12]; of each expert the first 6 columns are our
+gate_EDF[e], the last 6 our up_EDF[e]. It is one Tensor with two Parts, whose
+`half` is 0 and 1. To pack, both are stacked as [2, E, D, F] and transposed to E, D, 2, F; to
+unpack, one half's columns are read.
 """
 
 import itertools
@@ -58,7 +64,7 @@ class Tensor(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of their tensor."""
+    """The shape of their tensor."""
     first, *rest = self._shape(self.parts[0])
     return (first + sum(self._shape(part)[0] for part in self.parts[1:] if part.cut), *rest)
 
@@ -68,7 +74,7 @@ class Tensor(NamedTuple):
     return self.sizes | {_letters(part)[-1]: part.cut.stop - part.cut.start}
 
   def _shape(self, part: Part) -> tuple[int, ...]:
-    """Of what has the part: of the tensor, or of the rows of a cut."""
+    """Returns the shape of their tensor, or of the rows that a cut part has there."""
     sizes = self._sizes(part)
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups)
 

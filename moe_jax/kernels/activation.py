@@ -33,7 +33,7 @@ def relu_squared(up: jax.Array) -> jax.Array:
   return jnp.square(jax.nn.relu(up))
 
 
-def of(model: Model) -> Nonlinearity:
+def nonlinearity(model: Model) -> Nonlinearity:
   """Returns the activation of a model."""
   return _named(model.activation, model.activation_limit)
 

@@ -1,5 +1,6 @@
 """The cost of a config, computed from shapes: parameters, FLOPs per token, memory per device."""
 
+import collections
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -210,10 +211,14 @@ def activation_bytes(config: Config) -> float:
 
   with jax.sharding.use_abstract_mesh(_abstract_mesh(Mesh())):
     saved = jax.tree.leaves(jax.eval_shape(residuals, params, tokens))
-  # The backward pass reads the weights too, also in the compute dtype; state_bytes counts them.
-  weights = {p.shape for p in jax.tree.leaves(params)}
-  saved = [s for s in saved if s.dtype != jax.dtypes.float0 and s.shape not in weights]
-  return sum(math.prod(s.shape) * s.dtype.itemsize for s in saved)
+  # The backward pass reads each weight too, also in the compute dtype; state_bytes counts them.
+  dtypes = {jnp.dtype(jnp.float32), jnp.dtype(model.compute_dtype.value)}
+  weights = collections.Counter(
+    (p.shape, dtype) for p in jax.tree.leaves(params) for dtype in dtypes
+  )
+  kept = collections.Counter((s.shape, s.dtype) for s in saved if s.dtype != jax.dtypes.float0)
+  kept.subtract(weights)
+  return sum(max(n, 0) * math.prod(shape) * dtype.itemsize for (shape, dtype), n in kept.items())
 
 
 def report(config: Config, optimizer_state: Any, device: str = "", gb: int = 0) -> str:

@@ -103,17 +103,15 @@ def moe_feedforward(
   if weights.shared is None:
     return out
   with jax.named_scope("shared"):
-    y_BLD = feedforward(x_BLD, weights.shared, activation.of(model))
+    y_BLD = feedforward(x_BLD, weights.shared, activation.nonlinearity(model))
     if weights.shared_gate_D is not None:
       gate_BL1 = jax.nn.sigmoid(linear(x_BLD, weights.shared_gate_D[:, None]))
       y_BLD = y_BLD * gate_BL1
     return out._replace(y_BLD=out.y_BLD + y_BLD)
 
 
-def feedforward(
-  x_BLD: jax.Array, weights: FFNWeights, nonlinearity: Nonlinearity = gated
-) -> jax.Array:
-  """Returns down(nonlinearity(gate(x), up(x))) as y_BLD, in the dtype of x_BLD."""
+def feedforward(x_BLD: jax.Array, weights: FFNWeights, function: Nonlinearity = gated) -> jax.Array:
+  """Returns down(function(gate(x), up(x))) as y_BLD, in the dtype of x_BLD."""
   matrices = (weights.gate_DF, weights.up_DF)
-  h_BLF = nonlinearity(*(linear(x_BLD, w) for w in matrices if w is not None))
+  h_BLF = function(*(linear(x_BLD, w) for w in matrices if w is not None))
   return linear(sharding.constrain(h_BLF, "BLF"), weights.down_FD)

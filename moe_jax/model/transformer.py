@@ -83,7 +83,7 @@ def decoder_layer(
   h_BLD, stats, choices = rms_norm(x_BLD, weights.ffn_norm_D, model.norm_eps), None, None
   if isinstance(weights.ffn, FFNWeights):
     with jax.named_scope("ffn"):
-      y_BLD = feedforward(h_BLD, weights.ffn, activation.of(model))
+      y_BLD = feedforward(h_BLD, weights.ffn, activation.nonlinearity(model))
   else:
     out = moe_feedforward(h_BLD, tokens, weights.ffn, model, key, mode)
     y_BLD, stats, choices = out.y_BLD, out.stats, out.choices

@@ -118,7 +118,7 @@ class RouterSpec:
   fixed_choices: bool = True  # every token has K assignments
   # (key, (B, L, E)) -> float32 noise_BLE
   noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None
-  # Evaluation draws noise by a token's place in the batch, which generation cannot repeat.
+  # Evaluation is random too, by a token's place in the batch, so text generation is refused.
   noise_in_evaluation: bool = False
   parameters: tuple[sharding.Parameter, ...] = ()  # besides router_DE, which every router has
   # (float32 x_BLD, parameters by name, project) -> arrays [B, L, ...] for RouterInputs.extra

@@ -202,8 +202,8 @@ def test_perplexity_is_that_of_the_models_logits(whole_run, stride):
 
 def test_mistakes_are_one_line(whole_run, tmp_path):
   with pytest.raises(UserError, match="No such file"):
-    harness.of_text(str(whole_run.workdir), 0, str(tmp_path / "none"), 0, 4)
+    harness.perplexity_of_text(str(whole_run.workdir), 0, str(tmp_path / "none"), 0, 4)
   (tmp_path / "text").write_text("abc")
   length = workdir_lib.read_config(whole_run.workdir).data.seq_len
   with pytest.raises(UserError, match=f"--stride={length + 1} is over config.data.seq_len"):
-    harness.of_text(str(whole_run.workdir), 0, str(tmp_path / "text"), length + 1, 4)
+    harness.perplexity_of_text(str(whole_run.workdir), 0, str(tmp_path / "text"), length + 1, 4)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Dispatch, GroupedMatmul, Remat
+from moe_jax.config import Activation, Dispatch, GroupedMatmul, Model, Remat
 from moe_jax.kernels import blocked, per_expert
-from moe_jax.kernels.activation import Nonlinearity, clamped, gated, geglu, relu_squared
+from moe_jax.kernels.activation import Nonlinearity, gated, geglu, nonlinearity, relu_squared
 from moe_jax.kernels.experts import Experts, experts
 from tests.support.toys import lower_step, toy_config
 
@@ -54,12 +54,10 @@ class Kind(NamedTuple):
     return Experts(**found)
 
 
+# Every word of Activation: each second one with biases.
 KINDS = {
-  "swiglu": Kind(gated),
-  "clamped, biases": Kind(functools.partial(clamped, limit=1.0), biases=True),
-  "geglu": Kind(geglu),
-  "no gate": Kind(relu_squared),
-  "no gate, biases": Kind(jax.nn.gelu, biases=True),
+  word.value: Kind(nonlinearity(Model(activation=word, activation_limit=1.0)), bool(number % 2))
+  for number, word in enumerate(Activation)
 }
 
 
@@ -110,10 +108,12 @@ def compiled(kernel, kind, blocks):
 @pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize(
   ("case", "kind"),
-  [*((case, "swiglu") for case in SIZES), ("uneven", "geglu"), ("rows left over", "no gate"),
-   ("rows left over", "clamped, biases"), ("nothing", "clamped, biases"),
-   ("uneven", "no gate, biases")],
-)  # fmt: skip
+  [
+    *((case, "swiglu") for case in SIZES),
+    *(("rows left over", kind) for kind in KINDS if kind != "swiglu"),
+    ("nothing", "clamped_swiglu"),
+  ],
+)
 def test_equals_a_plain_loop(case, kernel, kind):
   """Values and gradients of every kernel and activation; the rows past the experts' give none."""
   sizes_E, (x_ND, dy_ND) = np.array(SIZES[case]), arrays((N, D), (N, D))

@@ -12,7 +12,17 @@ import pytest
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Loss, MoE, Priority, Router, Score
+from moe_jax.config import (
+  Activation,
+  Dispatch,
+  Exchange,
+  GroupScore,
+  Loss,
+  MoE,
+  Priority,
+  Router,
+  Score,
+)
 from moe_jax.errors import UserError
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe import dispatch, routers, validation
@@ -294,6 +304,12 @@ def test_the_page_lists_the_records():
     if spec.looks_ahead:
       causal = "**not in training**" if spec.evaluation else "**no**"
     assert f"| `{router.value}` | {papers} | {causal} | {spec.doc} |\n" in page
+
+
+def test_the_page_names_every_word_of_an_option():
+  page = (ROOT / "docs/routing.md").read_text()
+  for word in (*Activation, *GroupScore, *Priority, *Score, *Dispatch, *Exchange):
+    assert f"`{word.value}`" in page or f"={word.value}`" in page, word
 
 
 def test_only_its_record_names_a_router():
