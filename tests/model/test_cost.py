@@ -107,8 +107,8 @@ TOO_LARGE = [
   (dict(model__delta__value_heads=10**9),
    "config.model.delta.key_heads=2 or config.model.delta.value_heads=1000000000"),
   (dict(data__batch_size=10**5), "config.data.batch_size=100000, config.data.seq_len=64"),
-  (dict(model__num_layers=10_000, data__batch_size=64, data__seq_len=512),
-   "config.model.num_layers=10000, or raise config.train.accumulation=1"),
+  (dict(model__num_layers=4_000, data__batch_size=64, data__seq_len=1024),
+   "config.model.num_layers=4000, or raise config.train.accumulation=1"),
   (dict(eval__batch_size=3 * 10**6), "config.eval.batch_size=3000000"),
 ]  # fmt: skip
 
