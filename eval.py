@@ -66,7 +66,7 @@ def main() -> None:
     from moe_jax.start import startup
 
   with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
-    result, routing = evaluation.run(
+    result, routing = evaluation.evaluate_run(
       _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=factors, causal=_CAUSAL.value,
       documents=_DOCUMENTS.value, routing=_ROUTING.value, data=other_data(),
     )  # fmt: skip

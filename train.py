@@ -69,7 +69,7 @@ def main() -> None:
 
     validation.validate(config)
     state = optimizers.abstract_state(config)
-    print(cost.report(config, state, _DEVICE.value, _GB[_DEVICE.value]))
+    print(cost.cost_report(config, state, _DEVICE.value, _GB[_DEVICE.value]))
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")

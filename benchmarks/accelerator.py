@@ -209,7 +209,7 @@ def _experts_difference(kernel: GroupedMatmul, loads: str, dtype: jnp.dtype) -> 
   function, reference = (
     choose.with_sizes(name, jnp.asarray(sizes_E, jnp.int32)) for name in (kernel, choose.REFERENCE)
   )
-  return choose.difference(function, reference, (x_ND, *weights), dy_ND)
+  return choose.kernel_difference(function, reference, (x_ND, *weights), dy_ND)
 
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD

@@ -187,7 +187,7 @@ class Work(NamedTuple):
   flops: float
 
 
-def work(weights: decoding.Weights, model: Model, batch: int, experts: float) -> Work:
+def work(weights: decoding.DecoderWeights, model: Model, batch: int, experts: float) -> Work:
   """Returns the work of a step of `batch` rows that reads `experts` experts in each MoE layer."""
 
   def size(tree):

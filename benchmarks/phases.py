@@ -37,7 +37,7 @@ def thunks(graph: Any, moe: MoE, arrays: Any) -> dict[str, Callable[[], Any]]:
     tokens = Tokens(ids_BL, real_BL.astype(jnp.int32), ids_BL)
     inputs = layer_lib.router_inputs(x_BLD, tokens, weights, moe, key, train=True)
     routing = routers.route(inputs, moe, B, capacity=layout.capacity, train=True)
-    slots, sizes_E = dispatch.place(routing.assignments, layout)
+    slots, sizes_E = dispatch.place_assignments(routing.assignments, layout)
     return routing.gate_N, (inputs, routing, slots, sizes_E)
 
   def pack(x_TD, routing, slots):

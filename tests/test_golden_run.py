@@ -39,7 +39,7 @@ def test_it_evaluates_and_generates(run):
   elsewhere = run.parent / "elsewhere"
   (run / "config.json").write_text(text.replace('"cache_dir": ""', f'"cache_dir": "{elsewhere}"'))
   assert str(elsewhere) in (run / "config.json").read_text()
-  result, _ = evaluation.run(str(run), 0, "validation")
+  result, _ = evaluation.evaluate_run(str(run), 0, "validation")
   # float32 on another processor
   assert result["loss"] == pytest.approx(EXPECTED["eval_loss"], rel=1e-5)
   np.testing.assert_allclose(result["max_vio_Z"], EXPECTED["max_vio_Z"], rtol=1e-3)

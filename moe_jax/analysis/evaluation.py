@@ -38,7 +38,7 @@ _CAPACITY_METRICS = (
 )  # fmt: skip
 
 
-def run(
+def evaluate_run(
   workdir: str,
   step: int,
   split: str,
@@ -196,7 +196,7 @@ class LoadedRun:
     pieces = {i: rows.tokenizer.decode_bytes([i]) for i in np.unique(traced.token_T).tolist()}
     about = {"step": self.step, "split": self.split, "layers": moe_layers(self.config.model)}
     top_k = self.config.model.moe.top_k
-    report = specialisation.report(traced, pieces, rows.domains, rows.seq_len, top_k)
+    report = specialisation.routing_report(traced, pieces, rows.domains, rows.seq_len, top_k)
     return about | report | {"saturation": saturation}
 
 

@@ -50,7 +50,7 @@ class Scorer:
     return [found[i] for i in range(len(rows))]
 
   def of_windows(
-    self, texts: Sequence[Sequence["Window"]], progress: Callable[[int], None]
+    self, texts: Sequence[Sequence["ScoredWindow"]], progress: Callable[[int], None]
   ) -> list[Scores]:
     """Returns the Scores of the ids that count in the windows of each text, one after another."""
     scores = iter(self([window.ids for text in texts for window in text], progress))
@@ -74,7 +74,7 @@ class Scorer:
 
 
 def _scores(
-  weights: decoding.Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: Model
+  weights: decoding.DecoderWeights, tokens_BL: jax.Array, start_B: jax.Array, *, model: Model
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the log probability of each token but the first, and whether it is the best."""
   logits_BLV = decoding.logits_of_rows(weights, tokens_BL, start_B, model=model)[:, :-1]
@@ -83,14 +83,14 @@ def _scores(
   return -nll_BL, jnp.argmax(logits_BLV, axis=-1) == next_BL
 
 
-class Window(NamedTuple):
+class ScoredWindow(NamedTuple):
   """A row of a long text, of which the last `scored` ids count."""
 
   ids: list[int]
   scored: int
 
 
-def windows(context: Ids, ids: Ids, length: int, stride: int) -> Iterator[Window]:
+def windows(context: Ids, ids: Ids, length: int, stride: int) -> Iterator[ScoredWindow]:
   """Yields windows that together score every id of a text once.
 
   Args:
@@ -103,5 +103,5 @@ def windows(context: Ids, ids: Ids, length: int, stride: int) -> Iterator[Window
   ids, done = [*context, *ids], len(context)
   end = min(done + length, len(ids))
   while done < len(ids):
-    yield Window(ids[max(end - length - 1, 0) : end], end - done)
+    yield ScoredWindow(ids[max(end - length - 1, 0) : end], end - done)
     done, end = end, min(end + stride, len(ids))

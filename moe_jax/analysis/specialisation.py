@@ -174,7 +174,7 @@ def excerpt(trace: Trace, texts: dict[int, str], domains: Sequence[str]) -> dict
   }
 
 
-def report(
+def routing_report(
   trace: Trace, pieces: dict[int, bytes], domains: Sequence[str], seq_len: int, top_k: int
 ) -> dict[str, Any]:
   """Computes all numbers of this module for routing.json.

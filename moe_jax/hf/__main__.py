@@ -63,7 +63,7 @@ def run_import(args: argparse.Namespace) -> None:
 
   startup.start()
   made = importing.plan(args.folder, _mesh(args))
-  print(importing.report(made), flush=True)
+  print(importing.import_report(made), flush=True)
   if args.dry_run:
     return
   if not args.workdir:
@@ -72,7 +72,7 @@ def run_import(args: argparse.Namespace) -> None:
   path = workdir_lib.open_new(args.workdir)
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):
-    importing.save(made, importing.read(made, mesh, _progress), path)
+    importing.save_import(made, importing.read_weights(made, mesh, _progress), path)
   print(f"{path} holds it as step 0: eval.py and generate.py take --workdir={path}, "
         f"train.py --config={path} --init_from={path}")  # fmt: skip
 
@@ -83,10 +83,10 @@ def run_export(args: argparse.Namespace) -> None:
   from moe_jax.start import startup
 
   startup.start()
-  loaded = exporting.load(args.workdir, args.step)
+  loaded = exporting.load_run(args.workdir, args.step)
   known = loaded.beside / "family"
   first = known.read_text().strip() if known.is_file() else ""
-  family = exporting.choose(loaded.config.model, args.family, first)
+  family = exporting.choose_family(loaded.config.model, args.family, first)
   target = pathlib.Path(args.to)
   exporting.export(loaded, family, target, args.dtype, int(args.file_gb * 1e9), _progress)
   print(f"{target} holds step {loaded.step} as {family.model_type} in {args.dtype}: "
@@ -108,8 +108,8 @@ def run_check(args: argparse.Namespace) -> None:
   ids_L = check.ids_of(made, text, args.tokens)
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):
-    ours = check.streams(made, importing.read(made, mesh, _progress), ids_L)
-  print(check.report(check.compare(ours, check.theirs(pathlib.Path(args.folder), ids_L))))
+    ours = check.streams(made, importing.read_weights(made, mesh, _progress), ids_L)
+  print(check.check_report(check.compare(ours, check.theirs(pathlib.Path(args.folder), ids_L))))
 
 
 def _mesh(args: argparse.Namespace) -> Mesh:

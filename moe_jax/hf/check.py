@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
-from moe_jax.hf.importing import Plan
+from moe_jax.hf.importing import ImportPlan
 from moe_jax.inference import decoding
 from moe_jax.storage.weights import Weights
 
@@ -26,7 +26,9 @@ class Comparison(NamedTuple):
   layers: list[float]  # the same of the residual stream: of the embedding, then after each layer
 
 
-def streams(made: Plan, weights: Weights, ids_L: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def streams(
+  made: ImportPlan, weights: Weights, ids_L: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
   """Returns logits [L, V], and the residual stream [L, D] of the embedding and after each layer."""
   model = decoding.for_inference(made.config.model)
   unrolled = decoding.weights(model, weights.params, weights.bias_ZE)
@@ -80,7 +82,7 @@ def _difference(x: np.ndarray, want: np.ndarray) -> float:
   return float(np.abs(x - want).max() / np.abs(want).max())
 
 
-def ids_of(made: Plan, text: str, most: int) -> np.ndarray:
+def ids_of(made: ImportPlan, text: str, most: int) -> np.ndarray:
   """Returns the ids of a text by the checkpoint's tokenizer, or by bytes where it has none."""
   ids = tokenizers.load_tokenizer(made.config.data).encode(text)[:most]
   if not len(ids) or ids.max() >= made.config.model.vocab_size:
@@ -88,7 +90,7 @@ def ids_of(made: Plan, text: str, most: int) -> np.ndarray:
   return ids
 
 
-def report(result: Comparison) -> str:
+def check_report(result: Comparison) -> str:
   """Formats a comparison, in one screen."""
   parted = next((i for i, d in enumerate(result.layers) if d > _PARTS), None)
   lines = [

@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
   beside: pathlib.Path  # the folder of files that came with an import; it may be missing
 
 
-def load(workdir: str, step: int) -> Loaded:
+def load_run(workdir: str, step: int) -> Loaded:
   """Restores the weights of a run on this machine's devices.
 
   Raises:
@@ -45,7 +45,7 @@ def load(workdir: str, step: int) -> Loaded:
   return Loaded(config, weights, step, path / workdir_lib.HF)
 
 
-def choose(model: Any, named: str, first: str = "") -> Family:
+def choose_family(model: Any, named: str, first: str = "") -> Family:
   """Returns the family that is named, or one that can say the model: `first`, if that can.
 
   Raises:
@@ -107,7 +107,7 @@ def export(
     )
   width = np.dtype(files.WRITTEN[dtype]).itemsize
   sizes = {tensor.name: int(np.prod(tensor.shape)) * width for tensor in found}
-  writer = files.Writer(target, sizes, largest)
+  writer = files.TensorWriter(target, sizes, largest)
   told = files.Progress("wrote", sum(sizes.values()), progress)
   done = 0
   try:
@@ -151,7 +151,7 @@ def _config(loaded: Loaded, family: Family, dtype: str, separator: int) -> dict[
   theirs = fields.to_theirs(family, loaded.config.model) | {"dtype": dtype, "torch_dtype": dtype}
   before: dict[str, Any] = {}
   if (loaded.beside / files.CONFIG).is_file():
-    before = dict(fields.text_config(files.read_json(loaded.beside / files.CONFIG)))
+    before = dict(fields.text_config(files.read_hf_json(loaded.beside / files.CONFIG)))
     before.pop("quantization_config", None)
     if before.get("model_type") != family.model_type:
       before = {}

@@ -31,7 +31,7 @@ _ALL = [
     ),
     layer=(
       *parts.ATTENTION, Row("ffn.router_DE", "block_sparse_moe.gate.weight", "ED"),
-      *parts.experts("block_sparse_moe", "w1", "w3", "w2"),
+      *parts.expert_rows("block_sparse_moe", "w1", "w3", "w2"),
     ),
     allowed=parts.SILU, rope_base=1e6,
     check=lambda model: parts.one_window(model) or parts.renormalized(model),
@@ -123,7 +123,7 @@ _ALL = [
     layer=(
       *parts.ATTENTION, Row("ffn.router_DE", "block_sparse_moe.gate.weight", "ED"),
       Row("bias_ZE", "block_sparse_moe.e_score_correction_bias", "E"),
-      *parts.experts("block_sparse_moe", "w1", "w3", "w2"),
+      *parts.expert_rows("block_sparse_moe", "w1", "w3", "w2"),
     ),
     fixed={"moe.score": Score.SIGMOID, "qk_norm": QKNorm.WIDTH}, allowed=parts.SILU,
     check=parts.renormalized, rope_base=5e6, partial_rotary=1.0,

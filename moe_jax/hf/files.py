@@ -66,7 +66,7 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
   return [found[number][0] for number in sorted(found)]
 
 
-class Stored:
+class StoredTensors:
   """The tensors of a checkpoint on disk: their shapes, and ranges of their values."""
 
   def __init__(self, folder: pathlib.Path):
@@ -104,7 +104,7 @@ class Stored:
         f"{self.folder}: neither {SINGLE} nor {INDEX} there; weights in other files (.bin, .pth) "
         "are pickled programs, which are not run: convert them to safetensors first"
       )
-    where = read_json(self.folder / INDEX).get("weight_map")
+    where = read_hf_json(self.folder / INDEX).get("weight_map")
     names: set[Any] = set(where.values()) if isinstance(where, dict) else {None}
     for name in names:
       if not isinstance(name, str) or os.path.basename(name) != name or not name:
@@ -198,7 +198,7 @@ def gb(size: float) -> str:
   return f"{size / 1e9:.2f} GB"
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_hf_json(path: pathlib.Path) -> dict[str, Any]:
   """Returns the object of a JSON file; raises a UserError where there is none."""
   if not path.is_file():
     raise UserError(f"{path}: no such file")
@@ -215,7 +215,7 @@ def copy(named: Mapping[str, pathlib.Path | str], target: pathlib.Path) -> None:
       files.write(target / name, files.read_bytes(source))
 
 
-class Writer:
+class TensorWriter:
   """Writes safetensors in files of at most so many bytes, and their index.
 
   All is written into a folder beside the target, which takes the target's name at the end.

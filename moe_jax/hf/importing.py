@@ -40,13 +40,13 @@ _TOKENIZER = r"tokeniz|special_tokens|added_tokens|vocab\.|merges\.|tekken|.*(ti
 _READ, _WRITTEN = 5e8, 3e8  # bytes per second, for the prediction of --dry-run
 
 
-class Plan(NamedTuple):
+class ImportPlan(NamedTuple):
   """What an import would do."""
 
   family: Family
   config: Config
   tensors: list[Tensor]
-  stored: files.Stored
+  stored: files.StoredTensors
   notes: list[str]
 
   @property
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     return max(self.stored.size(tensor.name) for tensor in self.tensors)
 
 
-def plan(folder: str, mesh: Mesh) -> Plan:
+def plan(folder: str, mesh: Mesh) -> ImportPlan:
   """Reads config.json and the headers, and compares them with our model.
 
   Args:
@@ -73,13 +73,13 @@ def plan(folder: str, mesh: Mesh) -> Plan:
   path = pathlib.Path(folder)
   if not path.is_dir():
     raise UserError(f"--from={folder}: no such folder; download the checkpoint into one first")
-  theirs = fields.text_config(files.read_json(path / files.CONFIG))
+  theirs = fields.text_config(files.read_hf_json(path / files.CONFIG))
   where = str(path / files.CONFIG)
   family = families.family_of(theirs, where)
   _check_quantization(theirs, where)
   model, unread = fields.to_model(family, theirs, where)
   notes = [f"not read of {files.CONFIG}: {', '.join(unread)}"] if unread else []
-  stored = files.Stored(path)
+  stored = files.StoredTensors(path)
   layer = layout.replaced(family.layer, family.stacked, stored.shapes)
   experts = model.moe.num_experts if any("{expert}" in row.theirs for row in layer) else 0
   if model.num_layers + experts > len(stored.shapes):  # before millions of them are listed
@@ -102,7 +102,7 @@ def plan(folder: str, mesh: Mesh) -> Plan:
   except KeyError as error:
     raise UserError(f"{where}: a {family.model_type} has no {error.args[0]}") from None
   notes += _compare(family, model, tensors, stored)
-  return Plan(family, config, tensors, stored, notes)
+  return ImportPlan(family, config, tensors, stored, notes)
 
 
 def _check_quantization(theirs: Mapping[str, Any], where: str) -> None:
@@ -146,7 +146,7 @@ def _fit_rows(config: Config, longest: Any) -> None:
 
 
 def _compare(
-  family: Family, model: Model, tensors: list[Tensor], stored: files.Stored
+  family: Family, model: Model, tensors: list[Tensor], stored: files.StoredTensors
 ) -> list[str]:
   """Returns notes about tensors that are left out; raises a UserError where some do not fit."""
   wanted = {tensor.name: tensor for tensor in tensors}
@@ -182,8 +182,8 @@ def _compare(
   return []
 
 
-def read(
-  made: Plan, mesh: jax.sharding.Mesh, progress: Callable[[str], None] | None = None
+def read_weights(
+  made: ImportPlan, mesh: jax.sharding.Mesh, progress: Callable[[str], None] | None = None
 ) -> Weights:
   """Reads the weights onto a mesh.
 
@@ -261,7 +261,7 @@ def _placed(whole: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.A
   return jax.lax.dynamic_update_slice(whole, piece, start)
 
 
-def save(made: Plan, weights: Weights, workdir: pathlib.Path) -> None:
+def save_import(made: ImportPlan, weights: Weights, workdir: pathlib.Path) -> None:
   """Writes a workdir with the weights as its checkpoint 0, and their files beside them in hf/.
 
   config.json comes last: a workdir without it is no run.
@@ -280,7 +280,7 @@ def save(made: Plan, weights: Weights, workdir: pathlib.Path) -> None:
   workdir_lib.write_config(workdir, config)
 
 
-def report(made: Plan) -> str:
+def import_report(made: ImportPlan) -> str:
   """Describes an import before it is made: sizes, memory and time."""
   counts = cost.count(made.config)
   mesh = made.config.mesh

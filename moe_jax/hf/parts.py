@@ -45,7 +45,7 @@ def dense(ours: str, theirs: str) -> tuple[Row, ...]:
   )
 
 
-def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def expert_rows(theirs: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
   """Returns the rows of experts whose matrices are each a tensor of their files."""
   return (
     Row("ffn.gate_EDF", f"{theirs}.experts.{{expert}}.{gate}.weight", "FD"),
@@ -57,7 +57,7 @@ def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
 DENSE = (*ATTENTION, *dense("ffn", "mlp"))
 _EXPERTS = (
   Row("ffn.router_DE", "mlp.gate.weight", "ED"),
-  *experts("mlp", "gate_proj", "up_proj", "down_proj"),
+  *expert_rows("mlp", "gate_proj", "up_proj", "down_proj"),
 )
 MLP_EXPERTS = (*DENSE, *_EXPERTS)  # also of layers without experts
 QWEN_SHARED = (

@@ -29,7 +29,7 @@ from moe_jax.moe.counts import Choices
 from moe_jax.moe.routing import Mode, Tokens
 
 
-class Weights(NamedTuple):
+class DecoderWeights(NamedTuple):
   """The weights of the decoder in the compute dtype; norms, routers and biases are float32."""
 
   embed_VD: jax.Array
@@ -71,7 +71,7 @@ def for_inference(model: Model) -> Model:
   return dataclasses.replace(model, moe=moe)
 
 
-def weights(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
+def weights(model: Model, params: Any, bias_ZE: jax.Array) -> DecoderWeights:
   """Lays out a Transformer's parameters for inference on the mesh in force.
 
   Args:
@@ -80,10 +80,10 @@ def weights(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
     bias_ZE: float32 balancing biases.
   """
 
-  def unpacked(params: Any, bias_ZE: jax.Array) -> Weights:
+  def unpacked(params: Any, bias_ZE: jax.Array) -> DecoderWeights:
     return unstacked(model, params, bias_ZE)
 
-  def packed(params: Any, bias_ZE: jax.Array) -> Weights:
+  def packed(params: Any, bias_ZE: jax.Array) -> DecoderWeights:
     return _packed(unpacked(params, bias_ZE))
 
   if packing.packs():
@@ -94,7 +94,7 @@ def weights(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
   return jax.jit(unpacked, out_shardings=shardings)(params, bias_ZE)
 
 
-def unstacked(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
+def unstacked(model: Model, params: Any, bias_ZE: jax.Array) -> DecoderWeights:
   """Returns the weights with separate arrays for each layer, in the layout of training."""
   dtype = jnp.dtype(model.compute_dtype.value)
   decoder = transformer.merge(model, params)
@@ -109,7 +109,7 @@ def unstacked(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
         moe_layers += kind.is_moe
   embed_VD = decoder.embed_VD[...].astype(dtype)
   head_DV = embed_VD.T if model.tied_head else decoder.head_DV[...].astype(dtype)
-  return Weights(
+  return DecoderWeights(
     embed_VD=embed_VD,
     layers=tuple(layers),
     final_norm_D=decoder.final_norm.weights(),
@@ -117,7 +117,7 @@ def unstacked(model: Model, params: Any, bias_ZE: jax.Array) -> Weights:
   )
 
 
-def _packed(weights: Weights) -> Weights:
+def _packed(weights: DecoderWeights) -> DecoderWeights:
   layers = tuple(_packed_layer(layer) for layer in weights.layers)
   return weights._replace(layers=layers, head_DV=packing.matrix(weights.head_DV))
 
@@ -126,7 +126,7 @@ def _packed_layer(layer: LayerWeights) -> LayerWeights:
   attention, ffn = layer.attention.packed(packing.matrix), layer.ffn
   if isinstance(ffn, FFNWeights):
     return layer._replace(attention=attention, ffn=_packed_ffn(ffn))
-  moe = ffn.moe._replace(experts=packing.experts(ffn.moe.experts))
+  moe = ffn.moe._replace(experts=packing.packed_experts(ffn.moe.experts))
   shared = _packed_ffn(ffn.shared) if ffn.shared is not None else None
   return layer._replace(attention=attention, ffn=ffn._replace(moe=moe, shared=shared))
 
@@ -155,7 +155,7 @@ def empty_cache(model: Model, start_B: jax.Array, slots: int) -> Cache:
 
 
 def forward_with_cache(
-  weights: Weights,
+  weights: DecoderWeights,
   model: Model,
   cache: Cache,
   tokens_BL: jax.Array,
@@ -218,7 +218,7 @@ def forward_with_cache(
 
 
 def logits_of_rows(
-  weights: Weights, tokens_BL: jax.Array, start_B: jax.Array, *, model: Model
+  weights: DecoderWeights, tokens_BL: jax.Array, start_B: jax.Array, *, model: Model
 ) -> jax.Array:
   """Returns float32 logits_BLV after every token of rows that begin at the slots start_B."""
   cache = empty_cache(model, start_B, tokens_BL.shape[1])

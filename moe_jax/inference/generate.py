@@ -21,7 +21,7 @@ from moe_jax.config import Model
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
 from moe_jax.inference import decoding, memory, padding, sampling
-from moe_jax.inference.decoding import Weights
+from moe_jax.inference.decoding import DecoderWeights
 from moe_jax.inference.options import check_generation
 from moe_jax.kernels import choose
 from moe_jax.model import cost, transformer
@@ -83,7 +83,7 @@ class TextGenerator:
   def __init__(
     self,
     model: Model,
-    weights: Weights,
+    weights: DecoderWeights,
     mesh: jax.sharding.Mesh,
     tokenizer: tokenizers.Tokenizer,
     step: int = 0,
@@ -128,7 +128,7 @@ class TextGenerator:
     if ids_BL.min() < 0 or ids_BL.max() >= self.model.vocab_size:
       raise UserError(f"a token of {ids_BL.max()}: ids are from 0 to {self.model.vocab_size - 1}")
     rows = np.atleast_2d(ids_BL)
-    sizes = padding.sizes(len(rows), rows.shape[1], self.rows)
+    sizes = padding.padded_sizes(len(rows), rows.shape[1], self.rows)
     what = f"{len(rows):,} rows of {rows.shape[1]:,} tokens"
     self._memory.check(what, self._all_logits, self.weights, sizes, (np.int32, np.int32))
     tokens_BL, start_B = padding.padded(list(rows), self.rows)
@@ -188,7 +188,7 @@ class TextGenerator:
     seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
     encoded = [self._ids(prompt) for prompt in prompts]
     longest, count = max(map(len, encoded)), len(encoded) * num_samples
-    B, L = padding.sizes(count, longest, self.rows)
+    B, L = padding.padded_sizes(count, longest, self.rows)
     slots = -(-(L + max_new_tokens) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     what = f"{count:,} prompts of up to {longest:,} tokens and {max_new_tokens:,} new ones"
     arrays = (np.int32, np.int32, np.bool_)  # as below
@@ -259,7 +259,7 @@ class TextGenerator:
 
 
 def _prefill(
-  weights: Weights,
+  weights: DecoderWeights,
   tokens_BL: jax.Array,
   start_B: jax.Array,
   done_B: jax.Array,
@@ -280,7 +280,7 @@ def _prefill(
 
 
 def _decode(
-  weights: Weights,
+  weights: DecoderWeights,
   cache: decoding.Cache,
   token_B: jax.Array,
   done_B: jax.Array,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def sizes(count: int, longest: int, multiple: int) -> tuple[int, int]:
+def padded_sizes(count: int, longest: int, multiple: int) -> tuple[int, int]:
   """Returns B and L for `count` rows of up to `longest` tokens, where B is a multiple of a number.
 
   Both are rounded up: B to a power of two times `multiple`, L to a power of two from 16 up.
@@ -20,7 +20,7 @@ def padded(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.nd
   Returns:
     tokens_BL, and start_B, which lies beyond every slot in rows that are only padding.
   """
-  B, L = sizes(len(rows), max(map(len, rows)), multiple)
+  B, L = padded_sizes(len(rows), max(map(len, rows)), multiple)
   tokens_BL = np.zeros((B, L), np.int32)
   start_B = np.full(B, np.iinfo(np.int32).max // 2, np.int32)
   for number, ids in enumerate(rows):

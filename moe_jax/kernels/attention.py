@@ -1,7 +1,7 @@
 """Causal attention of grouped queries (2305.13245) over packed documents, and the kernels for it.
 
-`reference` defines attention. Every other kernel computes the same function for some platform;
-`choose` picks the kernel of a run.
+`reference_attention` defines attention. Every other kernel computes the same function for some
+platform; `choose_attention` picks the kernel of a run.
 
 R: query heads of one key/value head.
 """
@@ -16,7 +16,7 @@ from moe_jax.config import Attention
 from moe_jax.kernels import attention_blocks, attention_cudnn, attention_splash, platform
 from moe_jax.kernels.mask import CAUSAL, Mask
 
-AttentionFunction = Callable[..., jax.Array]  # the arguments are those of `reference`
+AttentionFunction = Callable[..., jax.Array]  # the arguments are those of `reference_attention`
 Shape = tuple[int, ...]
 
 
@@ -28,19 +28,20 @@ def segment_attention(
   kernel: Attention,
   mask: Mask = CAUSAL,
 ) -> jax.Array:
-  """Computes `reference` with `kernel`, or with that of `choose` if `kernel` refuses the sizes.
+  """Computes `reference_attention` with `kernel`, or another kernel if it refuses the sizes.
 
-  The arguments are those of `reference`, of the whole mesh; without v_BLGX the keys are the values.
-  `auto` also takes the kernel of `choose`.
+  The arguments are those of `reference_attention`, of the whole mesh; without v_BLGX the keys are
+  the values.
+  `auto` and a kernel that refuses take that of `choose_attention`.
   """
   v_BLGX = k_BLGA if v_BLGX is None else v_BLGX
   case = (q_BLHA.shape, k_BLGA.shape, q_BLHA.dtype, mask)
   if kernel is Attention.AUTO or ATTENTION_KERNELS[kernel].refuses(*case):
-    kernel, _ = choose(platform.name(), *case)
+    kernel, _ = choose_attention(platform.name(), *case)
   return ATTENTION_KERNELS[kernel].function(q_BLHA, k_BLGA, v_BLGX, segments_BL, mask)
 
 
-def reference(
+def reference_attention(
   q_BLHA: jax.Array,
   k_BLGA: jax.Array,
   v_BLGX: jax.Array,
@@ -80,7 +81,7 @@ def reference(
 
 
 class AttentionKernel(NamedTuple):
-  """One way to compute `reference`."""
+  """One way to compute `reference_attention`."""
 
   function: AttentionFunction
   # (shape of q_BLHA, shape of k_BLGA, dtype) -> why the kernel cannot take them; "" if it can
@@ -100,19 +101,24 @@ def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
   return ""
 
 
+_EVERYWHERE = ("cpu", "gpu", "tpu")
 ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
   Attention.REFERENCE: AttentionKernel(
-    reference, _takes_all, ("cpu", "gpu", "tpu"), (), takes=Mask._fields
+    reference_attention, _takes_all, _EVERYWHERE, (), takes=Mask._fields
   ),
   Attention.BLOCKS: AttentionKernel(
-    attention_blocks.attend, _takes_all, ("cpu", "gpu", "tpu"), ("cpu",), takes=Mask._fields
+    attention_blocks.blocks_attention, _takes_all, _EVERYWHERE, ("cpu",), takes=Mask._fields
   ),
   Attention.CUDNN: AttentionKernel(
-    attention_cudnn.attend, attention_cudnn.refuses, ("gpu",), ("gpu",), takes=("window",)
+    attention_cudnn.cudnn_attention,
+    attention_cudnn.cudnn_refuses,
+    ("gpu",),
+    ("gpu",),
+    takes=("window",),
   ),
   Attention.SPLASH: AttentionKernel(
-    attention_splash.attend,
-    attention_splash.refuses,
+    attention_splash.splash_attention,
+    attention_splash.splash_refuses,
     ("tpu",),
     ("tpu",),
     takes=("window", "soft_cap"),
@@ -120,7 +126,7 @@ ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
 }
 
 
-def choose(
+def choose_attention(
   platform: str,
   q_shape: Shape,
   k_shape: Shape,
@@ -136,7 +142,7 @@ def choose(
     q_shape: of q_BLHA, of the whole mesh.
     k_shape: of k_BLGA, of the whole mesh.
     dtype: of q_BLHA and k_BLGA.
-    mask: of `reference`.
+    mask: of `reference_attention`.
   """
   candidates = [name for name, kernel in ATTENTION_KERNELS.items() if platform in kernel.tried_on]
   if not candidates:

@@ -11,14 +11,14 @@ from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.mask import CAUSAL, Mask
 
 
-def attend(
+def blocks_attention(
   q_BLHA: jax.Array,
   k_BLGA: jax.Array,
   v_BLGX: jax.Array,
   segments_BL: jax.Array,
   mask: Mask = CAUSAL,
 ) -> jax.Array:
-  """Returns y_BLHX; the arguments are those of attention.reference.
+  """Returns y_BLHX; the arguments are those of attention.reference_attention.
 
   Queries are cut into up to 8 blocks, and each block meets only the keys up to its own end, from
   the first that the window of its first query holds. That is about half the work and memory of all

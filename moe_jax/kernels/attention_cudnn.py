@@ -23,7 +23,7 @@ _FAR = 10_000.0  # exp(-_FAR + any score) is 0 in float32
 _RADIX = 4
 
 
-def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+def cudnn_refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> str:
   """Returns why the kernel cannot take these sizes, or ""; see attention.AttentionKernel."""
   _, L, _, A = q_shape
   longest = _longest_head()
@@ -37,7 +37,7 @@ def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype
   return ""
 
 
-def attend(
+def cudnn_attention(
   q_BLHA: jax.Array,
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
@@ -45,7 +45,7 @@ def attend(
   mask: Mask = CAUSAL,
   implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-  """Returns y_BLHA; the other arguments are those of attention.reference.
+  """Returns y_BLHA; the other arguments are those of attention.reference_attention.
 
   The document's code makes heads longer and adds work: at 4,096 tokens, 24 numbers to a head_dim of
   128. Each of several devices computes its own sequences and heads.

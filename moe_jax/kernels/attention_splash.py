@@ -15,14 +15,14 @@ from moe_jax.kernels.mask import CAUSAL, Mask
 _LANES = 128  # numbers in a row of a vector register; the kernel's blocks are multiples of 128
 
 
-def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+def splash_refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> str:
   """Returns why the kernel cannot take these sizes, or ""; see attention.AttentionKernel."""
   if q_shape[1] % _LANES:
     return f"a sequence of {q_shape[1]} tokens: its blocks are multiples of {_LANES}"
   return ""
 
 
-def attend(
+def splash_attention(
   q_BLHA: jax.Array,
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
@@ -30,7 +30,7 @@ def attend(
   mask: Mask = CAUSAL,
   interpret: bool = False,
 ) -> jax.Array:
-  """Returns y_BLHA; the other arguments are those of attention.reference.
+  """Returns y_BLHA; the other arguments are those of attention.reference_attention.
 
   Each of several devices computes its own sequences and heads.
 

@@ -27,7 +27,7 @@ _BLOCK_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def experts(
+def blocked_experts(
   x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Nonlinearity
 ) -> jax.Array:
   """Returns y_ND; the arguments are those of experts.experts for sorted rows."""
@@ -87,7 +87,7 @@ def _backward(
   return dx_ND, jax.tree.map(lambda dw, w: dw.astype(w.dtype), grads, weights), None
 
 
-experts.defvjp(_forward, _backward)
+blocked_experts.defvjp(_forward, _backward)
 
 
 class _Block:

@@ -25,7 +25,7 @@ from moe_jax.kernels import mask as mask_lib
 from moe_jax.kernels import platform
 from moe_jax.kernels.activation import gated
 from moe_jax.kernels.attention import ATTENTION_KERNELS
-from moe_jax.kernels.attention import choose as choose_attention
+from moe_jax.kernels.attention import choose_attention as choose_attention
 from moe_jax.kernels.experts import EXPERT_KERNELS, Experts
 from moe_jax.kernels.mask import Mask
 
@@ -38,7 +38,7 @@ Function = Callable[..., jax.Array]
 Name = TypeVar("Name")
 
 
-def check(config: Config) -> None:
+def check_kernels(config: Config) -> None:
   """Refuses a kernel or an exchange that the config names and that cannot run here.
 
   Args:
@@ -87,7 +87,7 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
   Raises:
     UserError: a kernel that the config names cannot run on this device.
   """
-  check(config)
+  check_kernels(config)
   device = jax.devices()[0].device_kind
   model, moe, lines = config.model, config.model.moe, []
   if recorded and recorded["device"] != device:
@@ -201,7 +201,7 @@ def attention_difference(
       function = ATTENTION_KERNELS[name].function
       return lambda q, k, v: function(q, k, v, segments_BL, mask)
 
-    return difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
+    return kernel_difference(bound(kernel), bound(Attention.REFERENCE), (q, k, v), dy)
 
 
 def _experts_of_run(config: Config, recorded: str) -> tuple[GroupedMatmul, str]:
@@ -232,7 +232,7 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
     for kernel in candidates:
       try:
         ours, theirs = (with_sizes(name, few.sizes_E) for name in (kernel, REFERENCE))
-        off = difference(ours, theirs, few.arrays, few.dy_ND)
+        off = kernel_difference(ours, theirs, few.arrays, few.dy_ND)
         if not off <= TOLERANCE[dtype.name]:
           notes.append(f"{kernel.value} differs from the reference by {off:.1e}")
         elif len(candidates) == 1:
@@ -286,7 +286,7 @@ def _with_gradients(function: Function) -> Function:
   return jax.jit(both)
 
 
-def difference(
+def kernel_difference(
   function: Function, reference: Function, arrays: tuple[jax.Array, ...], dy: jax.Array
 ) -> float:
   """Returns the largest difference of values or gradients, as a part of the largest element."""

@@ -25,7 +25,7 @@ class DeltaState(NamedTuple):
   recent_BWU: jax.Array  # the last inputs of the convolution; 0 before a row's first token
 
 
-class Tokens(NamedTuple):
+class DeltaInputs(NamedTuple):
   """What the rule reads of each token, float32."""
 
   q_BLOI: jax.Array  # normed
@@ -58,7 +58,7 @@ def convolve(
   return y_BLU, jnp.where(keep_BW1, x_BSU[:, L:], 0)
 
 
-def step(tokens: Tokens, memory_BOIX: jax.Array) -> tuple[jax.Array, jax.Array]:
+def step(tokens: DeltaInputs, memory_BOIX: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns y_BLOX of one token (L = 1), and the state after it."""
   q_BOI, k_BOI, v_BOX, decay_BO, beta_BO = (x[:, 0] for x in tokens)
   memory_BOIX = memory_BOIX * jnp.exp(decay_BO)[..., None, None]
@@ -69,7 +69,7 @@ def step(tokens: Tokens, memory_BOIX: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def chunked(
-  tokens: Tokens, segments_BL: jax.Array, memory_BOIX: jax.Array
+  tokens: DeltaInputs, segments_BL: jax.Array, memory_BOIX: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns y_BLOX, and the state after the last token.
 
@@ -90,7 +90,7 @@ def chunked(
     return padded.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
   def body(
-    carry: tuple[jax.Array, jax.Array], chunk: tuple[Tokens, jax.Array]
+    carry: tuple[jax.Array, jax.Array], chunk: tuple[DeltaInputs, jax.Array]
   ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     memory_BOIX, before_B = carry
     (q_BLOI, k_BLOI, v_BLOX, decay_BLO, beta_BLO), segments_BL = chunk

@@ -49,7 +49,7 @@ def experts(
   """
   if isinstance(weights, PerExpert):
     assert sizes_E is not None, "inference sorts rows by expert"
-    return per_expert.experts(x, weights, sizes_E, activation)
+    return per_expert.experts_one_by_one(x, weights, sizes_E, activation)
   if sizes_E is None:
     return _slots(x, weights, activation)
   x, stacked, sizes_E = vary_alike((x, weights, sizes_E))
@@ -67,7 +67,7 @@ def _slots(x_ERD: jax.Array, weights: Experts, activation: Nonlinearity) -> jax.
   return product(h_ERF, weights.down_EFD, weights.down_bias_ED)
 
 
-def reference(
+def reference_experts(
   x_ND: jax.Array, weights: Experts, sizes_E: jax.Array, activation: Nonlinearity
 ) -> jax.Array:
   """Computes sorted rows with XLA's grouped matmul; every other kernel must give this answer.
@@ -98,10 +98,10 @@ def _tokamax(implementation: str, *platforms: str) -> ExpertsKernel:
 
 EXPERT_KERNELS: dict[GroupedMatmul, ExpertsKernel] = {
   GroupedMatmul.RAGGED_DOT: ExpertsKernel(
-    function=reference, platforms=("cpu", "tpu", "gpu"), tried_on=("tpu", "gpu")
+    function=reference_experts, platforms=("cpu", "tpu", "gpu"), tried_on=("tpu", "gpu")
   ),
   GroupedMatmul.BLOCKED: ExpertsKernel(
-    function=blocked.experts, platforms=("cpu", "tpu", "gpu"), tried_on=("cpu",)
+    function=blocked.blocked_experts, platforms=("cpu", "tpu", "gpu"), tried_on=("cpu",)
   ),
   GroupedMatmul.MOSAIC: _tokamax("mosaic", "tpu", "gpu"),
   GroupedMatmul.MOSAIC_TPU_V2: _tokamax("mosaic_tpu_v2", "tpu"),

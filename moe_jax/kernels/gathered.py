@@ -97,7 +97,7 @@ def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
   return Copies(jax.shard_map(on_device, in_specs=spec, out_specs=copied)(weight))
 
 
-def experts(weights: Experts) -> Experts:
+def gathered_experts(weights: Experts) -> Experts:
   """Returns a device's own experts, whole along D, inside shard_map."""
 
   def gathered(name: str, weight: jax.Array | None) -> Any:

@@ -39,7 +39,7 @@ class OutputFirst:
     return jax.lax.optimization_barrier(y_OR).T
 
 
-def pack(weight: jax.Array, inner: int) -> OutputFirst:
+def pack_output_first(weight: jax.Array, inner: int) -> OutputFirst:
   """Stores a weight, whose first `inner` dimensions are summed over, with the other ones first."""
   axes = [*range(inner, weight.ndim), *range(inner)]
   return OutputFirst(jnp.transpose(weight, axes), inner)

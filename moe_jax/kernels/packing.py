@@ -20,11 +20,11 @@ def matrix(weight: Weight, inner: int = 1) -> Weight:
   """Packs a weight [*inner, *outer] for `linear`, which sums over its `inner` first dimensions."""
   if not packs() or not isinstance(weight, jax.Array):
     return weight
-  return output_first.pack(weight, inner)
+  return output_first.pack_output_first(weight, inner)
 
 
-def experts(weights: ExpertWeights) -> ExpertWeights:
+def packed_experts(weights: ExpertWeights) -> ExpertWeights:
   """Packs stacked experts for `experts`; packed experts have no gradient."""
   if not packs() or not isinstance(weights, Experts):
     return weights
-  return per_expert.pack(weights)
+  return per_expert.pack_per_expert(weights)

@@ -23,7 +23,7 @@ class PerExpert(NamedTuple):
   each: tuple[Experts, ...]  # without the dimension E, and matrices with their output first
 
 
-def pack(weights: Experts) -> PerExpert:
+def pack_per_expert(weights: Experts) -> PerExpert:
   """Splits stacked weights into one transposed array for each expert."""
   return PerExpert(
     tuple(
@@ -32,7 +32,7 @@ def pack(weights: Experts) -> PerExpert:
   )
 
 
-def experts(
+def experts_one_by_one(
   x_ND: jax.Array, weights: PerExpert, sizes_E: jax.Array, activation: Nonlinearity
 ) -> jax.Array:
   """Returns y_ND; the arguments are those of experts.experts for sorted rows. Has no gradient."""

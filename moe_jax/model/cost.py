@@ -221,7 +221,7 @@ def activation_bytes(config: Config) -> float:
   return sum(max(n, 0) * math.prod(shape) * dtype.itemsize for (shape, dtype), n in kept.items())
 
 
-def report(config: Config, optimizer_state: Any, device: str = "", gb: int = 0) -> str:
+def cost_report(config: Config, optimizer_state: Any, device: str = "", gb: int = 0) -> str:
   """Describes the size and the cost in some lines; `optimizer_state` is that of `state_bytes`.
 
   Of a `device` with `gb` GB, which need not be here, it says whether what is counted fits.

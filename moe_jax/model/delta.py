@@ -154,7 +154,7 @@ def delta_layer(
   q, k, v = jnp.split(jax.nn.silu(mixed.astype(jnp.float32)), (J * I, 2 * J * I), axis=-1)
   q_BLOI, k_BLOI = (jnp.repeat(_unit(x.reshape(B, L, J, I)), each, axis=2) for x in (q, k))
   v_BLOX = v.reshape(B, L, O, X)
-  tokens = delta_rule.Tokens(q_BLOI * I**-0.5, k_BLOI, v_BLOX, decay_BLO, beta_BLO)
+  tokens = delta_rule.DeltaInputs(q_BLOI * I**-0.5, k_BLOI, v_BLOX, decay_BLO, beta_BLO)
   if L == 1:
     y_BLOX, memory_BOIX = delta_rule.step(tokens, old.memory_BOIX)
   else:

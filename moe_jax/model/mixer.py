@@ -22,7 +22,7 @@ from moe_jax.moe.routing import Tokens
 MixerWeights = AttentionWeights | LatentWeights | DeltaWeights
 
 
-def make(
+def make_mixer(
   model: Model, kind: LayerKind, rngs: nnx.Rngs
 ) -> AttentionLayer | LatentAttentionLayer | DeltaLayer:
   """Returns the parameters of a layer of that kind."""

@@ -120,7 +120,7 @@ class DecoderLayer(nnx.Module):
 
   def __init__(self, model: Model, kind: LayerKind, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
-    self.attention = mixer.make(model, kind, rngs)
+    self.attention = mixer.make_mixer(model, kind, rngs)
     self.ffn_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
     self.ffn = MoEFFN(model, rngs) if kind.is_moe else DenseFFN(model, model.ffn_dim, rngs)
 

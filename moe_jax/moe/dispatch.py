@@ -113,7 +113,7 @@ def layout_of(moe: MoE, shape: tuple[int, ...], *, train: bool) -> Layout:
   )
 
 
-def place(assigned: Assignments, layout: Layout) -> tuple[Slots, jax.Array | None]:
+def place_assignments(assigned: Assignments, layout: Layout) -> tuple[Slots, jax.Array | None]:
   """Gives each assignment a row.
 
   Returns:
@@ -184,7 +184,7 @@ def _sort(
 
 def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
   """Copies each assignment's token to its row by index."""
-  slots, sizes_E = place(assigned, layout)
+  slots, sizes_E = place_assignments(assigned, layout)
   x_SD = gather_rows(x_TD, assigned, slots, layout)
   x = x_SD.reshape(layout.experts, -1, x_SD.shape[-1]) if layout.slots else x_SD
   return ExpertRows(x, sizes_E, slots)
@@ -262,7 +262,7 @@ def _one_hots(assigned: Assignments, slots: Slots, layout: Layout) -> tuple[jax.
 
 
 def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
-  slots, sizes_E = place(assigned, layout)
+  slots, sizes_E = place_assignments(assigned, layout)
   from_MIU, to_MIEC = _one_hots(assigned, slots, layout)
   mask_EMCU = jnp.einsum("MIEC,MIU->EMCU", to_MIEC, from_MIU).astype(x_TD.dtype)
   x_MUD = x_TD.reshape(layout.groups, -1, x_TD.shape[-1])

@@ -138,7 +138,7 @@ def on_mesh(
   }
 
   def gathered_first(x_BLD: jax.Array, inputs: LayerInputs, experts: Experts) -> MoEOutput:
-    return local(x_BLD, inputs, gathered.experts(experts))
+    return local(x_BLD, inputs, gathered.gathered_experts(experts))
 
   return jax.shard_map(
     gathered_first,
@@ -223,7 +223,7 @@ class MoELayer(nnx.Module):
         self.gate_bias_EF = nnx.Param(jnp.zeros((E, F)))
       self.up_bias_EF = nnx.Param(jnp.zeros((E, F)))
       self.down_bias_ED = nnx.Param(jnp.zeros((E, D)))
-    for parameter in routers.parameters(moe):
+    for parameter in routers.router_parameters(moe):
       if parameter is not routing.ROUTER_DE:
         setattr(self, parameter.name, nnx.Param(parameter.initial(rngs, {"D": D, "E": E})))
 
@@ -243,4 +243,4 @@ class MoELayer(nnx.Module):
 
   def router(self) -> dict[str, jax.Array]:
     """Returns the float32 parameters of the router by name."""
-    return {p.name: getattr(self, p.name)[...] for p in routers.parameters(self.moe)}
+    return {p.name: getattr(self, p.name)[...] for p in routers.router_parameters(self.moe)}

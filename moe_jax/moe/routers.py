@@ -231,7 +231,7 @@ def token_choice(
   )
 
 
-def parameters(moe: MoE) -> tuple[sharding.Parameter, ...]:
+def router_parameters(moe: MoE) -> tuple[sharding.Parameter, ...]:
   """Returns the parameters of the router of a layer, ROUTER_DE first."""
   bias = (ROUTER_BIAS_E,) if moe.router_bias else ()
   return (ROUTER_DE, *bias, *ROUTERS[moe.router].parameters)

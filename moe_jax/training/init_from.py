@@ -28,7 +28,7 @@ class Source(NamedTuple):
     return f"the {what} of {self.workdir}, step {self.step}"
 
 
-def find(
+def find_source(
   text: str, optimizer: bool, workdir: pathlib.Path, config: Config, named: Collection[str] = ()
 ) -> Source | None:
   """Returns the checkpoint that the run begins or began with; None for a random start.
@@ -125,7 +125,7 @@ def _differences(theirs: Model, ours: Model) -> str:
   return few(lines)
 
 
-def load(source: Source, state: Any, shardings: Any) -> Any:
+def load_source(source: Source, state: Any, shardings: Any) -> Any:
   """Returns the new train state with the source's arrays, on whatever mesh they were saved.
 
   Parameters and the bias of loss-free balancing always come along. The step and the learning rate's

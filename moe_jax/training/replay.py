@@ -48,7 +48,7 @@ def replay(config: Config, workdir: str, step: int) -> None:
       state, next_batch = reader.restore(start, checkpoint.abstract(setup.shapes, setup.shardings))
       reader.close()
     else:
-      state = begin_state(setup, init_from.find("", False, path, config))
+      state = begin_state(setup, init_from.find_source("", False, path, config))
     pipeline.move(batches, next_after(start, next_batch, workdir_lib.rewinds(path)))
     print(f"step {step} again, from step {start}", flush=True)
     take = compile_step(setup, donate=False)

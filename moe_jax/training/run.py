@@ -74,7 +74,7 @@ def run(
   window = profiling.parse(profile, config.train.steps)
   setup, path = open_run(config, workdir)
   _refuse_weights(path)
-  source = init_from.find(init_from_flag, init_optimizer, path, setup.config, named)
+  source = init_from.find_source(init_from_flag, init_optimizer, path, setup.config, named)
   text = read_text(setup.config, path)
   with _alone(path):
     workdir_lib.refuse_links(path)
@@ -181,7 +181,7 @@ def _record(setup: Setup, workdir: pathlib.Path, text: Text) -> None:
   workdir_lib.write_object(workdir / workdir_lib.DATA, digests)
   workdir_lib.write_config(workdir, setup.config)
   device, config = jax.devices()[0], setup.config
-  print(command_line.difference(config), cost.report(config, setup.shapes.opt_state), sep="\n")
+  print(command_line.difference(config), cost.cost_report(config, setup.shapes.opt_state), sep="\n")
   print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
   if notice := sharding.split_notice(config.mesh):
     print(f"mesh               {notice}")
@@ -232,7 +232,7 @@ def _train(
 def begin_state(setup: Setup, source: init_from.Source | None) -> TrainState:
   """Returns the state of step 0."""
   state = compile_init(setup)()
-  return init_from.load(source, state, setup.shardings) if source else state
+  return init_from.load_source(source, state, setup.shardings) if source else state
 
 
 def _restore_newest(saver: checkpoint.Checkpointer, abstract_state: Any) -> tuple[int, Any, int]:

@@ -51,7 +51,7 @@ def prepare(config: Config) -> Setup:
   """
   startup.start()
   config = validation.resolve_mesh(config, jax.device_count())
-  choose.check(config)
+  choose.check_kernels(config)
   made = make(config, sharding.make_mesh(config.mesh))
   cost.check_training_memory(config, made.shapes.opt_state)
   return made

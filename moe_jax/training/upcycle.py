@@ -43,7 +43,7 @@ METHODS = {"copy": 0.0, "noise": 0.1, "drop": 0.5}  # and the default of --amoun
 Path = tuple[str, ...]
 
 
-def check(dense: Model, model: Model) -> int:
+def check_upcycling(dense: Model, model: Model) -> int:
   """Returns into how many parts the dense feed-forward is split.
 
   Raises:
@@ -113,7 +113,7 @@ def upcycle(
     amount: of noise, or of the hidden units that begin anew.
     key: draws the routers, the noise and the new units.
   """
-  parts = check(dense, model)
+  parts = check_upcycling(dense, model)
   old = {sharding.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   old_places, places = pattern.layer_places(dense), pattern.layer_places(model)
 
@@ -176,14 +176,14 @@ def _changed(
   return jnp.where(new, jnp.mean(source) + jnp.std(source) * drawn, copies)
 
 
-def run(source: str, config: Config, workdir: str, method: str, amount: float) -> None:
+def write_upcycled(source: str, config: Config, workdir: str, method: str, amount: float) -> None:
   """Reads a dense run, and writes the workdir of the MoE model, as its step 0."""
   name, number = workdir_lib.split_step(source)
   path = workdir_lib.open_path(name)
   before = workdir_lib.read_config(path)
   startup.start()
   config = validation.resolve_mesh(config, jax.device_count())
-  parts = check(before.model, config.model)
+  parts = check_upcycling(before.model, config.model)
   target = workdir_lib.open_new(workdir)
   setup = setup_lib.make(config, sharding.make_mesh(config.mesh))
   shapes = transformer.abstract_weights(before.model)
@@ -233,7 +233,7 @@ def main() -> None:
   amount = METHODS[args.method] if args.amount is None else args.amount
   if not 0 <= amount <= 1:
     raise UserError(f"--amount={amount} must be from 0 to 1")
-  run(args.source, config, args.workdir, args.method, amount)
+  write_upcycled(args.source, config, args.workdir, args.method, amount)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def folder(tmp_path_factory, request):
     (path / f"tasks/{name}.yaml").write_text(yaml.safe_dump(fixed | task))
   with jax.set_mesh(mesh_of()):
     made = plan(path / "model")
-    importing.save(made, importing.read(made, mesh_of()), path / "run")
+    importing.save_import(made, importing.read_weights(made, mesh_of()), path / "run")
   return path
 
 

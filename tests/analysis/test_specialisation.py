@@ -134,7 +134,7 @@ def test_report_holds_what_was_traced():
     domain_T=[0, 0, 1, 1],
   )._replace(kept_ZTE=kept_ZTE)  # fmt: skip
   pieces = {256: b"", 97: b"a", 10: b"\n", 98: b"b"}
-  found = specialisation.report(trace, pieces, ("code", "prose"), 8, 2)
+  found = specialisation.routing_report(trace, pieces, ("code", "prose"), 8, 2)
   assert (found["num_experts"], found["top_k"], found["tokens"]) == (4, 2, 4)
   expected = [[0.25, 0.5, 0.25, 0], [1 / 3, 0, 0, 2 / 3]]
   np.testing.assert_allclose(found["domain_load_ZGE"][0], expected, atol=1e-6)
@@ -156,7 +156,7 @@ def test_report_holds_what_was_traced():
 
 def test_without_domains_there_are_no_numbers_of_domains():
   trace = traced(routed(["01", "12"]), domain_T=[-1, -1], token_T=[97, 97])
-  found = specialisation.report(trace, {97: b"a"}, (), 8, 2)
+  found = specialisation.routing_report(trace, {97: b"a"}, (), 8, 2)
   assert found["domains"] == []
   assert "domain_load_ZGE" not in found and "domain_separation_Z" not in found
   assert found["text"]["domain"] == ["", ""] and found["text"]["tokens"] == ["a", "a"]

@@ -25,7 +25,7 @@ def check(config: Config) -> Config:
   mesh = config.mesh
   devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
   config = validation.resolve_mesh(config, devices if 0 < devices < 8 else 8)
-  choose.check(config)
+  choose.check_kernels(config)
   return config
 
 

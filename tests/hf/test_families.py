@@ -28,7 +28,7 @@ class Pair:
     self.model = self.made.config.model
     self.mesh = mesh_of()
     with jax.set_mesh(self.mesh):
-      self.weights = importing.read(self.made, self.mesh)
+      self.weights = importing.read_weights(self.made, self.mesh)
 
   @functools.cached_property
   def ours(self):
@@ -132,7 +132,7 @@ def test_experts_in_one_tensor_are_the_same_weights(pair, tmp_path):
   """As transformers 5 holds them, and writes them if it is asked to."""
   pair.peer.model.save_pretrained(tmp_path, save_original_format=False)
   with jax.set_mesh(pair.mesh):
-    found = importing.read(importing.plan(str(tmp_path), Mesh(data=1)), pair.mesh)
+    found = importing.read_weights(importing.plan(str(tmp_path), Mesh(data=1)), pair.mesh)
   jax.tree.map(np.testing.assert_array_equal, found, pair.weights)
 
 
@@ -197,7 +197,7 @@ def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path)
   again = importing.plan(str(tmp_path / "ours"), Mesh(data=1))
   assert again.config.model == pair.model
   with jax.set_mesh(pair.mesh):
-    weights = importing.read(again, pair.mesh)
+    weights = importing.read_weights(again, pair.mesh)
   for one, other in zip(jax.tree.leaves(weights), jax.tree.leaves(pair.weights), strict=True):
     np.testing.assert_array_equal(one, other)
 
@@ -206,7 +206,7 @@ def test_the_first_family_that_fits_is_chosen(pair):
   name = pair.made.family.model_type
   if name == "qwen3_5_moe_text":  # it is Qwen3-Next in other tensors
     name = "qwen3_next"
-  assert exporting.choose(pair.model, "").model_type == name
+  assert exporting.choose_family(pair.model, "").model_type == name
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_check_finds_them_equal(checked):
   result = check.compare(pair.streams, pair.their_streams)
   assert result.top_1 == 1 and abs(result.kl) < 1e-6 and result.logits < 1e-5
   assert len(result.layers) == pair.model.num_layers + 1 and max(result.layers) < 1e-5
-  assert "they agree" in check.report(result)
+  assert "they agree" in check.check_report(result)
 
 
 def test_check_finds_the_layer_in_which_they_part(checked):
@@ -240,7 +240,7 @@ def test_check_finds_the_layer_in_which_they_part(checked):
     ours = check.streams(pair.made, pair.weights._replace(params=params), ids_L)
   result = check.compare(ours, pair.their_streams)
   assert max(result.layers[:2]) < 1e-5 < 1e-3 < result.layers[2]
-  assert "they part          in layer 1, by" in check.report(result)
+  assert "they part          in layer 1, by" in check.check_report(result)
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_the_text_model_beside_one_of_images(stacked, tmp_path):
   assert any("vision" in note for note in made.notes)
   mesh, ids_L = mesh_of(), hf_models.tokens()[0]
   with jax.set_mesh(mesh):
-    ours = check.streams(made, importing.read(made, mesh), ids_L)
+    ours = check.streams(made, importing.read_weights(made, mesh), ids_L)
   assert check.compare(ours, check.theirs(tmp_path, ids_L)).logits < 1e-5
 
 

@@ -68,7 +68,7 @@ DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"
 def test_every_mesh_reads_the_same_weights(folder, axes):
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
-    got = importing.read(plan(folder, **axes), mesh)
+    got = importing.read_weights(plan(folder, **axes), mesh)
   for one, other in zip(jax.tree.leaves(got.params), exact_leaves(), strict=True):
     np.testing.assert_array_equal(one, other)
 
@@ -78,14 +78,14 @@ def test_a_device_reads_its_own_part(folder):
   mesh = mesh_of(expert=4)
   made = plan(folder, expert=4)
   with jax.set_mesh(mesh):
-    importing.read(made, mesh)
+    importing.read_weights(made, mesh)
   assert made.stored.bytes_read <= made.bytes_to_read
 
 
 def test_files_without_an_index_are_found_by_their_numbers(copy):
   (copy / files.INDEX).unlink()
   with jax.set_mesh(mesh_of()):
-    got = importing.read(plan(copy), mesh_of())
+    got = importing.read_weights(plan(copy), mesh_of())
   for one, other in zip(jax.tree.leaves(got.params), exact_leaves(), strict=True):
     np.testing.assert_array_equal(one, other)
 
@@ -112,7 +112,7 @@ def test_bfloat16_is_read_as_it_stands(tmp_path):
   with jax.set_mesh(mesh_of()):
     family = families.FAMILIES["qwen3_moe"]
     exporting.export(loaded(toy()), family, tmp_path / "half", "bfloat16")
-    got = importing.read(plan(tmp_path / "half"), mesh_of())
+    got = importing.read_weights(plan(tmp_path / "half"), mesh_of())
   for one, exact in zip(jax.tree.leaves(got.params), exact_leaves(), strict=True):
     assert one.dtype == np.float32
     np.testing.assert_array_equal(one, np.asarray(exact).astype(ml_dtypes.bfloat16))
@@ -138,7 +138,7 @@ def test_values_that_are_not_finite_are_named(copy):
   change(copy, DOWN, spoil)
   made = plan(copy)
   with jax.set_mesh(mesh_of()), pytest.raises(UserError, match=f"not finite in {DOWN}"):
-    importing.read(made, mesh_of())
+    importing.read_weights(made, mesh_of())
 
 
 BAD = {
@@ -202,13 +202,13 @@ def test_what_a_family_cannot_say_is_named():
   assert "moe.gate_scale=2.0 (it has 1.0)" in said and "rotary_fraction=0.67" in said
   assert "moe.shared_experts=1 (it has 0)" in said
   with pytest.raises(UserError, match="no family can say this model; the nearest"):
-    exporting.choose(model, "")
+    exporting.choose_family(model, "")
   with pytest.raises(UserError, match="--family=gpt9: there are mixtral"):
-    exporting.choose(model, "gpt9")
+    exporting.choose_family(model, "gpt9")
   dense = toy_config(num_experts=0).model
   with pytest.raises(UserError, match=r"moe.num_experts=0: it has experts"):
     fields.to_theirs(families.FAMILIES["mixtral"], dense)
-  assert exporting.choose(dense, "").model_type == "llama"
+  assert exporting.choose_family(dense, "").model_type == "llama"
 
 
 def test_a_balancing_bias_is_not_dropped(tmp_path):
@@ -282,7 +282,7 @@ def test_an_export_is_in_its_own_type(copy, tmp_path):
   set_config(copy, quantization_config={"quant_method": "fp8"})
   with jax.set_mesh(mesh_of()):
     made = plan(copy)
-    importing.save(made, importing.read(made, mesh_of()), tmp_path / "run")
+    importing.save_import(made, importing.read_weights(made, mesh_of()), tmp_path / "run")
     run = loaded(made.config)._replace(beside=tmp_path / "run/hf")
     exporting.export(run, made.family, tmp_path / "out")
   assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
@@ -316,7 +316,7 @@ def test_the_tokenizer_travels(tmp_path):
     (tmp_path / "in/chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "in/generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     made = plan(tmp_path / "in")
-    importing.save(made, importing.read(made, mesh_of()), tmp_path / "first")
+    importing.save_import(made, importing.read_weights(made, mesh_of()), tmp_path / "first")
   (tmp_path / "first").rename(tmp_path / "moved")
   shutil.rmtree(tmp_path / "in")
   generator = moe_jax.load(tmp_path / "moved")
@@ -336,7 +336,7 @@ def test_the_tokenizer_travels(tmp_path):
   shutil.rmtree(tmp_path / "moved")
   trained = moe_jax.load(tmp_path / "run")
   assert trained.imported and list(trained.tokenizer.ends) == [3, 5]
-  exporting.export(exporting.load(str(tmp_path / "run"), 0), family, tmp_path / "out")
+  exporting.export(exporting.load_run(str(tmp_path / "run"), 0), family, tmp_path / "out")
   assert (tmp_path / "out/tokenizer.json").read_text() == model.to_str(pretty=True)
   assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
   ends = json.loads((tmp_path / "out/generation_config.json").read_text())

@@ -49,7 +49,7 @@ def test_deepseek_as_it_is_published(kind, dtype, tmp_path):
   for axes in ({}, dict(expert=2, fsdp=2)):
     made = importing.plan(str(tmp_path), Mesh(**{"data": 1} | axes))
     with jax.set_mesh(mesh_of(**axes)):
-      weights = importing.read(made, mesh_of(**axes))
+      weights = importing.read_weights(made, mesh_of(**axes))
     whole = jax.tree.map(np.asarray, weights)
     with jax.set_mesh(mesh_of()):
       logits_BLV = transformer.forward(

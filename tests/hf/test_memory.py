@@ -70,7 +70,7 @@ def write_synthetic(config, path):
   family = families.FAMILIES["qwen3_moe"]
   found = layout.tensors(config.model, parts.TOP, family.layer, parts.LAYER)
   sizes = {t.name: 4 * int(np.prod(t.shape)) for t in found}
-  writer = files.Writer(path, sizes, 2 * 10**8)
+  writer = files.TensorWriter(path, sizes, 2 * 10**8)
   rng = np.random.default_rng(0)
   for tensor in found:
     writer.add(tensor.name, rng.standard_normal(tensor.shape, np.float32))
@@ -115,10 +115,10 @@ def test_a_dry_run_reads_headers_and_predicts(name, family, gigabytes, tmp_path,
   made = plan(tmp_path / name)
   assert made.bytes_to_read == size and size / 1e9 == pytest.approx(gigabytes, abs=0.01)
   assert made.stored.bytes_read == 0
-  assert f"{gigabytes:.2f} GB of files" in importing.report(made)
+  assert f"{gigabytes:.2f} GB of files" in importing.import_report(made)
   monkeypatch.setattr("moe_jax.kernels.platform.memory_bytes", lambda: 2**34)
   with pytest.raises(UserError, match="weights: at least"):
-    importing.report(made)
+    importing.import_report(made)
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_the_layers_and_experts_of_olmoe_at_a_smaller_width(tmp_path):
     )  # fmt: skip
     exporting.export(run, family, tmp_path / "olmoe", "bfloat16", largest=2 * 10**6)
     made = plan(tmp_path / "olmoe", expert=4)
-    got = importing.read(made, mesh_of(expert=4))
+    got = importing.read_weights(made, mesh_of(expert=4))
     again = exporting.Loaded(made.config, got, 0, tmp_path / "olmoe")
     exporting.export(again, family, tmp_path / "again", "bfloat16", largest=2 * 10**6)
   assert len(made.tensors) == len(made.stored.shapes) == 3219

@@ -20,7 +20,7 @@ def packed(seed, E, O, I):  # noqa: E741 (shape letters)
 
 
 def read(parts, ranges):
-  return mxfp4.read("w", (), ranges, lambda name, r: parts[name[1:]][r])
+  return mxfp4.read_mxfp4("w", (), ranges, lambda name, r: parts[name[1:]][r])
 
 
 def whole(parts):
@@ -75,7 +75,7 @@ def test_gpt_oss_as_it_is_published(tmp_path):
   made = importing.plan(str(tmp_path), Mesh(data=1))
   ids_BL = hf_models.tokens()
   with jax.set_mesh(mesh_of()):
-    weights = importing.read(made, mesh_of())
+    weights = importing.read_weights(made, mesh_of())
     logits_BLV = transformer.forward(
       made.config.model, weights.params, weights.bias_ZE, tokens_of(ids_BL), jax.random.key(0),
       train=False,

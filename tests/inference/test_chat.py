@@ -132,7 +132,7 @@ def test_an_import_answers_and_ends_at_the_files_eos(folder, tmp_path):
     for file in folder.iterdir():
       (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
     made = plan(tmp_path / "in")
-    importing.save(made, importing.read(made, mesh_of()), tmp_path / "run")
+    importing.save_import(made, importing.read_weights(made, mesh_of()), tmp_path / "run")
   run = tmp_path / "run"
   (tmp_path / "turns.json").write_text(json.dumps(MESSAGES[1:3]))
   earlier = ("--chat", "--system=e", f"--messages={tmp_path / 'turns.json'}", "--prompt=d")

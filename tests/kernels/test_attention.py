@@ -18,8 +18,8 @@ from tests.support.toys import mesh_of, slow_unless
 # everything but cuDNN itself.
 KERNELS = {
   "blocks": attention.ATTENTION_KERNELS[Attention.BLOCKS].function,
-  "splash": functools.partial(attention_splash.attend, interpret=True),
-  "cudnn": functools.partial(attention_cudnn.attend, implementation="xla"),
+  "splash": functools.partial(attention_splash.splash_attention, interpret=True),
+  "cudnn": functools.partial(attention_cudnn.cudnn_attention, implementation="xla"),
 }
 # float32: sums in another order. bfloat16 keeps 8 bits, and a kernel rounds the weights before or
 # after it normalises them: 2^-8 of the largest values, which are near 4.
@@ -80,7 +80,7 @@ def run(attend, sizes, dtype, mask, sinks):
 @functools.cache
 def of_reference(*case):
   """Once for all kernels."""
-  return jax.device_get(run(attention.reference, *case))
+  return jax.device_get(run(attention.reference_attention, *case))
 
 
 def check_equal(attend, sizes, dtype, mask=CAUSAL, sinks=False):
@@ -94,10 +94,10 @@ def check_equal(attend, sizes, dtype, mask=CAUSAL, sinks=False):
 
 def test_reference_is_attention():
   qkv, _, segments = inputs_of(SIZES["odd"], "float32")
-  y = attention.reference(*qkv, segments)
+  y = attention.reference_attention(*qkv, segments)
   np.testing.assert_allclose(y, by_hand(*qkv, np.asarray(segments)), atol=1e-5)  # float32
   sinks = np.linspace(-2, 2, 6)
-  y = attention.reference(*qkv, segments, Mask(5, 0.5, jnp.asarray(sinks)))
+  y = attention.reference_attention(*qkv, segments, Mask(5, 0.5, jnp.asarray(sinks)))
   np.testing.assert_allclose(y, by_hand(*qkv, np.asarray(segments), 5, sinks, 0.5), atol=1e-5)
 
 
@@ -195,6 +195,6 @@ def test_refuses():
 )
 def test_choose(platform, length, dtype, name, says):
   shapes = (2, length, 8, 64), (2, length, 4, 64)
-  chosen, line = attention.choose(platform, *shapes, dtype, CAUSAL)
+  chosen, line = attention.choose_attention(platform, *shapes, dtype, CAUSAL)
   assert chosen == name
   assert says in line and "\n" not in line

@@ -144,27 +144,27 @@ def test_a_kernel_that_is_named_is_taken_or_refused():
 def test_what_cannot_run_here_is_refused_before_a_run_starts(monkeypatch):
   """One line names the field, the platform and the remedy, not an error of the compiler."""
   config = dropless()
-  choose.check(config)
+  choose.check_kernels(config)
   config.model.attention = Attention.SPLASH
   with pytest.raises(UserError, match=r"config.model.attention=splash: it runs on tpu, not on cpu"):
-    choose.check(config)
+    choose.check_kernels(config)
   config.model.attention = Attention.AUTO
   config.model.moe.grouped_matmul = GroupedMatmul.TRITON
   with pytest.raises(UserError, match=r"grouped_matmul=triton: it runs on gpu, .*set it to auto"):
     choose.resolve(config, {})
   config.model.moe.grouped_matmul = GroupedMatmul.AUTO
   config.model.moe.exchange = Exchange.RAGGED
-  choose.check(config)  # one device exchanges nothing
+  choose.check_kernels(config)  # one device exchanges nothing
   config.mesh.expert = 2
   with pytest.raises(
     UserError, match=r"config.model.moe.exchange=ragged: .*not run on cpu; .*auto"
   ):
-    choose.check(config)
+    choose.check_kernels(config)
   monkeypatch.setattr(platform, "name", lambda: "tpu")
-  choose.check(config)
+  choose.check_kernels(config)
   config.model.attention, config.data.seq_len = Attention.SPLASH, 100
   with pytest.raises(UserError, match=r"attention=splash: it refuses a sequence of 100 tokens"):
-    choose.check(config)
+    choose.check_kernels(config)
 
 
 def test_another_platforms_kernels_become_auto(monkeypatch):

@@ -21,7 +21,7 @@ def inputs(L):
   v, cotangent = (rng.normal(size=(B, L, O, X)) for _ in range(2))
   decay = -np.exp(rng.uniform(-6, 3, size=(B, L, O)))
   beta = rng.uniform(size=(B, L, O))
-  tokens = delta_rule.Tokens(*map(np.float32, (q, k, v, decay, beta)))
+  tokens = delta_rule.DeltaInputs(*map(np.float32, (q, k, v, decay, beta)))
   return tokens, np.float32(cotangent), np.float32(rng.normal(size=(B, O, I, X)))
 
 

@@ -137,7 +137,11 @@ def test_slots_and_packed_experts_take_every_activation(kind):
 
   @jax.jit
   def answers(x_ERD, weights):
-    x_ND, sizes_E, packed = x_ERD.reshape(-1, D), jnp.full((E,), R), per_expert.pack(weights)
+    x_ND, sizes_E, packed = (
+      x_ERD.reshape(-1, D),
+      jnp.full((E,), R),
+      per_expert.pack_per_expert(weights),
+    )
     want = experts(x_ND, sizes_E, weights, GroupedMatmul.RAGGED_DOT, activation)
     slots = experts(x_ERD, None, weights, GroupedMatmul.AUTO, activation)
     return want, slots, experts(x_ND, sizes_E, packed, GroupedMatmul.AUTO, activation)

@@ -25,7 +25,7 @@ def test_experts_of_their_own_arrays_by_hand(rows):
     ])  # fmt: skip
     each = (Experts(*map(np.float32, matrices)) for matrices in zip(gate, up, down, strict=True))
     weights = per_expert.PerExpert(tuple(each))
-    experts = jax.jit(per_expert.experts, static_argnums=3)
+    experts = jax.jit(per_expert.experts_one_by_one, static_argnums=3)
     got = experts(np.float32(x_ND), weights, np.int32(sizes_E), gated)
     # float32, sums of 6 terms, values up to some tens
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

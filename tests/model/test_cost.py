@@ -42,7 +42,7 @@ def test_mixtral_8x7b():
   counts = cost.count(config)
   assert counts.total == 46_702_792_704 and counts.active == 12_879_925_248
   assert counts.embedding == 262_144_000
-  first, second = (line.strip() for line in cost.report(config, ()).splitlines()[1:3])
+  first, second = (line.strip() for line in cost.cost_report(config, ()).splitlines()[1:3])
   assert first.endswith(
     "46.70B total, 12.88B active per token (27.6%) with embedding and head, as Mixtral counts"
   )
@@ -66,9 +66,9 @@ def test_a_tied_head_is_the_embedding(tied, matrices):
 
 def test_describe_says_what_is_not_causal():
   """Before a run starts: its loss is not a language model's."""
-  report = cost.report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False), ())
+  report = cost.cost_report(toy_config(router=Router.EXPERT_CHOICE, renormalize=False), ())
   assert report.count("not causal") == 2 and "in evaluation, so its loss looks too good" in report
-  assert "not causal" not in cost.report(toy_config(), ())
+  assert "not causal" not in cost.cost_report(toy_config(), ())
 
 
 @pytest.mark.parametrize(("device", "verdict"), [

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import Dtype, Remat
-from moe_jax.kernels.attention import reference
+from moe_jax.kernels.attention import reference_attention
 from moe_jax.kernels.mask import CAUSAL
 from moe_jax.model import attention, pattern
 from moe_jax.moe.routing import Tokens
@@ -71,7 +71,7 @@ def test_attention_equals_numpy():
     want[b, query] += value @ weights[3][head]
 
   def attend(q_BLHA, k_BLGA, v_BLGA, mask):
-    return reference(q_BLHA, k_BLGA, v_BLGA, jnp.asarray(segments)), None
+    return reference_attention(q_BLHA, k_BLGA, v_BLGA, jnp.asarray(segments)), None
 
   weights = layer.weights(jnp.float32)
   got, _ = attention.grouped_query_attention(

@@ -102,18 +102,18 @@ def main(folder, text):
   one = command_line.override(config, {"train.steps": 1}, "")
   run_lib.run(one, str(workdirs["one"]))
   tuned = command_line.override(config, {"optimizer.learning_rate": 0.001}, "")
-  upcycle.run(str(workdirs["dense"]), tuned, str(workdirs["upcycled"]), "copy", 0.0)
-  loaded = exporting.load(str(workdirs["moe"]), 0)
+  upcycle.write_upcycled(str(workdirs["dense"]), tuned, str(workdirs["upcycled"]), "copy", 0.0)
+  loaded = exporting.load_run(str(workdirs["moe"]), 0)
   exporting.export(loaded, families.FAMILIES["mixtral"], folder / "hf")
   made = importing.plan(str(folder / "hf"), Mesh(data=1))
   made.config.data, made.config.eval = config.data, config.eval  # the text here, not 100 MB
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):
-    importing.save(made, importing.read(made, mesh), workdirs["imported"])
+    importing.save_import(made, importing.read_weights(made, mesh), workdirs["imported"])
   for name, path in workdirs.items():
     options = {"routing": True, "capacity_factors": [1.0, math.inf], "causal": True}
     if name != "killed":
-      evaluation.run(str(path), 0, "validation", **(options if name == "moe" else {}))
+      evaluation.evaluate_run(str(path), 0, "validation", **(options if name == "moe" else {}))
 
 
 if __name__ == "__main__":

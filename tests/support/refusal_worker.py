@@ -24,7 +24,7 @@ def main(folder: str) -> None:
 
     for refused in (
       lambda: run.run(config(**tensor), f"{folder}/tensor"),
-      lambda: evaluation.run(f"{folder}/odd", 0, "validation"),
+      lambda: evaluation.evaluate_run(f"{folder}/odd", 0, "validation"),
     ):
       try:
         refused()

@@ -89,12 +89,12 @@ def validation_loss(workdir, step):
 def test_the_state_is_the_checkpoints_on_another_mesh(moe_run, text, tmp_path, optimizer):
   """Bit for bit; step and schedule begin at 0, Adam's count comes with its moments."""
   config = config_of(text, expert=4, data=2)
-  source = init_from.find(f"{moe_run}:2", optimizer, tmp_path, config)
+  source = init_from.find_source(f"{moe_run}:2", optimizer, tmp_path, config)
   assert source == (str(moe_run), 2, optimizer)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
-    state = init_from.load(source, compile_init(setup)(), setup.shardings)
+    state = init_from.load_source(source, compile_init(setup)(), setup.shardings)
     fresh = compile_init(setup)()
   want = checkpoint_of(moe_run, 2)
   for got, expected in zip(arrays(state.params), arrays(want["params"]), strict=True):
@@ -139,7 +139,7 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
     with pytest.raises(UserError, match="has a checkpoint of its own, step 3, and began with the"):
       run_lib.run(config, str(new), init_from_flag=flag, init_optimizer=optimizer)
   with pytest.raises(UserError, match="step 4, and began with random parameters"):
-    init_from.find(str(new), False, moe_run, config)
+    init_from.find_source(str(new), False, moe_run, config)
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_a_dense_run_begins_with_a_dense_run(text, tmp_path, capsys):
   config.train.steps = 3
   run_lib.run(config, str(tmp_path / "new"))
   assert "resuming" in capsys.readouterr().out
-  result, _ = evaluation.run(str(tmp_path / "new"), 0, "validation")
+  result, _ = evaluation.evaluate_run(str(tmp_path / "new"), 0, "validation")
   assert result["step"] == 3 and "load_ZE" not in result
 
 
@@ -164,9 +164,9 @@ def test_a_run_cut_off_before_its_first_checkpoint_begins_again_as_recorded(
 ):
   record = {"workdir": str(moe_run), "step": 2, "optimizer": True}
   workdir_lib.write_object(tmp_path / workdir_lib.INIT, record)
-  assert init_from.find("", False, tmp_path, config_of(text)) == tuple(record.values())
-  assert init_from.find(str(moe_run), False, tmp_path, config_of(text)).step == 4
-  assert init_from.find("", False, tmp_path / "another", config_of(text)) is None
+  assert init_from.find_source("", False, tmp_path, config_of(text)) == tuple(record.values())
+  assert init_from.find_source(str(moe_run), False, tmp_path, config_of(text)).step == 4
+  assert init_from.find_source("", False, tmp_path / "another", config_of(text)) is None
 
 
 def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
@@ -205,7 +205,7 @@ def test_another_model_of_the_same_shapes_is_refused_unless_it_is_named(moe_run,
   named = ["model.rope_base", "model.moe.top_k"]
 
   def found(*names):
-    return init_from.find(str(moe_run), False, tmp_path, config, names)
+    return init_from.find_source(str(moe_run), False, tmp_path, config, names)
 
   remedy = f"take that run's with --config={moe_run}, or name each of these fields on the command"
   with pytest.raises(UserError, match=re.escape(f"another model: {MODEL}; {remedy}")):
@@ -215,7 +215,7 @@ def test_another_model_of_the_same_shapes_is_refused_unless_it_is_named(moe_run,
   assert found(*named) == (str(moe_run), 4, False)
   # A run that was cut off before its first checkpoint was asked at its start.
   workdir_lib.write_object(tmp_path / workdir_lib.INIT, found(*named)._asdict())
-  assert init_from.find("", False, tmp_path, config) == (str(moe_run), 4, False)
+  assert init_from.find_source("", False, tmp_path, config) == (str(moe_run), 4, False)
 
 
 def test_the_command_line_takes_a_runs_config_and_names_what_is_another(moe_run, tmp_path):

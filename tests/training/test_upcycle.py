@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused(name):
   change, said = REFUSED[name]
   change(dense, model)
   with pytest.raises(UserError, match=said):
-    upcycle.check(dense, model)
+    upcycle.check_upcycling(dense, model)
 
 
 def test_gates_that_do_not_sum_to_one_are_no_copy():
