@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import pathlib
-import shutil
 import time
 
 import pytest
@@ -13,9 +12,10 @@ import tensorflow_datasets as tfds
 from moe_jax.config import Data
 from moe_jax.data import builders, pipeline, text_files
 from moe_jax.data import catalog as catalog_lib
+from moe_jax.data.documents import Corpus
 from moe_jax.data.text_files import split_of
 from moe_jax.errors import DamagedError
-from tests.support.texts import PROSE, SPLITS, error_of, everything, load
+from tests.support.texts import PROSE, SPLITS, error_of, everything, load, read
 from tests.support.toys import ROOT
 
 
@@ -31,8 +31,7 @@ def test_python_stdlib_holds_each_file_in_the_split_of_its_hash(stdlib):
     if content:
       expected[split_of(name)].append(content)
   for split in SPLITS:
-    documents = builders.prepare(stdlib, split)
-    found = [documents[i] for i in range(len(documents))]
+    found = read(builders.prepare(stdlib, split))
     assert sorted(found) == sorted(expected[split]), split
   assert len(expected["train"]) > 400
   assert len(expected["validation"]) >= 10 and len(expected["test"]) >= 10
@@ -49,15 +48,16 @@ def test_parts_of_a_split_with_almost_one_name_stay_apart(text):
 
 @pytest.fixture
 def counting(own_cache, monkeypatch):
-  """A data set of three documents in each of two domains, under a new name."""
+  """A data set of three documents in each of two domains, in each split, under a new name."""
 
-  def documents(split):
-    yield from ((f"{word}/{i}", f"{word} {split} {i}") for i in range(3) for word in "ab")
+  def documents(left_out):
+    words = ((word, split, i) for word in "ab" for split in SPLITS for i in range(3))
+    yield from ((f"{word}/{split}/{i}", f"{word} {split} {i}") for word, split, i in words)
 
-  def read(config):
-    return builders.Corpus("counting", lambda: documents, ("a", "b"))
+  def corpus(config):
+    return Corpus("counting", documents, ("a", "b"), lambda name: name.split("/")[1])
 
-  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
+  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(corpus, ""))
   return Data(name="counting")
 
 
@@ -119,23 +119,6 @@ def test_a_damaged_catalog_set_is_refused_in_one_line(file, place, catalog, tmp_
   message = str(caught.value)
   assert str(folder) in message and "delete that folder" in message and "\n" not in message
   assert path.exists()
-
-
-@pytest.mark.parametrize("file", ["*-train.array_record*", "*-test.array_record*", "features.json"])
-@pytest.mark.parametrize("damage", [lambda path: flip(path, 100), pathlib.Path.unlink])
-def test_a_damaged_copy_of_the_users_text_is_made_again(file, damage, text, own_cache, capfd):
-  for n in range(40):
-    (pathlib.Path(text.path) / f"{n}.txt").write_text(f"document {n}\n" * n * n)
-  before = [everything(rows) for rows in load(text).values()]
-  (copy,) = (own_cache / "prepared").glob("*/")
-  (path,) = copy.rglob(file)
-  shutil.rmtree(own_cache / "tokens")  # so that the documents are read again
-  damage(path)
-  capfd.readouterr()
-  assert [everything(rows) for rows in load(text).values()] == before
-  said = capfd.readouterr().err
-  assert said.count("removed and made again") == said.count("prepared text") == 1
-  assert f"{copy}" in said.split("is damaged")[0]
 
 
 def test_splits_of_a_catalog_set_can_be_added(catalog):
