@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,22 +147,19 @@ def _find(
 
 def _online(head: Callable[..., Any], seconds: float = 5) -> bool:
   """Returns whether the web answers within `seconds`; TFDS itself would retry for minutes."""
-  answered = threading.Event()
+  answers: list[Any] = []
 
-  def ask(host: str) -> None:
-    with contextlib.suppress(Exception):
-      head(f"https://{host}", timeout=seconds)  # through the user's proxy, which TFDS uses too
-      answered.set()
+  def ask() -> None:
+    for host in ("storage.googleapis.com", "raw.githubusercontent.com", "huggingface.co"):
+      with contextlib.suppress(Exception):
+        # Through the user's proxy, which TFDS uses too.
+        return answers.append(head(f"https://{host}", timeout=seconds / 3))
 
-  hosts = ("storage.googleapis.com", "raw.githubusercontent.com", "huggingface.co")
-  # Threads, because looking up a host's name has no timeout.
-  threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
-  for thread in threads:
-    thread.start()
-  end = time.monotonic() + seconds
-  while any(t.is_alive() for t in threads) and time.monotonic() < end and not answered.is_set():
-    answered.wait(0.1)
-  return answered.is_set()
+  # A thread, because looking up a host's name has no timeout.
+  thread = threading.Thread(target=ask, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  return bool(answers)
 
 
 @contextlib.contextmanager

@@ -156,19 +156,8 @@ def load_rows(config: Data, split: str) -> Rows:
     lambda folder: _tokenize(documents, tokenizer, label, folder),
     token_files.read,
   )
-  starts_M, domain_M, source_M = stored.documents_3M
   return Rows(
-    stream_N=stored.stream_N,
-    seq_len=config.seq_len,
-    tokenizer=tokenizer,
-    num_documents=stored.num_documents,
-    num_bytes=stored.num_bytes,
-    digest=stored.digest,
-    domains=documents.domains,
-    starts_M=starts_M,
-    domain_M=domain_M,
-    source_M=source_M,
-    name=stored.name,
+    seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains, **stored._asdict()
   )
 
 

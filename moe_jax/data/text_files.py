@@ -180,7 +180,7 @@ def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
           why = "is a table, or JSON without an object on each line"
           raise _refusal(config, path, why, "write its text to a .txt or a .jsonl file")
         else:
-          yield name, _decode_text(config, _limited(config, path, file.read(_LARGEST + 1)), path)
+          yield name, _decode_text(config, file.read(_LARGEST + 1), path)
     except OSError as error:
       raise _unread(config, path, error) from None
     if not files.seen[name] == before == _look(config, path):
@@ -205,20 +205,12 @@ def _is_object(line: bytes) -> bool:
     return False
 
 
-def _limited(config: Data, where: object, data: bytes) -> bytes:
-  if len(data) > _LARGEST:
-    raise _refusal(
-      config, where, "is over 1 GiB", "cut it into several files, or into lines of a .jsonl file"
-    )
-  return data
-
-
 def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Iterator[Document]:
   field = config.text_field
   lines = iter(lambda: file.readline(_LARGEST + 1), b"")
   for number, line in enumerate(lines, 1):
     where = f"{path}:{number}"
-    text = _decode_text(config, _limited(config, where, line), where)
+    text = _decode_text(config, line, where)
     if number == 1:
       text = text.removeprefix("\ufeff")  # a byte order mark
     if not text.strip():
@@ -241,6 +233,9 @@ def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Itera
 
 
 def _decode_text(config: Data, data: bytes, where: object) -> str:
+  if len(data) > _LARGEST:
+    remedy = "cut it into several files, or into lines of a .jsonl file"
+    raise _refusal(config, where, "is over 1 GiB", remedy)
   text = decode(data)
   if text is None:
     raise _refusal(config, where, "is not UTF-8 text", "convert it or remove it")

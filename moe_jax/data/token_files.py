@@ -34,12 +34,15 @@ class Encoded(NamedTuple):
 class Stored(NamedTuple):
   """What `read` returns."""
 
-  stream_N: np.ndarray  # a map of the file
-  documents_3M: np.ndarray  # int64: the rows starts_M, domain_M and source_M of pipeline.Rows
+  # These fields are those of pipeline.Rows; the arrays are maps of the files.
+  stream_N: np.ndarray
+  starts_M: np.ndarray
+  domain_M: np.ndarray
+  source_M: np.ndarray
   num_documents: int
   num_bytes: int
   digest: str  # SHA-256 of the stream
-  name: Callable[[int], str]  # of a document, by its source_M
+  name: Callable[[int], str]
 
 
 def write(folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[Encoded]) -> None:
@@ -47,7 +50,7 @@ def write(folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[
   places, domains, lengths = (array.array("q") for _ in range(3))
   num_bytes = 0
   begin = np.array([separator], dtype)
-  with open(folder / _TOKENS, "wb") as tokens, open(folder / _NAMES, "w") as names:
+  with open(folder / _TOKENS, "wb") as tokens, open(folder / _NAMES, "wb") as names:
     for document in documents:
       places.append(document.place)
       domains.append(document.domain)
@@ -55,7 +58,7 @@ def write(folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[
       num_bytes += document.num_bytes
       tokens.write(begin.tobytes() + document.ids_N.astype(dtype).tobytes())
       if document.name:
-        names.write(document.name + "\n")
+        names.write(document.name.encode() + b"\n")
     named = names.tell() > 0
     tokens.write(begin.tobytes())
   order_M = np.argsort(places, kind="stable")
@@ -70,15 +73,8 @@ def write(folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[
   with open(folder / _TOKENS, "rb") as tokens:
     digest = hashlib.file_digest(tokens, "sha256").hexdigest()
   sums = {name: _size_and_crc32(folder / name) for name in (_TOKENS, _DOCUMENTS, _NAMES)}
-  about = {
-    "dtype": dtype,
-    "sha256": digest,
-    "num_documents": len(places),
-    "num_bytes": num_bytes,
-    "named": named,
-    "files": sums,
-  }
-  files.write_json(folder / _ABOUT, files.sealed(about))
+  about = dict(dtype=dtype, sha256=digest, num_documents=len(places), num_bytes=num_bytes)
+  files.write_json(folder / _ABOUT, files.sealed(about | dict(named=named, files=sums)))
 
 
 def _reorder(
@@ -113,9 +109,12 @@ def read(folder: pathlib.Path) -> Stored:
       raise DamagedError(f"{folder / name} is damaged: {error.strerror}") from None
     if found != written:
       raise DamagedError(f"{folder / name} is damaged: its size or checksum is another one")
+  starts_M, domain_M, source_M = np.load(folder / _DOCUMENTS, mmap_mode="r")
   return Stored(
     stream_N=np.memmap(folder / _TOKENS, about["dtype"], "r"),
-    documents_3M=np.load(folder / _DOCUMENTS, mmap_mode="r"),
+    starts_M=starts_M,
+    domain_M=domain_M,
+    source_M=source_M,
     num_documents=about["num_documents"],
     num_bytes=about["num_bytes"],
     digest=about["sha256"],
@@ -124,8 +123,8 @@ def read(folder: pathlib.Path) -> Stored:
 
 
 def _name(folder: pathlib.Path, number: int) -> str:
-  with open(folder / _NAMES, newline="\n") as names:
-    return next(itertools.islice(names, number, None)).removesuffix("\n")
+  with open(folder / _NAMES, "rb") as names:
+    return next(itertools.islice(names, number, None))[:-1].decode()
 
 
 def _size_and_crc32(path: pathlib.Path) -> list[int]:

@@ -49,7 +49,7 @@ def tokenized(texts, folder, seq_len):
   pipeline._tokenize(documents_of(texts), tokenizers.Bytes(), "x", folder)
   stored = token_files.read(folder)
   about = dict(num_documents=stored.num_documents, num_bytes=stored.num_bytes, digest="")
-  return rows_of(stored.stream_N, stored.documents_3M[0], seq_len, about)
+  return rows_of(stored.stream_N, stored.starts_M, seq_len, about)
 
 
 @pytest.fixture
