@@ -46,6 +46,68 @@ def test_parts_of_a_split_with_almost_one_name_stay_apart(text):
     assert rows.num_documents == expected
 
 
+class Copy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """What runs of before were trained on: TFDS's copy of the documents."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    )
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples(split) for split in SPLITS}
+
+  def _generate_examples(self, split):
+    names = (f"a.jsonl:{number}" for number in range(1, 301))
+    yield from ((name, {"text": name}) for name in names if split_of(name) == split)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+  builder = Copy(data_dir=tmp_path_factory.mktemp("tfds"))
+  with catalog_lib.quiet():
+    builder.download_and_prepare(file_format="array_record")
+  return builder
+
+
+@pytest.mark.parametrize(
+  "part",
+  [
+    "train",
+    "validation",
+    "test",
+    "all",
+    "train[:1%]",
+    "train[:90%]",
+    "train[-10%:]",
+    "train[5:20]",
+    "validation+test",
+    "train[10%:20%]+test",
+    "test+train[:3]+train[:2]",
+    "train[99.5%:]",
+  ],
+)
+def test_the_documents_of_a_part_are_those_that_tfds_gives_in_its_order(part, text, copy):
+  lines = (json.dumps({"text": f"a.jsonl:{number}"}) for number in range(1, 301))
+  (pathlib.Path(text.path) / "a.jsonl").write_text("\n".join(lines))
+  expected = [example["text"] for example in copy.as_data_source(part)]
+  rows = pipeline.load_rows(dataclasses.replace(text, test_split=part), "test")
+  assert everything(rows) == expected and len(expected) == rows.num_documents > 0
+  assert [rows.name(m).encode() for m in rows.source_M] == expected
+
+
+@pytest.mark.parametrize(
+  "part", ["trian", "train[:0%]", "train[5:3]", "all[:2]", "train[900:]", "["]
+)
+def test_a_part_that_a_text_does_not_have_is_refused(part, text):
+  (pathlib.Path(text.path) / "a.jsonl").write_text('{"text": "x"}\n' * 300)
+  message = error_of(dataclasses.replace(text, test_split=part), "test")
+  assert f"config.data.test_split={part!r} is not a split of config.data.name='text'" in message
+  assert "the splits are: train, validation, test" in message
+
+
 @pytest.fixture
 def counting(own_cache, monkeypatch):
   """A data set of three documents in each of two domains, in each split, under a new name."""
