@@ -47,8 +47,8 @@ def attempt(workdir, cache, *arguments, steps=40):
 
 
 def lines_of_errors(done):
-  data = ("prepared ", "tokenized ")  # what the first run with this cache says
-  return [line for line in done.stderr.splitlines() if not line.startswith(data)]
+  said = "tokenized "  # by the first run with this cache
+  return [line for line in done.stderr.splitlines() if not line.startswith(said)]
 
 
 def one_line(done, code, *said):

@@ -15,7 +15,7 @@ from moe_jax import sharding
 from moe_jax.analysis import causal, specialisation, trace
 from moe_jax.config import Config, Dispatch, Exchange, Mesh, MoE
 from moe_jax.config.fields import plain
-from moe_jax.data import builders, pipeline
+from moe_jax.data import pipeline
 from moe_jax.errors import UserError
 from moe_jax.kernels import choose
 from moe_jax.model import cost
@@ -133,9 +133,8 @@ class LoadedRun:
     if rows.domains:
       result["domains"] = evaluator.by_domain(total.documents)
     if documents:
-      source = builders.prepare(config.data, self.split)
       result["largest_documents"] = [
-        {"name": source.name(number)} | numbers
+        {"name": rows.name(number)} | numbers
         for number, numbers in evaluator_lib.largest(rows, total.documents, documents)
       ]
     return result | {

@@ -1,20 +1,18 @@
 """The cache folder, and folders in it that only the first of several processes builds."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import pathlib
 import shutil
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import TypeVar
+
+import filelock
 
 from moe_jax.errors import DamagedError, StorageError, UserError, is_storage, notice
-from moe_jax.storage import files
 
-SEAL = "checksums.json"  # {"files": {name: [size, CRC-32 or null]}, "digest": of the former}
-SUSPECT = "suspect"  # an empty file, where a reader has found damage in a large file
-_LARGE = 2**32  # bytes; a larger file is not read whole to check it, unless it is suspect
+Contents = TypeVar("Contents")
 _REMEDY = "--cache_dir or $MOE_JAX_CACHE can name another folder"
 
 
@@ -67,12 +65,12 @@ def key(*parts: str) -> str:
 def build_once(
   path: pathlib.Path,
   build: Callable[[pathlib.Path], None],
-  check: Callable[[pathlib.Path], None] = lambda path: None,
-) -> pathlib.Path:
-  """Returns `path`, after `build(empty folder)` has made its contents if `path` did not exist.
+  read: Callable[[pathlib.Path], Contents],
+) -> Contents:
+  """Returns `read(path)`, after `build(empty folder)` has made the folder if it did not exist.
 
   The folder appears under its name only when it is complete. Other processes wait for the process
-  that builds it. If `check(path)` raises a DamagedError, the folder is removed and built again.
+  that builds it. If `read(path)` raises a DamagedError, the folder is removed and built again.
 
   Raises:
     UserError: the cache folder cannot be written.
@@ -80,16 +78,15 @@ def build_once(
   try:
     with contextlib.suppress(DamagedError):  # looked at again below, behind the lock
       if path.exists():
-        check(path)
-        return path
+        return read(path)
     make(path.parent)
-    with _lock(path):
+    with filelock.FileLock(f"{path}.lock"):
       try:
         if path.exists():
-          check(path)
-          return path
+          return read(path)
       except DamagedError as error:
-        _remove(path, str(error))
+        notice(f"{error}; it is removed and made again")
+        shutil.rmtree(path, ignore_errors=True)
       partial = path.with_name(path.name + ".partial")
       shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
       try:
@@ -98,83 +95,8 @@ def build_once(
         os.replace(partial, path)
       finally:
         shutil.rmtree(partial, ignore_errors=True)
+      return read(path)
   except OSError as error:
     kind = StorageError if is_storage(error) else UserError
-    raise failed(path, error.strerror or str(error), kind) from error
-  return path
-
-
-def failed(path: pathlib.Path, why: str, kind: type[UserError] = StorageError) -> UserError:
-  """Returns the error for a folder of the cache that cannot be read or written."""
-  return kind(f"cannot use the cache {path}: {why}; {_REMEDY}")
-
-
-def remove(path: pathlib.Path, inode: int, why: str) -> None:
-  """Removes a damaged folder and says so, unless another process has built it again by now.
-
-  `inode` is the st_ino of the folder that is damaged.
-  """
-  with _lock(path):
-    if path.exists() and path.stat().st_ino == inode:
-      _remove(path, why)
-
-
-def _remove(path: pathlib.Path, why: str) -> None:
-  notice(f"{why}; it is removed and made again")
-  for _ in range(2):  # a reader may call a file suspect meanwhile
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def seal(folder: pathlib.Path, without: str = "") -> None:
-  """Writes the sizes and checksums of all files in a folder into it, for `check`.
-
-  Files that match the pattern `without` get no checksum, because what reads them has its own.
-  """
-  sums = {}
-  for path in sorted(folder.rglob("*")):
-    if path.is_file():
-      crc = None if without and path.match(without) else _crc32(path)
-      sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
-  files.write_json(folder / SEAL, files.sealed({"files": sums}), indent=None)
-
-
-def check(folder: pathlib.Path) -> None:
-  """Compares the files of a folder with what `seal` wrote.
-
-  Of a file over 4 GiB only the size is compared, unless something called it suspect.
-
-  Raises:
-    DamagedError: a file is not what was written, or is missing; no remedy is named.
-  """
-  try:
-    sums = files.read_json(folder / SEAL, "")["files"]
-  except (DamagedError, KeyError):
-    raise DamagedError(f"{folder / SEAL} is damaged") from None
-  suspect = folder / SUSPECT
-  for name, (size, crc) in sums.items():
-    path = folder / name
-    try:
-      real_size = path.stat().st_size
-    except OSError as error:
-      raise DamagedError(f"{path} is damaged: {error.strerror}") from None
-    if real_size != size:
-      raise DamagedError(f"{path} is damaged: it has {real_size:,} bytes, not {size:,}")
-    if crc is not None and (size <= _LARGE or suspect.exists()) and _crc32(path) != crc:
-      raise DamagedError(f"{path} is damaged: its checksum is another one")
-  if suspect.exists():
-    suspect.unlink(missing_ok=True)
-
-
-def _crc32(path: pathlib.Path) -> int:
-  crc = 0
-  with open(path, "rb") as file:  # not a memory map, where a disk's error ends the process
-    while block := file.read(2**20):
-      crc = zlib.crc32(block, crc)
-  return crc
-
-
-@contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
-  with open(path.with_name(path.name + ".lock"), "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)  # the system unlocks when the process ends, even if killed
-    yield
+    why = error.strerror or str(error)
+    raise kind(f"cannot use the cache {path}: {why}; {_REMEDY}") from error

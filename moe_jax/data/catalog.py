@@ -3,11 +3,13 @@
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib.util
 import io
+import json
 import os
+import pathlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,10 +17,55 @@ import tensorflow_datasets as tfds
 from absl import logging
 from google.protobuf import json_format
 
-from moe_jax.data import cache
-from moe_jax.errors import DamagedError, UserError
+from moe_jax.config import Data
+from moe_jax.data.documents import Documents, no_split
+from moe_jax.errors import DamagedError, UserError, notice, short
 
-FORMAT = "array_record"  # TFDS's format with random access; its parquet loses rows
+_FORMAT = "array_record"  # TFDS's format with random access; its parquet loses rows
+
+
+def documents(config: Data, split: str, others: list[str]) -> Documents:
+  """Returns the documents of `split` of a set of TFDS, which is prepared on first use.
+
+  Args:
+    config: names the set, the split for TFDS and the field of the text.
+    split: train, validation or test.
+    others: names of sets that are not TFDS's, for the hints of an error.
+
+  Raises:
+    UserError: there is no such set, split or text field, or it cannot be prepared here.
+    DamagedError: what is prepared cannot be read.
+  """
+  builder, field = find(config.name, others), config.text_field
+  if field not in builder.info.features:
+    raise UserError(
+      f"config.data.text_field={field!r} is not a field of config.data.name={config.name!r}, which "
+      f"has: {', '.join(builder.info.features)}"
+    )
+  name = getattr(config, f"{split}_split")
+  try:
+    with quiet():
+      source = builder.as_data_source(name)
+      first = source[0][field]
+  except (ValueError, KeyError, AssertionError, IndexError, NotImplementedError) as error:
+    raise no_split(config, split, list(builder.info.splits), error) from None
+  except RuntimeError as error:  # which array_record raises for a wrong checksum
+    raise _damaged(config.name, builder.data_dir, error) from None
+  if not isinstance(first, bytes | str):
+    raise UserError(f"config.data.text_field={field!r} holds {type(first).__name__}, not text")
+
+  def read() -> Iterator[tuple[int, str, bytes]]:
+    for index in range(len(source)):
+      try:
+        text = source[index][field]
+      except RuntimeError as error:
+        raise _damaged(config.name, builder.data_dir, error) from None
+      yield index, "", text.encode() if isinstance(text, str) else text
+
+  info = pathlib.Path(builder.data_dir) / "dataset_info.json"
+  made = [hashlib.sha256(info.read_bytes()).hexdigest(), info.stat().st_mtime_ns]
+  identity = json.dumps([str(info.parent), *made, name, field])
+  return Documents(identity, (), lambda: (len(source), read()))
 
 
 def find(name: str, others: list[str]) -> tfds.core.DatasetBuilder:
@@ -43,36 +90,35 @@ def find(name: str, others: list[str]) -> tfds.core.DatasetBuilder:
   if not prepared:
     if not _online(requests.head):
       raise refuse("it is not prepared there, and there is no network to download it")
-    cache.notice(f"downloading and preparing {name} in {data_dir}")
+    notice(f"downloading and preparing {name} in {data_dir}")
     tfds.enable_progress_bar()
     try:
-      builder.download_and_prepare(file_format=FORMAT)
+      builder.download_and_prepare(file_format=_FORMAT)
     except Exception as error:  # networks, disks, Beam and TensorFlow raise errors of many types
-      why = f"preparing it failed: {first_line(error)}"
+      why = f"preparing it failed: {short(error)}"
       if importlib.util.find_spec("tensorflow") is None:
         why += "; some sets need TensorFlow to be prepared: pip install tensorflow-cpu"
       raise refuse(why) from error
   formats = sorted(kind.value for kind in builder.info.available_file_formats())
-  if FORMAT not in formats:
+  if _FORMAT not in formats:
     raise refuse(
       f"it is prepared as {', '.join(formats)}, which has no random access; prepare it with "
-      f"download_and_prepare(file_format='{FORMAT}') in another folder and set TFDS_DATA_DIR"
+      f"download_and_prepare(file_format='{_FORMAT}') in another folder and set TFDS_DATA_DIR"
     )
   return builder
 
 
-def damaged(name: str, folder: Any, why: str) -> DamagedError:
-  """Returns the error for a prepared set that cannot be read."""
+def _damaged(name: str, folder: Any, error: Exception) -> DamagedError:
   return DamagedError(
-    f"config.data.name={name!r}: cannot read {folder} ({why}); delete that folder to prepare it "
-    "again"
+    f"config.data.name={name!r}: cannot read {folder} ({short(error)}); delete that folder to "
+    "prepare it again"
   )
 
 
 def _refusal(name: str, others: list[str], data_dir: str, why: str) -> UserError:
   return UserError(
     f"config.data.name={name!r} (looked in {data_dir}): {why}. Without a network there are "
-    f"{', '.join(others)}, and any TFDS set prepared as {FORMAT} in {data_dir} (or "
+    f"{', '.join(others)}, and any TFDS set prepared as {_FORMAT} in {data_dir} (or "
     "TFDS_DATA_DIR)"
   )
 
@@ -94,35 +140,26 @@ def _find(
     near = ", ".join(difflib.get_close_matches(base, names, 3))
     raise refuse(f"TFDS has no such data set{near and '; similar names: ' + near}") from None
   except (json_format.ParseError, UnicodeDecodeError) as error:  # of dataset_info.json
-    raise damaged(name, os.path.join(data_dir, base), first_line(error)) from None
+    raise _damaged(name, os.path.join(data_dir, base), error) from None
   except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-    raise refuse(first_line(error)) from None
+    raise refuse(" ".join(str(error).split())[:300]) from None
 
 
 def _online(head: Callable[..., Any], seconds: float = 5) -> bool:
   """Returns whether the web answers within `seconds`; TFDS itself would retry for minutes."""
-  answered = threading.Event()
+  answers: list[Any] = []
 
-  def ask(host: str) -> None:
-    with contextlib.suppress(Exception):
-      head(f"https://{host}", timeout=seconds)  # through the user's proxy, which TFDS uses too
-      answered.set()
+  def ask() -> None:
+    for host in ("storage.googleapis.com", "raw.githubusercontent.com", "huggingface.co"):
+      with contextlib.suppress(Exception):
+        # Through the user's proxy, which TFDS uses too.
+        return answers.append(head(f"https://{host}", timeout=seconds / 3))
 
-  hosts = ("storage.googleapis.com", "raw.githubusercontent.com", "huggingface.co")
-  # Threads, because looking up a host's name has no timeout.
-  threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
-  for thread in threads:
-    thread.start()
-  end = time.monotonic() + seconds
-  while any(t.is_alive() for t in threads) and time.monotonic() < end and not answered.is_set():
-    answered.wait(0.1)
-  return answered.is_set()
-
-
-def first_line(error: BaseException) -> str:
-  """Returns the kind of an error and the first line of its message."""
-  lines = [line for line in str(error).splitlines() if line.strip()]
-  return f"{type(error).__name__}: {' '.join(lines[0].split()) if lines else ''}"[:300]
+  # A thread, because looking up a host's name has no timeout.
+  thread = threading.Thread(target=ask, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  return bool(answers)
 
 
 @contextlib.contextmanager

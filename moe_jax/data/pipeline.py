@@ -5,13 +5,13 @@ inputs stream[i*L : i*L+L] and the targets one place later, so every token but t
 once.
 """
 
-import array
+import collections
 import dataclasses
 import pathlib
 import re
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import grain
@@ -19,9 +19,10 @@ import numpy as np
 
 from moe_jax.config import Data
 from moe_jax.data import builders, cache, token_files, tokenizers
-from moe_jax.errors import UserError
+from moe_jax.data.documents import Documents
+from moe_jax.errors import UserError, notice
 
-_VERSION = "5"  # of the stored files' layout; part of its cache key
+_VERSION = "6"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
 _GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
 Numbers = Sequence[int] | np.ndarray  # of rows
@@ -41,7 +42,7 @@ class Batch(NamedTuple, Generic[Array]):
 class Rows:
   """Rows of seq_len tokens of one split; documents follow each other and may cross rows."""
 
-  stream_N: np.ndarray | token_files.Tokens
+  stream_N: np.ndarray
   seq_len: int  # L
   tokenizer: tokenizers.Tokenizer
   num_documents: int
@@ -49,10 +50,11 @@ class Rows:
   digest: str  # of the stream: the same for equal data, split and tokenizer
   domains: tuple[str, ...] = ()  # labels of documents, the same in every split; () if unlabelled
   # Of each document, int64: where in the stream its separator stands, its index in `domains` or -1,
-  # and its number in the builder's split.
+  # and the number by which `name` finds it.
   starts_M: np.ndarray
   domain_M: np.ndarray
   source_M: np.ndarray
+  name: Callable[[int], str] = "document {}".format
 
   def __len__(self) -> int:
     return -(-self.num_targets // self.seq_len)
@@ -137,83 +139,76 @@ class Rows:
 def load_rows(config: Data, split: str) -> Rows:
   """Returns the rows of `split`: train, validation or test.
 
-  The first call prepares and tokenises the data. Later ones compare what is stored with its
-  checksums, and what is damaged is prepared and tokenised again. The caller must check that the
-  tokenizer's vocab_size fits the model.
+  The first call tokenises the text. Later ones compare what is stored with its checksums, and what
+  is damaged is tokenised again. The caller must check that the tokenizer's vocab_size fits the
+  model.
 
   Raises:
     UserError: the config's data set, split or tokenizer cannot be read.
   """
   tokenizer = tokenizers.load_tokenizer(config)
-  try:
-    documents, stored = _stored(config, split, tokenizer)
-  except builders.DamagedCopy as error:
-    error.remove()
-    documents, stored = _stored(config, split, tokenizer)
-  starts_M, domain_M, source_M = stored.documents_3M
-  return Rows(
-    stream_N=stored.stream_N, seq_len=config.seq_len, tokenizer=tokenizer, digest=stored.digest,
-    domains=documents.domains, starts_M=starts_M, domain_M=domain_M, source_M=source_M,
-    **stored.counts,
-  )  # fmt: skip
-
-
-def _stored(
-  config: Data, split: str, tokenizer: tokenizers.Tokenizer
-) -> tuple[builders.Documents, token_files.Stored]:
   documents = builders.prepare(config, split)
   label = f"{config.name} {getattr(config, split + '_split')}"
   key = cache.key(_VERSION, documents.identity, tokenizer.fingerprint)
   name = re.sub(r"[^\w.-]+", "_", label)[:100]  # a sum of many splits would be too long for a name
-  folder = cache.build_once(
+  stored = cache.build_once(
     cache.directory() / "tokens" / f"{name}-{key}",
     lambda folder: _tokenize(documents, tokenizer, label, folder),
-    cache.check,
+    token_files.read,
   )
-  return documents, token_files.read(folder)
+  return Rows(
+    seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains, **stored._asdict()
+  )
 
 
 def _tokenize(
-  documents: builders.Documents, tokenizer: tokenizers.Tokenizer, label: str, folder: pathlib.Path
+  documents: Documents, tokenizer: tokenizers.Tokenizer, label: str, folder: pathlib.Path
 ) -> None:
-  dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-  separator = np.array([tokenizer.separator], dtype)
-  num_documents = num_bytes = num_tokens = counted = empty = 0
-  starts, domains, sources = (array.array("q") for _ in range(3))  # as in Rows
-  start = last_notice = time.monotonic()
-  with token_files.Writer(folder, dtype) as writer:
-    for index in range(len(documents)):
-      text = documents[index]
-      if not text:
-        empty += 1
-        continue
-      ids = tokenizer.encode(text)
-      if (ids == tokenizer.separator).any():
-        raise UserError(
-          f"{label}: {documents.name(index)} spells the separator, the id {tokenizer.separator} of "
-          "the tokenizer, which only begins documents; take it out of the text"
-        )
-      starts.append(num_documents + num_tokens)
-      domains.append(documents.domain(index) if documents.domains else -1)
-      sources.append(index)
-      writer.add(np.concatenate([separator, ids.astype(dtype)]))
-      num_documents += 1
-      num_bytes += len(text)
-      num_tokens += len(ids)
-      counted += int(tokenizer.bytes_V[ids].sum())
-      if time.monotonic() - last_notice > _SECONDS:
-        last_notice = time.monotonic()
-        cache.notice(f"tokenizing {label}: {index + 1:,} of {len(documents):,} documents")
-    writer.add(separator)
-    counts = dict(num_documents=num_documents, num_bytes=num_bytes)
-    writer.finish(np.array([starts, domains, sources], np.int64), counts)
+  """Writes the tokens of all documents, and says how far it is and what it has done."""
+  dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+  sums: collections.Counter[str] = collections.Counter()
+  start = time.monotonic()
+  encoded = _encoded(documents, tokenizer, label, sums)
+  token_files.write(folder, dtype, tokenizer.separator, encoded)
+  empty = sums["empty"]
   left_out = f"; left out {empty:,} documents without text" if empty else ""
-  cache.notice(
-    f"tokenized {label}: {num_documents:,} documents, {num_bytes:,} bytes, {num_tokens:,} tokens, "
-    f"{time.monotonic() - start:.1f} s{left_out}"
+  notice(
+    f"tokenized {label}: {sums['documents']:,} documents, {sums['bytes']:,} bytes, "
+    f"{sums['tokens']:,} tokens, {time.monotonic() - start:.1f} s{left_out}"
   )
-  if not 0.99 * num_bytes <= counted <= 1.01 * num_bytes + num_documents:
-    cache.notice(f"note: this tokenizer changes the text: its tokens stand for {counted:,} bytes")
+  if not 0.99 * sums["bytes"] <= sums["counted"] <= 1.01 * sums["bytes"] + sums["documents"]:
+    notice(f"note: this tokenizer changes the text: its tokens stand for {sums['counted']:,} bytes")
+
+
+def _encoded(
+  documents: Documents,
+  tokenizer: tokenizers.Tokenizer,
+  label: str,
+  sums: collections.Counter[str],
+) -> Iterator[token_files.Encoded]:
+  """Yields the documents that are not empty, in tokens, and counts in `sums`."""
+  count, texts = documents.read()
+  start = last_notice = time.monotonic()
+  for done, (place, name, text) in enumerate(texts, 1):
+    if text:
+      ids_N = tokenizer.encode(text)
+      if (ids_N == tokenizer.separator).any():
+        raise UserError(
+          f"{label}: {name or f'document {place}'} spells the separator, the id "
+          f"{tokenizer.separator} of the tokenizer, which only begins documents; take it out of "
+          "the text"
+        )
+      counted = int(tokenizer.bytes_V[ids_N].sum())
+      sums.update(documents=1, bytes=len(text), tokens=len(ids_N), counted=counted)
+      yield token_files.Encoded(place, name, documents.domain(name), len(text), ids_N)
+    else:
+      sums["empty"] += 1
+    if (now := time.monotonic()) - last_notice > _SECONDS:
+      last_notice, rate = now, done / (now - start)
+      notice(
+        f"tokenizing {label}: {done:,} of {count:,} documents, {rate:,.0f} per second, "
+        f"{(count - done) / rate:,.0f} s to go"
+      )
 
 
 def train_iterator(

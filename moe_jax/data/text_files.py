@@ -5,7 +5,6 @@ added or removed.
 """
 
 import collections
-import contextlib
 import hashlib
 import itertools
 import json
@@ -18,13 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from moe_jax.config import Data
-from moe_jax.data import cache
 from moe_jax.errors import UserError, few
 
 SPLITS = ("train", "validation", "test")
 _MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text
 _UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls; bytes that are no UTF-8
-_LARGEST = 2**30  # the most bytes of one document, because a TFDS record ends at 2 GiB
+_LARGEST = 2**30  # the most bytes of one document, which is read whole
 _MARKUP = (".json", ".csv", ".tsv")
 _LARGEST_NAMED = 2**26  # of a text that a flag names
 
@@ -111,7 +109,7 @@ def user_files(config: Data) -> UserFiles:
     return UserFiles(path.parent, {path.name: _look(config, path)}, [])
 
   def fail(error: OSError) -> None:
-    raise _refusal(config, error.filename, f"cannot be read ({error.strerror})") from None
+    raise _unread(config, error.filename, error) from None
 
   names, unread = list_files(path, fail=fail)
   seen = {name: _look(config, path / name) for name in names}
@@ -120,23 +118,23 @@ def user_files(config: Data) -> UserFiles:
   return UserFiles(path, seen, unread)
 
 
-def describe(config: Data, files: UserFiles) -> None:
-  """Says of which endings files are read, "12 .py, 3 .md", and what is not read."""
+def describe(config: Data, files: UserFiles) -> tuple[str, ...]:
+  """Returns lines that say of which endings files are read, "12 .py, 3 .md", and what is not."""
   endings = collections.Counter(pathlib.PurePath(name).suffix or "others" for name in files.seen)
   kinds = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
-  cache.notice(f"reading all files of {config.path}: {kinds}")
-  if files.unread:
-    cache.notice(f"not read, as hidden or links to folders: {few(files.unread)}")
+  read = f"reading all files of {config.path}: {kinds}"
+  unread = f"not read, as hidden or links to folders: {few(files.unread)}"
+  return (read, unread) if files.unread else (read,)
 
 
-def _look(config: Data, path: pathlib.Path, file: BinaryIO | None = None) -> tuple[int, int]:
-  """Returns the size and the time of change of a regular file, which may be open as `file`."""
+def _look(config: Data, path: pathlib.Path) -> tuple[int, int]:
+  """Returns the size and the time of change of a regular file."""
   if _UNPRINTED.search(str(path)):
     raise _refusal(config, path, "has a name that is not UTF-8 or does not print", "rename it")
   try:
-    about = os.fstat(file.fileno()) if file else path.stat()
+    about = path.stat()
   except OSError as error:
-    raise _refusal(config, path, f"cannot be read ({error.strerror})") from None
+    raise _unread(config, path, error) from None
   if not stat.S_ISREG(about.st_mode):
     raise _refusal(config, path, "is no regular file but a pipe, socket or device", "remove it")
   return about.st_size, about.st_mtime_ns
@@ -145,6 +143,10 @@ def _look(config: Data, path: pathlib.Path, file: BinaryIO | None = None) -> tup
 def _refusal(config: Data, path: object, why: str, remedy: str = "mend or remove it") -> UserError:
   shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
   return UserError(f"config.data.path={config.path!r}: {shown} {why}; {remedy}")
+
+
+def _unread(config: Data, path: object, error: OSError) -> UserError:
+  return _refusal(config, path, f"cannot be read ({error.strerror})")
 
 
 def first_folders(names: Iterable[str]) -> tuple[str, ...]:
@@ -169,14 +171,21 @@ def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
   markup = all(name.lower().endswith(_MARKUP) for name in files.seen)  # and no text beside it
   for name in files.seen:
     path = files.root / name
-    with _opened(config, path, files.seen[name]) as file:
-      if _holds_lines(name, file):
-        yield from _lines(config, path, name, file)
-      elif markup:
-        why = "is a table, or JSON without an object on each line"
-        raise _refusal(config, path, why, "write its text to a .txt or a .jsonl file")
-      else:
-        yield name, _decode_text(config, _limited(config, path, file.read(_LARGEST + 1)), path)
+    before = _look(config, path)  # a pipe that has taken the file's place would wait for a writer
+    try:
+      with open(path, "rb") as file:
+        if _holds_lines(name, file):
+          yield from _lines(config, path, name, file)
+        elif markup:
+          why = "is a table, or JSON without an object on each line"
+          raise _refusal(config, path, why, "write its text to a .txt or a .jsonl file")
+        else:
+          yield name, _decode_text(config, file.read(_LARGEST + 1), path)
+    except OSError as error:
+      raise _unread(config, path, error) from None
+    if not files.seen[name] == before == _look(config, path):
+      why = "has changed while it was read"
+      raise _refusal(config, path, why, "start again when it is whole")
 
 
 def _holds_lines(name: str, file: BinaryIO) -> bool:
@@ -196,36 +205,12 @@ def _is_object(line: bytes) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _opened(config: Data, path: pathlib.Path, seen: tuple[int, int]) -> Iterator[BinaryIO]:
-  """Opens a file, and refuses it where it changes between its listing and the end of reading."""
-  changed = _refusal(config, path, "has changed while it was read", "start again when it is whole")
-  try:
-    # The flag: a pipe that has taken the file's place would wait for a writer.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-      if _look(config, path, file) != seen:
-        raise changed
-      yield file
-      if _look(config, path, file) != seen:
-        raise changed
-  except OSError as error:
-    raise _refusal(config, path, f"cannot be read ({error.strerror})") from None
-
-
-def _limited(config: Data, where: object, data: bytes) -> bytes:
-  if len(data) > _LARGEST:
-    raise _refusal(
-      config, where, "is over 1 GiB", "cut it into several files, or into lines of a .jsonl file"
-    )
-  return data
-
-
 def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Iterator[Document]:
   field = config.text_field
   lines = iter(lambda: file.readline(_LARGEST + 1), b"")
   for number, line in enumerate(lines, 1):
     where = f"{path}:{number}"
-    text = _decode_text(config, _limited(config, where, line), where)
+    text = _decode_text(config, line, where)
     if number == 1:
       text = text.removeprefix("\ufeff")  # a byte order mark
     if not text.strip():
@@ -248,6 +233,9 @@ def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Itera
 
 
 def _decode_text(config: Data, data: bytes, where: object) -> str:
+  if len(data) > _LARGEST:
+    remedy = "cut it into several files, or into lines of a .jsonl file"
+    raise _refusal(config, where, "is over 1 GiB", remedy)
   text = decode(data)
   if text is None:
     raise _refusal(config, where, "is not UTF-8 text", "convert it or remove it")
@@ -284,62 +272,3 @@ def read_text(flag: str, name: str) -> str:
   if text is None:
     raise UserError(f"{flag}={name}: this is not UTF-8 text; convert it")
   return text
-
-
-def split_user_documents(
-  config: Data, read: Callable[[], Iterator[Document]]
-) -> Callable[[str], Iterator[Document]]:
-  """Returns a function from a split to its documents.
-
-  First reads all documents once, so that a mistake is reported before any work, and says in one
-  line which have no text and are left out. If a split would be empty, the two documents of the
-  highest hashes become validation and test. One or two documents are each cut by length instead,
-  90/5/5, at ends of lines.
-
-  Args:
-    config: names the path for error messages.
-    read: yields all documents, each time it is called.
-
-  Raises:
-    UserError: there is no text, or too little to cut.
-  """
-  counts: collections.Counter[str] = collections.Counter()
-  names: list[str] = []
-  empty: list[str] = []
-
-  def with_text() -> Iterator[Document]:
-    return ((name, text) for name, text in read() if text.strip())
-
-  for name, text in read():
-    if not text.strip():
-      empty.append(name)
-      continue
-    counts[split_of(name)] += 1
-    if len(names) < 10_000:  # with more documents no split is empty
-      names.append(name)
-  if not names:
-    raise UserError(f"config.data.path={config.path!r}: no text in it")
-  if empty:
-    cache.notice(f"left out {len(empty):,} documents of {config.path} without text: {few(empty)}")
-  if len(names) < 3:
-    for name, text in with_text():
-      if not all(_parts(text).values()):
-        raise UserError(
-          f"config.data.path={config.path!r}: {name} is too short to be cut into train, validation "
-          "and test; give more text"
-        )
-    return lambda split: ((name, _parts(text)[split]) for name, text in with_text())
-  splits: dict[str, str] = {}
-  if len(counts) < 3:
-    *rest, validation, test = sorted(names, key=hash_of)
-    splits = dict.fromkeys(rest, "train") | {validation: "validation", test: "test"}
-  return lambda split: (
-    (name, text) for name, text in with_text() if (splits.get(name) or split_of(name)) == split
-  )
-
-
-def _parts(text: str) -> dict[str, str]:
-  ends = [int(len(text) * 0.9), int(len(text) * 0.95)]
-  lines = [text.rfind("\n", 0, end) + 1 for end in ends]
-  first, second = lines if 0 < lines[0] < lines[1] else ends
-  return dict(zip(SPLITS, (text[:first], text[first:second], text[second:]), strict=True))

@@ -1,124 +1,135 @@
 """The tokens of a split as files in the cache: how they are written, and how they are read.
 
-tokens.bin is the stream that pipeline.py describes, checksums.npy the CRC-32 of each of its parts,
-documents.npy three numbers for each document, and about.json what else is known.
+tokens.bin is the stream that pipeline.py describes, documents.npy three numbers for each document,
+names.txt their names, and about.json what else is known: also the size and CRC-32 of each file.
 """
 
-import contextlib
+import array
+import functools
 import hashlib
-import json
-import os
+import itertools
 import pathlib
 import zlib
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.data import cache
 from moe_jax.errors import DamagedError
+from moe_jax.storage import files
 
-_PART = 2**13  # tokens that have a checksum in common
+_TOKENS, _DOCUMENTS, _NAMES, _ABOUT = "tokens.bin", "documents.npy", "names.txt", "about.json"
 
 
-class Tokens:
-  """The stream in a file. What is read of it is compared with its checksum, each time."""
+class Encoded(NamedTuple):
+  """A document in tokens."""
 
-  def __init__(self, path: pathlib.Path, dtype: str, checksums_P: np.ndarray):
-    self._path, self._dtype, self._checksums_P = path, np.dtype(dtype), checksums_P
-    # Not a memory map: if the disk fails or the file is cut, reading a map ends the process.
-    self._file = os.open(path, os.O_RDONLY)
-    self._length = os.fstat(self._file).st_size // self._dtype.itemsize
-
-  def __del__(self) -> None:
-    os.close(self._file)
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, places: slice) -> np.ndarray:
-    """Returns a piece of the stream.
-
-    Raises:
-      DamagedError: the file is no longer what was written.
-    """
-    start, stop, _ = places.indices(self._length)
-    first, end = start // _PART, -(-stop // _PART)
-    parts = [self._part(p) for p in range(first, end)]
-    offset = first * _PART
-    return np.frombuffer(b"".join(parts), self._dtype)[start - offset : max(stop - offset, 0)]
-
-  def _part(self, p: int) -> bytes:
-    size = _PART * self._dtype.itemsize
-    part = os.pread(self._file, size, p * size)
-    if zlib.crc32(part) != self._checksums_P[p]:
-      with contextlib.suppress(OSError):
-        (self._path.parent / cache.SUSPECT).touch()  # the next start looks at the whole file
-      raise DamagedError(
-        f"{self._path} is damaged: a checksum is another one; the next start of the same command "
-        "makes it again and goes on"
-      )
-    return part
+  place: int  # which orders the documents of the stream
+  name: str  # "" where all documents have none
+  domain: int
+  num_bytes: int
+  ids_N: np.ndarray  # without the separator
 
 
 class Stored(NamedTuple):
   """What `read` returns."""
 
-  stream_N: Tokens
-  documents_3M: np.ndarray  # int64: the rows starts_M, domain_M and source_M of pipeline.Rows
-  counts: dict[str, Any]  # as they were given to `Writer.finish`
+  # These fields are those of pipeline.Rows; the arrays are maps of the files.
+  stream_N: np.ndarray
+  starts_M: np.ndarray
+  domain_M: np.ndarray
+  source_M: np.ndarray
+  num_documents: int
+  num_bytes: int
   digest: str  # SHA-256 of the stream
+  name: Callable[[int], str]
 
 
-class Writer:
-  """Writes the files into an empty folder: `add`, again and again, then `finish`."""
+def write(folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[Encoded]) -> None:
+  """Writes the files into an empty folder, whatever order the documents come in."""
+  places, domains, lengths = (array.array("q") for _ in range(3))
+  num_bytes = 0
+  begin = np.array([separator], dtype)
+  with open(folder / _TOKENS, "wb") as tokens, open(folder / _NAMES, "wb") as names:
+    for document in documents:
+      places.append(document.place)
+      domains.append(document.domain)
+      lengths.append(1 + len(document.ids_N))
+      num_bytes += document.num_bytes
+      tokens.write(begin.tobytes() + document.ids_N.astype(dtype).tobytes())
+      if document.name:
+        names.write(document.name.encode() + b"\n")
+    named = names.tell() > 0
+    tokens.write(begin.tobytes())
+  order_M = np.argsort(places, kind="stable")
+  lengths_M = np.array(lengths, np.int64)
+  if (np.diff(order_M) < 0).any():
+    _reorder(folder / _TOKENS, np.dtype(dtype), lengths_M, order_M)
+  starts_M = np.cumsum(lengths_M[order_M]) - lengths_M[order_M]
+  source_M = order_M if named else np.array(places, np.int64)
+  # Rows are contiguous, so that a search reads few pages of the map and copies nothing.
+  documents_3M = np.array([starts_M, np.array(domains, np.int64)[order_M], source_M], np.int64)
+  np.save(folder / _DOCUMENTS, documents_3M)
+  with open(folder / _TOKENS, "rb") as tokens:
+    digest = hashlib.file_digest(tokens, "sha256").hexdigest()
+  sums = {name: _size_and_crc32(folder / name) for name in (_TOKENS, _DOCUMENTS, _NAMES)}
+  about = dict(dtype=dtype, sha256=digest, num_documents=len(places), num_bytes=num_bytes)
+  files.write_json(folder / _ABOUT, files.sealed(about | dict(named=named, files=sums)))
 
-  def __init__(self, folder: pathlib.Path, dtype: np.dtype):
-    self._folder, self._dtype = folder, dtype
-    self._file = open(folder / "tokens.bin", "wb")  # noqa: SIM115  closed by __exit__
-    self._digest = hashlib.sha256()
-    self._pending = bytearray()  # the beginning of a part
-    self._checksums: list[int] = []
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._file.close()
-
-  def add(self, tokens_N: np.ndarray) -> None:
-    """Appends tokens to the stream."""
-    data = tokens_N.astype(self._dtype).tobytes()
-    self._digest.update(data)
-    self._pending += data
-    size = _PART * self._dtype.itemsize
-    while len(self._pending) >= size:
-      self._write(self._pending[:size])
-      del self._pending[:size]
-
-  def _write(self, part: bytes | bytearray) -> None:
-    self._checksums.append(zlib.crc32(part))
-    self._file.write(part)
-
-  def finish(self, documents_3M: np.ndarray, counts: dict[str, Any]) -> None:
-    """Writes the rest, and the checksums of all files."""
-    if self._pending:
-      self._write(self._pending)
-    self._file.close()
-    # Rows are contiguous, so that a search reads few pages of the map and copies nothing.
-    np.save(self._folder / "documents.npy", documents_3M)
-    np.save(self._folder / "checksums.npy", np.array(self._checksums, np.uint32))
-    about = {"dtype": self._dtype.name, "digest": self._digest.hexdigest(), "counts": counts}
-    (self._folder / "about.json").write_text(json.dumps(about))
-    cache.seal(self._folder)
+def _reorder(
+  path: pathlib.Path, dtype: np.dtype, lengths_M: np.ndarray, order_M: np.ndarray
+) -> None:
+  """Brings the documents in a stream into their order."""
+  unordered = path.rename(path.with_suffix(".unordered"))
+  stream_N = np.memmap(unordered, dtype, "r")
+  ends_M = np.cumsum(lengths_M)
+  with open(path, "wb") as tokens:
+    for m in order_M:
+      tokens.write(stream_N[ends_M[m] - lengths_M[m] : ends_M[m]].tobytes())
+    tokens.write(stream_N[-1:].tobytes())
+  unordered.unlink()
 
 
 def read(folder: pathlib.Path) -> Stored:
-  """Returns what a Writer has written. `cache.check` comes before."""
-  about = json.loads((folder / "about.json").read_text())
-  checksums_P = np.load(folder / "checksums.npy", mmap_mode="r")
+  """Returns what `write` has written, after comparing it with the checksums.
+
+  Raises:
+    DamagedError: a file is not what was written, or is missing; no remedy is named.
+  """
+  try:
+    about = files.read_json(folder / _ABOUT, "")
+    sums = about["files"]
+  except (DamagedError, KeyError):
+    raise DamagedError(f"{folder / _ABOUT} is damaged") from None
+  for name, written in sums.items():
+    try:
+      found = _size_and_crc32(folder / name)
+    except FileNotFoundError as error:
+      raise DamagedError(f"{folder / name} is damaged: {error.strerror}") from None
+    if found != written:
+      raise DamagedError(f"{folder / name} is damaged: its size or checksum is another one")
+  starts_M, domain_M, source_M = np.load(folder / _DOCUMENTS, mmap_mode="r")
   return Stored(
-    stream_N=Tokens(folder / "tokens.bin", about["dtype"], checksums_P),
-    documents_3M=np.load(folder / "documents.npy", mmap_mode="r"),
-    counts=about["counts"],
-    digest=about["digest"],
+    stream_N=np.memmap(folder / _TOKENS, about["dtype"], "r"),
+    starts_M=starts_M,
+    domain_M=domain_M,
+    source_M=source_M,
+    num_documents=about["num_documents"],
+    num_bytes=about["num_bytes"],
+    digest=about["sha256"],
+    name=functools.partial(_name, folder) if about["named"] else "document {}".format,
   )
+
+
+def _name(folder: pathlib.Path, number: int) -> str:
+  with open(folder / _NAMES, "rb") as names:
+    return next(itertools.islice(names, number, None))[:-1].decode()
+
+
+def _size_and_crc32(path: pathlib.Path) -> list[int]:
+  size = crc = 0
+  with open(path, "rb") as file:  # not a memory map, where a disk's error ends the process
+    while block := file.read(2**20):
+      size, crc = size + len(block), zlib.crc32(block, crc)
+  return [size, crc]

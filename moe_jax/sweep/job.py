@@ -26,7 +26,7 @@ _TAIL_BYTES = 8192
 class Job:
   """The processes of a run, in a slot of the machine."""
 
-  def __init__(self, run: PlannedRun, slot: int, out: pathlib.Path, slots: MachineSlots, lock: int):
+  def __init__(self, run: PlannedRun, slot: int, out: pathlib.Path, slots: MachineSlots):
     """Starts train.py.
 
     Args:
@@ -34,12 +34,11 @@ class Job:
       slot: its number.
       out: folder of the sweep.
       slots: of the machine.
-      lock: the descriptor that locks the folder; the processes inherit it.
 
     Raises:
       StorageError: the log cannot be written.
     """
-    self.run, self.slot, self._slots, self._lock = run, slot, slots, lock
+    self.run, self.slot, self._slots = run, slot, slots
     self.started = time.monotonic()
     self.workdir = out / run.workdir
     self.evaluating = False
@@ -59,12 +58,15 @@ class Job:
     with files.storage_errors(self._path):
       self._log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} $ {command}\n".encode())
     # In a new session, so that Ctrl-C in the terminal reaches only the sweep, which stops its runs
-    # once. A run inherits the lock, so that after this process is killed no other sweep trains in
-    # the workdir of a run that is still alive.
+    # once.
     self.process = self._slots.start(
-      [sys.executable, *shlex.split(command)[1:]], self.slot, stdin=subprocess.DEVNULL,
-      stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[self._lock],
-    )  # fmt: skip
+      [sys.executable, *shlex.split(command)[1:]],
+      self.slot,
+      stdin=subprocess.DEVNULL,
+      stdout=self._log,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+    )
 
   def evaluate(self) -> None:
     """Starts eval.py; raises a StorageError if the log cannot be written."""

@@ -6,7 +6,7 @@ the width of a feed-forward, so a division gives the width that matches; then it
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax.config import Config, Data, Loss, MoE
 from moe_jax.config.fields import cached
@@ -24,13 +24,6 @@ _COUNTS = {  # by: (field of cost.Counts, its name in messages)
 _COUNT_TOLERANCE = 0.01
 
 
-class Matched(NamedTuple):
-  """A twin."""
-
-  config: Config
-  note: str  # one line: the width, and how near its count comes
-
-
 @dataclasses.dataclass(frozen=True)
 class Match:
   """A transform Config -> Config; see `match`."""
@@ -41,17 +34,17 @@ class Match:
   fields: tuple[tuple[str, Any], ...]
 
   def __call__(self, config: Config) -> Config:
-    return self.solve(config).config
+    return self.solve(config)[0]
 
-  def solve(self, reference: Config) -> Matched:
-    """Finds the twin of `reference`, the config whose count the twin must equal.
+  def solve(self, reference: Config) -> tuple[Config, str]:
+    """Returns the twin of `reference`, whose count it equals, and a line that says how nearly.
 
     Raises:
       UserError: no width comes within 1%, or the twin is not a valid config.
     """
     twin, field = self._start(reference)
     step = math.lcm(self.multiple_of, reference.mesh.tensor)
-    width, comparison = self._by_count(reference, twin, field, step)
+    width, comparison = self._width(reference, twin, field, step)
     twin = command_line.override(twin, {field: width}, str(self))
     validation.validate(twin)
     note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
@@ -62,7 +55,7 @@ class Match:
         f"; one ffn_dim for all {layers} layers, where {dense} of the reference are dense with "
         f"ffn_dim={reference.model.ffn_dim}"
       )
-    return Matched(twin, note)
+    return twin, note
 
   def _start(self, reference: Config) -> tuple[Config, str]:
     """Returns the twin before its width is solved, and the field of the width."""
@@ -80,11 +73,17 @@ class Match:
     loss = Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
     return dataclasses.replace(reference, model=model, loss=loss), "model.ffn_dim"
 
-  def _by_count(self, reference: Config, twin: Config, field: str, step: int) -> tuple[int, str]:
+  def _width(self, reference: Config, twin: Config, field: str, step: int) -> tuple[int, str]:
+    """Returns the multiple of `step` whose count is nearest, and both counts in words."""
     name, unit = _COUNTS[self.by]
-    width, reached, target = _nearest(name, reference, twin, field, step)
-    error = reached / target - 1
-    comparison = f"{reached:,.0f} {unit} against {target:,.0f} ({100 * error:+.2f}%)"
+
+    def count(width: int) -> float:
+      return getattr(cached_count(command_line.override(twin, {field: width}, "match")), name)
+
+    target, first, second = getattr(cached_count(reference), name), count(step), count(2 * step)
+    width = step * max(1, round(1 + (target - first) / (second - first)))
+    error = count(width) / target - 1
+    comparison = f"{count(width):,.0f} {unit} against {target:,.0f} ({100 * error:+.2f}%)"
     if abs(error) > _COUNT_TOLERANCE:
       raise UserError(
         f"{self}: no width matches within 1%; the nearest, config.{field}={width}, has "
@@ -145,16 +144,3 @@ def sizes(config: Config) -> str:
     f"{cost.si(counts.total)} parameters, {cost.si(counts.active)} active, "
     f"{cost.si(counts.flops_per_token)} FLOPs per token"
   )
-
-
-def _nearest(
-  name: str, reference: Config, twin: Config, field: str, step: int
-) -> tuple[int, float, float]:
-  """Returns the multiple of `step` with the nearest count, its count, and the reference's."""
-
-  def at(width: int) -> float:
-    return getattr(cached_count(command_line.override(twin, {field: width}, "match")), name)
-
-  target, first, second = getattr(cached_count(reference), name), at(step), at(2 * step)
-  width = step * max(1, round(1 + (target - first) / (second - first)))
-  return width, at(width), target

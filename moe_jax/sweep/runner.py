@@ -13,12 +13,13 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import filelock
 import jax
 
 from moe_jax import report
 from moe_jax.errors import BusyError, StorageError, UserError
 from moe_jax.start import command_line
-from moe_jax.storage import files
+from moe_jax.storage import files, lock
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
@@ -37,8 +38,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Runner:
   """Runs the jobs of a plan and writes their states into the record."""
 
-  def __init__(self, plan: Plan, record: dict[str, Any], jobs: int, lock: int):
-    self._plan, self._record, self._out, self._lock = plan, record, plan.out, lock
+  def __init__(self, plan: Plan, record: dict[str, Any], jobs: int):
+    self._plan, self._record, self._out = plan, record, plan.out
     self._slots = MachineSlots(jobs)
     self._entries = {(e["arm"], e["seed"]): e for e in record["runs"]}
     self._stops = 0  # how many signals to stop have come
@@ -128,7 +129,7 @@ class Runner:
   def _begin(self, run: PlannedRun, slot: int) -> list[Job]:
     """Returns the job of a run; none if it cannot be started."""
     try:
-      job = Job(run, slot, self._out, self._slots, self._lock)
+      job = Job(run, slot, self._out, self._slots)
     except StorageError as error:
       self._stop_starting(error)
       return []
@@ -268,20 +269,28 @@ def run(
   print(plan_lib.describe_plan(plan), flush=True)
   with files.storage_errors(out):
     out.mkdir(parents=True, exist_ok=True)
-  with locked(out) as lock:
+  with locked(out):
     check_places(plan)
     # Read again, because another sweep may have ended since.
     record = record_lib.make_record(plan, record_lib.read(out))
-    return Runner(plan, record, jobs, lock).run()
+    return Runner(plan, record, jobs).run()
 
 
 def check_places(plan: Plan) -> None:
-  """Raises a UserError for a link in the folder of a run, since it may lead anywhere."""
+  """Looks at the folders of the runs before anything is written there.
+
+  Raises:
+    UserError: one of them has a link, since it may lead anywhere.
+    BusyError: a run of a sweep that was killed is still training.
+  """
   for run in plan.runs:
     workdir = plan.out / run.workdir
     for path in (workdir.parent, workdir, *workdir.rglob("*")):
       if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it")
+    if (workdir / workdir_lib.LOCK).exists():
+      with lock.held(workdir):
+        pass
 
 
 def say(line: str) -> None:
@@ -293,29 +302,18 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: pathlib.Path) -> Iterator[int]:
-  """Locks an existing folder for one sweep at a time; yields the descriptor with the lock.
+def locked(out: pathlib.Path) -> Iterator[None]:
+  """Locks an existing folder for one sweep at a time; the system unlocks it if this process dies.
 
   Raises:
     BusyError: the folder is locked.
   """
-  import fcntl
-
-  path = out / _LOCK
-  with files.storage_errors(path):
-    # A file, because file systems of a network lock no folders. It stays, and says nothing.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(descriptor)
-    raise BusyError(
-      f"--out={out}: another sweep runs there, or a run of a killed sweep is still alive; wait for "
-      "its end, or end it"
-    ) from None
-  except OSError as error:  # a file system without locks
-    say(f"--out={out} cannot be locked ({error.strerror}): start no second sweep there")
-  try:
-    yield descriptor
-  finally:
-    os.close(descriptor)
+  with files.storage_errors(out / _LOCK):
+    try:
+      held = filelock.FileLock(out / _LOCK).acquire(blocking=False)
+    except filelock.Timeout:
+      raise BusyError(
+        f"--out={out}: another sweep runs there; wait for its end, or end it"
+      ) from None
+  with held:
+    yield

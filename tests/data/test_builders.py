@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import pathlib
-import shutil
 import time
 
 import pytest
@@ -13,9 +12,10 @@ import tensorflow_datasets as tfds
 from moe_jax.config import Data
 from moe_jax.data import builders, pipeline, text_files
 from moe_jax.data import catalog as catalog_lib
+from moe_jax.data.documents import Corpus
 from moe_jax.data.text_files import split_of
 from moe_jax.errors import DamagedError
-from tests.support.texts import PROSE, SPLITS, error_of, everything, load
+from tests.support.texts import PROSE, SPLITS, error_of, everything, load, read
 from tests.support.toys import ROOT
 
 
@@ -31,8 +31,7 @@ def test_python_stdlib_holds_each_file_in_the_split_of_its_hash(stdlib):
     if content:
       expected[split_of(name)].append(content)
   for split in SPLITS:
-    documents = builders.prepare(stdlib, split)
-    found = [documents[i] for i in range(len(documents))]
+    found = read(builders.prepare(stdlib, split))
     assert sorted(found) == sorted(expected[split]), split
   assert len(expected["train"]) > 400
   assert len(expected["validation"]) >= 10 and len(expected["test"]) >= 10
@@ -47,17 +46,70 @@ def test_parts_of_a_split_with_almost_one_name_stay_apart(text):
     assert rows.num_documents == expected
 
 
+class Copy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """What runs of before were trained on: TFDS's copy of the documents."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    )
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples(split) for split in SPLITS}
+
+  def _generate_examples(self, split):
+    names = (f"a.jsonl:{number}" for number in range(1, 301))
+    yield from ((name, {"text": name}) for name in names if split_of(name) == split)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+  builder = Copy(data_dir=tmp_path_factory.mktemp("tfds"))
+  with catalog_lib.quiet():
+    builder.download_and_prepare(file_format="array_record")
+  return builder
+
+
+PARTS = """
+train validation test all train[:1%] train[:90%] train[-10%:] train[5:20] train[99.5%:]
+validation+test train[10%:20%]+test test+train[:3]+train[:2]
+"""
+
+
+@pytest.mark.parametrize("part", PARTS.split())
+def test_the_documents_of_a_part_are_those_that_tfds_gives_in_its_order(part, text, copy):
+  lines = (json.dumps({"text": f"a.jsonl:{number}"}) for number in range(1, 301))
+  (pathlib.Path(text.path) / "a.jsonl").write_text("\n".join(lines))
+  expected = [example["text"] for example in copy.as_data_source(part)]
+  rows = pipeline.load_rows(dataclasses.replace(text, test_split=part), "test")
+  assert everything(rows) == expected and len(expected) == rows.num_documents > 0
+  assert [rows.name(m).encode() for m in rows.source_M] == expected
+
+
+@pytest.mark.parametrize(
+  "part", ["trian", "train[:0%]", "train[5:3]", "all[:2]", "train[900:]", "["]
+)
+def test_a_part_that_a_text_does_not_have_is_refused(part, text):
+  (pathlib.Path(text.path) / "a.jsonl").write_text('{"text": "x"}\n' * 300)
+  message = error_of(dataclasses.replace(text, test_split=part), "test")
+  assert f"config.data.test_split={part!r} is not a split of config.data.name='text'" in message
+  assert "the splits are: train, validation, test" in message
+
+
 @pytest.fixture
 def counting(own_cache, monkeypatch):
-  """A data set of three documents in each of two domains, under a new name."""
+  """A data set of three documents in each of two domains, in each split, under a new name."""
 
-  def documents(split):
-    yield from ((f"{word}/{i}", f"{word} {split} {i}") for i in range(3) for word in "ab")
+  def documents(left_out):
+    words = ((word, split, i) for word in "ab" for split in SPLITS for i in range(3))
+    yield from ((f"{word}/{split}/{i}", f"{word} {split} {i}") for word, split, i in words)
 
-  def read(config):
-    return builders.Corpus("counting", lambda: documents, ("a", "b"))
+  def corpus(config):
+    return Corpus("counting", documents, ("a", "b"), lambda name: name.split("/")[1])
 
-  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(read, "2.1.0", "", "text"))
+  monkeypatch.setitem(builders.DATASETS, "counting", builders.Dataset(corpus, ""))
   return Data(name="counting")
 
 
@@ -119,23 +171,6 @@ def test_a_damaged_catalog_set_is_refused_in_one_line(file, place, catalog, tmp_
   message = str(caught.value)
   assert str(folder) in message and "delete that folder" in message and "\n" not in message
   assert path.exists()
-
-
-@pytest.mark.parametrize("file", ["*-train.array_record*", "*-test.array_record*", "features.json"])
-@pytest.mark.parametrize("damage", [lambda path: flip(path, 100), pathlib.Path.unlink])
-def test_a_damaged_copy_of_the_users_text_is_made_again(file, damage, text, own_cache, capfd):
-  for n in range(40):
-    (pathlib.Path(text.path) / f"{n}.txt").write_text(f"document {n}\n" * n * n)
-  before = [everything(rows) for rows in load(text).values()]
-  (copy,) = (own_cache / "prepared").glob("*/")
-  (path,) = copy.rglob(file)
-  shutil.rmtree(own_cache / "tokens")  # so that the documents are read again
-  damage(path)
-  capfd.readouterr()
-  assert [everything(rows) for rows in load(text).values()] == before
-  said = capfd.readouterr().err
-  assert said.count("removed and made again") == said.count("prepared text") == 1
-  assert f"{copy}" in said.split("is damaged")[0]
 
 
 def test_splits_of_a_catalog_set_can_be_added(catalog):

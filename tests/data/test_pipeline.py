@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config import Data
 from moe_jax.data import builders, pipeline, token_files, tokenizers
 from moe_jax.errors import UserError
-from tests.support.texts import PROSE, S, documents_of, everything, joined
+from tests.support.texts import PROSE, S, documents_of, everything, joined, read
 
 
 def numbered_rows(num_rows, seq_len=4):
@@ -41,19 +41,15 @@ def test_ids_above_16_bits_are_stored_whole(tmp_path, monkeypatch):
   wide = tokenizers.Tokenizer([b""] * 70_001, 70_000, "wide")
   wide.encode = lambda text: np.array([65_536 + byte for byte in text])
   pipeline._tokenize(documents_of([b"ab"]), wide, "x", tmp_path)
-  assert token_files.read(tmp_path).stream_N[:].tolist() == [
-    70_000,
-    65_536 + 97,
-    65_536 + 98,
-    70_000,
-  ]
+  stored = token_files.read(tmp_path)
+  assert stored.stream_N.tolist() == [70_000, 65_536 + 97, 65_536 + 98, 70_000]
 
 
 def tokenized(texts, folder, seq_len):
   pipeline._tokenize(documents_of(texts), tokenizers.Bytes(), "x", folder)
   stored = token_files.read(folder)
-  about = stored.counts | {"digest": stored.digest}
-  return rows_of(stored.stream_N, stored.documents_3M[0], seq_len, about)
+  about = dict(num_documents=stored.num_documents, num_bytes=stored.num_bytes, digest="")
+  return rows_of(stored.stream_N, stored.starts_M, seq_len, about)
 
 
 @pytest.fixture
@@ -105,10 +101,8 @@ def test_each_target_knows_its_document(packed):
 
 def test_every_target_appears_once(stdlib):
   rows = pipeline.load_rows(dataclasses.replace(stdlib, seq_len=1000), "test")
-  documents = builders.prepare(stdlib, "test")
-  expected = []
-  for index in range(len(documents)):
-    expected += [S, *documents[index]]
+  documents = read(builders.prepare(stdlib, "test"))
+  expected = joined([S, *document] for document in documents)
   targets, inputs = [], []
   for rows_B in pipeline.eval_batches(pipeline.eval_rows(rows, 7, 0), 7):
     batch = rows.batch(rows_B)
@@ -118,7 +112,7 @@ def test_every_target_appears_once(stdlib):
   assert inputs == expected
   assert targets == [*expected[1:], S]
   assert rows.num_bytes == sum(map(len, everything(rows)))
-  assert everything(rows) == [documents[i] for i in range(len(documents))]
+  assert everything(rows) == documents
 
 
 def test_each_epoch_has_every_row_once_in_a_new_order():

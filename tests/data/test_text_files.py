@@ -171,12 +171,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change, why, name, text
   path.write_text('{"text": "x"}\n' * 5)
   config = dataclasses.replace(text)
   files = text_files.user_files(config)
-  read = text_files.split_user_documents(config, lambda: text_files.user_documents(config, files))
+  assert list(text_files.user_documents(config, files))
   change(path)
-  for split in SPLITS:
-    with pytest.raises(UserError) as caught:
-      list(read(split))
-    assert f"{path} {why}" in str(caught.value)
+  with pytest.raises(UserError) as caught:
+    list(text_files.user_documents(config, files))
+  assert f"{path} {why}" in str(caught.value)
 
 
 def test_a_file_that_grows_under_the_reader_is_refused(text):

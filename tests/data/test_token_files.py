@@ -1,4 +1,4 @@
-"""Stored tokens: what is damaged is named, and made again, or ends the run in one line."""
+"""Stored tokens: in what order they are, and what is damaged is named and made again."""
 
 import os
 import subprocess
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Data
-from moe_jax.data import cache, pipeline, token_files
-from moe_jax.errors import DamagedError
-from tests.support.texts import everything
+from moe_jax.data import pipeline, token_files
+from tests.support.texts import S, everything
 from tests.support.toys import ROOT
 
 
@@ -57,10 +56,9 @@ def another_dtype(path):
 
 
 DAMAGE = [
-  *((name, how) for name in ("tokens.bin", "documents.npy", "checksums.npy", "about.json",
-                             "checksums.json") for how in (flip, cut, empty, os.remove)),
-  ("tokens.bin", grow), ("about.json", garbage), ("checksums.json", garbage),
-  ("about.json", another_dtype),
+  *((name, how) for name in ("tokens.bin", "documents.npy", "names.txt", "about.json")
+    for how in (flip, cut, empty, os.remove)),
+  ("tokens.bin", grow), ("about.json", garbage), ("about.json", another_dtype),
 ]  # fmt: skip
 
 
@@ -80,42 +78,6 @@ def test_what_is_damaged_is_named_and_made_again(name, damage, stored, capfd):
     np.testing.assert_array_equal(first, second)
   pipeline.load_rows(config, "train")
   assert capfd.readouterr().err == ""
-
-
-@pytest.fixture
-def large(stored, monkeypatch):
-  """Files of any size count as large."""
-  monkeypatch.setattr(cache, "_LARGE", 0)
-  return stored
-
-
-def test_a_large_file_is_not_read_whole_at_the_start(large, capfd):
-  config, folder = large
-  flip(folder / "tokens.bin")
-  rows = pipeline.load_rows(config, "train")
-  assert bytes(rows.batch([0]).targets_BL[0].astype(np.uint8)).startswith(b"line 0 of docume")
-  assert capfd.readouterr().err == ""
-  os.truncate(folder / "tokens.bin", 1000)  # but its size is seen
-  assert len(pipeline.load_rows(config, "train")) == len(rows)
-  assert f"{folder / 'tokens.bin'} is damaged: it has 1,000 bytes" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("damage", [flip, cut])
-def test_damage_of_a_large_file_ends_a_run_where_it_is_read(damage, large, capfd):
-  """The file is cut while it is open; a memory map would end the process without a word."""
-  config, folder = large
-  rows = pipeline.load_rows(config, "train")
-  batches = pipeline.train_iterator(rows, config)
-  good = next(batches)
-  damage(folder / "tokens.bin")
-  with pytest.raises(DamagedError, match=r"tokens.bin is damaged.*makes it again") as caught:
-    for _ in range(2 * len(rows) // 512 + 9):  # some are read already
-      next(batches)
-  assert "\n" not in str(caught.value)
-  again = pipeline.load_rows(config, "train")
-  assert f"{folder / 'tokens.bin'} is damaged" in capfd.readouterr().err
-  fresh = pipeline.train_iterator(again, config)
-  np.testing.assert_array_equal(next(fresh).tokens_BL, good.tokens_BL)
 
 
 _CHILD = """
@@ -145,18 +107,20 @@ def test_two_processes_that_find_damage_make_it_again_once(stored):
   results = [child.communicate("go\n", timeout=600) for child in children]
   assert [out for out, _ in results] == [digest + "\n"] * 2, results
   said = "".join(err for _, err in results)
-  assert said.count("is damaged") == said.count("tokenized") == 1 and said.count("\n") == 2
+  assert said.count("is damaged") == said.count("tokenized") == 1 and said.count("\n") == 3
 
 
-def test_pieces_of_a_stream_of_several_parts(tmp_path):
-  tokens_N = np.random.default_rng(0).integers(0, 2**16, 3 * token_files._PART + 5, np.uint16)
-  with token_files.Writer(tmp_path, np.dtype("uint16")) as writer:
-    for piece in np.split(tokens_N, [3, 3, 9000, 20_000]):
-      writer.add(piece)
-    writer.finish(np.zeros((3, 1), np.int64), {})
-  stream_N = token_files.read(tmp_path).stream_N
-  assert len(stream_N) == len(tokens_N)
-  P = token_files._PART
-  for places in [(0, 1), (P - 1, P + 1), (P, 2 * P), (5, 3 * P + 2), (3 * P, 3 * P + 99), (7, 7),
-                 (9, 3), (-3, None), (None, None)]:  # fmt: skip
-    np.testing.assert_array_equal(stream_N[slice(*places)], tokens_N[slice(*places)])
+def test_documents_are_stored_in_the_order_of_their_places(tmp_path):
+  """And not in that in which they are read. One that a sum of parts has twice is there twice."""
+  texts = {7: b"ab", 2: b"c", 5: b"def", 3: b"c"}
+  documents = (
+    token_files.Encoded(place, f"name {text}", place % 2, len(text), np.array([*text]))
+    for place, text in texts.items()
+  )
+  token_files.write(tmp_path, "uint16", 256, documents)
+  stored = token_files.read(tmp_path)
+  assert stored.stream_N.tolist() == [S, *b"c", S, *b"c", S, *b"def", S, *b"ab", S]
+  assert stored.starts_M.tolist() == [0, 2, 4, 8] and stored.domain_M.tolist() == [0, 1, 1, 1]
+  names = [stored.name(number) for number in stored.source_M]
+  assert names == [f"name {texts[place]}" for place in (2, 3, 5, 7)]
+  assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".npy", ".txt", ".json"}

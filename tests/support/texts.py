@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from moe_jax.data import builders, pipeline
+from moe_jax.data import pipeline
+from moe_jax.data.documents import Documents
 from moe_jax.errors import UserError
 
 S = 256  # the bytes tokenizer's separator
@@ -18,7 +19,12 @@ def load(config):
 
 
 def documents_of(texts):
-  return builders.Documents([{"text": text} for text in texts], "text", "")
+  return Documents("", (), lambda: (len(texts), ((i, "", text) for i, text in enumerate(texts))))
+
+
+def read(documents):
+  """The texts of a split, in its order."""
+  return [text for _, _, text in sorted(documents.read()[1])]
 
 
 def everything(rows):

@@ -59,12 +59,23 @@ def statuses(folder, out="out"):
   return {run["arm"]: run["status"] for run in record["runs"]}
 
 
+# As train.py, which holds the lock of its workdir.
+TRAINS = """
+import os
+sys.path.insert(0, {root!r})
+from moe_jax.storage import lock
+held = lock.held(workdir)
+held.__enter__()
+pathlib.Path("pid").write_text(str(os.getpid()))
+pathlib.Path("slow").touch()
+"""
+
+
 def test_a_killed_sweep_goes_on_when_its_run_has_ended(folder):
   """While the run lives, a second sweep is refused in one line; a finished run is not repeated."""
   (folder / "base.py").write_text("pathlib.Path('slow').unlink(missing_ok=True)")
   pid = folder / "pid"
-  code = "import os; pathlib.Path('pid').write_text(str(os.getpid())); pathlib.Path('slow').touch()"
-  (folder / "none.py").write_text(code)
+  (folder / "none.py").write_text(TRAINS.format(root=str(ROOT)))
   first = start(folder)
   log = wait_for_step_5(folder, "none")
   first.kill()
@@ -72,7 +83,9 @@ def test_a_killed_sweep_goes_on_when_its_run_has_ended(folder):
   assert statuses(folder) == {"base": "finished", "none": "running"}
   code, _, errors = ended(start(folder))
   assert code == 5 and errors.count("\n") == 1
-  assert "error: --out=out: another sweep runs there, or a run of a killed sweep" in errors
+  assert (
+    f"workdir=out/none/seed0: another training runs there (process {pid.read_text()} on" in errors
+  )
   os.kill(int(pid.read_text()), signal.SIGKILL)
   (folder / "none.py").unlink()
   (folder / "slow").unlink()
