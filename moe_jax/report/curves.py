@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_jax.report import charts, conclusions, table
-from moe_jax.report.blocks import Section, Text
+from moe_jax.report.blocks import Block, Section, Text
 from moe_jax.report.charts import Line
 from moe_jax.report.runs import ArmRuns, Run, Study, series
 from moe_jax.report.table import Comparison
@@ -38,16 +38,15 @@ def section(study: Study, compared: Comparison) -> Section:
     (n, f"Validation loss over {title}", x, validation(study, way)) for n, title, x, way in ways
   ]
   y_range = charts.y_range([line for *_, lines in drawn for line in lines], crop=True)
-  pictures = []
+  parts: list[Block] = []
   for name, title, x, lines in drawn:
     end = study.last_step if x == "step" else 0.0
     target = None if name == "loss_training" else compared.target
-    pictures += charts.chart(name, title, lines, x, "nats per token", y_range, end, target)
-  if not pictures:
+    parts += charts.chart(name, title, lines, x, "nats per token", y_range, end, target)
+  if not parts:
     return Section("Curves", [])
-  return Section(
-    "Curves", [*pictures, Text(_NOTE, small=True)], conclusions.curves(study, compared)
-  )
+  parts.append(Text(_NOTE, small=True))
+  return Section("Curves", parts, conclusions.curves(study, compared))
 
 
 def training(study: Study) -> list[Line]:

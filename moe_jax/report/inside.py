@@ -60,15 +60,7 @@ def picture(study: Study) -> list[Chart]:
     gap = max(load_ZES.shape[2] // 20, 1)
     load_ZES = np.pad(load_ZES[shown], ((0, 0), (0, 0), (0, gap)), constant_values=np.nan)
     extent = (0, len(shown), load_ZES.shape[1] - 0.5, -0.5)  # expert 0 is at the top
-    image = axes.imshow(
-      np.hstack(list(load_ZES)),
-      cmap="RdBu_r",
-      vmin=0,
-      vmax=2,
-      aspect="auto",
-      interpolation="none",
-      extent=extent,
-    )
+    image = axes.imshow(np.hstack(list(load_ZES)), vmin=0, vmax=2, extent=extent)
     names = [f"layer {run.layers()[z]}, to step {steps[-1]:,.0f}" for z in shown]
     axes.set_xticks(np.arange(len(shown)) + 0.48, names)
     axes.tick_params(bottom=False)
@@ -77,9 +69,8 @@ def picture(study: Study) -> list[Chart]:
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set(title=charts.label(arm.name), ylabel="expert")
   scale = figure.add_axes((0.07, 1 - 0.25 / height, 0.3, 0.12 / height))
-  figure.colorbar(
-    image, cax=scale, extend="max", label="load / fair share", orientation="horizontal"
-  )
+  what = "load / fair share"
+  figure.colorbar(image, cax=scale, extend="max", label=what, orientation="horizontal")
   return [Chart("load", "Load of the experts over the steps", charts.saved(figure))]
 
 

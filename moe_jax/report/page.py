@@ -68,9 +68,8 @@ def write(out: pathlib.Path, title: str, sections: list[Section]) -> pathlib.Pat
   facts = {"title": title, "sections": sections, "folder": FOLDER}
   markdown = _MARKDOWN.get_template("report.md.j2").render(facts)
   counts = [len(block.experts.rows) for block in blocks if isinstance(block, Excerpt)]
-  style = _HTML.get_template("page.css").render(
-    colours=charts.COLOURS, experts=max(counts, default=0)
-  )
+  colours = {"colours": charts.COLOURS, "experts": max(counts, default=0)}
+  style = _HTML.get_template("page.css").render(colours)
   digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
   page = _HTML.get_template("report.html.j2").render(facts, style=Markup(style), digest=digest)
   for chart in (block for block in blocks if isinstance(block, Chart)):

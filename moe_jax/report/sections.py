@@ -6,7 +6,6 @@ The sections are made of blocks; the templates format them.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from moe_jax.report import blocks, conclusions, table
@@ -41,54 +40,40 @@ def question(study: Study) -> Section:
 
 def results(study: Study, compared: Comparison) -> Section:
   """Returns the table with a row for each arm, and its notes."""
-
-  def seeds(row: Row) -> str:
-    planned, done = len(row.arm.runs), len(row.arm.finished)
-    return f"{done}" if done == planned else f"{done} of {planned}"
-
-  def found(row: Row, name: str) -> float | None:
-    return next((run.eval[name] for run in row.arm.runs if name in run.eval), None)
-
-  def drop(row: Row) -> str:
-    late = "" if row.train_drop is None else f" ({blocks.percent(row.train_drop)})"
-    return UNKNOWN if row.drop is None else blocks.percent(row.drop) + late
-
-  columns: list[tuple[str, Callable[[Row], Any]]] = [
-    ("arm", lambda row: row.arm),
-    ("seeds", seeds),
-    ("validation loss", lambda row: blocks.plus_minus(row.loss)),
-    ("bits per byte", lambda row: blocks.number(row.bits_per_byte, 4)),
-  ]
-  if study.target_arm:
-    columns += [
-      (
-        f"loss minus {study.target_arm}",
-        lambda row: blocks.plus_minus(row.difference, sign="+", error=True),
-      ),
-      ("steps to target", lambda row: _reached(row, compared.target)[0]),
-      ("time to target", lambda row: _reached(row, compared.target)[1]),
-    ]
-  columns += [
-    ("tokens/s", lambda row: blocks.si(row.tokens_per_s)),
-    ("FLOPs per token", lambda row: blocks.si(found(row, "flops_per_token"))),
-    (
-      "parameters, active",
-      lambda row: ", ".join(
-        blocks.si(found(row, name)) for name in ("parameters", "active_parameters")
-      ),
-    ),
-    ("dropped, % (in training)", drop),
-    ("MaxVio", lambda row: blocks.number(row.max_vio)),
-    ("dead experts", lambda row: blocks.number(row.dead_experts, 1)),
-    ("alarms", lambda row: str(sum(len(run.alarms) for run in row.arm.runs))),
-  ]
-  rows = [[cell(row) for _, cell in columns] for row in compared.rows]
+  rows = [_cells(row, study.target_arm, compared.target) for row in compared.rows]
   notes = [Text(_NOTE.format(source=compared.source), small=True)]
   if compared.target is not None:
     note = _TARGET_NOTE.format(target=compared.target, arm=study.target_arm)
     notes.append(Text(note, small=True))
-  shown = Table("", [head for head, _ in columns], rows)
+  shown = Table("", list(rows[0]), [list(row.values()) for row in rows])
   return Section("Results", [shown, *notes], conclusions.results(study))
+
+
+def _cells(row: Row, target_arm: str, target: float | None) -> dict[str, Any]:
+  """Returns the cells of an arm by the titles of their columns."""
+  planned, done = len(row.arm.runs), len(row.arm.finished)
+  late = "" if row.train_drop is None else f" ({blocks.percent(row.train_drop)})"
+  size = {}
+  for name in ("flops_per_token", "parameters", "active_parameters"):
+    size[name] = blocks.si(next((r.eval[name] for r in row.arm.runs if name in r.eval), None))
+  cells = {
+    "arm": row.arm,
+    "seeds": f"{done}" if done == planned else f"{done} of {planned}",
+    "validation loss": blocks.plus_minus(row.loss),
+    "bits per byte": blocks.number(row.bits_per_byte, 4),
+  }
+  if target_arm:
+    cells[f"loss minus {target_arm}"] = blocks.plus_minus(row.difference, sign="+", error=True)
+    cells["steps to target"], cells["time to target"] = _reached(row, target)
+  return cells | {
+    "tokens/s": blocks.si(row.tokens_per_s),
+    "FLOPs per token": size["flops_per_token"],
+    "parameters, active": f"{size['parameters']}, {size['active_parameters']}",
+    "dropped, % (in training)": blocks.percent(row.drop) + late * (row.drop is not None),
+    "MaxVio": blocks.number(row.max_vio),
+    "dead experts": blocks.number(row.dead_experts, 1),
+    "alarms": str(sum(len(run.alarms) for run in row.arm.runs)),
+  }
 
 
 def _reached(row: Row, target: float | None) -> tuple[str, str]:
@@ -109,9 +94,8 @@ def _reached(row: Row, target: float | None) -> tuple[str, str]:
 def failures(study: Study) -> Section:
   """Returns the runs that are not finished, the ends of their logs, and all alarms."""
   damaged = [[arm, run.name, run.error] for arm, run in study.runs if run.status == "damaged"]
-  bad = [
-    (arm, run) for arm, run in study.runs if run.status not in ("finished", "waiting", "damaged")
-  ]
+  fine = ("finished", "waiting", "damaged")
+  bad = [(arm, run) for arm, run in study.runs if run.status not in fine]
   states = [[arm, str(run.seed), run.status, f"{run.step:,}"] for arm, run in bad]
   alarmed = []
   for arm, run in study.runs:

@@ -17,7 +17,10 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   """The text that eval.py prints; draws the plots."""
   path = workdir_lib.open_path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
-  verdict = "below" if bits < gzip_bits else "above"
+  verdict, uncertainty = "below" if bits < gzip_bits else "above", ""
+  if "bits_per_byte_error" in result:
+    over = f"(standard error over {result['documents']:,} documents)"
+    uncertainty = f" ± {result['bits_per_byte_error']:.4f} {over}"
   try:
     measured, damage = reading.read_lines(path / workdir_lib.METRICS, path, {}), ""
   except DamagedError as error:  # which the evaluation does not need
@@ -31,7 +34,7 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
     f"{result['tokens']:,} tokens, {result['bytes']:,} bytes",
     f"loss               {result['loss']:.4f} nats per token",
     f"perplexity         {result['perplexity']:.3f}",
-    f"bits per byte      {bits:.4f}{_uncertainty(result)}, {verdict} gzip -9 on the same text: "
+    f"bits per byte      {bits:.4f}{uncertainty}, {verdict} gzip -9 on the same text: "
     f"{gzip_bits:.4f}",
   ]
   if "load_balance" in result:
@@ -39,15 +42,6 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   plots = damage or ", ".join(plot(path, measured, result))
   lines += [routing_table(result), f"plots              {plots}"]
   return "\n".join(lines)
-
-
-def _uncertainty(result: dict[str, Any]) -> str:
-  if "bits_per_byte_error" not in result:
-    return ""
-  return (
-    f" \N{PLUS-MINUS SIGN} {result['bits_per_byte_error']:.4f} (standard error over "
-    f"{result['documents']:,} documents)"
-  )
 
 
 def routing_table(result: dict[str, Any]) -> str:
@@ -96,16 +90,8 @@ def _loss(name: str, lines: list[dict[str, Any]], result: dict[str, Any]) -> Fig
   for level in runs.series(lines, "validation/gzip_bits_per_byte")[1][-1:]:
     axes.axhline(level, color="#666666", ls="--", lw=1, label="gzip -9 of the same rows")
   said = f"evaluation of the {result['split']} set: {bits:.3f} (gzip -9: {gzip_bits:.3f})"
-  axes.errorbar(
-    result["step"],
-    bits,
-    result.get("bits_per_byte_error"),
-    fmt="D",
-    color="#d94801",
-    ms=6,
-    capsize=3,
-    label=said,
-  )
+  step, error = result["step"], result.get("bits_per_byte_error")
+  axes.errorbar(step, bits, error, fmt="D", color="#d94801", ms=6, capsize=3, label=said)
   # The first steps of a new model, at the entropy of a uniform guess, would flatten the rest.
   axes.set_ylim(top=min(axes.get_ylim()[1], 2 * max(gzip_bits, bits)))
   axes.set(xlabel="step", ylabel="bits per byte of text", title=f"Loss of {charts.label(name)}")
@@ -120,7 +106,7 @@ def _load(result: dict[str, Any]) -> Figure:
   figure = Figure((min(2.5 + 0.7 * experts, 16), 1.6 + 0.5 * layers), layout="constrained")
   axes = figure.subplots()
   axes.grid(visible=False)
-  image = axes.imshow(relative_ZE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+  image = axes.imshow(relative_ZE, vmin=0, vmax=2)
   if experts <= 16:
     axes.set_xticks(range(experts))
     for (z, e), value in np.ndenumerate(relative_ZE):
@@ -148,7 +134,7 @@ def _balance(name: str, lines: list[dict[str, Any]], result: dict[str, Any]) -> 
       axes.plot(steps, scale * value_SZ[:, z], color=colour, lw=1, label=f"layer {layer}")
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
-    top.set_title(f"Balance of the experts in training, {charts.label(name)}")
+  top.set_title(f"Balance of the experts in training, {charts.label(name)}")
   if len(layers) <= 12:
     top.legend(ncols=4)
   bottom.set_xlabel("step")
