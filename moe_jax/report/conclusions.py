@@ -158,9 +158,10 @@ def curves(study: Study, compared: Comparison) -> str:
     return f"No other arm reaches {loss}, in every finished run. {missing(had)}".rstrip()
   steps = by_seed(study, lambda run: table.crossing(*run.curve(), target))
   steps = {name: seeds for name, seeds in steps.items() if name in reached}
-  times = reached[lowest(steps)[0]].speedup
+  first = lowest(steps)[0]
   said = verdict(f"First at {loss}", steps, 0, " steps", "later")
-  return f"{said} It is {times:.2f} times as fast as {own}. {missing(had)}".rstrip()
+  fast = f"{first} is {reached[first].speedup:.2f} times as fast as {own}."
+  return f"{said} {fast} {missing(had)}".rstrip()
 
 
 def failures(study: Study) -> str:
