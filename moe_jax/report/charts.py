@@ -115,10 +115,9 @@ def chart(
     room = 0.06 * (high - low)
     low, high = min(low, target - room), max(high, target + room)
     axes.axhline(target, color=_GREY, ls=":", lw=1)
-    axes.text(
-      0.01, target, "target", color=_GREY, va="bottom", transform=axes.get_yaxis_transform()
-    )
-  top = max(np.nanmax(line.curve[1]) for line in lines)
+    across = axes.get_yaxis_transform()
+    axes.text(0.01, target, "target", color=_GREY, va="bottom", transform=across)
+  top = max(line.curve[1][np.isfinite(line.curve[1])].max() for line in lines)
   if top > high:
     said = f"first steps, up to {top:.3g}, are above"
     axes.text(1, 0.99, said, color=_GREY, ha="right", va="top", transform=axes.transAxes)

@@ -221,21 +221,27 @@ def capacity(study: Study) -> str:
   return verdict(lead, by_seed(study, rise, experts=True), unit=_NATS)
 
 
-def _bits(domain: str) -> Value:
+def bits(domain: str) -> Value:
+  """Returns a function from a run to its bits per byte of a domain."""
   return lambda run: run.eval.get("domains", {}).get(domain, {}).get("bits_per_byte")
+
+
+def causal(kind: str) -> Value:
+  """Returns a function from a run to a loss, or the gap, of its causal evaluation."""
+  return lambda run: run.eval.get("causal", {}).get(kind)
 
 
 def domains(study: Study) -> str:
   """Returns the best arm in each domain, and which routers seem to read later tokens."""
   winners: dict[str, list[str]] = {}
-  for domain in dict.fromkeys(d for _, run in study.runs for d in run.eval.get("domains", {})):
-    bits = by_seed(study, _bits(domain))
-    if len(order := lowest(bits)) > 1:
-      tied = [n for n in order[1:] if not clear(difference(bits[n], bits[order[0]]))]
+  for domain in study.domains:
+    found = by_seed(study, bits(domain))
+    if len(order := lowest(found)) > 1:
+      tied = [n for n in order[1:] if not clear(difference(found[n], found[order[0]]))]
       mark = f" (not clearly below {names(tied)})" if tied else ""
       winners.setdefault(order[0] + mark, []).append(domain)
   lines = [f"Fewest bits per byte in {names(where)}: {arm}." for arm, where in winners.items()]
-  gaps = by_seed(study, lambda run: run.eval.get("causal", {}).get("gap"))
+  gaps = by_seed(study, causal("gap"))
   leaks = {name: seeds for name, seeds in gaps.items() if mean(seeds) > _GAP}
   if leaks:
     lines.append(f"The routers of {names([*leaks])} read later tokens.")

@@ -1,6 +1,6 @@
 """The report's sections on experts: balance, drops, capacity, domains, specialisation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,15 +127,13 @@ def capacity_section(study: Study) -> Section:
     x = np.array([i for i, factor in enumerate(factors) if factor in points])
     there = [points[factors[i]] for i in x]
     spreads = [table.spread(point["loss"] for point in same) for same in there]
-    dropped = [
-      100 * np.mean([np.mean(p.get("drop_fraction_Z", 0)) for p in same]) for same in there
-    ]
+    shares = [[np.mean(p.get("drop_fraction_Z", 0)) for p in same] for same in there]
+    dropped = [100 * np.mean(share) for share in shares]
     losses.append(Line(arm, (x, np.array([spread.mean for spread in spreads if spread]))))
     drops.append(Line(arm, (x, np.array(dropped))))
     said = [f"{blocks.plus_minus(a)} / {b:.1f}" for a, b in zip(spreads, dropped, strict=True)]
-    rows.append(
-      [arm, *(dict(zip(x, said, strict=True)).get(i, UNKNOWN) for i in range(len(ticks)))]
-    )
+    cells = dict(zip(x, said, strict=True))
+    rows.append([arm, *(cells.get(i, UNKNOWN) for i in range(len(ticks)))])
   parts: list[Block] = []
   for name, what, unit, lines in (
     ("capacity_loss", "Loss", "nats per token", losses),
@@ -151,34 +149,24 @@ def capacity_section(study: Study) -> Section:
 
 def domain_section(study: Study) -> Section:
   """Returns bits per byte of each labelled domain, and the losses of causal evaluation."""
-  domains = dict.fromkeys(d for _, run in study.runs for d in run.eval.get("domains", {}))
-  kinds = ("teacher_forced_loss", "loss", "gap")
-  bits = {
-    arm: [
-      [run.eval.get("domains", {}).get(d, {}).get("bits_per_byte") for d in domains]
-      for run in arm.finished
-    ]
-    for arm in study.arms
-  }
+  bits = {domain: conclusions.bits(domain) for domain in study.domains}
   causal = {
-    arm: [[run.eval.get("causal", {}).get(kind) for kind in kinds] for run in arm.finished]
-    for arm in study.arms
+    "loss, later tokens seen": conclusions.causal("teacher_forced_loss"),
+    "loss, later tokens hidden": conclusions.causal("loss"),
+    "gap": conclusions.causal("gap"),
   }
-  heads = ("loss, later tokens seen", "loss, later tokens hidden", "gap")
-  tables = [
-    *_spreads("Bits per byte by domain, ± standard deviation over seeds", domains, bits),
-    *_spreads("Causal evaluation: a gap shows that the router read later tokens", heads, causal),
-  ]
+  tables = []
+  for title, columns in (
+    ("Bits per byte by domain, ± standard deviation over seeds", bits),
+    ("Causal evaluation: a gap shows that the router read later tokens", causal),
+  ):
+    spreads = {
+      arm: [table.spread(map(value, arm.finished)) for value in columns.values()]
+      for arm in study.arms
+    }
+    rows = [[arm, *map(blocks.plus_minus, row)] for arm, row in spreads.items() if any(row)]
+    tables += [Table(title, ["arm", *columns], rows)] if rows else []
   return Section("Domains and causality", tables, conclusions.domains(study) if tables else "")
-
-
-def _spreads(
-  title: str, head: Iterable[str], values: dict[ArmRuns, list[list[float | None]]]
-) -> list[Table]:
-  """Returns a table of means and deviations; `values` has a list for each run, with the columns."""
-  spreads = {arm: [*map(table.spread, zip(*runs, strict=True))] for arm, runs in values.items()}
-  rows = [[arm, *map(blocks.plus_minus, row)] for arm, row in spreads.items() if any(row)]
-  return [Table(title, ["arm", *head], rows)] if rows else []
 
 
 def specialisation_section(study: Study) -> Section:
@@ -186,14 +174,11 @@ def specialisation_section(study: Study) -> Section:
   arms = {arm: [run for run in arm.finished if run.routing] for arm in study.arms}
   lines = []
   for arm, runs in arms.items():
-    saved = [sorted(run.routing.get("saturation", []), key=lambda p: p["step"]) for run in runs]
-    curves = [
-      (
-        np.array([p["step"] for p in points]),
-        np.array([100 * np.mean(p["overlap_Z"]) for p in points]),
-      )
-      for points in saved
+    points = [run.routing.get("saturation", []) for run in runs]
+    found = [
+      sorted((p["step"], 100 * np.mean(p["overlap_Z"])) for p in of_run) for of_run in points
     ]
+    curves = [(x, y) for x, y in (np.array(of_run, float).reshape(-1, 2).T for of_run in found)]
     lines.append(Line(arm, table.mean_curve(curves)))
   title, unit = "Router saturation", "% of the last checkpoint's choices"
   drawn = charts.chart("saturation", title, lines, "step", unit, (0, 106), study.last_step)

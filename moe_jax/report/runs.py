@@ -118,6 +118,11 @@ class Study:
     return [(arm, run) for arm in self.arms for run in arm.runs]
 
   @property
+  def domains(self) -> list[str]:
+    """The labelled domains of all evaluations."""
+    return list(dict.fromkeys(d for _, run in self.runs for d in run.eval.get("domains", {})))
+
+  @property
   def no_target(self) -> str:
     """Says that the target arm has no usable run; '' if it has one, or if there is no target."""
     said = f"The target arm, {self.target_arm}, has no usable run: no arm is compared with it."
