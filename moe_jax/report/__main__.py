@@ -12,17 +12,16 @@ import tempfile
 
 from moe_jax import errors
 from moe_jax.errors import UserError
-from moe_jax.report import Report, compare, compare_runs, runs
+from moe_jax.report import compare, compare_runs, runs
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 
 
 def main() -> int:
   """Parses the arguments and writes the report; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m moe_jax.report", description=__doc__, allow_abbrev=False,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  raw = argparse.RawDescriptionHelpFormatter
+  name = "python -m moe_jax.report"
+  parser = argparse.ArgumentParser(name, None, __doc__, formatter_class=raw, allow_abbrev=False)
   parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
   parser.add_argument("--out", type=pathlib.Path, help="folder for the report on workdirs")
   parser.add_argument("--target", default="", help="the arm that the others are compared with")
@@ -31,22 +30,18 @@ def main() -> int:
     raise UserError("--out: name a folder on this machine for the report on runs in a store")
   with tempfile.TemporaryDirectory() as folder:
     workdirs = [workdir_lib.fetched(name, pathlib.Path(folder)) for name in args.workdirs]
-    report = _write(workdirs, args.out, args.target)
+    if not (workdirs[0] / "sweep.json").is_file():
+      report = compare_runs(workdirs, args.out or runs.parent(workdirs), args.target)
+    elif len(workdirs) > 1 or args.out or args.target:
+      raise UserError(
+        f"{workdirs[0]} is a sweep: name it alone, without --target and --out, which it sets"
+      )
+    else:
+      report = compare(workdirs[0])
   for note in report.notes:
     errors.notice(note)
   print(f"wrote {report.page.with_suffix('.md')} and {report.page}")
   return report.code
-
-
-def _write(workdirs: list[pathlib.Path], out: pathlib.Path | None, target: str) -> Report:
-  """Writes the report."""
-  if not (workdirs[0] / "sweep.json").is_file():
-    return compare_runs(workdirs, out or runs.parent(workdirs), target)
-  if len(workdirs) > 1 or out or target:
-    raise UserError(
-      f"{workdirs[0]} is a sweep: name it alone, without --target and --out, which it sets"
-    )
-  return compare(workdirs[0])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The parts of a report before they are Markdown or HTML, and the formats of its numbers."""
 
+import base64
 import dataclasses
-import html
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from moe_jax.report.table import Spread
 
@@ -12,19 +13,8 @@ UNKNOWN = "-"
 
 
 @dataclasses.dataclass(frozen=True)
-class ArmName:
-  """A cell that names an arm; `colour` is the index of the arm in the study."""
-
-  name: str
-  colour: int
-
-
-Cell = str | ArmName
-
-
-@dataclasses.dataclass(frozen=True)
 class Text:
-  """Paragraphs of text, separated by blank lines."""
+  """Lines of text."""
 
   text: str
   small: bool = False
@@ -35,19 +25,23 @@ class Table:
   """A table with a head."""
 
   title: str  # may be empty
-  head: list[str]
-  rows: Sequence[Sequence[Cell]]
+  head: Sequence[Any]
+  rows: Sequence[Sequence[Any]]  # an arm is a cell with its name and colour, all else is text
   left: tuple[int, ...] = (0,)  # columns of words, aligned left; the others are numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """A picture with curves of arms."""
+  """A picture."""
 
   name: str  # of its file
   title: str
-  svg: str  # without a legend
-  legend: list[ArmName]
+  svg: bytes
+
+  @property
+  def uri(self) -> str:
+    """The picture as an address, inside of which no script can run."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +52,16 @@ class Code:
   text: str
 
 
-Block = Text | Table | Chart | Code
+@dataclasses.dataclass(frozen=True)
+class Excerpt:
+  """A text by the experts of one layer, and what each of them takes; the page alone shows it."""
+
+  title: str
+  tokens: Sequence[tuple[str, str, str, str]]  # heading before it, style, experts, text
+  experts: Table
+
+
+Block = Text | Table | Chart | Code | Excerpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,29 +71,6 @@ class Section:
   title: str
   blocks: Sequence[Block]
   conclusion: str = ""  # what a reader may conclude from it, in lines
-
-
-_LABELLED = re.compile(r"([A-Z]\w*) {2,}(\S.*)")
-
-
-def paragraphs(text: str) -> list[list[tuple[str, str]]]:
-  """Splits a text into paragraphs, each a list of lines (label, text).
-
-  'Expect   the loss' begins a new line with the label 'Expect'. Any other line of the text is part
-  of the line before it; the label '' means none.
-  """
-  result = []
-  for paragraph in re.split(r"\n\s*\n", text.strip()):
-    lines: list[tuple[str, str]] = []
-    for line in filter(None, map(str.strip, paragraph.splitlines())):
-      labelled = _LABELLED.match(line)
-      if labelled or not lines:
-        lines.append((labelled[1], labelled[2]) if labelled else ("", line))
-      else:
-        lines[-1] = (lines[-1][0], f"{lines[-1][1]} {line}")
-    if lines:
-      result.append(lines)
-  return result
 
 
 # Letters that no file should show: those that control a terminal or turn the text around, halves
@@ -105,19 +85,14 @@ def printable(text: str) -> str:
   return _UNPRINTABLE.sub("\ufffd", text)
 
 
-def escaped(text: str) -> str:
-  """Returns a text from a run as it may stand in HTML, between tags or in quotes."""
-  return html.escape(printable(text))
-
-
-def si(value: float | None, unit: str = "") -> str:
+def si(value: float | None) -> str:
   """Formats a number with a suffix: 1234567 -> '1.23M'."""
   if value is None or not math.isfinite(value):
     return UNKNOWN
   for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
     if abs(value) >= 10**power:
-      return f"{value / 10**power:.3g}{letter}{unit}"
-  return f"{value:.3g}{unit}"
+      return f"{value / 10**power:.3g}{letter}"
+  return f"{value:.3g}"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -131,10 +106,7 @@ def percent(share: float | None) -> str:
 
 
 def plus_minus(value: Spread | None, digits: int = 4, sign: str = "", error: bool = False) -> str:
-  """Formats a mean and its standard deviation, or with `error` its standard error.
-
-  The result looks like '1.7687 ± 0.0030'.
-  """
+  """Formats '1.7687 ± 0.0030': a mean and its standard deviation, or its standard error."""
   if value is None:
     return UNKNOWN
   around = value.error if error else value.std

@@ -3,11 +3,8 @@
 import pathlib
 from typing import NamedTuple
 
-from moe_jax.errors import DamagedError, UserError
-from moe_jax.report import curves, experts, inside, markdown, page, reading, runs, sections, table
-from moe_jax.storage import files
-
-PICTURE = "load.png"
+from moe_jax.errors import DamagedError
+from moe_jax.report import curves, experts, inside, page, runs, sections, table
 
 
 class Report(NamedTuple):
@@ -20,15 +17,11 @@ class Report(NamedTuple):
 
 def compare(out: pathlib.Path) -> Report:
   """Writes the report of a sweep into its folder."""
-  out = pathlib.Path(out)
-  return write(runs.read_sweep(out), out)
+  return write(runs.read_sweep(pathlib.Path(out)), pathlib.Path(out))
 
 
 def compare_runs(workdirs: list[pathlib.Path], out: pathlib.Path, target_arm: str = "") -> Report:
-  """Writes the report of workdirs that are no sweep into the folder `out`.
-
-  `target_arm` is the arm that the others are compared with.
-  """
+  """Writes the report of workdirs that are no sweep, compared with `target_arm`, into `out`."""
   return write(runs.read_workdirs(workdirs, target_arm), pathlib.Path(out))
 
 
@@ -40,23 +33,14 @@ def write(study: runs.Study, out: pathlib.Path) -> Report:
     sections.results(study, compared),
     curves.section(study, compared),
     experts.balance_section(study),
+    inside.section(study),
     experts.capacity_section(study),
     experts.domain_section(study),
     experts.specialisation_section(study),
     sections.failures(study),
     sections.configs(study),
   ]
-  parts = [section for section in parts if section.blocks or section.conclusion]
-  folder, path = out / markdown.FOLDER, out / "report.html"
-  with files.storage_errors(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-  if not reading.is_inside(folder, out):
-    raise UserError(f"{folder} is a link that leads out of {out}; remove it")
-  drawn = inside.picture(study)
-  if drawn:
-    files.write(folder / PICTURE, drawn)
-  markdown.write(out, study.title, parts, PICTURE if drawn else "")
-  files.write(path, page.render(study.title, parts, inside.data(study)))
+  path = page.write(out, study.title, [part for part in parts if part.blocks or part.conclusion])
   damaged = [run for _, run in study.runs if run.status == "damaged"]
   notes = [study.no_target, *(f"{run.name} is left out: {run.error}" for run in damaged)]
   notes = ["".join(filter(str.isprintable, note)) for note in notes if note]

@@ -1,113 +1,117 @@
 """Shows the experts of single runs: loads over time, and a text with the experts of its tokens."""
 
-import io
-import warnings
-from typing import Any
+import json
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from moe_jax.report.blocks import printable
-from moe_jax.report.runs import Run, Study, series
+from moe_jax.report import charts
+from moe_jax.report.blocks import Block, Chart, Excerpt, Section, Table, Text
+from moe_jax.report.runs import ArmRuns, Run, Study, series
 
-_COLUMNS = 100  # the most columns of a heat map; fewer if the page would be too large
-_CELLS = 1_000_000  # the most cells of all heat maps of a page
-_LAYERS = 6  # the most layers of a picture; the page shows every layer
+_COLUMNS = 100  # the most columns of a heat map
+_LAYERS = 6  # the most layers that are shown of a run
+_NOTE = """\
+Loads: a row of maps for each arm, of its first run; experts down, steps across; red is more than
+the fair share. Texts: the colour is that of the best expert that took the token, whose experts and
+gates appear under the pointer. Struck through: no expert took it. Underlined: an expert dropped
+it."""
 
 
-def heat(run: Run, columns: int) -> dict[str, Any]:
-  """Returns {steps: the last of each bin, load_ZES: mean load / fair share}; {} for a dense run."""
-  steps, loads = series(run.train, "load_ZE")
-  if not steps:
-    return {}
-  bins = np.array_split(np.arange(len(steps)), min(len(steps), columns))
-  load_SZE = np.array([np.mean([loads[i] for i in part], axis=0) for part in bins])
+def section(study: Study) -> Section:
+  """Returns the heat maps of the loads, and of each arm a text by its experts."""
+  parts: list[Block] = [*picture(study), *excerpts(study)]
+  return Section("Inside a run", [Text(_NOTE, small=True), *parts] if parts else [])
+
+
+def heat(run: Run, columns: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the last step of each bin, and the mean load / fair share load_ZES."""
+  steps, load_SZE = series(run.train, "load_ZE")
+  if not len(steps):
+    return steps, np.zeros((0, 0, 0))
   load_SZE = np.clip(np.nan_to_num(load_SZE), 0, 1)  # shares, whatever a damaged file says
-  load_ZES = load_SZE.transpose(1, 2, 0) * load_SZE.shape[2]
-  return {"steps": [steps[part[-1]] for part in bins], "load_ZES": load_ZES}
+  bins = np.array_split(np.arange(len(steps)), min(len(steps), columns))
+  load_SZE = np.array([load_SZE[part].mean(axis=0) for part in bins]) * load_SZE.shape[2]
+  return steps[[part[-1] for part in bins]], load_SZE.transpose(1, 2, 0)
 
 
-def data(study: Study) -> list[dict[str, Any]]:
-  """Returns the data of the page's script for every MoE run that has logged loads or routing."""
-  shapes = [np.shape(series(run.train[-1:], "load_ZE")[1]) for _, run in study.runs]
-  cells = sum(int(np.prod(shape)) for shape in shapes if shape)
-  columns = int(np.clip(_CELLS // max(cells, 1), 20, _COLUMNS))
-  entries = []
-  for arm, run in study.runs:
-    loads = heat(run, columns)
-    if not loads and not run.routing:
-      continue
-    if loads:
-      loads["load_ZES"] = np.rint(100 * loads["load_ZES"]).astype(int).tolist()
-    routing = run.routing
-    entries.append(
-      {
-        "label": f"{arm.name}, seed {run.seed}",
-        "layers": run.layers(),
-        "heat": loads,
-        "text": routing.get("text") or {},
-        "domains": routing.get("domains") or [],
-        "domain_load_ZGE": routing.get("domain_load_ZGE") or [],
-        "top_tokens_ZE": routing.get("top_tokens_ZE") or [],
-      }
-    )
-  return entries
+def spread_out(layers: int) -> list[int]:
+  """Returns which of a run's layers are shown: the first, the last, and some between."""
+  return sorted({*np.linspace(0, layers - 1, min(_LAYERS, layers)).astype(int).tolist()})
 
 
-def picture(study: Study) -> bytes:
-  """Draws a PNG with a row for each MoE arm (its first run) and a column for each layer.
-
-  Returns the PNG, or b"" if there is no MoE arm to draw.
-  """
-  rows = []
+@charts.styled
+def picture(study: Study) -> list[Chart]:
+  """Draws a row of heat maps for each MoE arm (its first run), a map for each layer."""
+  rows: list[tuple[ArmRuns, Run, np.ndarray, np.ndarray]] = []
   for arm in study.arms:
-    pairs = ((run, heat(run, _COLUMNS)) for run in arm.runs)
-    first = next(((run, loads) for run, loads in pairs if loads), None)
-    if first:
-      rows.append((arm, *first))
+    pairs = ((arm, run, *heat(run, _COLUMNS)) for run in arm.runs)
+    rows += [found for found in pairs if len(found[2])][:1]
   if not rows:
-    return b""
-  columns = [
-    np.unique(np.linspace(0, len(loads["load_ZES"]) - 1, _LAYERS).astype(int))
-    for _, _, loads in rows
-  ]
-  width = max(map(len, columns))
-  figure, axes = plt.subplots(
-    len(rows), width, squeeze=False, figsize=(1.6 + 2.3 * width, 0.6 + 1.6 * len(rows)),
-    layout="constrained", sharex="row",
-  )  # fmt: skip
-  for (arm, run, loads), layers, line in zip(rows, columns, axes, strict=True):
-    for z, place in zip(layers, line, strict=False):
-      image = place.imshow(
-        loads["load_ZES"][z], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto",
-        interpolation="nearest", extent=_extent(loads),
-      )  # fmt: skip
-      place.set_title(f"layer {run.layers()[z]}", fontsize="small")
-      place.tick_params(labelsize="x-small")
-    line[0].set_ylabel(f"{printable(arm.name)}\nexpert", fontsize="small", parse_math=False)
-    for place in line[len(layers) :]:
-      place.set_axis_off()
-  for place in axes[-1]:
-    place.set_xlabel("step", fontsize="small")
-  figure.colorbar(image, ax=axes, extend="max", label="load / fair share")
-  return png(figure, 110)
+    return []
+  height = 0.9 + 1.5 * len(rows)
+  figure = Figure((12, height))
+  figure.subplots_adjust(0.07, 0.3 / height, 0.995, 1 - 0.85 / height, hspace=0.6)
+  grid = figure.subplots(len(rows), squeeze=False)[:, 0]
+  for (arm, run, steps, load_ZES), axes in zip(rows, grid, strict=True):
+    shown = spread_out(len(load_ZES))
+    # One image, in which each layer's map is one wide and ends with a gap.
+    gap = max(load_ZES.shape[2] // 20, 1)
+    load_ZES = np.pad(load_ZES[shown], ((0, 0), (0, 0), (0, gap)), constant_values=np.nan)
+    extent = (0, len(shown), load_ZES.shape[1] - 0.5, -0.5)  # expert 0 is at the top
+    image = axes.imshow(np.hstack(list(load_ZES)), vmin=0, vmax=2, extent=extent)
+    names = [f"layer {run.layers()[z]}, to step {steps[-1]:,.0f}" for z in shown]
+    axes.set_xticks(np.arange(len(shown)) + 0.48, names)
+    axes.tick_params(bottom=False)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set(title=charts.label(arm.name), ylabel="expert")
+  scale = figure.add_axes((0.07, 1 - 0.25 / height, 0.3, 0.12 / height))
+  what = "load / fair share"
+  figure.colorbar(image, cax=scale, extend="max", label=what, orientation="horizontal")
+  return [Chart("load", "Load of the experts over the steps", charts.saved(figure))]
 
 
-def png(figure: plt.Figure, dpi: int) -> bytes:
-  """Returns a figure as a PNG, and closes it."""
-  buffer = io.BytesIO()
-  with warnings.catch_warnings():
-    # A letter of a name that the font does not have is drawn as a box.
-    warnings.filterwarnings("ignore", "Glyph", UserWarning)
-    figure.savefig(buffer, dpi=dpi, format="png")
-  plt.close(figure)
-  return buffer.getvalue()
+def excerpts(study: Study) -> list[Excerpt]:
+  """Returns the text and the experts' tokens of each arm, of the first run that has them."""
+  found = []
+  for arm in study.arms:
+    for run in [run for run in arm.runs if run.routing][:1]:
+      for z in spread_out(len(run.layers())):
+        title = f"{arm.name}, seed {run.seed}, layer {run.layers()[z]}: a text by its experts"
+        found.append(Excerpt(title, _tokens(run, z), _experts(run, z)))
+  return found
 
 
-def _extent(loads: dict[str, Any]) -> tuple[float, float, float, float]:
-  """Returns the extent that puts expert 0 at the top and its number in the middle of its row."""
-  experts = loads["load_ZES"].shape[1]
-  return 0, max(loads["steps"][-1], 1), experts - 0.5, -0.5
+def _tokens(run: Run, z: int) -> list[tuple[str, str, str, str]]:
+  """Returns of each token of the run's text what Excerpt shows of it, in layer z."""
+  if not (text := run.routing.get("text")):
+    return []
+  layer, before, tokens = text["layers"][z], "", []
+  parts = (text["tokens"], text["domain"], layer["experts"], layer["gates"], layer["kept"])
+  for letters, domain, *routed in zip(*parts, strict=True):
+    choices = [*zip(*routed, strict=False)]
+    said = [f"expert {e}: {g:.3f}{'' if kept else ', dropped'}" for e, g, kept in choices]
+    took = [e for e, _, kept in choices if kept]
+    style = f"e{took[0]}{' dropped' if len(took) < len(choices) else ''}" if took else "none"
+    shown = {"": "·", "\n": "↵\n", "\t": "→\t"}.get(letters, letters)
+    heading = domain if domain != before else ""
+    tokens.append((heading, style, "; ".join(said) or "no expert chose it", shown))
+    before = domain
+  return tokens
+
+
+def _experts(run: Run, z: int) -> Table:
+  """Returns what each expert takes: its load by domain, and tokens that others take less often."""
+  loads = run.routing.get("domain_load_ZGE")
+  load_GE = np.array(loads[z], float) if loads else np.zeros((0, 0))
+  domains = [*zip(run.routing.get("domains", []), load_GE, strict=False)]
+  rows = []
+  for e, tokens in enumerate(run.routing["top_tokens_ZE"][z]):
+    shares = [f"{load_E[e] * len(load_E):.2f}" for _, load_E in domains]
+    favourites = "  ".join(json.dumps(t[0], ensure_ascii=False) for t in tokens if t)
+    rows.append([str(e), *shares, favourites])
+  head = ["expert", *(f"{name}, x fair share" for name, _ in domains), "tokens it takes most"]
+  return Table("", head, rows, left=(0, len(head) - 1))

@@ -15,6 +15,7 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.report import reading
 from moe_jax.storage import workdir as workdir_lib
 
+Curve = tuple[np.ndarray, np.ndarray]  # x and y
 _EXPERTS = "model.moe.num_experts"
 _NO_ARM = "(of no arm)"  # the arm of runs whose entry in sweep.json names none
 
@@ -44,15 +45,14 @@ class Run:
     """The newest step that has a line of metrics."""
     return max((line["step"] for line in self.train[-1:] + self.validation[-1:]), default=0)
 
-  def curve(self) -> tuple[np.ndarray, np.ndarray]:
+  def curve(self) -> Curve:
     """Returns steps and validation losses (nats per token, of the language model alone)."""
-    steps, losses = series(self.validation, "loss")
-    return np.array(steps, float), np.array(losses, float)
+    return series(self.validation, "loss")
 
   def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
     """Returns the training time at these steps, linear between log lines; None if not logged."""
     logged, seconds = series(self.train, "seconds")
-    return np.interp(steps, [0, *logged], [0, *seconds]) if logged else None
+    return np.interp(steps, [0, *logged], [0, *seconds]) if len(logged) else None
 
   def layers(self) -> list[int]:
     """Returns the index in the model of each MoE layer, or 0, 1, ... before an evaluation."""
@@ -60,7 +60,7 @@ class Run:
     return self.routing.get("layers") or self.eval.get("layers") or list(range(count))
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class ArmRuns:
   """The runs of one arm, which differ only in their seeds."""
 
@@ -68,11 +68,20 @@ class ArmRuns:
   runs: list[Run]
   notes: list[str] = dataclasses.field(default_factory=list)
   overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of a sweep's base
+  colour: int = 0  # its place in the study
+
+  def __str__(self) -> str:
+    return self.name
 
   @property
   def finished(self) -> list[Run]:
     """The runs that are usable: finished, and not damaged."""
     return [run for run in self.runs if run.status == "finished"]
+
+  @property
+  def drawn(self) -> list[Run]:
+    """The runs of its curves: finished runs if any, since a failed one ends the mean."""
+    return self.finished or [run for run in self.runs if run.train or run.validation]
 
   @property
   def is_dense(self) -> bool:
@@ -94,10 +103,24 @@ class Study:
   base: str = ""
   target_arm: str = ""
 
+  def __post_init__(self) -> None:
+    for colour, arm in enumerate(self.arms):
+      arm.colour = colour
+
+  @property
+  def last_step(self) -> float:
+    """The newest step of any run."""
+    return max((float(run.step) for _, run in self.runs), default=0.0)
+
   @property
   def runs(self) -> list[tuple[ArmRuns, Run]]:
     """All runs, each with its arm."""
     return [(arm, run) for arm in self.arms for run in arm.runs]
+
+  @property
+  def domains(self) -> list[str]:
+    """The labelled domains of all evaluations."""
+    return list(dict.fromkeys(d for _, run in self.runs for d in run.eval.get("domains", {})))
 
   @property
   def no_target(self) -> str:
@@ -106,10 +129,10 @@ class Study:
     return "" if self.target_arm in ("", *(a.name for a in self.arms if a.finished)) else said
 
 
-def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
-  """Returns the steps and the values of one metric."""
+def series(lines: list[dict[str, Any]], name: str) -> Curve:
+  """Returns the steps and the values of one metric, of any shape."""
   points = [(line["step"], line[name]) for line in lines if name in line]
-  return [step for step, _ in points], [value for _, value in points]
+  return np.array([x for x, _ in points], float), np.array([y for _, y in points], float)
 
 
 def read_run(

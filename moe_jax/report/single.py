@@ -4,15 +4,11 @@ import pathlib
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from moe_jax.errors import DamagedError
-from moe_jax.report import reading, runs
-from moe_jax.report.blocks import printable
-from moe_jax.report.inside import png
+from moe_jax.report import charts, reading, runs
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
@@ -21,7 +17,10 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   """The text that eval.py prints; draws the plots."""
   path = workdir_lib.open_path(workdir)
   bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
-  verdict = "below" if bits < gzip_bits else "above"
+  verdict, uncertainty = "below" if bits < gzip_bits else "above", ""
+  if "bits_per_byte_error" in result:
+    over = f"(standard error over {result['documents']:,} documents)"
+    uncertainty = f" ± {result['bits_per_byte_error']:.4f} {over}"
   try:
     measured, damage = reading.read_lines(path / workdir_lib.METRICS, path, {}), ""
   except DamagedError as error:  # which the evaluation does not need
@@ -30,12 +29,12 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   lines = [
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
     f"{result['active_parameters'] / 1e6:,.2f}M active per token",
-    f"training speed     {np.median(rates) if rates else 0:,.0f} tokens/s (median)",
+    f"training speed     {np.median(rates) if len(rates) else 0:,.0f} tokens/s (median)",
     f"step {result['step']}, {result['split']} set of {result['data']}: "
     f"{result['tokens']:,} tokens, {result['bytes']:,} bytes",
     f"loss               {result['loss']:.4f} nats per token",
     f"perplexity         {result['perplexity']:.3f}",
-    f"bits per byte      {bits:.4f}{_uncertainty(result)}, {verdict} gzip -9 on the same text: "
+    f"bits per byte      {bits:.4f}{uncertainty}, {verdict} gzip -9 on the same text: "
     f"{gzip_bits:.4f}",
   ]
   if "load_balance" in result:
@@ -43,15 +42,6 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   plots = damage or ", ".join(plot(path, measured, result))
   lines += [routing_table(result), f"plots              {plots}"]
   return "\n".join(lines)
-
-
-def _uncertainty(result: dict[str, Any]) -> str:
-  if "bits_per_byte_error" not in result:
-    return ""
-  return (
-    f" \N{PLUS-MINUS SIGN} {result['bits_per_byte_error']:.4f} (standard error over "
-    f"{result['documents']:,} documents)"
-  )
 
 
 def routing_table(result: dict[str, Any]) -> str:
@@ -77,84 +67,75 @@ def routing_table(result: dict[str, Any]) -> str:
 
 def plot(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
   """Draws loss.png, and for an MoE load.png and balance.png; returns their paths."""
-  drawn = [_plot_loss(path, lines, result)]
+  drawn = {"loss.png": _loss(path.name, lines, result)}
   if "load_ZE" in result:
-    drawn += [_plot_load(path, result), _plot_balance(path, lines, result)]
-  return drawn
+    drawn |= {"load.png": _load(result), "balance.png": _balance(path.name, lines, result)}
+  for name, figure in drawn.items():
+    files.write(path / name, charts.saved(figure, "png"))
+  return [str(path / name) for name in drawn]
 
 
-def _save(figure: plt.Figure, path: pathlib.Path, name: str) -> str:
-  files.write(path / name, png(figure, 120))
-  return str(path / name)
-
-
-def _plot_loss(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> str:
-  figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-  # Everything in bits per byte: bits per token times the tokens per byte of the text evaluated.
+@charts.styled
+def _loss(name: str, lines: list[dict[str, Any]], result: dict[str, Any]) -> Figure:
+  """Draws the losses in bits per byte: bits per token times the tokens per byte of the text."""
+  figure = Figure((7, 4), layout="constrained")
+  axes = figure.subplots()
   scale = result["tokens"] / result["bytes"] / np.log(2)
+  bits, gzip_bits = result["bits_per_byte"], result["gzip_bits_per_byte"]
   steps, losses = runs.series(lines, "train/loss")
-  axes.plot(steps, scale * np.array(losses), color="#9ecae1", lw=1, label="training batch")
-  axes.plot(
-    *runs.series(lines, "validation/bits_per_byte"), "o-", color="#08519c", ms=4,
-    label="validation rows, spread over the split",
-  )  # fmt: skip
-  gzip_bits = runs.series(lines, "validation/gzip_bits_per_byte")[1]
-  if gzip_bits:
-    axes.axhline(gzip_bits[-1], color="#666666", ls="--", lw=1, label="gzip -9 of the same rows")
-  axes.errorbar(
-    result["step"], result["bits_per_byte"], result.get("bits_per_byte_error"), fmt="D",
-    color="#d94801", ms=6, capsize=3,
-    label=f"evaluation of the {result['split']} set: {result['bits_per_byte']:.3f} "
-    f"(gzip -9: {result['gzip_bits_per_byte']:.3f})",
-  )  # fmt: skip
+  axes.plot(steps, scale * losses, color="#9ecae1", lw=1, label="training batch")
+  validation = runs.series(lines, "validation/bits_per_byte")
+  rows = "validation rows, spread over the split"
+  axes.plot(*validation, "o-", color="#08519c", ms=4, label=rows)
+  for level in runs.series(lines, "validation/gzip_bits_per_byte")[1][-1:]:
+    axes.axhline(level, color="#666666", ls="--", lw=1, label="gzip -9 of the same rows")
+  said = f"evaluation of the {result['split']} set: {bits:.3f} (gzip -9: {gzip_bits:.3f})"
+  step, error = result["step"], result.get("bits_per_byte_error")
+  axes.errorbar(step, bits, error, fmt="D", color="#d94801", ms=6, capsize=3, label=said)
   # The first steps of a new model, at the entropy of a uniform guess, would flatten the rest.
-  top = max([2 * result["gzip_bits_per_byte"], 2 * result["bits_per_byte"]])
-  axes.set_ylim(top=min(axes.get_ylim()[1], top))
-  axes.set(xlabel="step", ylabel="bits per byte of text")
-  axes.set_title(f"Loss of {printable(path.name)}", parse_math=False)
-  axes.legend(frameon=False)
-  axes.grid(alpha=0.3)
-  return _save(figure, path, "loss.png")
+  axes.set_ylim(top=min(axes.get_ylim()[1], 2 * max(gzip_bits, bits)))
+  axes.set(xlabel="step", ylabel="bits per byte of text", title=f"Loss of {charts.label(name)}")
+  axes.legend()
+  return figure
 
 
-def _plot_load(path: pathlib.Path, result: dict[str, Any]) -> str:
-  load_ZE = np.asarray(result["load_ZE"])
-  layers, experts = load_ZE.shape
-  figure, axes = plt.subplots(
-    figsize=(min(2.5 + 0.7 * experts, 16), 1.6 + 0.5 * layers), layout="constrained"
-  )
-  relative_ZE = load_ZE * experts
-  image = axes.imshow(relative_ZE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+@charts.styled
+def _load(result: dict[str, Any]) -> Figure:
+  relative_ZE = np.asarray(result["load_ZE"]) * len(result["load_ZE"][0])
+  layers, experts = relative_ZE.shape
+  figure = Figure((min(2.5 + 0.7 * experts, 16), 1.6 + 0.5 * layers), layout="constrained")
+  axes = figure.subplots()
+  axes.grid(visible=False)
+  image = axes.imshow(relative_ZE, vmin=0, vmax=2)
   if experts <= 16:
+    axes.set_xticks(range(experts))
     for (z, e), value in np.ndenumerate(relative_ZE):
       light = abs(value - 1) > 0.6
       axes.text(e, z, f"{value:.2f}", ha="center", va="center", color="w" if light else "k")
-  axes.set(
-    xlabel="expert", ylabel="layer", yticks=range(layers), yticklabels=result["layers"],
-    title=f"Expert load on the {result['split']} set, 1 = fair share",
-  )  # fmt: skip
-  if experts <= 16:
-    axes.set_xticks(range(experts))
+  title = f"Expert load on the {result['split']} set, 1 = fair share"
+  axes.set(xlabel="expert", ylabel="layer", title=title)
+  axes.set_yticks(range(layers), result["layers"])
   figure.colorbar(image, ax=axes, extend="max", label="load / fair share")
-  return _save(figure, path, "load.png")
+  return figure
 
 
-def _plot_balance(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> str:
-  figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), layout="constrained", sharex=True)
-  for axes, name, scale, label in (
+@charts.styled
+def _balance(name: str, lines: list[dict[str, Any]], result: dict[str, Any]) -> Figure:
+  figure = Figure((7, 5.5), layout="constrained")
+  top, bottom = figure.subplots(2, 1, sharex=True)
+  layers = result["layers"]
+  for axes, metric, scale, unit in (
     (top, "train/max_vio_Z", 1, "MaxVio (0 is balanced)"),
     (bottom, "train/drop_fraction_Z", 100, "assignments dropped, %"),
   ):
-    steps, values = runs.series(lines, name)
-    for z, layer in enumerate(result["layers"]):
-      colour = plt.cm.viridis(z / max(len(result["layers"]) - 1, 1))
-      axes.plot(steps, [scale * v[z] for v in values], color=colour, lw=1, label=f"layer {layer}")
-    axes.set_ylabel(label)
+    steps, value_SZ = runs.series(lines, metric)
+    for z, layer in enumerate(layers if len(steps) else []):
+      colour = matplotlib.colormaps["viridis"](z / max(len(layers) - 1, 1))
+      axes.plot(steps, scale * value_SZ[:, z], color=colour, lw=1, label=f"layer {layer}")
+    axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-  title = f"Balance of the experts in training, {printable(path.name)}"
-  top.set_title(title, parse_math=False)
-  if len(result["layers"]) <= 12:
-    top.legend(frameon=False, ncols=4, fontsize="small")
+  top.set_title(f"Balance of the experts in training, {charts.label(name)}")
+  if len(layers) <= 12:
+    top.legend(ncols=4)
   bottom.set_xlabel("step")
-  return _save(figure, path, "balance.png")
+  return figure

@@ -45,10 +45,10 @@ def spread(values: Iterable[float | np.ndarray | None]) -> Spread | None:
   return Spread(mean=statistics.fmean(numbers), std=std, n=len(numbers))
 
 
-def crossing(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
+def crossing(steps: np.ndarray, losses: np.ndarray, target: float | None) -> float | None:
   """Returns the first step at which a curve, linear between points, is at or below the target."""
-  below = np.flatnonzero(losses <= target + 1e-9)
-  if not len(below):
+  below = np.flatnonzero(losses <= (-math.inf if target is None else target + 1e-9))
+  if target is None or not len(below):
     return None
   i = below[0]
   if i == 0:
@@ -68,12 +68,12 @@ def mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-  """The steps and the time in which an arm reached the target loss."""
+  """The steps and the time to the target loss, and the target arm's own / these."""
 
   steps: Spread
   seconds: Spread | None
-  speedup: float | None = None  # the target arm's own steps / these; None if a seed is missing
-  time_speedup: float | None = None  # the target arm's own seconds / these
+  speedup: float | None = None  # None if a seed is missing
+  time_speedup: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +86,10 @@ class Row:
   difference: Spread | None  # from the target arm, run by run of the same seed
   reached: Reached | None
   tokens_per_s: float | None
-  flops_per_token: float | None  # in training
-  parameters: int | None
-  active_parameters: int | None
   drop: float | None  # share of assignments in the evaluation, mean of layers and seeds
-  train_drop: float | None  # share of assignments late in training, mean of layers and seeds
+  train_drop: float | None  # the same late in training
   max_vio: float | None  # mean of layers and seeds
   dead_experts: float | None  # of all layers, mean of seeds
-  alarms: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +107,10 @@ def evaluated(study: Study) -> str:
   Returns '' if they were not, or not all on the same text.
   """
   kinds = set()
-  for arm in study.arms:
-    for run in arm.finished:
-      result = run.eval
-      stale = "loss" not in result or result.get("step", run.step) < run.step
-      kinds.add("" if stale else f"{result.get('split')} split, {result.get('tokens', 0):,} tokens")
+  for run in (run for arm in study.arms for run in arm.finished):
+    result = run.eval
+    stale = "loss" not in result or result.get("step", run.step) < run.step
+    kinds.add("" if stale else f"{result.get('split')} split, {result.get('tokens', 0):,} tokens")
   return kinds.pop() if len(kinds) == 1 else ""
 
 
@@ -132,87 +127,67 @@ def compare_arms(study: Study) -> Comparison:
   """Computes the numbers of all arms, and compares them with the study's target arm."""
   kind = evaluated(study)
   last = final(kind)
-  by_name = {arm.name: arm for arm in study.arms}
-  target_arm = by_name.get(study.target_arm)
+  base = next((arm for arm in study.arms if arm.name == study.target_arm), None)
   target, own = None, None
-  if target_arm:
-    curve = mean_curve([run.curve() for run in target_arm.finished])
-    finals = spread(run.curve()[1][-1] for run in target_arm.finished if run.validation)
+  if base:
+    finals = spread(run.curve()[1][-1] for run in base.finished if run.validation)
     target = finals.mean if finals and math.isfinite(finals.mean) else None
-    own = _own(target_arm, curve, target)
-  rows = [_arm_row(arm, last, target_arm, target, own) for arm in study.arms]
-  source = f"eval.json: {kind}" if kind else "the last validation in training"
-  return Comparison(rows, target, source)
+    # The target arm itself is there when its mean curve is; single seeds may never be.
+    step = crossing(*mean_curve([run.curve() for run in base.finished]), target)
+    own = reached(base, [step] * len(base.finished))
+  rows = []
+  for arm in study.arms:
+    runs = arm.finished
+    is_base = arm is base
+    steps = [crossing(*run.curve(), target) for run in runs]
+    rates = [np.median(v) for run in arm.runs if len(v := series(run.train, "tokens_per_s")[1])]
+    late_drops = (late(run, "drop_fraction_Z") for run in runs)
+    rows.append(
+      Row(
+        arm=arm,
+        loss=spread(last(run).get("loss") for run in runs),
+        bits_per_byte=mean_of(last(run).get("bits_per_byte") for run in runs),
+        difference=None if is_base or not base else paired(runs, base.finished, last),
+        reached=reached(arm, [step] * len(runs) if is_base else steps, own) if base else None,
+        tokens_per_s=float(np.median(rates)) if rates else None,
+        drop=_mean_over(map(last, runs), "drop_fraction_Z", np.mean),
+        train_drop=mean_of(np.mean(drop_Z) for drop_Z in late_drops if drop_Z is not None),
+        max_vio=_mean_over(map(last, runs), "max_vio_Z", np.mean),
+        dead_experts=_mean_over(map(last, runs), "dead_experts_Z", np.sum),
+      )
+    )
+  return Comparison(rows, target, f"eval.json: {kind}" if kind else "the last validation")
 
 
-def _own(
-  arm: ArmRuns, curve: tuple[np.ndarray, np.ndarray], target: float | None
-) -> Reached | None:
-  """Returns when the target arm's mean curve reaches its final loss; single seeds may not."""
-  step = None if target is None else crossing(*curve, target)
-  if step is None:
-    return None
-  seconds = [run.seconds_at(np.array(step)) for run in arm.finished]
-  return Reached(
-    steps=Spread(mean=step, std=None, n=1), seconds=spread(seconds), speedup=1.0, time_speedup=1.0
-  )
+def reached(arm: ArmRuns, steps: list[float | None], own: Reached | None = None) -> Reached | None:
+  """Returns when an arm reaches the target: the mean over the seeds that do, or None.
 
-
-def reached(arm: ArmRuns, target: float | None, own: Reached | None) -> Reached | None:
-  """Returns when the seeds of an arm reach the target: the mean over those that do, or None.
-
-  `own` is that of the target arm.
+  Args:
+    arm: the arm.
+    steps: at which each of its finished runs is at the target, or None.
+    own: the same of the target arm; by default it is this arm.
   """
-  if target is None:
-    return None
-  steps = [(run, crossing(*run.curve(), target)) for run in arm.finished]
-  steps = [(run, step) for run, step in steps if step is not None]
-  count = spread(step for _, step in steps)
-  time = spread(run.seconds_at(np.array(step)) for run, step in steps)
+  there = [(run, step) for run, step in zip(arm.finished, steps, strict=True) if step is not None]
+  count = spread(step for _, step in there)
   if count is None:
     return None
-  if count.n < len(arm.finished) or own is None or not count.mean:
-    return Reached(steps=count, seconds=time)
-  speedup = own.steps.mean / count.mean
-  if not (time and own.seconds and time.mean):
-    return Reached(steps=count, seconds=time, speedup=speedup)
-  time_speedup = own.seconds.mean / time.mean
-  return Reached(steps=count, seconds=time, speedup=speedup, time_speedup=time_speedup)
-
-
-def _arm_row(
-  arm: ArmRuns,
-  last: Callable[[Run], dict],
-  target_arm: ArmRuns | None,
-  target: float | None,
-  own: Reached | None,
-) -> Row:
-  runs = arm.finished
-
-  def number(name: str) -> Any:
-    return next((run.eval[name] for run in arm.runs if name in run.eval), None)
-
-  def over(name: str, reduce: Callable) -> float | None:
-    return mean_of(reduce(last(run)[name]) for run in runs if last(run).get(name))
-
-  is_target = arm is target_arm
-  rates = [np.median(v) for run in arm.runs if (v := series(run.train, "tokens_per_s")[1])]
-  return Row(
-    arm=arm,
-    loss=spread(last(run).get("loss") for run in runs),
-    bits_per_byte=mean_of(last(run).get("bits_per_byte") for run in runs),
-    difference=None if is_target or not target_arm else paired(runs, target_arm.finished, last),
-    reached=own if is_target else reached(arm, target, own),
-    tokens_per_s=float(np.median(rates)) if rates else None,
-    flops_per_token=number("flops_per_token"),
-    parameters=number("parameters"),
-    active_parameters=number("active_parameters"),
-    drop=over("drop_fraction_Z", np.mean),
-    train_drop=mean_of(d.mean() for run in runs if (d := late(run, "drop_fraction_Z")) is not None),
-    max_vio=over("max_vio_Z", np.mean),
-    dead_experts=over("dead_experts_Z", np.sum),
-    alarms=sum(len(run.alarms) for run in arm.runs),
+  found = Reached(count, spread(run.seconds_at(np.array(step)) for run, step in there))
+  if count.n < len(steps):
+    return found
+  base = own or found
+  return dataclasses.replace(
+    found,
+    speedup=_ratio(base.steps, found.steps),
+    time_speedup=_ratio(base.seconds, found.seconds),
   )
+
+
+def _ratio(base: Spread | None, ours: Spread | None) -> float | None:
+  return base.mean / ours.mean if base and ours and ours.mean else None
+
+
+def _mean_over(results: Iterable[dict], name: str, reduce: Callable) -> float | None:
+  return mean_of(reduce(result[name]) for result in results if result.get(name))
 
 
 def paired(ours: list[Run], theirs: list[Run], last: Callable[[Run], dict]) -> Spread | None:
@@ -225,9 +200,7 @@ def paired(ours: list[Run], theirs: list[Run], last: Callable[[Run], dict]) -> S
 def late(run: Run, name: str) -> np.ndarray | None:
   """Returns the mean of a training metric, of any shape, over the last part of the log lines."""
   values = series(run.train, name)[1]
-  if not values:
-    return None
-  return np.mean(np.array(values[-max(1, round(LATE * len(values))) :], float), axis=0)
+  return values[-max(1, round(LATE * len(values))) :].mean(axis=0) if len(values) else None
 
 
 def mean_of(values: Iterable[Any]) -> Any:

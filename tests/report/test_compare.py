@@ -32,7 +32,7 @@ def test_page_and_markdown_say(finished):
   for words in ("Do experts help?", "7.5x", "1.2x to 2x", "1.7500 ± 0.2121", "275 (1.45x)"):
     assert words in text and words in finished.html
   # A conclusion keeps its numbers together.
-  assert '<p class="conclusion">moe ends lowest, at 1.7500\u00a0±\u00a00.2121' in finished.html
+  assert '<p class="conclusion">Lowest loss: moe, 1.7500\u00a0±\u00a00.2121' in finished.html
   assert "| moe | 5.0 | 15.0 |" in text  # drops by choice
   assert "python train.py --workdir=moe/seed1" in text and "note of moe" in text
   # The fields that differ between arms, and no others.

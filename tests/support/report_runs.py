@@ -118,7 +118,7 @@ def markup_sweep(out, markup):
   for entry in (*record["arms"], *record["runs"]):
     key = "name" if "name" in entry else "arm"
     entry[key] = entry[key].replace("moe", f"moe{markup}|`x`")
-    entry["error"] = f"``` {markup}"
+    entry["error"] = f"```\n{markup}"  # closes a fence of three
     entry["command"] = shlex.quote(markup)
   record["runs"][0]["status"] = "failed"
   record["runs"][1] |= {"status": "stopped", "error": ""}
