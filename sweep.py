@@ -35,7 +35,7 @@ def main(overrides: dict[str, Any]) -> None:
     command_line.check_folder("out", _OUT.value)
   from moe_jax.sweep import runner  # imports jax
 
-  code = runner.run(
+  code = runner.run_sweep(
     _SWEEP.value,
     pathlib.Path(_OUT.value),
     jobs=_JOBS.value,

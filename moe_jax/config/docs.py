@@ -14,7 +14,7 @@ from moe_jax.config.fields import LARGEST_INT, Choice, spelled, walk
 from moe_jax.config.run import Config
 
 
-class Row(NamedTuple):
+class FieldRow(NamedTuple):
   """What is known about a field."""
 
   name: str  # in its section
@@ -24,7 +24,7 @@ class Row(NamedTuple):
   bounds: str
 
 
-def sections() -> Iterator[tuple[str, str, list[Row]]]:
+def documented_sections() -> Iterator[tuple[str, str, list[FieldRow]]]:
   """(name, what it is about, its fields) of each section: "model", "model.moe", and so on."""
   fields = ((*name.rsplit(".", 1), field, default) for name, field, default in walk(Config()))
   for name, members in itertools.groupby(fields, operator.itemgetter(0)):
@@ -32,15 +32,15 @@ def sections() -> Iterator[tuple[str, str, list[Row]]]:
     yield name, inspect.getdoc(operator.attrgetter(name)(Config())) or "", rows
 
 
-def _row(name: str, field: Any, default: Any) -> Row:
+def _row(name: str, field: Any, default: Any) -> FieldRow:
   bounds = field.metadata["bounds"]
-  return Row(name, field.type, spelled(default), field.metadata["help"], str(bounds))
+  return FieldRow(name, field.type, spelled(default), field.metadata["help"], str(bounds))
 
 
 def text() -> str:
   """For --help: a paragraph for each section, a line or two for each field."""
   lines = []
-  for name, about, rows in sections():
+  for name, about, rows in documented_sections():
     lines.append(f"config.{name}: {about}")
     for row in rows:
       words = "|".join(c.value for c in row.kind) if issubclass(row.kind, Choice) else row.bounds
@@ -63,7 +63,7 @@ def markdown() -> str:
     "[`moe_jax/config`](../moe_jax/config).",
   ]
   kinds: dict[type[Choice], None] = {}
-  for name, about, rows in sections():
+  for name, about, rows in documented_sections():
     lines += ["", f"## config.{name}", "", about, ""]
     lines += ["| field | default | meaning | values |", "|---|---|---|---|"]
     for row in rows:

@@ -78,7 +78,9 @@ def _user_text(config: Data) -> Corpus:
         empty.append(name)
 
   labels = text_files.first_folders(files.seen)
-  return Corpus(f"text-{cache.key(*parts)}", read, labels, notes=text_files.describe(config, files))
+  return Corpus(
+    f"text-{cache.key(*parts)}", read, labels, notes=text_files.describe_files(config, files)
+  )
 
 
 # The data sets that are made on this machine; any other name is a data set of TFDS.

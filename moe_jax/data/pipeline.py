@@ -154,7 +154,7 @@ def load_rows(config: Data, split: str) -> Rows:
   stored = cache.build_once(
     cache.directory() / "tokens" / f"{name}-{key}",
     lambda folder: _tokenize(documents, tokenizer, label, folder),
-    token_files.read,
+    token_files.read_tokens,
   )
   return Rows(
     seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains, **stored._asdict()
@@ -169,7 +169,7 @@ def _tokenize(
   sums: collections.Counter[str] = collections.Counter()
   start = time.monotonic()
   encoded = _encoded(documents, tokenizer, label, sums)
-  token_files.write(folder, dtype, tokenizer.separator, encoded)
+  token_files.write_tokens(folder, dtype, tokenizer.separator, encoded)
   empty = sums["empty"]
   left_out = f"; left out {empty:,} documents without text" if empty else ""
   notice(
@@ -253,12 +253,12 @@ def batch_rows(rows: Rows, config: Data, number: int) -> list[int]:
   return [int(order[place]) for place in range(first, first + config.batch_size)]
 
 
-def place(batches: grain.DatasetIterator) -> int:
+def next_number(batches: grain.DatasetIterator) -> int:
   """Returns the number of the batch that the iterator of `train_iterator` gives next."""
   return batches.get_state()["next_index"]
 
 
-def move(batches: grain.DatasetIterator, number: int) -> None:
+def skip_to(batches: grain.DatasetIterator, number: int) -> None:
   """Moves the iterator of `train_iterator`, so that it gives the batch of this number next."""
   batches.set_state(batches.get_state() | {"next_index": number})
 

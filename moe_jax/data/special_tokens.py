@@ -29,7 +29,7 @@ class SpecialTokens(NamedTuple):
   ends: list[int]  # the ids at which the model ends a text
 
 
-def read(folder: pathlib.Path) -> SpecialTokens:
+def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
   """Reads those of the files that a folder has; raises a DamagedError where one is no object."""
   config = files.read_json(folder / CONFIG, _REMEDY)
   if "added_tokens_decoder" not in config:

@@ -118,7 +118,7 @@ def user_files(config: Data) -> UserFiles:
   return UserFiles(path, seen, unread)
 
 
-def describe(config: Data, files: UserFiles) -> tuple[str, ...]:
+def describe_files(config: Data, files: UserFiles) -> tuple[str, ...]:
   """Returns lines that say of which endings files are read, "12 .py, 3 .md", and what is not."""
   endings = collections.Counter(pathlib.PurePath(name).suffix or "others" for name in files.seen)
   kinds = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())

@@ -45,7 +45,9 @@ class Stored(NamedTuple):
   name: Callable[[int], str]
 
 
-def write(folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[Encoded]) -> None:
+def write_tokens(
+  folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[Encoded]
+) -> None:
   """Writes the files into an empty folder, whatever order the documents come in."""
   places, domains, lengths = (array.array("q") for _ in range(3))
   num_bytes = 0
@@ -91,7 +93,7 @@ def _reorder(
   unordered.unlink()
 
 
-def read(folder: pathlib.Path) -> Stored:
+def read_tokens(folder: pathlib.Path) -> Stored:
   """Returns what `write` has written, after comparing it with the checksums.
 
   Raises:

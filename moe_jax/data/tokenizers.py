@@ -108,7 +108,7 @@ class HuggingFace(Tokenizer):
     self._model.no_truncation()  # the file may ask for truncation and padding
     self._model.no_padding()
     self._model.encode_special_tokens = True  # "<s>" in a document is text
-    beside = special_tokens.read(pathlib.Path(path).parent)
+    beside = special_tokens.read_special_tokens(pathlib.Path(path).parent)
     special = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
     more = self._add(beside)
     added = self._model.get_added_tokens_decoder()
@@ -198,7 +198,7 @@ class SentencePiece(Tokenizer):
 
   def __init__(self, path: str):
     self._model = _import("sentencepiece", path).SentencePieceProcessor(model_file=path)
-    self._beside = special_tokens.read(pathlib.Path(path).parent)
+    self._beside = special_tokens.read_special_tokens(pathlib.Path(path).parent)
     size = self._model.vocab_size()
     pieces = [self._model.id_to_piece(i) for i in range(size)]
     own = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}

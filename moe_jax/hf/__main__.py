@@ -109,7 +109,8 @@ def run_check(args: argparse.Namespace) -> None:
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):
     ours = check.streams(made, importing.read_weights(made, mesh, _progress), ids_L)
-  print(check.check_report(check.compare(ours, check.theirs(pathlib.Path(args.folder), ids_L))))
+  theirs = check.theirs(pathlib.Path(args.folder), ids_L)
+  print(check.check_report(check.compare_streams(ours, theirs)))
 
 
 def _mesh(args: argparse.Namespace) -> Mesh:

@@ -17,7 +17,7 @@ from moe_jax.storage.weights import Weights
 _PARTS = 1e-3  # a difference, relative to the largest value, from which two layers are said to part
 
 
-class Comparison(NamedTuple):
+class StreamComparison(NamedTuple):
   """How far ours and theirs are apart."""
 
   kl: float  # nats, mean over tokens: of theirs to ours
@@ -66,11 +66,11 @@ def theirs(folder: pathlib.Path, ids_L: np.ndarray) -> tuple[np.ndarray, list[np
   return logits.float().numpy(), [x.reshape(-1, x.shape[-1]).float().numpy() for x in found]
 
 
-def compare(ours: tuple[Any, list[Any]], other: tuple[Any, list[Any]]) -> Comparison:
+def compare_streams(ours: tuple[Any, list[Any]], other: tuple[Any, list[Any]]) -> StreamComparison:
   """Compares two results of `streams`."""
   (logits, layers), (want, want_layers) = ours, other
   log_p, log_q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x))) for x in (want, logits))
-  return Comparison(
+  return StreamComparison(
     kl=float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
     top_1=float(np.mean(want.argmax(-1) == logits.argmax(-1))),
     logits=_difference(logits, want),
@@ -90,7 +90,7 @@ def ids_of(made: ImportPlan, text: str, most: int) -> np.ndarray:
   return ids
 
 
-def check_report(result: Comparison) -> str:
+def check_report(result: StreamComparison) -> str:
   """Formats a comparison, in one screen."""
   parted = next((i for i, d in enumerate(result.layers) if d > _PARTS), None)
   lines = [

@@ -28,7 +28,7 @@ class Template:
     """Reads the template; raises a UserError where there is none."""
     if not importlib.util.find_spec("jinja2"):
       raise UserError("a chat template needs Jinja: pip install 'moe_jax[tokenizers]'")
-    self._folder, self._special = folder, special_tokens.read(folder).names
+    self._folder, self._special = folder, special_tokens.read_special_tokens(folder).names
     self.text = _template(folder)
 
   def render(self, messages: Messages, begin_answer: bool = True) -> str:

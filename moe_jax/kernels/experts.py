@@ -92,7 +92,7 @@ def _tokamax(implementation: str, *platforms: str) -> ExpertsKernel:
     function=tokamax_experts.implementation(implementation),
     platforms=platforms,
     tried_on=platforms,
-    available=functools.partial(tokamax_experts.missing, implementation),
+    available=functools.partial(tokamax_experts.missing_tokamax, implementation),
   )
 
 

@@ -90,7 +90,7 @@ def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
 
   def on_device(weight: jax.Array) -> jax.Array:
     # Marked before it is gathered, so that a gradient is scattered before it is summed over `data`.
-    return whole(vary(weight, frozenset(sharding.BATCH_AXES)), dimension, axes)[None]
+    return gathered_whole(vary(weight, frozenset(sharding.BATCH_AXES)), dimension, axes)[None]
 
   rest = (None if i == dimension else axis for i, axis in enumerate(spec))
   copied = jax.sharding.PartitionSpec(sharding.BATCH_AXES, *rest)
@@ -102,12 +102,14 @@ def gathered_experts(weights: Experts) -> Experts:
 
   def gathered(name: str, weight: jax.Array | None) -> Any:
     dimension = name.rsplit("_", 1)[-1].find("D")
-    return weight if weight is None or dimension < 0 else whole(weight, dimension, ("fsdp",))
+    if weight is None or dimension < 0:
+      return weight
+    return gathered_whole(weight, dimension, ("fsdp",))
 
   return weights._replace(**{n: gathered(n, w) for n, w in weights._asdict().items()})
 
 
-def whole(weight: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
+def gathered_whole(weight: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
   """Returns, inside shard_map, all of a dimension that mesh axes split; scatters the gradient."""
   stages = [(axis, groups) for axis in reversed(axes) for groups in _stages(_mesh().shape[axis])]
   if not stages:

@@ -16,7 +16,7 @@ from moe_jax.kernels.expert_weights import Experts, with_grouped_matmul
 _OLDEST = (0, 0, 17)  # earlier versions give an expert without rows NaN weight gradients on a GPU
 
 
-def missing(name: str) -> str:
+def missing_tokamax(name: str) -> str:
   """Returns why tokamax's implementation `name` cannot run on the mesh in force; "" if it can."""
   try:
     import tokamax
@@ -43,7 +43,7 @@ def _experts(
   sizes_E: jax.Array,
   activation: Nonlinearity,
 ) -> jax.Array:
-  reason = missing(name)
+  reason = missing_tokamax(name)
   if reason:
     raise UserError(f"config.model.moe.grouped_matmul={name}: {reason}; or set it to auto")
   import tokamax

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax.report import blocks, table
 from moe_jax.report.runs import Run, Study
-from moe_jax.report.table import Comparison, Spread, spread
+from moe_jax.report.table import ArmComparison, Spread, seed_spread
 
 Value = Callable[[Run], float | np.ndarray | None]
 Values = dict[str, dict[int, float]]  # of an arm, of a seed
@@ -35,7 +35,7 @@ def by_seed(study: Study, value: Value, *, experts: bool = False) -> Values:
   }
 
 
-def missing(values: Values) -> str:
+def missing_line(values: Values) -> str:
   """Names the arms that a comparison lacks; '' if it has them all."""
   arms = [name for name, seeds in values.items() if not seeds]
   are = "is" if len(arms) == 1 else "are"
@@ -54,9 +54,9 @@ def lowest(values: Values) -> list[str]:
   return sorted(finite, key=lambda name: mean(values[name]))
 
 
-def difference(ours: dict[int, float], theirs: dict[int, float]) -> Spread | None:
+def difference_text(ours: dict[int, float], theirs: dict[int, float]) -> Spread | None:
   """Returns the Spread of ours minus theirs over the seeds that both have."""
-  return spread(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+  return seed_spread(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
 
 
 def clear(gap: Spread | None) -> bool:
@@ -72,10 +72,10 @@ def names(arms: Sequence[str]) -> str:
   return " and ".join(filter(None, [", ".join(listed[:-1]), *listed[-1:]]))
 
 
-def number(seeds: dict[int, float], digits: int, unit: str) -> str:
+def verdict_number(seeds: dict[int, float], digits: int, unit: str) -> str:
   """Returns 'mean ± deviation unit (3 seeds)'."""
   many = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-  return f"{blocks.plus_minus(spread(seeds.values()), digits)}{unit} ({many})"
+  return f"{blocks.plus_minus(seed_spread(seeds.values()), digits)}{unit} ({many})"
 
 
 def apart(values: Values, digits: int = 4, more: str = "higher") -> str:
@@ -84,7 +84,7 @@ def apart(values: Values, digits: int = 4, more: str = "higher") -> str:
   kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
   groups: dict[str, list[str]] = {kind: [] for kind in kinds}
   clearly, tied, uncertain = groups.values()
-  gaps = {name: difference(values[name], values[best]) for name in others}
+  gaps = {name: difference_text(values[name], values[best]) for name in others}
   for name, gap in gaps.items():
     if gap is None or gap.error is None:
       uncertain.append(f"{name} by {mean(values[name]) - mean(values[best]):.{digits}f}")
@@ -98,7 +98,7 @@ def apart(values: Values, digits: int = 4, more: str = "higher") -> str:
     parts.append("Without two seeds that both arms have, no uncertainty is known.")
   if any(gap and gap.n == 2 for gap in gaps.values()):
     parts.append("With two seeds the standard error is itself a rough guess.")
-  return " ".join(filter(None, [*parts, missing(values)]))
+  return " ".join(filter(None, [*parts, missing_line(values)]))
 
 
 def verdict(
@@ -112,7 +112,7 @@ def verdict(
   signed = {name: {seed: sign * v for seed, v in seeds.items()} for name, seeds in values.items()}
   if not (order := lowest(signed)):
     return ""
-  said = f"{lead}: {order[0]}, {number(values[order[0]], digits, unit)}."
+  said = f"{lead}: {order[0]}, {verdict_number(values[order[0]], digits, unit)}."
   return f"{said} {apart(signed, digits, more)}"
 
 
@@ -122,10 +122,10 @@ def most(lead: str, values: Values, digits: int, unit: str, none: str) -> str:
     return ""
   high = mean(values[order[-1]])
   top = [name for name in order if mean(values[name]) > high - 1e-9]
-  return f"{lead}: {names(top)}, {number(values[top[0]], digits, unit)}." if high else none
+  return f"{lead}: {names(top)}, {verdict_number(values[top[0]], digits, unit)}." if high else none
 
 
-def results(study: Study) -> str:
+def results_verdict(study: Study) -> str:
   """Returns which arm ends with the lowest loss, and how the target arm stands."""
   last = table.final(table.evaluated(study))
   losses = by_seed(study, lambda run: last(run).get("loss"))
@@ -133,8 +133,8 @@ def results(study: Study) -> str:
   lines = [study.no_target, verdict("Lowest loss", losses, unit=_NATS)]
   if len(order) > 2 and target in order[1:]:
     others = [name for name in order if name != target]
-    down = [name for name in others if clear(difference(losses[target], losses[name]))]
-    up = [name for name in others if clear(difference(losses[name], losses[target]))]
+    down = [name for name in others if clear(difference_text(losses[target], losses[name]))]
+    up = [name for name in others if clear(difference_text(losses[name], losses[target]))]
     neither = [name for name in others if name not in (*down, *up)]
     sides = (("clearly lower", down), ("clearly higher", up), ("neither", neither))
     said = (f"{side}: {names(arms)}" for side, arms in sides if arms)
@@ -146,7 +146,7 @@ def results(study: Study) -> str:
   return "\n".join(filter(None, lines))
 
 
-def curves(study: Study, compared: Comparison) -> str:
+def curves(study: Study, compared: ArmComparison) -> str:
   """Returns which arm reaches the target loss in the fewest steps."""
   if (target := compared.target) is None:
     return "No target arm with a finished run: steps and time to a loss are not compared."
@@ -155,16 +155,16 @@ def curves(study: Study, compared: Comparison) -> str:
   reached = {name: found for name, found in rows.items() if found and found.speedup}
   loss = f"the target, {target:.4f} nats per token, with which {own} ends"
   if not reached:
-    return f"No other arm reaches {loss}, in every finished run. {missing(had)}".rstrip()
+    return f"No other arm reaches {loss}, in every finished run. {missing_line(had)}".rstrip()
   steps = by_seed(study, lambda run: table.crossing(*run.curve(), target))
   steps = {name: seeds for name, seeds in steps.items() if name in reached}
   first = lowest(steps)[0]
   said = verdict(f"First at {loss}", steps, 0, " steps", "later")
   fast = f"{first} is {reached[first].speedup:.2f} times as fast as {own}."
-  return f"{said} {fast} {missing(had)}".rstrip()
+  return f"{said} {fast} {missing_line(had)}".rstrip()
 
 
-def failures(study: Study) -> str:
+def failures_line(study: Study) -> str:
   """Returns how many runs did not finish, are damaged, and raised alarms."""
   fine = ("finished", "waiting", "damaged")
   counts = {
@@ -176,7 +176,7 @@ def failures(study: Study) -> str:
   return " ".join(said) or "No run failed and no alarm was raised."
 
 
-def configs(study: Study) -> str:
+def configs_verdict(study: Study) -> str:
   """Returns in which fields the arms differ."""
   fields = list(table.differing(study))
   return f"The arms differ, besides their seeds, in {names(fields) if fields else 'no field'}."
@@ -205,7 +205,7 @@ def balance(study: Study) -> str:
   return "\n".join(filter(None, lines))
 
 
-def capacity(study: Study) -> str:
+def capacity_verdict(study: Study) -> str:
   """Returns which arm loses least between its largest and its smallest capacity factor."""
   factors = {float(p["capacity_factor"]) for _, r in study.runs for p in r.eval.get("capacity", [])}
   if len(factors) < 2:
@@ -237,7 +237,7 @@ def domains(study: Study) -> str:
   for domain in study.domains:
     found = by_seed(study, bits(domain))
     if len(order := lowest(found)) > 1:
-      tied = [n for n in order[1:] if not clear(difference(found[n], found[order[0]]))]
+      tied = [n for n in order[1:] if not clear(difference_text(found[n], found[order[0]]))]
       mark = f" (not clearly below {names(tied)})" if tied else ""
       winners.setdefault(order[0] + mark, []).append(domain)
   lines = [f"Fewest bits per byte in {names(where)}: {arm}." for arm, where in winners.items()]
@@ -249,7 +249,7 @@ def domains(study: Study) -> str:
   elif any(gaps.values()):
     lines.append(f"No router reads later tokens: no gap is above {_GAP:g} nats per token.")
   either = by_seed(study, lambda run: len({"domains", "causal"} & set(run.eval)) or None)
-  return "\n".join(filter(None, [*lines, missing(either)])) if lines else ""
+  return "\n".join(filter(None, [*lines, missing_line(either)])) if lines else ""
 
 
 def specialisation(study: Study) -> str:

@@ -8,7 +8,7 @@ from moe_jax.report import charts, conclusions, table
 from moe_jax.report.blocks import Block, Section, Text
 from moe_jax.report.charts import Line
 from moe_jax.report.runs import ArmRuns, Run, Study, series
-from moe_jax.report.table import Comparison
+from moe_jax.report.table import ArmComparison
 
 _BINS = 40  # points of a curve of training losses, each the mean of its neighbours
 _NOTE = """\
@@ -26,7 +26,7 @@ def flops_at(run: Run, arm: ArmRuns, steps: np.ndarray) -> np.ndarray | None:
   return per_token * tokens * steps if per_token and tokens else None
 
 
-def section(study: Study, compared: Comparison) -> Section:
+def curves_section(study: Study, compared: ArmComparison) -> Section:
   """Returns training losses over steps, and validation losses over steps, FLOPs and time."""
   ways: tuple[tuple[str, str, str, Way], ...] = (
     ("loss_steps", "steps", "step", lambda run, arm, steps: steps),

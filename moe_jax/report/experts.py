@@ -126,7 +126,7 @@ def capacity_section(study: Study) -> Section:
   for arm, points in found.items():
     x = np.array([i for i, factor in enumerate(factors) if factor in points])
     there = [points[factors[i]] for i in x]
-    spreads = [table.spread(point["loss"] for point in same) for same in there]
+    spreads = [table.seed_spread(point["loss"] for point in same) for same in there]
     shares = [[np.mean(p.get("drop_fraction_Z", 0)) for p in same] for same in there]
     dropped = [100 * np.mean(share) for share in shares]
     losses.append(Line(arm, (x, np.array([spread.mean for spread in spreads if spread]))))
@@ -144,7 +144,7 @@ def capacity_section(study: Study) -> Section:
     parts += charts.chart(name, title, lines, x_label, unit, y_range, ticks=ticks)
   title = "Loss ± standard deviation over seeds / dropped in %, at each capacity factor"
   parts.append(Table(title, ["arm", *ticks], rows))
-  return Section("Capacity in evaluation", parts, conclusions.capacity(study))
+  return Section("Capacity in evaluation", parts, conclusions.capacity_verdict(study))
 
 
 def domain_section(study: Study) -> Section:
@@ -161,7 +161,7 @@ def domain_section(study: Study) -> Section:
     ("Causal evaluation: a gap shows that the router read later tokens", causal),
   ):
     spreads = {
-      arm: [table.spread(map(value, arm.finished)) for value in columns.values()]
+      arm: [table.seed_spread(map(value, arm.finished)) for value in columns.values()]
       for arm in study.arms
     }
     rows = [[arm, *map(blocks.plus_minus, row)] for arm, row in spreads.items() if any(row)]

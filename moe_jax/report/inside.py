@@ -19,7 +19,7 @@ gates appear under the pointer. Struck through: no expert took it. Underlined: a
 it."""
 
 
-def section(study: Study) -> Section:
+def inside_section(study: Study) -> Section:
   """Returns the heat maps of the loads, and of each arm a text by its experts."""
   parts: list[Block] = [*picture(study), *excerpts(study)]
   return Section("Inside a run", [Text(_NOTE, small=True), *parts] if parts else [])

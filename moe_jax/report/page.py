@@ -57,7 +57,7 @@ _HTML = _environment(
 )
 
 
-def write(out: pathlib.Path, title: str, sections: list[Section]) -> pathlib.Path:
+def write_pages(out: pathlib.Path, title: str, sections: list[Section]) -> pathlib.Path:
   """Writes report.md, its pictures, and report.html into `out`; returns the path of the last."""
   folder, path = out / FOLDER, out / "report.html"
   with files.storage_errors(folder):

@@ -77,7 +77,7 @@ def is_inside(path: pathlib.Path, root: pathlib.Path) -> bool:
   return pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
-def read(path: pathlib.Path, root: pathlib.Path, sizes: dict[str, int]) -> dict[str, Any]:
+def read_run_files(path: pathlib.Path, root: pathlib.Path, sizes: dict[str, int]) -> dict[str, Any]:
   """Returns the object of a .json file inside `root`; {} if there is none.
 
   `sizes`, by shape letter, are those of the run's files before it; those of this file are added.

@@ -149,12 +149,12 @@ def read_run(
   root = root or workdir
   run, sizes = Run(name=name, seed=0, status=""), dict[str, int]()
   try:
-    run.config = reading.read(workdir / workdir_lib.CONFIG, root, {})
+    run.config = reading.read_run_files(workdir / workdir_lib.CONFIG, root, {})
     run.seed = run.config.get("train.seed", 0)
     metrics = reading.read_lines(workdir / workdir_lib.METRICS, root, sizes)
     alarms = reading.read_lines(workdir / workdir_lib.ALARMS, root, sizes)
-    evaluated = reading.read(workdir / workdir_lib.EVAL, root, sizes)
-    routing = reading.read(workdir / workdir_lib.ROUTING, root, sizes)
+    evaluated = reading.read_run_files(workdir / workdir_lib.EVAL, root, sizes)
+    routing = reading.read_run_files(workdir / workdir_lib.ROUTING, root, sizes)
   except DamagedError as error:
     return dataclasses.replace(run, **fields | {"status": "damaged", "error": str(error)})
   found: dict[str, Any] = {"eval": evaluated, "routing": routing, "alarms": alarms}
@@ -176,7 +176,7 @@ def read_sweep(out: pathlib.Path) -> Study:
   Raises:
     UserError: the folder has no sweep.json with arms.
   """
-  sweep = reading.read(out / reading.SWEEP, out, {})
+  sweep = reading.read_run_files(out / reading.SWEEP, out, {})
   if not sweep.get("arms"):
     raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
   arms = {arm["name"]: ArmRuns(runs=[], **arm) for arm in sweep["arms"]}

@@ -11,7 +11,7 @@ from typing import Any
 from moe_jax.report import blocks, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, Block, Code, Section, Table, Text
 from moe_jax.report.runs import Study
-from moe_jax.report.table import Comparison, Row
+from moe_jax.report.table import ArmComparison, ArmRow
 
 _NOTE = """\
 Loss: nats per token of the language model alone, from {source}; mean ± standard deviation over
@@ -38,7 +38,7 @@ def question(study: Study) -> Section:
   return Section("Question" if lines[0] else "Runs", [*said, count], study.no_target)
 
 
-def results(study: Study, compared: Comparison) -> Section:
+def results(study: Study, compared: ArmComparison) -> Section:
   """Returns the table with a row for each arm, and its notes."""
   rows = [_cells(row, study.target_arm, compared.target) for row in compared.rows]
   notes = [Text(_NOTE.format(source=compared.source), small=True)]
@@ -46,10 +46,10 @@ def results(study: Study, compared: Comparison) -> Section:
     note = _TARGET_NOTE.format(target=compared.target, arm=study.target_arm)
     notes.append(Text(note, small=True))
   shown = Table("", list(rows[0]), [list(row.values()) for row in rows])
-  return Section("Results", [shown, *notes], conclusions.results(study))
+  return Section("Results", [shown, *notes], conclusions.results_verdict(study))
 
 
-def _cells(row: Row, target_arm: str, target: float | None) -> dict[str, Any]:
+def _cells(row: ArmRow, target_arm: str, target: float | None) -> dict[str, Any]:
   """Returns the cells of an arm by the titles of their columns."""
   planned, done = len(row.arm.runs), len(row.arm.finished)
   late = "" if row.train_drop is None else f" ({blocks.percent(row.train_drop)})"
@@ -76,7 +76,7 @@ def _cells(row: Row, target_arm: str, target: float | None) -> dict[str, Any]:
   }
 
 
-def _reached(row: Row, target: float | None) -> tuple[str, str]:
+def _reached(row: ArmRow, target: float | None) -> tuple[str, str]:
   """Returns the cells of the steps and of the time to the target loss."""
   done, found = len(row.arm.finished), row.reached
   if target is None or not done:
@@ -114,7 +114,7 @@ def failures(study: Study) -> Section:
     Table("Alarms", head, alarmed, left=(0, 2, 6)),
   ]
   shown = [part for part in parts if not isinstance(part, Table) or part.rows]
-  return Section("Failures and alarms", shown, conclusions.failures(study))
+  return Section("Failures and alarms", shown, conclusions.failures_line(study))
 
 
 def configs(study: Study) -> Section:
@@ -138,7 +138,7 @@ def configs(study: Study) -> Section:
   ]
   if commands:
     parts.append(Code("Commands of all runs", "\n\n".join(commands)))
-  return Section("Configs and commands", parts, conclusions.configs(study))
+  return Section("Configs and commands", parts, conclusions.configs_verdict(study))
 
 
 def _plain(value: Any) -> str:

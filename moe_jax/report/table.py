@@ -31,7 +31,7 @@ class Spread:
     return None if self.std is None else self.std / math.sqrt(self.n)
 
 
-def spread(values: Iterable[float | np.ndarray | None]) -> Spread | None:
+def seed_spread(values: Iterable[float | np.ndarray | None]) -> Spread | None:
   """Returns the Spread of the values that are not None, or None if there are none.
 
   A value that is not finite is not left out: it makes the mean NaN.
@@ -77,7 +77,7 @@ class Reached:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ArmRow:
   """The numbers of one arm; None if a number is unknown or no run is finished."""
 
   arm: ArmRuns
@@ -93,10 +93,10 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class ArmComparison:
   """The numbers of all arms."""
 
-  rows: list[Row]
+  rows: list[ArmRow]
   target: float | None  # the target loss
   source: str  # the evaluation that the losses of the table come from
 
@@ -123,14 +123,14 @@ def final(kind: str) -> Callable[[Run], dict[str, Any]]:
   return lambda run: run.eval if kind else (run.validation or [{}])[-1]
 
 
-def compare_arms(study: Study) -> Comparison:
+def compare_arms(study: Study) -> ArmComparison:
   """Computes the numbers of all arms, and compares them with the study's target arm."""
   kind = evaluated(study)
   last = final(kind)
   base = next((arm for arm in study.arms if arm.name == study.target_arm), None)
   target, own = None, None
   if base:
-    finals = spread(run.curve()[1][-1] for run in base.finished if run.validation)
+    finals = seed_spread(run.curve()[1][-1] for run in base.finished if run.validation)
     target = finals.mean if finals and math.isfinite(finals.mean) else None
     # The target arm itself is there when its mean curve is; single seeds may never be.
     step = crossing(*mean_curve([run.curve() for run in base.finished]), target)
@@ -143,9 +143,9 @@ def compare_arms(study: Study) -> Comparison:
     rates = [np.median(v) for run in arm.runs if len(v := series(run.train, "tokens_per_s")[1])]
     late_drops = (late(run, "drop_fraction_Z") for run in runs)
     rows.append(
-      Row(
+      ArmRow(
         arm=arm,
-        loss=spread(last(run).get("loss") for run in runs),
+        loss=seed_spread(last(run).get("loss") for run in runs),
         bits_per_byte=mean_of(last(run).get("bits_per_byte") for run in runs),
         difference=None if is_base or not base else paired(runs, base.finished, last),
         reached=reached(arm, [step] * len(runs) if is_base else steps, own) if base else None,
@@ -156,7 +156,7 @@ def compare_arms(study: Study) -> Comparison:
         dead_experts=_mean_over(map(last, runs), "dead_experts_Z", np.sum),
       )
     )
-  return Comparison(rows, target, f"eval.json: {kind}" if kind else "the last validation")
+  return ArmComparison(rows, target, f"eval.json: {kind}" if kind else "the last validation")
 
 
 def reached(arm: ArmRuns, steps: list[float | None], own: Reached | None = None) -> Reached | None:
@@ -168,10 +168,10 @@ def reached(arm: ArmRuns, steps: list[float | None], own: Reached | None = None)
     own: the same of the target arm; by default it is this arm.
   """
   there = [(run, step) for run, step in zip(arm.finished, steps, strict=True) if step is not None]
-  count = spread(step for _, step in there)
+  count = seed_spread(step for _, step in there)
   if count is None:
     return None
-  found = Reached(count, spread(run.seconds_at(np.array(step)) for run, step in there))
+  found = Reached(count, seed_spread(run.seconds_at(np.array(step)) for run, step in there))
   if count.n < len(steps):
     return found
   base = own or found
@@ -194,7 +194,7 @@ def paired(ours: list[Run], theirs: list[Run], last: Callable[[Run], dict]) -> S
   """Returns the Spread of differences in loss, ours minus theirs, of runs with the same seed."""
   other = {run.seed: last(run).get("loss") for run in theirs}
   pairs = [(last(run).get("loss"), other.get(run.seed)) for run in ours]
-  return spread(a - b for a, b in pairs if a is not None and b is not None)
+  return seed_spread(a - b for a, b in pairs if a is not None and b is not None)
 
 
 def late(run: Run, name: str) -> np.ndarray | None:

@@ -13,19 +13,19 @@ from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep.plan import Plan, PlannedRun
 
 
-def read(out: pathlib.Path) -> dict[str, Any]:
+def read_record(out: pathlib.Path) -> dict[str, Any]:
   """Returns the record in a sweep's folder, or {} if there is none.
 
   Raises:
     DamagedError: it is damaged, of something else, or of a newer moe_jax.
   """
-  record = reading.read(out / reading.SWEEP, out, {})
+  record = reading.read_run_files(out / reading.SWEEP, out, {})
   for number, entry in enumerate(record.get("runs", [])):
     reading.read_entry(out, number, entry)
   return record
 
 
-def write(out: pathlib.Path, record: dict[str, Any]) -> None:
+def write_record(out: pathlib.Path, record: dict[str, Any]) -> None:
   """Writes the record; raises a StorageError, and leaves the old one, where it cannot."""
   files.write_json(out / reading.SWEEP, record)
 

@@ -189,7 +189,7 @@ class Runner:
 
   def _save(self) -> None:
     try:
-      record_lib.write(self._out, self._record)
+      record_lib.write_record(self._out, self._record)
     except StorageError as error:
       self._stop_starting(error)
 
@@ -222,7 +222,7 @@ class Runner:
     say("; ".join(parts))
 
 
-def run(
+def run_sweep(
   path: str,
   out: pathlib.Path,
   *,
@@ -261,7 +261,8 @@ def run(
       raise UserError(f"{script} is not in this folder; run sweep.py in the folder that has it")
   if out.exists() and not out.is_dir():
     raise UserError(f"--out={out} is no folder; name another one")
-  record_lib.read(out)  # so that a damaged one is refused before anything is planned or written
+  # A damaged one is refused before anything is planned or written.
+  record_lib.read_record(out)
   plan = plan_lib.make_plan(path, out, arms=arms, seeds=seeds, overrides=overrides)
   if dry_run:
     print(plan_lib.dry_run(plan, f" --cache_dir={shlex.quote(cache_dir)}" if cache_dir else ""))
@@ -272,7 +273,7 @@ def run(
   with locked(out):
     check_places(plan)
     # Read again, because another sweep may have ended since.
-    record = record_lib.make_record(plan, record_lib.read(out))
+    record = record_lib.make_record(plan, record_lib.read_record(out))
     return Runner(plan, record, jobs).run()
 
 

@@ -64,7 +64,7 @@ class Loop:
     # The seconds for which saving has stopped the training so far.
     self.save_seconds = self.writer.last("train/save_seconds") if self.writer else 0.0
     self.batches, self.rows = batches, rows
-    self.next_batch = pipeline.place(batches)  # number of the batch of the first step
+    self.next_batch = pipeline.next_number(batches)  # number of the batch of the first step
     self.mark = 0.0  # the clock when `seconds` was last updated
     self.window_seconds = self.seconds  # the value of `seconds` at the last line that was logged
     self.window_steps = 0  # steps since that line

@@ -49,12 +49,12 @@ def replay(config: Config, workdir: str, step: int) -> None:
       reader.close()
     else:
       state = begin_state(setup, init_from.find_source("", False, path, config))
-    pipeline.move(batches, next_after(start, next_batch, workdir_lib.rewinds(path)))
+    pipeline.skip_to(batches, next_after(start, next_batch, workdir_lib.rewinds(path)))
     print(f"step {step} again, from step {start}", flush=True)
     take = compile_step(setup, donate=False)
     for _ in range(start + 1, step):
       state, _ = take(state, sharding.to_global(next(batches), setup.mesh))
-    numbers = pipeline.batch_rows(text.train, config.data, pipeline.place(batches))
+    numbers = pipeline.batch_rows(text.train, config.data, pipeline.next_number(batches))
     batch = sharding.to_global(next(batches), setup.mesh)
     _, values = take(state, batch)
     broken = [n for n, value in jax.device_get(values).items() if not np.isfinite(value).all()]

@@ -219,7 +219,7 @@ def _train(
       fingerprint = text.train.tokenizer.fingerprint
       workdir_lib.inherit(path, workdir_lib.open_path(source.workdir), fingerprint)
   batches = text.batches(config)
-  pipeline.move(batches, next_after(start, next_batch, rewinds))
+  pipeline.skip_to(batches, next_after(start, next_batch, rewinds))
   profiler = profiling.Profiler(window, path, start)
   loop = Loop(setup, path, saver, start, profiler, batches, text.train)
   evaluator = Evaluator(config, text.validation, setup.mesh, config.eval.batches)

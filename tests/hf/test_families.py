@@ -219,7 +219,7 @@ def checked(pair):
 
 def test_check_finds_them_equal(checked):
   pair = checked
-  result = check.compare(pair.streams, pair.their_streams)
+  result = check.compare_streams(pair.streams, pair.their_streams)
   assert result.top_1 == 1 and abs(result.kl) < 1e-6 and result.logits < 1e-5
   assert len(result.layers) == pair.model.num_layers + 1 and max(result.layers) < 1e-5
   assert "they agree" in check.check_report(result)
@@ -238,7 +238,7 @@ def test_check_finds_the_layer_in_which_they_part(checked):
   ids_L = hf_models.tokens()[0]
   with jax.set_mesh(pair.mesh):
     ours = check.streams(pair.made, pair.weights._replace(params=params), ids_L)
-  result = check.compare(ours, pair.their_streams)
+  result = check.compare_streams(ours, pair.their_streams)
   assert max(result.layers[:2]) < 1e-5 < 1e-3 < result.layers[2]
   assert "they part          in layer 1, by" in check.check_report(result)
 
@@ -285,7 +285,7 @@ def test_the_text_model_beside_one_of_images(stacked, tmp_path):
   mesh, ids_L = mesh_of(), hf_models.tokens()[0]
   with jax.set_mesh(mesh):
     ours = check.streams(made, importing.read_weights(made, mesh), ids_L)
-  assert check.compare(ours, check.theirs(tmp_path, ids_L)).logits < 1e-5
+  assert check.compare_streams(ours, check.theirs(tmp_path, ids_L)).logits < 1e-5
 
 
 def stack_experts(path, experts):

@@ -34,7 +34,9 @@ def test_first_steps_do_not_flatten_the_rest():
 
 def test_losses_share_a_scale(tmp_path):
   found = runs.read_sweep(report_runs.sweep(tmp_path))
-  drawn = [b for b in curves.section(found, table.compare_arms(found)).blocks if hasattr(b, "svg")]
+  drawn = [
+    b for b in curves.curves_section(found, table.compare_arms(found)).blocks if hasattr(b, "svg")
+  ]
   assert [chart.name for chart in drawn] == ["loss_training", "loss_steps", "loss_time"]
   x_labels = ("step", "step", "seconds of training")
   ticks = [

@@ -24,26 +24,26 @@ def study(losses, target="", **metrics):
 
 
 def test_a_clear_win():
-  assert conclusions.results(study(CLEAR)) == (
+  assert conclusions.results_verdict(study(CLEAR)) == (
     "Lowest loss: a, 1.2000 ± 0.2000 nats per token (3 seeds). "
     "Clearly higher: b by 0.5000 ± 0.0058."
   )
 
 
 def test_a_tie():
-  said = conclusions.results(study(TIE))
+  said = conclusions.results_verdict(study(TIE))
   assert said.endswith("Not clearly higher: b by 0.1000 ± 0.2309.")
 
 
 def test_one_seed():
-  said = conclusions.results(study({"a": (1.0,), "b": (1.5,)}))
+  said = conclusions.results_verdict(study({"a": (1.0,), "b": (1.5,)}))
   assert "1.0000 nats per token (one seed)" in said and "±" not in said
   assert "Higher, uncertain: b by 0.5000." in said
   assert said.endswith("no uncertainty is known.")
 
 
 def test_two_seeds_are_few():
-  said = conclusions.results(study({"a": (1.0, 1.2), "b": (1.5, 1.71)}))
+  said = conclusions.results_verdict(study({"a": (1.0, 1.2), "b": (1.5, 1.71)}))
   assert "Clearly higher: b" in said and said.endswith(
     "the standard error is itself a rough guess."
   )
@@ -51,21 +51,21 @@ def test_two_seeds_are_few():
 
 def test_three_arms_and_a_target():
   third = CLEAR | {"c": (1.1, 1.1, 1.45)}  # c - a: 0.1, -0.1, 0.05
-  said = conclusions.results(study(third, target="b"))
+  said = conclusions.results_verdict(study(third, target="b"))
   assert "Not clearly higher: c by" in said and "Clearly higher: b by" in said
   assert "Against b, clearly lower: a and c." in said  # c - b: -0.4, -0.61, -0.44
 
 
 def test_nothing_finished_and_one_arm():
-  assert conclusions.results(Study(title="t", arms=[ArmRuns(name="a", runs=[])])) == (
+  assert conclusions.results_verdict(Study(title="t", arms=[ArmRuns(name="a", runs=[])])) == (
     conclusions.NOTHING
   )
-  said = conclusions.results(study({"a": (1.0, 1.2)}))
+  said = conclusions.results_verdict(study({"a": (1.0, 1.2)}))
   assert said.endswith("There is no other arm to compare it with.")
 
 
 def test_a_divergence_is_said():
-  said = conclusions.results(study({"a": (1.0, 1.1), "b": (float("nan"), 1.0)}))
+  said = conclusions.results_verdict(study({"a": (1.0, 1.1), "b": (float("nan"), 1.0)}))
   assert said.startswith("Lowest loss: a,") and "loss of b is not a finite number" in said
 
 
@@ -73,7 +73,7 @@ def test_seeds_that_no_two_arms_share():
   found = study(CLEAR)
   for run in found.arms[1].runs:
     run.seed += 10
-  assert "no uncertainty is known" in conclusions.results(found)
+  assert "no uncertainty is known" in conclusions.results_verdict(found)
 
 
 def test_steps_to_the_target():
@@ -111,7 +111,9 @@ def test_capacity_domains_and_causality():
       run.eval = {"capacity": points, "causal": {"gap": gap}}
       run.eval["domains"] = {"code": {"bits_per_byte": cost}, "prose": {"bits_per_byte": -cost}}
       run.routing = {"domain_separation_Z": [cost]}
-  assert "factor of 1, against no limit, costs least: a, 0.1000" in conclusions.capacity(found)
+  assert "factor of 1, against no limit, costs least: a, 0.1000" in conclusions.capacity_verdict(
+    found
+  )
   said = conclusions.domains(found)
   assert "in code: a." in said and "in prose: b." in said
   assert "routers of b read later tokens" in said and "gap: b, 0.0500" in said
@@ -131,11 +133,11 @@ def test_arms_without_a_usable_run_are_named_where_they_could_have_a_number():
   never = ArmRuns(name="d", runs=[], overrides={"model.moe.num_experts": 0})
   found.arms += [ArmRuns(name="c", runs=[lost]), never]
   compared = table.compare_arms(found)
-  for said in (conclusions.results(found), conclusions.curves(found, compared),
+  for said in (conclusions.results_verdict(found), conclusions.curves(found, compared),
                conclusions.domains(found)):  # fmt: skip
     assert said.count("c and d are missing here, without a usable run") == 1, said
     assert "Not every finished run" not in said
-  for conclude in (conclusions.balance, conclusions.capacity, conclusions.specialisation):
+  for conclude in (conclusions.balance, conclusions.capacity_verdict, conclusions.specialisation):
     assert conclude(found).count(" missing here") == conclude(found).count("c is missing here") == 1
 
 

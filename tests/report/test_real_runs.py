@@ -122,7 +122,7 @@ def swept(real, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   path, _ = real_runs.plan(tmp_path, real.parent / "real_text")
   fields = real_runs.fields(real.parent / "real_text")
-  return out, lambda: runner.run(
+  return out, lambda: runner.run_sweep(
     path, out, jobs=1, dry_run=False, arms=(), seeds=(), overrides=fields
   )
 

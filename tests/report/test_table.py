@@ -67,7 +67,7 @@ def test_where_a_curve_crosses_a_target(losses, target, expected):
 
 @pytest.mark.parametrize("values", [[], [None]], ids=str)
 def test_nothing_has_no_spread(values):
-  assert table.spread(values) is None
+  assert table.seed_spread(values) is None
 
 
 @pytest.mark.parametrize(("values", "text"), [
@@ -76,7 +76,7 @@ def test_nothing_has_no_spread(values):
   ([1.0, math.nan], "nan"),  # a divergence is not left out
 ])  # fmt: skip
 def test_a_spread_is_written_as_mean_and_deviation(values, text):
-  assert blocks.plus_minus(table.spread(values)) == text
+  assert blocks.plus_minus(table.seed_spread(values)) == text
 
 
 def test_losses_are_of_eval_json_if_all_runs_have_one_of_their_last_step(tmp_path):

@@ -79,8 +79,15 @@ class Fakes:
   def sweep(self, arms, jobs=1, overrides=None, names=(), **more):
     path = write_sweep(self.folder, arms, seeds=(0,), **more)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-      code = runner.run(path, pathlib.Path("out"), jobs=jobs, dry_run=False, arms=names, seeds=[],
-                        overrides=overrides or {})  # fmt: skip
+      code = runner.run_sweep(
+        path,
+        pathlib.Path("out"),
+        jobs=jobs,
+        dry_run=False,
+        arms=names,
+        seeds=[],
+        overrides=overrides or {},
+      )
     record = json.loads(pathlib.Path("out/sweep.json").read_text())
     logs = {
       log.parent.parent.name: log.read_text(errors="replace")
