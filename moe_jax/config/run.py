@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.choices import (
@@ -16,7 +17,7 @@ from moe_jax.config.choices import (
   OptimizerName,
   Schedule,
 )
-from moe_jax.config.fields import LARGEST_SEED, Section, flatten, from_plain, option, plain
+from moe_jax.config.fields import LARGEST_SEED, Section, flatten, from_plain, option, plain, walk
 from moe_jax.config.model import Model
 from moe_jax.errors import UserError
 
@@ -29,7 +30,7 @@ _SAME_MODEL = (
 _REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Data(Section):
   """The text, how it is cut into rows, and who reads it."""
 
@@ -48,7 +49,7 @@ class Data(Section):
   threads: int = option(4, "Threads of each process that read rows.", at_least=1, at_most=256)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Loss(Section):
   """Weights of the terms beside the cross entropy (docs/routing.md); 0 leaves a term out."""
 
@@ -64,7 +65,7 @@ class Loss(Section):
   z: float = option(0.0, "Size of the output logits (PaLM: 1e-4).", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer(Section):
   """The update of the weights, and its learning rate over the run."""
 
@@ -87,7 +88,7 @@ class Optimizer(Section):
   clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 is no limit.", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Train(Section):
   """How long a run is, and how often it says and saves something."""
 
@@ -105,7 +106,7 @@ class Train(Section):
   keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Health(Section):
   """When training raises an alarm. A limit of 0 never does. Layers are looked at one by one."""
 
@@ -133,7 +134,7 @@ class Health(Section):
   rewind_limit: int = option(3, "Rewinds of a run before it ends.", at_least=1)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Eval(Section):
   """How much of the held-out text is evaluated at a time."""
 
@@ -142,7 +143,7 @@ class Eval(Section):
   final_batches: int = option(0, "The same for eval.py, of any split.", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh(Section):
   """Devices along each axis; their product is all devices (docs/guide.md)."""
 
@@ -152,7 +153,7 @@ class Mesh(Section):
   tensor: int = option(1, "Parts of heads, vocabulary and hidden widths.", at_least=1)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config(Section):
   model: Model = dataclasses.field(default_factory=Model)
   data: Data = dataclasses.field(default_factory=Data)
@@ -162,6 +163,32 @@ class Config(Section):
   health: Health = dataclasses.field(default_factory=Health)
   eval: Eval = dataclasses.field(default_factory=Eval)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+
+def override(config: Config, fields: Mapping[str, Any], where: str = "override") -> Config:
+  """Returns another config with {"model.moe.top_k": 1, "mesh": Mesh(expert=2), ...}; not validated.
+
+  Args:
+    config: is left as it is.
+    fields: values by name: a section, a word as config.json has it, or a member of its enum.
+    where: begins the UserError about a field that there is not.
+  """
+  known = {name: field for name, field, _ in walk(config)}
+  for name, value in fields.items():
+    if isinstance(value, Section):
+      leaves = {f"{name}.{leaf}": leaf_value for leaf, _, leaf_value in walk(value)}
+      config = override(config, leaves, where)
+    elif name in known:
+      config = _replace(config, name, from_plain(known[name], name, plain(value)))
+    else:
+      raise UserError(unknown_field(name, where))
+  return config
+
+
+def _replace(section: Any, name: str, value: Any) -> Any:
+  first, _, rest = name.partition(".")
+  new = _replace(getattr(section, first), rest, value) if rest else value
+  return dataclasses.replace(section, **{first: new})
 
 
 def changes(base: Config, config: Config) -> dict[str, Any]:

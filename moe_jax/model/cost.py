@@ -1,6 +1,7 @@
 """The cost of a config, computed from shapes: parameters, FLOPs per token, memory per device."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax import sharding
 from moe_jax.config import Config, GroupedMatmul, Mesh, Model
-from moe_jax.config.fields import cached, flatten
+from moe_jax.config.fields import flatten
 from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 from moe_jax.model.pattern import bias_shape, layer_kinds, moe_layers
@@ -182,7 +183,7 @@ def _abstract_mesh(mesh: Mesh) -> jax.sharding.AbstractMesh:
   return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=types)
 
 
-@cached  # a start asks twice, and tracing takes a second
+@functools.cache  # a start asks twice, and tracing takes a second
 def activation_bytes(config: Config) -> float:
   """Returns the bytes per device that the forward pass saves for the backward pass.
 

@@ -5,16 +5,15 @@ the width of a feed-forward, so a division gives the width that matches; then it
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
-from moe_jax.config import Config, Data, Loss, MoE
-from moe_jax.config.fields import cached
+from moe_jax.config import Config, Data, Loss, MoE, override
 from moe_jax.errors import UserError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
 from moe_jax.moe import validation
-from moe_jax.start import command_line
 
 _COUNTS = {  # by: (field of cost.Counts, its name in messages)
   "active_params": ("active", "active parameters"),
@@ -52,7 +51,7 @@ class Match:
     twin, field = self._start(reference)
     step = math.lcm(self.multiple_of, reference.mesh.tensor)
     width, comparison = self._by_count(reference, twin, field, step)
-    twin = command_line.override(twin, {field: width}, str(self))
+    twin = override(twin, {field: width}, str(self))
     validation.validate(twin)
     note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
     layers = reference.model.num_layers
@@ -68,7 +67,7 @@ class Match:
     """Returns the twin before its width is solved, and the field of the width."""
     if self.kind == "moe":
       fields = {f"model.moe.{name}": value for name, value in self.fields}
-      twin = command_line.override(reference, fields, str(self))
+      twin = override(reference, fields, str(self))
       if not twin.model.moe.num_experts:
         raise UserError(
           f"{self}: the config is dense; give the number of experts, such as num_experts=8"
@@ -135,7 +134,7 @@ def cached_count(config: Config) -> cost.Counts:
   return _count(counted)
 
 
-_count = cached(cost.count)
+_count = functools.cache(cost.count)
 
 
 def sizes(config: Config) -> str:
@@ -153,7 +152,7 @@ def _nearest(
   """Returns the multiple of `step` with the nearest count, its count, and the reference's."""
 
   def at(width: int) -> float:
-    return getattr(cached_count(command_line.override(twin, {field: width}, "match")), name)
+    return getattr(cached_count(override(twin, {field: width}, "match")), name)
 
   target, first, second = getattr(cached_count(reference), name), at(step), at(2 * step)
   width = step * max(1, round(1 + (target - first) / (second - first)))

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Config, Dispatch, Mesh, QKNorm
+from moe_jax.config import Config, Dispatch, Mesh, QKNorm, override
 from moe_jax.config.fields import Choice, flatten, walk
 from moe_jax.config.run import from_json, to_json
 from moe_jax.errors import UserError
 from moe_jax.moe import validation
-from moe_jax.start import command_line
 from tests.support.toys import ROOT, lower_step, set_up, slow_unless, toy_batch, toy_config
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -93,8 +92,8 @@ def test_a_stored_cache_folder_is_dropped():
 
 def test_an_int_becomes_a_float_where_one_belongs():
   config = from_json('{"loss": {"z": 1}, "train": {"steps": 2}}')
-  config.model.moe.capacity_factor = 2
-  config.loss = dataclasses.replace(config.loss, load_balance=0)
+  config = override(config, {"model.moe.capacity_factor": 2})
+  config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, load_balance=0))
   for value in (config.loss.z, config.model.moe.capacity_factor, config.loss.load_balance):
     assert type(value) is float
   assert type(config.train.steps) is int
@@ -136,27 +135,35 @@ def test_what_needs_no_jax():
 
 
 def test_no_field_is_optional():
-  for section in command_line.sections(Config()):
-    for field in dataclasses.fields(section[1]):
-      assert isinstance(field.type, type), field
+  for name, field, _ in walk(Config()):
+    assert isinstance(field.type, type), name
 
 
 def shrink(config):
   """The same structure in a few thousand parameters: pattern, routing, precision and remat stay."""
   model, moe = config.model, config.model.moe
-  model.num_kv_heads, model.num_heads = 2, 2 * model.num_heads // model.num_kv_heads
-  model.dim, model.head_dim, model.ffn_dim, model.vocab_size = 16, 4, 8, 264
-  model.num_layers = moe.first_dense + 2 * moe.every
-  moe.expert_dim, moe.group_size = 8, min(moe.group_size, 16)
-  config.data.seq_len, config.data.batch_size = 16, 8
-  return config
+  return override(
+    config,
+    {
+      "model.num_kv_heads": 2,
+      "model.num_heads": 2 * model.num_heads // model.num_kv_heads,
+      "model.dim": 16,
+      "model.head_dim": 4,
+      "model.ffn_dim": 8,
+      "model.vocab_size": 264,
+      "model.num_layers": moe.first_dense + 2 * moe.every,
+      "model.moe.expert_dim": 8,
+      "model.moe.group_size": min(moe.group_size, 16),
+      "data.seq_len": 16,
+      "data.batch_size": 8,
+    },
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_every_config_can_be_traced(name):
-  config = shrink(load(name))
-  config.mesh = Mesh(data=8)
+  config = override(shrink(load(name)), {"mesh": Mesh(data=8)})
   lower_step(config)
 
 
