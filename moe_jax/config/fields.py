@@ -42,30 +42,16 @@ class Bounds(NamedTuple):
     return "" if in_range else f"is out of float32's range, {_SMALLEST} to {_LARGEST}"
 
   def __str__(self) -> str:
-    bounds = {
-      "at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below
-    }  # fmt: skip
+    limits = zip(("at least", "above", "at most", "below"), self, strict=False)
     words = " and ".join(
-      f"{word} {n if isinstance(n, int) else f'{n:g}'}"
-      for word, n in bounds.items()
-      if -math.inf < n < math.inf
+      f"{word} {n if isinstance(n, int) else f'{n:g}'}" for word, n in limits if math.isfinite(n)
     )
     return words + "; inf is no limit" * self.infinite
 
 
-def option(
-  default: T,
-  help: str,
-  *,
-  at_least: float = -math.inf,
-  above: float = -math.inf,
-  at_most: float = math.inf,
-  below: float = math.inf,
-  infinite: bool = False,
-) -> T:
-  """A field of a section: its default, what it means, and what a number may be."""
-  bounds = Bounds(at_least, above, at_most, below, infinite)
-  return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+def option(default: T, help: str, **bounds: Any) -> T:
+  """A field of a section: its default, what it means, and the Bounds of a number."""
+  return dataclasses.field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
 
 
 class Section:

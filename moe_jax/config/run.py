@@ -3,11 +3,10 @@
 docs/config.md lists every field, from what stands here: `python -m moe_jax.config.docs`.
 """
 
-import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.config.choices import (
@@ -218,42 +217,36 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
   """Inverse of `to_json`. An unknown field is an error; a missing one takes its default."""
-
-  def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    built = {}
-    for name, value in values.items():
-      if name not in fields:
-        raise UserError(unknown_field(prefix + name, "config.json"))
-      kind = fields[name].type
-      if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        built[name] = build(kind, value, f"{prefix}{name}.")
-      else:
-        built[name] = from_plain(fields[name], prefix + name, value)
-    return cls(**built)
-
-  return build(Config, upgraded(json.loads(text)), "")
+  return override(Config(), upgraded(json.loads(text)), "config.json")
 
 
 def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
-  """The values of a config.json of any format, as `to_json` would write them, without a number."""
-  values = copy.deepcopy(stored)
+  """Returns {field: value} of a config.json of any format, with values as `to_json` writes them."""
+  values = dict(_leaves(stored))
   number = values.pop("format", 0)
   values.pop("digest", None)  # which files.read_json has looked at
   if number > _FORMAT:
     raise UserError(f"config.json is of format {number}, made by a newer moe_jax; update this one")
-  moe = values.get("model", {}).get("moe", {})
-  for name in ("capacity_factor", "eval_capacity_factor"):
-    if number < 1 and moe.get(name) == 0:  # format 0, which has no number, wrote no limit as 0
-      moe[name] = "inf"
-  model = values.get("model", {})
-  if number < 3 and isinstance(model.get("qk_norm"), bool):
-    model["qk_norm"] = "head" if model["qk_norm"] else "none"
-  if number < 4 and "latent" in model and "norm_eps" in model:  # one field was for all norms
-    model["latent"].setdefault("norm_eps", model["norm_eps"])
+  for name in ("model.moe.capacity_factor", "model.moe.eval_capacity_factor"):
+    if number < 1 and values.get(name) == 0:  # format 0, which has no number, wrote no limit as 0
+      values[name] = "inf"
   if number < 2:  # the cache holds programs that are run, so only the user may name it
-    values.get("data", {}).pop("cache_dir", None)
+    values.pop("data.cache_dir", None)
+  if number < 3 and isinstance(norm := values.get("model.qk_norm"), bool):
+    values["model.qk_norm"] = "head" if norm else "none"
+  has_latents = any(name.startswith("model.latent.") for name in values)
+  if number < 4 and has_latents and "model.norm_eps" in values:  # one field was for all norms
+    values.setdefault("model.latent.norm_eps", values["model.norm_eps"])
   return values
+
+
+def _leaves(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """{"model": {"dim": 8}} -> ("model.dim", 8)."""
+  for name, value in nested.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
 
 
 def field_names() -> list[str]:
@@ -264,12 +257,9 @@ def unknown_field(name: str, where: str) -> str:
   if name in _REMOVED:
     return f"{where}: there is no field config.{name}; {_REMOVED[name]}"
   names = field_names()
-  leaf = name.rsplit(".", 1)[-1]
+  leaves = {full.rsplit(".", 1)[-1]: full for full in reversed(names)}
   close = difflib.get_close_matches(name, names, 1, 0.75) or [
-    full
-    for near in difflib.get_close_matches(leaf, [n.rsplit(".", 1)[-1] for n in names], 1, 0.5)
-    for full in names
-    if full.rsplit(".", 1)[-1] == near
+    leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.5)
   ]
   near = f"; the nearest is config.{close[0]}" if close else ""
   return f"{where}: there is no field config.{name}{near}"

@@ -119,7 +119,6 @@ def _check_quantization(theirs: Mapping[str, Any], where: str) -> None:
 
 def _config(model: Model, mesh: Mesh, theirs: Mapping[str, Any], folder: pathlib.Path) -> Config:
   """Returns the config of the workdir: their model, without dropped tokens as there."""
-  moe = dataclasses.replace(model.moe, dispatch=Dispatch.GROUPED)
   found = sorted(path.name for path in folder.iterdir() if re.match(_TOKENIZER, path.name))
   named = next((name for name in (files.TOKENIZER, files.SENTENCEPIECE) if name in found), "")
   if found and not named:
@@ -131,8 +130,8 @@ def _config(model: Model, mesh: Mesh, theirs: Mapping[str, Any], folder: pathlib
   coefficient = theirs.get("router_aux_loss_coef")
   balance = float(coefficient) * model.moe.top_k if isinstance(coefficient, int | float) else 0.0
   loss = Loss(load_balance=balance if model.moe.num_experts else 0.0, router_z=0.0)
-  model = dataclasses.replace(model, moe=moe)
-  return Config(model=model, mesh=mesh, data=data, loss=loss)
+  config = Config(model=model, mesh=mesh, data=data, loss=loss)
+  return override(config, {"model.moe.dispatch": Dispatch.GROUPED})
 
 
 def _fit_rows(config: Config, longest: Any) -> Config:

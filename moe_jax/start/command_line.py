@@ -30,8 +30,6 @@ from moe_jax.errors import StorageError, UserError, end, is_storage, notice
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
-_CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
-
 
 class Parser(argparse.ArgumentParser):
   """Reads sys.argv; a mistake in it is a UserError. Every command has the flag --cache_dir.
@@ -45,11 +43,9 @@ class Parser(argparse.ArgumentParser):
     style, none = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS
     super().__init__(description=doc, usage=none, allow_abbrev=False, formatter_class=style)
     self._fields = fields
-    self.flag("cache_dir", "", _CACHE_DIR)
+    self.flag("cache_dir", "", "folder of tokens and programs ($MOE_JAX_CACHE or the user's cache)")
 
-  def flag(
-    self, name: str, default: Any, help: str, choices: Sequence[str] | None = None, **bounds: Any
-  ) -> None:
+  def flag(self, name: str, default: Any, help: str, choices: Any = None, **bounds: Any) -> None:
     """Adds --NAME, of the type of its default.
 
     Where that is False the flag has no value; a list is words with commas between them.
@@ -73,8 +69,7 @@ class Parser(argparse.ArgumentParser):
   def multihost_flags(self) -> None:
     """Adds those of a script that can be one of several processes."""
     self.flag("multihost", False, "this is one of several processes")
-    what = "with --multihost: seconds until a silent process counts as lost"
-    self.flag("peer_timeout", 60.0, what, at_least=5)
+    self.flag("peer_timeout", 60.0, "seconds until a silent process of several is lost", at_least=5)
 
   def read(self) -> argparse.Namespace:
     """Returns the arguments, and sets the cache and the logging of this process."""
@@ -240,9 +235,8 @@ def _explain(error: BaseException, path: str) -> str:
       f"{frame.filename}:{frame.lineno}: {frame.line}: a config does not change; "
       'make another: override(config, {"model.moe.top_k": 1}), or dataclasses.replace'
     )
-  argument = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-  attribute = re.match(r"'(\w+)' object has no attribute '(\w+)'", message)
-  unknown = argument or attribute
+  what = r"(?:\.__init__\(\) got an unexpected keyword argument|' object has no attribute)"
+  unknown = re.match(rf"'?(\w+){what} '(\w+)'", message)
   sections = {name.rpartition(".")[0] for name in field_names()}
   paths = {type(operator.attrgetter(name)(Config())).__name__: name + "." for name in sections}
   paths["Config"] = ""

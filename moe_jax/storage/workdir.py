@@ -132,8 +132,7 @@ def read_config(workdir: pathlib.Path) -> Config:
   tokenizer = pathlib.Path(config.data.tokenizer)
   beside = workdir / HF / tokenizer.name
   if config.data.tokenizer != "bytes" and not tokenizer.exists() and files.exists(beside):
-    # The workdir of an import has moved.
-    config = override(config, {"data.tokenizer": str(beside)})
+    config = override(config, {"data.tokenizer": str(beside)})  # an import's workdir has moved
   try:
     checks.check(config)
   except UserError as error:

@@ -5,11 +5,10 @@ the width of a feed-forward, so a division gives the width that matches; then it
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
-from moe_jax.config import Config, Data, Loss, MoE, override
+from moe_jax.config import Config, Loss, MoE, override
 from moe_jax.errors import UserError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
@@ -75,9 +74,8 @@ class Match:
       return twin, "model.moe.expert_dim"
     if not reference.model.moe.num_experts:
       raise UserError(f"{self}: config.model.moe.num_experts=0 is dense already; match an MoE")
-    model = dataclasses.replace(reference.model, moe=MoE())
     loss = Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
-    return dataclasses.replace(reference, model=model, loss=loss), "model.ffn_dim"
+    return override(reference, {"model.moe": MoE(), "loss": loss}), "model.ffn_dim"
 
   def _by_count(self, reference: Config, twin: Config, field: str, step: int) -> tuple[int, str]:
     name, unit = _COUNTS[self.by]
@@ -128,18 +126,9 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   return transform
 
 
-def cached_count(config: Config) -> cost.Counts:
-  """Returns cost.count of a config, from a cache if its model was counted before."""
-  counted = Config(model=config.model, data=Data(seq_len=config.data.seq_len))
-  return _count(counted)
-
-
-_count = functools.cache(cost.count)
-
-
 def sizes(config: Config) -> str:
   """Describes the parameters and FLOPs of a config in one line."""
-  counts = cached_count(config)
+  counts = cost.count(config)
   return (
     f"{cost.si(counts.total)} parameters, {cost.si(counts.active)} active, "
     f"{cost.si(counts.flops_per_token)} FLOPs per token"
@@ -152,8 +141,8 @@ def _nearest(
   """Returns the multiple of `step` with the nearest count, its count, and the reference's."""
 
   def at(width: int) -> float:
-    return getattr(cached_count(override(twin, {field: width}, "match")), name)
+    return getattr(cost.count(override(twin, {field: width}, "match")), name)
 
-  target, first, second = getattr(cached_count(reference), name), at(step), at(2 * step)
+  target, first, second = getattr(cost.count(reference), name), at(step), at(2 * step)
   width = step * max(1, round(1 + (target - first) / (second - first)))
   return width, at(width), target

@@ -77,7 +77,7 @@ def test_describe_says_whether_a_named_device_suffices(device, verdict):
   done = scripts.call("train.py", mixtral, "--describe", f"--device={device}")
   assert done.returncode == 0 and done.stdout.splitlines()[-1] == verdict, done
   line = scripts.refused("train.py", mixtral, "--describe", "--device=H2O")
-  assert "--device=H2O: value should be one of <|v4|v5e|v5p|v6e|A100|H100|H200>" in line
+  assert "--device: invalid choice: 'H2O'" in line and all(name in line for name in ("v4", "H200"))
   line = scripts.refused("train.py", mixtral, f"--device={device}")
   assert "belongs to --describe" in line
 
