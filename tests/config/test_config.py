@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Config, Dispatch, Mesh, QKNorm, override
+from moe_jax.config import Config, Dispatch, Mesh, Model, MoE, QKNorm, Remat, Router, override
 from moe_jax.config.fields import Choice, flatten, walk
 from moe_jax.config.run import from_json, to_json
 from moe_jax.errors import UserError
@@ -97,6 +97,41 @@ def test_an_int_becomes_a_float_where_one_belongs():
   for value in (config.loss.z, config.model.moe.capacity_factor, config.loss.load_balance):
     assert type(value) is float
   assert type(config.train.steps) is int
+
+
+@pytest.mark.parametrize(("fields", "why"), [
+  ({"train.step": 3}, r"here: .*train.step; the nearest is config.train.steps"),
+  ({"model.remat": "dot"}, r"config.model.remat='dot' is not one of: none"),
+  ({"model.moe.router": "best"}, "router='best' is not one of: switch"),
+  ({"model.moe": 4}, "here: there is no field config.model.moe"),
+  ({"loss": MoE()}, "here: there is no field config.loss.num_experts; the nearest is"),
+])  # fmt: skip
+def test_override_refuses(fields, why):
+  with pytest.raises(UserError, match=why):
+    override(toy_config(), fields, "here")
+
+
+def test_an_override_takes_members_and_the_words_of_config_json():
+  base = Config()
+  flat = flatten(base) | {"model.moe.capacity_factor": "inf", "model.remat": "dots"}
+  config = override(base, flat, "here")
+  assert flatten(config) == flat and config.model.remat is Remat.DOTS
+  config = override(base, {"model.moe.router": Router.SINKHORN}, "here")
+  assert config.model.moe.router is Router.SINKHORN
+  assert base == Config()  # a copy was changed
+
+
+def test_an_override_takes_sections():
+  config = override(Config(), {"model.moe": MoE(num_experts=4), "model.moe.top_k": 3})
+  assert config.model == Model(moe=MoE(num_experts=4, top_k=3))
+
+
+def test_a_config_never_changes_and_is_a_key():
+  config = toy_config()
+  with pytest.raises(dataclasses.FrozenInstanceError, match="top_k"):
+    config.model.moe.top_k = 1
+  assert {config: "here"}[from_json(to_json(config))] == "here"
+  assert hash(override(config, {"model.moe.top_k": 1})) != hash(config)
 
 
 def test_every_field_says_what_it_is():

@@ -13,13 +13,12 @@ import types
 
 import pytest
 
-from moe_jax.config import Config, Remat, Router, override
-from moe_jax.config.fields import flatten
+from moe_jax.config import Config, Router, override
 from moe_jax.config.run import field_names, to_json
 from moe_jax.errors import UserError
 from moe_jax.start import command_line
 from tests.support.scripts import call, python, refused
-from tests.support.toys import ROOT, toy_config
+from tests.support.toys import ROOT
 
 COMMANDS = {
   "--config=configs/debug.py --config.model.moe.num_expert=5": "nearest is config.model.moe.num",
@@ -281,26 +280,6 @@ def test_overrides_become_words_again():
 def test_a_wrong_override_is_refused(argument, why):
   with pytest.raises(UserError, match=re.escape(argument) + ".*" + why):
     command_line.take_overrides([argument])
-
-
-@pytest.mark.parametrize(("fields", "why"), [
-  ({"train.step": 3}, r"here: .*train.step; the nearest is config.train.steps"),
-  ({"model.remat": "dot"}, r"config.model.remat='dot' is not one of: none"),
-  ({"model.moe.router": "best"}, "router='best' is not one of: switch"),
-])  # fmt: skip
-def test_override_refuses(fields, why):
-  with pytest.raises(UserError, match=why):
-    override(toy_config(), fields, "here")
-
-
-def test_an_override_takes_members_and_the_words_of_config_json():
-  base = Config()
-  flat = flatten(base) | {"model.moe.capacity_factor": "inf", "model.remat": "dots"}
-  config = override(base, flat, "here")
-  assert flatten(config) == flat and config.model.remat is Remat.DOTS
-  config = override(base, {"model.moe.router": Router.SINKHORN}, "here")
-  assert config.model.moe.router is Router.SINKHORN
-  assert base == Config()  # a copy was changed
 
 
 _PRINTS_THE_CACHE = """
