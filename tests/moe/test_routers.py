@@ -296,5 +296,5 @@ def test_the_page_lists_the_records():
 
 def test_only_its_record_names_a_router():
   for path in (ROOT / "moe_jax").rglob("*.py"):
-    if path.name not in ("routers.py", "config_model.py"):
+    if path.name != "routers.py" and path.parent.name != "config":
       assert not re.search(r"Router\.[A-Z]", path.read_text()), path
