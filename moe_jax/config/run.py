@@ -178,7 +178,7 @@ def override(config: Config, fields: Mapping[str, Any], where: str = "override")
       leaves = {f"{name}.{leaf}": leaf_value for leaf, _, leaf_value in walk(value)}
       config = override(config, leaves, where)
     elif name in known:
-      config = _replace(config, name, from_plain(known[name], name, plain(value)))
+      config = _replace(config, name, from_plain(known[name], name, value))
     else:
       raise UserError(unknown_field(name, where))
   return config
