@@ -11,6 +11,7 @@ With --chat a prompt is a message to an imported chat model, and only the answer
 --system=TEXT and --messages=FILE stand before it.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -19,70 +20,70 @@ import sys
 import types
 from typing import Any
 
-from absl import flags
-
 from moe_jax.data import text_files
 from moe_jax.errors import UserError
 from moe_jax.inference.options import GENERATION, check_generation
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "a run of train.py")
-_STEP = flags.DEFINE_integer("step", 0, "checkpoint to use; 0 is the newest", lower_bound=0)
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
-_FILE = flags.DEFINE_string("prompt_file", "", "a file with a prompt; - is stdin")
-_CHAT = flags.DEFINE_bool(
-  "chat", False, "each prompt is a user's message, in the chat template that an import came with"
+_PARSER = command_line.Parser(__doc__)
+_PARSER.flag("workdir", "", "a run of train.py")
+_PARSER.flag("step", 0, "checkpoint to use; 0 is the newest", at_least=0)
+_PARSER.add_argument(
+  "--prompt", action="append", default=[], help="text to continue; may be given several times"
 )
-_SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system's message")
-_MESSAGES = flags.DEFINE_string(
-  "messages", "", 'with --chat: a file with [{"role": ..., "content": ...}, ...]: earlier turns'
-)
-_LINES = flags.DEFINE_bool("lines", False, "each line of --prompt_file is a prompt")
-flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of each continuation")
-flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token")
-flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
-flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
-flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
-flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
-_MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
+_PARSER.flag("prompt_file", "", "a file with a prompt; - is stdin")
+_PARSER.flag("chat", False, "a prompt is a user's message, in the chat template of an import")
+_PARSER.flag("system", "", "with --chat: the system's message")
+_PARSER.flag("messages", "", 'with --chat: earlier turns, a file of [{"role", "content"}, ...]')
+_PARSER.flag("lines", False, "each line of --prompt_file is a prompt")
+_PARSER.flag("max_new_tokens", 256, "the most tokens of each continuation")
+_PARSER.flag("temperature", 1.0, "0 takes the most probable token")
+_PARSER.flag("top_k", 0, "draw from the k most probable tokens; 0: from all")
+_PARSER.flag("top_p", 1.0, "draw from the fewest tokens with this probability")
+_PARSER.flag("seed", 0, "the same seed draws the same text")
+_PARSER.flag("num_samples", 1, "continuations of each prompt")
+_PARSER.multihost_flags()
 
 
 def main() -> None:
-  """Continues the prompts that the flags name."""
+  """Continues the prompts that the command line names."""
+  args = _PARSER.read()
   # Until there is text, Ctrl-C ends the program at once, also inside a compiler.
-  heed = not _MULTIHOST.value and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # nohup
+  heed = not args.multihost and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # nohup
   if heed:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-  if not _WORKDIR.value:
+  if not args.workdir:
     raise UserError("--workdir is missing: name a run of train.py")
-  options = {name: flags.FLAGS[name].value for name in GENERATION}
+  options = {name: getattr(args, name) for name in GENERATION}
   check_generation(options)
-  workdir_lib.read_config(workdir_lib.open_path(_WORKDIR.value))  # before any device is asked
-  if _MULTIHOST.value and _FILE.value == "-":
+  workdir_lib.read_config(workdir_lib.open_path(args.workdir))  # before any device is asked
+  if args.multihost and args.prompt_file == "-":
     raise UserError("--prompt_file=-: with --multihost give a file that every host has")
-  if not _CHAT.value and (_SYSTEM.value or _MESSAGES.value):
+  if not args.chat and (args.system or args.messages):
     raise UserError("--system and --messages go with --chat")
-  prompts = read_prompts()
+  prompts = read_prompts(args)
   from moe_jax.start import startup
 
-  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
-    generate(prompts, options, heed)
+  with startup.together(args.multihost, args.peer_timeout):
+    generate(args, prompts, options, heed)
 
 
-def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
+def generate(
+  args: argparse.Namespace, prompts: list[str], options: dict[str, Any], heed: bool
+) -> None:
   """Prints the continuations; with `heed`, Ctrl-C ends them where they are."""
   import jax
 
   import moe_jax
 
-  model = moe_jax.load(_WORKDIR.value, _STEP.value)
+  model = moe_jax.load(args.workdir, args.step)
   given: list[Any] = list(prompts)
-  if _CHAT.value:
+  if args.chat:
     from moe_jax.inference import chat
 
-    template = chat.Template(workdir_lib.open_path(_WORKDIR.value) / workdir_lib.HF)
-    turns = earlier_turns()
+    template = chat.Template(workdir_lib.open_path(args.workdir) / workdir_lib.HF)
+    turns = earlier_turns(args)
     given = [
       model.tokenizer.encode_special(template.render([*turns, {"role": "user", "content": prompt}]))
       for prompt in prompts
@@ -101,7 +102,7 @@ def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
 
   if heed:
     signal.signal(signal.SIGINT, stop)
-  if len(rows) == 1 and not _CHAT.value:
+  if len(rows) == 1 and not args.chat:
     show(rows[0])
   for chunk in itertools.chain([[[] for _ in rows]], chunks):
     for row, new in zip(ids, chunk, strict=True):
@@ -117,7 +118,7 @@ def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
     show(texts[0][printed:])  # a last character that stayed incomplete
   else:
     for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
-      show(f"--- {number + 1} of {len(rows)}\n{'' if _CHAT.value else prompt}{text}\n")
+      show(f"--- {number + 1} of {len(rows)}\n{'' if args.chat else prompt}{text}\n")
   show("\n")
   if jax.process_index() == 0:
     print(model.speed(), file=sys.stderr)
@@ -125,34 +126,34 @@ def generate(prompts: list[str], options: dict[str, Any], heed: bool) -> None:
     sys.exit(128 + signal.SIGINT)
 
 
-def read_prompts() -> list[str]:
+def read_prompts(args: argparse.Namespace) -> list[str]:
   """Returns the prompts of --prompt and --prompt_file; raises UserError if there are none."""
   prompts = []
-  for prompt in _PROMPT.value:
+  for prompt in args.prompt:
     try:
       prompts.append(os.fsencode(prompt).decode())  # the bytes of the shell, in any locale
     except UnicodeDecodeError:
       raise UserError(f"--prompt={prompt}: this is not UTF-8 text; convert it") from None
-  if _FILE.value:
-    text = text_files.read_text("--prompt_file", _FILE.value)
-    prompts += text_files.lines(text) if _LINES.value else [text]
+  if args.prompt_file:
+    text = text_files.read_text("--prompt_file", args.prompt_file)
+    prompts += text_files.lines(text) if args.lines else [text]
   if not prompts:
     raise UserError("no prompt: give --prompt=TEXT or --prompt_file=FILE (- is stdin)")
   return prompts
 
 
-def earlier_turns() -> list[dict[str, str]]:
+def earlier_turns(args: argparse.Namespace) -> list[dict[str, str]]:
   """Returns the messages of --system and --messages; raises UserError for what is none."""
-  turns = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
-  if _MESSAGES.value:
+  turns = [{"role": "system", "content": args.system}] if args.system else []
+  if args.messages:
     try:
-      given = json.loads(text_files.read_text("--messages", _MESSAGES.value))
+      given = json.loads(text_files.read_text("--messages", args.messages))
       if not all({"role", "content"} <= set(turn) for turn in given):
         raise KeyError
       turns += [{k: v for k, v in turn.items() if v is not None} for turn in given]
     except (KeyError, RecursionError, TypeError, ValueError):
       raise UserError(
-        f'--messages={_MESSAGES.value}: not a JSON list of {{"role": ..., "content": ...}}'
+        f'--messages={args.messages}: not a JSON list of {{"role": ..., "content": ...}}'
       ) from None
   return turns
 
@@ -163,4 +164,4 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.one_line_errors(main)

@@ -27,10 +27,7 @@ from moe_jax.start import command_line
 
 def parse_arguments() -> argparse.Namespace:
   """Parses and checks the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks", description=__doc__, allow_abbrev=False,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  parser = command_line.Parser(__doc__, fields=True)
   add = parser.add_argument
   add("bench", choices=[*RUNS, "all"])
   add("--out", default="runs/bench", help="folder of the results (runs/bench)")
@@ -45,11 +42,8 @@ def parse_arguments() -> argparse.Namespace:
   add("--config", default="", help="inference, soak: the config file (mixtral_small, tiny_moe)")
   add("--minutes", type=float, default=0.0, help="soak: of both runs (30); accelerator (9)")
   add("--kill_every", type=float, default=60.0, help="soak: seconds from one kill to the next (60)")
-  add("--cache_dir", default="", help=command_line.CACHE_DIR)
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
-  overrides, rest = command_line.take_overrides(sys.argv[1:])
-  args = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
-  command_line.set_cache(args.cache_dir)
+  args = parser.read()
   for name, least in (("rounds", 1), ("steps", 1), ("tokens", 2)):
     if getattr(args, name) < least:
       parser.error(f"--{name}={getattr(args, name)}: it must be at least {least}")
@@ -83,10 +77,11 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 def run_inference(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   """Runs the benchmark `inference`, prints its tables and draws its picture."""
   from benchmarks import inference, inference_report, plots
+  from moe_jax.config import override
   from moe_jax.moe import validation
 
   path = args.config or "configs/mixtral_small.py"
-  config = command_line.override(command_line.load_file(path), args.overrides, path)
+  config = override(command_line.load_file(path), args.overrides, path)
   validation.validate(config)
   if not config.model.moe.num_experts:
     raise UserError(f"--config={path}: the model is dense; name one with experts")

@@ -18,7 +18,7 @@ from moe_jax import sharding
 from moe_jax.config import Config, Dtype, Mesh, Model
 from moe_jax.data import tokenizers
 from moe_jax.inference import decoding, generate
-from moe_jax.model import pattern, transformer
+from moe_jax.model import cost, pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.sweep import matching
 
@@ -224,7 +224,7 @@ def run(config: Config, rounds: int, batches=BATCHES, seconds: float = 0.3) -> d
   speeds = machine(reader, seconds)
   progress(f"memory reads {speeds.read / 1e9:.1f} GB/s, copies {speeds.copy / 1e9:.1f} GB/s; "
            f"matmuls {speeds.flops / 1e9:.0f} GFLOP/s")  # fmt: skip
-  counts = {name: matching.cached_count(model_config) for name, model_config in configs.items()}
+  counts = {name: cost.count(model_config) for name, model_config in configs.items()}
   rows = []
   for batch in batches:
     rows += _decode_rows(built, batch, rounds, seconds, speeds, reader)

@@ -151,6 +151,7 @@ def compile_seconds(name: str) -> float:
   import numpy as np
 
   from moe_jax import sharding
+  from moe_jax.config import override
   from moe_jax.data import pipeline
   from moe_jax.moe import validation
   from moe_jax.start import command_line, startup
@@ -160,8 +161,7 @@ def compile_seconds(name: str) -> float:
   startup.start()
   jax.config.update("jax_enable_compilation_cache", False)
   config = command_line.load_file(f"configs/{name}.py")
-  for axis in sharding.AXES:
-    setattr(config.mesh, axis, 1)
+  config = override(config, {f"mesh.{axis}": 1 for axis in sharding.AXES})
   config = validation.resolve_mesh(config, 1)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):

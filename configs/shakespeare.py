@@ -12,13 +12,16 @@ Expect     a validation loss of 1.485 nats per character; nanoGPT's README names
 """
 
 from configs import tiny_moe
-from moe_jax.config import Config, Train
+from moe_jax.config import Config, Train, override
 
 
 def get_config() -> Config:
-  config = tiny_moe.get_config()
-  config.data.name = "tiny_shakespeare"
-  config.optimizer.warmup_steps = 50
-  config.train = Train(steps=750, log_every=25, eval_every=75, checkpoint_every=75)
-  config.eval.batches = 0  # the whole split is small
-  return config
+  return override(
+    tiny_moe.get_config(),
+    {
+      "data.name": "tiny_shakespeare",
+      "optimizer.warmup_steps": 50,
+      "train": Train(steps=750, log_every=25, eval_every=75, checkpoint_every=75),
+      "eval.batches": 0,  # the whole split is small
+    },
+  )

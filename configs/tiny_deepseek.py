@@ -10,12 +10,11 @@ Expect     the active size of tiny_moe (4 routed and 2 shared experts, each a th
 """
 
 from configs import tiny_moe
-from moe_jax.config import Config, Dispatch, Loss, MoE, Score
+from moe_jax.config import Config, Dispatch, Loss, MoE, Score, override
 
 
 def get_config() -> Config:
-  config = tiny_moe.get_config()
-  config.model.moe = MoE(
+  moe = MoE(
     num_experts=16,
     top_k=4,
     expert_dim=64,
@@ -27,5 +26,5 @@ def get_config() -> Config:
     bias_update_rate=1e-3,
     dispatch=Dispatch.GROUPED,
   )
-  config.loss = Loss(load_balance=0.0, router_z=1e-3)
-  return config
+  loss = Loss(load_balance=0.0, router_z=1e-3)
+  return override(tiny_moe.get_config(), {"model.moe": moe, "loss": loss})

@@ -9,10 +9,8 @@ Expect     active parameters within 1% of tiny_moe's (they differ by the router)
 """
 
 from configs import tiny_moe
-from moe_jax.config import Config, MoE
+from moe_jax.config import Config, MoE, override
 
 
 def get_config() -> Config:
-  config = tiny_moe.get_config()
-  config.model.moe = MoE(num_experts=0)
-  return config
+  return override(tiny_moe.get_config(), {"model.moe": MoE(num_experts=0)})

@@ -59,9 +59,8 @@ def missing_of_command(script, arguments):
   if not source.exists():
     return [f"script {script}"]
   text = source.read_text()
-  if "multihost_flags()" in text:
-    text += (ROOT / "moe_jax/start/command_line.py").read_text()
-  defined = re.findall(r'(?:DEFINE_\w+|add)\(\s*"-*([\w-]+)"', text)
+  text += (ROOT / "moe_jax/start/command_line.py").read_text()
+  defined = re.findall(r'(?:flag|add|add_argument)\(\s*"-*([\w-]+)"', text)
   flags = re.findall(r"(?<=\s)--([a-z_-]+)\b(?!\.)", arguments)
   return [f"{script} --{flag}" for flag in flags if flag not in (*defined, "config", "help")]
 

@@ -14,6 +14,7 @@ import pytest
 
 import moe_jax
 from moe_jax.analysis import evaluation
+from moe_jax.config import override
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import run as run_lib
 
@@ -52,8 +53,8 @@ def test_it_evaluates_and_generates(run):
 def test_it_goes_on(run):
   """Optimizer, balancing bias, data order and router state are all read from the old files."""
   config = workdir_lib.read_config(run)
-  config.train.steps = 6
-  config.mesh.data = -1  # where it runs may change: here, all simulated devices
+  # where it runs may change: here, all simulated devices
+  config = override(config, {"train.steps": 6, "mesh.data": -1})
   run_lib.run(config, str(run))
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   losses = {str(line["step"]): line["train/loss"] for line in lines if "train/loss" in line}

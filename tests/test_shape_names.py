@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Loss, Mesh, QKNorm
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Mesh, QKNorm, override
 from moe_jax.inference import decoding
 from moe_jax.storage import checkpoint
 from moe_jax.training import setup as setup_lib
@@ -56,10 +56,17 @@ EVERYDAY = ["gather, expert 2, data 2", "all_to_all"]
 def test_a_training_step(name):
   fields, axes = (PATHS | ROUTERS)[name]
   config = toy_config(shared_experts=1, **dict(num_experts=8) | fields)
-  config.model.qk_norm, config.model.num_layers = QKNorm.HEAD, 1
-  config.train.accumulation, config.data.batch_size = 2, 16
-  config.loss = Loss(load_balance=0.0)  # which some routers do not take
-  config.mesh = Mesh(**{"data": 1} | axes)
+  config = override(
+    config,
+    {
+      "model.qk_norm": QKNorm.HEAD,
+      "model.num_layers": 1,
+      "train.accumulation": 2,
+      "data.batch_size": 16,
+      "loss.load_balance": 0.0,  # which some routers do not take
+      "mesh": Mesh(**{"data": 1} | axes),
+    },
+  )
   lies = lies_of_a_step(config)
   assert not lies, "\n".join(sorted(lies))
 
@@ -92,13 +99,13 @@ def test_evaluation_prefill_and_decoding(axes):
 @pytest.mark.parametrize("options", [with_options, with_latents, with_delta])
 def test_every_option_of_the_layers(options):
   config = toy_config()
-  config.model = options(config.model)
+  config = override(config, {"model": options(config.model)})
   lies = lies_of_a_step(config) | lies_of_generation(config, {})
   assert not lies, "\n".join(sorted(lies))
 
 
 def lies_of_generation(config, axes):
-  config.mesh = Mesh(**{"data": 1} | axes)
+  config = override(config, {"mesh": Mesh(**{"data": 1} | axes)})
   mesh, state, _ = abstract(config)
   model = decoding.for_inference(config.model)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.analysis import causal, specialisation, trace
-from moe_jax.config import Config, Dispatch, Exchange, Mesh, MoE
+from moe_jax.config import Config, Dispatch, Exchange, Mesh, MoE, override
 from moe_jax.config.fields import plain
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
@@ -224,8 +224,7 @@ def at_capacity(config: Config, factor: float) -> Config:
   many tokens each expert takes.
   """
   moe = with_slots(config.model.moe) if factor < math.inf else config.model.moe
-  moe = dataclasses.replace(moe, eval_capacity_factor=factor)
-  changed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+  changed = override(config, {"model.moe": moe, "model.moe.eval_capacity_factor": factor})
   # Without the mesh: it is made for evaluation, and a batch of training need not split over it.
   validation.validate(dataclasses.replace(changed, mesh=Mesh()))
   return changed

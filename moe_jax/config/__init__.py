@@ -24,4 +24,4 @@ from moe_jax.config.choices import (
   Score,
 )
 from moe_jax.config.model import Delta, Latent, Model, MoE, RopeScaling
-from moe_jax.config.run import Config, Data, Eval, Health, Loss, Mesh, Optimizer, Train
+from moe_jax.config.run import Config, Data, Eval, Health, Loss, Mesh, Optimizer, Train, override

@@ -31,8 +31,7 @@ def check(config: Config) -> None:
       raise UserError(
         f"config.{name}={value!r} is of type {type(value).__name__}, not {kind.__name__}"
       )
-    wrong = kind in (int, float) and field.metadata["bounds"].wrong(value)
-    if wrong:
+    if kind in (int, float) and (wrong := field.metadata["bounds"].wrong(value)):
       raise UserError(f"config.{name}={value} {wrong}")
   refuse(config, _of_run(config))
   check_model(config.model)

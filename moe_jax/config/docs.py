@@ -8,7 +8,7 @@ import itertools
 import operator
 import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_jax.config.fields import LARGEST_INT, Choice, spelled, walk
 from moe_jax.config.run import Config
@@ -28,13 +28,11 @@ def documented_sections() -> Iterator[tuple[str, str, list[FieldRow]]]:
   """(name, what it is about, its fields) of each section: "model", "model.moe", and so on."""
   fields = ((*name.rsplit(".", 1), field, default) for name, field, default in walk(Config()))
   for name, members in itertools.groupby(fields, operator.itemgetter(0)):
-    rows = [_row(leaf, field, default) for _, leaf, field, default in members]
+    rows = [
+      FieldRow(leaf, of.type, spelled(default), of.metadata["help"], str(of.metadata["bounds"]))
+      for _, leaf, of, default in members
+    ]
     yield name, inspect.getdoc(operator.attrgetter(name)(Config())) or "", rows
-
-
-def _row(name: str, field: Any, default: Any) -> FieldRow:
-  bounds = field.metadata["bounds"]
-  return FieldRow(name, field.type, spelled(default), field.metadata["help"], str(bounds))
 
 
 def text() -> str:

@@ -5,9 +5,8 @@ docs/config.md and `train.py --help` are written from here. Imports no jax.
 
 import dataclasses
 import enum
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from moe_jax.errors import UserError
@@ -43,55 +42,27 @@ class Bounds(NamedTuple):
     return "" if in_range else f"is out of float32's range, {_SMALLEST} to {_LARGEST}"
 
   def __str__(self) -> str:
-    bounds = {
-      "at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below
-    }  # fmt: skip
+    limits = zip(("at least", "above", "at most", "below"), self, strict=False)
     words = " and ".join(
-      f"{word} {n if isinstance(n, int) else f'{n:g}'}"
-      for word, n in bounds.items()
-      if -math.inf < n < math.inf
+      f"{word} {n if isinstance(n, int) else f'{n:g}'}" for word, n in limits if math.isfinite(n)
     )
     return words + "; inf is no limit" * self.infinite
 
 
-def option(
-  default: T,
-  help: str,
-  *,
-  at_least: float = -math.inf,
-  above: float = -math.inf,
-  at_most: float = math.inf,
-  below: float = math.inf,
-  infinite: bool = False,
-) -> T:
-  """A field of a section: its default, what it means, and what a number may be."""
-  bounds = Bounds(at_least, above, at_most, below, infinite)
-  return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+def option(default: T, help: str, **bounds: Any) -> T:
+  """A field of a section: its default, what it means, and the Bounds of a number."""
+  return dataclasses.field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
 
 
 class Section:
-  """Base of a config's sections. An int that is set where a float belongs becomes one."""
+  """Base of a config's sections, which never change. An int where a float belongs becomes one."""
 
   __slots__ = ()
 
-  def __setattr__(self, name: str, value: Any) -> None:
-    if type(value) is int and type(self).__annotations__.get(name) is float:
-      value = float(value)
-    object.__setattr__(self, name, value)
-
-
-def cached(function: Callable[..., T]) -> Callable[..., T]:
-  """Caches a function of a section, and of more, by the section's text: sections can change."""
-  results: dict[tuple[Any, ...], T] = {}
-
-  @functools.wraps(function)
-  def call(section: Section, *more: Any) -> T:
-    key = (repr(section), *more)
-    if key not in results:
-      results[key] = function(section, *more)
-    return results[key]
-
-  return call
+  def __post_init__(self) -> None:
+    for name, kind in type(self).__annotations__.items():
+      if kind is float and type(value := getattr(self, name)) is int:
+        object.__setattr__(self, name, float(value))
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

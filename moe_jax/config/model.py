@@ -20,7 +20,7 @@ from moe_jax.config.choices import (
 from moe_jax.config.fields import Section, option
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MoE(Section):
   """The MoE layers: their experts, who uses which, and how tokens get there."""
 
@@ -100,7 +100,7 @@ class MoE(Section):
     return self.renormalize and self.top_k > 1
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling(Section):
   """The stretching of rotary positions, for text longer than the weights were first trained on."""
 
@@ -120,7 +120,7 @@ class RopeScaling(Section):
   high_freq_factor: float = option(4.0, "llama3: turns above which none is stretched.", above=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Latent(Section):
   """Multi-head latent attention (DeepSeek-V2, 2405.04434): keys and values are made of a latent."""
 
@@ -135,7 +135,7 @@ class Latent(Section):
   )
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Delta(Section):
   """The gated delta rule (2412.06464) in place of attention, in all but every global_every-th
   layer: a state of constant size instead of a cache of keys and values."""
@@ -147,7 +147,7 @@ class Delta(Section):
   conv_width: int = option(4, "Tokens that the convolution before it reads.", at_least=1)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Model(Section):
   """The decoder: RMSNorm, RoPE, grouped-query attention, gated feed-forwards."""
 

@@ -3,10 +3,10 @@
 docs/config.md lists every field, from what stands here: `python -m moe_jax.config.docs`.
 """
 
-import copy
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.config.choices import (
@@ -16,7 +16,7 @@ from moe_jax.config.choices import (
   OptimizerName,
   Schedule,
 )
-from moe_jax.config.fields import LARGEST_SEED, Section, flatten, from_plain, option, plain
+from moe_jax.config.fields import LARGEST_SEED, Section, flatten, from_plain, option, plain, walk
 from moe_jax.config.model import Model
 from moe_jax.errors import UserError
 
@@ -29,7 +29,7 @@ _SAME_MODEL = (
 _REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Data(Section):
   """The text, how it is cut into rows, and who reads it."""
 
@@ -48,7 +48,7 @@ class Data(Section):
   threads: int = option(4, "Threads of each process that read rows.", at_least=1, at_most=256)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Loss(Section):
   """Weights of the terms beside the cross entropy (docs/routing.md); 0 leaves a term out."""
 
@@ -64,7 +64,7 @@ class Loss(Section):
   z: float = option(0.0, "Size of the output logits (PaLM: 1e-4).", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer(Section):
   """The update of the weights, and its learning rate over the run."""
 
@@ -87,7 +87,7 @@ class Optimizer(Section):
   clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 is no limit.", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Train(Section):
   """How long a run is, and how often it says and saves something."""
 
@@ -105,7 +105,7 @@ class Train(Section):
   keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Health(Section):
   """When training raises an alarm. A limit of 0 never does. Layers are looked at one by one."""
 
@@ -133,7 +133,7 @@ class Health(Section):
   rewind_limit: int = option(3, "Rewinds of a run before it ends.", at_least=1)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Eval(Section):
   """How much of the held-out text is evaluated at a time."""
 
@@ -142,7 +142,7 @@ class Eval(Section):
   final_batches: int = option(0, "The same for eval.py, of any split.", at_least=0)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh(Section):
   """Devices along each axis; their product is all devices (docs/guide.md)."""
 
@@ -152,7 +152,7 @@ class Mesh(Section):
   tensor: int = option(1, "Parts of heads, vocabulary and hidden widths.", at_least=1)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config(Section):
   model: Model = dataclasses.field(default_factory=Model)
   data: Data = dataclasses.field(default_factory=Data)
@@ -162,6 +162,32 @@ class Config(Section):
   health: Health = dataclasses.field(default_factory=Health)
   eval: Eval = dataclasses.field(default_factory=Eval)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+
+def override(config: Config, fields: Mapping[str, Any], where: str = "override") -> Config:
+  """Returns another config with {"model.moe.top_k": 1, "mesh": Mesh(expert=2), ...}; not validated.
+
+  Args:
+    config: is left as it is.
+    fields: values by name: a section, a word as config.json has it, or a member of its enum.
+    where: begins the UserError about a field that there is not.
+  """
+  known = {name: field for name, field, _ in walk(config)}
+  for name, value in fields.items():
+    if isinstance(value, Section):
+      leaves = {f"{name}.{leaf}": leaf_value for leaf, _, leaf_value in walk(value)}
+      config = override(config, leaves, where)
+    elif name in known:
+      config = _replace(config, name, from_plain(known[name], name, value))
+    else:
+      raise UserError(unknown_field(name, where))
+  return config
+
+
+def _replace(section: Any, name: str, value: Any) -> Any:
+  first, _, rest = name.partition(".")
+  new = _replace(getattr(section, first), rest, value) if rest else value
+  return dataclasses.replace(section, **{first: new})
 
 
 def changes(base: Config, config: Config) -> dict[str, Any]:
@@ -191,42 +217,36 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
   """Inverse of `to_json`. An unknown field is an error; a missing one takes its default."""
-
-  def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    built = {}
-    for name, value in values.items():
-      if name not in fields:
-        raise UserError(unknown_field(prefix + name, "config.json"))
-      kind = fields[name].type
-      if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        built[name] = build(kind, value, f"{prefix}{name}.")
-      else:
-        built[name] = from_plain(fields[name], prefix + name, value)
-    return cls(**built)
-
-  return build(Config, upgraded(json.loads(text)), "")
+  return override(Config(), upgraded(json.loads(text)), "config.json")
 
 
 def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
-  """The values of a config.json of any format, as `to_json` would write them, without a number."""
-  values = copy.deepcopy(stored)
+  """Returns {field: value} of a config.json of any format, with values as `to_json` writes them."""
+  values = dict(_leaves(stored))
   number = values.pop("format", 0)
   values.pop("digest", None)  # which files.read_json has looked at
   if number > _FORMAT:
     raise UserError(f"config.json is of format {number}, made by a newer moe_jax; update this one")
-  moe = values.get("model", {}).get("moe", {})
-  for name in ("capacity_factor", "eval_capacity_factor"):
-    if number < 1 and moe.get(name) == 0:  # format 0, which has no number, wrote no limit as 0
-      moe[name] = "inf"
-  model = values.get("model", {})
-  if number < 3 and isinstance(model.get("qk_norm"), bool):
-    model["qk_norm"] = "head" if model["qk_norm"] else "none"
-  if number < 4 and "latent" in model and "norm_eps" in model:  # one field was for all norms
-    model["latent"].setdefault("norm_eps", model["norm_eps"])
+  for name in ("model.moe.capacity_factor", "model.moe.eval_capacity_factor"):
+    if number < 1 and values.get(name) == 0:  # format 0, which has no number, wrote no limit as 0
+      values[name] = "inf"
   if number < 2:  # the cache holds programs that are run, so only the user may name it
-    values.get("data", {}).pop("cache_dir", None)
+    values.pop("data.cache_dir", None)
+  if number < 3 and isinstance(norm := values.get("model.qk_norm"), bool):
+    values["model.qk_norm"] = "head" if norm else "none"
+  has_latents = any(name.startswith("model.latent.") for name in values)
+  if number < 4 and has_latents and "model.norm_eps" in values:  # one field was for all norms
+    values.setdefault("model.latent.norm_eps", values["model.norm_eps"])
   return values
+
+
+def _leaves(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """{"model": {"dim": 8}} -> ("model.dim", 8)."""
+  for name, value in nested.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
 
 
 def field_names() -> list[str]:
@@ -237,12 +257,9 @@ def unknown_field(name: str, where: str) -> str:
   if name in _REMOVED:
     return f"{where}: there is no field config.{name}; {_REMOVED[name]}"
   names = field_names()
-  leaf = name.rsplit(".", 1)[-1]
+  leaves = {full.rsplit(".", 1)[-1]: full for full in reversed(names)}
   close = difflib.get_close_matches(name, names, 1, 0.75) or [
-    full
-    for near in difflib.get_close_matches(leaf, [n.rsplit(".", 1)[-1] for n in names], 1, 0.5)
-    for full in names
-    if full.rsplit(".", 1)[-1] == near
+    leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.5)
   ]
   near = f"; the nearest is config.{close[0]}" if close else ""
   return f"{where}: there is no field config.{name}{near}"

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.config import Config
+from moe_jax.config import Config, override
 from moe_jax.data import special_tokens, tokenizers
 from moe_jax.errors import UserError
 from moe_jax.hf import families, fields, files, layout, parts
@@ -37,7 +37,7 @@ def load_run(workdir: str, step: int) -> Loaded:
   """
   path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
-  config.mesh = sharding.fit_mesh(config.mesh, parts=jax.process_count())
+  config = override(config, {"mesh": sharding.fit_mesh(config.mesh, parts=jax.process_count())})
   cost.check_weights_memory(config)
   mesh = sharding.make_mesh(config.mesh)
   shapes = transformer.abstract_weights(config.model)

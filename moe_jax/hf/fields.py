@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from moe_jax.config import Activation, Model, RopeScaling
-from moe_jax.config.fields import flatten, from_plain, plain, walk
+from moe_jax.config import Activation, Config, Model, RopeScaling, override
+from moe_jax.config.fields import flatten, plain, walk
 from moe_jax.errors import UserError
 from moe_jax.hf.layout import Row
 from moe_jax.model.pattern import moe_layers
@@ -128,21 +128,10 @@ def _values(family: Family, theirs: Mapping[str, Any], where: str) -> dict[str, 
 
 def _model(values: Mapping[str, Any], where: str) -> Model:
   """Returns the Model with these values by field, of the types that the fields have."""
-  model = Model()
-  fields = {name: field for name, field, _ in walk(model)}
-  for name, value in values.items():
-    kind = fields[name].type
-    if isinstance(value, str):
-      value = from_plain(fields[name], f"model.{name}", value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-      value = float(value)
-    if type(value) is not kind:
+  model = override(Config(), {f"model.{name}": value for name, value in values.items()}).model
+  for name, field, value in walk(model):
+    if type(value) is not field.type:
       raise UserError(f"{where}: {value!r} is no value of config.model.{name}")
-    *sections, leaf = name.split(".")
-    section: Any = model
-    for part in sections:
-      section = getattr(section, part)
-    setattr(section, leaf, value)
   return model
 
 

@@ -4,6 +4,7 @@ A device asks for its own piece of each parameter, and only that piece is read. 
 its devices hold, and one tensor of the file more.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.config import Config, Data, Dispatch, Loss, Mesh, Model
+from moe_jax.config import Config, Data, Dispatch, Loss, Mesh, Model, override
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
 from moe_jax.hf import families, fields, files, layout, parts
@@ -88,11 +89,11 @@ def plan(folder: str, mesh: Mesh) -> ImportPlan:
       f"files hold {len(stored.shapes):,} tensors; they are of another model"
     )
   if model.tied_head and _HEAD in stored.shapes and not stored.same(_HEAD, _EMBED):
-    model.tied_head = False  # as transformers does
+    model = dataclasses.replace(model, tied_head=False)  # as transformers does
     notes.append(f"{_HEAD} is not the embedding, so tie_word_embeddings=true is not followed")
   config = _config(model, mesh, theirs, path)
   validation.validate(config)
-  _fit_rows(config, theirs.get("max_position_embeddings"))
+  config = _fit_rows(config, theirs.get("max_position_embeddings"))
   if config.data.tokenizer == "bytes":
     notes.append("no tokenizer is there: a text is its bytes")
   else:
@@ -118,7 +119,6 @@ def _check_quantization(theirs: Mapping[str, Any], where: str) -> None:
 
 def _config(model: Model, mesh: Mesh, theirs: Mapping[str, Any], folder: pathlib.Path) -> Config:
   """Returns the config of the workdir: their model, without dropped tokens as there."""
-  model.moe.dispatch = Dispatch.GROUPED
   found = sorted(path.name for path in folder.iterdir() if re.match(_TOKENIZER, path.name))
   named = next((name for name in (files.TOKENIZER, files.SENTENCEPIECE) if name in found), "")
   if found and not named:
@@ -130,19 +130,21 @@ def _config(model: Model, mesh: Mesh, theirs: Mapping[str, Any], folder: pathlib
   coefficient = theirs.get("router_aux_loss_coef")
   balance = float(coefficient) * model.moe.top_k if isinstance(coefficient, int | float) else 0.0
   loss = Loss(load_balance=balance if model.moe.num_experts else 0.0, router_z=0.0)
-  return Config(model=model, mesh=mesh, data=data, loss=loss)
+  config = Config(model=model, mesh=mesh, data=data, loss=loss)
+  return override(config, {"model.moe.dispatch": Dispatch.GROUPED})
 
 
-def _fit_rows(config: Config, longest: Any) -> None:
+def _fit_rows(config: Config, longest: Any) -> Config:
   """Takes the model's own length, or as much of it as half of the memory has room for logits."""
-  data, mesh = config.data, config.mesh
-  data.seq_len = longest if type(longest) is int and longest > 0 else _LENGTH
+  mesh = config.mesh
+  length = longest if type(longest) is int and longest > 0 else _LENGTH
   room = (platform.memory_bytes() or sys.maxsize) - cost.check_weights_memory(config)
   logits = 4 * config.model.vocab_size / mesh.tensor  # bytes of a token
-  while data.seq_len * logits > room / 2 and data.seq_len > _LENGTH:
-    data.seq_len //= 2
+  while length * logits > room / 2 and length > _LENGTH:
+    length //= 2
   devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
-  data.batch_size = devices * min(max(8 * _LENGTH // data.seq_len, 1), 8)
+  rows = devices * min(max(8 * _LENGTH // length, 1), 8)
+  return override(config, {"data.seq_len": length, "data.batch_size": rows})
 
 
 def _compare(
@@ -273,7 +275,8 @@ def save_import(made: ImportPlan, weights: Weights, workdir: pathlib.Path) -> No
   config = made.config
   if config.data.tokenizer != "bytes":
     name = pathlib.Path(config.data.tokenizer).name
-    config.data.tokenizer = str(workdir_lib.resolved(workdir) / workdir_lib.HF / name)
+    copy = workdir_lib.resolved(workdir) / workdir_lib.HF / name
+    config = override(config, {"data.tokenizer": str(copy)})
     fingerprint = tokenizers.load_tokenizer(config.data).fingerprint
     workdir_lib.write_object(workdir / workdir_lib.DATA, {"tokenizer": fingerprint})
   file_lib.write(workdir / workdir_lib.HF / "family", made.family.model_type + "\n")

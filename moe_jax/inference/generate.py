@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.config import Model
+from moe_jax.config import Model, override
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
 from moe_jax.inference import decoding, memory, padding, sampling
@@ -60,7 +60,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
   startup.start()
-  config.mesh = sharding.fit_mesh(config.mesh, parts=jax.process_count())
+  config = override(config, {"mesh": sharding.fit_mesh(config.mesh, parts=jax.process_count())})
   cost.check_weights_memory(config)
   tokenizer = tokenizers.check_fits(config)
   workdir_lib.check_same_tokenizer(path, tokenizer.fingerprint)

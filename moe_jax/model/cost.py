@@ -1,7 +1,7 @@
 """The cost of a config, computed from shapes: parameters, FLOPs per token, memory per device."""
 
 import collections
-import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
-from moe_jax.config import Config, GroupedMatmul, Mesh, Model
-from moe_jax.config.fields import cached, flatten
+from moe_jax.config import Config, GroupedMatmul, Mesh, Model, override
+from moe_jax.config.fields import flatten
 from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 from moe_jax.model.pattern import bias_shape, layer_kinds, moe_layers
@@ -184,17 +184,16 @@ def _abstract_mesh(mesh: Mesh) -> jax.sharding.AbstractMesh:
   return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=types)
 
 
-@cached  # a start asks twice, and tracing takes a second
+@functools.cache  # a start asks twice, and tracing takes a second
 def activation_bytes(config: Config) -> float:
   """Returns the bytes per device that the forward pass saves for the backward pass.
 
   The remat policy of the config applies. `auto` experts count as `blocked`, because kernels are not
   measured here.
   """
+  if config.model.moe.grouped_matmul is GroupedMatmul.AUTO:
+    config = override(config, {"model.moe.grouped_matmul": GroupedMatmul.BLOCKED})
   model, mesh = config.model, config.mesh
-  if model.moe.grouped_matmul is GroupedMatmul.AUTO:
-    moe = dataclasses.replace(model.moe, grouped_matmul=GroupedMatmul.BLOCKED)
-    model = dataclasses.replace(model, moe=moe)
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   batch = config.data.batch_size // config.train.accumulation // shards
   tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)

@@ -4,6 +4,7 @@ Training scans over the layers' stacked parameters, with an `attend` over the se
 Inference (inference/decoding.py) unrolls the layers, with an `attend` over a cache.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,6 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Model, Remat
-from moe_jax.config.fields import cached
 from moe_jax.kernels import activation, gathered
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.delta_rule import DeltaState
@@ -291,7 +291,7 @@ def merge(model: Model, params: Any) -> Transformer:
   return nnx.merge(_split(model, jax.sharding.get_abstract_mesh())[0], params)
 
 
-@cached  # a start asks ten times
+@functools.cache  # a start asks ten times
 def _split(model: Model, _: jax.sharding.AbstractMesh) -> tuple[Any, Any]:
   return nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
 

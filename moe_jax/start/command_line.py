@@ -1,10 +1,12 @@
 """From sys.argv to a Config, with one line for whatever is wrong with either, and back to text."""
 
+import argparse
 import contextlib
-import copy
 import dataclasses
+import difflib
 import enum
 import errno
+import faulthandler
 import functools
 import io
 import operator
@@ -19,60 +21,86 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import logging
 
 from moe_jax.config import Config
-from moe_jax.config.fields import flatten, from_plain, plain, spelled
+from moe_jax.config.fields import Bounds, flatten, spelled
 from moe_jax.config.run import changes, field_names, unknown_field
 from moe_jax.errors import StorageError, UserError, end, is_storage, notice
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
-CACHE_DIR = "folder of tokens and compiled programs ($MOE_JAX_CACHE, else the user's cache)"
 
+class Parser(argparse.ArgumentParser):
+  """Reads sys.argv; a mistake in it is a UserError. Every command has the flag --cache_dir.
 
-def run(main: Callable[..., None], *, overrides: bool = False) -> None:
-  """Parses sys.argv into absl flags and calls `main`; see `one_line_errors`.
-
-  With `overrides`, for a script without --config, `main` gets those of `take_overrides`. Every
-  script has the flag --cache_dir.
+  Args:
+    doc: the docstring of the command, which --help prints.
+    fields: whether it takes --config.SECTION.FIELD=VALUE, as args.overrides; --help lists them.
   """
-  flags.DEFINE_string("cache_dir", "", CACHE_DIR)
-  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["cache_dir"])  # for --help
-  given_overrides: list[dict[str, Any]] = []
 
-  def parse(argv: list[str]) -> list[str]:
-    if "--help" in argv:
-      print(help_text(overrides))
-      sys.exit()
-    if overrides:
-      given, argv = take_overrides(argv)
-      given_overrides.append(given)
-    _check_config_arguments(argv)
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise UserError(f"unexpected argument {rest[1]!r}: options start with --")
-    set_cache(flags.FLAGS.cache_dir)
-    if not flags.FLAGS["verbosity"].present:
-      quiet()
-    return rest
+  def __init__(self, doc: str | None, *, fields: bool = False) -> None:
+    style, none = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS
+    super().__init__(description=doc, usage=none, allow_abbrev=False, formatter_class=style)
+    self._fields = fields
+    self.flag("cache_dir", "", "folder of tokens and programs ($MOE_JAX_CACHE or the user's cache)")
 
-  one_line_errors(lambda: app.run(lambda _: main(*given_overrides), flags_parser=parse))
+  def flag(self, name: str, default: Any, help: str, choices: Any = None, **bounds: Any) -> None:
+    """Adds --NAME, of the type of its default.
+
+    Where that is False the flag has no value; a list is words with commas between them.
+    """
+    if default is False:
+      self.add_argument(f"--{name}", action="store_true", help=help)
+      return
+
+    def read(text: str) -> Any:
+      if isinstance(default, list):
+        return [word.strip() for word in text.split(",")] if text else []
+      value = type(default)(text)
+      if bounds and (wrong := Bounds(**bounds).wrong(value)):
+        raise argparse.ArgumentTypeError(f"{text} {wrong}")
+      return value
+
+    read.__name__ = type(default).__name__  # which argparse says of text that is no number
+    help += f" ({default})" if default else ""
+    self.add_argument(f"--{name}", type=read, default=default, help=help, choices=choices)
+
+  def multihost_flags(self) -> None:
+    """Adds those of a script that can be one of several processes."""
+    self.flag("multihost", False, "this is one of several processes")
+    self.flag("peer_timeout", 60.0, "seconds until a silent process of several is lost", at_least=5)
+
+  def read(self) -> argparse.Namespace:
+    """Returns the arguments, and sets the cache and the logging of this process."""
+    overrides, rest = take_overrides(sys.argv[1:]) if self._fields else ({}, sys.argv[1:])
+    args, unknown = self.parse_known_args(rest, argparse.Namespace(overrides=overrides))
+    if unknown:
+      flag = unknown[0].partition("=")[0]
+      close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+      near = f"; the nearest is {close[0]}" if close else ": options start with --"
+      raise UserError(f"unexpected argument {unknown[0]!r}{near}")
+    set_cache(args.cache_dir)
+    quiet()
+    faulthandler.enable(2)  # a crash in compiled code says from where it was called
+    return args
+
+  def format_help(self) -> str:
+    text = super().format_help()
+    if self._fields:
+      from moe_jax.config import docs
+
+      text += "\nfields, --config.SECTION.FIELD=VALUE (docs/config.md):\n\n" + docs.text()
+    return text
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message.removeprefix("argument "))
 
 
 def quiet() -> None:
   """Silences Orbax, which logs every step of every save, and errors that it also raises."""
+  logging.use_absl_handler()
   logging.set_verbosity(logging.FATAL)
-
-
-def multihost_flags() -> tuple["flags.FlagHolder[bool]", "flags.FlagHolder[float]"]:
-  """Defines --multihost and --peer_timeout for a script that can be one of several processes."""
-  multihost = flags.DEFINE_bool("multihost", False, "this is one of several processes")
-  what = "with --multihost: seconds until a silent process counts as lost"
-  timeout = flags.DEFINE_float("peer_timeout", 60, what, lower_bound=5)
-  for flag in (multihost, timeout):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # for --help
-  return multihost, timeout
 
 
 def set_cache(folder: str) -> None:
@@ -81,16 +109,6 @@ def set_cache(folder: str) -> None:
     raise UserError(f"--cache_dir={folder}: the cache is a folder on this machine")
   if folder:
     os.environ["MOE_JAX_CACHE"] = os.path.abspath(os.path.expanduser(folder))
-
-
-def help_text(overrides: bool = False) -> str:
-  """Returns the text of --help: a script's docstring, its flags, and the fields it can set."""
-  from moe_jax.config import docs as config_docs
-
-  parts = [sys.modules["__main__"].__doc__ or "", flags.FLAGS.main_module_help()]
-  if overrides or "config" in flags.FLAGS:
-    parts.append("fields, --config.SECTION.FIELD=VALUE (docs/config.md):\n\n" + config_docs.text())
-  return "\n\n".join(part.strip("\n") for part in parts)
 
 
 def one_line_errors(main: Callable[[], None], end: Callable[[int], NoReturn] = end) -> None:
@@ -108,9 +126,9 @@ def one_line_errors(main: Callable[[], None], end: Callable[[int], NoReturn] = e
       sys.stdout.flush()
   except KeyboardInterrupt:
     sys.exit(128 + signal.SIGINT)
-  except (UserError, flags.Error) as error:
+  except UserError as error:
     notice(f"error: {error}")
-    end(error.code if isinstance(error, UserError) else UserError.code)
+    end(error.code)
   except BrokenPipeError:  # the reader has what it wanted, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
@@ -155,22 +173,6 @@ def _open_streams() -> None:
       setattr(sys, name, os.fdopen(number, mode))
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all characters
-
-
-def _check_config_arguments(argv: list[str]) -> None:
-  # config_flags reports these with a traceback, so look first.
-  seen_file = False
-  for position, argument in enumerate(argv[1:], 1):
-    name, equals, value = argument.lstrip("-").partition("=")
-    if name == "config":
-      if seen_file:
-        raise UserError(f"{argument}: --config is given twice; name one file")
-      seen_file = True
-      load_file(value if equals else argv[position + 1] if position + 1 < len(argv) else "")
-    elif name.startswith("config.") and name.removeprefix("config.") not in field_names():
-      raise UserError(unknown_field(name.removeprefix("config."), argument))
-    elif name.startswith("config.") and not seen_file:
-      raise UserError(f"{argument}: --config is missing before it, --config=configs/tiny_moe.py")
 
 
 def load_file(path: str) -> Config:
@@ -223,14 +225,21 @@ def _place(error: BaseException, path: str) -> str:
 
 
 def _explain(error: BaseException, path: str) -> str:
-  where = _place(error, path)
+  where, message = _place(error, path), str(error)
   if isinstance(error, SyntaxError):
-    where = f"{error.filename or path}:{error.lineno or 1}"
-  message = error.msg if isinstance(error, SyntaxError) else str(error)
-  argument = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-  attribute = re.match(r"'(\w+)' object has no attribute '(\w+)'", message)
-  unknown = argument or attribute
-  paths = {"Config": ""} | {type(value).__name__: name + "." for name, value in sections(Config())}
+    where, message = f"{error.filename or path}:{error.lineno or 1}", error.msg
+  # The second is what Python 3.11 says of a field that there is not.
+  if isinstance(error, dataclasses.FrozenInstanceError) or message.startswith("super(type, obj)"):
+    frame = traceback.extract_tb(error.__traceback__)[-2]  # that called __setattr__
+    return (
+      f"{frame.filename}:{frame.lineno}: {frame.line}: a config does not change; "
+      'make another: override(config, {"model.moe.top_k": 1}), or dataclasses.replace'
+    )
+  what = r"(?:\.__init__\(\) got an unexpected keyword argument|' object has no attribute)"
+  unknown = re.match(rf"'?(\w+){what} '(\w+)'", message)
+  sections = {name.rpartition(".")[0] for name in field_names()}
+  paths = {type(operator.attrgetter(name)(Config())).__name__: name + "." for name in sections}
+  paths["Config"] = ""
   if unknown and unknown[1] in paths:
     return unknown_field(paths[unknown[1]] + unknown[2], where)
   return f"{where}: {type(error).__name__}: {message}"
@@ -288,23 +297,6 @@ def take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]
   return values, others
 
 
-def override(config: Config, fields: dict[str, Any], where: str) -> Config:
-  """A copy with {"model.moe.top_k": 1, ...} set; enums by member or value. Not validated.
-
-  Args:
-    where: begins the UserError about a field that there is not.
-  """
-  changed = copy.deepcopy(config)
-  for name, value in fields.items():
-    if name not in field_names():
-      raise UserError(unknown_field(name, where))
-    path, leaf = name.rsplit(".", 1)
-    section = operator.attrgetter(path)(changed)
-    (field,) = (f for f in dataclasses.fields(section) if f.name == leaf)
-    setattr(section, leaf, from_plain(field, name, plain(value)))
-  return changed
-
-
 def words(base: Config, config: Config) -> list[str]:
   """Returns the arguments, such as --config.model.moe.top_k=1, that turn `base` into `config`."""
   return [f"--config.{n}={spelled(v)}" for n, v in changes(base, config).items()]
@@ -324,12 +316,3 @@ def clock(seconds: float) -> str:
   """3661.2 -> '1:01:01'."""
   seconds = round(seconds)
   return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """(name, section) of each section of a config, nested ones too."""
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if dataclasses.is_dataclass(value):
-      yield prefix + field.name, value
-      yield from sections(value, f"{prefix}{field.name}.")

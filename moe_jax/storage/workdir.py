@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from moe_jax.config import Attention, Config, Exchange, GroupedMatmul, checks
-from moe_jax.config.run import from_json, to_json
+from moe_jax.config.run import from_json, override, to_json
 from moe_jax.errors import DamagedError, UserError, few, notice
 from moe_jax.storage import files, remote
 
@@ -132,7 +132,7 @@ def read_config(workdir: pathlib.Path) -> Config:
   tokenizer = pathlib.Path(config.data.tokenizer)
   beside = workdir / HF / tokenizer.name
   if config.data.tokenizer != "bytes" and not tokenizer.exists() and files.exists(beside):
-    config.data.tokenizer = str(beside)  # the workdir of an import has moved
+    config = override(config, {"data.tokenizer": str(beside)})  # an import's workdir has moved
   try:
     checks.check(config)
   except UserError as error:

@@ -8,13 +8,11 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.config import Config, Data, Loss, MoE
-from moe_jax.config.fields import cached
+from moe_jax.config import Config, Loss, MoE, override
 from moe_jax.errors import UserError
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
 from moe_jax.moe import validation
-from moe_jax.start import command_line
 
 _COUNTS = {  # by: (field of cost.Counts, its name in messages)
   "active_params": ("active", "active parameters"),
@@ -45,7 +43,7 @@ class Match:
     twin, field = self._start(reference)
     step = math.lcm(self.multiple_of, reference.mesh.tensor)
     width, comparison = self._width(reference, twin, field, step)
-    twin = command_line.override(twin, {field: width}, str(self))
+    twin = override(twin, {field: width}, str(self))
     validation.validate(twin)
     note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
     layers = reference.model.num_layers
@@ -61,7 +59,7 @@ class Match:
     """Returns the twin before its width is solved, and the field of the width."""
     if self.kind == "moe":
       fields = {f"model.moe.{name}": value for name, value in self.fields}
-      twin = command_line.override(reference, fields, str(self))
+      twin = override(reference, fields, str(self))
       if not twin.model.moe.num_experts:
         raise UserError(
           f"{self}: the config is dense; give the number of experts, such as num_experts=8"
@@ -69,18 +67,17 @@ class Match:
       return twin, "model.moe.expert_dim"
     if not reference.model.moe.num_experts:
       raise UserError(f"{self}: config.model.moe.num_experts=0 is dense already; match an MoE")
-    model = dataclasses.replace(reference.model, moe=MoE())
     loss = Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
-    return dataclasses.replace(reference, model=model, loss=loss), "model.ffn_dim"
+    return override(reference, {"model.moe": MoE(), "loss": loss}), "model.ffn_dim"
 
   def _width(self, reference: Config, twin: Config, field: str, step: int) -> tuple[int, str]:
     """Returns the multiple of `step` whose count is nearest, and both counts in words."""
     name, unit = _COUNTS[self.by]
 
     def count(width: int) -> float:
-      return getattr(cached_count(command_line.override(twin, {field: width}, "match")), name)
+      return getattr(cost.count(override(twin, {field: width}, "match")), name)
 
-    target, first, second = getattr(cached_count(reference), name), count(step), count(2 * step)
+    target, first, second = getattr(cost.count(reference), name), count(step), count(2 * step)
     width = step * max(1, round(1 + (target - first) / (second - first)))
     error = count(width) / target - 1
     comparison = f"{count(width):,.0f} {unit} against {target:,.0f} ({100 * error:+.2f}%)"
@@ -128,18 +125,9 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   return transform
 
 
-def cached_count(config: Config) -> cost.Counts:
-  """Returns cost.count of a config, from a cache if its model was counted before."""
-  counted = Config(model=config.model, data=Data(seq_len=config.data.seq_len))
-  return _count(counted)
-
-
-_count = cached(cost.count)
-
-
 def sizes(config: Config) -> str:
   """Describes the parameters and FLOPs of a config in one line."""
-  counts = cached_count(config)
+  counts = cost.count(config)
   return (
     f"{cost.si(counts.total)} parameters, {cost.si(counts.active)} active, "
     f"{cost.si(counts.flops_per_token)} FLOPs per token"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.config import Config
 from moe_jax.config.fields import LARGEST_SEED, spelled
-from moe_jax.config.run import SEEDS, changes, to_json
+from moe_jax.config.run import SEEDS, changes, override, to_json
 from moe_jax.errors import UserError
 from moe_jax.moe import validation
 from moe_jax.start import command_line
@@ -117,7 +117,7 @@ def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> Plan
   seeded = [name for name in SEEDS if name in a.fields]
   if seeded:
     raise UserError(f"{where}: the sweep sets config.{seeded[0]}; use its seeds")
-  config = command_line.override(base, a.fields | overrides, where)
+  config = override(base, a.fields | overrides, where)
   try:
     validation.validate(config)
     for transform in a.transforms:
@@ -146,7 +146,7 @@ def _transformed(transform: Transform, config: Config) -> Config:
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:
   """Returns the run of an arm with a seed, and its command lines."""
-  config = command_line.override(a.config, dict.fromkeys(SEEDS, seed), a.name)
+  config = override(a.config, dict.fromkeys(SEEDS, seed), a.name)
   workdir = f"{a.name}/seed{seed}"
   where = f"--workdir={plan.out / workdir}"
   fields = command_line.words(plan.base, config)

@@ -17,8 +17,6 @@ With `copy` the MoE model computes what the dense one does, to rounding, where t
 sum to 1 (renormalize, with top_k above 1) and nothing is dropped. The command says what holds.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Config, Model
+from moe_jax.config import Config, Model, override
 from moe_jax.config.run import other_model
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
@@ -216,19 +214,14 @@ def write_upcycled(source: str, config: Config, workdir: str, method: str, amoun
 
 def main() -> None:
   """Reads the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m moe_jax.training.upcycle", description=__doc__, allow_abbrev=False,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  parser = command_line.Parser(__doc__, fields=True)
   parser.add_argument("--from", dest="source", required=True, help="a dense run: WORKDIR[:STEP]")
   parser.add_argument("--config", required=True, help="the config file of the MoE model")
   parser.add_argument("--workdir", required=True, help="new folder for the weights")
   parser.add_argument("--method", default="copy", choices=list(METHODS))
   parser.add_argument("--amount", type=float, help="noise (0.1), or new units (0.5)")
-  overrides, rest = command_line.take_overrides(sys.argv[1:])
-  args = parser.parse_args(rest)
-  command_line.quiet()
-  config = command_line.override(command_line.load_file(args.config), overrides, args.config)
+  args = parser.read()
+  config = override(command_line.load_file(args.config), args.overrides, args.config)
   validation.validate(config)
   amount = METHODS[args.method] if args.amount is None else args.amount
   if not 0 <= amount <= 1:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import causal, evaluation
-from moe_jax.config import Dispatch, Priority, Router
+from moe_jax.config import Dispatch, Priority, Router, override
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
 from tests.support.toy_text import S, read, toy_model, toy_rows
@@ -47,7 +47,7 @@ CHOOSING = dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_fa
 def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, one_device):
   """Bit for bit nothing where routing is causal."""
   config = toy_config(**fields)
-  config.model.moe = evaluation.with_slots(config.model.moe)
+  config = override(config, {"model.moe": evaluation.with_slots(config.model.moe)})
   model, rows = toy_model(config), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
   group_rows = max(config.model.moe.group_size // 9, 1)
   hidden_RL, forced_RL = causal.causal_losses(model, rows, [0, 2, 4, 6], 8, group_rows, mesh_of())

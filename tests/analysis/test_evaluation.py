@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import sharding
 from moe_jax.analysis import evaluation
-from moe_jax.config import Dispatch, Exchange, Mesh, Router
+from moe_jax.config import Dispatch, Exchange, Mesh, Router, override
 from moe_jax.errors import UserError
 from moe_jax.training import evaluator
 from tests.support.scripts import built, evaluate, python, refused
@@ -41,8 +41,7 @@ def test_options_about_experts_are_refused_for_a_dense_run(factors, routing, fla
 
 
 def test_expert_choice_needs_a_capacity_and_none_is_zero():
-  config = toy_config(router=Router.EXPERT_CHOICE, renormalize=False)
-  config.loss.load_balance = 0.0
+  config = toy_config({"loss.load_balance": 0.0}, router=Router.EXPERT_CHOICE, renormalize=False)
   evaluation.check_options(config, [0.5, 2.0], True)
   with pytest.raises(UserError, match="set a finite number"):
     evaluation.check_options(config, [math.inf], True)
@@ -52,9 +51,8 @@ def test_expert_choice_needs_a_capacity_and_none_is_zero():
 
 def test_a_batch_of_training_need_not_split_over_the_devices_here():
   """Microbatches of two rows, evaluated in batches of eight on eight devices."""
-  config = toy_config()
-  config.train.accumulation, config.eval.batch_size = 4, 8
-  config.mesh = evaluation.mesh_here(config)
+  config = toy_config({"train.accumulation": 4, "eval.batch_size": 8})
+  config = override(config, {"mesh": evaluation.mesh_here(config)})
   assert config.mesh.data == 8
   assert evaluation.at_capacity(config, 1.5).mesh.data == 8
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from moe_jax.config import (
   Router,
   Schedule,
   Score,
+  override,
 )
 from moe_jax.errors import UserError
 from moe_jax.moe import validation
@@ -66,11 +68,7 @@ def test_disagreeing_fields_are_named(change):
   config = toy_config()
   validation.validate(config)
   name, text = change.split("=")
-  *path, leaf = name.split(".")
-  section = config
-  for part in path:
-    section = getattr(section, part)
-  setattr(section, leaf, type(getattr(section, leaf))(text))
+  config = override(config, {name: type(operator.attrgetter(name)(config))(text)})
   with pytest.raises(UserError) as error:
     validation.validate(config)
   message = str(error.value)
@@ -78,17 +76,15 @@ def test_disagreeing_fields_are_named(change):
 
 
 def test_a_warm_up_that_reaches_into_the_fall_of_wsd_is_refused():
-  config = toy_config()
-  config.optimizer.schedule, config.optimizer.warmup_steps = Schedule.WSD, 8
+  config = toy_config({"optimizer.schedule": Schedule.WSD, "optimizer.warmup_steps": 8})
   validation.validate(config)
-  config.optimizer.warmup_steps = 9  # of 10 steps, and it falls in the last two
+  config = override(config, {"optimizer.warmup_steps": 9})  # of 10, and it falls in the last two
   with pytest.raises(UserError, match=r"warmup_steps=9 with config.optimizer.decay_fraction=0.2"):
     validation.validate(config)
 
 
 def test_an_evaluation_batch_splits_over_all_axes_of_the_batch():
-  config = toy_config()
-  config.mesh, config.eval.batch_size = Mesh(data=2, expert=2), 6
+  config = toy_config({"mesh": Mesh(data=2, expert=2), "eval.batch_size": 6})
   with pytest.raises(UserError, match=r"eval\.batch_size=6 does not divide over"):
     validation.validate(config)
 
@@ -117,13 +113,13 @@ def test_latents_and_delta_rules_that_make_no_sense_are_refused(latent, delta, m
   def validate(latent, delta, model):
     config = toy_config()
     if latent is None:
-      config.model.delta = Delta(**DELTA | delta)
+      config = override(config, {"model.delta": Delta(**DELTA | delta)})
     else:
-      config.model.num_kv_heads = config.model.num_heads
-      config.model.latent = Latent(**LATENT | latent)
-    for name, value in model.items():
-      setattr(config.model, name, value)
-    validation.validate(config)
+      config = override(
+        config,
+        {"model.num_kv_heads": config.model.num_heads, "model.latent": Latent(**LATENT | latent)},
+      )
+    validation.validate(override(config, {f"model.{name}": v for name, v in model.items()}))
 
   validate(None if latent is None else {}, {}, {})
   with pytest.raises(UserError) as error:
@@ -164,8 +160,7 @@ WRONG_ROUTINGS = [
 
 @pytest.mark.parametrize(("moe", "loss", "first", "second", "text"), WRONG_ROUTINGS)
 def test_routings_that_make_no_sense_are_refused(moe, loss, first, second, text):
-  config = toy_config(**moe)
-  config.loss = Loss(**{"load_balance": 0.0} | loss)
+  config = toy_config({"loss": Loss(**{"load_balance": 0.0} | loss)}, **moe)
   with pytest.raises(UserError) as error:
     validation.validate(config)
   second = second if second.startswith("loss.") else f"model.moe.{second}"
@@ -191,8 +186,7 @@ CAPACITIES = {"model.moe.capacity_factor", "model.moe.eval_capacity_factor"}
 )
 def test_one_field_is_enough(moe, ignored):
   """Dropless is the dispatch and top-1 is top_k: what others say then is not refused."""
-  config = toy_config(**moe)
-  config.loss = Loss(load_balance=0.0)
+  config = toy_config({"loss": Loss(load_balance=0.0)}, **moe)
   validation.validate(config)
   assert validation.ignored_fields(config) == ignored
 
@@ -205,7 +199,7 @@ def test_what_cannot_drop_cannot_leak():
 
 def test_to_validate_changes_nothing():
   config = toy_config()
-  object.__setattr__(config.loss, "z", 1)  # as no assignment can
+  object.__setattr__(config.loss, "z", 1)  # as nothing else can
   before = copy.deepcopy(config)
   with pytest.raises(UserError, match=r"config.loss.z=1 is of type int, not float"):
     validation.validate(config)
@@ -213,17 +207,15 @@ def test_to_validate_changes_nothing():
 
 
 def test_wrong_type_in_a_file():
-  config = toy_config()
-  config.model.moe.num_experts = "8"
+  config = toy_config({"model.moe.num_experts": "8"})
   with pytest.raises(UserError, match=r"config.model.moe.num_experts='8'.*str, not int"):
     validation.validate(config)
 
 
 def test_mesh_must_match_the_devices():
-  config = toy_config()
-  config.mesh = Mesh(expert=2)
+  config = toy_config({"mesh": Mesh(expert=2)})
   assert validation.resolve_mesh(config, 8).mesh.data == 4
-  config.mesh = Mesh(data=2, expert=2)
+  config = override(config, {"mesh": Mesh(data=2, expert=2)})
   with pytest.raises(UserError, match=r"8 device.*XLA_FLAGS"):
     validation.resolve_mesh(config, 8)
 
@@ -238,21 +230,25 @@ def test_a_mistake_is_told_before_a_device_is_touched():
 
 
 def test_the_largest_numbers_are_allowed():
-  config = toy_config()
-  config.train.seed = config.data.seed = 2**32 - 1
-  config.train.steps = config.train.eval_every = config.health.window = 2**31 - 1
-  config.model.moe.capacity_factor = 3e38  # as good as inf: no group has so many tokens
-  validation.validate(config)
+  seed, steps = 2**32 - 1, 2**31 - 1
+  fields = {"train.seed": seed, "data.seed": seed}
+  fields |= dict.fromkeys(("train.steps", "train.eval_every", "health.window"), steps)
+  fields["model.moe.capacity_factor"] = 3e38  # as good as inf: no group has so many tokens
+  validation.validate(toy_config(fields))
 
 
 def test_slots_that_int32_cannot_number_are_refused():
   """With all devices that are left (data=-1) it is not known yet how many slots one has."""
-  config = toy_config(num_experts=2**20, capacity_factor=math.inf, dispatch=Dispatch.EINSUM)
-  config.data.batch_size = 512
-  config.mesh.data = -1
+  config = toy_config(
+    {"data.batch_size": 512, "mesh.data": -1},
+    num_experts=2**20,
+    capacity_factor=math.inf,
+    dispatch=Dispatch.EINSUM,
+  )
   validation.validate(config)
   with pytest.raises(UserError, match=r"num_experts=1048576 with .*batch_size=512: a dev"):
     validation.resolve_mesh(config, 2)
   validation.resolve_mesh(config, 512)
-  config.model.moe.dispatch = Dispatch.GROUPED  # has rows for what is routed alone
+  # has rows for what is routed alone
+  config = override(config, {"model.moe.dispatch": Dispatch.GROUPED})
   validation.resolve_mesh(config, 1)

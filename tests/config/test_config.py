@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Config, Dispatch, Mesh, QKNorm
+from moe_jax.config import Config, Dispatch, Mesh, Model, MoE, QKNorm, Remat, Router, override
 from moe_jax.config.fields import Choice, flatten, walk
 from moe_jax.config.run import from_json, to_json
 from moe_jax.errors import UserError
 from moe_jax.moe import validation
-from moe_jax.start import command_line
 from tests.support.toys import ROOT, lower_step, set_up, slow_unless, toy_batch, toy_config
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -93,11 +92,46 @@ def test_a_stored_cache_folder_is_dropped():
 
 def test_an_int_becomes_a_float_where_one_belongs():
   config = from_json('{"loss": {"z": 1}, "train": {"steps": 2}}')
-  config.model.moe.capacity_factor = 2
-  config.loss = dataclasses.replace(config.loss, load_balance=0)
+  config = override(config, {"model.moe.capacity_factor": 2})
+  config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, load_balance=0))
   for value in (config.loss.z, config.model.moe.capacity_factor, config.loss.load_balance):
     assert type(value) is float
   assert type(config.train.steps) is int
+
+
+@pytest.mark.parametrize(("fields", "why"), [
+  ({"train.step": 3}, r"here: .*train.step; the nearest is config.train.steps"),
+  ({"model.remat": "dot"}, r"config.model.remat='dot' is not one of: none"),
+  ({"model.moe.router": "best"}, "router='best' is not one of: switch"),
+  ({"model.moe": 4}, "here: there is no field config.model.moe"),
+  ({"loss": MoE()}, "here: there is no field config.loss.num_experts; the nearest is"),
+])  # fmt: skip
+def test_override_refuses(fields, why):
+  with pytest.raises(UserError, match=why):
+    override(toy_config(), fields, "here")
+
+
+def test_an_override_takes_members_and_the_words_of_config_json():
+  base = Config()
+  flat = flatten(base) | {"model.moe.capacity_factor": "inf", "model.remat": "dots"}
+  config = override(base, flat, "here")
+  assert flatten(config) == flat and config.model.remat is Remat.DOTS
+  config = override(base, {"model.moe.router": Router.SINKHORN}, "here")
+  assert config.model.moe.router is Router.SINKHORN
+  assert base == Config()  # a copy was changed
+
+
+def test_an_override_takes_sections():
+  config = override(Config(), {"model.moe": MoE(num_experts=4), "model.moe.top_k": 3})
+  assert config.model == Model(moe=MoE(num_experts=4, top_k=3))
+
+
+def test_a_config_never_changes_and_is_a_key():
+  config = toy_config()
+  with pytest.raises(dataclasses.FrozenInstanceError, match="top_k"):
+    config.model.moe.top_k = 1
+  assert {config: "here"}[from_json(to_json(config))] == "here"
+  assert hash(override(config, {"model.moe.top_k": 1})) != hash(config)
 
 
 def test_every_field_says_what_it_is():
@@ -136,27 +170,35 @@ def test_what_needs_no_jax():
 
 
 def test_no_field_is_optional():
-  for section in command_line.sections(Config()):
-    for field in dataclasses.fields(section[1]):
-      assert isinstance(field.type, type), field
+  for name, field, _ in walk(Config()):
+    assert isinstance(field.type, type), name
 
 
 def shrink(config):
   """The same structure in a few thousand parameters: pattern, routing, precision and remat stay."""
   model, moe = config.model, config.model.moe
-  model.num_kv_heads, model.num_heads = 2, 2 * model.num_heads // model.num_kv_heads
-  model.dim, model.head_dim, model.ffn_dim, model.vocab_size = 16, 4, 8, 264
-  model.num_layers = moe.first_dense + 2 * moe.every
-  moe.expert_dim, moe.group_size = 8, min(moe.group_size, 16)
-  config.data.seq_len, config.data.batch_size = 16, 8
-  return config
+  return override(
+    config,
+    {
+      "model.num_kv_heads": 2,
+      "model.num_heads": 2 * model.num_heads // model.num_kv_heads,
+      "model.dim": 16,
+      "model.head_dim": 4,
+      "model.ffn_dim": 8,
+      "model.vocab_size": 264,
+      "model.num_layers": moe.first_dense + 2 * moe.every,
+      "model.moe.expert_dim": 8,
+      "model.moe.group_size": min(moe.group_size, 16),
+      "data.seq_len": 16,
+      "data.batch_size": 8,
+    },
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_every_config_can_be_traced(name):
-  config = shrink(load(name))
-  config.mesh = Mesh(data=8)
+  config = override(shrink(load(name)), {"mesh": Mesh(data=8)})
   lower_step(config)
 
 

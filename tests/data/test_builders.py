@@ -174,8 +174,8 @@ def test_a_damaged_catalog_set_is_refused_in_one_line(file, place, catalog, tmp_
 
 
 def test_splits_of_a_catalog_set_can_be_added(catalog):
-  catalog.train_split = "test+validation"
-  assert sorted(everything(pipeline.load_rows(catalog, "train"))) == [b"To be\n", b"or not\n"]
+  both = dataclasses.replace(catalog, train_split="test+validation")
+  assert sorted(everything(pipeline.load_rows(both, "train"))) == [b"To be\n", b"or not\n"]
 
 
 @pytest.mark.parametrize(("field", "value", "known"), [
@@ -183,8 +183,7 @@ def test_splits_of_a_catalog_set_can_be_added(catalog):
   ("text_field", "body", "has: text"),
 ])  # fmt: skip
 def test_what_a_catalog_set_does_not_have_is_refused(field, value, known, catalog):
-  setattr(catalog, field, value)
-  message = error_of(catalog, "test")
+  message = error_of(dataclasses.replace(catalog, **{field: value}), "test")
   assert f"config.data.{field}={value!r}" in message and known in message
 
 

@@ -52,9 +52,14 @@ def test_folder_of_few_files_fills_every_split(text):
 
 
 @pytest.fixture
+def bodies(text):
+  """A config for documents under `body`."""
+  return dataclasses.replace(text, text_field="body")
+
+
+@pytest.fixture
 def lines(text):
   """A JSONL file of 200 documents under `body`, with empty lines and an empty document."""
-  text.text_field = "body"
   file = pathlib.Path(text.path) / "a.jsonl"
   written = [json.dumps({"body": f"line {i} é", "id": i}) for i in range(200)]
   file.write_text("\n\n".join(written) + "\n" + json.dumps({"body": ""}))
@@ -62,21 +67,21 @@ def lines(text):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.json", "a"])
-def test_each_line_of_json_is_a_document_in_the_split_of_its_hash(name, text, lines):
+def test_each_line_of_json_is_a_document_in_the_split_of_its_hash(name, bodies, lines):
   lines.rename(lines.with_name(name))
-  rows = load(text)
+  rows = load(bodies)
   found = [everything(rows[split]) for split in SPLITS]
   assert sorted(joined(found)) == sorted(f"line {i} é".encode() for i in range(200))
   expected = [split_of(f"{name}:{2 * i + 1}") for i in range(200)]
   assert [len(f) for f in found] == [expected.count(split) for split in SPLITS]
 
 
-def test_an_edit_that_keeps_the_size_is_seen(text, lines):
-  load(text)
+def test_an_edit_that_keeps_the_size_is_seen(bodies, lines):
+  load(bodies)
   old = lines.stat()
   lines.write_text(lines.read_text().replace("line 7 ", "LINE 7 "))
   os.utime(lines, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
-  again = load(text)
+  again = load(bodies)
   assert b"LINE 7 \xc3\xa9" in joined(everything(again[split]) for split in SPLITS)
 
 

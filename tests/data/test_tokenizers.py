@@ -197,7 +197,7 @@ def test_the_files_beside_a_tokenizer_name_its_special_tokens(name, begins, tmp_
 def test_another_tokenizer_makes_other_rows_of_the_same_text(text, tmp_path):
   (pathlib.Path(text.path) / "a.txt").write_text(PROSE)
   plain = pipeline.load_rows(text, "train")
-  text.tokenizer = str(tmp_path / "t.json")
+  text = dataclasses.replace(text, tokenizer=str(tmp_path / "t.json"))
   bpe = train_bpe(tmp_path / "t.json", ["<s>"])
   rows = pipeline.load_rows(text, "train")
   assert rows.tokenizer.fingerprint == bpe.fingerprint

@@ -12,6 +12,7 @@ import safetensors.numpy
 import tokenizers
 
 import moe_jax
+from moe_jax.config import override
 from moe_jax.errors import StorageError, UserError
 from moe_jax.hf import exporting, families, fields, files, importing
 from moe_jax.kernels import platform
@@ -194,8 +195,8 @@ def test_what_cannot_be_read_is_one_line(name, copy):
 
 
 def test_what_a_family_cannot_say_is_named():
-  model = toy().model
-  model.moe.gate_scale, model.rotary_fraction, model.moe.shared_experts = 2.0, 0.67, 1
+  changed = {"moe.gate_scale": 2.0, "rotary_fraction": 0.67, "moe.shared_experts": 1}
+  model = override(toy(), {f"model.{name}": value for name, value in changed.items()}).model
   with pytest.raises(UserError) as error:
     fields.to_theirs(families.FAMILIES["qwen3_moe"], model)
   said = str(error.value)
@@ -248,8 +249,7 @@ def test_a_run_is_exported_with_its_own_tokenizer(tmp_path):
   beside = {"tokenizer_config.json": '{"eos_token": "<|endoftext|>"}', "config.json": "{}"}
   for name, text in beside.items():
     (tmp_path / name).write_text(text)
-  config = toy()
-  config.data.tokenizer = str(tmp_path / "mine.json")
+  config = override(toy(), {"data.tokenizer": str(tmp_path / "mine.json")})
   with jax.set_mesh(mesh_of()):
     exporting.export(loaded(config), families.FAMILIES["qwen3_moe"], tmp_path / "out")
   names = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -269,8 +269,7 @@ def test_transformers_takes_the_exported_tokenizer_as_it_is(tmp_path):
   model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
   model.add_special_tokens(["<|endoftext|>"])
   model.save(str(tmp_path / "mine.json"))
-  config = toy()
-  config.data.tokenizer = str(tmp_path / "mine.json")
+  config = override(toy(), {"data.tokenizer": str(tmp_path / "mine.json")})
   with jax.set_mesh(mesh_of()):
     exporting.export(loaded(config), families.FAMILIES["qwen3_moe"], tmp_path / "out")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import published
-from moe_jax.config import Dtype, QKNorm
+from moe_jax.config import Dtype, QKNorm, override
 from moe_jax.errors import UserError
 from moe_jax.hf import exporting, families, fields, files, importing, layout, parts
 from moe_jax.model import pattern
@@ -45,10 +45,9 @@ _GIGABYTES = int(os.environ.get("IMPORT_GIGABYTES", "1"))  # 4 takes 40 s and 8 
 @pytest.mark.slow
 def test_a_host_holds_what_its_devices_hold_and_a_little_more(tmp_path):
   """Under a limit at which reading the whole checkpoint first fails."""
-  config = toy_config(num_experts=8, top_k=2, expert_dim=1024)
-  model = config.model
-  model.dim, model.num_layers, model.vocab_size = 768, 14 * _GIGABYTES, 256
-  model.qk_norm = QKNorm.HEAD
+  fields = {"model.dim": 768, "model.num_layers": 14 * _GIGABYTES, "model.vocab_size": 256}
+  fields["model.qk_norm"] = QKNorm.HEAD
+  config = toy_config(fields, num_experts=8, top_k=2, expert_dim=1024)
   stored_names = write_synthetic(config, tmp_path / "large")
   made = plan(tmp_path / "large")
   held = 4 * sum(int(np.prod(t.shape)) for t in made.tensors) / 2**30
@@ -124,10 +123,11 @@ def test_a_dry_run_reads_headers_and_predicts(name, family, gigabytes, tmp_path,
 @pytest.mark.slow
 def test_the_layers_and_experts_of_olmoe_at_a_smaller_width(tmp_path):
   """Its true number of layers and experts: 3,219 tensors, in and out again in bfloat16."""
-  config = published.get_config("olmoe_1b_7b")
+  smaller = dict(dim=64, num_heads=4, num_kv_heads=4, head_dim=16, vocab_size=512)
+  fields = {f"model.{name}": size for name, size in smaller.items()}
+  fields |= {"model.moe.expert_dim": 32, "model.compute_dtype": Dtype.FLOAT32}
+  config = override(published.get_config("olmoe_1b_7b"), fields)
   model = config.model
-  model.dim, model.num_heads, model.num_kv_heads, model.head_dim = 64, 4, 4, 16
-  model.vocab_size, model.moe.expert_dim, model.compute_dtype = 512, 32, Dtype.FLOAT32
   family = families.FAMILIES["olmoe"]
   with jax.set_mesh(mesh_of(expert=4)):
     _, params = build(config)

@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.config import Attention, Dispatch, Exchange, GroupedMatmul, Model
+from moe_jax.config import Attention, Dispatch, Exchange, GroupedMatmul, Model, MoE, override
 from moe_jax.errors import UserError
 from moe_jax.kernels import attention, choose, experts, platform
 from tests.support.toys import mesh_of, toy_config
 
 
 def dropless(**fields):
-  config = toy_config(dispatch=Dispatch.GROUPED, **fields)
-  config.data.seq_len = 64  # at which attention goes in blocks
-  return config
+  """At a length at which attention goes in blocks."""
+  return toy_config({"data.seq_len": 64}, dispatch=Dispatch.GROUPED, **fields)
 
 
 def test_a_cpu_takes_its_own_kernels():
@@ -103,8 +102,10 @@ def test_a_kernel_that_a_resumed_run_names_replaces_the_recorded_one():
   """It is printed and recorded, and from then on `auto` is that one."""
   with jax.set_mesh(mesh_of()):
     _, record, _ = choose.resolve(dropless(), {})
-    named = dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT, exchange=Exchange.ALL_TO_ALL)
-    named.model.attention = Attention.REFERENCE
+    named = override(
+      dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT, exchange=Exchange.ALL_TO_ALL),
+      {"model.attention": Attention.REFERENCE},
+    )
     _, changed, lines = choose.resolve(named, record)
     assert [line.split(" ", 1)[1].strip() for line in lines] == [
       "reference, which the config names; until now the run used blocks",
@@ -120,8 +121,7 @@ def test_a_kernel_that_a_resumed_run_names_replaces_the_recorded_one():
 
 def test_a_kernel_that_the_run_did_not_need_is_chosen_when_it_does():
   """A run that dispatched into slots recorded no kernel of the grouped dispatch."""
-  slots = toy_config()
-  slots.data.seq_len = 64
+  slots = toy_config({"data.seq_len": 64})
   with jax.set_mesh(mesh_of()):
     _, record, _ = choose.resolve(slots, {})
     assert record["grouped_matmul"] == record["exchange"] == "auto"
@@ -131,13 +131,12 @@ def test_a_kernel_that_the_run_did_not_need_is_chosen_when_it_does():
 
 
 def test_a_kernel_that_is_named_is_taken_or_refused():
-  config = dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT)
-  config.model.attention = Attention.REFERENCE
+  config = override(
+    dropless(grouped_matmul=GroupedMatmul.RAGGED_DOT), {"model.attention": Attention.REFERENCE}
+  )
   with jax.set_mesh(mesh_of()):
     same, _, lines = choose.resolve(config, {})
-    assert same.model == dataclasses.replace(
-      config.model, moe=dataclasses.replace(config.model.moe, exchange=Exchange.ALL_GATHER)
-    )
+    assert same == override(config, {"model.moe.exchange": Exchange.ALL_GATHER})
     assert all("which the config names" in line for line in lines[:2])
 
 
@@ -145,32 +144,34 @@ def test_what_cannot_run_here_is_refused_before_a_run_starts(monkeypatch):
   """One line names the field, the platform and the remedy, not an error of the compiler."""
   config = dropless()
   choose.check_kernels(config)
-  config.model.attention = Attention.SPLASH
+  config = override(config, {"model.attention": Attention.SPLASH})
   with pytest.raises(UserError, match=r"config.model.attention=splash: it runs on tpu, not on cpu"):
     choose.check_kernels(config)
-  config.model.attention = Attention.AUTO
-  config.model.moe.grouped_matmul = GroupedMatmul.TRITON
+  config = override(
+    config, {"model.attention": Attention.AUTO, "model.moe.grouped_matmul": GroupedMatmul.TRITON}
+  )
   with pytest.raises(UserError, match=r"grouped_matmul=triton: it runs on gpu, .*set it to auto"):
     choose.resolve(config, {})
-  config.model.moe.grouped_matmul = GroupedMatmul.AUTO
-  config.model.moe.exchange = Exchange.RAGGED
+  config = override(
+    config, {"model.moe.grouped_matmul": GroupedMatmul.AUTO, "model.moe.exchange": Exchange.RAGGED}
+  )
   choose.check_kernels(config)  # one device exchanges nothing
-  config.mesh.expert = 2
+  config = override(config, {"mesh.expert": 2})
   with pytest.raises(
     UserError, match=r"config.model.moe.exchange=ragged: .*not run on cpu; .*auto"
   ):
     choose.check_kernels(config)
   monkeypatch.setattr(platform, "name", lambda: "tpu")
   choose.check_kernels(config)
-  config.model.attention, config.data.seq_len = Attention.SPLASH, 100
+  config = override(config, {"model.attention": Attention.SPLASH, "data.seq_len": 100})
   with pytest.raises(UserError, match=r"attention=splash: it refuses a sequence of 100 tokens"):
     choose.check_kernels(config)
 
 
 def test_another_platforms_kernels_become_auto(monkeypatch):
   """To evaluate on a laptop what was trained on a pod."""
-  model = Model(attention=Attention.SPLASH)
-  model.moe.grouped_matmul, model.moe.exchange = GroupedMatmul.MOSAIC, Exchange.RAGGED
+  moe = MoE(grouped_matmul=GroupedMatmul.MOSAIC, exchange=Exchange.RAGGED)
+  model = Model(attention=Attention.SPLASH, moe=moe)
   there = {"device": "TPU v9", "attention": "splash", "grouped_matmul": "mosaic"}
   here = choose.for_reading(model, there)
   assert here.attention is Attention.AUTO and here.moe.grouped_matmul is GroupedMatmul.AUTO

@@ -183,8 +183,9 @@ def test_remat_dots_keeps_the_blocked_activations():
   """The backward pass under remat=dots runs none of the forward pass's loops again."""
   loops = {}
   for remat in Remat:
-    config = toy_config(dispatch=Dispatch.GROUPED, grouped_matmul=GroupedMatmul.BLOCKED)
-    config.model.remat = remat
+    config = toy_config(
+      {"model.remat": remat}, dispatch=Dispatch.GROUPED, grouped_matmul=GroupedMatmul.BLOCKED
+    )
     loops[remat.value] = lower_step(config).as_text().count("stablehlo.while")
   # One more: the rows' places are found again, from one saved matmul (the router's).
   assert loops["dots"] <= loops["none"] + 1 < loops["full"] - 1

@@ -8,12 +8,11 @@ import pytest
 
 import moe_jax
 from moe_jax.analysis import evaluation
-from moe_jax.config import Config, Delta, Mesh, Router
+from moe_jax.config import Config, Delta, Mesh, Router, override
 from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 from moe_jax.model import cost
 from moe_jax.moe import validation
-from moe_jax.start import command_line
 from moe_jax.storage import workdir
 from moe_jax.training import optimizers
 from moe_jax.training import setup as setup_lib
@@ -51,8 +50,7 @@ def test_mixtral_8x7b():
 
 @pytest.mark.parametrize(("tied", "matrices"), [(True, 1), (False, 2)])
 def test_a_tied_head_is_the_embedding(tied, matrices):
-  config = toy_config()
-  config.model.tied_head = tied
+  config = toy_config({"model.tied_head": tied})
   counts = cost.count(config)
   assert counts.embedding == matrices * 24 * 10
   # Per layer: attention, router, two norms, and 4 or 2 experts of three matrices; the last norm.
@@ -81,7 +79,7 @@ def test_describe_says_whether_a_named_device_suffices(device, verdict):
   done = scripts.call("train.py", mixtral, "--describe", f"--device={device}")
   assert done.returncode == 0 and done.stdout.splitlines()[-1] == verdict, done
   line = scripts.refused("train.py", mixtral, "--describe", "--device=H2O")
-  assert "--device=H2O: value should be one of <|v4|v5e|v5p|v6e|A100|H100|H200>" in line
+  assert "--device: invalid choice: 'H2O'" in line and all(name in line for name in ("v4", "H200"))
   line = scripts.refused("train.py", mixtral, f"--device={device}")
   assert "belongs to --describe" in line
 
@@ -89,7 +87,7 @@ def test_describe_says_whether_a_named_device_suffices(device, verdict):
 def debug_config(**fields) -> Config:
   config = importlib.import_module("configs.debug").get_config()
   changed = {name.replace("__", "."): value for name, value in fields.items()}
-  return command_line.override(config, changed | {"mesh.data": 1}, "here")
+  return override(config, changed | {"mesh.data": 1}, "here")
 
 
 TOO_LARGE = [
@@ -142,7 +140,7 @@ def test_what_fits_passes():
 def test_no_run_is_refused_that_would_fit(optimizer, monkeypatch):
   """The check asks for no more than the compiled step takes, and for half of its state at least."""
   config = toy_config()
-  config = command_line.override(config, {"optimizer.name": optimizer, "model.dim": 64}, "here")
+  config = override(config, {"optimizer.name": optimizer, "model.dim": 64}, "here")
   mesh = mesh_of()
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
@@ -168,14 +166,13 @@ def _shape(array):
 
 def test_a_mesh_divides_what_a_device_holds(monkeypatch):
   """Over 4 devices, each holds a quarter of the experts and of the batch."""
-  config = toy_config(num_experts=8, expert_dim=500)
-  config.mesh = Mesh(data=1)
+  config = toy_config({"mesh": Mesh(data=1)}, num_experts=8, expert_dim=500)
   state = optimizers.abstract_state(config)
   whole = cost.state_bytes(config, state)
   monkeypatch.setattr(platform, "memory_bytes", lambda: 0.6 * whole)
   with pytest.raises(UserError, match=r"moe.num_experts=8 or .* or take more devices"):
     cost.check_training_memory(config, state)
-  config.mesh = Mesh(data=1, expert=4)
+  config = override(config, {"mesh": Mesh(data=1, expert=4)})
   cost.check_training_memory(config, state)
 
 
@@ -197,11 +194,12 @@ def test_a_run_that_this_machine_cannot_hold_is_not_read(fields, why, tmp_path):
 def test_the_delta_rule_costs_the_same_at_every_length():
   """By hand: 2 FLOPs for each weight of a matrix, and three products with the state, three times
   over; in two layers, and none of attention."""
-  config = toy_config(num_experts=0)
-  config.model.delta = Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3)
+  config = toy_config(
+    {"model.delta": Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3)}, num_experts=0
+  )
   channels, projected = 2 * 2 * 5 + 6 * 3, 2 * 2 * 5 + 2 * 6 * 3 + 2 * 6
   layer = 10 * projected + channels * 4 + 6 * 3 * 10 + 3 * 10 * 14
   want = 3 * 2 * (24 * 10 + 2 * (layer + 3 * 6 * 5 * 3))
   for length in (9, 90):
-    config.data.seq_len = length
+    config = override(config, {"data.seq_len": length})
     assert cost.count(config).flops_per_token == want

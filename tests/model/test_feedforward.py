@@ -1,5 +1,6 @@
 """The MoE block against the dense one, gradients of its router, its noise and its precision."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import Dispatch, Dtype, GroupedMatmul, Loss, Model, Router, Score
+from moe_jax.config import Dispatch, Dtype, GroupedMatmul, Loss, Model, Router, Score, override
 from moe_jax.errors import UserError
 from moe_jax.model.feedforward import DenseFFN, MoEFFN, feedforward, moe_feedforward
 from moe_jax.moe import layer as layer_lib
@@ -45,7 +46,7 @@ def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_d
     top_k=top_k, renormalize=renormalize, score=score, router=router, dispatch=how,
     capacity_factor=factor, eval_capacity_factor=factor, grouped_matmul=GroupedMatmul.RAGGED_DOT,
   )  # fmt: skip
-  config.loss = Loss(load_balance=0.0)
+  config = override(config, {"loss": Loss(load_balance=0.0)})
   try:
     validation.validate(config)
   except UserError as refused:
@@ -156,8 +157,7 @@ def test_evaluation_has_no_jitter_and_no_noise(fields, one_device):
 
 
 def test_router_stays_float32_under_bfloat16(one_device):
-  model = toy_config().model
-  model.compute_dtype = Dtype.BFLOAT16
+  model = dataclasses.replace(toy_config().model, compute_dtype=Dtype.BFLOAT16)
   layer = MoEFFN(model, nnx.Rngs(0))
   x_BLD = jax.random.normal(jax.random.key(2), (2, 9, model.dim), jnp.bfloat16)
   tokens = Tokens(jnp.zeros((2, 9), int), jnp.ones((2, 9), int), jnp.zeros((2, 9), int))

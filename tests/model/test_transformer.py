@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import Dtype, Remat
+from moe_jax.config import Dtype, Remat, override
 from moe_jax.kernels.attention import reference_attention
 from moe_jax.kernels.mask import CAUSAL
 from moe_jax.model import attention, pattern
@@ -125,8 +125,7 @@ def test_padding_changes_nothing():
   [(4, 1, 0, [0, 1, 2, 3]), (4, 2, 0, [1, 3]), (5, 2, 1, [2, 4]), (4, 1, 3, [3])],
 )
 def test_layer_patterns(layers, every, first_dense, expected):
-  config = toy_config(every=every, first_dense=first_dense)
-  config.model.num_layers = layers
+  config = toy_config({"model.num_layers": layers}, every=every, first_dense=first_dense)
   assert pattern.moe_layers(config.model) == expected
   graph, params = build(config)
   _, stats = forward(graph, params, *tokens_of(config))
@@ -154,7 +153,7 @@ def test_remat_changes_no_value(remat):
   _, params = build(config)
   tokens = tokens_of(config)
   plain = loss_and_grads(config, params, tokens)
-  config.model = dataclasses.replace(config.model, remat=remat)
+  config = override(config, {"model": dataclasses.replace(config.model, remat=remat)})
   jax.tree.map(
     # the same sums in another order
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -167,7 +166,7 @@ def test_bfloat16_follows_float32():
   config = toy_config(capacity_factor=math.inf)
   graph, params = build(config)
   exact, _ = forward(graph, params, *tokens_of(config))
-  config.model.compute_dtype = Dtype.BFLOAT16
+  config = override(config, {"model.compute_dtype": Dtype.BFLOAT16})
   graph, _ = build(config)
   rounded, _ = forward(graph, params, *tokens_of(config))
   assert rounded.dtype == jnp.float32

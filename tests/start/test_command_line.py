@@ -13,20 +13,22 @@ import types
 
 import pytest
 
-from moe_jax.config import Config, Remat, Router
-from moe_jax.config.fields import flatten
+from moe_jax.config import Config, Router, override
 from moe_jax.config.run import field_names, to_json
 from moe_jax.errors import UserError
 from moe_jax.start import command_line
 from tests.support.scripts import call, python, refused
-from tests.support.toys import ROOT, toy_config
+from tests.support.toys import ROOT
 
 COMMANDS = {
   "--config=configs/debug.py --config.model.moe.num_expert=5": "nearest is config.model.moe.num",
   "--config=configs/debug.py --config.model.moe.num_experts=abc": "num_experts=abc",
-  "--config=configs/debug.py --config.model.moe.router=best": "switch|topk|noisy_topk",
+  "--config=configs/debug.py --config.model.moe.router=best": "switch, topk, noisy_topk",
   "--config=configs/debug.py --config.model.moe.top_k=9": "config.model.moe.num_experts=4",
-  "--config=configs/debug.py --workdri=x": "workdri",
+  "--config=configs/debug.py --workdri=x": "'--workdri=x'; the nearest is --workdir",
+  "--config=configs/debug.py --replay=-1": "--replay: -1 must be at least 0",
+  "--config=configs/debug.py --replay=x": "--replay: invalid int value: 'x'",
+  "--config=configs/debug.py --device=v1": "--device: invalid choice: 'v1'",
   "--config=configs/debug.py stray": "stray",
   "--config=configs/none.py": "no such file",
   "--config=README.md": "README.md: not a Python file",
@@ -39,7 +41,10 @@ COMMANDS = {
   "--config={tmp}/cache.py": "cache.py:5: there is no field config.data.cache_dir; the flag --cac",
   "--config=configs/debug.py --config.data.cache_dir=x": "data.cache_dir; the flag --cache_dir",
   "--config=configs/debug.py --cache_dir=gs://b/c": "--cache_dir=gs://b/c: the cache is a folder",
-  "--config.train.steps=1": "--config is missing before it",
+  "--config={tmp}/assigns.py": "assigns.py:6: config.model.moe.top_k = 1: a config does not "
+  'change; make another: override(config, {"model.moe.top_k": 1}), or dataclasses.replace',
+  "--config={tmp}/assigns_typo.py": "assigns_typo.py:6: config.model.moe.topk = 1: a config does",
+  "--config.train.steps=1": "--config is missing",
   "--config=configs/debug.py --config=configs/tiny_moe.py": "--config is given twice",
   "--config=configs/debug.py --config.model.dim=100000000000000000000": "at most 2147483647",
   "--config=configs/debug.py --config.model.vocab_size=80000000000": "vocab_size=80000000000 is",
@@ -48,6 +53,10 @@ COMMANDS = {
   "--config=configs/debug.py --config.data.threads=100000": "at most 256",
   "": "--config is missing",
 }
+_ASSIGNS = (
+  "from configs import debug\n\n\ndef get_config():\n  config = debug.get_config()\n"
+  "  config.model.moe.{} = 1\n  return config\n"
+)
 FILES = {
   "typo.py": "from moe_jax.config import Config, Model, MoE\n\n\ndef get_config():\n"
   "  return Config(model=Model(moe=MoE(num_expert=8)))\n",
@@ -56,6 +65,8 @@ FILES = {
   "exits.py": "import sys\ndef get_config():\n  sys.exit(3)\n",
   "cache.py": "from moe_jax.config import Config, Data\n\n\ndef get_config():\n"
   "  return Config(data=Data(cache_dir='x'))\n",
+  "assigns.py": _ASSIGNS.format("top_k"),
+  "assigns_typo.py": _ASSIGNS.format("topk"),
   "empty.py": "",
   "none.py": "def get_config():\n  pass\n",
   "interrupted.py": "import os, signal\ndef get_config():\n  os.kill(os.getpid(), signal.SIGINT)\n",
@@ -252,7 +263,7 @@ def test_overrides_are_spelled_as_in_train():
 
 
 def test_overrides_become_words_again():
-  config = command_line.override(Config(), OVERRIDES, "here")
+  config = override(Config(), OVERRIDES, "here")
   assert config.model.moe.router is Router.HASH and config.loss.z == 1.0
   assert command_line.words(Config(), config)[:2] == [
     "--config.model.qkv_bias=true", "--config.model.moe.router=hash"
@@ -271,35 +282,16 @@ def test_a_wrong_override_is_refused(argument, why):
     command_line.take_overrides([argument])
 
 
-@pytest.mark.parametrize(("fields", "why"), [
-  ({"train.step": 3}, r"here: .*train.step; the nearest is config.train.steps"),
-  ({"model.remat": "dot"}, r"config.model.remat='dot' is not one of: none"),
-  ({"model.moe.router": "best"}, "router='best' is not one of: switch"),
-])  # fmt: skip
-def test_override_refuses(fields, why):
-  with pytest.raises(UserError, match=why):
-    command_line.override(toy_config(), fields, "here")
-
-
-def test_an_override_takes_members_and_the_words_of_config_json():
-  base = Config()
-  flat = flatten(base) | {"model.moe.capacity_factor": "inf", "model.remat": "dots"}
-  config = command_line.override(base, flat, "here")
-  assert flatten(config) == flat and config.model.remat is Remat.DOTS
-  config = command_line.override(base, {"model.moe.router": Router.SINKHORN}, "here")
-  assert config.model.moe.router is Router.SINKHORN
-  assert base == Config()  # a copy was changed
-
-
 _PRINTS_THE_CACHE = """
 import subprocess, sys
 from moe_jax.start import command_line
 
 def main():
+  command_line.Parser("").read()
   code = "from moe_jax.data import cache; print(cache.directory())"
   print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
 
-command_line.run(main)
+command_line.one_line_errors(main)
 """
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Train
+from moe_jax.config import Train, override
 from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
 from moe_jax.storage import checkpoint, checkpoint_files, digests, workdir
 from moe_jax.training import run
@@ -181,8 +181,7 @@ def test_no_pipe_in_a_checkpoint_is_waited_for(whole_run, tmp_path, capfd):
 def test_a_checkpoint_of_another_model_is_refused_and_stays(whole_run, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(whole_run.workdir, folder)
-  settings = workdir.read_config(folder)
-  settings.model.moe.expert_dim = 48
+  settings = override(workdir.read_config(folder), {"model.moe.expert_dim": 48})
   with pytest.raises(
     UserError, match=r"of another model or optimizer: .*_EFD is float32\[2,4,32,32\]"
   ):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import re
 
 import numpy as np
@@ -22,6 +23,7 @@ from moe_jax.config import (
   MoE,
   Remat,
   Train,
+  override,
 )
 from moe_jax.config.run import to_json
 from moe_jax.errors import DamagedError, StorageError, UserError
@@ -114,9 +116,8 @@ def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
   "train.accumulation",
 ])  # fmt: skip
 def test_what_changes_the_values_of_a_run_may_not_change(field, tmp_path):
-  before, after = Config(), Config()
-  section, name = field.split(".")
-  setattr(getattr(after, section), name, getattr(getattr(after, section), name) + 1)
+  before = Config()
+  after = override(before, {field: operator.attrgetter(field)(before) + 1})
   workdir.write_config(tmp_path, before)
   with pytest.raises(UserError, match=f"config.{field}="):
     check_same_config(tmp_path, after)
@@ -270,10 +271,10 @@ def test_a_run_of_before_goes_on(kind, tmp_path):
   text = json.dumps({"model": {"moe": {"num_experts": 4} | before}})
   (tmp_path / workdir.CONFIG).write_text(text)
   workdir.read_config(tmp_path)
-  config = Config()
-  config.model.moe = MoE(num_experts=4, **now)
+  config = override(Config(), {"model.moe": MoE(num_experts=4, **now)})
   check_same_config(tmp_path, config)
-  config.model.moe.dispatch = Dispatch.EINSUM
-  config.model.moe.capacity_factor = 1.5
+  config = override(
+    config, {"model.moe.dispatch": Dispatch.EINSUM, "model.moe.capacity_factor": 1.5}
+  )
   with pytest.raises(UserError, match=r"dispatch=einsum .*capacity_factor=1.5 \(was"):
     check_same_config(tmp_path, config)

@@ -14,9 +14,7 @@ from tests.support.toys import build, toy_config
 
 def toy():
   """As Qwen3-MoE has it, at toy size."""
-  config = toy_config(num_experts=4, top_k=2)
-  config.model.qk_norm = QKNorm.HEAD
-  return config
+  return toy_config({"model.qk_norm": QKNorm.HEAD}, num_experts=4, top_k=2)
 
 
 def loaded(config):

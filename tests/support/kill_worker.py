@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 
+from moe_jax.config import override
 from moe_jax.start import command_line
 from moe_jax.storage import workdir
 from moe_jax.training import run
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def train(path: pathlib.Path, rng: random.Random, kills: int) -> None:
-  config = command_line.override(command_line.load_file("configs/debug.py"), OVERRIDES, "")
+  config = override(command_line.load_file("configs/debug.py"), OVERRIDES, "")
   for number in range(kills + 1):
     child = os.fork()
     if not child:

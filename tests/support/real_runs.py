@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 
-from moe_jax.config import Mesh
+from moe_jax.config import Mesh, override
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import run as run_lib
@@ -84,9 +84,9 @@ def main(folder, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"document {n} is about the number {n}. " * 30)
   base = command_line.load_file("configs/debug.py")
-  config = command_line.override(base, fields(text), "")
+  config = override(base, fields(text), "")
   workdirs = {name: folder / place for name, place in RUNS.items()}
-  longer = command_line.override(config, {"train.steps": 8}, "")
+  longer = override(config, {"train.steps": 8}, "")
   train_and_die(longer, workdirs["moe"])  # before jax starts here, because it does not fork
   shutil.copytree(workdirs["moe"], workdirs["killed"])
 
@@ -99,14 +99,15 @@ def main(folder, text):
 
   for planned in plan(folder, text)[1].runs:
     run_lib.run(planned.config, str(folder / "sweep" / planned.workdir))
-  one = command_line.override(config, {"train.steps": 1}, "")
+  one = override(config, {"train.steps": 1}, "")
   run_lib.run(one, str(workdirs["one"]))
-  tuned = command_line.override(config, {"optimizer.learning_rate": 0.001}, "")
+  tuned = override(config, {"optimizer.learning_rate": 0.001}, "")
   upcycle.write_upcycled(str(workdirs["dense"]), tuned, str(workdirs["upcycled"]), "copy", 0.0)
   loaded = exporting.load_run(str(workdirs["moe"]), 0)
   exporting.export(loaded, families.FAMILIES["mixtral"], folder / "hf")
   made = importing.plan(str(folder / "hf"), Mesh(data=1))
-  made.config.data, made.config.eval = config.data, config.eval  # the text here, not 100 MB
+  here = override(made.config, {"data": config.data, "eval": config.eval})  # not 100 MB of text
+  made = made._replace(config=here)
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):
     importing.save_import(made, importing.read_weights(made, mesh), workdirs["imported"])

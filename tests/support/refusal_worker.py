@@ -6,6 +6,7 @@ both. FOLDER/odd is a run whose batch does not split over two processes.
 
 import sys
 
+from moe_jax.config import override
 from moe_jax.errors import UserError
 from moe_jax.start import command_line, startup
 
@@ -13,7 +14,7 @@ from moe_jax.start import command_line, startup
 def main(folder: str) -> None:
   def config(**fields):
     base = command_line.load_file("configs/debug.py")
-    return command_line.override(base, {"train.log_every": 1} | fields, "")
+    return override(base, {"train.log_every": 1} | fields, "")
 
   tensor = {"mesh.tensor": 2, "model.num_kv_heads": 2}
   alarm = {"drop_fraction": 0.01, "patience": 3, "on_alarm": "stop"}

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging as python_logging
 import os
 import pathlib
 import runpy
@@ -17,7 +18,7 @@ from unittest import mock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import logging
 
 from moe_jax.data import cache as cache_lib
 from tests.support import xla
@@ -127,8 +128,6 @@ def call(script: str, *arguments: str, imports_jax: bool = True) -> Ended:
     contextlib.redirect_stderr(stderr),
     warnings.catch_warnings(),
     mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
-    # absl's own can be called once in a process.
-    mock.patch.object(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))),
   ):
     warnings.simplefilter("ignore", DeprecationWarning)  # as Python does in a process
     try:
@@ -142,9 +141,8 @@ def call(script: str, *arguments: str, imports_jax: bool = True) -> Ended:
 
 @contextlib.contextmanager
 def _as_before():
-  """Puts back what a script sets: flags, signals, hooks, the environment, and jax's options."""
-  known, parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
-  verbosity = logging.get_verbosity()
+  """Puts back what a script sets: logging, signals, hooks, the environment, and jax's options."""
+  verbosity, root = logging.get_verbosity(), python_logging.root.level
   handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   options = {name: getattr(jax.config, name) for name in names}
@@ -156,11 +154,9 @@ def _as_before():
         signal.signal(number, handler)
       for name, value in options.items():
         jax.config.update(name, value)
+      python_logging.root.removeHandler(logging.get_absl_handler())
+      python_logging.root.setLevel(root)
       logging.set_verbosity(verbosity)
-      for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
-      if not parsed:
-        flags.FLAGS.unparse_flags()
 
 
 @contextlib.contextmanager

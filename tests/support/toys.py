@@ -19,7 +19,6 @@ from moe_jax.config import (
   Data,
   Delta,
   Latent,
-  Loss,
   Mesh,
   Model,
   MoE,
@@ -28,6 +27,7 @@ from moe_jax.config import (
   RopeKind,
   RopeScaling,
   Train,
+  override,
 )
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
@@ -48,10 +48,15 @@ def mesh_of(**axes: int) -> jax.sharding.Mesh:
   return sharding.make_mesh(Mesh(**{"data": 1} | axes))
 
 
-def toy_config(**moe) -> Config:
-  """Returns a config of some thousand parameters; mesh axes can be 2, data and expert also 4."""
+def toy_config(fields=None, **moe) -> Config:
+  """Returns a config of some thousand parameters; mesh axes can be 2, data and expert also 4.
+
+  Args:
+    fields: other values of the config, {"mesh.expert": 2}.
+    **moe: fields of config.model.moe.
+  """
   moe = {"num_experts": 4, "top_k": 2, "expert_dim": 18} | moe
-  return Config(
+  config = Config(
     model=Model(
       vocab_size=24, num_layers=2, dim=10, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=14,
       moe=MoE(**moe),
@@ -61,6 +66,7 @@ def toy_config(**moe) -> Config:
     train=Train(steps=10, eval_every=5, checkpoint_every=5),
     mesh=Mesh(data=1),
   )  # fmt: skip
+  return override(config, fields or {})
 
 
 def slow_unless(everyday, names):
@@ -107,7 +113,7 @@ def tokens_of(ids_BL):
 
 def set_up(config, axes):
   """Returns a mesh, a state whose routers are as uneven as learned ones, and the jitted step."""
-  config.mesh = Mesh(**{"data": 1} | axes)
+  config = override(config, {"mesh": Mesh(**{"data": 1} | axes)})
   validation.validate(config)
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
@@ -196,9 +202,7 @@ def with_delta(model):
 
 
 def biased_config(rate=0.05):
-  config = toy_config(bias_update_rate=rate, capacity_factor=math.inf)
-  config.loss = Loss(load_balance=0.0)
-  return config
+  return toy_config({"loss.load_balance": 0.0}, bias_update_rate=rate, capacity_factor=math.inf)
 
 
 TOY_SIZES = dict(

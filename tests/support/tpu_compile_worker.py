@@ -25,7 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Mesh, Model, MoE
+from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Mesh, Model, MoE, override
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
 from moe_jax.moe import validation
@@ -141,7 +141,7 @@ def meshes(slices):
   found = []
   for path, name, overrides in slices:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    config = command_line.override(command_line.load_file(path), overrides, "here")
+    config = override(command_line.load_file(path), overrides, "here")
     mesh = validation.resolve_mesh(config, len(devices)).mesh
     made = sharding.make_mesh(mesh, devices)
     found.append([dict(made.shape), sharding.split_notice(mesh, devices)])

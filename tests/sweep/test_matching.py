@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import Loss, MoE, Router
+from moe_jax.config import Loss, MoE, Router, override
 from moe_jax.config.fields import flatten
 from moe_jax.errors import UserError
 from moe_jax.model import cost, feedforward
 from moe_jax.moe import layer
-from moe_jax.start import command_line
 from moe_jax.sweep.matching import match
 from tests.support.toys import toy_config
 
@@ -28,9 +27,9 @@ def reference(name):
     "toy_every": dict(first_dense=2, every=2, shared_experts=1),
     "toy_noisy": dict(router=Router.NOISY_TOPK),
   }
-  config = toy_config(num_experts=6, expert_dim=90, **patterns[name])
-  config.model.dim, config.model.num_layers = 24, 4
-  return config
+  return toy_config(
+    {"model.dim": 24, "model.num_layers": 4}, num_experts=6, expert_dim=90, **patterns[name]
+  )
 
 
 @pytest.mark.parametrize("by", BY)
@@ -74,8 +73,7 @@ def test_counts_by_hand():
 
 @pytest.mark.parametrize("name", ["tiny_deepseek", "switch_small", "toy_every"])
 def test_the_twin_differs_only_where_it_must(name):
-  config = reference(name)
-  config.loss.z = 1e-4
+  config = override(reference(name), {"loss.z": 1e-4})
   twin = match("dense", by="active_params")(config)
   before, after = flatten(config), flatten(twin)
   changed = {n for n in before if before[n] != after[n] and not n.startswith("model.moe.")}
@@ -89,8 +87,7 @@ def test_the_twin_differs_only_where_it_must(name):
 @pytest.mark.slow
 def test_initial_scales_agree():
   """Of the twin's feed-forward and of one expert: their standard deviations times sqrt(fan-in)."""
-  config = toy_config(num_experts=2, top_k=1, renormalize=False, expert_dim=64)
-  config.model.dim = 48
+  config = toy_config({"model.dim": 48}, num_experts=2, top_k=1, renormalize=False, expert_dim=64)
   twin = match("dense", by="active_params")(config)
   assert abs(twin.model.ffn_dim - 64) <= 1
 
@@ -119,7 +116,7 @@ def test_finer_experts_by_hand(by):
   assert twin.model.moe.expert_dim == round((before * 192 + (8 - 16) / 3) / used)
   assert twin.model.moe.num_experts == 16 and twin.model.moe.shared_experts == 1
   assert "moe twin by" in note
-  rest = command_line.override(twin, {f"model.moe.{n}": v for n, v in flatten(
+  rest = override(twin, {f"model.moe.{n}": v for n, v in flatten(
     config.model.moe).items()}, "")  # fmt: skip
   assert rest == config
 
@@ -127,7 +124,7 @@ def test_finer_experts_by_hand(by):
 def test_widths_that_devices_like():
   config = reference("switch_small")
   assert match("dense", by="flops_per_token", multiple_of=64)(config).model.ffn_dim == 1536
-  config.mesh.tensor = 8
+  config = override(config, {"mesh.tensor": 8})
   assert match("dense", by="flops_per_token")(config).model.ffn_dim == 1544  # of 1546.67
 
 

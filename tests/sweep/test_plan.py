@@ -2,13 +2,12 @@
 
 import pathlib
 import shlex
-import sys
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
+from moe_jax.config import override
 from moe_jax.errors import UserError
+from moe_jax.start import command_line
 from tests.support.sweeps import TWO, make, write_sweep
 from tests.support.toys import ROOT, slow_unless
 
@@ -56,16 +55,13 @@ def words_run(request, words_plan):
   return words_plan.runs[RUNS.index(request.param)]
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
-def test_the_command_line_gives_the_same_config(words_run, monkeypatch):
+def test_the_command_line_gives_the_same_config(words_run):
   words = shlex.split(words_run.command)
   assert words[:3] == ["python", "train.py", "--config=configs/debug.py"]
   assert words[-1] == f"--workdir=runs/x/{words_run.workdir}"
-  monkeypatch.setattr(sys, "argv", words[1:-1])  # where config_flags looks for the overrides
-  values = flags.FlagValues()
-  given = config_flags.DEFINE_config_file("config", flag_values=values)
-  values(sys.argv)
-  assert given.value == words_run.config
+  overrides, rest = command_line.take_overrides(words[3:-1])
+  config = command_line.load_file("configs/debug.py")
+  assert not rest and override(config, overrides) == words_run.config
 
 
 def test_a_dense_arm_is_evaluated_without_options_about_experts(words_run):

@@ -145,8 +145,7 @@ def test_bias_is_used_and_not_moved_by_evaluation():
 
 def test_loss_of_each_domain(one_device):
   """Against sums over documents in Python; a document of no domain is in the whole alone."""
-  config = toy_config()
-  config.eval.batch_size = 4
+  config = toy_config({"eval.batch_size": 4})
   mesh, rows = mesh_of(), toy_rows([20, 3, 9, 14], [0, 1, -1, 0], domains=("a", "b", "never"))
   model = toy_model(config)
   one = evaluator.Evaluator(config, rows, mesh, 0)

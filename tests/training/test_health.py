@@ -52,8 +52,9 @@ def test_moe_metrics_by_hand():
 
 def test_gradient_norms_by_group():
   """Every parameter of a model with all kinds of them is in the group that its name says."""
-  config = toy_config(first_dense=1, shared_experts=1)
-  config.model.tied_head, config.model.qk_norm = False, QKNorm.HEAD
+  config = toy_config(
+    {"model.tied_head": False, "model.qk_norm": QKNorm.HEAD}, first_dense=1, shared_experts=1
+  )
   groups = {}
   for path in cost.parameters(config.model):
     groups.setdefault(metrics.parameter_group(path[-1]), set()).add(path[-1])
@@ -73,8 +74,7 @@ def test_gradient_norms_by_group():
 
 
 def monitor(tmp_path, resume_step=0, **limits):
-  config = toy_config()
-  config.health = Health(window=4, patience=3, **limits)
+  config = toy_config({"health": Health(window=4, patience=3, **limits)})
   watch = health.Monitor(config, [1, 3], tmp_path, resume_step)
   return lambda step, values: watch(step, values, lambda step: [10 * step, 10 * step + 1])
 
@@ -161,8 +161,7 @@ def test_skipped_updates_are_lines_with_their_rows(tmp_path):
   assert [(line["alarm"], line["step"]) for line in lines] == [("skip", n) for n in (1, 2, 4, 5, 6)]
   assert [line["rows"] for line in lines[:2]] == [[10, 11], [20, 21]]
   assert "update skipped (5 in this run): not finite at step 6" in lines[-1]["message"]
-  config = toy_config()
-  config.health.on_nonfinite = OnNonfinite.SKIP
+  config = toy_config({"health.on_nonfinite": OnNonfinite.SKIP})
   assert health.Monitor(config, [1, 3], tmp_path, 4).skipped == 3  # what is counted is on disk
 
 

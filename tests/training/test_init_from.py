@@ -26,6 +26,7 @@ from moe_jax.config import (
   OptimizerName,
   Remat,
   Train,
+  override,
 )
 from moe_jax.errors import UserError
 from moe_jax.storage import checkpoint
@@ -119,8 +120,10 @@ def test_the_state_is_the_checkpoints_on_another_mesh(moe_run, text, tmp_path, o
 
 def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsys):
   """At a learning rate of nearly 0 the new run has the loss of the checkpoint, on another mesh."""
-  config = config_of(text, learning_rate=1e-12, steps=2, expert=2, fsdp=4)
-  config.model.moe.bias_update_rate = 0.0
+  config = override(
+    config_of(text, learning_rate=1e-12, steps=2, expert=2, fsdp=4),
+    {"model.moe.bias_update_rate": 0.0},
+  )
   new = tmp_path / "new"
   run_lib.run(config, str(new), init_from_flag=f"{moe_run}:2")
   assert f"{new} begins with the parameters of {moe_run}, step 2" in capsys.readouterr().out
@@ -130,11 +133,11 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
   assert validation_loss(new, 2) == pytest.approx(validation_loss(moe_run, 2), rel=1e-5)
   assert workdir_lib.read_lines(new / "metrics.jsonl")[0]["step"] == 1
 
-  config.train.steps = 3
+  config = override(config, {"train.steps": 3})
   run_lib.run(config, str(new), init_from_flag=str(moe_run))
   said = capsys.readouterr().out
   assert f"resuming {new} at step 2 from its own checkpoint; it began with the parameters" in said
-  config.train.steps = 4
+  config = override(config, {"train.steps": 4})
   for flag, optimizer in ((f"{moe_run}:4", False), (str(moe_run), True), (str(new), False)):
     with pytest.raises(UserError, match="has a checkpoint of its own, step 3, and began with the"):
       run_lib.run(config, str(new), init_from_flag=flag, init_optimizer=optimizer)
@@ -145,14 +148,15 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
 @pytest.mark.slow
 def test_a_dense_run_begins_with_a_dense_run(text, tmp_path, capsys):
   """And goes on without biases to save, and its evaluation has no loads."""
-  config = config_of(text, num_experts=0, steps=2)
-  config.model.moe.bias_update_rate = 0.0
+  config = override(config_of(text, num_experts=0, steps=2), {"model.moe.bias_update_rate": 0.0})
   run_lib.run(config, str(tmp_path / "old"))
-  config.optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-12)
+  config = override(
+    config, {"optimizer": dataclasses.replace(config.optimizer, learning_rate=1e-12)}
+  )
   run_lib.run(config, str(tmp_path / "new"), init_from_flag=str(tmp_path / "old"))
   losses = [validation_loss(tmp_path / run, 2) for run in ("old", "new")]
   assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-  config.train.steps = 3
+  config = override(config, {"train.steps": 3})
   run_lib.run(config, str(tmp_path / "new"))
   assert "resuming" in capsys.readouterr().out
   result, _ = evaluation.evaluate_run(str(tmp_path / "new"), 0, "validation")
@@ -183,13 +187,13 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
   refused(r":3: no checkpoint of that step; there are \[2, 4\]", f"{moe_run}:3")
   refused(r":0: no checkpoint of that step; there are \[2, 4\]", f"{moe_run}:0")
   refused("--init_optimizer needs --init_from", "", True)
-  config.optimizer.name = OptimizerName.MUON
+  config = override(config, {"optimizer.name": OptimizerName.MUON})
   refused(
     "name=muon and clip_norm=1.0 do not fit the state of that run's name=adamw", optimizer=True
   )
-  config.model.moe.num_experts = 8
+  config = override(config, {"model.moe.num_experts": 8})
   refused(r"down_EFD is \[2, 4, 16, 16\] there and \[2, 8, 16, 16\] here, .* and 1 more; set")
-  config.model.moe.num_experts, config.model.moe.bias_update_rate = 0, 0.0
+  config = override(config, {"model.moe.num_experts": 0, "model.moe.bias_update_rate": 0.0})
   refused(r"router_DE is .* there and absent here|.*\d more; set config.model as that run has it")
 
 
@@ -198,10 +202,16 @@ MODEL = "config.model.rope_base=500.0 (there: 10000.0), config.model.moe.top_k=1
 
 def test_another_model_of_the_same_shapes_is_refused_unless_it_is_named(moe_run, text, tmp_path):
   """Kernels, and what is done in training alone, make no other model."""
-  config = config_of(text)
-  config.model.rope_base, config.model.moe.top_k = 500.0, 1
-  config.model.remat = Remat.FULL
-  config.model.moe.jitter, config.model.moe.bias_update_rate = 0.1, 0.0
+  config = override(
+    config_of(text),
+    {
+      "model.rope_base": 500.0,
+      "model.moe.top_k": 1,
+      "model.remat": Remat.FULL,
+      "model.moe.jitter": 0.1,
+      "model.moe.bias_update_rate": 0.0,
+    },
+  )
   named = ["model.rope_base", "model.moe.top_k"]
 
   def found(*names):
@@ -268,7 +278,7 @@ def test_the_remedy_of_a_run_that_blew_up_works(moe_run, text, tmp_path):
   """What the error message says to do, with a lower learning rate, trains."""
   config, old = config_of(text, steps=6), tmp_path / "old"
   shutil.copytree(moe_run, old)
-  config.optimizer.learning_rate = 1e30
+  config = override(config, {"optimizer.learning_rate": 1e30})
   workdir_lib.write_config(old, config)
   with pytest.raises(UserError, match="not finite at step 5") as error:
     run_lib.run(config, str(old))
@@ -277,7 +287,7 @@ def test_the_remedy_of_a_run_that_blew_up_works(moe_run, text, tmp_path):
   assert "lower config.optimizer.learning_rate=1e+30 in a new run" in line
   remedy = re.search(r"--workdir=NEW --init_from=(\S+:4) ", line)
   assert remedy, line
-  config.optimizer.learning_rate = 1e-3
+  config = override(config, {"optimizer.learning_rate": 1e-3})
   run_lib.run(config, str(tmp_path / "new"), init_from_flag=remedy[1])
   assert validation_loss(tmp_path / "new", 6) < validation_loss(moe_run, 4)
 

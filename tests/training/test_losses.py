@@ -104,9 +104,9 @@ def test_the_balance_loss_of_a_scope(rows, scope, expected, opposite_rows):
 def test_scopes_do_not_depend_on_the_mesh(scope):
   values = []
   for axes, accumulation in (({}, 1), (dict(expert=4), 1), (dict(expert=2), 2)):
-    config = toy_config()
-    config.loss = Loss(load_balance=1.0, balance_scope=scope)
-    config.train.accumulation = accumulation
+    config = toy_config(
+      {"loss": Loss(load_balance=1.0, balance_scope=scope), "train.accumulation": accumulation}
+    )
     mesh, state, step = set_up(config, axes)
     with jax.set_mesh(mesh):
       _, metrics = step(state, sharding.to_global(toy_batch(config), mesh))

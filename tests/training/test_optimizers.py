@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import sharding
-from moe_jax.config import Optimizer, OptimizerName, Schedule
+from moe_jax.config import Optimizer, OptimizerName, Schedule, override
 from moe_jax.model import cost
 from moe_jax.moe.balance import updated_bias
 from moe_jax.training import optimizers
@@ -200,7 +200,7 @@ def test_schedule_and_weight_decay_mean_the_same(name):
 
 def train_losses(name, axes):
   config, mesh = toy_config(), mesh_of(**axes)
-  config.optimizer.name = name
+  config = override(config, {"optimizer.name": name})
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
     step, state = compile_step(setup, only=("loss",)), compile_init(setup)()
@@ -230,12 +230,12 @@ def test_state_is_counted_from_its_shapes():
   total = sum(sizes.values())
   counted = {}
   for name in OptimizerName:
-    config.optimizer.name = name
+    config = override(config, {"optimizer.name": name})
     counted[name] = cost.state_bytes(config, optimizers.abstract_state(config))
   # Weights, gradients and moments of 4 bytes; a few counts beside them.
   assert 0 < counted[OptimizerName.ADAMW] - 16 * total <= 16
   assert 0 < counted[OptimizerName.MUON] - 16 * total + 4 * matrices <= 64
-  config.optimizer.name, config.mesh.expert = OptimizerName.ADAMW, 2
+  config = override(config, {"optimizer.name": OptimizerName.ADAMW, "mesh.expert": 2})
   whole = {name for name in sizes if "norm" in name or name == "router_DE"}  # on every device
   split = sum(size for name, size in sizes.items() if name not in whole)
   halved = cost.state_bytes(config, optimizers.abstract_state(config))
@@ -259,8 +259,7 @@ def test_a_new_optimizer_is_one_record(monkeypatch):
   assert one[-1] < one[0] - 0.05
   on_mesh = train_losses(lion, MESHES[1])
   assert on_mesh == pytest.approx(one, rel=1e-3)  # the sign of small gradients
-  config = toy_config()
-  config.optimizer.name = lion
+  config = toy_config({"optimizer.name": lion})
   momentum = sum(leaf.size for leaf in jax.tree.leaves(optimizers.abstract_state(config)))
   assert momentum == sum(p.size for p in cost.parameters(config.model).values()) + 2  # and counters
 

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Config, Data, Eval, Health, Model, MoE, OnNonfinite, Optimizer, Train
+from moe_jax.config import (
+  Config,
+  Data,
+  Eval,
+  Health,
+  Model,
+  MoE,
+  OnNonfinite,
+  Optimizer,
+  Train,
+  override,
+)
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, losses, optimizers, replay
@@ -77,8 +88,7 @@ def arrays_of(workdir, step):
 
 
 def test_a_vocabulary_that_is_too_small_is_told_before_any_text_is_read(tmp_path):
-  config = config_of(tmp_path / "no text")
-  config.model.vocab_size = 250
+  config = override(config_of(tmp_path / "no text"), {"model.vocab_size": 250})
   line = (
     "config.model.vocab_size=250 is less than the 257 of config.data.tokenizer=bytes; set it to "
     "257 or more"
@@ -138,8 +148,10 @@ def test_a_rewind_goes_past_the_rows_and_can_be_killed(text, tmp_path, nan_in_on
 @pytest.mark.slow
 def test_too_many_rewinds_end_the_run(text, tmp_path, monkeypatch):
   """A model that is broken for good is broken after a rewind, too."""
-  config = config_of(text, steps=16, on_nonfinite=OnNonfinite.REWIND, rewind_limit=2)
-  config.optimizer.learning_rate = 1e38
+  config = override(
+    config_of(text, steps=16, on_nonfinite=OnNonfinite.REWIND, rewind_limit=2),
+    {"optimizer.learning_rate": 1e38},
+  )
   with pytest.raises(
     health.NotFiniteAlarm, match=r"after config.health.rewind_limit=2 rewinds; low"
   ):
@@ -152,11 +164,12 @@ def test_too_many_rewinds_end_the_run(text, tmp_path, monkeypatch):
 def test_no_state_that_is_not_finite_replaces_a_good_one(action, text, tmp_path):
   """`warn` goes on, and the checkpoints of before stay the newest ones."""
   workdir = tmp_path / "run"
-  config = config_of(text, steps=16, every=4, on_nonfinite=action)
-  config.train.keep_latest = 1
+  config = override(
+    config_of(text, steps=16, every=4, on_nonfinite=action), {"train.keep_latest": 1}
+  )
   run_lib.run(config_of(text, steps=4, every=4), str(workdir))
   shutil.copy(workdir / "config.json", tmp_path / "kept.json")
-  config.optimizer.learning_rate = 1e38
+  config = override(config, {"optimizer.learning_rate": 1e38})
   workdir_lib.write_config(workdir, config)
   with pytest.raises(
     health.NotFiniteAlarm, match="state of step 16 is not finite, so it is not sav"
@@ -229,8 +242,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(text, tmp_pat
 def test_a_step_that_was_due_an_evaluation_gets_it_when_the_run_goes_on(text, tmp_path):
   """A run that is asked to stop saves at once; its validation line is written by the next start."""
   whole, parts = tmp_path / "whole", tmp_path / "parts"
-  config = config_of(text, steps=8, every=8)
-  config.train.eval_every = 2
+  config = override(config_of(text, steps=8, every=8), {"train.eval_every": 2})
   run_lib.run(config, str(whole))
 
   class StopsAtFour(run_lib.Loop):
@@ -266,7 +278,8 @@ def test_a_signal_in_a_validation_ends_it_and_two_at_once_are_one(text, tmp_path
 
   monkeypatch.setattr(run_lib.pipeline, "eval_batches", eval_batches)
   config, evaluated = config_of(text, steps=6, every=3), []
-  config.train.eval_every, config.eval.batches = 6, 3  # step 3 is evaluated because it is saved
+  # step 3 is evaluated because it is saved
+  config = override(config, {"train.eval_every": 6, "eval.batches": 3})
   for saved in ([3], [3], [3, 6]):
     run_lib.run(config, str(workdir))
     assert workdir_lib.saved_steps(workdir) == saved

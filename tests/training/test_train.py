@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Loss, OnNonfinite, Remat, Router
+from moe_jax.config import Loss, OnNonfinite, Remat, Router, override
 from moe_jax.training import health
 from moe_jax.training import setup as setup_lib
 from moe_jax.training import step as step_lib
@@ -67,10 +67,10 @@ def compare(got, want, atol):
 
 def weighty_config(accumulation=1):
   """Balance and z-losses heavy enough that an error in them shows."""
-  config = toy_config(capacity_factor=0.8)
-  config.loss = Loss(load_balance=1.0, router_z=0.1, z=0.1)
-  config.train.accumulation = accumulation
-  return config
+  return toy_config(
+    {"loss": Loss(load_balance=1.0, router_z=0.1, z=0.1), "train.accumulation": accumulation},
+    capacity_factor=0.8,
+  )
 
 
 @functools.cache
@@ -122,7 +122,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_mesh_of_three_axes_takes_the_same_step_with_every_option_of_the_layers(options):
   config = weighty_config()
-  config.model = options(config.model)
+  config = override(config, {"model": options(config.model)})
   one, other = (take_steps(config, MESHES[name]) for name in ("one", "expert2-fsdp2-tensor2"))
   names = {sharding.param_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(one.grads)}
   assert OPTIONS[options] <= names
@@ -142,8 +142,7 @@ def test_two_microbatches_have_the_gradients_and_the_metrics_of_the_batch(mesh):
 def grouped_config(accumulation):
   """Two rows share a routing group, and compete for its slots."""
   config = weighty_config(accumulation)
-  config.model.moe.group_size = 2 * config.data.seq_len
-  return config
+  return override(config, {"model.moe.group_size": 2 * config.data.seq_len})
 
 
 def test_microbatches_have_the_routing_groups_of_the_batch():
@@ -172,8 +171,7 @@ def test_microbatches_of_groups_of_rows_take_the_step_of_the_batch():
 
 
 def compiled_text(remat, mesh):
-  config = toy_config()
-  config.model.remat = remat
+  config = toy_config({"model.remat": remat})
   mesh, state, step = set_up(config, MESHES[mesh])
   with jax.set_mesh(mesh):
     batch = sharding.to_global(toy_batch(config), mesh)
@@ -221,9 +219,9 @@ def test_fsdp_gathers_but_not_over_expert():
 @pytest.mark.preflight
 def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
   """From the loads of all devices and microbatches, once, also under rematerialisation."""
-  config = biased_config()
-  config.train.accumulation = accumulation
-  config.model.remat = Remat(remat)
+  config = override(
+    biased_config(), {"train.accumulation": accumulation, "model.remat": Remat(remat)}
+  )
   mesh, state, step = set_up(config, axes)
   batch = toy_batch(config)
   with jax.set_mesh(mesh):
@@ -238,8 +236,7 @@ def test_bias_is_one_update_of_the_whole_batch(axes, accumulation, remat):
 @pytest.mark.slow
 def test_bias_balances_the_load():
   """Loss-free balancing does what it is for: MaxVio falls without any auxiliary loss."""
-  config = biased_config(rate=0.005)
-  config.optimizer.learning_rate = 1e-6
+  config = override(biased_config(rate=0.005), {"optimizer.learning_rate": 1e-6})
   mesh, state, step = set_up(config, {})
   history = []
   with jax.set_mesh(mesh):
@@ -252,8 +249,7 @@ def test_bias_balances_the_load():
 
 def test_every_step_and_every_microbatch_draws_noise_of_its_own():
   """All rows are equal, so that two microbatches of one noise would make all counts even."""
-  config = toy_config(router=Router.RANDOM)
-  config.loss.load_balance, config.train.accumulation = 0.0, 2
+  config = toy_config({"loss.load_balance": 0.0, "train.accumulation": 2}, router=Router.RANDOM)
   mesh, state, step = set_up(config, {})
   batch = jax.tree.map(lambda x_BL: np.tile(x_BL[:1], (8, 1)), toy_batch(config))
   counts = []
@@ -267,8 +263,7 @@ def test_every_step_and_every_microbatch_draws_noise_of_its_own():
 @pytest.mark.parametrize("size", [1.0, 1e18])
 def test_a_step_skips_what_its_alarm_calls_skipped(size, tmp_path):
   """Logits of 1e18 have a sum of squares beyond float32; loss, gradient and weights are finite."""
-  config = toy_config()
-  config.loss.router_z, config.health.on_nonfinite = 0.0, OnNonfinite.SKIP
+  config = toy_config({"loss.router_z": 0.0, "health.on_nonfinite": OnNonfinite.SKIP})
   mesh, state, step = set_up(config, {})
   normal = jax.tree_util.tree_map_with_path(
     lambda path, leaf: (

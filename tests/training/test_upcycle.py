@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, MoE, Router, Score
+from moe_jax.config import Dispatch, MoE, Router, Score, override
 from moe_jax.errors import UserError
 from moe_jax.model import pattern, transformer
 from moe_jax.moe.routing import Tokens
@@ -28,16 +28,12 @@ FFN = 36  # of the dense toy
 
 
 def dense_config():
-  config = toy_config(num_experts=0)
-  config.model.ffn_dim = FFN
-  return config
+  return toy_config({"model.ffn_dim": FFN}, num_experts=0)
 
 
 def moe_config(**fields):
-  config = dense_config()
   fields = dict(num_experts=4, top_k=2, expert_dim=FFN, dispatch=Dispatch.GROUPED) | fields
-  config.model.moe = MoE(**fields)
-  return config
+  return override(dense_config(), {"model.moe": MoE(**fields)})
 
 
 def made(config, method="copy", amount=0.0, dense=None, axes=None):
@@ -98,11 +94,10 @@ def test_it_begins_as_the_dense_model(name):
 
 @pytest.mark.slow
 def test_every_option_of_the_attention_comes_along():
-  dense, config = dense_config(), moe_config()
-  for c in (dense, config):
-    moe = c.model.moe
-    c.model = with_options(c.model)
-    c.model.moe = moe
+  dense, config = (
+    override(c, {"model": with_options(c.model), "model.moe": c.model.moe})
+    for c in (dense_config(), moe_config())
+  )
   params, new = made(config, dense=dense)
   batch = toy_batch(config)
   np.testing.assert_allclose(
@@ -160,33 +155,37 @@ def test_it_trains():
 
 
 REFUSED = {
-  "experts already": (lambda d, m: setattr(d, "moe", m.moe), "name a dense run"),
-  "no experts": (lambda d, m: setattr(m, "moe", MoE()), "num_experts=0"),
-  "shared": (lambda d, m: setattr(m.moe, "shared_experts", 1), "shared_experts=1"),
-  "another width": (lambda d, m: setattr(m, "num_layers", 4), "config.model.num_layers=4"),
-  "no divisor": (lambda d, m: setattr(m.moe, "expert_dim", 10), "expert_dim=10 does not divide"),
-  "another scale": (lambda d, m: setattr(m, "attention_scale", 0.5), "attention_scale=0.5"),
+  "no experts": ({"model.moe": MoE()}, "num_experts=0"),
+  "shared": ({"model.moe.shared_experts": 1}, "shared_experts=1"),
+  "another width": ({"model.num_layers": 4}, "config.model.num_layers=4"),
+  "no divisor": ({"model.moe.expert_dim": 10}, "expert_dim=10 does not divide"),
+  "another scale": ({"model.attention_scale": 0.5}, "attention_scale=0.5"),
   "parts by chance": (
-    lambda d, m: setattr(m, "moe", moe_config(expert_dim=FFN // 2, router=Router.RANDOM).model.moe),
+    {"model.moe.expert_dim": FFN // 2, "model.moe.router": Router.RANDOM},
     "router=random does not choose by score",
   ),
   "a copy cut by groups": (
-    lambda d, m: setattr(
-      m, "moe", moe_config(expert_dim=FFN // 2, num_experts=6, expert_groups=2).model.moe
-    ),
+    {
+      "model.moe.expert_dim": FFN // 2,
+      "model.moe.num_experts": 6,
+      "model.moe.expert_groups": 2,
+    },
     "a token that has one of its groups",
   ),
-  "too few": (lambda d, m: setattr(m.moe, "expert_dim", FFN // 4), "top_k=2 is not a multiple"),
+  "too few": ({"model.moe.expert_dim": FFN // 4}, "top_k=2 is not a multiple"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused(name):
-  dense, model = dense_config().model, moe_config().model
-  change, said = REFUSED[name]
-  change(dense, model)
+  fields, said = REFUSED[name]
   with pytest.raises(UserError, match=said):
-    upcycle.check_upcycling(dense, model)
+    upcycle.check_upcycling(dense_config().model, override(moe_config(), fields).model)
+
+
+def test_a_run_that_has_experts_is_refused():
+  with pytest.raises(UserError, match="name a dense run"):
+    upcycle.check_upcycling(moe_config().model, moe_config().model)
 
 
 def test_gates_that_do_not_sum_to_one_are_no_copy():
