@@ -86,7 +86,7 @@ def test_the_record_decides_on_the_same_device(monkeypatch):
     "grouped_matmul": "ragged_dot", "exchange": "all_to_all",
   }  # fmt: skip
   with jax.set_mesh(mesh_of()), monkeypatch.context() as patch:
-    patch.setattr(choose, "difference", None)
+    patch.setattr(choose, "kernel_difference", None)
     config, again, _ = choose.resolve(dropless(), record)
     assert again == record
     assert config.model.attention is Attention.REFERENCE
