@@ -29,7 +29,7 @@ _SPLIT = flags.DEFINE_enum("split", "validation", _SPLITS, "data split")
 _ROUTING = flags.DEFINE_bool("routing", False, "write routing.json: the tokens of each expert")
 _CAPACITY = flags.DEFINE_list("capacity_factors", [], "evaluation capacities; inf: no drops")
 _CAUSAL = flags.DEFINE_bool("causal", False, "also measure the loss with the future hidden")
-_MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
+_MULTIHOST, _HEARTBEAT = command_line.multihost_flags()
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "also of the N largest documents", lower_bound=0)
 _DATA = ["data.path", "data.name", "data.text_field", *(f"data.{s}_split" for s in _SPLITS)]
 for _name in _DATA:
@@ -65,7 +65,7 @@ def main() -> None:
     from moe_jax.analysis import evaluation, specialisation
     from moe_jax.start import startup
 
-  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+  with startup.together(_MULTIHOST.value, _HEARTBEAT.value):
     result, routing = evaluation.run(
       _WORKDIR.value, _STEP.value, _SPLIT.value, capacity_factors=factors, causal=_CAUSAL.value,
       documents=_DOCUMENTS.value, routing=_ROUTING.value, data=other_data(),

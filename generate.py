@@ -45,7 +45,7 @@ flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from 
 flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this probability")
 flags.DEFINE_integer("seed", 0, "the same seed draws the same text")
 flags.DEFINE_integer("num_samples", 1, "continuations of each prompt")
-_MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
+_MULTIHOST, _HEARTBEAT = command_line.multihost_flags()
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
   prompts = read_prompts()
   from moe_jax.start import startup
 
-  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value):
+  with startup.together(_MULTIHOST.value, _HEARTBEAT.value):
     generate(prompts, options, heed)
 
 

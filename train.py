@@ -32,7 +32,7 @@ _DEVICE = flags.DEFINE_enum(
   "device", "", list(_GB), "with --describe: say whether the run fits this device"
 )
 _DIFF = flags.DEFINE_bool("diff", False, "print what differs from the defaults, then exit")
-_MULTIHOST, _PEER_TIMEOUT = command_line.multihost_flags()
+_MULTIHOST, _HEARTBEAT = command_line.multihost_flags()
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "begin a new run with another run's parameters: WORKDIR or WORKDIR:STEP"
 )
@@ -81,7 +81,7 @@ def main() -> None:
 
     validation.validate(config)
 
-  with startup.together(_MULTIHOST.value, _PEER_TIMEOUT.value, saves=not _REPLAY.value):
+  with startup.together(_MULTIHOST.value, _HEARTBEAT.value, saves=not _REPLAY.value):
     if _REPLAY.value:
       replay.replay(config, _WORKDIR.value, _REPLAY.value)
       return

@@ -65,11 +65,11 @@ def quiet() -> None:
   logging.set_verbosity(logging.FATAL)
 
 
-def multihost_flags() -> tuple["flags.FlagHolder[bool]", "flags.FlagHolder[float]"]:
-  """Defines --multihost and --peer_timeout for a script that can be one of several processes."""
+def multihost_flags() -> tuple["flags.FlagHolder[bool]", "flags.FlagHolder[int]"]:
+  """Defines --multihost and --heartbeat_timeout, for a script that may be one of several."""
   multihost = flags.DEFINE_bool("multihost", False, "this is one of several processes")
-  what = "with --multihost: seconds until a silent process counts as lost"
-  timeout = flags.DEFINE_float("peer_timeout", 60, what, lower_bound=5)
+  what = "with --multihost: seconds without a heartbeat until a process counts as lost"
+  timeout = flags.DEFINE_integer("heartbeat_timeout", 60, what, lower_bound=5)
   for flag in (multihost, timeout):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # for --help
   return multihost, timeout
