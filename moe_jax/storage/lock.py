@@ -14,7 +14,7 @@ from typing import NamedTuple
 import filelock
 import psutil
 
-from moe_jax.errors import BusyError, StorageError, notice
+from moe_jax.errors import BusyError, StorageError, UserError, notice
 from moe_jax.storage import files, remote
 from moe_jax.storage import workdir as workdir_lib
 
@@ -47,7 +47,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
   try:
     yield
   finally:
-    with contextlib.suppress(OSError, StorageError):  # the next start sees that this one ended
+    with contextlib.suppress(OSError, UserError):  # the next start sees that this one ended
       lease.release()
 
 

@@ -196,7 +196,8 @@ def _train(
   rewinds: list[dict[str, Any]],
 ) -> None:
   """Trains from a checkpoint, or from step 0, to the end; raises Rewind where it is to go back."""
-  saver = checkpoint.Checkpointer(path, config.train)
+  keep = config.train
+  saver = checkpoint.Checkpointer.writing(path, keep.keep_latest, keep.keep_best)
   if resume_step != NEWEST:
     saver.go_back(resume_step)
   if (saver.latest_step() or 0) >= config.train.steps:
