@@ -66,7 +66,7 @@ def together(multihost: bool, timeout: int, *, saves: bool = False) -> Iterator[
     jax.distributed.initialize(
       address, count, index, initialization_timeout=5 * timeout, heartbeat_timeout_seconds=timeout
     )
-  except ValueError as error:  # jax does not know either
+  except ValueError as error:  # jax does not know either, or numbers are too large
     raise UserError(
       f"--multihost: {error} Set JAX_COORDINATOR_ADDRESS ({address}), JAX_NUM_PROCESSES ({count}) "
       f"and JAX_PROCESS_ID ({index}) on every host, or leave --multihost out for one process"
@@ -96,15 +96,11 @@ def place() -> tuple[str | None, int | None, int | None]:
       raise UserError(f"{name}={text}: write a whole number, as in {name}=1")
     numbers.append(text if text is None else int(text))
   count, index = numbers
-  if None not in numbers and index >= count:
-    raise UserError(
-      f"JAX_PROCESS_ID={index}: the JAX_NUM_PROCESSES={count} processes have numbers from 0 on, so "
-      f"{count - 1} is the last"
-    )
   host, _, port = (address or "jax:0").rpartition(":")
   if not host or not port.isdecimal() or int(port) > 65535:
     raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: write HOST:PORT, as in host0:12345")
   if address and index == 0:
+    port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address).rpartition(":")[2]
     try:
       socket.create_server(("", int(port))).close()
     except OSError as error:  # at which jax would crash
@@ -117,7 +113,7 @@ def place() -> tuple[str | None, int | None, int | None]:
 
 def _check_same_arguments() -> None:
   """Raises a UserError in all processes if their command lines differ, but for a local folder."""
-  words = sorted(word for word in sys.argv[1:] if not word.startswith("--cache_dir"))
+  words = [word for word in sys.argv[1:] if not word.startswith("--cache_dir")]
   digest = np.uint32(zlib.crc32("\0".join(words).encode()))
   digests = multihost_utils.process_allgather(digest)
   if other := np.flatnonzero(digests != digests[0]).tolist():

@@ -38,7 +38,6 @@ def test_jax_is_asked_for_what_the_environment_does_not_say(environment):
   [
     (("host:1234", "two", "0"), "JAX_NUM_PROCESSES=two: write a whole number"),
     (("host:1234", "2", "-1"), "JAX_PROCESS_ID=-1: write a whole number"),
-    (("host:1234", "2", "2"), "JAX_PROCESS_ID=2: the JAX_NUM_PROCESSES=2 processes have numbers"),
     (("host", "2", "0"), "JAX_COORDINATOR_ADDRESS=host: write HOST:PORT"),
     (("host:99999", "2", "0"), "JAX_COORDINATOR_ADDRESS=host:99999: write HOST:PORT"),
   ],
@@ -55,9 +54,10 @@ def test_a_wrong_environment_is_one_line(values, message, environment):
   [
     (("localhost:1234", None, None), "Number of processes must be defined."),
     ((None, None, None), "coordinator_address should be defined."),
+    (("localhost:1234", "2", "2"), "process_id and num_processes must be nonnegative, with"),
   ],
 )
-def test_processes_that_nothing_names_are_one_line(values, message):
+def test_processes_that_nothing_or_a_wrong_number_names_are_one_line(values, message):
   place = {name: value for name, value in zip(NAMES, values, strict=True) if value}
   command = ["train.py", "--config=configs/debug.py", "--workdir=/tmp/none", "--multihost"]
   done = python(*command, env=ONE_DEVICE | place)
