@@ -136,7 +136,8 @@ def create(path: pathlib.Path, data: bytes) -> bool:
   store, name = fsspec.core.url_to_fs(os.fspath(path))  # epath opens no file for creation alone
   with errors(path):
     try:
-      store.pipe_file(name, data, mode="create")
+      with store.open(name, "xb") as file:
+        file.write(data)
     except FileExistsError:
       return False
   return True
