@@ -102,7 +102,9 @@ class _ObjectLease:
 
   def acquire(self, timeout: float) -> None:
     """Takes the lock; raises filelock.Timeout where an owner that may live has it."""
-    seen, since, end = b"", 0.0, time.monotonic() + timeout
+    seen: bytes | None = None  # what the object holds, unchanged since
+    since = time.monotonic()
+    end = since + timeout
     while not remote.create(self._path, self._record(0)):
       with contextlib.suppress(FileNotFoundError):
         if (found := remote.read(self._path)) != seen:
