@@ -64,7 +64,7 @@ def main() -> None:
     from moe_jax.analysis import evaluation, specialisation
     from moe_jax.start import startup
 
-  with startup.together(args.multihost, args.peer_timeout):
+  with startup.together(args.multihost, args.heartbeat_timeout):
     result, routing = evaluation.evaluate_run(
       args.workdir,
       args.step,

@@ -65,7 +65,7 @@ def main() -> None:
   prompts = read_prompts(args)
   from moe_jax.start import startup
 
-  with startup.together(args.multihost, args.peer_timeout):
+  with startup.together(args.multihost, args.heartbeat_timeout):
     generate(args, prompts, options, heed)
 
 

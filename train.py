@@ -70,7 +70,7 @@ def main() -> None:
 
     validation.validate(config)
 
-  with startup.together(args.multihost, args.peer_timeout, saves=not args.replay):
+  with startup.together(args.multihost, args.heartbeat_timeout, saves=not args.replay):
     if args.replay:
       replay.replay(config, args.workdir, args.replay)
       return

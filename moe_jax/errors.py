@@ -49,12 +49,6 @@ class BusyError(UserError):
   code = 5
 
 
-class PeerError(UserError):
-  """Another process of the run is gone. The same command on all hosts goes on."""
-
-  code = 7  # 6 is training.health.StopAlarm
-
-
 def few(names: Sequence[object], most: int = 3) -> str:
   """Lists the first names as they print: "a, b, c and 9 more"."""
   first = ", ".join(shown(str(name)) for name in names[:most])

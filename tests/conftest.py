@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
   first = (
     "test_readme.py", "test_remote_runs.py", "test_real_runs.py", "test_train_script.py",
     "test_train.py", "test_families.py", "test_init_from.py", "test_eval_script.py",
-    "test_golden_run.py", "test_peers.py", "test_layer.py",
+    "test_golden_run.py", "test_layer.py",
   )  # fmt: skip
   items.sort(
     key=lambda item: first.index(item.path.name) if item.path.name in first else len(first)

@@ -100,7 +100,7 @@ class LoadedRun:
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
     cost.check_evaluation_memory(self.config)
-    self._reader = checkpoint.Checkpointer(self.path)
+    self._reader = checkpoint.Checkpointer.reading(self.path)
     self.asked, self.step, self.steps = step, self._reader.find(step), self._reader.steps()
     self.rows = pipeline.load_rows(config.data, split)
     workdir_lib.check_same_tokenizer(self.path, self.rows.tokenizer.fingerprint)

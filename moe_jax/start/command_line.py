@@ -69,7 +69,8 @@ class Parser(argparse.ArgumentParser):
   def multihost_flags(self) -> None:
     """Adds those of a script that can be one of several processes."""
     self.flag("multihost", False, "this is one of several processes")
-    self.flag("peer_timeout", 60.0, "seconds until a silent process of several is lost", at_least=5)
+    what = "with --multihost: seconds without a heartbeat until a process counts as lost"
+    self.flag("heartbeat_timeout", 60, what, at_least=5)
 
   def read(self) -> argparse.Namespace:
     """Returns the arguments, and sets the cache and the logging of this process."""

@@ -4,26 +4,22 @@ import contextlib
 import ctypes
 import os
 import socket
-import stat
-import subprocess
 import sys
+import time
+import traceback
+import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-from jax._src import clusters
-from jax.extend import backend
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_jax.data import cache
-from moe_jax.errors import UserError
-from moe_jax.start import peers
+from moe_jax.errors import UserError, few
+from moe_jax.start import command_line
 
-_KEEPER = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler sends it to all processes
-sys.stdin.read()  # until the other end closes
-time.sleep(10)
-"""
+_MOMENT = 3.0  # seconds in which the same mistake in all processes becomes a line of each of them
 
 
 def start() -> None:
@@ -40,112 +36,109 @@ def start() -> None:
 
 
 @contextlib.contextmanager
-def together(multihost: bool, timeout: float, *, saves: bool = False) -> Iterator[None]:
-  """Runs the body as one of several processes, if `multihost`. To be entered before `start`.
+def together(multihost: bool, timeout: int, *, saves: bool = False) -> Iterator[None]:
+  """Runs the body as one of several processes, if `multihost`.
 
-  Process 0 alone has a stdout. If a process is lost or fails, all end (moe_jax.start.peers).
+  Process 0 alone has a stdout. Where a process ends before its body does, jax aborts the others:
+  at once if it was process 0, else when its heartbeat has been missing for `timeout`.
 
   Args:
     multihost: whether to join the other processes. jax finds them itself on a TPU pod and under
       SLURM; elsewhere the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
       JAX_PROCESS_ID name them.
-    timeout: seconds without a sign of life after which a process is lost. All have to start within
+    timeout: seconds without a heartbeat after which a process is lost. All have to start within
       five times as long.
     saves: whether the body saves and stops when SIGTERM comes (Checkpointer.reached_preemption);
       otherwise SIGTERM ends the process at once, and so all of them.
 
   Raises:
-    UserError: nothing says who the processes are.
+    UserError: nothing says who the processes are, or they cannot meet.
   """
   if not multihost:
     yield
     return
   address, count, index = place()
-  processes = peers.Processes(index, count, timeout, patience=5 * timeout)
+  sys.stdout.flush()
+  stdout = os.dup(1)
+  os.dup2(2, 1)  # what libraries print on stdout, as gloo does
+  jax.config.update("jax_enable_preemption_service", saves)
   try:
-    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address
-    processes.meet(address, int(bind.rpartition(":")[2]))
-    _leave_stdout_to_process_0(index)
-    jax.config.update("jax_enable_preemption_service", saves)
-    before = _connections()
-    # jax's own time-out is the longer one: it aborts with a dump of the C++ stack.
     jax.distributed.initialize(
-      address, count, index, heartbeat_timeout_seconds=int(max(100, 2 * timeout))
+      address, count, index, initialization_timeout=5 * timeout, heartbeat_timeout_seconds=timeout
     )
-    keeper = None if index else _keep(_connections() - before)
+  except ValueError as error:  # jax does not know either, or numbers are too large
+    raise UserError(
+      f"--multihost: {error} Set JAX_COORDINATOR_ADDRESS ({address}), JAX_NUM_PROCESSES ({count}) "
+      f"and JAX_PROCESS_ID ({index}) on every host, or leave --multihost out for one process"
+    ) from None
+  try:
+    start()
+    if jax.process_index():
+      stdout = os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = open(stdout, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 (to the end)
+    _check_same_arguments()
     yield
-    backend.clear_backends()  # before the shutdown, as jax does it at exit
     jax.distributed.shutdown()  # waits for the others, which may still be writing
-    if keeper:
-      keeper.kill()
-      keeper.wait()
-    processes.leave()
   except BaseException as error:
-    processes.fail(error)
+    _end(error, timeout)
 
 
-def place() -> tuple[str, int, int]:
-  """Returns the coordinator's address, the number of processes, and the number of this one."""
-  values: list[Any] = [os.environ.get("JAX_COORDINATOR_ADDRESS")]
+def place() -> tuple[str | None, int | None, int | None]:
+  """Returns the coordinator's address, the number of processes, and the number of this one.
+
+  None stands for what the environment does not say, which jax may know.
+  """
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  numbers: list[Any] = []
   for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
       raise UserError(f"{name}={text}: write a whole number, as in {name}=1")
-    values.append(text if text is None else int(text))
-  if None in values:  # jax knows the environment of TPU pods, SLURM and Open MPI
-    address, count, index = values
-    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-    values[:] = detect(address, count, index, None, None, 300)[:3]
-  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  missing = [name for name, value in zip(names, values, strict=True) if value is None]
-  if missing:
-    raise UserError(
-      f"--multihost: {' and '.join(missing)} not set, and this is no TPU pod and no SLURM job that "
-      "says it; set it on every host, or leave --multihost out for one process"
-    )
-  address, count, index = values
-  if index >= count:
-    raise UserError(
-      f"JAX_PROCESS_ID={index}: the JAX_NUM_PROCESSES={count} processes have numbers from 0 on, so "
-      f"{count - 1} is the last"
-    )
-  host, _, port = address.rpartition(":")
+    numbers.append(text if text is None else int(text))
+  count, index = numbers
+  host, _, port = (address or "jax:0").rpartition(":")
   if not host or not port.isdecimal() or int(port) > 65535:
     raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: write HOST:PORT, as in host0:12345")
+  if address and index == 0:
+    port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address).rpartition(":")[2]
+    try:
+      socket.create_server(("", int(port))).close()
+    except OSError as error:  # at which jax would crash
+      raise UserError(
+        f"process 0 cannot listen at port {port} ({os.strerror(error.errno or 0)}): end the process"
+        " that has it, perhaps of an earlier start, or choose another in JAX_COORDINATOR_ADDRESS"
+      ) from None
   return address, count, index
 
 
-def _leave_stdout_to_process_0(index: int) -> None:
-  """Also sends to stderr what libraries print on stdout, as gloo does."""
-  sys.stdout.flush()
-  kept = os.open(os.devnull, os.O_WRONLY) if index else os.dup(1)
-  os.dup2(2, 1)
-  sys.stdout = open(kept, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 (to the end)
+def _check_same_arguments() -> None:
+  """Raises a UserError in all processes if their command lines differ, but for a local folder."""
+  words = [word for word in sys.argv[1:] if not word.startswith("--cache_dir")]
+  digest = np.uint32(zlib.crc32("\0".join(words).encode()))
+  digests = multihost_utils.process_allgather(digest)
+  if other := np.flatnonzero(digests != digests[0]).tolist():
+    raise UserError(
+      f"--multihost: process {few(other)} was started with other arguments than process 0; start "
+      "the same command on all hosts"
+    )
 
 
-def _connections() -> set[int]:
-  """Returns the descriptors of connections to other processes; none on a system without /proc."""
-  found = set()
-  for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
-    with contextlib.suppress(OSError):  # closed already, or a socket that only listens
-      if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-        with socket.socket(fileno=os.dup(int(name))) as copy:
-          copy.getpeername()
-          found.add(int(name))
-  return found
+def _end(error: BaseException, timeout: int) -> NoReturn:
+  """Prints an error and ends this process, which at a usual end would wait for the others."""
 
+  def again() -> None:
+    raise error
 
-def _keep(connections: set[int]) -> "subprocess.Popen[bytes]":
-  """Keeps connections open for some seconds after the end of this process, however it ends.
-
-  jax aborts a process whose connection to process 0 closes, with a dump of the C++ stack and before
-  the process can say what happened. Returns the process that keeps them.
-  """
-  return subprocess.Popen(
-    [sys.executable, "-I", "-c", _KEEPER],
-    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    pass_fds=connections, start_new_session=True,
-  )  # fmt: skip
+  code = 1
+  try:
+    command_line.one_line_errors(again, sys.exit)
+  except SystemExit as end:
+    code = int(end.code or 0)
+    time.sleep(0 if jax.process_index() else _MOMENT)  # the end of process 0 ends all
+  except BaseException:
+    traceback.print_exc()
+    time.sleep(timeout + _MOMENT)  # where a lost process is the reason, jax aborts this one
+  os._exit(code)
 
 
 def _keep_freed_memory() -> None:

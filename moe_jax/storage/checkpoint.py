@@ -4,12 +4,17 @@ No other module imports Orbax. Each checkpoint has digests of all its arrays, wh
 the devices while it is saved and again when it is read.
 """
 
+import concurrent.futures
 import contextlib
 import errno
+import functools
+import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +22,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax import sharding
-from moe_jax.config import Train
 from moe_jax.errors import (
   DamagedError,
   StorageError,
@@ -27,59 +31,70 @@ from moe_jax.errors import (
   notice,
   why_unread,
 )
-from moe_jax.storage import checkpoint_files, digests, files, remote
+from moe_jax.storage import files, remote, verification
 from moe_jax.storage import workdir as workdir_lib
+
+_DELETED = "deleted"  # a folder in that of the checkpoints, of those that no run needs
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that is not completely written
 
 
 class Checkpointer:
   """The checkpoints of one workdir. A checkpoint is written while training goes on.
 
-  A checkpoint's folder appears only when all its files are written.
+  A checkpoint's folder appears only when all its files are written. Those that no run needs are
+  moved to one folder, which takes no time, and are deleted from there by a thread; in an object
+  store Orbax deletes them itself.
   """
 
-  def __init__(self, workdir: pathlib.Path, train: Train | None = None):
-    """Opens the checkpoints.
-
-    Args:
-      workdir: the run's folder.
-      train: says how many of the latest and of the best steps to keep; the others are deleted.
-        Then checkpoints that cannot be opened are set aside, and the remains of a save that was
-        cut off are deleted. Without it the checkpoints are only read.
-    """
-    self._workdir = workdir
-    self._writes = train is not None and jax.process_index() == 0
-    self._folder = workdir / workdir_lib.CHECKPOINTS
-    self._unneeded: checkpoint_files.Unneeded | None = None
-    checkpoint_files.silence_late_answers()
-    if self._writes:
-      if not remote.is_remote(self._folder):
-        self._unneeded = checkpoint_files.Unneeded(self._folder)
-      checkpoint_files.delete_remains(self._folder)
-      for step in workdir_lib.saved_steps(workdir):
-        if why := checkpoint_files.unreadable(self._folder / str(step)):
-          self._move_away(step, why)
-    self._manager = self._open(train)
-
-  def _open(self, train: Train | None) -> ocp.CheckpointManager:
+  @classmethod
+  def reading(cls, workdir: pathlib.Path) -> "Checkpointer":
+    """Opens the checkpoints of a run's folder, and changes nothing there."""
     # read_only implies the next two options, but Orbax prints a warning unless they are given.
     options = ocp.CheckpointManagerOptions(
       read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
     )
-    if train is not None:
-      # Orbax's max_to_keep together with best_fn would delete the newest checkpoint.
-      keep = [policies.LatestN(train.keep_latest)]
-      if train.keep_best:
-        keep.append(policies.BestN(get_metric_fn=_rank, reverse=True, n=train.keep_best))
-      options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        best_fn=_rank,  # without it the metrics are not written
-        best_mode="min",
-        enable_async_checkpointing=True,
-        todelete_subdir=checkpoint_files.DELETED,  # renamed first, so a kill leaves no part of one
-      )
-    return ocp.CheckpointManager(
-      remote.resolved(self._folder), options=options, item_names=("state", "about")
+    return cls(workdir, False, options)
+
+  @classmethod
+  def writing(cls, workdir: pathlib.Path, latest: int = 1, best: int = 0) -> "Checkpointer":
+    """Opens the checkpoints to save more; those that cannot be opened are set aside.
+
+    The remains of a save or of a deletion that was cut off are deleted.
+
+    Args:
+      workdir: the run's folder.
+      latest: how many of the latest steps to keep.
+      best: how many of the steps of the lowest loss to keep, too; the others are deleted.
+    """
+    # Orbax's max_to_keep together with best_fn would delete the newest checkpoint.
+    keep: list[policies.PreservationPolicy] = [policies.LatestN(latest)]
+    if best:
+      keep.append(policies.BestN(get_metric_fn=_rank, reverse=True, n=best))
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(keep),
+      best_fn=_rank,  # without it the metrics are not written
+      best_mode="min",
+      enable_async_checkpointing=True,
+      todelete_subdir=_DELETED,  # renamed first, so a kill leaves no part of one
     )
+    return cls(workdir, True, options)
+
+  def __init__(self, workdir: pathlib.Path, writes: bool, options: ocp.CheckpointManagerOptions):
+    self._workdir = workdir
+    self._writes = writes and jax.process_index() == 0
+    self._folder = workdir / workdir_lib.CHECKPOINTS
+    self._deletions: concurrent.futures.ThreadPoolExecutor | None = None
+    _silence_late_answers()
+    if self._writes:
+      if not remote.is_remote(self._folder):
+        self._deletions = concurrent.futures.ThreadPoolExecutor(1)
+      _delete_all(self._folder.glob(f"{_DELETED}/*"))
+      _delete_all(self._folder.glob(f"*{_TEMPORARY}*"))
+      for step in workdir_lib.saved_steps(workdir):
+        if why := verification.unreadable(self._folder / str(step)):
+          self._move_away(step, why)
+    folder = remote.resolved(self._folder)
+    self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "about"))
 
   def latest_step(self) -> int | None:
     """Returns the newest saved step; None where nothing is saved."""
@@ -127,7 +142,7 @@ class Checkpointer:
     Raises:
       StorageError: this checkpoint or the one before could not be written.
     """
-    arrays, finite = digests.of(state._asdict())
+    arrays, finite = verification.array_digests(state._asdict())
     if not finite:
       return False
     self.wait()
@@ -162,7 +177,7 @@ class Checkpointer:
       raise self._damaged(step, f"the number of the step is {int(state.step)}, not {step}")
     if about:
       return state, about["next_batch"]
-    next_batch = checkpoint_files.next_batch(self._folder / str(step))
+    next_batch = verification.next_batch(self._folder / str(step))
     if next_batch is None:
       raise self._damaged(step, "it does not say where the data go on")
     return state, next_batch
@@ -226,13 +241,13 @@ class Checkpointer:
       DamagedError: the digests cannot be read.
       UserError: the checkpoint has no arrays of the names, types and shapes of `fields`.
     """
-    if not checkpoint_files.has_digests(self._folder / str(step)):
+    if not verification.has_digests(self._folder / str(step)):
       return {}
     stored = self._read(step, about=ocp.args.JsonRestore())["about"]
     if not isinstance(stored, dict) or stored.get("digest") != files.digest(stored):
       raise self._damaged(step, "its digests are not what was written")
     about = stored["about"]
-    here, there = digests.kinds(fields), about["arrays"]
+    here, there = verification.kinds(fields), about["arrays"]
     other = [name for name, kind in here.items() if there.get(name, "").split(" ")[0] != kind]
     if other:
       saved = there.get(other[0], "absent").split(" ")[0]
@@ -246,7 +261,7 @@ class Checkpointer:
     """Raises a DamagedError where an array is not the one that was saved, if that is known."""
     if not about:
       return notice(f"note: checkpoint {step} is not verified: it was saved without digests")
-    read, _ = digests.of(fields)
+    read, _ = verification.array_digests(fields)
     wrong = [name for name, digest in read.items() if about["arrays"].get(name) != digest]
     if wrong:
       raise self._damaged(step, f"other values than were saved in {few(wrong)}")
@@ -305,15 +320,17 @@ class Checkpointer:
     newest = self.latest_step()
     if self._writes and newest is not None:
       workdir_lib.record_saved(self._workdir, newest)
-    if self._unneeded is not None:
-      self._unneeded.delete()
+    if self._deletions:
+      self._deletions.submit(_delete_all, self._folder.glob(f"{_DELETED}/*"))
 
   def close(self) -> None:
     """Ends Orbax's threads; the object cannot be used any more."""
     with contextlib.suppress(Exception):  # `wait` has said what is wrong
       self._manager.close()
-    if self._unneeded is not None:
-      self._unneeded.close()
+    if self._deletions:
+      self._deletions.shutdown()
+      with contextlib.suppress(OSError):  # there is none
+        (self._folder / _DELETED).rmdir()
 
   @contextlib.contextmanager
   def _storage_errors(self, step: int | None) -> Iterator[None]:
@@ -343,3 +360,22 @@ def abstract(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
   )
+
+
+def _delete_all(paths: Iterable[pathlib.Path]) -> None:
+  for path in paths:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@functools.cache  # once
+def _silence_late_answers() -> None:
+  """Ignores what is still printed of other arrays, and Orbax's warning for whoever only reads."""
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
+
+  def without_late_answers(hook: Callable[..., Any], *error: Any) -> None:
+    if "Event loop is closed" not in str(error):  # to which TensorStore answers late
+      hook(*error)
+
+  for name in ("unraisablehook", "excepthook"):  # a library in C++ may call either
+    setattr(sys, name, functools.partial(without_late_answers, getattr(sys, name)))

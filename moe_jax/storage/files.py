@@ -157,7 +157,7 @@ def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
   with storage_errors(path), open(os.open(growing(path), flags, 0o666), "ab") as file:
     file.write(line)
   if remote.is_remote(path):
-    remote.upload_sometimes()
+    remote.upload(every=remote.UPLOAD_EVERY)
 
 
 def growing(path: pathlib.Path) -> pathlib.Path:

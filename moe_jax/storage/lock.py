@@ -1,175 +1,145 @@
 """A lock on a workdir, so that two trainings cannot write to it at once. Imports no jax."""
 
 import contextlib
-import datetime
-import fcntl
 import json
 import os
 import pathlib
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from moe_jax.errors import BusyError, notice
+import filelock
+import psutil
+
+from moe_jax.errors import BusyError, StorageError, UserError, notice
 from moe_jax.storage import files, remote
 from moe_jax.storage import workdir as workdir_lib
 
-_BEAT = 10.0  # seconds between signs of life, for processes on other hosts
-_SILENT = 3 * _BEAT  # seconds without one, after which a process on another host counts as dead
-_SETTLE = 2.0  # seconds after which two that have written to an object store see who came later
+_SILENT = 30.0  # seconds without a sign of life after which a process on another host is dead
 
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
   """Holds the lock of a workdir, which has to exist.
 
-  The system frees the lock when this process ends, however it ends. On a file system that several
-  hosts share and that has no locks, the file's time of change shows whether its owner is alive.
+  The lock is a file that names its owner and changes while the owner lives. So it holds between
+  hosts, too, and on file systems without `flock`. A process that has lost it ends at once.
 
   Raises:
     BusyError: another process holds it; the message names it.
     StorageError: the file cannot be written.
   """
   path = workdir / workdir_lib.LOCK
-  if remote.is_remote(workdir):
-    with _held_object(path, workdir):
-      yield
-    return
+
+  def lost(_: object) -> None:  # as if it were killed: the workdir may be another one's now
+    missing = StorageError(f"{path} is gone or cannot be written; the same command goes on")
+    error = _busy(workdir, lease.owner) if lease.owner else missing
+    notice(f"error: {error}")
+    os._exit(error.code)
+
+  kind = _ObjectLease if remote.is_remote(path) else filelock.SoftFileLease
+  lease = kind(path, lease_duration=_SILENT, on_compromise=lost)
   with files.storage_errors(path):
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    _take(lease, workdir)
   try:
-    _take(descriptor, workdir)
-    ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(descriptor, ended), daemon=True)
-    beat.start()
-    try:
-      yield
-    finally:
-      ended.set()
-      beat.join()
-      with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
+    yield
   finally:
-    os.close(descriptor)
+    with contextlib.suppress(OSError, UserError):  # the next start sees that this one ended
+      lease.release()
 
 
-def _take(descriptor: int, workdir: pathlib.Path) -> None:
-  """Takes the lock and writes this process into the file."""
+def _take(lease: "_ObjectLease | filelock.SoftFileLease", workdir: pathlib.Path) -> None:
+  with contextlib.suppress(filelock.Timeout):
+    lease.acquire(timeout=0)  # also where the owner was a process of this host that is no more
+    return
+  owner = lease.owner
+  if owner and owner.hostname == socket.gethostname():
+    raise _busy(workdir, owner)
+  who = f"process {owner.pid} on {owner.hostname}" if owner else "a process without a name"
+  notice(f"waiting {_SILENT:.0f} s for a sign of life of {who}, which did not end this run")
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    raise _busy(workdir, _owner(descriptor)) from None
-  except OSError:  # a file system without locks
-    pass
-  owner = _owner(descriptor)
-  if owner and owner.get("host") != socket.gethostname():
-    before = os.fstat(descriptor).st_mtime_ns
-    _wait_for(owner)
-    if os.fstat(descriptor).st_mtime_ns != before:
-      raise _busy(workdir, _owner(descriptor))
-  text = json.dumps(_this_process())
-  with files.storage_errors(workdir / workdir_lib.LOCK):
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
+    lease.acquire(timeout=1.2 * _SILENT)
+  except filelock.Timeout:
+    if lease.owner:
+      raise _busy(workdir, lease.owner) from None
+    lease.force_break()  # an empty file, of a host that lost its power
+    lease.acquire(timeout=0)
 
 
-def _this_process() -> dict[str, Any]:
-  started = datetime.datetime.now().isoformat(" ", "seconds")
-  return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
-
-
-def _wait_for(owner: dict[str, Any]) -> None:
-  """Gives the process that did not free the lock the time for a sign of life."""
-  notice(
-    f"waiting {_SILENT:.0f} s for a sign of life of process {owner.get('pid')} on "
-    f"{owner.get('host')}, which did not end this run"
-  )
-  time.sleep(_SILENT)
-
-
-def _beat(descriptor: int, ended: threading.Event) -> None:
-  while not ended.wait(_BEAT):
-    with contextlib.suppress(OSError):
-      os.utime(descriptor)
-
-
-def _owner(descriptor: int) -> dict[str, Any]:
-  with contextlib.suppress(ValueError, RecursionError, OSError):  # also of what is no file
-    value = json.loads(os.pread(descriptor, 4096, 0))
-    return value if isinstance(value, dict) else {}
-  return {}
-
-
-def _busy(workdir: pathlib.Path, owner: dict[str, Any]) -> BusyError:
-  who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('started')}"
+def _busy(workdir: pathlib.Path, owner: "_Owner | filelock.OwnerRecord") -> BusyError:
   return BusyError(
-    f"--workdir={workdir}: another training runs there ({who if owner else 'it just began'}); "
+    f"--workdir={workdir}: another training runs there (process {owner.pid} on {owner.hostname}); "
     "wait for its end, end it, or name another workdir"
   )
 
 
-@contextlib.contextmanager
-def _held_object(path: pathlib.Path, workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the lock of a workdir in an object store, which has no locks: the owner shows it lives.
-
-  Two that begin at the same moment both write; the one whose writing came later has the lock.
-  """
-  owner = _read(path)
-  if owner and not _has_died_here(owner):
-    _wait_for(owner)
-    if (now := _read(path)) and now != owner:
-      raise _busy(workdir, now)
-  this = _this_process()
-  files.write_json(path, this | {"beat": 0})
-  time.sleep(_SETTLE)
-  if not _is_of(this, owner := _read(path)):
-    raise _busy(workdir, owner)
-  ended = threading.Event()
-  beat = threading.Thread(target=_beat_object, args=(path, workdir, this, ended), daemon=True)
-  beat.start()
-  try:
-    yield
-  finally:
-    ended.set()
-    beat.join(_SETTLE)
-    with contextlib.suppress(Exception):  # of the store; the next start sees that this one ended
-      if _is_of(this, _read(path)):
-        files.write_json(path, {})
+class _Owner(NamedTuple):
+  pid: int
+  hostname: str
+  token: str
 
 
-def _has_died_here(owner: dict[str, Any]) -> bool:
-  """Returns whether it was a process of this host that is no more."""
-  if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
-    return False
-  try:
-    os.kill(owner["pid"], 0)
-  except ProcessLookupError:
-    return True
-  except PermissionError:  # it is another user's
-    pass
-  return False
+class _ObjectLease:
+  """A SoftFileLease for an object store, whose one atomic operation is to create an object."""
 
+  def __init__(
+    self, path: pathlib.Path, lease_duration: float, on_compromise: Callable[[object], None]
+  ):
+    self._path, self._duration, self._lost = path, lease_duration, on_compromise
+    self._this = _Owner(os.getpid(), socket.gethostname(), secrets.token_hex(8))
+    self._released = threading.Event()
+    self._beat = threading.Thread(target=self._keep, daemon=True)
 
-def _beat_object(
-  path: pathlib.Path, workdir: pathlib.Path, this: dict[str, Any], ended: threading.Event
-) -> None:
-  """Writes signs of life; ends this process at once when another one has taken the lock."""
-  beat = 0
-  while not ended.wait(_BEAT):
-    with contextlib.suppress(Exception):  # of the store; whatever is saved next tells it
-      owner = json.loads(path.read_text()) if path.exists() else {}
-      if owner and not _is_of(this, owner):
-        notice(f"error: {_busy(workdir, owner)}")
-        os._exit(BusyError.code)  # as if it were killed: the workdir is the other one's now
-      beat += 1
-      path.write_text(json.dumps(this | {"beat": beat}))
+  @property
+  def owner(self) -> _Owner | None:
+    values = files.read_json(self._path, "delete it if no training runs there")
+    if not values:
+      return None
+    return _Owner(values.get("pid", 0), values.get("hostname", "?"), values.get("token", ""))
 
+  def acquire(self, timeout: float) -> None:
+    """Takes the lock; raises filelock.Timeout where an owner that may live has it."""
+    seen: bytes | None = None  # what the object holds, unchanged since
+    since = time.monotonic()
+    end = since + timeout
+    while not remote.create(self._path, self._record(0)):
+      with contextlib.suppress(FileNotFoundError):
+        if (found := remote.read(self._path)) != seen:
+          seen, since = found, time.monotonic()
+      owner = self.owner
+      if owner == self._this:  # a client repeats a request that was answered too late
+        break
+      dead = owner and owner.hostname == self._this.hostname and not psutil.pid_exists(owner.pid)
+      if owner and (dead or time.monotonic() - since > self._duration):
+        self.force_break()
+      elif time.monotonic() >= end:
+        raise filelock.Timeout(str(self._path))
+      else:
+        time.sleep(self._duration / 30)
+    self._beat.start()
 
-def _is_of(process: dict[str, Any], owner: dict[str, Any]) -> bool:
-  return {name: owner.get(name) for name in process} == process
+  def force_break(self) -> None:
+    with remote.errors(self._path):
+      self._path.unlink(missing_ok=True)
 
+  def release(self) -> None:
+    self._released.set()
+    self._beat.join(self._duration)
+    if self.owner == self._this:
+      self.force_break()
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  return files.read_json(path, "delete it if no training runs there")
+  def _record(self, beat: int) -> bytes:
+    return json.dumps(self._this._asdict() | {"beat": beat}).encode()
+
+  def _keep(self) -> None:
+    """Writes signs of life, and says so where another process has taken the lock."""
+    beat = 0
+    while not self._released.wait(self._duration / 3):
+      with contextlib.suppress(Exception):  # of the store; whatever is saved next tells it
+        if self.owner not in (self._this, None):
+          self._lost(self)
+        beat += 1
+        self._path.write_bytes(self._record(beat))

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from moe_jax.errors import StorageError, UserError, is_storage, short
 
-_UPLOAD_EVERY = 30.0  # seconds between uploads of a file that grows
+UPLOAD_EVERY = 30.0  # seconds between uploads of a file that grows
 _NOT_AGAIN = 10.0  # seconds after a failure
 _NO_ACCESS = ("401", "Forbidden", "403")  # in what gcsfs says where an account has no rights
 _LOG_IN = (
@@ -104,7 +104,7 @@ def read(path: pathlib.Path) -> bytes:
     FileNotFoundError: there is none.
     StorageError: the store does not answer.
   """
-  copy = _STATE.of.get(path)
+  copy = _STATE.copies.get(path)
   if copy and copy.is_file():
     return copy.read_bytes()
   with errors(path):
@@ -117,16 +117,30 @@ def read(path: pathlib.Path) -> bytes:
 
 def exists(path: pathlib.Path) -> bool:
   """Returns whether there is an object, or a file that grows and is not yet uploaded."""
-  copy = _STATE.of.get(path)
+  copy = _STATE.copies.get(path)
   with errors(path):
     return bool(copy and copy.exists()) or path.exists()
 
 
 def write(path: pathlib.Path, data: bytes) -> None:
   """Writes an object; the copy of a file that grows begins anew with it."""
-  _STATE.of.pop(path, None)
+  _STATE.copies.pop(path, None)
   with errors(path):
     path.write_bytes(data)
+
+
+def create(path: pathlib.Path, data: bytes) -> bool:
+  """Writes an object that is not there yet, which one process alone can do; returns whether."""
+  import fsspec  # type: ignore[import-untyped]
+
+  store, name = fsspec.core.url_to_fs(os.fspath(path))  # epath opens no file for creation alone
+  with errors(path):
+    try:
+      with store.open(name, "xb") as file:
+        file.write(data)
+    except FileExistsError:
+      return False
+  return True
 
 
 def move(folder: pathlib.Path, target: pathlib.Path) -> None:
@@ -141,65 +155,51 @@ def local_copy(path: pathlib.Path) -> pathlib.Path:
 
   The copy of a file begins with what the object has; of a folder it begins empty.
   """
-  return _STATE.of.get(path) or _STATE.add(path)
+  if path not in _STATE.copies:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="moe_jax_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = folder / path.name
+    with errors(path):
+      if path.is_file():  # reading a folder would give b""
+        copy.write_bytes(path.read_bytes())
+        _STATE.uploaded[copy] = _stamp(copy)
+    _STATE.copies[path] = copy
+  return _STATE.copies[path]
 
 
-def upload() -> None:
-  """Uploads the copies that have changed.
+def upload(every: float = 0.0) -> None:
+  """Uploads the copies that have changed, if the last time is so many seconds ago.
 
   Raises:
     StorageError: the store does not answer; the next call tries again.
   """
-  _STATE.upload()
+  if time.monotonic() - _STATE.uploaded_at < every:
+    return
+  for path, copy in _STATE.copies.items():
+    for file in [copy] if copy.is_file() else filter(pathlib.Path.is_file, copy.rglob("*")):
+      if _STATE.uploaded.get(file) == (stamp := _stamp(file)):
+        continue
+      target = path if file == copy else path / file.relative_to(copy).as_posix()
+      with errors(target):
+        target.write_bytes(file.read_bytes())
+      _STATE.uploaded[file] = stamp
+  _STATE.uploaded_at = time.monotonic()
 
 
-def upload_sometimes() -> None:
-  """Does the same, unless it was done a moment ago."""
-  if time.monotonic() - _STATE.uploaded_at > _UPLOAD_EVERY:
-    upload()
+def _stamp(file: pathlib.Path) -> tuple[int, int]:
+  stat = file.stat()
+  return stat.st_size, stat.st_mtime_ns
 
 
 class _State:
   """The copies of this process, and the store's last failure."""
 
   def __init__(self) -> None:
-    self.of: dict[pathlib.Path, pathlib.Path] = {}
-    self._folder: pathlib.Path | None = None  # of the copies, while this process lives
-    self._count = 0
-    self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}  # {file: size and time of change}
+    self.copies: dict[pathlib.Path, pathlib.Path] = {}
+    self.uploaded: dict[pathlib.Path, tuple[int, int]] = {}  # {file: size and time of change}
     self.uploaded_at = time.monotonic()
     self.failure: Exception | None = None
     self.failed_at = 0.0
 
-  def add(self, path: pathlib.Path) -> pathlib.Path:
-    if self._folder is None:
-      self._folder = pathlib.Path(tempfile.mkdtemp(prefix="moe_jax_"))
-      atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-    self._count += 1
-    copy = self._folder / str(self._count) / path.name
-    copy.parent.mkdir()
-    with errors(path):
-      if path.is_file():  # reading a folder would give b""
-        copy.write_bytes(path.read_bytes())
-        self._uploaded[copy] = _stamp(copy)
-    self.of[path] = copy
-    return copy
-
-  def upload(self) -> None:
-    for path, copy in self.of.items():
-      for file in [copy] if copy.is_file() else filter(pathlib.Path.is_file, copy.rglob("*")):
-        if self._uploaded.get(file) == (stamp := _stamp(file)):
-          continue
-        target = path if file == copy else path / file.relative_to(copy).as_posix()
-        with errors(target):
-          target.write_bytes(file.read_bytes())
-        self._uploaded[file] = stamp
-    self.uploaded_at = time.monotonic()
-
 
 _STATE = _State()
-
-
-def _stamp(file: pathlib.Path) -> tuple[int, int]:
-  stat = file.stat()
-  return stat.st_size, stat.st_mtime_ns

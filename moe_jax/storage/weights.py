@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.config import Train
 from moe_jax.errors import UserError
 from moe_jax.storage.checkpoint import Checkpointer
 
@@ -33,7 +32,7 @@ def read(
     UserError: there is no such checkpoint, or it is of another model.
     DamagedError: it cannot be read, or is not what was saved.
   """
-  reader = Checkpointer(workdir)
+  reader = Checkpointer.reading(workdir)
   try:
     with jax.set_mesh(mesh):
       step, stored = reader.restore_part(step, shapes, mesh)
@@ -49,7 +48,7 @@ def save(workdir: pathlib.Path, weights: Weights) -> None:
     UserError: they are not finite.
     StorageError: they could not be written.
   """
-  saver = Checkpointer(workdir, Train())
+  saver = Checkpointer.writing(workdir)
   try:
     if not saver.save(0, weights, next_batch=0, loss=math.inf):
       raise UserError(f"--workdir={workdir}: weights that are not finite are not saved")

@@ -142,7 +142,7 @@ def load_source(source: Source, state: Any, shardings: Any) -> Any:
   }
   for array in jax.tree.leaves([getattr(state, name) for name in names]):
     array.delete()  # frees the memory for the array that is read in its place
-  reader = checkpoint.Checkpointer(workdir_lib.open_path(source.workdir))
+  reader = checkpoint.Checkpointer.reading(workdir_lib.open_path(source.workdir))
   arrays = reader.restore_fields(source.step, wanted)
   reader.close()
   if source.optimizer:

@@ -44,7 +44,7 @@ def replay(config: Config, workdir: str, step: int) -> None:
     next_batch = 0
     start = max([0, *(saved for saved in workdir_lib.saved_steps(path) if saved < step)])
     if start:
-      reader = checkpoint.Checkpointer(path)
+      reader = checkpoint.Checkpointer.reading(path)
       state, next_batch = reader.restore(start, checkpoint.abstract(setup.shapes, setup.shardings))
       reader.close()
     else:

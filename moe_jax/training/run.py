@@ -197,7 +197,8 @@ def _train(
   rewinds: list[dict[str, Any]],
 ) -> None:
   """Trains from a checkpoint, or from step 0, to the end; raises Rewind where it is to go back."""
-  saver = checkpoint.Checkpointer(path, setup.config.train)
+  keep = setup.config.train
+  saver = checkpoint.Checkpointer.writing(path, keep.keep_latest, keep.keep_best)
   if resume_step != NEWEST:
     saver.go_back(resume_step)
   steps = setup.config.train.steps

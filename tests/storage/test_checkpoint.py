@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Train, override
+from moe_jax.config import override
 from moe_jax.errors import DamagedError, StorageError, UserError, why_unread
-from moe_jax.storage import checkpoint, checkpoint_files, digests, workdir
+from moe_jax.storage import checkpoint, verification, workdir
 from moe_jax.training import run
 from moe_jax.training import setup as setup_lib
 from tests.support.toys import mesh_of
@@ -63,14 +63,16 @@ def newest_whole(folder, settings, during=None):
   mesh = mesh_of()
   with jax.set_mesh(mesh):
     setup = setup_lib.make(settings, mesh)
-    saver = checkpoint.Checkpointer(folder, settings.train)
+    saver = checkpoint.Checkpointer.writing(
+      folder, settings.train.keep_latest, settings.train.keep_best
+    )
     try:
       with during or contextlib.nullcontext():
         found = run._restore_newest(saver, checkpoint.abstract(setup.shapes, setup.shardings))
       step, state, next_batch = found
     finally:
       saver.close()
-  return Restored(step, digests.of(state._asdict())[0], next_batch)
+  return Restored(step, verification.array_digests(state._asdict())[0], next_batch)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,7 +144,7 @@ def check_falls_back(name, settings, undamaged, folder, capfd):
 
 
 def test_what_a_library_answers_late_is_not_printed(capsys):
-  checkpoint_files.silence_late_answers()
+  checkpoint._silence_late_answers()
   sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
   assert not capsys.readouterr().err
   sys.excepthook(ValueError, ValueError("another"), None)
@@ -196,7 +198,7 @@ class State(NamedTuple):
 def test_whole_files_of_another_state_are_noticed(tmp_path):
   """Storage finds no fault with them: of the same step, names and shapes, with other values."""
   for name, value in (("ours", 1.0), ("theirs", 2.0)):
-    saver = checkpoint.Checkpointer(tmp_path / name, Train())
+    saver = checkpoint.Checkpointer.writing(tmp_path / name)
     assert saver.save(1, State(jnp.full((2, 3), value)), 1, 1.0)
     saver.wait()
     saver.close()
@@ -206,7 +208,7 @@ def test_whole_files_of_another_state_are_noticed(tmp_path):
   like = State(jnp.zeros((2, 3)))
   fields = checkpoint.abstract(like, State(like.weights_DF.sharding))._asdict()
   with (
-    contextlib.closing(checkpoint.Checkpointer(tmp_path / "ours")) as reader,
+    contextlib.closing(checkpoint.Checkpointer.reading(tmp_path / "ours")) as reader,
     pytest.raises(DamagedError, match="other values than were saved in weights_DF"),
   ):
     reader.restore_fields(1, fields)
@@ -214,8 +216,7 @@ def test_whole_files_of_another_state_are_noticed(tmp_path):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   """It would take the place of one that a run can go on from."""
-  keep = Train(keep_latest=1, keep_best=0)
-  with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep)) as saver:
+  with contextlib.closing(checkpoint.Checkpointer.writing(tmp_path)) as saver:
     assert saver.save(1, State(jnp.ones((2, 3))), 1, 2.0)
     for step, bad in enumerate((np.nan, np.inf), 2):
       assert not saver.save(step, State(jnp.ones((2, 3)).at[1, 2].set(bad)), step, 1.0)
@@ -225,47 +226,47 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 def test_a_deletion_that_is_cut_off_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
   """The next start deletes the rest of it, and a process that only reads leaves it alone."""
-  keep, cut_off = Train(keep_latest=1, keep_best=0), tmp_path / "checkpoints/deleted/1"
+  cut_off = tmp_path / "checkpoints/deleted/1"
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint.checkpoint_files.Unneeded, "delete", lambda self: None)
-    saver = checkpoint.Checkpointer(tmp_path, keep)
+    patch.setattr(checkpoint, "_delete_all", lambda paths: None)
+    saver = checkpoint.Checkpointer.writing(tmp_path)
     for step in (1, 2):
       assert saver.save(step, State(jnp.ones((2, 3))), step, 1.0)
     saver.wait()
     saver.close()
   assert (cut_off / "metrics/metrics").is_file() and workdir.saved_steps(tmp_path) == [2]
-  reader = checkpoint.Checkpointer(tmp_path)
+  reader = checkpoint.Checkpointer.reading(tmp_path)
   assert reader.steps() == [2]
   reader.close()
   assert cut_off.exists()
-  checkpoint.Checkpointer(tmp_path, keep).close()
+  checkpoint.Checkpointer.writing(tmp_path).close()
   assert not cut_off.parent.exists() and workdir.saved_steps(tmp_path) == [2]
 
 
 def test_a_changed_loss_does_not_decide_which_checkpoints_are_kept(tmp_path, capfd):
   """That of the lowest loss would seem the worst, and would be deleted; it is set aside."""
-  keep = Train(keep_latest=1, keep_best=1)
-  saver = checkpoint.Checkpointer(tmp_path, keep)
+  keep = (1, 1)
+  saver = checkpoint.Checkpointer.writing(tmp_path, *keep)
   for step, loss in enumerate((1.5, 3.0, 2.0), 1):
     assert saver.save(step, State(jnp.ones((2, 3))), step, loss)
   saver.wait()
   saver.close()
   assert workdir.saved_steps(tmp_path) == [1, 3]
   (tmp_path / "checkpoints/1/metrics/metrics").write_text('{"loss": 9.5}')
-  checkpoint.Checkpointer(tmp_path, keep).close()
+  checkpoint.Checkpointer.writing(tmp_path, *keep).close()
   assert workdir.saved_steps(tmp_path) == [3] and (tmp_path / "set_aside/1.0/state").is_dir()
   assert capfd.readouterr().err.endswith("set_aside/1.0: the loss is 9.5, not 1.5\n")
 
 
 def test_the_newest_may_be_replaced_while_it_is_asked_for(tmp_path):
   """By a training that keeps one; the newer one is read then, and is the only one that is."""
-  keep, mesh = Train(keep_latest=1, keep_best=0), mesh_of()
-  saver = checkpoint.Checkpointer(tmp_path, keep)
+  mesh = mesh_of()
+  saver = checkpoint.Checkpointer.writing(tmp_path)
   reader, needed = None, {"weights_DF": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
   for step in (1, 2):
     assert saver.save(step, State(jnp.full((2, 3), float(step))), step, 1.0)
     saver.wait()
-    reader = reader or checkpoint.Checkpointer(tmp_path)
+    reader = reader or checkpoint.Checkpointer.reading(tmp_path)
   assert reader.find(0) == 1
   with pytest.raises(DamagedError, match=r"checkpoints/1 is there no more; other .* there: \[2\]"):
     reader.restore_part(1, needed, mesh)
@@ -276,12 +277,12 @@ def test_the_newest_may_be_replaced_while_it_is_asked_for(tmp_path):
 
 
 def test_who_only_reads_gets_no_warning(whole_run, caplog):
-  checkpoint.Checkpointer(whole_run.workdir).close()
+  checkpoint.Checkpointer.reading(whole_run.workdir).close()
   assert not caplog.messages
 
 
 def test_a_checkpoint_that_no_run_needs_is_deleted(tmp_path):
-  saver = checkpoint.Checkpointer(tmp_path, Train(keep_latest=1, keep_best=0))
+  saver = checkpoint.Checkpointer.writing(tmp_path)
   for step in (1, 2, 3):
     assert saver.save(step, State(jnp.ones((2, 3))), step, 1.0)
   saver.wait()
@@ -293,19 +294,19 @@ def test_a_checkpoint_that_no_run_needs_is_deleted(tmp_path):
 def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(dtype):
   rng = np.random.default_rng(0)
   x_ED = jnp.asarray(rng.integers(0, 100, (8, 6)), dtype)
-  (digest,) = digests.of(x_ED)[0].values()
+  (digest,) = verification.array_digests(x_ED)[0].values()
   mesh = mesh_of(expert=4, fsdp=2)
   where = jax.NamedSharding(mesh, sharding.param_spec("x_ED", x_ED.shape, mesh))
   spread = jax.device_put(x_ED, where)
-  assert list(digests.of(spread)[0].values()) == [digest]
+  assert list(verification.array_digests(spread)[0].values()) == [digest]
   raw = np.asarray(x_ED).view(np.uint8)
   seen = {digest}
   for _ in range(40):
     changed = raw.copy()
     changed[rng.integers(8), rng.integers(raw.shape[1])] ^= 1 << rng.integers(8)
-    seen.add(*digests.of(jnp.asarray(changed.view(x_ED.dtype)))[0].values())
+    seen.add(*verification.array_digests(jnp.asarray(changed.view(x_ED.dtype)))[0].values())
   assert len(seen) > 35 and digest in seen  # the same change may be drawn twice
-  assert list(digests.of(x_ED[::-1])[0].values()) != [digest]
+  assert list(verification.array_digests(x_ED[::-1])[0].values()) != [digest]
 
 
 @contextlib.contextmanager

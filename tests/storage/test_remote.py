@@ -3,18 +3,20 @@
 The tests take etils' path layer on a disk: remote.py knows a store by that class alone.
 """
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 from etils import epath
 
-from moe_jax.errors import BusyError, StorageError, UserError, is_storage
+from moe_jax.errors import BusyError, DamagedError, StorageError, UserError, is_storage
 from moe_jax.storage import files, lock, remote
 from moe_jax.storage import workdir as workdir_lib
 from tests.support.scripts import python, refused
@@ -54,7 +56,7 @@ def test_lines_are_uploaded_at_a_flush(run):
 
 def test_lines_are_uploaded_after_a_while(run, monkeypatch):
   run.mkdir()
-  monkeypatch.setattr(remote, "_UPLOAD_EVERY", 0.0)
+  monkeypatch.setattr(remote, "UPLOAD_EVERY", 0.0)
   workdir_lib.append_line(run / "metrics.jsonl", {"step": 1})
   assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
@@ -139,71 +141,108 @@ def test_errors_of_a_store_are_told_from_others(error, expected):
 
 
 @pytest.fixture
-def quick_lock(run, monkeypatch):
+def lock_file(run, monkeypatch):
   run.mkdir()
-  for name, seconds in (("_SETTLE", 0.1), ("_BEAT", 0.1), ("_SILENT", 0.5)):
-    monkeypatch.setattr(lock, name, seconds)
-  return run / "lock.json"
+  monkeypatch.setattr(lock, "_SILENT", 0.5)
+  return run / workdir_lib.LOCK
 
 
 def owner_of(path):
   return json.loads(path.read_text())
 
 
-def test_the_lock_names_its_owner_and_is_freed(quick_lock, run):
+def owned_by(pid, hostname):
+  return json.dumps({"pid": pid, "hostname": hostname, "token": "other", "beat": 3})
+
+
+def test_the_lock_names_its_owner_and_is_freed(lock_file, run):
   with lock.held(run):
-    assert owner_of(quick_lock)["pid"] == os.getpid()
-    time.sleep(0.5)
-    assert owner_of(quick_lock)["beat"] > 0
-  assert owner_of(quick_lock) == {}
+    assert owner_of(lock_file)["pid"] == os.getpid()
+    beat, end = 0, time.monotonic() + 60
+    while not beat and time.monotonic() < end:
+      with contextlib.suppress(ValueError):  # a store writes an object at once, and a disk does not
+        beat = owner_of(lock_file)["beat"]
+    assert beat
+  assert not lock_file.exists()
   with lock.held(run):
     pass
 
 
-def test_a_second_training_is_refused(quick_lock, run):
+def test_a_second_training_is_refused(lock_file, run):
   with (
     lock.held(run),
     pytest.raises(BusyError, match=f"process {os.getpid()} on "),
     lock.held(run),
   ):
     pass
-  assert owner_of(quick_lock) == {}
+  assert not lock_file.exists()
 
 
-def test_the_lock_of_a_process_that_died_elsewhere_is_taken_after_a_silence(
-  quick_lock, run, capsys
-):
-  quick_lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "", "beat": 3}))
+def test_the_lock_of_a_process_that_died_elsewhere_is_taken_after_a_silence(lock_file, run, capsys):
+  lock_file.write_text(owned_by(1, "elsewhere"))
+  start = time.monotonic()
   with lock.held(run):
-    assert owner_of(quick_lock)["pid"] == os.getpid()
+    assert owner_of(lock_file)["pid"] == os.getpid()
+  assert time.monotonic() - start > 0.5
   assert "for a sign of life of process 1 on elsewhere" in capsys.readouterr().err
 
 
-def test_the_lock_of_a_process_that_died_here_is_taken_at_once(quick_lock, run, capsys):
+def test_the_lock_of_a_process_that_lives_elsewhere_is_not_taken(lock_file, run):
+  lock_file.write_text(owned_by(1, "elsewhere"))
+  ended = threading.Event()
+
+  def live():
+    beat = 3
+    while not ended.wait(0.1):
+      beat += 1
+      (run / "new").write_text(owned_by(1, "elsewhere").replace("3}", f"{beat}}}"))
+      os.replace(run / "new", lock_file)
+
+  thread = threading.Thread(target=live)
+  thread.start()
+  with pytest.raises(BusyError, match="process 1 on elsewhere"), lock.held(run):
+    pass
+  ended.set()
+  thread.join()
+
+
+def test_the_lock_of_a_process_that_died_here_is_taken_at_once(lock_file, run, capsys):
   dead = subprocess.Popen([sys.executable, "-c", ""])
   dead.wait()
-  died = {"host": socket.gethostname(), "pid": dead.pid, "started": "", "beat": 3}
-  quick_lock.write_text(json.dumps(died))
+  lock_file.write_text(owned_by(dead.pid, socket.gethostname()))
   with lock.held(run):
-    assert owner_of(quick_lock)["pid"] == os.getpid()
+    assert owner_of(lock_file)["pid"] == os.getpid()
   assert not capsys.readouterr().err
 
 
-def test_of_two_that_begin_at_once_one_is_refused(quick_lock, run, monkeypatch):
-  other = {"host": "elsewhere", "pid": 2, "started": "now", "beat": 0}
-  monkeypatch.setattr(time, "sleep", lambda _: quick_lock.write_text(json.dumps(other)))
-  with pytest.raises(BusyError, match="process 2 on elsewhere"), lock.held(run):
-    pass
-  assert owner_of(quick_lock) == other
+def test_of_many_that_begin_at_once_one_has_the_lock(lock_file, run, monkeypatch):
+  monkeypatch.setattr(lock, "_SILENT", 60.0)
+  took, refused = [], []
+
+  def begin():
+    try:
+      with lock.held(run):
+        took.append(owner_of(lock_file)["token"])
+        while len(took) + len(refused) < 8:
+          time.sleep(0.05)
+    except (BusyError, DamagedError) as error:  # damaged: on a disk, it is not yet written
+      refused.append(error)
+
+  threads = [threading.Thread(target=begin) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(took) == 1
 
 
-def test_a_training_whose_lock_another_has_taken_ends_at_once(quick_lock, run):
+def test_a_training_whose_lock_another_has_taken_ends_at_once(lock_file, run):
   """In a process, since it ends as if it were killed."""
   code = (
-    "import json, pathlib, time; from etils import epath; from moe_jax.storage import lock\n"
-    f"run = epath.Path({os.fspath(run)!r}); lock._SETTLE = lock._BEAT = 0.1\n"
+    "import time; from etils import epath; from moe_jax.storage import lock\n"
+    f"run = epath.Path({os.fspath(run)!r}); lock._SILENT = 0.5\n"
     "with lock.held(run):\n"
-    '  (run / "lock.json").write_text(json.dumps({"host": "elsewhere", "pid": 2}))\n'
+    f"  (run / 'train.lock').write_text({owned_by(2, 'elsewhere')!r})\n"
     "  time.sleep(600)"
   )
   done = python("-c", code)

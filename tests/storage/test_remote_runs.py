@@ -187,6 +187,23 @@ def test_two_processes_share_a_workdir_in_a_store(store, whole_run, cache):
   assert list((store.folder / "two/checkpoints/12/state").glob("ocdbt.process_1/*"))
 
 
+def test_of_four_that_begin_at_once_one_has_the_lock(store):
+  code = (
+    "import time; from moe_jax.storage import lock, workdir\n"
+    "with lock.held(workdir.open_path('gs://bucket/locked')): time.sleep(600)"
+  )
+  words = [sys.executable, "-c", code]
+  four = [subprocess.Popen(words, cwd=ROOT, env=ONE_DEVICE | store.env) for _ in range(4)]
+  try:
+    while sum(process.poll() is None for process in four) > 1:
+      time.sleep(0.1)
+    assert store.writes("locked/train.lock") == 1
+  finally:
+    for process in four:
+      process.kill()
+      process.wait()
+
+
 def test_a_report_reads_runs_in_a_store(remote_run, store, tmp_path):
   words = [sys.executable, "-m", "moe_jax.report", "gs://bucket/run"]
   done = script(store, *words)

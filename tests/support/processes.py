@@ -28,8 +28,8 @@ def train_command(workdir, cache, *arguments):
 class Together:
   """Processes of one command; those that still run are killed at the end of a `with`."""
 
-  def __init__(self, command, environments=({}, {})):
-    """Starts a process for each of the environments, which say what differs."""
+  def __init__(self, command, environments=({}, {}), each=((), ())):
+    """Starts two processes, with what differs: their environments, and more arguments."""
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
       port = probe.getsockname()[1]
@@ -42,7 +42,7 @@ class Together:
       }
       self.processes.append(
         subprocess.Popen(
-          [*command, "--multihost"],
+          [*command, "--multihost", *each[index]],
           cwd=ROOT,
           env=env | more,
           text=True,
@@ -72,14 +72,14 @@ class Together:
     for process in self.processes:
       stdout, stderr = process.communicate(timeout=timeout)
       ours = [line for line in stderr.splitlines() if line.startswith("error: ")]
-      assert not re.search(r"Traceback|Fatal|stack trace|^F\d{4} ", stderr, re.M), stderr
+      if process.returncode != -signal.SIGABRT:  # by jax, which says more
+        assert not re.search(r"Traceback|Fatal|stack trace|^F\d{4} ", stderr, re.M), stderr
       ends.append((process.returncode, stdout, ours))
     return ends
 
   def lose(self, index, number=signal.SIGKILL, timeout=600):
-    """Sends a signal to one of two processes; returns (exit code, our lines) of the other."""
+    """Sends a signal to one of two processes; returns the other's exit code and stderr."""
     self.processes[index].send_signal(number)
     other = self.processes[1 - index]
     _, stderr = other.communicate(timeout=timeout)
-    assert not re.search(r"Traceback|Fatal|stack trace|^F\d{4} ", stderr, re.M), stderr
-    return other.returncode, [x for x in stderr.splitlines() if x.startswith("error: ")]
+    return other.returncode, stderr

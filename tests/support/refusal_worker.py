@@ -1,10 +1,13 @@
 """One of two processes that try what is refused: refusal_worker.py FOLDER --multihost.
 
 Each refusal becomes a line, as at the end of a script, and the next is tried; then an alarm ends
-both. FOLDER/odd is a run whose batch does not split over two processes.
+both. FOLDER/odd is a run whose batch does not split over two processes. --bug: process 1 fails.
 """
 
 import sys
+
+import jax
+from jax.experimental import multihost_utils
 
 from moe_jax.config import override
 from moe_jax.errors import UserError
@@ -19,7 +22,9 @@ def main(folder: str) -> None:
   tensor = {"mesh.tensor": 2, "model.num_kv_heads": 2}
   alarm = {"drop_fraction": 0.01, "patience": 3, "on_alarm": "stop"}
   alarm = {f"health.{name}": value for name, value in alarm.items()} | {"mesh.expert": 2}
-  with startup.together(True, 60, saves=True):
+  with startup.together(True, 10, saves=True):
+    if "--bug" in sys.argv:
+      multihost_utils.process_allgather(1 // (1 - jax.process_index()))
     from moe_jax.analysis import evaluation
     from moe_jax.training import run
 

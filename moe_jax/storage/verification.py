@@ -1,13 +1,20 @@
-"""Digests of the arrays of a tree, by which a checkpoint is recognised as what was saved."""
+"""Whether a checkpoint is what was saved: digests of its arrays, and what its small files say."""
 
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import DamagedError
+from moe_jax.storage import files
 
-def of(tree: Any) -> tuple[dict[str, str], bool]:
+_METADATA = "_CHECKPOINT_METADATA"
+_METRICS = "metrics/metrics"
+
+
+def array_digests(tree: Any) -> tuple[dict[str, str], bool]:
   """Returns ({name of an array: its kind and digest}, whether all numbers are finite).
 
   Digests are computed on the devices that hold the arrays, and do not depend on the mesh. A change
@@ -56,3 +63,37 @@ def _mixed(x: jax.Array) -> jax.Array:
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     x = (x ^ (x >> np.uint32(shift))) * jnp.uint32(factor)
   return x ^ (x >> np.uint32(16))
+
+
+def unreadable(folder: pathlib.Path) -> str:
+  """Returns what is wrong with the small files of a checkpoint, by which Orbax opens and keeps it.
+
+  "" where they are as they should be.
+  """
+  try:
+    found = [files.read_json(folder / n, "") for n in (_METADATA, _METRICS, "about/metadata")]
+  except DamagedError as error:
+    return str(error)
+  items, loss = found[0].get("item_handlers"), found[1].get("loss")
+  if not isinstance(items, dict) or not isinstance(loss, float):
+    return f"{folder} has no {'items' if not isinstance(items, dict) else 'loss'}"
+  # A checkpoint of before there were digests has no copy of its loss.
+  about = found[2].get("about", {"loss": str(loss)})
+  saved = about.get("loss") if isinstance(about, dict) else about
+  return "" if saved == str(loss) else f"the loss is {loss}, not {saved}"
+
+
+def has_digests(folder: pathlib.Path) -> bool:
+  """Returns whether a checkpoint was saved with digests, also where they are missing now."""
+  items = files.read_json(folder / _METADATA, "").get("item_handlers")
+  return (folder / "about").exists() or "about" in str(items)
+
+
+def next_batch(folder: pathlib.Path) -> int | None:
+  """Returns the number of the batch after a checkpoint of before there were digests.
+
+  Every process wrote a file, all with the same number. None where there is none.
+  """
+  paths = sorted((folder / "data").glob("process_*.json"))
+  number = files.read_json(paths[0], "").get("next_index") if paths else None
+  return number if isinstance(number, int) else None
