@@ -66,9 +66,14 @@ def run_train(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   from benchmarks import plots, train
 
   result = train.run(
-    remat=args.remat.split(","), rounds=args.rounds, steps=args.steps, peer_python=args.peer_python,
-    peer_compile=args.peer_compile, workload=args.workload, threads=args.threads,
-  )  # fmt: skip
+    remat=args.remat.split(","),
+    rounds=args.rounds,
+    steps=args.steps,
+    peer_python=args.peer_python,
+    peer_compile=args.peer_compile,
+    workload=args.workload,
+    threads=args.threads,
+  )
   print(train.text(result))
   plots.train(out, result)
   return result
@@ -101,9 +106,11 @@ def run_decode(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   from benchmarks import decode
 
   result = decode.run(
-    rounds=args.rounds, steps=args.tokens, peer_python=args.peer_python,
+    rounds=args.rounds,
+    steps=args.tokens,
+    peer_python=args.peer_python,
     peer_compile=args.peer_compile,
-  )  # fmt: skip
+  )
   print(decode.text(result))
   return result
 

@@ -76,13 +76,22 @@ class Sizes(NamedTuple):
   batches: tuple[int, ...]
 
 
-def _model(layers: int, dim: int, heads: int, kv_heads: int, vocab_size: int, dtype: Dtype,
-           **moe: Any) -> Model:  # fmt: skip
+def _model(
+  layers: int, dim: int, heads: int, kv_heads: int, vocab_size: int, dtype: Dtype, **moe: Any
+) -> Model:
   return Model(
-    vocab_size=vocab_size, num_layers=layers, dim=dim, num_heads=heads, num_kv_heads=kv_heads,
-    head_dim=dim // heads, ffn_dim=4 * dim, tied_head=False, compute_dtype=dtype,
-    remat=Remat.DOTS, moe=MoE(**moe),
-  )  # fmt: skip
+    vocab_size=vocab_size,
+    num_layers=layers,
+    dim=dim,
+    num_heads=heads,
+    num_kv_heads=kv_heads,
+    head_dim=dim // heads,
+    ffn_dim=4 * dim,
+    tied_head=False,
+    compute_dtype=dtype,
+    remat=Remat.DOTS,
+    moe=MoE(**moe),
+  )
 
 
 def full() -> Sizes:
@@ -114,9 +123,13 @@ def toy() -> Sizes:
   model = _model(2, 32, 4, 2, 64, Dtype.FLOAT32, **moe)
   aims = {Dispatch.GATHER: 0.50, Dispatch.GROUPED: 0.35}
   return Sizes(
-    Dtype.FLOAT32, 128, (Shape("toy", 4, 32, 48, 64),), (Training("toy", model, 2, 64, aims),),
-    model, (1, 4),
-  )  # fmt: skip
+    Dtype.FLOAT32,
+    128,
+    (Shape("toy", 4, 32, 48, 64),),
+    (Training("toy", model, 2, 64, aims),),
+    model,
+    (1, 4),
+  )
 
 
 def run(out: pathlib.Path, rounds: int, minutes: float) -> dict[str, Any]:
@@ -242,8 +255,10 @@ def machine(sizes: Sizes, rounds: int) -> dict[str, float]:
     "copy_bytes": 2 * large.nbytes / timing.median(times, "copy"),
     "peak_flops": metrics.peak_flops(jax.devices()[0].device_kind),
   }
-  progress(f"dense matmul {rates['matmul_flops'] / 1e12:.1f} TFLOP/s, "
-           f"copy {rates['copy_bytes'] / 1e9:.0f} GB/s")  # fmt: skip
+  progress(
+    f"dense matmul {rates['matmul_flops'] / 1e12:.1f} TFLOP/s, "
+    f"copy {rates['copy_bytes'] / 1e9:.0f} GB/s"
+  )
   return rates
 
 
@@ -342,10 +357,13 @@ def training_row(
   speed = case.batch_size * case.seq_len / took["wall_s"]
   flops = speed * cost.count(config).flops_per_token
   row |= {
-    "tokens_per_s": speed, "flops": flops, "mfu": flops / peak if peak else None,
-    "loss": took["loss"], "drop_fraction": took.get("drop_fraction", 0.0),
+    "tokens_per_s": speed,
+    "flops": flops,
+    "mfu": flops / peak if peak else None,
+    "loss": took["loss"],
+    "drop_fraction": took.get("drop_fraction", 0.0),
     "trace": str(trace),
-  }  # fmt: skip
+  }
   progress(f"{case.name}, {dispatch.value}: {speed:,.0f} tokens/s, {flops / 1e12:.1f} TFLOP/s")
   return row
 
@@ -388,13 +406,15 @@ def text(result: dict[str, Any]) -> str:
       [row["error"][:60], "", "", "", ""]
       if row["error"]
       else [
-        f"{row['tokens_per_s']:,.0f}", f"{row['flops'] / 1e12:.2f}",
-        f"{100 * row['mfu']:.1f}" if row["mfu"] else "-", f"{row['loss']:.3f}",
+        f"{row['tokens_per_s']:,.0f}",
+        f"{row['flops'] / 1e12:.2f}",
+        f"{100 * row['mfu']:.1f}" if row["mfu"] else "-",
+        f"{row['loss']:.3f}",
         f"{100 * row['drop_fraction']:.1f}%",
       ]
     )
     for row in result["training"]
-  ]  # fmt: skip
+  ]
   parts = [
     results.table(["experts, % of a dense matmul's FLOP/s", *kinds], shares),
     results.table(["training", "tokens/s", "TFLOP/s", "MFU %", "loss", "dropped"], trained),

@@ -52,8 +52,16 @@ def compare(old_path: str, new_path: str) -> int:
     was = "met" if before["met"] else "missed"
     verdict = after["verdict"] if before["met"] == after["met"] else f"{was} -> {after['verdict']}"
     bound = f"{'>=' if after['at_least'] else '<='} {after['limit']:.2f}"
-    lines.append([what, f"{before['measured']:.2f}", f"{after['measured']:.2f}", f"{ratio:.2f}",
-                  bound, verdict])  # fmt: skip
+    lines.append(
+      [
+        what,
+        f"{before['measured']:.2f}",
+        f"{after['measured']:.2f}",
+        f"{ratio:.2f}",
+        bound,
+        verdict,
+      ]
+    )
   print("\n" + results.table(["aim", "old", "new", "new / old", "limit", ""], lines))
   for path, only in ((old_path, old.keys() - new.keys()), (new_path, new.keys() - old.keys())):
     for what in sorted(only):

@@ -40,8 +40,10 @@ def peer_commands(python: str, compiled: bool, cpu: int, folder: str) -> list[Co
     UserError: `python` has no torch and transformers, so that there is nothing to compare with.
   """
   if not has_torch(python):
-    raise UserError(f"{python} has no torch and transformers: pip install -e '.[hf]', or name "
-                    "a Python that has them with --peer_python")  # fmt: skip
+    raise UserError(
+      f"{python} has no torch and transformers: pip install -e '.[hf]', or name "
+      "a Python that has them with --peer_python"
+    )
   base = [python, "-m", "benchmarks.peer_decode", f"--cpus={cpu}", f"--weights={folder}"]
   commands = [Command("peer", [*base, f"--experts={e}"]) for e in ("grouped_mm", "eager")]
   if compiled:
@@ -105,13 +107,20 @@ def _rows(workload, workers, batch, rounds, steps):
   for number, worker in enumerate(workers):
     cpu_s = [answer[number]["cpu_s"] for answer in answers]
     ours = [answer[0]["cpu_s"] for answer in answers]
-    rows.append({
-      "workload": workload.name, "parameters": worker.ready["parameters"], "batch": batch,
-      "kind": worker.kind, "name": worker.ready["name"], "versions": worker.ready["versions"],
-      "rounds_cpu_s": cpu_s, "cpu_s": float(np.median(cpu_s)),
-      "tokens_per_cpu_s": batch / float(np.median(cpu_s)),
-      "our_speed": float(np.median(np.divide(cpu_s, ours))),
-    })  # fmt: skip
+    rows.append(
+      {
+        "workload": workload.name,
+        "parameters": worker.ready["parameters"],
+        "batch": batch,
+        "kind": worker.kind,
+        "name": worker.ready["name"],
+        "versions": worker.ready["versions"],
+        "rounds_cpu_s": cpu_s,
+        "cpu_s": float(np.median(cpu_s)),
+        "tokens_per_cpu_s": batch / float(np.median(cpu_s)),
+        "our_speed": float(np.median(np.divide(cpu_s, ours))),
+      }
+    )
   numbers = ", ".join(f"{r['name']} {1e3 * r['cpu_s']:.2f}" for r in rows)
   progress(f"{workload.name}, batch {batch}: {numbers} CPU-ms a step")
   return rows
@@ -136,9 +145,13 @@ def text(result: dict[str, Any]) -> str:
             "our speed / its"]  # fmt: skip
   lines = [
     [
-      r["workload"], str(r["batch"]), r["name"], f"{1e3 * r['cpu_s']:.2f}",
-      f"{r['tokens_per_cpu_s']:,.0f}", f"{r['our_speed']:.2f}",
+      r["workload"],
+      str(r["batch"]),
+      r["name"],
+      f"{1e3 * r['cpu_s']:.2f}",
+      f"{r['tokens_per_cpu_s']:,.0f}",
+      f"{r['our_speed']:.2f}",
     ]
     for r in result["rows"]
-  ]  # fmt: skip
+  ]
   return results.table(header, lines) + "\n\n" + results.target_table(result["targets"])

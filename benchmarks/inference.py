@@ -66,9 +66,11 @@ def random_parameters(config: Config, seed: int, never: int = -1) -> tuple[Any, 
 
 
 def build_generator(
-  config: Config, seed: int = 0, tokenizer: tokenizers.Tokenizer | None = None,
+  config: Config,
+  seed: int = 0,
+  tokenizer: tokenizers.Tokenizer | None = None,
   never: int = -1,
-) -> generate.TextGenerator:  # fmt: skip
+) -> generate.TextGenerator:
   """Returns a generator with `random_parameters` on one device.
 
   Its tokens are bytes if no tokenizer is given.
@@ -170,9 +172,10 @@ def machine(reader: Reader, seconds: float, rounds: int = 3) -> Machine:
   thunks = {"read": reader, "copy": reader.copy, "flops": lambda: product(rows, square)}
   best = {name: min(s) for name, s in timing.in_turns(thunks, rounds, seconds).items()}
   return Machine(
-    read=reader.bytes / best["read"], copy=2 * reader.bytes / best["copy"],
+    read=reader.bytes / best["read"],
+    copy=2 * reader.bytes / best["copy"],
     flops=2 * 1024 * 2048 * 2048 / best["flops"],
-  )  # fmt: skip
+  )
 
 
 def expected_experts(num_experts: int, top_k: int, batch: int) -> float:
@@ -222,8 +225,10 @@ def run(config: Config, rounds: int, batches=BATCHES, seconds: float = 0.3) -> d
     built[name] = build_generator(model_config)
   reader = Reader()
   speeds = machine(reader, seconds)
-  progress(f"memory reads {speeds.read / 1e9:.1f} GB/s, copies {speeds.copy / 1e9:.1f} GB/s; "
-           f"matmuls {speeds.flops / 1e9:.0f} GFLOP/s")  # fmt: skip
+  progress(
+    f"memory reads {speeds.read / 1e9:.1f} GB/s, copies {speeds.copy / 1e9:.1f} GB/s; "
+    f"matmuls {speeds.flops / 1e9:.0f} GFLOP/s"
+  )
   counts = {name: cost.count(model_config) for name, model_config in configs.items()}
   rows = []
   for batch in batches:
@@ -249,15 +254,22 @@ def _decode_rows(built, batch, rounds, seconds, speeds, reader):
     experts = expected_experts(moe.num_experts, moe.top_k, batch) if moe.num_experts else 0.0
     step = work(model.weights, model.model, batch, experts)
     step_s = timing.median(times, name) / _STEPS
-    rows.append({
-      "model": name, "batch": batch, "seconds": step_s, "tokens_per_s": batch / step_s,
-      "speed_vs_moe": timing.ratio(times, MOE, name), "bytes": step.bytes, "flops": step.flops,
-      "bytes_per_s": step.bytes / step_s,
-      "of_plain_read": _STEPS * step.bytes / reader.bytes / timing.ratio(times, name, _READ),
-      "roofline_s": max(step.bytes / speeds.read, step.flops / speeds.flops),
-      "experts_expected": experts,
-      "experts_read": decoders[name].distinct_experts() if moe.num_experts else 0.0,
-    })  # fmt: skip
+    rows.append(
+      {
+        "model": name,
+        "batch": batch,
+        "seconds": step_s,
+        "tokens_per_s": batch / step_s,
+        "speed_vs_moe": timing.ratio(times, MOE, name),
+        "bytes": step.bytes,
+        "flops": step.flops,
+        "bytes_per_s": step.bytes / step_s,
+        "of_plain_read": _STEPS * step.bytes / reader.bytes / timing.ratio(times, name, _READ),
+        "roofline_s": max(step.bytes / speeds.read, step.flops / speeds.flops),
+        "experts_expected": experts,
+        "experts_read": decoders[name].distinct_experts() if moe.num_experts else 0.0,
+      }
+    )
   numbers = ", ".join(f"{r['model']} {r['tokens_per_s']:,.1f}" for r in rows)
   progress(f"decode, batch {batch}: {numbers} tokens/s")
   return rows
@@ -285,7 +297,11 @@ def _prefill_rows(built, length, rounds, seconds):
     thunks[name] = call
   times = timing.in_turns(thunks, rounds, seconds)
   return [
-    {"model": n, "tokens": length, "seconds": timing.median(times, n),
-     "tokens_per_s": length / timing.median(times, n)}
+    {
+      "model": n,
+      "tokens": length,
+      "seconds": timing.median(times, n),
+      "tokens_per_s": length / timing.median(times, n),
+    }
     for n in built
-  ]  # fmt: skip
+  ]

@@ -20,13 +20,25 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
   moe = at[MOE, first]
   larger = sizes["parameters"] / sizes["active"]
   verdicts = [
-    results.target(f"batch {first}: MoE speed / {active}", 1 / at[active, first]["speed_vs_moe"],
-                   _ACTIVE_SPEED, at_least=True),
-    results.target(f"batch {first}: MoE speed / {total}", 1 / at[total, first]["speed_vs_moe"],
-                   _TOTAL_SPEED * larger, at_least=True),
-    results.target(f"batch {first}: bytes/s of the step / of a plain read",
-                   moe["of_plain_read"], _BANDWIDTH, at_least=True),
-  ]  # fmt: skip
+    results.target(
+      f"batch {first}: MoE speed / {active}",
+      1 / at[active, first]["speed_vs_moe"],
+      _ACTIVE_SPEED,
+      at_least=True,
+    ),
+    results.target(
+      f"batch {first}: MoE speed / {total}",
+      1 / at[total, first]["speed_vs_moe"],
+      _TOTAL_SPEED * larger,
+      at_least=True,
+    ),
+    results.target(
+      f"batch {first}: bytes/s of the step / of a plain read",
+      moe["of_plain_read"],
+      _BANDWIDTH,
+      at_least=True,
+    ),
+  ]
   for batch in sorted({batch for _, batch in at} & {2, 4, 8, 16}):
     row, large = at[MOE, batch], at[total, batch]
     predicted = large["roofline_s"] / row["roofline_s"]
@@ -46,18 +58,27 @@ def text(result: dict[str, Any]) -> str:
             "expected", "GB/s", "/ plain read", "roofline ms"]  # fmt: skip
   lines = [
     [
-      str(r["batch"]), r["model"], f"{1e3 * r['seconds']:.2f}", f"{r['tokens_per_s']:,.1f}",
-      f"{1 / r['speed_vs_moe']:.2f}", f"{r['experts_read']:.1f}" if r["experts_read"] else "-",
+      str(r["batch"]),
+      r["model"],
+      f"{1e3 * r['seconds']:.2f}",
+      f"{r['tokens_per_s']:,.1f}",
+      f"{1 / r['speed_vs_moe']:.2f}",
+      f"{r['experts_read']:.1f}" if r["experts_read"] else "-",
       f"{r['experts_expected']:.1f}" if r["experts_expected"] else "-",
-      f"{r['bytes_per_s'] / 1e9:.1f}", f"{r['of_plain_read']:.2f}", f"{1e3 * r['roofline_s']:.2f}",
+      f"{r['bytes_per_s'] / 1e9:.1f}",
+      f"{r['of_plain_read']:.2f}",
+      f"{1e3 * r['roofline_s']:.2f}",
     ]
     for r in result["decode"]
-  ]  # fmt: skip
+  ]
   prefill = [
     [str(r["tokens"]), r["model"], f"{1e3 * r['seconds']:.1f}", f"{r['tokens_per_s']:,.0f}"]
     for r in result["prefill"]
   ]
-  return "\n\n".join([
-    results.table(header, lines), results.table(["prefill", "model", "ms", "tokens/s"], prefill),
-    results.target_table(result["targets"]),
-  ])  # fmt: skip
+  return "\n\n".join(
+    [
+      results.table(header, lines),
+      results.table(["prefill", "model", "ms", "tokens/s"], prefill),
+      results.target_table(result["targets"]),
+    ]
+  )

@@ -86,9 +86,12 @@ class Candidate(NamedTuple):
 def make_moe(setting: Setting, dispatch: Dispatch, experts: int) -> MoE:
   """Returns the configuration of an MoE layer of a setting."""
   return MoE(
-    num_experts=experts, top_k=setting.top_k, expert_dim=setting.expert_dim, dispatch=dispatch,
+    num_experts=experts,
+    top_k=setting.top_k,
+    expert_dim=setting.expert_dim,
+    dispatch=dispatch,
     capacity_factor=1.0,
-  )  # fmt: skip
+  )
 
 
 def _programs(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -48,20 +48,30 @@ def growths(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def text(result: dict[str, Any]) -> str:
   """Formats tables of all rows, of the phases, and of the targets."""
-  return "\n\n".join([_rows(result["rows"]), _growths(result["rows"]), _phases(result["phases"]),
-                      results.target_table(result["targets"])])  # fmt: skip
+  return "\n\n".join(
+    [
+      _rows(result["rows"]),
+      _growths(result["rows"]),
+      _phases(result["phases"]),
+      results.target_table(result["targets"]),
+    ]
+  )
 
 
 def _rows(rows) -> str:
   lines = [
     [
       f"{row['setting']} {row['candidate']}",
-      f"{1e3 * row['forward_s']:.2f}", f"{row['forward_vs_ffn']:.2f}",
-      f"{1e3 * row['step_s']:.2f}", f"{row['step_vs_ffn']:.2f}", f"{row['step_of_matmul']:.2f}",
-      f"{100 * row['drop_fraction']:.1f}%", f"{row['max_vio']:.2f}",
+      f"{1e3 * row['forward_s']:.2f}",
+      f"{row['forward_vs_ffn']:.2f}",
+      f"{1e3 * row['step_s']:.2f}",
+      f"{row['step_vs_ffn']:.2f}",
+      f"{row['step_of_matmul']:.2f}",
+      f"{100 * row['drop_fraction']:.1f}%",
+      f"{row['max_vio']:.2f}",
     ]
     for row in rows
-  ]  # fmt: skip
+  ]
   header = ["layer (step: forward and backward)", "forward ms", "/ FFN", "step ms", "/ FFN",
             "of matmul", "dropped", "MaxVio"]  # fmt: skip
   return results.table(header, lines)

@@ -38,9 +38,11 @@ def build_peer(folder: pathlib.Path, experts: str):
   import transformers
 
   return transformers.AutoModelForCausalLM.from_pretrained(
-    folder / "mixtral", attn_implementation="sdpa", dtype=torch.float32,
+    folder / "mixtral",
+    attn_implementation="sdpa",
+    dtype=torch.float32,
     experts_implementation=experts,
-  ).eval()  # fmt: skip
+  ).eval()
 
 
 class PeerDecoder:

@@ -79,8 +79,10 @@ def check_batched_mm_fits(args: argparse.Namespace) -> None:
   copies = 4 * args.layers * assignments * 3 * args.dim * args.expert_dim / 1e9
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
   if copies > memory:
-    fail(f"--experts=batched_mm keeps {copies:.1f} GB and this machine has {memory:.1f} GB; "
-         "lower --batch_size, or take --experts=grouped_mm")  # fmt: skip
+    fail(
+      f"--experts=batched_mm keeps {copies:.1f} GB and this machine has {memory:.1f} GB; "
+      "lower --batch_size, or take --experts=grouped_mm"
+    )
 
 
 def build_model(args: argparse.Namespace):
@@ -89,20 +91,29 @@ def build_model(args: argparse.Namespace):
   import transformers
 
   shape = dict(
-    vocab_size=args.vocab_size, hidden_size=args.dim, num_hidden_layers=args.layers,
-    num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_dim,
-    max_position_embeddings=args.seq_len, use_cache=False,
+    vocab_size=args.vocab_size,
+    hidden_size=args.dim,
+    num_hidden_layers=args.layers,
+    num_attention_heads=args.heads,
+    num_key_value_heads=args.kv_heads,
+    head_dim=args.head_dim,
+    max_position_embeddings=args.seq_len,
+    use_cache=False,
     sliding_window=None,  # Mistral's default could add a mask, with which sdpa is slow
-    bos_token_id=None, eos_token_id=None,  # the defaults, 1 and 2, may be outside the vocabulary
-  )  # fmt: skip
+    bos_token_id=None,
+    eos_token_id=None,  # the defaults, 1 and 2, may be outside the vocabulary
+  )
   kind = dict(attn_implementation="sdpa", dtype=torch.float32)
   if args.model == "mixtral":
     kind["experts_implementation"] = args.experts
     config = transformers.MixtralConfig(
-      **shape, intermediate_size=args.expert_dim, num_local_experts=args.experts_count,
-      num_experts_per_tok=args.top_k, router_aux_loss_coef=0.01,
+      **shape,
+      intermediate_size=args.expert_dim,
+      num_local_experts=args.experts_count,
+      num_experts_per_tok=args.top_k,
+      router_aux_loss_coef=0.01,
       output_router_logits=True,  # without it the balance loss is left out
-    )  # fmt: skip
+    )
   else:
     width = args.top_k if args.model == "dense" else args.experts_count
     config = transformers.MistralConfig(**shape, intermediate_size=width * args.expert_dim)
@@ -191,9 +202,12 @@ def main() -> None:
   if not args.worker:
     times, tokens = measure(step, args.steps), args.batch_size * args.seq_len
     cpu_s, wall_s = times["cpu_s"], times["wall_s"]
-    print(f"{name}: {tokens / cpu_s:,.0f} tokens per CPU-second, {cpu_s:.3f} CPU-s "
-          f"({wall_s:.3f} s) for a step of {tokens} tokens, {total / 1e6:.2f}M parameters, "
-          f"{active / 1e6:.2f}M active, loss {times['loss']:.3f}", file=out)  # fmt: skip
+    print(
+      f"{name}: {tokens / cpu_s:,.0f} tokens per CPU-second, {cpu_s:.3f} CPU-s "
+      f"({wall_s:.3f} s) for a step of {tokens} tokens, {total / 1e6:.2f}M parameters, "
+      f"{active / 1e6:.2f}M active, loss {times['loss']:.3f}",
+      file=out,
+    )
     return
   versions = {"torch": torch.__version__, "transformers": transformers.__version__}
   ready = dict(ready=True, name=name, parameters=total, active_parameters=active, versions=versions)

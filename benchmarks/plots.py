@@ -33,9 +33,12 @@ def layer(out: pathlib.Path, result: dict[str, Any]) -> None:
   rows = [r for r in result["rows"] if r["dispatch"] in alone]
   splits = result["phases"]
   figure, (top, bottom) = plt.subplots(
-    2, 1, figsize=(9, 1.5 + 0.24 * (len(rows) + 2 * len(splits))), layout="constrained",
+    2,
+    1,
+    figsize=(9, 1.5 + 0.24 * (len(rows) + 2 * len(splits))),
+    layout="constrained",
     height_ratios=(max(len(rows), 1), max(2 * len(splits), 1)),
-  )  # fmt: skip
+  )
   at = np.arange(len(rows))
   top.barh(at, [r["step_vs_ffn"] for r in rows], color=[_COLOURS[r["dispatch"]] for r in rows])
   bounds = {

@@ -54,8 +54,11 @@ def commit() -> str:
   try:
     git = subprocess.run(
       ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-      cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
   except (OSError, subprocess.CalledProcessError):
     return ""
   return git.stdout.strip()
@@ -83,11 +86,15 @@ def target_table(targets: list[dict[str, Any]]) -> str:
   return table(
     ["target", "measured", "limit", ""],
     [
-      [t["what"], f"{t['measured']:.2f}", f"{'>=' if t['at_least'] else '<='} {t['limit']:.2f}",
-       t["verdict"]]
+      [
+        t["what"],
+        f"{t['measured']:.2f}",
+        f"{'>=' if t['at_least'] else '<='} {t['limit']:.2f}",
+        t["verdict"],
+      ]
       for t in targets
     ],
-  )  # fmt: skip
+  )
 
 
 def met(targets: list[dict[str, Any]]) -> str:
@@ -100,8 +107,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
   widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
   lines = []
   for row in [header, *rows]:
-    first, *rest = (f"{x:<{w}}" if i == 0 else f"{x:>{w}}" for i, (x, w) in
-                    enumerate(zip(row, widths, strict=True)))  # fmt: skip
+    first, *rest = (
+      f"{x:<{w}}" if i == 0 else f"{x:>{w}}"
+      for i, (x, w) in enumerate(zip(row, widths, strict=True))
+    )
     lines.append("  ".join([first, *rest]).rstrip())
   return "\n".join(lines)
 

@@ -21,9 +21,12 @@ from moe_jax.storage import workdir as workdir_lib
 _STEPS = 10**8  # more than the time allows
 # A constant rate, so that the number of steps changes nothing.
 _FIELDS = {
-  "optimizer.schedule": "constant", "train.log_every": 10, "train.eval_every": 500,
-  "train.checkpoint_every": 50, "health.on_alarm": "off",
-}  # fmt: skip
+  "optimizer.schedule": "constant",
+  "train.log_every": 10,
+  "train.eval_every": 500,
+  "train.checkpoint_every": 50,
+  "health.on_alarm": "off",
+}
 
 
 class Trainer:
@@ -95,9 +98,10 @@ def leave_alone(config: str, workdir: pathlib.Path, seconds: float, overrides: A
   # The first third holds the first evaluation and the first saves, which allocate what stays.
   middle, last = memory[third : 2 * third], memory[-third:]
   (newest,) = [
-    line for line in reversed(workdir_lib.read_lines(workdir / workdir_lib.METRICS))
+    line
+    for line in reversed(workdir_lib.read_lines(workdir / workdir_lib.METRICS))
     if "train/seconds" in line
-  ][:1]  # fmt: skip
+  ][:1]
   steps = workdir_lib.saved_steps(workdir)[-1]
   return Whole(
     steps=steps,
@@ -140,15 +144,20 @@ def run(
   killed = kill(config, folder / "killed", whole.steps, every, overrides)
   equal = _arrays(folder / "whole", whole.steps) == _arrays(folder / "killed", whole.steps)
   return {
-    "config": config, "minutes": minutes, "kill_every": every, "steps": whole.steps,
-    "saves": whole.saves, "kills": len(killed.lost), "steps_lost": killed.lost,
+    "config": config,
+    "minutes": minutes,
+    "kill_every": every,
+    "steps": whole.steps,
+    "saves": whole.saves,
+    "kills": len(killed.lost),
+    "steps_lost": killed.lost,
     "seconds_to_first_step": killed.down,
     "targets": [
       results.target("arrays that differ after the kills", 0.0 if equal else 1.0, 0.0),
       results.target("growth of memory, %", 100 * whole.growth, 1.0),
       results.target("time for which saves stop the training, %", 100 * whole.stall, 2.0),
     ],
-  }  # fmt: skip
+  }
 
 
 def text(result: dict[str, Any]) -> str:

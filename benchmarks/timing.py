@@ -76,9 +76,11 @@ class Trainer:
     tokens = rng.integers(config.model.vocab_size, size=(B, L + 1), dtype=np.int32)
     positions_BL = np.tile(np.arange(L, dtype=np.int32), (B, 1))
     batch = pipeline.Batch(
-      tokens_BL=tokens[:, :-1], targets_BL=tokens[:, 1:], segments_BL=np.ones_like(positions_BL),
+      tokens_BL=tokens[:, :-1],
+      targets_BL=tokens[:, 1:],
+      segments_BL=np.ones_like(positions_BL),
       positions_BL=positions_BL,
-    )  # fmt: skip
+    )
     with jax.set_mesh(self.mesh):
       self.batch = sharding.to_global(batch, self.mesh)
       setup = setup_lib.make(config, self.mesh)

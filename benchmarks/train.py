@@ -229,13 +229,18 @@ def text(result: dict[str, Any]) -> str:
   """Formats tables of all rows and of the targets."""
   lines = [
     [
-      row["name"], f"{row['cpu_s']:.3f}", f"{row['wall_s']:.3f}", f"{row['tokens_per_s']:,.0f}",
-      f"{row['vs_dense']:.2f}", f"{row['vs_peer']:.2f}" if row["vs_peer"] else "-",
+      row["name"],
+      f"{row['cpu_s']:.3f}",
+      f"{row['wall_s']:.3f}",
+      f"{row['tokens_per_s']:,.0f}",
+      f"{row['vs_dense']:.2f}",
+      f"{row['vs_peer']:.2f}" if row["vs_peer"] else "-",
       f"{row['active_parameters'] / 1e6:.2f}M of {row['parameters'] / 1e6:.2f}M",
-      f"{100 * row['drop_fraction']:.1f}%" if "drop_fraction" in row else "-", f"{row['loss']:.3f}",
+      f"{100 * row['drop_fraction']:.1f}%" if "drop_fraction" in row else "-",
+      f"{row['loss']:.3f}",
     ]
     for row in result["rows"]
-  ]  # fmt: skip
+  ]
   per = "CPU-s" if result["threads"] == 1 else "s"
   header = ["training step", "CPU-s", "s", f"tokens/{per}", "/ dense", "/ peer", "active",
             "dropped", "loss"]  # fmt: skip

@@ -55,23 +55,36 @@ def make_config(args: argparse.Namespace) -> Config:
   moe = MoE()
   if args.model != "ffn":
     moe = MoE(
-      num_experts=args.experts_count, top_k=args.top_k, expert_dim=args.expert_dim,
-      dispatch=Dispatch(args.model), capacity_factor=args.capacity_factor,
-    )  # fmt: skip
+      num_experts=args.experts_count,
+      top_k=args.top_k,
+      expert_dim=args.expert_dim,
+      dispatch=Dispatch(args.model),
+      capacity_factor=args.capacity_factor,
+    )
   return Config(
     model=Model(
-      vocab_size=args.vocab_size, num_layers=args.layers, dim=args.dim, num_heads=args.heads,
-      num_kv_heads=args.kv_heads, head_dim=args.head_dim, ffn_dim=args.top_k * args.expert_dim,
-      tied_head=False, remat=Remat(args.remat), moe=moe,
+      vocab_size=args.vocab_size,
+      num_layers=args.layers,
+      dim=args.dim,
+      num_heads=args.heads,
+      num_kv_heads=args.kv_heads,
+      head_dim=args.head_dim,
+      ffn_dim=args.top_k * args.expert_dim,
+      tied_head=False,
+      remat=Remat(args.remat),
+      moe=moe,
     ),
     data=Data(seq_len=args.seq_len, batch_size=args.batch_size),
     loss=Loss(load_balance=0.01, router_z=0.0),
     optimizer=Optimizer(
-      learning_rate=1e-3, schedule=Schedule.CONSTANT, warmup_steps=0, clip_norm=0.0,
+      learning_rate=1e-3,
+      schedule=Schedule.CONSTANT,
+      warmup_steps=0,
+      clip_norm=0.0,
     ),
     train=Train(seed=args.seed),
     mesh=Mesh(data=1),
-  )  # fmt: skip
+  )
 
 
 def pin(cpus: list[int] | None) -> TextIO:
@@ -107,9 +120,12 @@ def main() -> None:
     name += f" {args.capacity_factor:g}"
   name += " without metrics" if args.bare else ""
   ready = dict(
-    ready=True, name=f"{name} {args.remat}", parameters=counts.total,
-    active_parameters=counts.active, versions={"jax": jax.__version__},
-  )  # fmt: skip
+    ready=True,
+    name=f"{name} {args.remat}",
+    parameters=counts.total,
+    active_parameters=counts.active,
+    versions={"jax": jax.__version__},
+  )
   print(json.dumps(ready), file=out)
   for line in sys.stdin:
     words = line.split()

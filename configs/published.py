@@ -43,25 +43,39 @@ def _moe(E: int, K: int, F: int, **fields) -> MoE:
 
 
 def _glm(E: int, F: int, **fields) -> MoE:
-  return _moe(
-    E, 8, F, score=Score.SIGMOID, shared_experts=1, bias_update_rate=1e-3, **fields
-  )  # fmt: skip
+  return _moe(E, 8, F, score=Score.SIGMOID, shared_experts=1, bias_update_rate=1e-3, **fields)
 
 
 def _gpt_oss(layers: int, E: int) -> Model:
   yarn = RopeScaling(kind=RopeKind.YARN, factor=32.0, original_length=4096, truncate=False)
   return _model(
-    201_088, layers, 2880, 64, 8, 2880, 64, rope_base=150_000.0, rope_scaling=yarn, window=128,
-    global_every=2, sinks=True, qkv_bias=True, out_bias=True, activation=Activation.CLAMPED_SWIGLU,
+    201_088,
+    layers,
+    2880,
+    64,
+    8,
+    2880,
+    64,
+    rope_base=150_000.0,
+    rope_scaling=yarn,
+    window=128,
+    global_every=2,
+    sinks=True,
+    qkv_bias=True,
+    out_bias=True,
+    activation=Activation.CLAMPED_SWIGLU,
     moe=_moe(E, 4, 2880, expert_bias=True, router_bias=True),
-  )  # fmt: skip
+  )
 
 
 def _yarn(mscale_all_dim: float) -> RopeScaling:
   return RopeScaling(
-    kind=RopeKind.YARN, factor=40.0, original_length=4096, attention_factor=1.0,
+    kind=RopeKind.YARN,
+    factor=40.0,
+    original_length=4096,
+    attention_factor=1.0,
     mscale_all_dim=mscale_all_dim,
-  )  # fmt: skip
+  )
 
 
 _DEEPSEEK_V2, _DEEPSEEK_V3 = _yarn(0.707), _yarn(1.0)
@@ -72,16 +86,31 @@ def _deepseek(
 ) -> Model:
   latent = Latent(kv_dim=512, query_dim=query_dim, rotary_dim=64, value_dim=128)
   return _model(
-    V, L, D, H, H, F, 192, latent=latent, rope_scaling=rope, rope_interleaved=True, norm_eps=1e-6,
-    moe=moe, **fields,
-  )  # fmt: skip
+    V,
+    L,
+    D,
+    H,
+    H,
+    F,
+    192,
+    latent=latent,
+    rope_scaling=rope,
+    rope_interleaved=True,
+    norm_eps=1e-6,
+    moe=moe,
+    **fields,
+  )
 
 
 _QWEN_SHARED = dict(renormalize=False, shared_experts=1, shared_gate=True)
 _GRANITE = dict(
-  tied_head=True, rope_base=1e4, embedding_multiplier=12.0, residual_multiplier=0.22,
-  logit_multiplier=1 / 6, attention_scale=1 / 64,
-)  # fmt: skip
+  tied_head=True,
+  rope_base=1e4,
+  embedding_multiplier=12.0,
+  residual_multiplier=0.22,
+  logit_multiplier=1 / 6,
+  attention_scale=1 / 64,
+)
 _LLAMA3 = RopeScaling(kind=RopeKind.LLAMA3, factor=8.0, original_length=8192)
 
 MODELS = {

@@ -47,11 +47,15 @@ def get_config() -> Config:
       ),
     ),
     data=Data(
-      name="lm1b", train_split="train", validation_split="test[:50%]", test_split="test[50%:]",
-      seq_len=1024, batch_size=64,
+      name="lm1b",
+      train_split="train",
+      validation_split="test[:50%]",
+      test_split="test[50%:]",
+      seq_len=1024,
+      batch_size=64,
     ),
     loss=Loss(load_balance=0.01, router_z=1e-3),
     optimizer=Optimizer(learning_rate=1e-3, warmup_steps=1000),
     train=Train(steps=50_000, log_every=50, eval_every=1000, checkpoint_every=1000),
     eval=Eval(batches=32, final_batches=512),
-  )  # fmt: skip
+  )

@@ -125,9 +125,13 @@ class Trials:
     with open(f"{folder}.txt", "w+") as said:
       # In a session of its own, so that what the tests start ends with them.
       process = subprocess.Popen(
-        command, cwd=folder, env=_environment(folder), start_new_session=True, stdout=said,
+        command,
+        cwd=folder,
+        env=_environment(folder),
+        start_new_session=True,
+        stdout=said,
         stderr=subprocess.STDOUT,
-      )  # fmt: skip
+      )
       self._processes.add(process)
       try:
         if self._stopped:
@@ -170,8 +174,9 @@ def try_all(faults: list[Fault], jobs: int, clean: bool) -> int:
           word = "passed" if clean and outcome.kind == good else outcome.kind
           print(
             f"{number:>3}/{len(faults)}  {word:<8} {outcome.seconds:>5.1f} s  {fault.name}"
-            f"  [{outcome.detail}]  {left / 60:.0f} min left", flush=True,
-          )  # fmt: skip
+            f"  [{outcome.detail}]  {left / 60:.0f} min left",
+            flush=True,
+          )
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         trials.stop()

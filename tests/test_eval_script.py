@@ -59,8 +59,17 @@ def test_the_load_of_each_layer_adds_up_to_one(evaluated):
 
 
 def test_the_output_names_the_numbers_and_plots_are_drawn(evaluated):
-  for word in ("parameters", "active", "tokens/s", "bits per byte", "gzip -9", "dropped", "MaxVio",
-               "entropy", "dead"):  # fmt: skip
+  for word in (
+    "parameters",
+    "active",
+    "tokens/s",
+    "bits per byte",
+    "gzip -9",
+    "dropped",
+    "MaxVio",
+    "entropy",
+    "dead",
+  ):
     assert word in evaluated["output"]
   for name in ("loss.png", "load.png", "balance.png"):
     assert bytes.fromhex(evaluated["pictures"][name]) == b"\x89PNG"

@@ -101,9 +101,12 @@ def test_a_second_training_in_a_workdir_is_refused(tmp_path, cache):
   """And the first one trains as if nothing had been; after its SIGKILL the workdir is free."""
   workdir = tmp_path / "run"
   first = subprocess.Popen(
-    command(workdir, cache, steps=100_000), cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.PIPE,
+    command(workdir, cache, steps=100_000),
+    cwd=ROOT,
+    env=ONE_DEVICE,
+    stdout=subprocess.PIPE,
     text=True,
-  )  # fmt: skip
+  )
   try:
     while "step " not in first.stdout.readline():
       assert first.poll() is None
@@ -128,9 +131,13 @@ def test_a_run_whose_reader_closes_the_pipe_saves_and_ends_with_its_code(
 ):
   shell = " ".join(command(tmp_path / "run", cache, steps=100_000))
   done = subprocess.run(
-    ["bash", "-c", f"{shell} | {reader}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, env=ONE_DEVICE,
-    capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+    ["bash", "-c", f"{shell} | {reader}; exit ${{PIPESTATUS[0]}}"],
+    cwd=ROOT,
+    env=ONE_DEVICE,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
   assert done.returncode == 141 and not lines_of_errors(done), done.stderr
   assert (max(workdir_lib.saved_steps(tmp_path / "run"), default=0) > 20) == saves
 
@@ -139,8 +146,12 @@ def test_ctrl_c_saves_though_what_it_prints_to_ends_as_well(tmp_path, cache):
   """As `train.py | tee log` does: a terminal sends the signal to both."""
   first = subprocess.Popen(
     command(tmp_path / "run", cache, "--config.train.checkpoint_every=1000", steps=100_000),
-    cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=ONE_DEVICE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   while not first.stdout.readline().startswith("step      5/"):
     assert first.poll() is None
   first.stdout.close()
@@ -153,9 +164,12 @@ def test_ctrl_c_saves_though_what_it_prints_to_ends_as_well(tmp_path, cache):
 def test_memory_and_threads_do_not_grow(tmp_path, cache):
   """Of a run of sixty saves, between its first quarter and its end."""
   process = subprocess.Popen(
-    command(tmp_path / "run", cache, "--config.train.checkpoint_every=1", steps=60), cwd=ROOT,
-    env=ONE_DEVICE, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    command(tmp_path / "run", cache, "--config.train.checkpoint_every=1", steps=60),
+    cwd=ROOT,
+    env=ONE_DEVICE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   status, seen = pathlib.Path(f"/proc/{process.pid}/status"), []
   with process:
     for line in process.stdout:

@@ -28,10 +28,16 @@ def test_the_command_generates_what_python_does(whole_run, tmp_path):
   workdir = shutil.copytree(whole_run.workdir, tmp_path / "run")
   (workdir / "data.json").unlink()
   done = python(
-    "generate.py", f"--workdir={workdir}", f"--cache_dir={tmp_path / 'cache'}",
-    "--max_new_tokens=24", "--temperature=0", "--prompt=def ", "--prompt_file=-", "--lines",
+    "generate.py",
+    f"--workdir={workdir}",
+    f"--cache_dir={tmp_path / 'cache'}",
+    "--max_new_tokens=24",
+    "--temperature=0",
+    "--prompt=def ",
+    "--prompt_file=-",
+    "--lines",
     input="import os\nx",
-  )  # fmt: skip
+  )
   assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
   model = moe_jax.load(workdir)
   texts = model.generate(["def ", "import os", "x"], max_new_tokens=24, temperature=0)
@@ -80,8 +86,12 @@ def test_a_prompt_on_stdin_that_is_not_text_is_refused(whole_run):
 def started(whole_run, *options, **streams):
   return subprocess.Popen(
     [sys.executable, "generate.py", f"--workdir={whole_run.workdir}", *options],
-    cwd=ROOT, env=ONE_DEVICE, stderr=subprocess.PIPE, text=True, **streams,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=ONE_DEVICE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **streams,
+  )
 
 
 LONG = ("--prompt=def ", "--max_new_tokens=100000")

@@ -95,8 +95,14 @@ def collectives(path):
 
 def test_two_files_name_collectives():
   seen = {path.name: names for _, path in modules() if (names := collectives(path))}
-  assert seen.pop("exchange.py") >= {"psum", "all_gather", "all_to_all", "psum_scatter",
-                                     "axis_index", "ragged_all_to_all"}  # fmt: skip
+  assert seen.pop("exchange.py") >= {
+    "psum",
+    "all_gather",
+    "all_to_all",
+    "psum_scatter",
+    "axis_index",
+    "ragged_all_to_all",
+  }
   assert seen == {"gathered.py": {"all_gather"}}
 
 

@@ -14,9 +14,13 @@ from tests.support.toys import ROOT
 
 STEPS = 16
 # A save waits for the one before: at a step, all but the newest of the earlier saves are complete.
-OPTIONS = [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=2",
-           "--config.train.eval_every=2", "--config.model.moe.dispatch=grouped",
-           "--config.eval.batches=1"]  # fmt: skip
+OPTIONS = [
+  f"--config.train.steps={STEPS}",
+  "--config.train.checkpoint_every=2",
+  "--config.train.eval_every=2",
+  "--config.model.moe.dispatch=grouped",
+  "--config.eval.batches=1",
+]
 
 
 def command(workdir, cache, **mesh):
@@ -25,9 +29,7 @@ def command(workdir, cache, **mesh):
 
 
 def start(command, devices):
-  return subprocess.Popen(
-    command, cwd=ROOT, env=alone(devices), text=True, stdout=subprocess.PIPE
-  )  # fmt: skip
+  return subprocess.Popen(command, cwd=ROOT, env=alone(devices), text=True, stdout=subprocess.PIPE)
 
 
 def cut_off(command, devices, step, number):
@@ -74,8 +76,7 @@ def test_two_processes_then_one_then_two_end_as_if_never_cut_off(whole, tmp_path
 
 @pytest.mark.slow
 def test_eight_devices_then_two_then_one_end_as_if_never_cut_off(whole, tmp_path, cache):
-  meshes = [(8, dict(expert=4, fsdp=2, data=1)), (2, dict(expert=2)),
-            (1, dict(expert=1, data=1))]  # fmt: skip
+  meshes = [(8, dict(expert=4, fsdp=2, data=1)), (2, dict(expert=2)), (1, dict(expert=1, data=1))]
   workdir = tmp_path / "run"
   for step, (devices, mesh) in zip((5, 9), meshes, strict=False):
     cut_off(command(workdir, cache, **mesh), devices, step, signal.SIGKILL)

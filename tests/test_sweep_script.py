@@ -13,9 +13,14 @@ from tests.support.sweeps import TWO, start_real, write_sweep
 
 def dry_run(path, out):
   return call(
-    "sweep.py", f"--sweep={path}", f"--out={out}", "--dry-run", "--seeds=0,4",
-    "--config.train.steps=20", "--cache_dir=my cache",
-  )  # fmt: skip
+    "sweep.py",
+    f"--sweep={path}",
+    f"--out={out}",
+    "--dry-run",
+    "--seeds=0,4",
+    "--config.train.steps=20",
+    "--cache_dir=my cache",
+  )
 
 
 def test_a_dry_run_prints_the_commands_of_each_run_and_makes_nothing(tmp_path):
@@ -78,8 +83,14 @@ def test_a_sweep_is_interrupted_and_goes_on_past_an_arm_that_fails(tmp_path, cac
 
   # A changed arm is refused in its old workdir.
   changed = write_sweep(tmp_path, arms.replace("1}", "1, 'optimizer.b2': 0.9}"), seeds=(0,))
-  done = call("sweep.py", f"--sweep={changed}", f"--out={tmp_path / 'out'}", "--arms=good",
-              f"--cache_dir={cache}", "--config.train.log_every=1")  # fmt: skip
+  done = call(
+    "sweep.py",
+    f"--sweep={changed}",
+    f"--out={tmp_path / 'out'}",
+    "--arms=good",
+    f"--cache_dir={cache}",
+    "--config.train.log_every=1",
+  )
   code, output, statuses, _ = of_sweep(done.returncode, done.stdout, tmp_path)
   assert code == 1 and statuses == ["failed", "failed"]
   assert "config.optimizer.b2=0.9 (was 0.95)" in output

@@ -19,12 +19,16 @@ def get_sweep() -> Sweep:
     base="configs/lab_moe.py",
     arms=[
       arm("token_choice", rates.TOP2, changes.DROPLESS),
-      arm("expert_choice-128", rates.EXPERT_CHOICE, changes.EXPERT_CHOICE,
-          {"model.moe.group_size": 128}),
+      arm(
+        "expert_choice-128",
+        rates.EXPERT_CHOICE,
+        changes.EXPERT_CHOICE,
+        {"model.moe.group_size": 128},
+      ),
       arm("expert_choice-1024", rates.EXPERT_CHOICE, changes.EXPERT_CHOICE),
     ],
     target="token_choice",
     evaluate=("--causal",),
     published="loss drops by 10%, abnormally, as the group shrinks from 8192 to 512 (2408.15664)",
     band="gap exactly 0 for token choice, not 0 for expert choice; losses within 0.02",
-  )  # fmt: skip
+  )

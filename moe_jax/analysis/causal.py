@@ -72,9 +72,11 @@ def causal_losses(
   Returns:
     Losses in nats, float32 [R, L], without the true future and with it.
   """
-  step = jax.jit(lambda params, bias_ZE, batch: losses.token_nll(
-    transformer.evaluate(model.config, params, bias_ZE, batch).logits_BLV, batch.targets_BL
-  )[0])  # fmt: skip
+  step = jax.jit(
+    lambda params, bias_ZE, batch: losses.token_nll(
+      transformer.evaluate(model.config, params, bias_ZE, batch).logits_BLV, batch.targets_BL
+    )[0]
+  )
   L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
 
   def nll(batch: pipeline.Batch[np.ndarray]) -> np.ndarray:

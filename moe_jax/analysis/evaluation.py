@@ -235,10 +235,13 @@ def with_slots(moe: MoE) -> MoE:
   if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
     return moe
   return dataclasses.replace(
-    moe, dispatch=Dispatch.GATHER, exchange=Exchange.AUTO, exchange_factor=0.0,
+    moe,
+    dispatch=Dispatch.GATHER,
+    exchange=Exchange.AUTO,
+    exchange_factor=0.0,
     capacity_factor=dispatch.capacity_factor(moe, train=True),
     eval_capacity_factor=dispatch.capacity_factor(moe, train=False),
-  )  # fmt: skip
+  )
 
 
 def describe(result: dict[str, Any]) -> str:

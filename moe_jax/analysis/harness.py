@@ -118,9 +118,14 @@ def run_tasks(
       "them, and --task_folder names a folder of your own"
     )
   results = lm_eval.simple_evaluate(
-    model=language_model(workdir, step, batch), tasks=tasks, task_manager=manager,
-    num_fewshot=None if fewshot < 0 else fewshot, limit=limit or None, log_samples=False, **options,
-  )  # fmt: skip
+    model=language_model(workdir, step, batch),
+    tasks=tasks,
+    task_manager=manager,
+    num_fewshot=None if fewshot < 0 else fewshot,
+    limit=limit or None,
+    log_samples=False,
+    **options,
+  )
   kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
   path = workdir_lib.open_path(workdir) / TASKS
   files.write(path, json.dumps({"lm_eval": lm_eval.__version__} | kept, indent=2, default=str))
@@ -144,8 +149,11 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
 
   def cut(lengths: list[int]) -> None:
     if count := sum(n > length for n in lengths):
-      print(f"note: {count} of {len(lengths)} requests are over config.data.seq_len={length}: "
-            "the beginning of their context is cut", file=sys.stderr)  # fmt: skip
+      print(
+        f"note: {count} of {len(lengths)} requests are over config.data.seq_len={length}: "
+        "the beginning of their context is cut",
+        file=sys.stderr,
+      )
 
   class Model(TemplateLM):
     """See lm_eval.api.model."""

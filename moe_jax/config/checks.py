@@ -190,8 +190,11 @@ def _of_mesh(config: Config) -> Iterator[Conflict]:
   if not mesh.data:
     raise UserError("config.mesh.data=0 must be at least 1, or -1 for all devices that are left")
   sizes = [
-    ("dim", "fsdp"), ("vocab_size", "tensor"), ("num_heads", "tensor"), ("num_kv_heads", "tensor")
-  ]  # fmt: skip
+    ("dim", "fsdp"),
+    ("vocab_size", "tensor"),
+    ("num_heads", "tensor"),
+    ("num_kv_heads", "tensor"),
+  ]
   if moe.num_experts:
     sizes += [("moe.num_experts", "expert"), ("moe.expert_dim", "tensor")]
     sizes += [("moe.shared_dim", "tensor")]

@@ -23,9 +23,11 @@ _TEXT = "The quick brown fox jumps over the lazy dog. def main():\n  return 0\n"
 def parse_arguments() -> argparse.Namespace:
   """Parses the command line."""
   parser = argparse.ArgumentParser(
-    prog="python -m moe_jax.hf", description=__doc__, allow_abbrev=False,
+    prog="python -m moe_jax.hf",
+    description=__doc__,
+    allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  )
   commands = parser.add_subparsers(dest="command", required=True)
 
   def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -36,8 +38,13 @@ def parse_arguments() -> argparse.Namespace:
   for parser_ in (reading, checking):
     parser_.add_argument("--from", dest="folder", required=True, help="folder of the checkpoint")
     for axis in ("fsdp", "expert", "tensor"):
-      parser_.add_argument(f"--mesh.{axis}", dest=axis, type=int, default=1,
-                           help=f"devices along the mesh's {axis} axis (1)")  # fmt: skip
+      parser_.add_argument(
+        f"--mesh.{axis}",
+        dest=axis,
+        type=int,
+        default=1,
+        help=f"devices along the mesh's {axis} axis (1)",
+      )
   reading.add_argument("--workdir", help="new folder for the run")
   reading.add_argument("--dry-run", action="store_true", help="read headers only")
   checking.add_argument("--text", default="", help="a text file (a built-in sentence)")
@@ -73,8 +80,10 @@ def run_import(args: argparse.Namespace) -> None:
   mesh = sharding.make_mesh(made.config.mesh)
   with jax.set_mesh(mesh):
     importing.save_import(made, importing.read_weights(made, mesh, _progress), path)
-  print(f"{path} holds it as step 0: eval.py and generate.py take --workdir={path}, "
-        f"train.py --config={path} --init_from={path}")  # fmt: skip
+  print(
+    f"{path} holds it as step 0: eval.py and generate.py take --workdir={path}, "
+    f"train.py --config={path} --init_from={path}"
+  )
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -89,8 +98,10 @@ def run_export(args: argparse.Namespace) -> None:
   family = exporting.choose_family(loaded.config.model, args.family, first)
   target = pathlib.Path(args.to)
   exporting.export(loaded, family, target, args.dtype, int(args.file_gb * 1e9), _progress)
-  print(f"{target} holds step {loaded.step} as {family.model_type} in {args.dtype}: "
-        f"AutoModelForCausalLM.from_pretrained('{target}')")  # fmt: skip
+  print(
+    f"{target} holds step {loaded.step} as {family.model_type} in {args.dtype}: "
+    f"AutoModelForCausalLM.from_pretrained('{target}')"
+  )
 
 
 def run_check(args: argparse.Namespace) -> None:

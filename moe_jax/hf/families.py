@@ -15,13 +15,18 @@ from moe_jax.hf.fields import Family, Field
 from moe_jax.hf.layout import Row
 
 _QWEN_DELTA: dict[str, Any] = dict(
-  fixed={"moe.shared_experts": 1, "moe.shared_gate": True, "qk_norm": QKNorm.HEAD,
-         "attention_gate": True, "norm_offset": True},
-  read={"global_every": lambda theirs: parts.global_every(
-    parts.delta_types(theirs), parts.LINEAR)},
+  fixed={
+    "moe.shared_experts": 1,
+    "moe.shared_gate": True,
+    "qk_norm": QKNorm.HEAD,
+    "attention_gate": True,
+    "norm_offset": True,
+  },
+  read={"global_every": lambda theirs: parts.global_every(parts.delta_types(theirs), parts.LINEAR)},
   written=lambda model: parts.layer_types(model, parts.LINEAR),
-  allowed=parts.SILU | {"attention_bias": (False,)}, partial_rotary=0.25,
-)  # fmt: skip
+  allowed=parts.SILU | {"attention_bias": (False,)},
+  partial_rotary=0.25,
+)
 _ALL = [
   Family(
     "mixtral", "MixtralForCausalLM",

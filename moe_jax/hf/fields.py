@@ -192,9 +192,11 @@ def relevant(model: Model) -> set[str]:
   return names
 
 
-_ROPE = ("rope_base", "rotary_fraction", *(
-  f"rope_scaling.{name}" for name in flatten(RopeScaling())
-))  # fmt: skip
+_ROPE = (
+  "rope_base",
+  "rotary_fraction",
+  *(f"rope_scaling.{name}" for name in flatten(RopeScaling())),
+)
 
 
 def _rope_to_ours(
@@ -216,8 +218,9 @@ def _rope_to_ours(
   if kind == "default":
     return values
   if kind not in ("linear", "yarn", "llama3"):
-    raise UserError(f"{where}: rope_type={kind!r} cannot be expressed; known are default, linear, "
-                    "yarn and llama3")  # fmt: skip
+    raise UserError(
+      f"{where}: rope_type={kind!r} cannot be expressed; known are default, linear, yarn and llama3"
+    )
   longest = theirs.get("max_position_embeddings")
   original = rope.get("original_max_position_embeddings") or longest
   factor = rope.get("factor") or (longest / original if longest and original else None)
@@ -262,8 +265,10 @@ def _rope_to_theirs(family: Family, model: Model) -> dict[str, Any]:
     fields = {"rope_type": kind, "factor": scaling.factor}
   if kind in ("yarn", "llama3"):
     fields["original_max_position_embeddings"] = scaling.original_length
-  names = {"yarn": ("beta_fast", "beta_slow", "truncate"),
-           "llama3": ("low_freq_factor", "high_freq_factor")}  # fmt: skip
+  names = {
+    "yarn": ("beta_fast", "beta_slow", "truncate"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+  }
   fields |= {name: getattr(scaling, name) for name in names.get(kind, ())}
   if scaling.attention_factor and kind == "yarn":
     fields["attention_factor"] = scaling.attention_factor

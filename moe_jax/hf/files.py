@@ -32,15 +32,21 @@ SINGLE = "model.safetensors"
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 # Files beside the weights that travel with them.
 OF_TOKENIZER = (
-  "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+)
 BESIDE = (
   CONFIG, "generation_config.json", TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt",
   *OF_TOKENIZER,
 )  # fmt: skip
 _DTYPES: dict[str, Any] = {
-  "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-}  # fmt: skip
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+}
 WRITTEN = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # Weights that stand in several tensors of few bits: the module that reads them, and bits a number.
 _QUANTIZED = {"MXFP4": (mxfp4, 4.25), "FP8": (fp8, 8)}

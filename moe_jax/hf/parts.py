@@ -61,9 +61,11 @@ _EXPERTS = (
 )
 MLP_EXPERTS = (*DENSE, *_EXPERTS)  # also of layers without experts
 QWEN_SHARED = (
-  *dense("ffn", "mlp"), *_EXPERTS, *dense("ffn.shared", "mlp.shared_expert"),
+  *dense("ffn", "mlp"),
+  *_EXPERTS,
+  *dense("ffn.shared", "mlp.shared_expert"),
   Row("ffn.shared_gate_D", "mlp.shared_expert_gate.weight", "1D"),
-)  # fmt: skip
+)
 
 
 def head_dim(theirs: Mapping[str, Any]) -> int | None:
@@ -88,14 +90,16 @@ BIASES = (
   Field("out_bias", "attention_bias", False),
 )
 LOCAL_EXPERTS = (
-  Field("moe.num_experts", "num_local_experts"), Field("moe.top_k", "num_experts_per_tok"),
+  Field("moe.num_experts", "num_local_experts"),
+  Field("moe.top_k", "num_experts_per_tok"),
   Field("moe.expert_dim", "intermediate_size"),
-)  # fmt: skip
+)
 QWEN_SIZES = (
-  Field("moe.num_experts", "num_experts"), Field("moe.top_k", "num_experts_per_tok"),
+  Field("moe.num_experts", "num_experts"),
+  Field("moe.top_k", "num_experts_per_tok"),
   Field("moe.expert_dim", "moe_intermediate_size"),
   Field("moe.shared_dim", "shared_expert_intermediate_size"),
-)  # fmt: skip
+)
 SILU = {"hidden_act": ("silu",)}
 WINDOW = Field("window", "sliding_window", 0, to_theirs=lambda tokens: tokens or None)
 WINDOW_OFF: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
@@ -135,8 +139,10 @@ LATENT = (
   Field("moe.top_k", "num_experts_per_tok"), Field("moe.expert_dim", "moe_intermediate_size"),
 )  # fmt: skip
 PLAIN_LATENT: dict[str, tuple[Any, ...]] = SILU | {
-  "attention_bias": (False,), "mlp_bias": (False,), "moe_layer_freq": (1,)
-}  # fmt: skip
+  "attention_bias": (False,),
+  "mlp_bias": (False,),
+  "moe_layer_freq": (1,),
+}
 HEAD_DIM: dict[str, Callable[[Mapping[str, Any]], Any]] = {
   "head_dim": lambda theirs: (
     theirs.get("qk_nope_head_dim", 128) + theirs.get("qk_rope_head_dim", 64)
@@ -164,15 +170,17 @@ _DELTA = (
   Row("attention.out_OXD", "linear_attn.out_proj.weight", "D(OX)"),
 )
 DELTA = (  # of Qwen3-Next
-  *_DELTA, Row("attention.qkvz_DJY", "linear_attn.in_proj_qkvz.weight", "(JY)D"),
+  *_DELTA,
+  Row("attention.qkvz_DJY", "linear_attn.in_proj_qkvz.weight", "(JY)D"),
   Row("attention.ba_DJR", "linear_attn.in_proj_ba.weight", "(JR)D"),
-)  # fmt: skip
+)
 DELTA_APART = (  # of Qwen3.5
-  *_DELTA, Row("attention.qkvz_DJY[qkv]", "linear_attn.in_proj_qkv.weight", "(JY)D"),
+  *_DELTA,
+  Row("attention.qkvz_DJY[qkv]", "linear_attn.in_proj_qkv.weight", "(JY)D"),
   Row("attention.qkvz_DJY[z]", "linear_attn.in_proj_z.weight", "(JY)D"),
   Row("attention.ba_DJR[b]", "linear_attn.in_proj_b.weight", "(JR)D"),
   Row("attention.ba_DJR[a]", "linear_attn.in_proj_a.weight", "(JR)D"),
-)  # fmt: skip
+)
 DELTA_SIZES = (
   Field("delta.value_heads", "linear_num_value_heads", 32),
   Field("delta.key_heads", "linear_num_key_heads", 16),
@@ -266,16 +274,21 @@ def _dense_layers(theirs: Mapping[str, Any]) -> tuple[int, str]:
 
 PERIOD = Field("moe.every", "decoder_sparse_step", 1)
 DENSE_LAYERS: dict[str, Any] = dict(
-  read={"moe.first_dense": lambda theirs: _dense_layers(theirs)[0],
-        "moe.dense_layers": lambda theirs: _dense_layers(theirs)[1]},
-  written=lambda model: {"mlp_only_layers": [
-    *range(model.moe.first_dense), *map(int, filter(None, model.moe.dense_layers.split(",")))]},
-)  # fmt: skip
+  read={
+    "moe.first_dense": lambda theirs: _dense_layers(theirs)[0],
+    "moe.dense_layers": lambda theirs: _dense_layers(theirs)[1],
+  },
+  written=lambda model: {
+    "mlp_only_layers": [
+      *range(model.moe.first_dense),
+      *map(int, filter(None, model.moe.dense_layers.split(","))),
+    ]
+  },
+)
 
 
 def qwen_period(model: Model) -> str:
   """Returns why Qwen, which counts `every` from layer 0, has no such model, or ""."""
   if model.moe.every > 1 and model.moe.first_dense % model.moe.every:
-    return (f"moe.first_dense={model.moe.first_dense} is no multiple of moe.every="
-            f"{model.moe.every}")  # fmt: skip
+    return f"moe.first_dense={model.moe.first_dense} is no multiple of moe.every={model.moe.every}"
   return norm_topk_prob(model)

@@ -39,12 +39,19 @@ class Template:
     """
     if self._worker is None:
       self._worker = subprocess.Popen(
-        [sys.executable, "-P", pathlib.Path(__file__).with_name("chat_worker.py")], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-      )  # fmt: skip
+        [sys.executable, "-P", pathlib.Path(__file__).with_name("chat_worker.py")],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+      )
     worker = self._worker
-    variables = {"messages": messages, "tools": None, "documents": None,
-                 "add_generation_prompt": begin_answer}  # fmt: skip
+    variables = {
+      "messages": messages,
+      "tools": None,
+      "documents": None,
+      "add_generation_prompt": begin_answer,
+    }
     asked = {"template": self.text, "variables": self._special | variables}
     assert worker.stdin and worker.stdout
     timer = threading.Timer(_SECONDS, worker.kill)

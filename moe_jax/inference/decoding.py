@@ -203,9 +203,15 @@ def forward_with_cache(
       return segment_attention(q_BLHA, k_BLGA, v_BLGX, segments_BL, kernel, mask), new
 
     out = transformer.decoder_layer(
-      x_BLD, layer, tokens, layer_cache if isinstance(layer_cache, DeltaState) else attend, model,
-      key, mask=kind.mask, mode=Mode(train=False, trace=trace),
-    )  # fmt: skip
+      x_BLD,
+      layer,
+      tokens,
+      layer_cache if isinstance(layer_cache, DeltaState) else attend,
+      model,
+      key,
+      mask=kind.mask,
+      mode=Mode(train=False, trace=trace),
+    )
     x_BLD = out.x_BLD
     layers.append(out.cache)
     choices += [out.choices] if out.choices is not None else []

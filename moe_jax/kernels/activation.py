@@ -41,7 +41,10 @@ def nonlinearity(model: Model) -> Nonlinearity:
 @functools.cache  # one object for one function, so that what was compiled with it is found again
 def _named(name: Activation, limit: float) -> Nonlinearity:
   functions: dict[Activation, Nonlinearity] = {
-    Activation.SWIGLU: gated, Activation.CLAMPED_SWIGLU: functools.partial(clamped, limit=limit),
-    Activation.GEGLU: geglu, Activation.RELU_SQUARED: relu_squared, Activation.GELU: jax.nn.gelu,
-  }  # fmt: skip
+    Activation.SWIGLU: gated,
+    Activation.CLAMPED_SWIGLU: functools.partial(clamped, limit=limit),
+    Activation.GEGLU: geglu,
+    Activation.RELU_SQUARED: relu_squared,
+    Activation.GELU: jax.nn.gelu,
+  }
   return functions[name]

@@ -34,9 +34,11 @@ def blocks_attention(
     rows = slice(end - L // blocks, end)
     keys = slice(max(rows.start - mask.window + 1, 0) if mask.window else 0, end)
     scores_BGRLS = jnp.einsum(
-      "BGRLA,BGSA->BGRLS", q_BGRLA[:, :, :, rows], k_BGSA[:, :, keys],
+      "BGRLA,BGSA->BGRLS",
+      q_BGRLA[:, :, :, rows],
+      k_BGSA[:, :, keys],
       preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     before_LS = index_L[rows, None] - index_L[None, keys]
     same_BLS = segments_BL[:, rows, None] == segments_BL[:, None, keys]
     visible_BLS = same_BLS & mask.sees(before_LS)[None]

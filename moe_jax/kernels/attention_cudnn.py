@@ -77,10 +77,11 @@ def _attend(
     append(q_BLHA, is_digit_BLP),
     append(k_BLGA, jnp.where(is_digit_BLP, 0.0, -far)),
     append(v_BLGA, jnp.zeros_like(is_digit_BLP)),  # cuDNN needs values as long as keys
-    scale=A**-0.5, is_causal=True,
+    scale=A**-0.5,
+    is_causal=True,
     local_window_size=(mask.window - 1, 0) if mask.window else None,
     implementation=implementation,
-  )  # fmt: skip
+  )
   return y_BLHA[..., :A]
 
 

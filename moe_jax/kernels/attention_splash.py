@@ -60,12 +60,16 @@ def _attend(
   kernel = splash.make_splash_mha_single_device(
     splash.MultiHeadMask([rule] * H),
     block_sizes=splash.BlockSizes(
-      block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
+      block_q=size,
+      block_kv=size,
+      block_q_dkv=size,
+      block_kv_dkv=size,
+      block_q_dq=size,
       block_kv_dq=size,
     ),
     attn_logits_soft_cap=mask.soft_cap or None,
     interpret=interpret,
-  )  # fmt: skip
+  )
   q_BHLA, k_BGLA, v_BGLA = (x.swapaxes(1, 2) for x in (q_BLHA * A**-0.5, k_BLGA, v_BLGA))
   y_BHLA = jax.vmap(kernel)(q_BHLA, k_BGLA, v_BGLA, splash.SegmentIds(segments_BL, segments_BL))
   return y_BHLA.swapaxes(1, 2)

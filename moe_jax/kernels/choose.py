@@ -315,9 +315,11 @@ def _step_seconds(function: Function, arrays: tuple[jax.Array, ...], dy: jax.Arr
 def _one_device() -> Any:
   """Returns a context whose mesh is this process's first device: trials need no other process."""
   mesh = jax.make_mesh(
-    (1,) * len(sharding.AXES), sharding.AXES, devices=jax.local_devices()[:1],
+    (1,) * len(sharding.AXES),
+    sharding.AXES,
+    devices=jax.local_devices()[:1],
     axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
-  )  # fmt: skip
+  )
   return jax.set_mesh(mesh)
 
 

@@ -71,9 +71,12 @@ class AttentionWeights(NamedTuple):
     """Returns the weights with `pack` of each matrix; see packing.matrix."""
     gate_DHA = pack(self.gate_DHA) if self.gate_DHA is not None else None
     return self._replace(
-      q_DHA=pack(self.q_DHA), gate_DHA=gate_DHA, k_DGA=pack(self.k_DGA),
-      v_DGA=pack(self.v_DGA), out_HAD=pack(self.out_HAD, inner=2),
-    )  # fmt: skip
+      q_DHA=pack(self.q_DHA),
+      gate_DHA=gate_DHA,
+      k_DGA=pack(self.k_DGA),
+      v_DGA=pack(self.v_DGA),
+      out_HAD=pack(self.out_HAD, inner=2),
+    )
 
 
 class AttentionLayer(nnx.Module):

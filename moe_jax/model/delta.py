@@ -53,10 +53,13 @@ def slices(delta: Delta) -> dict[str, slice]:
   key, each = delta.key_dim, delta.value_heads // max(delta.key_heads, 1)
   value = each * delta.value_dim
   return {
-    "q": slice(0, key), "k": slice(key, 2 * key), "v": slice(2 * key, 2 * key + value),
+    "q": slice(0, key),
+    "k": slice(key, 2 * key),
+    "v": slice(2 * key, 2 * key + value),
     "z": slice(2 * key + value, 2 * key + 2 * value),
-    "b": slice(0, each), "a": slice(each, 2 * each),
-  }  # fmt: skip
+    "b": slice(0, each),
+    "a": slice(each, 2 * each),
+  }
 
 
 class DeltaWeights(NamedTuple):

@@ -132,7 +132,10 @@ def latent_attention(
     k_BLHA = jnp.concatenate([kv_BLHY[..., :unrotated], rotated_BLHR], axis=-1)
     q_BLHA = scaled(jnp.concatenate([q_BLHA[..., :unrotated], q_BLHR], axis=-1), model)
     y_BLHX, state = attend(
-      sharding.constrain(q_BLHA, "BLHA"), sharding.constrain(k_BLHA, "BLHA"),
-      kv_BLHY[..., unrotated:], mask, Stored(stored_BLGU, None),
-    )  # fmt: skip
+      sharding.constrain(q_BLHA, "BLHA"),
+      sharding.constrain(k_BLHA, "BLHA"),
+      kv_BLHY[..., unrotated:],
+      mask,
+      Stored(stored_BLGU, None),
+    )
   return linear(y_BLHX, weights.out_HXD, inner=2), state

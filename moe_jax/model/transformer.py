@@ -252,10 +252,15 @@ class Transformer(nnx.Module):
       for number, (kind, block) in enumerate(zip(unit, blocks, strict=True)):
         bias_E = biases[len(moe_layers)] if kind.is_moe else None
         out = decoder_layer(
-          x_BLD, gathered.copies(block.weights(dtype, bias_E)), tokens,
-          None if kind.delta else attend, model, jax.random.fold_in(key, number),
-          mask=kind.mask, mode=mode,
-        )  # fmt: skip
+          x_BLD,
+          gathered.copies(block.weights(dtype, bias_E)),
+          tokens,
+          None if kind.delta else attend,
+          model,
+          jax.random.fold_in(key, number),
+          mask=kind.mask,
+          mode=mode,
+        )
         x_BLD = out.x_BLD
         if out.stats is not None:
           moe_layers.append(MoELayers(out.stats, out.choices))

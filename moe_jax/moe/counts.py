@@ -62,10 +62,22 @@ def zeros(num_layers: int, num_experts: int, choices: int) -> MoeStats:
   count_ZE, sum_ZE = jnp.zeros((Z, E), jnp.int32), jnp.zeros((Z, E))
   count_ZK, count_ZP = (jnp.zeros((Z, n), jnp.int32) for n in (K, POSITIONS))
   return MoeStats(
-    tokens=count_Z, sequences=count_Z, routed_E=count_ZE, kept_E=count_ZE, kept_K=count_ZK,
-    routed_P=count_ZP, kept_P=count_ZP, overflow=count_Z, prob_E=sum_ZE, sequence_balance=sum_Z,
-    importance_E=sum_ZE, gate_kept=sum_Z, load_E=sum_ZE, z=sum_Z, entropy=sum_Z,
-  )  # fmt: skip
+    tokens=count_Z,
+    sequences=count_Z,
+    routed_E=count_ZE,
+    kept_E=count_ZE,
+    kept_K=count_ZK,
+    routed_P=count_ZP,
+    kept_P=count_ZP,
+    overflow=count_Z,
+    prob_E=sum_ZE,
+    sequence_balance=sum_Z,
+    importance_E=sum_ZE,
+    gate_kept=sum_Z,
+    load_E=sum_ZE,
+    z=sum_Z,
+    entropy=sum_Z,
+  )
 
 
 def local_sums(

@@ -208,9 +208,15 @@ def _sort_received(
     real_N=expert_R >= 0,
   )
   layout = Layout(
-    tokens=R, groups=1, experts=own_experts, capacity=0, slots=False, choices=1,
-    in_token_order=True, exchange_factor=0.0,
-  )  # fmt: skip
+    tokens=R,
+    groups=1,
+    experts=own_experts,
+    capacity=0,
+    slots=False,
+    choices=1,
+    in_token_order=True,
+    exchange_factor=0.0,
+  )
   return dispatch.gather_pack(x_RD, arrived, layout), Order(arrived, layout)
 
 
@@ -282,9 +288,14 @@ def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sen
   room = _buffer_rows(layout.exchange_factor, N, N * X)
   plan = ragged_plan(counts_XXJ, jax.lax.axis_index("expert"), room)
   x_RD = jax.lax.ragged_all_to_all(
-    rows.x, jnp.zeros_like(rows.x, shape=(room, rows.x.shape[1])), plan.send_start_X, plan.send_X,
-    plan.at_receiver_X, plan.receive_X, axis_name="expert",
-  )  # fmt: skip
+    rows.x,
+    jnp.zeros_like(rows.x, shape=(room, rows.x.shape[1])),
+    plan.send_start_X,
+    plan.send_X,
+    plan.at_receiver_X,
+    plan.receive_X,
+    axis_name="expert",
+  )
   received, order = _sort_received(x_RD, plan.expert_R, own_experts)
   device_N = assigned.expert_N // own_experts
   fits_N = rows.slots.slot_N - plan.send_start_X[device_N] < plan.send_X[device_N]
@@ -297,9 +308,14 @@ def _bring_back_ragged(y_RD: jax.Array, sent: Sent) -> jax.Array:
   plan, y_RD = sent.plan, _unsort(y_RD, sent)
   assert plan is not None
   return jax.lax.ragged_all_to_all(
-    y_RD, jnp.zeros_like(y_RD, shape=sent.rows.x.shape), plan.receive_start_X, plan.receive_X,
-    plan.at_sender_X, plan.send_X, axis_name="expert",
-  )  # fmt: skip
+    y_RD,
+    jnp.zeros_like(y_RD, shape=sent.rows.x.shape),
+    plan.receive_start_X,
+    plan.receive_X,
+    plan.at_sender_X,
+    plan.send_X,
+    axis_name="expert",
+  )
 
 
 STAY = ExchangeSpec()

@@ -43,8 +43,13 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 # What files hold: a kind; [kind], for a list; [letters, kind], for an array, whose dimensions are
 # the same in all files of a run; or {name: kind}, an object. With `...`, the kind of all other
 # names, it may lack names. An array may have any name that ends in its letters.
-_LOSSES: dict[Any, Any] = {"loss": float, "bits_per_byte": float, "teacher_forced_loss": float,
-                           "gap": float, ...: object}  # fmt: skip
+_LOSSES: dict[Any, Any] = {
+  "loss": float,
+  "bits_per_byte": float,
+  "teacher_forced_loss": float,
+  "gap": float,
+  ...: object,
+}
 _ROUTED = {"experts": ["T", [int]], "gates": ["T", [float]], "kept": ["T", [bool]]}
 _FILES: dict[str, dict[Any, Any]] = {
   workdir_lib.CONFIG: {

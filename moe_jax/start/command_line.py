@@ -192,8 +192,9 @@ def load_file(path: str) -> Config:
     arguments = [word]
   if not os.path.isfile(path):
     shipped = sorted(p.stem for p in pathlib.Path("configs").glob("*.py"))
-    raise UserError(f"--config={path}: no such file and no workdir of a run (in configs/: "
-                    f"{', '.join(shipped)})")  # fmt: skip
+    raise UserError(
+      f"--config={path}: no such file and no workdir of a run (in configs/: {', '.join(shipped)})"
+    )
   if not path.endswith(".py"):
     raise UserError(f"--config={path}: not a Python file; name one that ends in .py")
   return run_file(path, "get_config", Config, *arguments)[0]

@@ -47,8 +47,9 @@ _REMEDY = {
 
 # What is in those that have the same fields in every run.
 _KINDS: dict[str, dict[str, type]] = {
-  SAVED: {"step": int}, INIT: {"workdir": str, "step": int, "optimizer": bool},
-}  # fmt: skip
+  SAVED: {"step": int},
+  INIT: {"workdir": str, "step": int, "optimizer": bool},
+}
 
 
 def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:

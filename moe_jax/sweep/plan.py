@@ -170,10 +170,11 @@ def describe_plan(plan: Plan) -> str:
   selected = {run.arm for run in plan.runs}
   seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in plan.runs))
   lines = [
-    *plan.question.splitlines(), "",
+    *plan.question.splitlines(),
+    "",
     f"{plan.path}: {len(plan.runs)} runs, {len(selected)} arms with seeds {seeds}, on "
     f"{plan.sweep.base}",
-  ]  # fmt: skip
+  ]
   for a in plan.arms:
     if a.name in selected:
       changed = " ".join(f"{name}={spelled(value)}" for name, value in a.overrides.items())

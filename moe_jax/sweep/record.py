@@ -75,10 +75,15 @@ def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
 
 def _entry(run: PlannedRun, out: pathlib.Path, old: dict[str, Any] | None) -> dict[str, Any]:
   return {
-    "arm": run.arm, "seed": run.seed, "workdir": run.workdir, "command": run.command,
-    "evaluate": run.evaluate, "status": "finished" if _is_finished(run, out, old) else "waiting",
-    "seconds": old["seconds"] if old else 0.0, "error": "",
-  }  # fmt: skip
+    "arm": run.arm,
+    "seed": run.seed,
+    "workdir": run.workdir,
+    "command": run.command,
+    "evaluate": run.evaluate,
+    "status": "finished" if _is_finished(run, out, old) else "waiting",
+    "seconds": old["seconds"] if old else 0.0,
+    "error": "",
+  }
 
 
 def _is_finished(run: PlannedRun, out: pathlib.Path, old: dict[str, Any] | None) -> bool:

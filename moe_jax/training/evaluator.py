@@ -199,6 +199,7 @@ def largest(
   order = np.argsort(-documents.bytes_M, kind="stable")[:count]
   sums_CM = np.stack([np.asarray(x, float) for x in documents])[:, order]
   return [
-    (int(rows.source_M[m]), _loss(*sums)) for m, sums in zip(order, sums_CM.T, strict=True)
+    (int(rows.source_M[m]), _loss(*sums))
+    for m, sums in zip(order, sums_CM.T, strict=True)
     if sums[1]
-  ]  # fmt: skip
+  ]

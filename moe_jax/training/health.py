@@ -150,11 +150,19 @@ class Monitor:
     alarms = []
     for name, value_Z, limit, what in (
       ("collapse", share_Z, 0 if always else health.token_share, "of the tokens go to one expert"),
-      ("dead_experts", values["window_dead_experts_Z"] / moe.num_experts, health.dead_fraction,
-       "of the experts are dead"),
-      ("drop_rate", values["drop_fraction_Z"], health.drop_fraction,
-       "of the assignments are dropped"),
-    ):  # fmt: skip
+      (
+        "dead_experts",
+        values["window_dead_experts_Z"] / moe.num_experts,
+        health.dead_fraction,
+        "of the experts are dead",
+      ),
+      (
+        "drop_rate",
+        values["drop_fraction_Z"],
+        health.drop_fraction,
+        "of the assignments are dropped",
+      ),
+    ):
       for layer, value in zip(self._layers, value_Z, strict=True):
         over = self._steps_over
         over[name, layer] = over[name, layer] + 1 if limit and value > limit else 0

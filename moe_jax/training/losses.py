@@ -97,9 +97,12 @@ def total(sums: Sums, loss: Loss, num_moe_layers: int) -> Losses:
     importance = jnp.mean(cv_squared_plus_one(moe.importance_E))
     load = jnp.mean(cv_squared_plus_one(moe.load_E))
   terms = (
-    (loss.load_balance, balance), (loss.router_z, router_z), (loss.z, z),
-    (loss.importance, importance), (loss.load, load),
-  )  # fmt: skip
+    (loss.load_balance, balance),
+    (loss.router_z, router_z),
+    (loss.z, z),
+    (loss.importance, importance),
+    (loss.load, load),
+  )
   # A term of weight 0 is logged only: added as 0 times a value, it would have a backward pass, and
   # make NaN of a value or a gradient that is not finite.
   minimised = cross_entropy + sum(weight * term for weight, term in terms if weight)

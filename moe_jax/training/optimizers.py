@@ -69,9 +69,13 @@ def decay_mask(params: Any) -> Any:
 
 def _adamw(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
   return optax.adamw(
-    rate, b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
-    weight_decay=optimizer.weight_decay, mask=decay_mask,
-  )  # fmt: skip
+    rate,
+    b1=optimizer.b1,
+    b2=optimizer.b2,
+    eps=optimizer.eps,
+    weight_decay=optimizer.weight_decay,
+    mask=decay_mask,
+  )
 
 
 def _adafactor(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -127,9 +131,12 @@ def _muon(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransform
     return "muon" if muon_axes(name, ndim) else "adamw"
 
   muon = optax.contrib.muon(
-    rate, beta=_MUON_BETA, weight_decay=optimizer.weight_decay, consistent_rms=_MUON_RMS,
+    rate,
+    beta=_MUON_BETA,
+    weight_decay=optimizer.weight_decay,
+    consistent_rms=_MUON_RMS,
     muon_weight_dimension_numbers=lambda params: _by_name(params, muon_axes),
-  )  # fmt: skip
+  )
   # muon's own Adam uses Nesterov momentum and cannot leave parameters out of weight decay, so AdamW
   # updates the parameters that are no matrices.
   return optax.partition(

@@ -157,9 +157,14 @@ def _router(key: jax.Array, shape: tuple[int, ...], parts: int) -> jax.Array:
 
 
 def _changed(
-  copies: jax.Array, source: jax.Array, hidden: int, method: str, amount: float, key: jax.Array,
+  copies: jax.Array,
+  source: jax.Array,
+  hidden: int,
+  method: str,
+  amount: float,
+  key: jax.Array,
   name: str,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """Returns the experts [E, ...] with noise, or with new hidden units."""
   units_key, values_key = jax.random.split(key)
   values_key = jax.random.fold_in(values_key, ("gate_DF", "up_DF", "down_FD").index(name))
@@ -204,12 +209,16 @@ def write_upcycled(source: str, config: Config, workdir: str, method: str, amoun
   if is_exact(config.model, method):
     same = "what that run does, to rounding"
     if dispatch.has_capacity(moe):
-      same += (f", but for the tokens that are dropped, which the dense run has not: over "
-               f"capacity_factor={moe.capacity_factor} in training and "
-               f"{moe.eval_capacity_factor} in evaluation")  # fmt: skip
-  print(f"{target} holds {config.model.moe.num_experts} experts, each of them {each} of the "
-        f"feed-forward of {path}, step {step}. It computes {same}. Go on with train.py "
-        f"--config={target} --init_from={target}")  # fmt: skip
+      same += (
+        f", but for the tokens that are dropped, which the dense run has not: over "
+        f"capacity_factor={moe.capacity_factor} in training and "
+        f"{moe.eval_capacity_factor} in evaluation"
+      )
+  print(
+    f"{target} holds {config.model.moe.num_experts} experts, each of them {each} of the "
+    f"feed-forward of {path}, step {step}. It computes {same}. Go on with train.py "
+    f"--config={target} --init_from={target}"
+  )
 
 
 def main() -> None:

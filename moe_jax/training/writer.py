@@ -51,11 +51,13 @@ class Writer:
         scalars.append((name, value))
       elif name.endswith("_Z"):
         scalars += [(f"{name}/{layer}", number) for layer, number in enumerate(value)]
-    self._add(*(  # a number that is not finite would be drawn nowhere
-      Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
-      for name, value in scalars
-      if math.isfinite(value)
-    ))  # fmt: skip
+    self._add(
+      *(  # a number that is not finite would be drawn nowhere
+        Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+        for name, value in scalars
+        if math.isfinite(value)
+      )
+    )
 
   def _add(self, *events: Event) -> None:
     with files.storage_errors(self._folder):

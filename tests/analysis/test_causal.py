@@ -12,21 +12,23 @@ from tests.support.toys import mesh_of, toy_config
 
 
 def test_cut_by_hand():
-  row = pipeline.Batch(*(np.array([x], np.int32) for x in (
-    [9, S, 1, 2, 3, 4], [S, 1, 2, 3, 4, 5], [1, 2, 2, 2, 2, 2], [0, 0, 1, 2, 3, 4])))  # fmt: skip
+  row = pipeline.Batch(
+    *(
+      np.array([x], np.int32)
+      for x in ([9, S, 1, 2, 3, 4], [S, 1, 2, 3, 4, 5], [1, 2, 2, 2, 2, 2], [0, 0, 1, 2, 3, 4])
+    )
+  )
   other = row._replace(tokens_BL=np.array([[11, 12, 13, 14, S, 15]], np.int32))
   both = pipeline.Batch(*(np.concatenate([x, x, x]) for x in row))
   others = pipeline.Batch(*(np.concatenate([x, x, x]) for x in other))
   cut = causal.cut(both, others, np.array([2, 0, 5]), S)
   assert cut.tokens_BL.tolist() == [
-    [9, S, 1, 14, S, 15], [9, 12, 13, 14, S, 15], [9, S, 1, 2, 3, 4]
-  ]  # fmt: skip
-  assert cut.segments_BL.tolist() == [
-    [1, 2, 2, 3, 4, 4], [1, 2, 2, 2, 3, 3], [1, 2, 2, 2, 2, 2]
-  ]  # fmt: skip
-  assert cut.positions_BL.tolist() == [
-    [0, 0, 1, 0, 0, 1], [0, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4]
-  ]  # fmt: skip
+    [9, S, 1, 14, S, 15],
+    [9, 12, 13, 14, S, 15],
+    [9, S, 1, 2, 3, 4],
+  ]
+  assert cut.segments_BL.tolist() == [[1, 2, 2, 3, 4, 4], [1, 2, 2, 2, 3, 3], [1, 2, 2, 2, 2, 2]]
+  assert cut.positions_BL.tolist() == [[0, 0, 1, 0, 0, 1], [0, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4]]
   np.testing.assert_array_equal(cut.targets_BL, both.targets_BL)
 
 
@@ -66,10 +68,11 @@ def test_a_hidden_future_is_another_rows_text(one_device):
   assert (mine.segments_BL == 1).all() and (other.segments_BL == 1).all()  # no border inside
   column_L = np.arange(9)[None]
   put_together = pipeline.Batch(
-    np.where(column_L <= t, mine.tokens_BL, other.tokens_BL), mine.targets_BL,
+    np.where(column_L <= t, mine.tokens_BL, other.tokens_BL),
+    mine.targets_BL,
     np.where(column_L <= t, 1, 2).astype(np.int32),
     np.where(column_L <= t, column_L, column_L - t - 1).astype(np.int32),
-  )  # fmt: skip
+  )
   both = pipeline.Batch(*(np.concatenate(pair) for pair in zip(put_together, mine, strict=True)))
   logits_BLV = np.asarray(read(model, both)[0], np.float64)
   for logits_V, found in zip(logits_BLV[:, t], (hidden_RL[0, t], forced_RL[0, t]), strict=True):

@@ -98,11 +98,16 @@ def examined(shared_folder):
 
   def build(path):
     trained = python(
-      "train.py", f"--workdir={path / 'run'}", "--config=configs/debug.py",
-      "--config.data.name=python_domains", "--config.train.keep_latest=3",
-      "--config.train.steps=60", "--config.train.checkpoint_every=20",
-      "--config.train.eval_every=60", "--config.eval.final_batches=40",
-    )  # fmt: skip
+      "train.py",
+      f"--workdir={path / 'run'}",
+      "--config=configs/debug.py",
+      "--config.data.name=python_domains",
+      "--config.train.keep_latest=3",
+      "--config.train.steps=60",
+      "--config.train.checkpoint_every=20",
+      "--config.train.eval_every=60",
+      "--config.eval.final_batches=40",
+    )
     assert trained.returncode == 0, trained.stderr
     output, _ = evaluate(path / "run", "--routing", "--causal", "--capacity_factors=0.5,1,2,inf")
     return {"output": output}
@@ -144,9 +149,11 @@ def test_the_routing_of_the_last_step_is_compared_with_those_before(examined):
   assert routing["step"] == 60 and [p["step"] for p in routing["saturation"]] == [20, 40]
   assert routing["domains"] == ["code", "prose", "bytecode"] and routing["layers"] == [0, 1]
   for name, shape in {
-    "domain_load_ZGE": (2, 3, 4), "position_load_ZPE": (2, 8, 4), "class_load_ZCE": (2, 6, 4),
+    "domain_load_ZGE": (2, 3, 4),
+    "position_load_ZPE": (2, 8, 4),
+    "class_load_ZCE": (2, 6, 4),
     "coactivation_ZEE": (2, 4, 4),
-  }.items():  # fmt: skip
+  }.items():
     assert np.shape(routing[name]) == shape
   np.testing.assert_allclose(np.sum(routing["domain_load_ZGE"], axis=-1), 1, atol=1e-5)
   separation_Z = routing["domain_separation_Z"]

@@ -33,20 +33,27 @@ QUESTIONS = [
 TEXTS = [{"text": "abcdefg hij" * n} for n in (1, 5, 19)]
 TASKS = {
   "choose": {
-    "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "answer",
-    "doc_to_choice": "choices", "target_delimiter": "",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "answer",
+    "doc_to_choice": "choices",
+    "target_delimiter": "",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
   },
   "roll": {
-    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
     "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
   },
   "write": {
-    "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "x",
     "generation_kwargs": {"until": ["a", "!"], "max_gen_toks": 12, "do_sample": False},
     "metric_list": [{"metric": "exact_match"}],
   },
-}  # fmt: skip
+}
 
 
 CHAT = {"apply_chat_template": True, "system_instruction": "e", "num_fewshot": 1}
@@ -76,8 +83,12 @@ def folder(tmp_path_factory, request):
   model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
   model.decoder = tokenizers.decoders.Fuse()
   model.add_special_tokens(SPECIAL)
-  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-              "pad_token": "<|endoftext|>", "model_max_length": 32}  # fmt: skip
+  settings = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "model_max_length": 32,
+  }
   if begins:
     settings["bos_token"] = "<s>"
     model.post_processor = tokenizers.processors.TemplateProcessing(
@@ -93,8 +104,12 @@ def folder(tmp_path_factory, request):
     if name == "write":  # lm-eval needs a token, and asks only a batch's first text for a begin
       rows = [question for question in QUESTIONS if question["question"][:1] not in ("", "<")]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fixed = {"task": name, "dataset_path": "json", "test_split": "test",
-             "dataset_kwargs": {"data_files": {"test": str(data)}}}  # fmt: skip
+    fixed = {
+      "task": name,
+      "dataset_path": "json",
+      "test_split": "test",
+      "dataset_kwargs": {"data_files": {"test": str(data)}},
+    }
     (path / f"tasks/{name}.yaml").write_text(yaml.safe_dump(fixed | task))
   with jax.set_mesh(mesh_of()):
     made = plan(path / "model")
@@ -113,9 +128,11 @@ def evaluated(folder, model, **options):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and what it imports
 @pytest.mark.parametrize(
-  ("folder", "options"), [(True, {}), (True, CHAT), (False, {})], indirect=["folder"],
+  ("folder", "options"),
+  [(True, {}), (True, CHAT), (False, {})],
+  indirect=["folder"],
   ids=["begin token", "chat", "no begin token"],
-)  # fmt: skip
+)
 def test_the_answers_are_those_of_lm_evals_own_model(options, folder):
   """Each log-likelihood, each rolling one, each text that is written, and the metrics."""
   from lm_eval.models.huggingface import HFLM
@@ -144,10 +161,15 @@ def test_the_answers_are_those_of_lm_evals_own_model(options, folder):
 def test_eval_runs_tasks_and_measures_a_text(folder, tmp_path):
   (tmp_path / "text").write_text("abcdefg hij" * 9)
   done = python(
-    "eval.py", f"--workdir={folder / 'run'}", "--tasks=choose,write", "--limit=2",
-    f"--task_folder={folder / 'tasks'}", f"--text={tmp_path / 'text'}", "--stride=5",
+    "eval.py",
+    f"--workdir={folder / 'run'}",
+    "--tasks=choose,write",
+    "--limit=2",
+    f"--task_folder={folder / 'tasks'}",
+    f"--text={tmp_path / 'text'}",
+    "--stride=5",
     env=ONE_DEVICE | {"HF_HUB_OFFLINE": "1"},
-  )  # fmt: skip
+  )
   assert not done.returncode, done.stderr
   assert "acc_norm" in done.stdout and "of 99 tokens; windows of 32, stride 5" in done.stdout
   results = json.loads((folder / "run" / harness.TASKS).read_text())

@@ -19,9 +19,16 @@ def traced(routed_ZTE, gate_ZTE=None, **tokens):
   T = routed_ZTE.shape[1]
   zeros_T, places_T = np.zeros(T, int), np.arange(T)
   gate_ZTE = routed_ZTE.astype(np.float32) if gate_ZTE is None else gate_ZTE
-  whole = dict(token_T=places_T, row_T=zeros_T, segment_T=zeros_T, place_T=places_T,
-               domain_T=zeros_T, routed_ZTE=routed_ZTE, kept_ZTE=routed_ZTE,
-               gate_ZTE=gate_ZTE)  # fmt: skip
+  whole = dict(
+    token_T=places_T,
+    row_T=zeros_T,
+    segment_T=zeros_T,
+    place_T=places_T,
+    domain_T=zeros_T,
+    routed_ZTE=routed_ZTE,
+    kept_ZTE=routed_ZTE,
+    gate_ZTE=gate_ZTE,
+  )
   return Trace(**(whole | {name: np.array(values) for name, values in tokens.items()}))
 
 
@@ -130,9 +137,12 @@ def test_report_holds_what_was_traced():
   kept_ZTE = routed_ZTE.copy()
   kept_ZTE[0, 2, 3] = False
   trace = traced(
-    routed_ZTE, gate_ZTE, token_T=[256, 97, 10, 98], segment_T=[1, 1, 1, 1],
+    routed_ZTE,
+    gate_ZTE,
+    token_T=[256, 97, 10, 98],
+    segment_T=[1, 1, 1, 1],
     domain_T=[0, 0, 1, 1],
-  )._replace(kept_ZTE=kept_ZTE)  # fmt: skip
+  )._replace(kept_ZTE=kept_ZTE)
   pieces = {256: b"", 97: b"a", 10: b"\n", 98: b"b"}
   found = specialisation.routing_report(trace, pieces, ("code", "prose"), 8, 2)
   assert (found["num_experts"], found["top_k"], found["tokens"]) == (4, 2, 4)

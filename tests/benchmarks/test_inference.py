@@ -8,10 +8,14 @@ from tests.support.toys import toy_config
 MODELS = ("MoE", "dense, active size", "dense, total size")
 
 
-@pytest.mark.parametrize(("batch", "expected"), [
-  (1, 2), (2, 3.5),  # 2, and of the second row's 2 those that the first left: 2 * 6/8
-  (1000, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("batch", "expected"),
+  [
+    (1, 2),
+    (2, 3.5),  # 2, and of the second row's 2 those that the first left: 2 * 6/8
+    (1000, 8),
+  ],
+)
 def test_how_many_of_8_experts_a_batch_reads(batch, expected):
   assert inference.expected_experts(8, 2, batch) == pytest.approx(expected)
 

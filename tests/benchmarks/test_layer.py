@@ -19,9 +19,17 @@ def measured():
   return layer.run([TOY, TOY._replace(dtype=Dtype.BFLOAT16, phases=False)], 1, min_seconds=0.0)
 
 
-CASES = [(dtype, name) for dtype in ("float32", "bfloat16")
-         for name in ("ffn", "gather E=8", "grouped E=8", "slots E=8, not routed",
-                      "blocks E=8, not routed")]  # fmt: skip
+CASES = [
+  (dtype, name)
+  for dtype in ("float32", "bfloat16")
+  for name in (
+    "ffn",
+    "gather E=8",
+    "grouped E=8",
+    "slots E=8, not routed",
+    "blocks E=8, not routed",
+  )
+]
 
 
 @pytest.fixture(scope="module")

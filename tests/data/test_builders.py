@@ -136,9 +136,10 @@ def catalog(tmp_path, monkeypatch):
   splits = {"train": PROSE, "validation": "To be\n", "test": "or not\n"}
   with monkeypatch.context() as patch, catalog_lib.quiet():
     patch.setattr(
-      cls, "_split_generators", lambda self, _: {k: self._generate_examples(k, v)
-                                                 for k, v in splits.items()}
-    )  # fmt: skip
+      cls,
+      "_split_generators",
+      lambda self, _: {k: self._generate_examples(k, v) for k, v in splits.items()},
+    )
     builder = cls(data_dir=tmp_path / "tfds")
     builder.download_and_prepare(file_format="array_record")
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -178,10 +179,14 @@ def test_splits_of_a_catalog_set_can_be_added(catalog):
   assert sorted(everything(pipeline.load_rows(both, "train"))) == [b"To be\n", b"or not\n"]
 
 
-@pytest.mark.parametrize(("field", "value", "known"), [
-  ("test_split", "tset", "train, validation, test"), ("test_split", "test[:0%]", ""),
-  ("text_field", "body", "has: text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("field", "value", "known"),
+  [
+    ("test_split", "tset", "train, validation, test"),
+    ("test_split", "test[:0%]", ""),
+    ("text_field", "body", "has: text"),
+  ],
+)
 def test_what_a_catalog_set_does_not_have_is_refused(field, value, known, catalog):
   message = error_of(dataclasses.replace(catalog, **{field: value}), "test")
   assert f"config.data.{field}={value!r}" in message and known in message

@@ -87,9 +87,14 @@ def test_a_listing_shows_code_without_addresses_and_docstrings():
   compiled = compile(BYTECODE, "s", "exec", optimize=2)
   listing = domains.listing(compiled, 10_000)
   for part in (
-    "<module>:\n", "\nf:\n", "f.<locals>.<lambda>:\n", "\nC:\n", "<code f>", "CONTAINS_OP",
+    "<module>:\n",
+    "\nf:\n",
+    "f.<locals>.<lambda>:\n",
+    "\nC:\n",
+    "<code f>",
+    "CONTAINS_OP",
     "LOAD_CONST {'a', 'b', 'c', 'd', 'e'}\n",  # sorted: its order depends on the process
-  ):  # fmt: skip
+  ):
     assert part in listing
   assert " at 0x" not in listing and "doc" not in listing
   assert domains.listing(compiled, 1).count(":\n") == 1  # it stops after the first function
@@ -131,8 +136,12 @@ def test_python_domains_are_of_like_size(own_cache, capfd):
 def test_folders_are_domains(text, tmp_path):
   """By hand: where each document stands in the stream, and whose it is."""
   root = pathlib.Path(text.path)
-  written = {"news/a.txt": "aaaa", "news/more/b.txt": "bb", "web/c.jsonl": '{"text": "c"}\n' * 40,
-             "d.txt": "ddd"}  # fmt: skip
+  written = {
+    "news/a.txt": "aaaa",
+    "news/more/b.txt": "bb",
+    "web/c.jsonl": '{"text": "c"}\n' * 40,
+    "d.txt": "ddd",
+  }
   for name, content in written.items():
     (root / name).parent.mkdir(exist_ok=True, parents=True)
     (root / name).write_text(content)

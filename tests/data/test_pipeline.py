@@ -22,9 +22,14 @@ def numbered_rows(num_rows, seq_len=4):
 
 def rows_of(stream_N, starts, seq_len, about):
   return pipeline.Rows(
-    stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizers.Bytes(), starts_M=np.array(starts),
-    domain_M=np.full(len(starts), -1), source_M=np.arange(len(starts)), **about,
-  )  # fmt: skip
+    stream_N=stream_N,
+    seq_len=seq_len,
+    tokenizer=tokenizers.Bytes(),
+    starts_M=np.array(starts),
+    domain_M=np.full(len(starts), -1),
+    source_M=np.arange(len(starts)),
+    **about,
+  )
 
 
 def numbers(batch):
@@ -83,20 +88,26 @@ def test_packing_by_hand(packed):
     packed.batch([3])
 
 
-@pytest.mark.parametrize(("rows", "texts"), [
-  ([0], [(b"", b"ab"), (b"", b"c")]),
-  ([0, 1], [(b"", b"ab"), (b"", b"c"), (b"", b"def")]),
-  ([0, 1, 2], [(b"", b"ab"), (b"", b"c"), (b"", b"defg")]),
-  ([0, 2], [(b"", b"ab"), (b"", b"c"), (b"def", b"g")]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("rows", "texts"),
+  [
+    ([0], [(b"", b"ab"), (b"", b"c")]),
+    ([0, 1], [(b"", b"ab"), (b"", b"c"), (b"", b"def")]),
+    ([0, 1, 2], [(b"", b"ab"), (b"", b"c"), (b"", b"defg")]),
+    ([0, 2], [(b"", b"ab"), (b"", b"c"), (b"def", b"g")]),
+  ],
+)
 def test_the_texts_of_rows_and_what_stands_before_them(rows, texts, packed):
   assert list(packed.texts(rows)) == texts
 
 
 def test_each_target_knows_its_document(packed):
   assert packed.documents_BL([0, 1, 2, -1]).tolist() == [
-    [0, 0, 0, 1], [1, 2, 2, 2], [2, 2, -1, -1], [-1, -1, -1, -1],
-  ]  # fmt: skip
+    [0, 0, 0, 1],
+    [1, 2, 2, 2],
+    [2, 2, -1, -1],
+    [-1, -1, -1, -1],
+  ]
 
 
 def test_every_target_appears_once(stdlib):

@@ -164,9 +164,10 @@ def grow(path):
     file.write('{"text": "more"}\n')
 
 
-@pytest.mark.parametrize(("change", "why"), [
-  (grow, "has changed while it was read"), (os.remove, "cannot be read (No such file")
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("change", "why"),
+  [(grow, "has changed while it was read"), (os.remove, "cannot be read (No such file")],
+)
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
 def test_a_file_that_changes_while_it_is_read_is_refused(change, why, name, text):
   """Every read looks again, since the documents are read once to check them and once to store."""

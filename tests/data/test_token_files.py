@@ -56,10 +56,15 @@ def another_dtype(path):
 
 
 DAMAGE = [
-  *((name, how) for name in ("tokens.bin", "documents.npy", "names.txt", "about.json")
-    for how in (flip, cut, empty, os.remove)),
-  ("tokens.bin", grow), ("about.json", garbage), ("about.json", another_dtype),
-]  # fmt: skip
+  *(
+    (name, how)
+    for name in ("tokens.bin", "documents.npy", "names.txt", "about.json")
+    for how in (flip, cut, empty, os.remove)
+  ),
+  ("tokens.bin", grow),
+  ("about.json", garbage),
+  ("about.json", another_dtype),
+]
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE)
@@ -97,11 +102,15 @@ def test_two_processes_that_find_damage_make_it_again_once(stored):
   flip(folder / "documents.npy")
   children = [
     subprocess.Popen(
-      [sys.executable, "-c", _CHILD, config.path], env=os.environ | {"PYTHONPATH": str(ROOT)},
-      text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      [sys.executable, "-c", _CHILD, config.path],
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      text=True,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
     )
     for _ in range(2)
-  ]  # fmt: skip
+  ]
   for child in children:
     assert child.stdout.readline() == "ready\n"
   results = [child.communicate("go\n", timeout=600) for child in children]

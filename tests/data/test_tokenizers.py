@@ -22,9 +22,12 @@ def train_bpe(path, special=()):
   model.decoder = hf.decoders.ByteLevel()
   model.enable_truncation(4)  # as some published files do; load must undo it
   alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-  model.train_from_iterator([PROSE], hf.trainers.BpeTrainer(
-    vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-  ))  # fmt: skip
+  model.train_from_iterator(
+    [PROSE],
+    hf.trainers.BpeTrainer(
+      vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    ),
+  )
   if "<s>" in special:  # many files add it to each text; the separator stands there already
     model.post_processor = hf.processors.TemplateProcessing(
       single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
@@ -37,10 +40,17 @@ def train_sentencepiece(path, **options):
   spm = pytest.importorskip("sentencepiece", reason="the tokenizers extra is not installed")
   with open(path, "wb") as file:
     spm.SentencePieceTrainer.train(
-      sentence_iterator=iter(PROSE.splitlines()), model_writer=file, vocab_size=400,
-      byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2, **options,
-    )  # fmt: skip
+      sentence_iterator=iter(PROSE.splitlines()),
+      model_writer=file,
+      vocab_size=400,
+      byte_fallback=True,
+      normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      hard_vocab_limit=False,
+      minloglevel=2,
+      **options,
+    )
   return tokenizers.load_tokenizer(Data(tokenizer=str(path)))
 
 
@@ -116,10 +126,12 @@ BEGIN = {
   "bos_token": "<s>",
   "eos_token": "<|im_end|>",
 }
-TABLE = {"0": {"content": "<|endoftext|>", "special": True},
-         "1": {"content": "<s>", "special": True},
-         "30": {"content": "<|im_end|>", "special": True, "lstrip": True},
-         "31": {"content": "<think>", "special": False}}  # fmt: skip
+TABLE = {
+  "0": {"content": "<|endoftext|>", "special": True},
+  "1": {"content": "<s>", "special": True},
+  "30": {"content": "<|im_end|>", "special": True, "lstrip": True},
+  "31": {"content": "<think>", "special": False},
+}
 BESIDE = {
   "nothing": ({}, (0, 0, 0, [])),
   "a begin token, which no rule puts before a text": (
@@ -290,6 +302,11 @@ def test_a_text_that_spells_the_separator_is_refused(tmp_path):
   model.add_special_tokens(["<s>"])
   model.save(str(tmp_path / "tokenizer.json"))
   (tmp_path / "text.txt").write_text("a a <s> a\n" * 40)
-  config = Data(name="text", path=str(tmp_path / "text.txt"), seq_len=4, batch_size=1,
-                tokenizer=str(tmp_path / "tokenizer.json"))  # fmt: skip
+  config = Data(
+    name="text",
+    path=str(tmp_path / "text.txt"),
+    seq_len=4,
+    batch_size=1,
+    tokenizer=str(tmp_path / "tokenizer.json"),
+  )
   assert "text.txt spells the separator, the id 0" in error_of(config)

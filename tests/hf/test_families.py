@@ -38,9 +38,14 @@ class Pair:
     def both(params, cotangent_BLV):
       def logits(params):
         out = transformer.forward(
-          self.model, params, self.weights.bias_ZE, tokens_of(hf_models.tokens()),
-          jax.random.key(0), train=True, trace=True,
-        )  # fmt: skip
+          self.model,
+          params,
+          self.weights.bias_ZE,
+          tokens_of(hf_models.tokens()),
+          jax.random.key(0),
+          train=True,
+          trace=True,
+        )
         return out.logits_BLV, out
 
       _, pull, out = jax.vjp(logits, params, has_aux=True)
@@ -177,9 +182,7 @@ def test_their_balance_loss_is_that_of_all_layers_loads_together(pair):
 
 
 def test_what_is_exported_loads_there_and_reads_back_bit_for_bit(pair, tmp_path):
-  loaded = exporting.Loaded(
-    pair.made.config, pair.weights, 0, pair.peer.folder
-  )  # fmt: skip
+  loaded = exporting.Loaded(pair.made.config, pair.weights, 0, pair.peer.folder)
   exporting.export(loaded, pair.made.family, tmp_path / "ours", largest=20_000)
   assert (tmp_path / "ours/model.safetensors.index.json").exists()
   theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -273,8 +276,14 @@ def test_the_text_model_beside_one_of_images(stacked, tmp_path):
   """As transformers writes it, and with one tensor for all experts, as Qwen3.5 is published."""
   fields = dict(hf_models.COMMON | CONFIGS["qwen3_5_moe_text"], num_hidden_layers=2)
   fields["layer_types"] = fields["layer_types"][:2]
-  vision = dict(depth=1, hidden_size=16, intermediate_size=12, num_heads=2, out_hidden_size=20,
-                num_position_embeddings=16)  # fmt: skip
+  vision = dict(
+    depth=1,
+    hidden_size=16,
+    intermediate_size=12,
+    num_heads=2,
+    out_hidden_size=20,
+    num_position_embeddings=16,
+  )
   whole = transformers.AutoConfig.for_model("qwen3_5_moe", text_config=fields, vision_config=vision)
   model = transformers.Qwen3_5MoeForConditionalGeneration(whole)
   model.save_pretrained(tmp_path)

@@ -120,7 +120,9 @@ def test_bfloat16_is_read_as_it_stands(tmp_path):
 
 
 def test_all_that_does_not_fit_is_named(copy):
-  change(copy, DOWN, lambda held: held | {DOWN: held[DOWN][:, :-1].copy(), "more.weight": held[DOWN]})  # fmt: skip  # noqa: E501
+  change(
+    copy, DOWN, lambda held: held | {DOWN: held[DOWN][:, :-1].copy(), "more.weight": held[DOWN]}
+  )
   gone = "model.layers.0.self_attn.q_proj.weight"
   change(copy, gone, lambda held: {k: v for k, v in held.items() if k != gone})
   with pytest.raises(UserError) as error:
@@ -326,11 +328,17 @@ def test_the_tokenizer_travels(tmp_path):
   for number in range(40):
     (tmp_path / f"texts/{number}.txt").write_text("abcdefghij" * 20)
   done = call(
-    "train.py", f"--config={tmp_path / 'moved'}", f"--init_from={tmp_path / 'moved'}",
-    f"--workdir={tmp_path / 'run'}", "--config.data.name=text", "--config.train.steps=2",
-    "--config.optimizer.warmup_steps=1", "--config.mesh.data=8",
-    f"--config.data.path={tmp_path / 'texts'}", "--config.eval.batches=1",
-  )  # fmt: skip
+    "train.py",
+    f"--config={tmp_path / 'moved'}",
+    f"--init_from={tmp_path / 'moved'}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.name=text",
+    "--config.train.steps=2",
+    "--config.optimizer.warmup_steps=1",
+    "--config.mesh.data=8",
+    f"--config.data.path={tmp_path / 'texts'}",
+    "--config.eval.batches=1",
+  )
   assert not done.returncode, done.stderr
   shutil.rmtree(tmp_path / "moved")
   trained = moe_jax.load(tmp_path / "run")

@@ -53,9 +53,13 @@ def test_deepseek_as_it_is_published(kind, dtype, tmp_path):
     whole = jax.tree.map(np.asarray, weights)
     with jax.set_mesh(mesh_of()):
       logits_BLV = transformer.forward(
-        made.config.model, whole.params, whole.bias_ZE, tokens_of(ids_BL), jax.random.key(0),
+        made.config.model,
+        whole.params,
+        whole.bias_ZE,
+        tokens_of(ids_BL),
+        jax.random.key(0),
         train=False,
-      ).logits_BLV  # fmt: skip
+      ).logits_BLV
     np.testing.assert_allclose(logits_BLV, want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 

@@ -132,9 +132,11 @@ def test_the_layers_and_experts_of_olmoe_at_a_smaller_width(tmp_path):
   with jax.set_mesh(mesh_of(expert=4)):
     _, params = build(config)
     run = exporting.Loaded(
-      config, Weights(params, np.zeros(pattern.bias_shape(model), np.float32)), 0,
+      config,
+      Weights(params, np.zeros(pattern.bias_shape(model), np.float32)),
+      0,
       pathlib.Path("none"),
-    )  # fmt: skip
+    )
     exporting.export(run, family, tmp_path / "olmoe", "bfloat16", largest=2 * 10**6)
     made = plan(tmp_path / "olmoe", expert=4)
     got = importing.read_weights(made, mesh_of(expert=4))

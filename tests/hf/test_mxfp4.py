@@ -77,9 +77,13 @@ def test_gpt_oss_as_it_is_published(tmp_path):
   with jax.set_mesh(mesh_of()):
     weights = importing.read_weights(made, mesh_of())
     logits_BLV = transformer.forward(
-      made.config.model, weights.params, weights.bias_ZE, tokens_of(ids_BL), jax.random.key(0),
+      made.config.model,
+      weights.params,
+      weights.bias_ZE,
+      tokens_of(ids_BL),
+      jax.random.key(0),
       train=False,
-    ).logits_BLV  # fmt: skip
+    ).logits_BLV
   with torch.no_grad():
     want = peer.model(torch.tensor(ids_BL)).logits.numpy()
   np.testing.assert_allclose(logits_BLV, want, rtol=0, atol=2e-5 * np.abs(want).max())

@@ -25,9 +25,11 @@ TEMPLATE = """{{ bos_token }}{% if tools is none and documents is none %}
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 MESSAGES = [
-  {"role": "system", "content": "e"}, {"role": "user", "content": " abc "},
-  {"role": "assistant", "content": "b<|im_end|>"}, {"role": "user", "content": "d"},
-]  # fmt: skip
+  {"role": "system", "content": "e"},
+  {"role": "user", "content": " abc "},
+  {"role": "assistant", "content": "b<|im_end|>"},
+  {"role": "user", "content": "d"},
+]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -41,9 +43,12 @@ def folder(tmp_path_factory):
   model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
   model.add_special_tokens(SPECIAL)
   model.save(str(path / "tokenizer.json"))
-  config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>",
-            "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"},
-            "unk_token": "a"}  # fmt: skip
+  config = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|endoftext|>",
+    "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"},
+    "unk_token": "a",
+  }
   (path / "tokenizer_config.json").write_text(json.dumps(config))
   (path / "chat_template.jinja").write_text(TEMPLATE)
   return path

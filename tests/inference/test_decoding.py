@@ -68,8 +68,9 @@ def test_a_layer_with_a_window_keeps_its_tokens_alone(length, windows, one_devic
   ours, trained = windows
   (row,) = rows_of((length + 12,))
   (full_LV,) = full_forward(trained, [row])
-  forward = jax.jit(functools.partial(decoding.forward_with_cache, model=ours.model,
-                                      all_logits=False))  # fmt: skip
+  forward = jax.jit(
+    functools.partial(decoding.forward_with_cache, model=ours.model, all_logits=False)
+  )
   cache, tokens = empty_cache(ours.model, [0], 32), row[:length]
   assert [layer.keys.shape[-2] for layer in cache.layers] == [4, 32]
   for last in range(length - 1, len(row) - 1):
@@ -88,9 +89,13 @@ def test_a_layer_with_a_window_keeps_its_tokens_alone(length, windows, one_devic
 )
 def test_nothing_drops_whatever_the_training_did(dispatch, factor):
   moe = MoE(
-    num_experts=4, top_k=2, expert_dim=18, dispatch=dispatch, capacity_factor=factor,
+    num_experts=4,
+    top_k=2,
+    expert_dim=18,
+    dispatch=dispatch,
+    capacity_factor=factor,
     eval_capacity_factor=factor,
-  )  # fmt: skip
+  )
   limited, trained = model_of(moe=moe)
   (row,) = rows_of((12,))
   (want,) = full_forward(trained, [row])
@@ -105,10 +110,12 @@ class Answer(NamedTuple):
 def with_nan(params, expert):
   """Every weight of an expert is NaN."""
   flat = [
-    (path, v.replace(v[...].at[:, expert].set(jnp.nan)) if str(path[-1]).endswith(("EDF", "EFD"))
-     else v)
+    (
+      path,
+      v.replace(v[...].at[:, expert].set(jnp.nan)) if str(path[-1]).endswith(("EDF", "EFD")) else v,
+    )
     for path, v in nnx.to_flat_state(params)
-  ]  # fmt: skip
+  ]
   return nnx.from_flat_state(flat)
 
 

@@ -66,10 +66,14 @@ def test_prompts_of_one_bucket_share_one_program(made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "axes", "temperature"), [
-  ("topk", dict(expert=2, data=2), 0.8), ("options", dict(expert=2, tensor=2), 0.8),
-  ("delta", dict(fsdp=2, tensor=2), 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("model", "axes", "temperature"),
+  [
+    ("topk", dict(expert=2, data=2), 0.8),
+    ("options", dict(expert=2, tensor=2), 0.8),
+    ("delta", dict(fsdp=2, tensor=2), 0.0),
+  ],
+)
 def test_every_mesh_has_the_same_tokens_and_logits(model, axes, temperature):
   prompts = ["abc", "defghij", "k"]
   one, _ = model_of(model)

@@ -25,9 +25,14 @@ def test_a_temperature_near_zero_takes_the_most_probable_token(temperature, filt
 
 
 @pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
-@pytest.mark.parametrize(("filters", "ids"), [
-  ({}, range(5)), (dict(top_k=3), [1, 2, 3]), (dict(top_p=0.5), [1, 2, 3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("filters", "ids"),
+  [
+    ({}, range(5)),
+    (dict(top_k=3), [1, 2, 3]),
+    (dict(top_p=0.5), [1, 2, 3]),
+  ],
+)
 def test_a_huge_temperature_draws_every_token_alike(temperature, filters, ids):
   """Of the tokenizer's, and with filters of those that they keep."""
   with np.errstate(all="raise"):

@@ -25,9 +25,11 @@ def test_a_cpu_takes_its_own_kernels():
   assert config.model.moe.grouped_matmul is GroupedMatmul.BLOCKED
   assert config.model.moe.exchange is Exchange.ALL_GATHER
   assert record == {
-    "device": jax.devices()[0].device_kind, "attention": "blocks", "grouped_matmul": "blocked",
+    "device": jax.devices()[0].device_kind,
+    "attention": "blocks",
+    "grouped_matmul": "blocked",
     "exchange": "all_gather",
-  }  # fmt: skip
+  }
   for line, name in zip(lines, ("attention", "grouped matmul", "exchange"), strict=True):
     assert line.startswith(name)
   assert "differs from the reference by" in lines[0] and "differs" in lines[1]
@@ -68,9 +70,10 @@ def test_what_does_not_give_the_references_answer_is_not_taken(monkeypatch):
 
 def test_the_fastest_of_several_is_taken(monkeypatch):
   monkeypatch.setitem(
-    experts.EXPERT_KERNELS, GroupedMatmul.RAGGED_DOT,
+    experts.EXPERT_KERNELS,
+    GroupedMatmul.RAGGED_DOT,
     dataclasses.replace(experts.EXPERT_KERNELS[GroupedMatmul.RAGGED_DOT], tried_on=("cpu",)),
-  )  # fmt: skip
+  )
   seconds = iter([3.0, 2.0])
   monkeypatch.setattr(choose, "_step_seconds", lambda *_: next(seconds))
   with jax.set_mesh(mesh_of()):
@@ -82,9 +85,11 @@ def test_the_fastest_of_several_is_taken(monkeypatch):
 def test_the_record_decides_on_the_same_device(monkeypatch):
   """Nothing is compiled or compared; on another device the choice is made anew."""
   record = {
-    "device": jax.devices()[0].device_kind, "attention": "reference",
-    "grouped_matmul": "ragged_dot", "exchange": "all_to_all",
-  }  # fmt: skip
+    "device": jax.devices()[0].device_kind,
+    "attention": "reference",
+    "grouped_matmul": "ragged_dot",
+    "exchange": "all_to_all",
+  }
   with jax.set_mesh(mesh_of()), monkeypatch.context() as patch:
     patch.setattr(choose, "kernel_difference", None)
     config, again, _ = choose.resolve(dropless(), record)
@@ -113,8 +118,10 @@ def test_a_kernel_that_a_resumed_run_names_replaces_the_recorded_one():
       "all_to_all, which the config names; until now the run used all_gather",
     ]
     assert changed == record | {
-      "attention": "reference", "grouped_matmul": "ragged_dot", "exchange": "all_to_all"
-    }  # fmt: skip
+      "attention": "reference",
+      "grouped_matmul": "ragged_dot",
+      "exchange": "all_to_all",
+    }
     config, again, _ = choose.resolve(dropless(), changed)
     assert again == changed and config.model.moe.exchange is Exchange.ALL_TO_ALL
 

@@ -125,8 +125,9 @@ def test_equals_a_plain_loop(case, kernel, kind):
   np.testing.assert_allclose(y_ND[: sizes_E.sum()], want, rtol=1e-4, atol=atol)
   jax.tree.map(
     lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-4, atol=atol),
-    grads, want_grads,
-  )  # fmt: skip
+    grads,
+    want_grads,
+  )
 
 
 @pytest.mark.parametrize("kind", KINDS)

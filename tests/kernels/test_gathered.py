@@ -14,9 +14,12 @@ V, D, F, H, A, B, L = 10, 16, 6, 2, 3, 8, 5
 WEIGHTS = {"embed_VD": (V, D), "up_DF": (D, F), "down_FD": (F, D), "q_DHA": (D, H, A),
            "out_HAD": (H, A, D), "q_up_QHA": (D, H, A), "norm_D": (D,)}  # fmt: skip
 MESHES = [
-  dict(data=2, fsdp=2, expert=2), dict(fsdp=8), dict(expert=8), dict(fsdp=2, expert=2, tensor=2),
+  dict(data=2, fsdp=2, expert=2),
+  dict(fsdp=8),
+  dict(expert=8),
+  dict(fsdp=2, expert=2, tensor=2),
   dict(data=2, fsdp=4),
-]  # fmt: skip
+]
 
 
 def loss(weights, ids_BL, copies):

@@ -19,10 +19,12 @@ def test_experts_of_their_own_arrays_by_hand(rows):
     sizes_E = np.floor(rows * np.array(share)).astype(int)
     sizes_E[np.argmax(share)] += rows - sizes_E.sum()
     expert_N = np.repeat(np.arange(E), sizes_E)
-    want = np.stack([
-      down[e] @ ((g := gate[e] @ x) / (1 + np.exp(-g)) * (up[e] @ x))
-      for e, x in zip(expert_N, x_ND, strict=True)
-    ])  # fmt: skip
+    want = np.stack(
+      [
+        down[e] @ ((g := gate[e] @ x) / (1 + np.exp(-g)) * (up[e] @ x))
+        for e, x in zip(expert_N, x_ND, strict=True)
+      ]
+    )
     each = (Experts(*map(np.float32, matrices)) for matrices in zip(gate, up, down, strict=True))
     weights = per_expert.PerExpert(tuple(each))
     experts = jax.jit(per_expert.experts_one_by_one, static_argnums=3)

@@ -19,9 +19,12 @@ def test_limits_of_groups_of_both_versions(tmp_path):
   proc, groups = tmp_path / "proc/self", tmp_path / "sys/fs/cgroup"
   proc.mkdir(parents=True)
   for folder, name, text in (
-    ("job/task", "memory.max", "max"), ("job", "memory.max", "3000"), (".", "memory.max", "9000"),
-    ("memory/old", "memory.limit_in_bytes", "2000"), ("cpu/old", "memory.limit_in_bytes", "1"),
-  ):  # fmt: skip
+    ("job/task", "memory.max", "max"),
+    ("job", "memory.max", "3000"),
+    (".", "memory.max", "9000"),
+    ("memory/old", "memory.limit_in_bytes", "2000"),
+    ("cpu/old", "memory.limit_in_bytes", "1"),
+  ):
     (groups / folder).mkdir(parents=True, exist_ok=True)
     (groups / folder / name).write_text(text + "\n")
   (proc / "cgroup").write_text("0::/job/task\n")

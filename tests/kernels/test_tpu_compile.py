@@ -135,8 +135,10 @@ def test_train_step_has_flash_attention(tmp_path):
   hlo = compile_for_tpu("splash", tmp_path)
   kernels = re.findall(r"%splash_mha_(\w+?)[.\d]* = .*tpu_custom_call", hlo)
   assert sorted(kernels) == [
-    "dkv_segmented_no_residuals", "dq_segmented_no_residuals", "fwd_segmented_residuals",
-  ]  # fmt: skip
+    "dkv_segmented_no_residuals",
+    "dq_segmented_no_residuals",
+    "fwd_segmented_residuals",
+  ]
   assert not square_arrays(hlo)
 
 
@@ -150,10 +152,13 @@ def test_train_step_with_the_reference_has_scores_in_memory(tmp_path):
 CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.py")) if p.name != "published.py"]
 # (config, topology, what a slice needs changed: a routing group of lab_moe is all of its batch).
 SLICES = [
-  (f"configs/{p.name}", "v5p:4x4x4" if p.name == "mixtral_8x7b.py" else "v5e:2x2",
-   {"data.batch_size": 32} if p.name == "lab_moe.py" else {})
+  (
+    f"configs/{p.name}",
+    "v5p:4x4x4" if p.name == "mixtral_8x7b.py" else "v5e:2x2",
+    {"data.batch_size": 32} if p.name == "lab_moe.py" else {},
+  )
   for p in CONFIGS
-]  # fmt: skip
+]
 
 
 def test_every_config_makes_its_mesh_on_a_slice(tmp_path):
@@ -187,9 +192,12 @@ def test_a_slice_gathers_weights_and_scatters_gradients(tmp_path):
 # The experts' own are not in those of sorted rows: their kernels are custom calls. The most that
 # libtpu 0.0.50 said was a tenth less; slots were at 2.4 when an axis other than 0 was exchanged.
 MOST = {
-  "one expert a device": 1.56, "two experts a device": 1.66, "all_to_all": 0.74, "ragged": 1.55,
+  "one expert a device": 1.56,
+  "two experts a device": 1.66,
+  "all_to_all": 0.74,
+  "ragged": 1.55,
   "all_gather": 3.8,
-}  # fmt: skip
+}
 
 
 def test_exchanges_cost_little_beside_the_matmuls(tmp_path):

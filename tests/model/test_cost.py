@@ -69,10 +69,13 @@ def test_describe_says_what_is_not_causal():
   assert "not causal" not in cost.cost_report(toy_config(), ())
 
 
-@pytest.mark.parametrize(("device", "verdict"), [
-  ("v5e", "v5e                does not fit: 15.76 GiB and temporary arrays, of its 14.90 GiB"),
-  ("v5p", "v5p                fits: 15.76 GiB and temporary arrays, of its 88.48 GiB"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("device", "verdict"),
+  [
+    ("v5e", "v5e                does not fit: 15.76 GiB and temporary arrays, of its 14.90 GiB"),
+    ("v5p", "v5p                fits: 15.76 GiB and temporary arrays, of its 88.48 GiB"),
+  ],
+)
 def test_describe_says_whether_a_named_device_suffices(device, verdict):
   """Of GB, as data sheets have them, and without that device."""
   mixtral = "--config=configs/mixtral_8x7b.py"
@@ -176,10 +179,13 @@ def test_a_mesh_divides_what_a_device_holds(monkeypatch):
   cost.check_training_memory(config, state)
 
 
-@pytest.mark.parametrize(("fields", "why"), [
-  (dict(model__dim=10**7), "^weights: at least .*lower config.model.vocab_size=264 or "),
-  (dict(eval__batch_size=3 * 10**6), "logits of an evaluation of 3000000 sequences"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("fields", "why"),
+  [
+    (dict(model__dim=10**7), "^weights: at least .*lower config.model.vocab_size=264 or "),
+    (dict(eval__batch_size=3 * 10**6), "logits of an evaluation of 3000000 sequences"),
+  ],
+)
 def test_a_run_that_this_machine_cannot_hold_is_not_read(fields, why, tmp_path):
   """Its config.json is enough to say so; there are no checkpoints here."""
   workdir.write_config(tmp_path, debug_config(**fields))

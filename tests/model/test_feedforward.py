@@ -43,9 +43,15 @@ def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_d
   """Through the gates alone, in every combination that validate() allows."""
   factor = 2.0 if how is Dispatch.GATHER or router is Router.EXPERT_CHOICE else math.inf
   config = toy_config(
-    top_k=top_k, renormalize=renormalize, score=score, router=router, dispatch=how,
-    capacity_factor=factor, eval_capacity_factor=factor, grouped_matmul=GroupedMatmul.RAGGED_DOT,
-  )  # fmt: skip
+    top_k=top_k,
+    renormalize=renormalize,
+    score=score,
+    router=router,
+    dispatch=how,
+    capacity_factor=factor,
+    eval_capacity_factor=factor,
+    grouped_matmul=GroupedMatmul.RAGGED_DOT,
+  )
   config = override(config, {"loss": Loss(load_balance=0.0)})
   try:
     validation.validate(config)
@@ -67,9 +73,13 @@ def test_the_router_has_a_gradient(top_k, renormalize, score, router, how, one_d
 def test_one_expert_equals_the_dense_layer(how, one_device):
   """E=1, K=1: outputs and gradients of the dense FFN with the same weights."""
   model = toy_config(
-    num_experts=1, top_k=1, capacity_factor=math.inf, expert_dim=14,
-    dispatch=Dispatch(how), grouped_matmul=GroupedMatmul.BLOCKED,
-  ).model  # fmt: skip
+    num_experts=1,
+    top_k=1,
+    capacity_factor=math.inf,
+    expert_dim=14,
+    dispatch=Dispatch(how),
+    grouped_matmul=GroupedMatmul.BLOCKED,
+  ).model
   moe_graph, moe_params = nnx.split(MoEFFN(model, nnx.Rngs(0)))
   dense_graph, dense_params = nnx.split(DenseFFN(model, 14, nnx.Rngs(1)))
   x_BLD = jax.random.normal(jax.random.key(2), (3, 9, model.dim))

@@ -158,9 +158,13 @@ def test_switch(one_device):
   (gated.sum() + 3 * want[0] + want[1]).backward()
 
   moe = MoE(
-    num_experts=E, top_k=1, expert_dim=6, renormalize=False, router=Router.SWITCH,
+    num_experts=E,
+    top_k=1,
+    expert_dim=6,
+    renormalize=False,
+    router=Router.SWITCH,
     eval_capacity_factor=C * E / L,
-  )  # fmt: skip
+  )
   assert dispatch.capacity(moe.eval_capacity_factor, L, 1, E) == C
   weights = weights_of(moe) | {"router_DE": router.classifier.weight.detach().numpy().T}
   build_layer = layer_of(moe)

@@ -47,8 +47,9 @@ def test_attention_equals_numpy():
   x_BLD = rng.normal(size=(B, L, model.dim))
   segments = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1]])
   positions = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
-  weights = [np.asarray(w[...], np.float64) for w in
-             (layer.q_DHA, layer.k_DGA, layer.v_DGA, layer.out_HAD)]  # fmt: skip
+  weights = [
+    np.asarray(w[...], np.float64) for w in (layer.q_DHA, layer.k_DGA, layer.v_DGA, layer.out_HAD)
+  ]
 
   def rotate(vector, position):
     out = np.zeros(A)

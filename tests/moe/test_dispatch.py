@@ -37,11 +37,13 @@ def test_the_assignments_dropped_are_the_oracles(routing):
   for start in range(0, len(logits_TE), moe.group_size):
     part = slice(start, start + moe.group_size)
     inputs = RouterInputs(
-      jnp.float32(logits_TE[part]), jnp.array(values.real_BL.reshape(-1)[part]),
-      jnp.array(values.ids_BL.reshape(-1)[part]), jnp.float32(bias_E),
+      jnp.float32(logits_TE[part]),
+      jnp.array(values.real_BL.reshape(-1)[part]),
+      jnp.array(values.ids_BL.reshape(-1)[part]),
+      jnp.float32(bias_E),
       jnp.float32(values.noise_BLE.reshape(-1, E)[part]),
       {"noise_scale": jnp.float32(scale_TE[part])},
-    )  # fmt: skip
+    )
     for token, expert, real, kept, slot in zip(*map(np.asarray, assign(inputs)), strict=True):
       assert kept == (slot < E * capacity) and (not kept or slot // capacity == expert)
       if real:
@@ -57,9 +59,15 @@ def by_hand(experts, real):
 def layout_by_hand(tokens, capacity):
   """One group, two experts, K=1."""
   return dispatch.Layout(
-    tokens=tokens, groups=1, experts=2, capacity=capacity, slots=True, choices=1,
-    in_token_order=True, exchange_factor=0.0,
-  )  # fmt: skip
+    tokens=tokens,
+    groups=1,
+    experts=2,
+    capacity=capacity,
+    slots=True,
+    choices=1,
+    in_token_order=True,
+    exchange_factor=0.0,
+  )
 
 
 def test_drops_by_hand():

@@ -25,10 +25,9 @@ TOGETHER = {
   "drops by choice": dict(eval_capacity_factor=0.7, priority=Priority.CHOICE),
   "drops in one-hots": dict(eval_capacity_factor=0.7, dispatch=Dispatch.EINSUM),
   "experts choose": CHOOSING | dict(eval_capacity_factor=1.0),
-  "experts choose, without slots": CHOOSING | dict(
-    eval_capacity_factor=1.0, dispatch=Dispatch.GROUPED
-  ),
-}  # fmt: skip
+  "experts choose, without slots": CHOOSING
+  | dict(eval_capacity_factor=1.0, dispatch=Dispatch.GROUPED),
+}
 
 
 def second_documents(fields):

@@ -177,11 +177,13 @@ def test_odd_sizes_give_finite_numbers(name):
 
 @pytest.mark.parametrize(
   ("real_rows", "routing"),
-  [(0, "mixtral")] + [
+  [(0, "mixtral")]
+  + [
     pytest.param(rows, name, marks=pytest.mark.slow)
-    for rows in (0, 1) for name in ("noisy", "deepseek", "expert-choice", "sinkhorn")
+    for rows in (0, 1)
+    for name in ("noisy", "deepseek", "expert-choice", "sinkhorn")
   ],
-)  # fmt: skip
+)
 def test_devices_with_nothing_but_padding_give_finite_numbers(real_rows, routing):
   """All devices, or all but the first; of nothing every loss is 0."""
   real_BL = np.broadcast_to(np.arange(B)[:, None] < real_rows, (B, L))

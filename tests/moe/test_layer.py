@@ -138,8 +138,14 @@ def assert_counts_equal(outputs, want):
 def assert_statistics_close(outputs, want):
   assert_close(outputs.choices.gate_BLE.reshape(-1, E), want.gate_TE, "gates")
   for name in (
-    "prob_E", "importance_E", "gate_kept", "load_E", "z", "entropy", "sequence_balance",
-  ):  # fmt: skip
+    "prob_E",
+    "importance_E",
+    "gate_kept",
+    "load_E",
+    "z",
+    "entropy",
+    "sequence_balance",
+  ):
     assert_close(getattr(outputs.stats, name), getattr(want, name), name)
   assert_close(outputs.balance, want.balance, "balance")
 
@@ -171,9 +177,12 @@ def grid():
       for mesh in meshes if os.environ.get("MOE_JAX_GRID") == "all" else [turn]:
         everyday = mesh == turn and column == row // 2 % len(DISPATCHES)
         yield pytest.param(
-          routing, dispatch_name, mesh, id=f"{routing}-{dispatch_name}-{mesh}",
+          routing,
+          dispatch_name,
+          mesh,
+          id=f"{routing}-{dispatch_name}-{mesh}",
           marks=[] if everyday else [pytest.mark.slow],
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture

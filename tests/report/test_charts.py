@@ -45,8 +45,11 @@ def test_losses_share_a_scale(tmp_path):
   ]
   assert len(ticks[0]) > 2 and ticks[0] == ticks[1] == ticks[2]
   assert [text for text in texts(drawn[1]) if text in ("dense", "moe", "bad", "target")] == [
-    "target", "dense", "moe", "bad",
-  ]  # fmt: skip
+    "target",
+    "dense",
+    "moe",
+    "bad",
+  ]
 
 
 def test_an_arm_has_its_colour_and_a_seed_a_thin_line_of_it():

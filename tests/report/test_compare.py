@@ -21,8 +21,13 @@ def test_the_path_of_the_page_is_returned(tmp_path):
 
 def test_a_row_holds_the_statistics_of_its_arm(finished):
   assert row(finished.markdown, "moe")[1:7] == [
-    "2", "1.7500 ± 0.2121", "3.5000", "-0.3500 ± 0.0500", "275 (1.45x)", "4.6 min (0.73x)",
-  ]  # fmt: skip
+    "2",
+    "1.7500 ± 0.2121",
+    "3.5000",
+    "-0.3500 ± 0.0500",
+    "275 (1.45x)",
+    "4.6 min (0.73x)",
+  ]
   assert row(finished.markdown, "bad")[5:7] == ["not reached", "not reached"]
   assert "99.0" not in finished.markdown  # total losses, with auxiliary terms
 
@@ -53,9 +58,12 @@ def test_the_report_of_unfinished_runs(tmp_path):
   assert row(text, "moe")[1:3] == ["0 of 2", "-"] and row(text, "moe")[-1] == "1"  # its alarms
   assert row(text, "bad")[1:3] == ["1 of 2", "3.0000"]
   for line in (
-    "error: loss is nan", "| moe | 0 | failed | 200 |", "| moe | 1 | running | 400 |",
-    "| moe | 1 | collapse | 1 | 7 | 1 | oh |", "3 finished, 1 failed, 1 running, 1 waiting",
-  ):  # fmt: skip
+    "error: loss is nan",
+    "| moe | 0 | failed | 200 |",
+    "| moe | 1 | running | 400 |",
+    "| moe | 1 | collapse | 1 | 7 | 1 | oh |",
+    "3 finished, 1 failed, 1 running, 1 waiting",
+  ):
     assert line in text
 
 

@@ -133,8 +133,11 @@ def test_arms_without_a_usable_run_are_named_where_they_could_have_a_number():
   never = ArmRuns(name="d", runs=[], overrides={"model.moe.num_experts": 0})
   found.arms += [ArmRuns(name="c", runs=[lost]), never]
   compared = table.compare_arms(found)
-  for said in (conclusions.results_verdict(found), conclusions.curves(found, compared),
-               conclusions.domains(found)):  # fmt: skip
+  for said in (
+    conclusions.results_verdict(found),
+    conclusions.curves(found, compared),
+    conclusions.domains(found),
+  ):
     assert said.count("c and d are missing here, without a usable run") == 1, said
     assert "Not every finished run" not in said
   for conclude in (conclusions.balance, conclusions.capacity_verdict, conclusions.specialisation):

@@ -59,9 +59,12 @@ def test_the_page_allows_its_own_style_alone(evil):
   own = raw.split(b"<style>")[1].split(b"</style>")[0]
   digest = base64.b64encode(hashlib.sha256(own).digest()).decode()
   assert allowed == {
-    "default-src": "'none'", "img-src": "data:", "style-src": f"'sha256-{digest}'",
-    "base-uri": "'none'", "form-action": "'none'",
-  }  # fmt: skip
+    "default-src": "'none'",
+    "img-src": "data:",
+    "style-src": f"'sha256-{digest}'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+  }
 
 
 def test_letters_that_cannot_be_shown_are_replaced(evil):

@@ -92,9 +92,11 @@ def test_a_table_of_the_evaluation_has_its_numbers(table, together, real):
     "domains": [f"{said['domains'][name]['bits_per_byte']:.4f}" for name in ("even", "odd")],
     "causal": [f"{said['causal'][name]:.4f}" for name in ("teacher_forced_loss", "loss", "gap")],
     "routing": [
-      "1", f"{routing['domain_separation_Z'][1]:.3f}", f"{100 * routing['repeat_rate_Z'][1]:.1f}"
+      "1",
+      f"{routing['domain_separation_Z'][1]:.3f}",
+      f"{100 * routing['repeat_rate_Z'][1]:.1f}",
     ],
-  }[table]  # fmt: skip
+  }[table]
   assert f"| {real_runs.RUNS['moe']} | {' | '.join(shown)} |" in together[1]
 
 

@@ -17,8 +17,13 @@ from tests.support.scripts import python
 def workdirs(tmp_path_factory):
   """Runs of no sweep; the last one was killed."""
   folder = tmp_path_factory.mktemp("workdirs")
-  names = {"dense-s0": ("dense", 0), "dense-s1": ("dense", 1), "a/moe/0": ("moe", 0),
-           "a/moe/1": ("moe", 1), "alone_s1": ("bad", 1)}  # fmt: skip
+  names = {
+    "dense-s0": ("dense", 0),
+    "dense-s1": ("dense", 1),
+    "a/moe/0": ("moe", 0),
+    "a/moe/1": ("moe", 1),
+    "alone_s1": ("bad", 1),
+  }
   for name, (arm, seed) in names.items():
     report_runs.write_run(folder / name, arm, seed)
   path = folder / "alone_s1/metrics.jsonl"
@@ -30,8 +35,10 @@ def workdirs(tmp_path_factory):
 def test_names_that_differ_by_the_seed_are_one_arm(workdirs):
   study = runs.read_workdirs(workdirs, "dense")
   assert {a.name: [r.name for r in a.runs] for a in study.arms} == {
-    "dense": ["dense-s0", "dense-s1"], "a/moe": ["a/moe/0", "a/moe/1"], "alone_s1": ["alone_s1"],
-  }  # fmt: skip
+    "dense": ["dense-s0", "dense-s1"],
+    "a/moe": ["a/moe/0", "a/moe/1"],
+    "alone_s1": ["alone_s1"],
+  }
 
 
 def test_the_command_writes_the_report_and_says_where(workdirs, capsys, monkeypatch):

@@ -70,11 +70,14 @@ def test_nothing_has_no_spread(values):
   assert table.seed_spread(values) is None
 
 
-@pytest.mark.parametrize(("values", "text"), [
-  ([1.5], "1.5000"),  # one seed has no spread
-  ([1.0, 2.0, 6.0], "3.0000 ± 2.6458"),  # sqrt((4+1+9)/2)
-  ([1.0, math.nan], "nan"),  # a divergence is not left out
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("values", "text"),
+  [
+    ([1.5], "1.5000"),  # one seed has no spread
+    ([1.0, 2.0, 6.0], "3.0000 ± 2.6458"),  # sqrt((4+1+9)/2)
+    ([1.0, math.nan], "nan"),  # a divergence is not left out
+  ],
+)
 def test_a_spread_is_written_as_mean_and_deviation(values, text):
   assert blocks.plus_minus(table.seed_spread(values)) == text
 

@@ -199,12 +199,15 @@ def test_a_read_only_disk_has_a_code_of_its_own(tmp_path):
   assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("field", "value", "why"), [
-  ("model.dim", 10**20, "config.model.dim=100000000000000000000 is too large"),
-  ("train.seed", -1, "config.train.seed=-1 must be at least 0"),
-  ("data.path", "x", "config.data.path=x with config.data.name=python_stdlib"),
-  ("optimizer.eps", "much", "config.optimizer.eps='much' is of type str, not float"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("field", "value", "why"),
+  [
+    ("model.dim", 10**20, "config.model.dim=100000000000000000000 is too large"),
+    ("train.seed", -1, "config.train.seed=-1 must be at least 0"),
+    ("data.path", "x", "config.data.path=x with config.data.name=python_stdlib"),
+    ("optimizer.eps", "much", "config.optimizer.eps='much' is of type str, not float"),
+  ],
+)
 def test_a_config_json_gets_the_same_lines(field, value, why, tmp_path):
   values = json.loads(to_json(Config()))
   section, leaf = field.split(".")
@@ -255,10 +258,18 @@ OVERRIDES = {
 def test_overrides_are_spelled_as_in_train():
   """The last word of a field counts, and what is no override is left for the flags."""
   overrides, rest = command_line.take_overrides(
-    ["sweep.py", "--config.model.qkv_bias=true", "--config.model.moe.router=hash", "--jobs=2",
-     "-config.loss.z=1", "--config.data.path=a=b", "--config.model.moe.capacity_factor=inf",
-     "--config.train.steps=1", "--config.train.steps=2"]
-  )  # fmt: skip
+    [
+      "sweep.py",
+      "--config.model.qkv_bias=true",
+      "--config.model.moe.router=hash",
+      "--jobs=2",
+      "-config.loss.z=1",
+      "--config.data.path=a=b",
+      "--config.model.moe.capacity_factor=inf",
+      "--config.train.steps=1",
+      "--config.train.steps=2",
+    ]
+  )
   assert rest == ["sweep.py", "--jobs=2"] and overrides == OVERRIDES
 
 
@@ -266,8 +277,9 @@ def test_overrides_become_words_again():
   config = override(Config(), OVERRIDES, "here")
   assert config.model.moe.router is Router.HASH and config.loss.z == 1.0
   assert command_line.words(Config(), config)[:2] == [
-    "--config.model.qkv_bias=true", "--config.model.moe.router=hash"
-  ]  # fmt: skip
+    "--config.model.qkv_bias=true",
+    "--config.model.moe.router=hash",
+  ]
 
 
 @pytest.mark.parametrize(("argument", "why"), [

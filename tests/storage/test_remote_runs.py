@@ -43,9 +43,13 @@ def cut_off(store, words, cuts):
   `cuts` is {beginning of a line: what to call with the process when it prints that line}.
   """
   process = subprocess.Popen(
-    words, cwd=ROOT, env=ONE_DEVICE | store.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    words,
+    cwd=ROOT,
+    env=ONE_DEVICE | store.env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     text=True,
-  )  # fmt: skip
+  )
   while cuts and (line := process.stdout.readline()):
     for beginning in [beginning for beginning in cuts if line.startswith(beginning)]:
       cuts.pop(beginning)(process)

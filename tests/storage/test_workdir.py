@@ -111,10 +111,17 @@ def test_a_run_goes_on_under_its_own_config_alone(tmp_path):
     check_same_config(tmp_path, other)
 
 
-@pytest.mark.parametrize("field", [
-  "model.num_layers", "data.batch_size", "data.seed", "optimizer.warmup_steps", "train.seed",
-  "train.accumulation",
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "field",
+  [
+    "model.num_layers",
+    "data.batch_size",
+    "data.seed",
+    "optimizer.warmup_steps",
+    "train.seed",
+    "train.accumulation",
+  ],
+)
 def test_what_changes_the_values_of_a_run_may_not_change(field, tmp_path):
   before = Config()
   after = override(before, {field: operator.attrgetter(field)(before) + 1})
@@ -126,9 +133,11 @@ def test_what_changes_the_values_of_a_run_may_not_change(field, tmp_path):
 def _changed(**changes):
   """A dropless grouped model with some fields of the model or the MoE changed."""
   moe = MoE(
-    num_experts=4, dispatch=Dispatch.GROUPED, capacity_factor=UNLIMITED,
+    num_experts=4,
+    dispatch=Dispatch.GROUPED,
+    capacity_factor=UNLIMITED,
     eval_capacity_factor=UNLIMITED,
-  )  # fmt: skip
+  )
   fields = {f.name for f in dataclasses.fields(moe)}
   moe = dataclasses.replace(moe, **{n: v for n, v in changes.items() if n in fields})
   model = Model(moe=moe, **{n: v for n, v in changes.items() if n not in fields})

@@ -14,12 +14,26 @@ transformers = pytest.importorskip("transformers", reason=MISSING)
 
 # Odd sizes, at least two layers of each kind, every option on that the family has.
 COMMON: dict[str, Any] = dict(
-  vocab_size=37, hidden_size=20, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-  head_dim=6, max_position_embeddings=96, rms_norm_eps=1e-4, bos_token_id=None, eos_token_id=None,
-  pad_token_id=None, initializer_range=0.02,
-)  # fmt: skip
-_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 3.0, "beta_fast": 8.0,
-         "original_max_position_embeddings": 32}  # fmt: skip
+  vocab_size=37,
+  hidden_size=20,
+  num_hidden_layers=3,
+  num_attention_heads=6,
+  num_key_value_heads=2,
+  head_dim=6,
+  max_position_embeddings=96,
+  rms_norm_eps=1e-4,
+  bos_token_id=None,
+  eos_token_id=None,
+  pad_token_id=None,
+  initializer_range=0.02,
+)
+_YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 500.0,
+  "factor": 3.0,
+  "beta_fast": 8.0,
+  "original_max_position_embeddings": 32,
+}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 4.0, "low_freq_factor": 1.0,
            "high_freq_factor": 3.0, "original_max_position_embeddings": 24}  # fmt: skip
 _LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}

@@ -188,10 +188,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     stat = path.stat()
     changed = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(stat.st_mtime))
     return {
-      "kind": "storage#object", "bucket": bucket, "name": name, "size": str(stat.st_size),
-      "generation": str(stat.st_mtime_ns), "metageneration": "1", "updated": changed,
-      "timeCreated": changed, "storageClass": "STANDARD",
-    }  # fmt: skip
+      "kind": "storage#object",
+      "bucket": bucket,
+      "name": name,
+      "size": str(stat.st_size),
+      "generation": str(stat.st_mtime_ns),
+      "metageneration": "1",
+      "updated": changed,
+      "timeCreated": changed,
+      "storageClass": "STANDARD",
+    }
 
   def upload(
     self, bucket: str, query: dict[str, str], body: bytes
@@ -233,8 +239,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     for part in parts_of(self.headers["Content-Type"], body):
       method, url, _ = part.decode().split(" ", 2)
       try:
-        status, content, _ = self.result(method, urllib.parse.urlsplit(url)._replace(
-          scheme="", netloc="").geturl(), b"")  # fmt: skip
+        status, content, _ = self.result(
+          method, urllib.parse.urlsplit(url)._replace(scheme="", netloc="").geturl(), b""
+        )
       except Refused as refused:
         status, content = refused.args[0], b""
       answers.append(

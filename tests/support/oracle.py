@@ -123,9 +123,14 @@ def select(inputs, spec):
     queue = []
     for t in tokens:
       experts = choices_of_token(
-        logits_TE[t], score_TE[t], int(ids_T[t]), noise_TE[t],
-        plan[t - start] if plan is not None else None, inputs.bias_E, spec,
-      )  # fmt: skip
+        logits_TE[t],
+        score_TE[t],
+        int(ids_T[t]),
+        noise_TE[t],
+        plan[t - start] if plan is not None else None,
+        inputs.bias_E,
+        spec,
+      )
       sure = max(score_TE[t, e] for e in experts)
       for rank, e in enumerate(experts):
         order = {"token": (t, rank), "choice": (rank, t), "score": (rank, -sure, t)}[spec.priority]

@@ -19,10 +19,16 @@ def alone(devices):
 
 def train_command(workdir, cache, *arguments):
   return [
-    sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
-    f"--cache_dir={cache}", "--config.train.log_every=1", "--config.mesh.expert=2",
-    CONSTANT, *arguments,
-  ]  # fmt: skip
+    sys.executable,
+    "train.py",
+    "--config=configs/debug.py",
+    f"--workdir={workdir}",
+    f"--cache_dir={cache}",
+    "--config.train.log_every=1",
+    "--config.mesh.expert=2",
+    CONSTANT,
+    *arguments,
+  ]
 
 
 class Together:

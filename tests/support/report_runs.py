@@ -86,12 +86,17 @@ def write_sweep(out, runs, **more):
   """Writes sweep.json for runs {(arm, seed): status}; a failed run has an error."""
   entries = [
     {
-      "arm": arm, "seed": seed, "workdir": f"{arm}/seed{seed}", "status": status, "seconds": 1.0,
-      "command": f"python train.py --workdir={arm}/seed{seed}", "evaluate": "python eval.py",
+      "arm": arm,
+      "seed": seed,
+      "workdir": f"{arm}/seed{seed}",
+      "status": status,
+      "seconds": 1.0,
+      "command": f"python train.py --workdir={arm}/seed{seed}",
+      "evaluate": "python eval.py",
       "error": "error: loss is nan" if status == "failed" else "",
     }
     for (arm, seed), status in runs.items()
-  ]  # fmt: skip
+  ]
   sweep = {"question": "Do experts help?", "sweep": "configs/sweeps/help.py", "base": "base.py"}
   sweep |= {"target_arm": "dense", "published": "7.5x", "band": "1.2x to 2x", "runs": entries}
   arms = dict.fromkeys(arm for arm, _ in runs)

@@ -36,18 +36,29 @@ def moe_config(name: str, *, dropless: bool = False, **fields) -> MoE:
   routing, factor, group = ROUTINGS[name]
   factor = math.inf if dropless and name != "expert-choice" else factor
   return MoE(
-    num_experts=E, expert_dim=F, capacity_factor=factor, eval_capacity_factor=factor,
-    group_size=group, **routing | fields,
-  )  # fmt: skip
+    num_experts=E,
+    expert_dim=F,
+    capacity_factor=factor,
+    eval_capacity_factor=factor,
+    group_size=group,
+    **routing | fields,
+  )
 
 
 def spec(moe: MoE) -> oracle.Spec:
   return oracle.Spec(
     router="topk" if moe.router is Router.SWITCH else moe.router.value,
-    top_k=moe.top_k, renormalize=moe.renormalize, score=moe.score.value, scale=moe.gate_scale,
-    groups=moe.expert_groups, top_groups=moe.top_groups, priority=moe.priority.value,
-    factor=moe.capacity_factor, group=moe.group_size, biased=bool(moe.bias_update_rate),
-  )  # fmt: skip
+    top_k=moe.top_k,
+    renormalize=moe.renormalize,
+    score=moe.score.value,
+    scale=moe.gate_scale,
+    groups=moe.expert_groups,
+    top_groups=moe.top_groups,
+    priority=moe.priority.value,
+    factor=moe.capacity_factor,
+    group=moe.group_size,
+    biased=bool(moe.bias_update_rate),
+  )
 
 
 @functools.cache

@@ -35,12 +35,20 @@ CONSTANT = "--config.optimizer.schedule=constant"
 
 def command(workdir, cache, *arguments, steps=12):
   return [
-    sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={workdir}",
-    f"--cache_dir={cache}", f"--config.train.steps={steps}",
-    "--config.train.eval_every=4", "--config.train.checkpoint_every=4",
-    "--config.train.log_every=1", "--config.model.moe.jitter=0.1", CONSTANT,
-    "--config.model.moe.bias_update_rate=0.001", *arguments,
-  ]  # fmt: skip
+    sys.executable,
+    "train.py",
+    "--config=configs/debug.py",
+    f"--workdir={workdir}",
+    f"--cache_dir={cache}",
+    f"--config.train.steps={steps}",
+    "--config.train.eval_every=4",
+    "--config.train.checkpoint_every=4",
+    "--config.train.log_every=1",
+    "--config.model.moe.jitter=0.1",
+    CONSTANT,
+    "--config.model.moe.bias_update_rate=0.001",
+    *arguments,
+  ]
 
 
 def python(*arguments, **options):

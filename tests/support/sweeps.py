@@ -56,9 +56,13 @@ def start_real(folder, cache, arms, *options, **more):
   fields = [f"--cache_dir={cache}", "--config.train.log_every=1"]
   return subprocess.Popen(
     [sys.executable, "sweep.py", f"--sweep={path}", f"--out={folder / 'out'}", *fields, *options],
-    cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    cwd=ROOT,
+    env=ENVIRONMENT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
     start_new_session=True,
-  )  # fmt: skip
+  )
 
 
 def end(process):

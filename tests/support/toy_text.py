@@ -23,10 +23,17 @@ def toy_rows(lengths, labels, domains=("a", "b"), seq_len=9):
   stream_N = np.concatenate([*documents, [S]])
   starts_M = np.cumsum([0, *map(len, documents[:-1])])
   return pipeline.Rows(
-    stream_N=stream_N, seq_len=seq_len, tokenizer=tokenizer, num_documents=len(documents),
-    num_bytes=1, digest="", domains=domains, starts_M=starts_M, domain_M=np.array(labels),
+    stream_N=stream_N,
+    seq_len=seq_len,
+    tokenizer=tokenizer,
+    num_documents=len(documents),
+    num_bytes=1,
+    digest="",
+    domains=domains,
+    starts_M=starts_M,
+    domain_M=np.array(labels),
     source_M=np.arange(len(labels)),
-  )  # fmt: skip
+  )
 
 
 @functools.cache

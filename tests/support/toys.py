@@ -58,14 +58,20 @@ def toy_config(fields=None, **moe) -> Config:
   moe = {"num_experts": 4, "top_k": 2, "expert_dim": 18} | moe
   config = Config(
     model=Model(
-      vocab_size=24, num_layers=2, dim=10, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=14,
+      vocab_size=24,
+      num_layers=2,
+      dim=10,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=6,
+      ffn_dim=14,
       moe=MoE(**moe),
     ),
     data=Data(seq_len=9, batch_size=8),
     optimizer=Optimizer(warmup_steps=1, learning_rate=0.01),
     train=Train(steps=10, eval_every=5, checkpoint_every=5),
     mesh=Mesh(data=1),
-  )  # fmt: skip
+  )
   return override(config, fields or {})
 
 
@@ -167,38 +173,66 @@ def build(config, seed=0):
 def with_options(model):
   """Returns a toy model with every option of its layers that is off by default."""
   return dataclasses.replace(
-    model, qk_norm=QKNorm.WIDTH, qkv_bias=True, out_bias=True, rotary_fraction=0.67,
-    rope_scaling=RopeScaling(
-      kind=RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0
-    ),
-    window=4, global_every=2, sinks=True, soft_cap=1.5, logit_soft_cap=2.0,
+    model,
+    qk_norm=QKNorm.WIDTH,
+    qkv_bias=True,
+    out_bias=True,
+    rotary_fraction=0.67,
+    rope_scaling=RopeScaling(kind=RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0),
+    window=4,
+    global_every=2,
+    sinks=True,
+    soft_cap=1.5,
+    logit_soft_cap=2.0,
     activation=Activation.CLAMPED_SWIGLU,
-    activation_limit=0.9, attention_scale=0.7, embedding_multiplier=2.0,
-    residual_multiplier=0.5, logit_multiplier=1.5,
-    moe=dataclasses.replace(model.moe, shared_experts=1, shared_dim=14, shared_gate=True,
-                            expert_bias=True, router_bias=True),
-  )  # fmt: skip
+    activation_limit=0.9,
+    attention_scale=0.7,
+    embedding_multiplier=2.0,
+    residual_multiplier=0.5,
+    logit_multiplier=1.5,
+    moe=dataclasses.replace(
+      model.moe,
+      shared_experts=1,
+      shared_dim=14,
+      shared_gate=True,
+      expert_bias=True,
+      router_bias=True,
+    ),
+  )
 
 
 def with_latents(model, query_dim=5):
   """Returns a toy model with latent attention, windows, and groups that are chosen by the best."""
   return dataclasses.replace(
-    model, latent=Latent(kv_dim=7, query_dim=query_dim, rotary_dim=4, value_dim=5),
-    head_dim=9, num_kv_heads=model.num_heads, rope_interleaved=True, window=6, global_every=2,
+    model,
+    latent=Latent(kv_dim=7, query_dim=query_dim, rotary_dim=4, value_dim=5),
+    head_dim=9,
+    num_kv_heads=model.num_heads,
+    rope_interleaved=True,
+    window=6,
+    global_every=2,
     rope_scaling=RopeScaling(
-      kind=RopeKind.YARN, factor=3.0, original_length=8, beta_fast=4.0,
+      kind=RopeKind.YARN,
+      factor=3.0,
+      original_length=8,
+      beta_fast=4.0,
       mscale_all_dim=0.8,
     ),
-  )  # fmt: skip
+  )
 
 
 def with_delta(model):
   """Returns a toy model in which every second layer has the delta rule in place of attention."""
   return dataclasses.replace(
-    model, delta=Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3, conv_width=4),
-    global_every=2, attention_gate=True, norm_offset=True, qk_norm=QKNorm.HEAD,
-    rotary_fraction=0.67, moe=dataclasses.replace(model.moe, shared_experts=1, shared_gate=True),
-  )  # fmt: skip
+    model,
+    delta=Delta(value_heads=6, key_heads=2, key_dim=5, value_dim=3, conv_width=4),
+    global_every=2,
+    attention_gate=True,
+    norm_offset=True,
+    qk_norm=QKNorm.HEAD,
+    rotary_fraction=0.67,
+    moe=dataclasses.replace(model.moe, shared_experts=1, shared_gate=True),
+  )
 
 
 def biased_config(rate=0.05):
@@ -206,6 +240,15 @@ def biased_config(rate=0.05):
 
 
 TOY_SIZES = dict(
-  vocab_size=32, dim=16, layers=1, heads=2, kv_heads=1, experts_count=2, top_k=1, expert_dim=16,
-  seq_len=8, batch_size=2, seed=0,
-)  # fmt: skip
+  vocab_size=32,
+  dim=16,
+  layers=1,
+  heads=2,
+  kv_heads=1,
+  experts_count=2,
+  top_k=1,
+  expert_dim=16,
+  seq_len=8,
+  batch_size=2,
+  seed=0,
+)

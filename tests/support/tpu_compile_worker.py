@@ -13,10 +13,13 @@ import sys
 
 # libtpu must not look for the machine that it describes, nor lock itself to one process.
 os.environ |= {
-  "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_LOG_DIR": "disabled",
-}  # fmt: skip
+}
 os.environ.pop("XLA_FLAGS", None)  # those of conftest simulate devices
 
 import jax
@@ -88,9 +91,13 @@ def layer(mesh, sizes=(B, L, D, F), **options):
 
   experts = Experts(weights((E, D, F)), weights((E, D, F)), weights((E, F, D)))
   return loss, (
-    tokens((B, L, D), jnp.bfloat16), tokens((B, L, E), jnp.float32), experts,
-    tokens((B, L), jnp.bool_), tokens((B, L), jnp.int32), array(mesh, (E,), jnp.float32),
-  )  # fmt: skip
+    tokens((B, L, D), jnp.bfloat16),
+    tokens((B, L, E), jnp.float32),
+    experts,
+    tokens((B, L), jnp.bool_),
+    tokens((B, L), jnp.int32),
+    array(mesh, (E,), jnp.float32),
+  )
 
 
 def compile_both(loss, shapes, differentiated=(0, 1, 2)):

@@ -19,13 +19,18 @@ from moe_jax.training import step as step_lib
 LENGTH = 1152  # a multiple of 128 that is no other size, and no product of other sizes
 _CONFIG = Config(
   model=Model(
-    vocab_size=512, num_layers=2, dim=256, num_heads=4, num_kv_heads=2, head_dim=128,
+    vocab_size=512,
+    num_layers=2,
+    dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
     compute_dtype=Dtype.BFLOAT16,
     moe=MoE(num_experts=4, expert_dim=128, capacity_factor=1.25),
   ),
   data=Data(seq_len=LENGTH, batch_size=4),
   mesh=Mesh(data=1, expert=2, tensor=2),
-)  # fmt: skip
+)
 
 
 def compile_step(devices: Sequence[jax.Device], attention: str) -> str:
@@ -51,13 +56,20 @@ def compile_config(config: Config, devices: Sequence[jax.Device]) -> str:
 # vector register, along which XLA gathers and scatters nothing.
 SPLIT = Config(
   model=Model(
-    vocab_size=1024, num_layers=2, dim=2048, num_heads=8, num_kv_heads=8, head_dim=128,
-    tied_head=False, compute_dtype=Dtype.BFLOAT16, remat=Remat.FULL,
+    vocab_size=1024,
+    num_layers=2,
+    dim=2048,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+    tied_head=False,
+    compute_dtype=Dtype.BFLOAT16,
+    remat=Remat.FULL,
     attention=Attention.REFERENCE,
     moe=MoE(num_experts=8, expert_dim=512, capacity_factor=1.25),
   ),
   data=Data(seq_len=256, batch_size=64),
-)  # fmt: skip
+)
 
 
 def collectives(hlo: str) -> dict[str, set[int]]:

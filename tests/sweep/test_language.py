@@ -21,13 +21,18 @@ def test_zipped_lists_have_one_pair_for_each_place_and_lists_are_added():
   assert names == ["a-x", "b-y", "a", "b"]
 
 
-@pytest.mark.parametrize(("make", "why"), [
-  (lambda: product(FIRST, [arm("c", {"train.steps": 3})]),
-   r"a-c: config.train.steps is set twice, to 1 and 3"),
-  (lambda: zipped(FIRST, FIRST[:1]), r"2 and 1 arms; give each the same number"),
-  (lambda: arm("a/b"), r"'a/b': the name is also a folder"),
-  (lambda: arm("a", 3), r"arm a: 3 is neither"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("make", "why"),
+  [
+    (
+      lambda: product(FIRST, [arm("c", {"train.steps": 3})]),
+      r"a-c: config.train.steps is set twice, to 1 and 3",
+    ),
+    (lambda: zipped(FIRST, FIRST[:1]), r"2 and 1 arms; give each the same number"),
+    (lambda: arm("a/b"), r"'a/b': the name is also a folder"),
+    (lambda: arm("a", 3), r"arm a: 3 is neither"),
+  ],
+)
 def test_what_makes_no_arm_is_refused(make, why):
   with pytest.raises(UserError, match=why):
     make()

@@ -116,8 +116,7 @@ def test_finer_experts_by_hand(by):
   assert twin.model.moe.expert_dim == round((before * 192 + (8 - 16) / 3) / used)
   assert twin.model.moe.num_experts == 16 and twin.model.moe.shared_experts == 1
   assert "moe twin by" in note
-  rest = override(twin, {f"model.moe.{n}": v for n, v in flatten(
-    config.model.moe).items()}, "")  # fmt: skip
+  rest = override(twin, {f"model.moe.{n}": v for n, v in flatten(config.model.moe).items()}, "")
   assert rest == config
 
 

@@ -144,8 +144,13 @@ def test_a_file_that_returns_no_sweep_is_refused(tmp_path):
 
 def test_a_sweep_without_a_docstring_is_refused(tmp_path):
   path = pathlib.Path(write_sweep(tmp_path, TWO))
-  path.write_text(path.read_text().replace("'''", "#", 1).replace(
-    "Why", "#").replace("'''", "#").replace("\n\n#", "\n#"))  # fmt: skip
+  path.write_text(
+    path.read_text()
+    .replace("'''", "#", 1)
+    .replace("Why", "#")
+    .replace("'''", "#")
+    .replace("\n\n#", "\n#")
+  )
   with pytest.raises(UserError, match=r"it has no docstring; begin with the question"):
     make(str(path))
 

@@ -113,9 +113,13 @@ def test_two_sweeps_at_once(folder):
 def test_a_terminal_that_is_closed_stops_a_sweep_which_saves(folder):
   ours, theirs = os.openpty()
   process = start(
-    folder, before=("-c", IN_A_TERMINAL), stdin=theirs, stdout=theirs, stderr=theirs,
+    folder,
+    before=("-c", IN_A_TERMINAL),
+    stdin=theirs,
+    stdout=theirs,
+    stderr=theirs,
     start_new_session=True,
-  )  # fmt: skip
+  )
   os.close(theirs)
   log = wait_for_step_5(folder)
   os.close(ours)

@@ -53,9 +53,11 @@ def test_a_failed_run_does_not_stop_the_others(history):
   statuses = {"bad": "failed", "base": "finished", "none": "finished"}
   assert history.first.code == 1 and history.first.statuses == statuses
   for words in (
-    "bad/seed0 FAILED with code 1: error: z is broken", "base/seed0 finished after 0:00:",
-    "loss 1.5000", "2 of 3 finished; 1 failed",
-  ):  # fmt: skip
+    "bad/seed0 FAILED with code 1: error: z is broken",
+    "base/seed0 finished after 0:00:",
+    "loss 1.5000",
+    "2 of 3 finished; 1 failed",
+  ):
     assert words in history.first.output
   log = history.first.logs["base"]
   assert "step     30/30" in log and "evaluated --routing" in log

@@ -8,9 +8,14 @@ import pytest
 from moe_jax.sweep import slots
 
 
-@pytest.mark.parametrize(("things", "count", "shares"), [
-  ([4, 5, 6, 7, 8], 2, [[4, 5], [6, 7, 8]]), ([0, 1], 3, [[0], [1], [0]]), ([], 2, [[], []]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("things", "count", "shares"),
+  [
+    ([4, 5, 6, 7, 8], 2, [[4, 5], [6, 7, 8]]),
+    ([0, 1], 3, [[0], [1], [0]]),
+    ([], 2, [[], []]),
+  ],
+)
 def test_shares_are_even_and_in_order(things, count, shares):
   assert [slots.share(things, slot, count) for slot in range(count)] == shares
 

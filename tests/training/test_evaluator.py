@@ -19,10 +19,15 @@ def rows_of(documents: list[np.ndarray], seq_len: int = 9) -> pipeline.Rows:
   starts_M = np.cumsum([0, *(len(ids) + 1 for ids in documents[:-1])])
   return pipeline.Rows(
     stream_N=np.concatenate([*(x for ids in documents for x in ([S], ids)), [S]]),
-    seq_len=seq_len, tokenizer=tokenizer, num_documents=len(documents),
-    num_bytes=sum(map(len, documents)), digest="", starts_M=starts_M,
-    domain_M=np.full(len(documents), -1), source_M=10 + np.arange(len(documents)),
-  )  # fmt: skip
+    seq_len=seq_len,
+    tokenizer=tokenizer,
+    num_documents=len(documents),
+    num_bytes=sum(map(len, documents)),
+    digest="",
+    starts_M=starts_M,
+    domain_M=np.full(len(documents), -1),
+    source_M=10 + np.arange(len(documents)),
+  )
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +118,11 @@ def test_largest_documents_are_named_by_their_number_in_the_split():
   (first, loss), (second, _) = evaluator.largest(rows, documents, 2)
   assert (first, second) == (11, 12)
   assert loss == {
-    "loss": pytest.approx(0.6), "bits_per_byte": pytest.approx(6 / np.log(2) / 9),
-    "tokens": 10, "bytes": 9,
-  }  # fmt: skip
+    "loss": pytest.approx(0.6),
+    "bits_per_byte": pytest.approx(6 / np.log(2) / 9),
+    "tokens": 10,
+    "bytes": 9,
+  }
 
 
 def test_sums_are_wider_than_32_bits():

@@ -175,10 +175,14 @@ def test_a_rewind_leaves_the_loop(tmp_path):
 def test_a_run_that_blows_up_says_where(tmp_path):
   """A real run at an absurd learning rate, stopped by a spike; the alarm is on disk."""
   done = python(
-    "train.py", "--config=configs/debug.py", f"--workdir={tmp_path}",
-    "--config.optimizer.learning_rate=3.0", "--config.health.on_alarm=stop",
-    "--config.health.window=3", "--config.train.eval_every=30",
-  )  # fmt: skip
+    "train.py",
+    "--config=configs/debug.py",
+    f"--workdir={tmp_path}",
+    "--config.optimizer.learning_rate=3.0",
+    "--config.health.on_alarm=stop",
+    "--config.health.window=3",
+    "--config.train.eval_every=30",
+  )
   assert done.returncode == health.StopAlarm.code
   (line,) = (tmp_path / "alarms.jsonl").read_text().splitlines()
   alarm = json.loads(line)

@@ -43,21 +43,20 @@ def config_of(text, num_experts=4, learning_rate=0.01, steps=4, **mesh):
   """A model of some thousand parameters for bytes, on the eight simulated devices."""
   return Config(
     model=Model(
-      num_layers=2, dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24,
+      num_layers=2,
+      dim=16,
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=8,
+      ffn_dim=24,
       moe=MoE(num_experts=num_experts, expert_dim=16, bias_update_rate=0.01),
     ),
-    data=Data(
-      name="text", path=str(text), seq_len=16, batch_size=8
-    ),
-    optimizer=Optimizer(
-      warmup_steps=0, learning_rate=learning_rate, weight_decay=0.0
-    ),
-    train=Train(
-      steps=steps, eval_every=2, checkpoint_every=2, keep_latest=2, log_every=1
-    ),
+    data=Data(name="text", path=str(text), seq_len=16, batch_size=8),
+    optimizer=Optimizer(warmup_steps=0, learning_rate=learning_rate, weight_decay=0.0),
+    train=Train(steps=steps, eval_every=2, checkpoint_every=2, keep_latest=2, log_every=1),
     eval=Eval(batches=1),
     mesh=Mesh(**mesh),
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +233,11 @@ def test_the_command_line_takes_a_runs_config_and_names_what_is_another(moe_run,
   done = call("train.py", run, "--config.train.steps=1", "--config.model.moe.top_k=1", "--diff")
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
-  for line in ("model.dim = 16   (default 192)", "model.moe.top_k = 1   (default 2)",
-               "train.steps = 1   (default 1000)"):  # fmt: skip
+  for line in (
+    "model.dim = 16   (default 192)",
+    "model.moe.top_k = 1   (default 2)",
+    "train.steps = 1   (default 1000)",
+  ):
     assert f"config.{line}" in lines
   steps = "--config.train.steps=1", "--config.optimizer.learning_rate=1e-12"
   done = call("train.py", run, *steps, *begun, "--config.model.rope_base=500")

@@ -37,9 +37,13 @@ def test_the_squared_variation_of_any_values_is_finite(scale):
 def test_a_loss_of_weight_zero_is_logged_only(name):
   """It neither enters the total nor has a gradient, though here it is not finite."""
   stats = counts.zeros(1, 2, 1)._replace(
-    tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), prob_E=jnp.ones((1, 2)),
-    z=jnp.ones(1), importance_E=jnp.ones((1, 2)), load_E=jnp.ones((1, 2)),
-  )  # fmt: skip
+    tokens=jnp.array([4]),
+    routed_E=jnp.array([[4, 0]]),
+    prob_E=jnp.ones((1, 2)),
+    z=jnp.ones(1),
+    importance_E=jnp.ones((1, 2)),
+    load_E=jnp.ones((1, 2)),
+  )
   sums = losses.sums(jnp.ones((1, 4, 2)), jnp.zeros((1, 4), int), jnp.ones((1, 4), bool), stats)
   source = {"load_balance": "prob_E", "router_z": "z", "importance": "importance_E"}
   source = source.get(name, "load_E")
@@ -75,26 +79,40 @@ def opposite_rows():
   routed = np.array([[4, 0], [0, 4]])
   prob = np.array([[3.0, 1.0], [1.0, 3.0]])
   stats = counts.zeros(1, 2, 1)._replace(
-    tokens=jnp.array([8]), sequences=jnp.array([2]), routed_E=jnp.array(routed.sum(0))[None],
+    tokens=jnp.array([8]),
+    sequences=jnp.array([2]),
+    routed_E=jnp.array(routed.sum(0))[None],
     prob_E=jnp.array(prob.sum(0))[None],
-    sequence_balance=jnp.sum(balance_loss(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))
-    [None],
-  )  # fmt: skip
+    sequence_balance=jnp.sum(balance_loss(jnp.array(routed), jnp.array(prob), jnp.full(2, 4)))[
+      None
+    ],
+  )
   ones = jnp.ones((1, 1))
   together = losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats)
   halves = [
-    losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats._replace(
-      tokens=jnp.array([4]), routed_E=jnp.array(routed[i])[None], prob_E=jnp.array(prob[i])[None]))
+    losses.sums(
+      ones[..., None],
+      jnp.zeros((1, 1), int),
+      ones > 0,
+      stats._replace(
+        tokens=jnp.array([4]), routed_E=jnp.array(routed[i])[None], prob_E=jnp.array(prob[i])[None]
+      ),
+    )
     for i in range(2)
-  ]  # fmt: skip
+  ]
   return Rows(together, jax.tree.map(jnp.add, *halves))
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize(("rows", "scope", "expected"), [
-  ("together", BalanceScope.GLOBAL, 1.0), ("together", BalanceScope.SEQUENCE, 1.5),  # 2 * 1 * 3/4
-  ("one_by_one", BalanceScope.MICROBATCH, 1.5), ("one_by_one", BalanceScope.GLOBAL, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("rows", "scope", "expected"),
+  [
+    ("together", BalanceScope.GLOBAL, 1.0),
+    ("together", BalanceScope.SEQUENCE, 1.5),  # 2 * 1 * 3/4
+    ("one_by_one", BalanceScope.MICROBATCH, 1.5),
+    ("one_by_one", BalanceScope.GLOBAL, 1.0),
+  ],
+)
 def test_the_balance_loss_of_a_scope(rows, scope, expected, opposite_rows):
   assert losses.load_balance(getattr(opposite_rows, rows), scope).tolist() == [expected]
 
@@ -133,9 +151,13 @@ def test_cross_entropy_by_hand():
 def test_weighted_losses_by_hand():
   """Losses of three targets and of two experts, of which one is chosen by all four tokens."""
   stats = counts.zeros(1, 2, 1)._replace(
-    tokens=jnp.array([4]), routed_E=jnp.array([[4, 0]]), kept_E=jnp.array([[4, 0]]),
-    prob_E=jnp.array([[3.0, 1.0]]), z=jnp.array([8.0]), importance_E=jnp.array([[3.0, 1.0]]),
-  )  # fmt: skip
+    tokens=jnp.array([4]),
+    routed_E=jnp.array([[4, 0]]),
+    kept_E=jnp.array([[4, 0]]),
+    prob_E=jnp.array([[3.0, 1.0]]),
+    z=jnp.array([8.0]),
+    importance_E=jnp.array([[3.0, 1.0]]),
+  )
   uniform = losses.sums(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool), stats)
   weights = Loss(load_balance=0.1, router_z=0.01, importance=0.2)
   found = losses.total(uniform._replace(nll=jnp.array(6.0)), weights, 1)

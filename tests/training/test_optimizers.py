@@ -25,9 +25,11 @@ from tests.support.toys import (
 
 MESHES = [{}, dict(expert=2, fsdp=2)]
 STACKED = {  # name: shape, with the layers Z before the letters
-  "up_EDF": (2, 4, 6, 10), "down_EFD": (2, 4, 10, 6), "q_DHA": (2, 6, 4, 3),
+  "up_EDF": (2, 4, 6, 10),
+  "down_EFD": (2, 4, 10, 6),
+  "q_DHA": (2, 6, 4, 3),
   "out_HAD": (2, 4, 3, 6),
-}  # fmt: skip
+}
 
 
 def settings(name, **more):
@@ -147,8 +149,12 @@ def test_adafactor_by_numpy(axes):
 
 
 # 130 experts of a width between: a row of 130 of them would be the second largest dimension.
-MANY = {"up_EDF": (2, 130, 6, 256), "down_EFD": (2, 130, 140, 128), "router_DE": (2, 150, 130),
-        "gate_bias_EF": (2, 130, 140)}  # fmt: skip
+MANY = {
+  "up_EDF": (2, 130, 6, 256),
+  "down_EFD": (2, 130, 140, 128),
+  "router_DE": (2, 150, 130),
+  "gate_bias_EF": (2, 130, 140),
+}
 
 
 def test_adafactor_updates_each_of_many_experts_as_if_it_were_alone():

@@ -63,13 +63,11 @@ def test_a_run_leaves_a_trace_of_its_steps(tmp_path, capsys):
     (tmp_path / "text" / f"{n}.txt").write_text(f"document {n} is about the number {n}. " * 40)
   config = Config(
     model=Model(num_layers=1, dim=8, num_heads=1, num_kv_heads=1, head_dim=8, ffn_dim=8),
-    data=Data(
-      name="text", path=str(tmp_path / "text"), seq_len=16, batch_size=8
-    ),
+    data=Data(name="text", path=str(tmp_path / "text"), seq_len=16, batch_size=8),
     optimizer=Optimizer(warmup_steps=0),
     train=Train(steps=5, eval_every=5, checkpoint_every=5),
     eval=Eval(batches=1),
-  )  # fmt: skip
+  )
   run_lib.run(config, str(tmp_path / "run"), profile="3:4")
   (trace,) = (tmp_path / "run/profile/plugins/profile").glob("*/*.xplane.pb")
   assert f"xprof --logdir={tmp_path / 'run/profile'}" in capsys.readouterr().out

@@ -51,17 +51,20 @@ def own_cache(cache, monkeypatch):
 def config_of(text, steps=40, every=8, **health):
   return Config(
     model=Model(
-      num_layers=1, dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffn_dim=12,
+      num_layers=1,
+      dim=8,
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=4,
+      ffn_dim=12,
       moe=MoE(num_experts=4, expert_dim=8, jitter=0.1),
     ),
     data=Data(name="text", path=str(text), seq_len=16, batch_size=8),
     optimizer=Optimizer(warmup_steps=0),
-    train=Train(
-      steps=steps, eval_every=every, checkpoint_every=every, log_every=1, keep_latest=9
-    ),
+    train=Train(steps=steps, eval_every=every, checkpoint_every=every, log_every=1, keep_latest=9),
     eval=Eval(batches=1),
     health=Health(**health),
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture
@@ -106,8 +109,11 @@ def test_an_update_that_is_not_finite_is_skipped(text, tmp_path, nan_in_one_batc
   run_lib.run(config, str(workdir))
   (skip,) = alarms_of(workdir, "skip")
   step = skip["step"]
-  lines = {line["step"]: line for line in workdir_lib.read_lines(workdir / "metrics.jsonl")
-           if "train/loss" in line}  # fmt: skip
+  lines = {
+    line["step"]: line
+    for line in workdir_lib.read_lines(workdir / "metrics.jsonl")
+    if "train/loss" in line
+  }
   assert np.isnan(lines[step]["train/loss"]) and np.isfinite(lines[step + 1]["train/loss"])
   assert [lines[s]["train/skipped_updates"] for s in (step - 1, step, 40)] == [0, 1, 1]
   norms = [lines[s]["train/param_norm"] for s in (step - 1, step + 1)]
@@ -288,10 +294,19 @@ def test_a_signal_in_a_validation_ends_it_and_two_at_once_are_one(text, tmp_path
   assert evaluated == [[], [], [3, 6]] and len(read) == 2 + 2 + 3 + 3
 
 
-@pytest.mark.parametrize("name", [
-  "checkpoints", "checkpoints/deleted", "checkpoints/4", "tensorboard", "metrics.jsonl", "profile",
-  "profile/plugins/profile", "alarms.jsonl",
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name",
+  [
+    "checkpoints",
+    "checkpoints/deleted",
+    "checkpoints/4",
+    "tensorboard",
+    "metrics.jsonl",
+    "profile",
+    "profile/plugins/profile",
+    "alarms.jsonl",
+  ],
+)
 def test_no_run_writes_or_deletes_through_a_link(name, text, trained, tmp_path):
   workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
   shutil.copytree(trained, workdir)
@@ -324,7 +339,11 @@ def test_more_steps_move_the_schedule_and_the_start_says_so(text, tmp_path, caps
     run_lib.run(config, str(tmp_path))
     said.append([x for x in capsys.readouterr().out.splitlines() if "moves the schedule" in x])
   new, old = optimizers.schedule(config.optimizer, 16)(8), config.optimizer.final_fraction
-  assert said == [[], [
-    "config.train.steps=16 (was 8) moves the schedule: the learning rate of step 9 is "
-    f"{new:.3g}, and was {config.optimizer.learning_rate * old:.3g}"
-  ], []]  # fmt: skip
+  assert said == [
+    [],
+    [
+      "config.train.steps=16 (was 8) moves the schedule: the learning rate of step 9 is "
+      f"{new:.3g}, and was {config.optimizer.learning_rate * old:.3g}"
+    ],
+    [],
+  ]

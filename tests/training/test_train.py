@@ -110,12 +110,29 @@ def test_every_mesh_has_the_same_parameters_after_two_steps(on_mesh, on_one):
 
 
 OPTIONS = {
-  with_options: {"q_bias_HA", "out_bias_D", "shared_gate_D", "norm_HA", "norm_GA", "sinks_H",
-                 "router_bias_E", "gate_bias_EF", "down_bias_ED"},
+  with_options: {
+    "q_bias_HA",
+    "out_bias_D",
+    "shared_gate_D",
+    "norm_HA",
+    "norm_GA",
+    "sinks_H",
+    "router_bias_E",
+    "gate_bias_EF",
+    "down_bias_ED",
+  },
   with_latents: {"q_down_DQ", "q_up_QHA", "kv_down_DU", "kv_up_WHY", "out_HXD", "norm_Q"},
-  with_delta: {"qkvz_DJY", "ba_DJR", "conv_UC", "log_rate_O", "rate_bias_O", "norm_X", "out_OXD",
-               "gate_DHA"},
-}  # fmt: skip
+  with_delta: {
+    "qkvz_DJY",
+    "ba_DJR",
+    "conv_UC",
+    "log_rate_O",
+    "rate_bias_O",
+    "norm_X",
+    "out_OXD",
+    "gate_DHA",
+  },
+}
 
 
 @pytest.mark.slow

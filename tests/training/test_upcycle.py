@@ -114,8 +114,11 @@ def test_the_other_methods_change_the_experts(method, amount):
   moe = {sharding.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(new)}
   where = ("scans", "0", "blocks", "0", "ffn")
   kept = []
-  for name, old, axis in (("gate_EDF", "gate_DF", 2), ("up_EDF", "up_DF", 2),
-                          ("down_EFD", "down_FD", 1)):  # fmt: skip
+  for name, old, axis in (
+    ("gate_EDF", "gate_DF", 2),
+    ("up_EDF", "up_DF", 2),
+    ("down_EFD", "down_FD", 1),
+  ):
     got, want = np.asarray(moe[*where, name][0]), np.asarray(dense[*where, old][0])
     assert not np.array_equal(got[0], got[1])
     assert np.std(got) == pytest.approx(np.std(want), rel=0.2)
@@ -148,9 +151,10 @@ def test_it_trains():
       losses.append(float(metrics["loss"]))
   assert losses[-1] < losses[0] - 0.1
   experts = next(
-    np.asarray(x[0]) for p, x in jax.tree_util.tree_leaves_with_path(state.params)
+    np.asarray(x[0])
+    for p, x in jax.tree_util.tree_leaves_with_path(state.params)
     if "up_EDF" in jax.tree_util.keystr(p)
-  )  # fmt: skip
+  )
   assert not np.array_equal(experts[0], experts[1])
 
 
