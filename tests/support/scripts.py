@@ -102,7 +102,7 @@ def built(path: pathlib.Path, build: Callable[[pathlib.Path], dict[str, Any]]) -
   def run(partial):
     (partial / "said.json").write_text(json.dumps(build(partial)))
 
-  cache_lib.build_once(path, run)
+  cache_lib.build_once(path, run, pathlib.Path.exists)
   return Built(path, json.loads((path / "said.json").read_text()))
 
 
