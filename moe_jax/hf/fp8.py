@@ -17,7 +17,7 @@ _SCALES = "_scale_inv"
 PARTS = (_SCALES,)  # what the names of the tensors beside a weight end in
 
 
-def find_fp8(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Shape]:
+def find(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Shape]:
   """Returns {name: shape} of the FP8 weights among the tensors of a file."""
   found = {}
   for scales, shape in shapes.items():
@@ -30,7 +30,7 @@ def find_fp8(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str,
   return found
 
 
-def read_fp8(name: str, shape: Shape, ranges: Ranges, read_part: Read) -> np.ndarray:
+def read(name: str, shape: Shape, ranges: Ranges, read_part: Read) -> np.ndarray:
   """Returns a range of a weight [O, I], float32.
 
   Args:

@@ -16,7 +16,7 @@ _BIAS = 127  # of the exponent that a scale's byte holds
 PARTS = ("_blocks", "_scales")  # what the names of the two tensors end in
 
 
-def find_mxfp4(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Shape]:
+def find(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Shape]:
   """Returns {name: shape} of the MXFP4 weights among the tensors of a file."""
   found: dict[str, Shape] = {}
   for scales, shape in shapes.items():
@@ -29,7 +29,7 @@ def find_mxfp4(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[st
   return found
 
 
-def read_mxfp4(name: str, shape: Shape, ranges: Ranges, read_bytes: Read) -> np.ndarray:
+def read(name: str, shape: Shape, ranges: Ranges, read_bytes: Read) -> np.ndarray:
   """Returns a range of a weight [E, I, O], float32.
 
   Args:

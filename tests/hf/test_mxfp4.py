@@ -20,7 +20,7 @@ def packed(seed, E, O, I):  # noqa: E741 (shape letters)
 
 
 def read(parts, ranges):
-  return mxfp4.read_mxfp4("w", (), ranges, lambda name, r: parts[name[1:]][r])
+  return mxfp4.read("w", (), ranges, lambda name, r: parts[name[1:]][r])
 
 
 def whole(parts):
