@@ -227,6 +227,9 @@ def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
   values.pop("digest", None)  # which files.read_json has looked at
   if number > _FORMAT:
     raise UserError(f"config.json is of format {number}, made by a newer moe_jax; update this one")
+  sections = {field.rpartition(".")[0] for field in field_names()}
+  if wrong := sections & values.keys():
+    raise UserError(f"config.json: {min(wrong)} is no object with its fields")
   for name in ("model.moe.capacity_factor", "model.moe.eval_capacity_factor"):
     if number < 1 and values.get(name) == 0:  # format 0, which has no number, wrote no limit as 0
       values[name] = "inf"

@@ -90,7 +90,7 @@ def read_run_files(path: pathlib.Path, root: pathlib.Path, sizes: dict[str, int]
   with _damage(path):
     found = workdir_lib.read_object(_in_place(path, root))
     if path.name == workdir_lib.CONFIG:
-      found = dict(_flat(upgraded(found)))
+      found = upgraded(found)
     elif (number := found.get("format", 0)) > SWEEP_FORMAT:
       raise ValueError(f"it is of format {number}, made by a newer moe_jax; update this one")
     if not found and not (path.name == SWEEP and path.exists()):
@@ -185,12 +185,3 @@ def _kept(value: Any, kind: Any, sizes: dict[str, int], name: str = "it") -> Any
   if not holds(value):
     raise TypeError(f"{name} is {reprlib.repr(value)}, not {word}")
   return value
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Flattens the sections of a config: {'model': {'dim': 8}} -> 'model.dim', 8."""
-  for name, value in nested.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value

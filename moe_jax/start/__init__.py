@@ -1,1 +1,1 @@
-"""From argv to a started jax: command line, process start, processes that watch each other."""
+"""From argv to a started jax: the command line, the settings of a process, several processes."""

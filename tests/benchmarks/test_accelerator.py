@@ -40,7 +40,7 @@ def test_the_text_says_that_the_sizes_are_toys(result):
 
 
 def test_a_kernel_that_is_wrong_is_named_and_not_timed(monkeypatch):
-  monkeypatch.setattr(accelerator.choose, "difference", lambda *_: 0.5)
+  monkeypatch.setattr(accelerator.choose, "kernel_difference", lambda *_: 0.5)
   rows = accelerator.correctness(accelerator.Dtype.FLOAT32)
   wrong = {row["kernel"] for row in rows if row["error"]}
   assert "experts blocked" in wrong

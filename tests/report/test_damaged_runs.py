@@ -45,7 +45,7 @@ DAMAGE = [
   ("config.json", b"", "Expecting value"),
   ("config.json", b"[]", "it holds a list, not an object"),
   ("config.json", DEEP, "config.json is damaged"),
-  ("config.json", b'{"a":' * 500 + b"1" + b"}" * 500, "maximum recursion depth exceeded"),
+  ("config.json", b'{"a":' * 2000 + b"1" + b"}" * 2000, "maximum recursion depth exceeded"),
   ("config.json", b'{"model": 3}', "config.json is damaged"),
   ("config.json", b'{"train": {"steps": "9"}}', "train.steps is '9', not an integer from 0 up"),
   ("config.json", b'{"data": {"seq_len": %s}}' % HUGE, "data.seq_len is 1000"),

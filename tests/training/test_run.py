@@ -324,8 +324,8 @@ def test_no_run_writes_or_deletes_through_a_link(name, text, trained, tmp_path):
 def test_the_rows_that_are_named_are_those_of_the_batch(text):
   rows = run_lib.pipeline.load_rows(config_of(text).data, "train")
   batches = run_lib.pipeline.train_iterator(rows, config_of(text).data)
-  run_lib.pipeline.move(batches, 5)
-  assert run_lib.pipeline.place(batches) == 5
+  run_lib.pipeline.skip_to(batches, 5)
+  assert run_lib.pipeline.next_number(batches) == 5
   for number in (5, 6, 7):
     want = rows.batch(run_lib.pipeline.batch_rows(rows, config_of(text).data, number))
     jax.tree.map(np.testing.assert_array_equal, next(batches), want)
