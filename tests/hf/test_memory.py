@@ -34,7 +34,7 @@ if sys.argv[3] == "whole":
   held = {n: t for f in made.stored.folder.glob("*.safetensors")
           for n, t in safetensors.numpy.load_file(f).items()}
 with jax.set_mesh(mesh):
-  weights = importing.read(made, mesh)
+  weights = importing.read_weights(made, mesh)
 print(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 2**30)
 """
 
