@@ -24,4 +24,4 @@ def test_arms_that_fail_do_not_stop_the_others_and_the_report_says_why(shared_fo
     name = arm.replace("_", "\\_")
     block = text.split(f"{name}/seed0: end of its log")[1].split("```")[1]
     assert reason in block
-  assert "2 of 4 runs did not finish, of diverges and too\\_large." in text
+  assert "4 arms, 4 runs: 2 finished, 2 failed." in text
