@@ -148,9 +148,9 @@ def earlier_turns(args: argparse.Namespace) -> list[dict[str, str]]:
   if args.messages:
     try:
       given = json.loads(text_files.read_text("--messages", args.messages))
-      if not all({"role", "content"} <= set(turn) for turn in given):
-        raise KeyError
-      turns += [{k: v for k, v in turn.items() if v is not None} for turn in given]
+      for turn in given:
+        whole = {**turn, "role": turn["role"], "content": turn["content"]}
+        turns.append({name: value for name, value in whole.items() if value is not None})
     except (KeyError, RecursionError, TypeError, ValueError):
       raise UserError(
         f'--messages={args.messages}: not a JSON list of {{"role": ..., "content": ...}}'

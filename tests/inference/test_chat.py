@@ -150,8 +150,9 @@ def test_an_import_answers_and_ends_at_the_files_eos(folder, tmp_path):
   assert done.stdout == answer.text + "\n"
   assert model.before == [] and model._ids("").tolist() == [0]  # its files put nothing there
   assert "--system and --messages go with --chat" in refused("generate.py", *options, earlier[1])
-  (tmp_path / "turns.json").write_text('[{"role": "user"}]')
-  assert "not a JSON list of" in refused("generate.py", *options, *earlier)
+  for text in ('[{"role": "user"}]', '[["role", "content"]]', '{"role": "user", "content": "a"}'):
+    (tmp_path / "turns.json").write_text(text)
+    assert "not a JSON list of" in refused("generate.py", *options, *earlier)
   ends = json.dumps({"eos_token_id": list(range(2, 24))})  # nearly every id
   (tmp_path / "run/hf/generation_config.json").write_text(ends)
   (row,) = moe_jax.load(tmp_path / "run").generate("abc", max_new_tokens=64, temperature=0)

@@ -167,7 +167,6 @@ def test_damaged_runs_are_named_on_stderr(tmp_path, capsys, monkeypatch):
   out = sweep(tmp_path)
   (out / "moe/seed1/eval.json").write_text("[]")
   monkeypatch.setattr("sys.argv", ["report", str(out)])
-  monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
   assert command.main() == 0
   said = capsys.readouterr().err
   assert said.count("\n") == 1 and said.startswith("moe/seed1 is left out: ")

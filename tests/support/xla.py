@@ -2,8 +2,13 @@
 
 import importlib.metadata
 
-# One piece of each program, as the processors are taken by the tests' processes.
-FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+# One piece of each program, as the processors are taken by the tests' processes; and one thread for
+# each product, because the order of its sums, and with it who wins a tie of the router, would depend
+# on the number of processors (with NPROC=16, two processes would not train as one).
+FAST = (
+  "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+  " --xla_cpu_multi_thread_eigen=false"
+)
 if importlib.metadata.version("jax").startswith("0.10."):
   FAST += " --xla_cpu_use_fusion_emitters=false"  # later versions end at a flag they do not know
 
