@@ -67,15 +67,17 @@ def main() -> None:
     from moe_jax.moe import validation  # imports jax, as the others do
     from moe_jax.start import startup
     from moe_jax.training import replay, run
+    from moe_jax.training import setup as setup_lib
 
     validation.validate(config)
 
   with startup.together(args.multihost, args.heartbeat_timeout, saves=not args.replay):
+    setup = setup_lib.prepare(config)
     if args.replay:
-      replay.replay(config, args.workdir, args.replay)
+      replay.replay(setup, args.workdir, args.replay)
       return
     run.run(
-      config,
+      setup,
       args.workdir,
       init_from_flag=args.init_from,
       init_optimizer=args.init_optimizer,

@@ -14,7 +14,7 @@ from moe_jax import sharding
 from moe_jax.config import Config
 from moe_jax.data import pipeline
 from moe_jax.training import setup as setup_lib
-from moe_jax.training.step import compile_init, compile_step
+from moe_jax.training.step import compile_step
 
 WARMUP_STEPS = 2  # steps of a Trainer before all its steps take the same time
 Times = dict[str, list[float]]  # {name of a function: seconds of one call, in each round}
@@ -84,7 +84,7 @@ class Trainer:
     with jax.set_mesh(self.mesh):
       self.batch = sharding.to_global(batch, self.mesh)
       setup = setup_lib.make(config, self.mesh)
-      self.state = compile_init(setup)()
+      self.state = setup.init()
       self.step = compile_step(setup, only=("loss",) if bare else ())
 
   def measure(self, steps: int) -> dict[str, Any]:

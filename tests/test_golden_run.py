@@ -17,6 +17,7 @@ from moe_jax.analysis import evaluation
 from moe_jax.config import override
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import run as run_lib
+from moe_jax.training import setup as setup_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_run"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -55,7 +56,7 @@ def test_it_goes_on(run):
   config = workdir_lib.read_config(run)
   # where it runs may change: here, all simulated devices
   config = override(config, {"train.steps": 6, "mesh.data": -1})
-  run_lib.run(config, str(run))
+  run_lib.run(setup_lib.prepare(config), str(run))
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   losses = {str(line["step"]): line["train/loss"] for line in lines if "train/loss" in line}
   for step, loss in EXPECTED["train_loss"].items():

@@ -8,36 +8,37 @@ import jax
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.config import Config
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import init_from
-from moe_jax.training.run import begin_state, choose_kernels, next_after, open_run, read_text
+from moe_jax.training.run import begin_state, check_same_run, choose_kernels, next_after, read_text
+from moe_jax.training.setup import Setup
 from moe_jax.training.step import compile_step
 
 
-def replay(config: Config, workdir: str, step: int) -> None:
+def replay(setup: Setup, workdir: str, step: int) -> None:
   """Takes the steps from the checkpoint before `step` and then that step, under jax_debug_nans.
 
   A step depends on the state and its rows alone, so it is the one that the run took. Nothing is
   written to the workdir. The first operation whose result is not finite is printed.
 
   Args:
-    config: of the run.
+    setup: of the run.
     workdir: of the run.
     step: the number of the step to take again.
 
   Raises:
     UserError: the workdir has no run, or the run has no such step.
   """
-  setup, path = open_run(config, workdir)
+  config, path = setup.config, workdir_lib.open_written(workdir)
+  check_same_run(path, setup)
   if not (path / workdir_lib.CONFIG).exists():
     raise UserError(f"--replay={step}: --workdir={workdir} has no run; name that of the step")
   if step > config.train.steps:
     raise UserError(f"--replay={step}: the run has {config.train.steps} steps")
-  text = read_text(setup.config, path)
+  text = read_text(config, path)
   with jax.set_mesh(setup.mesh):
     setup = choose_kernels(setup, path, write=False)
     config, batches = setup.config, text.batches(setup.config)

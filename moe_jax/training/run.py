@@ -21,11 +21,10 @@ from moe_jax.start import command_line
 from moe_jax.storage import checkpoint, lock
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, init_from, optimizers, profiling
-from moe_jax.training import setup as setup_lib
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.loop import Loop
 from moe_jax.training.setup import Setup, TrainState
-from moe_jax.training.step import compile_init, compile_step
+from moe_jax.training.step import compile_step
 
 NEWEST = -1  # a resume_step: the newest checkpoint
 
@@ -44,7 +43,7 @@ class Text(NamedTuple):
 
 
 def run(
-  config: Config,
+  setup: Setup,
   workdir: str,
   *,
   init_from_flag: str = "",
@@ -56,7 +55,7 @@ def run(
   """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one.
 
   Args:
-    config: validated.
+    setup: what `setup.prepare` returned.
     workdir: the run's folder; created if it is missing.
     init_from_flag: WORKDIR or WORKDIR:STEP of another run, whose parameters a new run begins with.
     init_optimizer: take that run's optimizer state, too.
@@ -71,8 +70,9 @@ def run(
     StorageError: the disk is full.
     StopAlarm: an alarm has ended the run.
   """
-  window = profiling.parse(profile, config.train.steps)
-  setup, path = open_run(config, workdir)
+  window = profiling.parse(profile, setup.config.train.steps)
+  path = workdir_lib.open_written(workdir)
+  check_same_run(path, setup)
   _refuse_weights(path)
   source = init_from.find_source(init_from_flag, init_optimizer, path, setup.config, named)
   text = read_text(setup.config, path)
@@ -92,17 +92,9 @@ def run(
         rewinds.append(_rewound(setup.config, path, rewind, len(rewinds)))
 
 
-def open_run(config: Config, workdir: str) -> tuple[Setup, pathlib.Path]:
-  """Returns the setup of a run, and its folder, which has no run of another config."""
-  setup = setup_lib.prepare(config)
-  path = workdir_lib.open_written(workdir)
+def check_same_run(path: pathlib.Path, setup: Setup) -> None:
+  """Refuses a folder whose run has another config; says what another number of steps does to it."""
   validation.check_same_config(path, workdir_lib.stored_config(path), setup.config)
-  _say_if_rates_move(path, setup)
-  return setup, path
-
-
-def _say_if_rates_move(path: pathlib.Path, setup: Setup) -> None:
-  """Says what another number of steps does to a run that goes on: its schedule moves."""
   steps = workdir_lib.saved_steps(path)
   if not steps or jax.process_index():
     return
@@ -232,7 +224,7 @@ def _train(
 
 def begin_state(setup: Setup, source: init_from.Source | None) -> TrainState:
   """Returns the state of step 0."""
-  state = compile_init(setup)()
+  state = setup.init()
   return init_from.load_source(source, state, setup.shardings) if source else state
 
 

@@ -1,6 +1,7 @@
 """The facts of a run, made once: mesh, optimizer, layers, cost, and the state that it trains."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class Setup:
   counts: cost.Counts  # parameters and FLOPs
   shapes: TrainState  # of the state, without its arrays
   shardings: TrainState  # of the state on the mesh
+  init: Callable[[], TrainState]  # compiled: makes the state of step 0 on the mesh
 
 
 def prepare(config: Config) -> Setup:
@@ -60,7 +62,16 @@ def prepare(config: Config) -> Setup:
 def make(config: Config, mesh: jax.sharding.Mesh) -> Setup:
   """Returns the setup of a checked config on a mesh of its sizes; allocates nothing."""
   optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
-  shapes = jax.eval_shape(lambda: new_state(config, optimizer))
+
+  def new_state() -> TrainState:
+    model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
+    params = nnx.state(model, nnx.Param)
+    bias_ZE = jnp.zeros(bias_shape(config.model))
+    load_ZE = jnp.full_like(bias_ZE, 1 / bias_ZE.shape[1])
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE, load_ZE)
+
+  shapes = jax.eval_shape(new_state)
+  shardings = sharding.param_shardings(shapes, mesh, shapes.params)
   return Setup(
     config=config,
     mesh=mesh,
@@ -69,14 +80,6 @@ def make(config: Config, mesh: jax.sharding.Mesh) -> Setup:
     moe_layers=moe_layers(config.model),
     counts=cost.count(config),
     shapes=shapes,
-    shardings=sharding.param_shardings(shapes, mesh, shapes.params),
+    shardings=shardings,
+    init=jax.jit(new_state, out_shardings=shardings),  # its weights do not depend on the mesh
   )
-
-
-def new_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-  """Returns the state of step 0; the initial weights do not depend on the mesh."""
-  model = Transformer(config.model, nnx.Rngs(jax.random.key(config.train.seed)))
-  params = nnx.state(model, nnx.Param)
-  bias_ZE = jnp.zeros(bias_shape(config.model))
-  load_ZE = jnp.full_like(bias_ZE, 1 / bias_ZE.shape[1])
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_ZE, load_ZE)

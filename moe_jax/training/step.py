@@ -1,4 +1,4 @@
-"""The pure training step, and how it and a new state are compiled."""
+"""The pure training step, and how it is compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from moe_jax.moe import dispatch, routers
 from moe_jax.moe.balance import updated_bias
 from moe_jax.moe.routing import Tokens
 from moe_jax.training import losses, metrics
-from moe_jax.training.setup import Setup, TrainState, new_state
+from moe_jax.training.setup import Setup, TrainState
 
 Step = Callable[[TrainState, pipeline.Batch[jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -112,11 +112,6 @@ def batch_sums(
     return jax.tree.map(jnp.add, total, forward(params, *microbatch)), None
 
   return jax.lax.scan(add, zeros, (micro, keys))[0]
-
-
-def compile_init(setup: Setup) -> Callable[[], TrainState]:
-  """Returns the function that makes the state of step 0 on the mesh."""
-  return jax.jit(lambda: new_state(setup.config, setup.optimizer), out_shardings=setup.shardings)
 
 
 def compile_step(setup: Setup, only: tuple[str, ...] = (), *, donate: bool = True) -> Step:

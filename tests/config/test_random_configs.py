@@ -14,7 +14,7 @@ from moe_jax.model import cost
 from moe_jax.moe import validation
 from moe_jax.training import evaluator, optimizers
 from moe_jax.training import setup as setup_lib
-from moe_jax.training.step import compile_init, compile_step
+from moe_jax.training.step import compile_step
 from tests.support.random_configs import draw
 from tests.support.toy_text import toy_rows
 
@@ -43,7 +43,7 @@ def numbers_of_a_run(config: Config) -> dict[str, np.ndarray]:
   rows = toy_rows([5, 40, 1, 30, 60], [0, 1, 0, 1, 1], seq_len=config.data.seq_len)
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
-    step, state, numbers = compile_step(setup), compile_init(setup)(), {}
+    step, state, numbers = compile_step(setup), setup.init(), {}
     for _ in range(2):
       batch = rows.batch(np.arange(config.data.batch_size) % len(rows))
       state, values = step(state, sharding.to_global(batch, mesh))

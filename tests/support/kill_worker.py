@@ -17,7 +17,7 @@ import time
 from moe_jax.config import override
 from moe_jax.start import command_line
 from moe_jax.storage import workdir
-from moe_jax.training import run
+from moe_jax.training import run, setup
 
 OVERRIDES = {
   "train.steps": 60, "train.eval_every": 25, "train.checkpoint_every": 3, "train.log_every": 1,
@@ -40,7 +40,7 @@ def train(path: pathlib.Path, rng: random.Random, kills: int) -> None:
     if not child:
       log = (path.parent / f"child{number}.log").open("w", buffering=1)
       with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        run.run(config, str(path))
+        run.run(setup.prepare(config), str(path))
       os._exit(0)
     if number < kills:
       wait_for_steps(path, child, rng.randrange(2, 12))

@@ -16,6 +16,7 @@ from moe_jax.config import Mesh, override
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import run as run_lib
+from moe_jax.training import setup as setup_lib
 from tests.support import sweeps
 from tests.support.scripts import ONE_DEVICE, built
 from tests.support.toys import ROOT
@@ -73,7 +74,7 @@ def train_and_die(config, path):
       append(file, values)
 
     workdir_lib.append_line = append_or_die
-    run_lib.run(config, str(path))
+    run_lib.run(setup_lib.prepare(config), str(path))
   _, status = os.waitpid(child, 0)
   assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
@@ -98,9 +99,9 @@ def main(folder, text):
   from moe_jax.training import upcycle
 
   for planned in plan(folder, text)[1].runs:
-    run_lib.run(planned.config, str(folder / "sweep" / planned.workdir))
+    run_lib.run(setup_lib.prepare(planned.config), str(folder / "sweep" / planned.workdir))
   one = override(config, {"train.steps": 1}, "")
-  run_lib.run(one, str(workdirs["one"]))
+  run_lib.run(setup_lib.prepare(one), str(workdirs["one"]))
   tuned = override(config, {"optimizer.learning_rate": 0.001}, "")
   upcycle.write_upcycled(str(workdirs["dense"]), tuned, str(workdirs["upcycled"]), "copy", 0.0)
   loaded = exporting.load_run(str(workdirs["moe"]), 0)

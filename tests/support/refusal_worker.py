@@ -26,17 +26,17 @@ def main(folder: str) -> None:
     if "--bug" in sys.argv:
       multihost_utils.process_allgather(1 // (1 - jax.process_index()))
     from moe_jax.analysis import evaluation
-    from moe_jax.training import run
+    from moe_jax.training import run, setup
 
     for refused in (
-      lambda: run.run(config(**tensor), f"{folder}/tensor"),
+      lambda: run.run(setup.prepare(config(**tensor)), f"{folder}/tensor"),
       lambda: evaluation.evaluate_run(f"{folder}/odd", 0, "validation"),
     ):
       try:
         refused()
       except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    run.run(config(**alarm), f"{folder}/alarm")
+    run.run(setup.prepare(config(**alarm)), f"{folder}/alarm")
 
 
 if __name__ == "__main__":

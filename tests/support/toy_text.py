@@ -9,7 +9,6 @@ from moe_jax.analysis import trace
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.model import transformer
 from moe_jax.training import setup as setup_lib
-from moe_jax.training.step import compile_init
 from tests.support.toys import mesh_of, toy_config
 
 S = 23  # the separator of a vocabulary of 24
@@ -43,7 +42,7 @@ def weights():
     setup = setup_lib.make(toy_config(), mesh_of())
     return jax.tree_util.tree_map_with_path(
       lambda path, leaf: np.asarray(leaf) * (30 if "router_DE" in str(path) else 1),
-      compile_init(setup)().params,
+      setup.init().params,
     )
 
 

@@ -38,7 +38,7 @@ from moe_jax.storage import checkpoint
 from moe_jax.training import losses
 from moe_jax.training import setup as setup_lib
 from moe_jax.training import step as step_lib
-from moe_jax.training.step import compile_init, compile_step
+from moe_jax.training.step import compile_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -124,7 +124,7 @@ def set_up(config, axes):
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
-    state = compile_init(setup)()
+    state = setup.init()
 
     def scale(path, leaf):
       return leaf * 30 if "router_DE" in jax.tree_util.keystr(path) else leaf

@@ -34,7 +34,6 @@ from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import init_from
 from moe_jax.training import run as run_lib
 from moe_jax.training import setup as setup_lib
-from moe_jax.training.step import compile_init
 from tests.support.scripts import call, checkpoint_of, validation_of
 from tests.support.scripts import refused as refused_script
 
@@ -72,7 +71,7 @@ def text(tmp_path_factory):
 def moe_run(text, tmp_path_factory):
   """The workdir of an MoE run that has saved the steps 2 and 4."""
   workdir = tmp_path_factory.mktemp("moe") / "run"
-  run_lib.run(config_of(text), str(workdir))
+  run_lib.run(setup_lib.prepare(config_of(text)), str(workdir))
   assert workdir_lib.saved_steps(workdir) == [2, 4]
   return workdir
 
@@ -94,8 +93,8 @@ def test_the_state_is_the_checkpoints_on_another_mesh(moe_run, text, tmp_path, o
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
-    state = init_from.load_source(source, compile_init(setup)(), setup.shardings)
-    fresh = compile_init(setup)()
+    state = init_from.load_source(source, setup.init(), setup.shardings)
+    fresh = setup.init()
   want = checkpoint_of(moe_run, 2)
   for got, expected in zip(arrays(state.params), arrays(want["params"]), strict=True):
     np.testing.assert_array_equal(got, expected)
@@ -124,7 +123,7 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
     {"model.moe.bias_update_rate": 0.0},
   )
   new = tmp_path / "new"
-  run_lib.run(config, str(new), init_from_flag=f"{moe_run}:2")
+  run_lib.run(setup_lib.prepare(config), str(new), init_from_flag=f"{moe_run}:2")
   assert f"{new} begins with the parameters of {moe_run}, step 2" in capsys.readouterr().out
   record = json.loads((new / "init.json").read_text())
   assert record == {"workdir": str(moe_run), "step": 2, "optimizer": False}
@@ -133,13 +132,15 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
   assert workdir_lib.read_lines(new / "metrics.jsonl")[0]["step"] == 1
 
   config = override(config, {"train.steps": 3})
-  run_lib.run(config, str(new), init_from_flag=str(moe_run))
+  run_lib.run(setup_lib.prepare(config), str(new), init_from_flag=str(moe_run))
   said = capsys.readouterr().out
   assert f"resuming {new} at step 2 from its own checkpoint; it began with the parameters" in said
   config = override(config, {"train.steps": 4})
   for flag, optimizer in ((f"{moe_run}:4", False), (str(moe_run), True), (str(new), False)):
     with pytest.raises(UserError, match="has a checkpoint of its own, step 3, and began with the"):
-      run_lib.run(config, str(new), init_from_flag=flag, init_optimizer=optimizer)
+      run_lib.run(
+        setup_lib.prepare(config), str(new), init_from_flag=flag, init_optimizer=optimizer
+      )
   with pytest.raises(UserError, match="step 4, and began with random parameters"):
     init_from.find_source(str(new), False, moe_run, config)
 
@@ -148,15 +149,17 @@ def test_a_run_begins_with_it_resumes_and_says_so(moe_run, text, tmp_path, capsy
 def test_a_dense_run_begins_with_a_dense_run(text, tmp_path, capsys):
   """And goes on without biases to save, and its evaluation has no loads."""
   config = override(config_of(text, num_experts=0, steps=2), {"model.moe.bias_update_rate": 0.0})
-  run_lib.run(config, str(tmp_path / "old"))
+  run_lib.run(setup_lib.prepare(config), str(tmp_path / "old"))
   config = override(
     config, {"optimizer": dataclasses.replace(config.optimizer, learning_rate=1e-12)}
   )
-  run_lib.run(config, str(tmp_path / "new"), init_from_flag=str(tmp_path / "old"))
+  run_lib.run(
+    setup_lib.prepare(config), str(tmp_path / "new"), init_from_flag=str(tmp_path / "old")
+  )
   losses = [validation_loss(tmp_path / run, 2) for run in ("old", "new")]
   assert losses[0] == pytest.approx(losses[1], rel=1e-5)
   config = override(config, {"train.steps": 3})
-  run_lib.run(config, str(tmp_path / "new"))
+  run_lib.run(setup_lib.prepare(config), str(tmp_path / "new"))
   assert "resuming" in capsys.readouterr().out
   result, _ = evaluation.evaluate_run(str(tmp_path / "new"), 0, "validation")
   assert result["step"] == 3 and "load_ZE" not in result
@@ -178,7 +181,12 @@ def test_what_does_not_fit_is_one_line(moe_run, text, tmp_path):
 
   def refused(said, flag=str(moe_run), optimizer=False):
     with pytest.raises(UserError, match=said):
-      run_lib.run(config, str(tmp_path / "new"), init_from_flag=flag, init_optimizer=optimizer)
+      run_lib.run(
+        setup_lib.prepare(config),
+        str(tmp_path / "new"),
+        init_from_flag=flag,
+        init_optimizer=optimizer,
+      )
     assert not (tmp_path / "new").exists()  # a refused start leaves nothing behind
 
   refused("none: no checkpoint there", str(tmp_path / "none"))
@@ -282,14 +290,14 @@ def test_the_remedy_of_a_run_that_blew_up_works(moe_run, text, tmp_path):
   config = override(config, {"optimizer.learning_rate": 1e30})
   workdir_lib.write_config(old, config)
   with pytest.raises(UserError, match="not finite at step 5") as error:
-    run_lib.run(config, str(old))
+    run_lib.run(setup_lib.prepare(config), str(old))
   line = str(error.value)
   assert error.value.code == 6
   assert "lower config.optimizer.learning_rate=1e+30 in a new run" in line
   remedy = re.search(r"--workdir=NEW --init_from=(\S+:4) ", line)
   assert remedy, line
   config = override(config, {"optimizer.learning_rate": 1e-3})
-  run_lib.run(config, str(tmp_path / "new"), init_from_flag=remedy[1])
+  run_lib.run(setup_lib.prepare(config), str(tmp_path / "new"), init_from_flag=remedy[1])
   assert validation_loss(tmp_path / "new", 6) < validation_loss(moe_run, 4)
 
 

@@ -12,7 +12,7 @@ from moe_jax.model import cost
 from moe_jax.moe.balance import updated_bias
 from moe_jax.training import optimizers
 from moe_jax.training import setup as setup_lib
-from moe_jax.training.step import compile_init, compile_step
+from moe_jax.training.step import compile_step
 from tests.support.toys import (
   ROOT,
   example,
@@ -209,7 +209,7 @@ def train_losses(name, axes):
   config = override(config, {"optimizer.name": name})
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
-    step, state = compile_step(setup, only=("loss",)), compile_init(setup)()
+    step, state = compile_step(setup, only=("loss",)), setup.init()
     batch = sharding.to_global(toy_batch(config), mesh)
     losses = []
     for _ in range(8):

@@ -7,6 +7,7 @@ from moe_jax.config import Config, Data, Eval, Model, Optimizer, Train
 from moe_jax.errors import UserError
 from moe_jax.training import profiling
 from moe_jax.training import run as run_lib
+from moe_jax.training import setup as setup_lib
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_a_run_leaves_a_trace_of_its_steps(tmp_path, capsys):
     train=Train(steps=5, eval_every=5, checkpoint_every=5),
     eval=Eval(batches=1),
   )
-  run_lib.run(config, str(tmp_path / "run"), profile="3:4")
+  run_lib.run(setup_lib.prepare(config), str(tmp_path / "run"), profile="3:4")
   (trace,) = (tmp_path / "run/profile/plugins/profile").glob("*/*.xplane.pb")
   assert f"xprof --logdir={tmp_path / 'run/profile'}" in capsys.readouterr().out
   planes = jax.profiler.ProfileData.from_file(str(trace)).planes

@@ -25,6 +25,7 @@ from moe_jax.errors import DamagedError, UserError
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, losses, optimizers, replay
 from moe_jax.training import run as run_lib
+from moe_jax.training import setup as setup_lib
 from tests.support.scripts import losses_of
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
@@ -97,7 +98,7 @@ def test_a_vocabulary_that_is_too_small_is_told_before_any_text_is_read(tmp_path
     "257 or more"
   )
   with pytest.raises(UserError, match=f"^{line}$"):
-    run_lib.run(config, str(tmp_path / "run"))
+    run_lib.run(setup_lib.prepare(config), str(tmp_path / "run"))
   assert not list(tmp_path.iterdir())
 
 
@@ -106,7 +107,7 @@ def test_an_update_that_is_not_finite_is_skipped(text, tmp_path, nan_in_one_batc
   """The state stays as it is, but for the number of steps; `--replay` sees the same batch."""
   workdir = tmp_path / "run"
   config = config_of(text, on_nonfinite=OnNonfinite.SKIP)
-  run_lib.run(config, str(workdir))
+  run_lib.run(setup_lib.prepare(config), str(workdir))
   (skip,) = alarms_of(workdir, "skip")
   step = skip["step"]
   lines = {
@@ -121,13 +122,17 @@ def test_an_update_that_is_not_finite_is_skipped(text, tmp_path, nan_in_one_batc
   assert workdir_lib.saved_steps(workdir) == [8, 16, 24, 32, 40]
   capsys.readouterr()
   before = sorted((p.name, p.stat().st_mtime_ns) for p in workdir.rglob("*"))
-  replay.replay(config_of(text, on_nonfinite=OnNonfinite.SKIP), str(workdir), step)
+  replay.replay(
+    setup_lib.prepare(config_of(text, on_nonfinite=OnNonfinite.SKIP)), str(workdir), step
+  )
   said = capsys.readouterr().out
   assert f"rows of the split   {', '.join(map(str, skip['rows']))}\n" in said
   assert "not finite          loss, " in said or "not finite          grad_norm" in said
   assert "first of it         invalid value (nan) encountered in" in said, said
   assert before == sorted((p.name, p.stat().st_mtime_ns) for p in workdir.rglob("*"))
-  replay.replay(config_of(text, on_nonfinite=OnNonfinite.SKIP), str(workdir), step - 1)
+  replay.replay(
+    setup_lib.prepare(config_of(text, on_nonfinite=OnNonfinite.SKIP)), str(workdir), step - 1
+  )
   assert "nothing: all metrics are finite" in capsys.readouterr().out
 
 
@@ -136,7 +141,7 @@ def test_a_rewind_goes_past_the_rows_and_can_be_killed(text, tmp_path, nan_in_on
   """After a rewind to step 8 k the run trains as if the batches up to the bad one did not exist."""
   workdir = tmp_path / "run"
   config = config_of(text, on_nonfinite=OnNonfinite.REWIND)
-  run_lib.run(config, str(workdir))
+  run_lib.run(setup_lib.prepare(config), str(workdir))
   (rewind,) = alarms_of(workdir, "rewind")
   to, bad = rewind["step"], rewind["next_batch"]
   assert to % 8 == 0 and to < bad <= to + 8 and not alarms_of(workdir, "nonfinite")
@@ -146,7 +151,7 @@ def test_a_rewind_goes_past_the_rows_and_can_be_killed(text, tmp_path, nan_in_on
   # The same from that step on, in a second process' place: the line says where the data go on.
   other = tmp_path / "other"
   shutil.copytree(workdir, other)
-  run_lib.run(config, str(other), resume_step=to)
+  run_lib.run(setup_lib.prepare(config), str(other), resume_step=to)
   assert arrays_of(other, 40) == arrays_of(workdir, 40) and losses_of(other) == losses_read
   assert len(alarms_of(other, "rewind")) == 1
 
@@ -161,7 +166,7 @@ def test_too_many_rewinds_end_the_run(text, tmp_path, monkeypatch):
   with pytest.raises(
     health.NotFiniteAlarm, match=r"after config.health.rewind_limit=2 rewinds; low"
   ):
-    run_lib.run(config, str(tmp_path / "run"))
+    run_lib.run(setup_lib.prepare(config), str(tmp_path / "run"))
   assert len(alarms_of(tmp_path / "run", "rewind")) == 2
 
 
@@ -173,14 +178,14 @@ def test_no_state_that_is_not_finite_replaces_a_good_one(action, text, tmp_path)
   config = override(
     config_of(text, steps=16, every=4, on_nonfinite=action), {"train.keep_latest": 1}
   )
-  run_lib.run(config_of(text, steps=4, every=4), str(workdir))
+  run_lib.run(setup_lib.prepare(config_of(text, steps=4, every=4)), str(workdir))
   shutil.copy(workdir / "config.json", tmp_path / "kept.json")
   config = override(config, {"optimizer.learning_rate": 1e38})
   workdir_lib.write_config(workdir, config)
   with pytest.raises(
     health.NotFiniteAlarm, match="state of step 16 is not finite, so it is not sav"
   ):
-    run_lib.run(config, str(workdir))
+    run_lib.run(setup_lib.prepare(config), str(workdir))
   assert workdir_lib.saved_steps(workdir) == [4]
   assert len(alarms_of(workdir, "nonfinite")) == (action is OnNonfinite.WARN)
 
@@ -191,7 +196,7 @@ def trained(text, tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp("trained") / "run"
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("MOE_JAX_CACHE", str(cache))
-    run_lib.run(config_of(text, steps=8, every=4), str(workdir))
+    run_lib.run(setup_lib.prepare(config_of(text, steps=8, every=4)), str(workdir))
   return workdir
 
 
@@ -202,7 +207,7 @@ def copy_of(trained, tmp_path):
 
 def refused(text, workdir, said, kind=DamagedError, **options):
   with pytest.raises(kind, match=said):
-    run_lib.run(config_of(text, steps=12, every=4), str(workdir), **options)
+    run_lib.run(setup_lib.prepare(config_of(text, steps=12, every=4)), str(workdir), **options)
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(text, trained, tmp_path):
@@ -216,14 +221,14 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(text, trained, tm
   (workdir / "metrics.jsonl").unlink()
   refused(text, workdir, "has config.json and no checkpoint; .*--resume_step=0")
   refused(text, workdir, "--resume_step=8: no such checkpoint; there are", UserError, resume_step=8)
-  run_lib.run(config_of(text, steps=1, every=4), str(workdir), resume_step=0)
+  run_lib.run(setup_lib.prepare(config_of(text, steps=1, every=4)), str(workdir), resume_step=0)
   assert workdir_lib.saved_steps(workdir) == [1]
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_the_step_that_is_asked_for(text, trained, tmp_path, capfd):
   workdir = copy_of(trained, tmp_path)
-  run_lib.run(config_of(text, steps=8, every=4), str(workdir), resume_step=4)
+  run_lib.run(setup_lib.prepare(config_of(text, steps=8, every=4)), str(workdir), resume_step=4)
   said = capfd.readouterr()
   assert "resuming" in said.out and "checkpoint 8 is set aside" in said.err
   assert losses_of(workdir) == losses_of(trained)
@@ -237,7 +242,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(text, tmp_pat
   shutil.rmtree(workdir / "checkpoints")
   workdir_lib.record_saved(workdir, 0)
   workdir_lib.keep_lines(workdir / "metrics.jsonl", 3)
-  run_lib.run(config_of(text, steps=8, every=4), str(workdir))
+  run_lib.run(setup_lib.prepare(config_of(text, steps=8, every=4)), str(workdir))
   assert (
     "begins again at step 0: it ended after step 3, before its first" in capsys.readouterr().out
   )
@@ -249,7 +254,7 @@ def test_a_step_that_was_due_an_evaluation_gets_it_when_the_run_goes_on(text, tm
   """A run that is asked to stop saves at once; its validation line is written by the next start."""
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   config = override(config_of(text, steps=8, every=8), {"train.eval_every": 2})
-  run_lib.run(config, str(whole))
+  run_lib.run(setup_lib.prepare(config), str(whole))
 
   class StopsAtFour(run_lib.Loop):
     def _should_stop(self, step):
@@ -257,10 +262,10 @@ def test_a_step_that_was_due_an_evaluation_gets_it_when_the_run_goes_on(text, tm
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_lib, "Loop", StopsAtFour)
-    run_lib.run(config, str(parts))
+    run_lib.run(setup_lib.prepare(config), str(parts))
   lines = workdir_lib.read_lines(parts / "metrics.jsonl")
   assert workdir_lib.saved_steps(parts) == [4] and "validation/loss" not in lines[-1]
-  run_lib.run(config, str(parts))
+  run_lib.run(setup_lib.prepare(config), str(parts))
 
   def validation(workdir):
     lines = workdir_lib.read_lines(workdir / "metrics.jsonl")
@@ -287,7 +292,7 @@ def test_a_signal_in_a_validation_ends_it_and_two_at_once_are_one(text, tmp_path
   # step 3 is evaluated because it is saved
   config = override(config, {"train.eval_every": 6, "eval.batches": 3})
   for saved in ([3], [3], [3, 6]):
-    run_lib.run(config, str(workdir))
+    run_lib.run(setup_lib.prepare(config), str(workdir))
     assert workdir_lib.saved_steps(workdir) == saved
     lines = workdir_lib.read_lines(workdir / workdir_lib.METRICS)
     evaluated.append([line["step"] for line in lines if "validation/loss" in line])
@@ -336,7 +341,7 @@ def test_more_steps_move_the_schedule_and_the_start_says_so(text, tmp_path, caps
   said = []
   for steps in (8, 16, 16):
     config = config_of(text, steps)
-    run_lib.run(config, str(tmp_path))
+    run_lib.run(setup_lib.prepare(config), str(tmp_path))
     said.append([x for x in capsys.readouterr().out.splitlines() if "moves the schedule" in x])
   new, old = optimizers.schedule(config.optimizer, 16)(8), config.optimizer.final_fraction
   assert said == [

@@ -12,7 +12,7 @@ from moe_jax.model import pattern, transformer
 from moe_jax.moe.routing import Tokens
 from moe_jax.training import setup as setup_lib
 from moe_jax.training import upcycle
-from moe_jax.training.step import compile_init, compile_step
+from moe_jax.training.step import compile_step
 from tests.support.real_runs import RUNS, real_runs
 from tests.support.scripts import call, python, refused
 from tests.support.toys import (
@@ -142,7 +142,7 @@ def test_it_trains():
   mesh = mesh_of()
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
-    state = compile_init(setup)()._replace(params=new)
+    state = setup.init()._replace(params=new)
     step = compile_step(setup)
     batch = sharding.to_global(toy_batch(config), mesh)
     losses = []
