@@ -1,8 +1,8 @@
 """Writes a run's checkpoint as a Hugging Face checkpoint that `from_pretrained` loads unchanged."""
 
+import itertools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +73,6 @@ def export(
   target: pathlib.Path,
   dtype: str = "float32",
   largest: int = 5 * 10**9,
-  progress: Callable[[str], None] | None = None,
 ) -> None:
   """Writes safetensors, config.json, and the tokenizer's files where the run has them.
 
@@ -83,7 +82,6 @@ def export(
     target: a folder that does not exist yet, or is empty.
     dtype: of the tensors: float32, bfloat16 or float16.
     largest: bytes of a file.
-    progress: takes a line now and then.
 
   Raises:
     UserError: the family cannot say the model, or the target has files.
@@ -107,21 +105,16 @@ def export(
     )
   width = np.dtype(files.WRITTEN[dtype]).itemsize
   sizes = {tensor.name: int(np.prod(tensor.shape)) * width for tensor in found}
-  writer = files.TensorWriter(target, sizes, largest)
-  told = files.Progress("wrote", sum(sizes.values()), progress)
-  done = 0
-  try:
-    for tensor in found:
-      pieces = [_part(arrays[part.path], part) for part in tensor.parts]
-      writer.add(
-        tensor.name, np.ascontiguousarray(tensor.pack(pieces).astype(files.WRITTEN[dtype]))
-      )
-      done += sizes[tensor.name]
-      told.at(done)
-    writer.finish(theirs, _beside(loaded, tokenizer.separator_text))
-  except BaseException:
-    writer.drop()
-    raise
+  named = {tensor.name: tensor for tensor in found}
+  told, done = files.Progress("wrote", sum(sizes.values())), itertools.accumulate(sizes.values())
+
+  def value(name: str) -> np.ndarray:
+    pieces = [_part(arrays[part.path], part) for part in named[name].parts]
+    told.at(next(done))
+    return np.ascontiguousarray(named[name].pack(pieces).astype(files.WRITTEN[dtype]))
+
+  beside = _beside(loaded, tokenizer.separator_text)
+  files.write_checkpoint(target, sizes, largest, value, theirs, beside)
 
 
 def _beside(loaded: Loaded, separator: str | None) -> dict[str, pathlib.Path | str]:

@@ -9,7 +9,7 @@ import functools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -184,15 +184,12 @@ def _compare(
   return []
 
 
-def read_weights(
-  made: ImportPlan, mesh: jax.sharding.Mesh, progress: Callable[[str], None] | None = None
-) -> Weights:
+def read_weights(made: ImportPlan, mesh: jax.sharding.Mesh) -> Weights:
   """Reads the weights onto a mesh.
 
   Args:
     made: what `plan` returned.
     mesh: to split over.
-    progress: takes a line now and then.
 
   Raises:
     UserError: a tensor has values that are not finite; all of them are named.
@@ -200,7 +197,7 @@ def read_weights(
   model = made.config.model
   parameters = layout.by_parameter(made.tensors)
   damaged: set[str] = set()
-  told = files.Progress("read", made.bytes_to_read, progress)
+  told = files.Progress("read", made.bytes_to_read)
 
   def read_range(name: str, ranges: Ranges) -> np.ndarray:
     values = made.stored.read(name, ranges)

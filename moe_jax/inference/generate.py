@@ -180,16 +180,8 @@ class TextGenerator:
     """
     if not prompts:
       raise UserError("no prompt: give at least one, which may be empty")
-    check_generation(
-      {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "num_samples": num_samples,
-      }
-    )
+    check_generation(dict(max_new_tokens=max_new_tokens, seed=seed, num_samples=num_samples))
+    check_generation(dict(temperature=temperature, top_k=top_k, top_p=top_p))
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
     seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
     encoded = [self._ids(prompt) for prompt in prompts]

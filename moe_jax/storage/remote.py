@@ -30,13 +30,14 @@ _LOG_IN = (
 )
 
 
-def open_path(text: str) -> pathlib.Path:
+def open_path(folder: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the path of a folder, local or gs://BUCKET/FOLDER.
 
   Raises:
     UserError: there is no such bucket, or no way to it from here.
     StorageError: the store does not answer.
   """
+  text = os.fspath(folder)
   if "://" not in text:
     return pathlib.Path(text)
   if not re.match("gs://[^/]", text):

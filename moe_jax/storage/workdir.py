@@ -52,14 +52,8 @@ _KINDS: dict[str, dict[str, type]] = {
 }
 
 
-def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the path of a workdir: a folder, or gs://BUCKET/FOLDER.
-
-  Raises:
-    UserError: there is no such bucket, or no way to it from here.
-    StorageError: the store does not answer.
-  """
-  return remote.open_path(os.fspath(workdir))
+open_path = remote.open_path
+resolved = remote.resolved  # the same for all names of a workdir
 
 
 def open_written(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -97,11 +91,6 @@ def split_step(text: str) -> tuple[str, int | None]:
   """Returns the workdir and the step of WORKDIR:STEP; None for WORKDIR alone."""
   named = re.fullmatch(r"(.+):([0-9]+)", text)
   return (named[1], int(named[2])) if named else (text, None)
-
-
-def resolved(workdir: pathlib.Path) -> pathlib.Path:
-  """Returns the path from the root on, the same for all names of a workdir."""
-  return remote.resolved(workdir)
 
 
 def fetched(workdir: str, folder: pathlib.Path) -> pathlib.Path:
@@ -208,10 +197,6 @@ def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
   except (KeyError, TypeError, ValueError) as error:
     raise DamagedError(f"{path} is damaged ({error!r}); {_REMEDY[KERNELS]}") from None
   return kernels
-
-
-def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
-  write_object(workdir / KERNELS, chosen)
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
