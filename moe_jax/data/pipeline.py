@@ -138,11 +138,7 @@ def load_rows(config: Data, split: str) -> Rows:
   """Returns the rows of `split`: train, validation or test.
 
   The first call tokenises the text. Later ones compare what is stored with its checksums, and what
-  is damaged is tokenised again. The caller must check that the tokenizer's vocab_size fits the
-  model.
-
-  Raises:
-    UserError: the config's data set, split or tokenizer cannot be read.
+  is damaged is tokenised again. The caller must check that the tokenizer's ids fit the model.
   """
   tokenizer = tokenizers.load_tokenizer(config)
   documents = builders.prepare(config, split)

@@ -46,7 +46,6 @@ _DTYPES: dict[str, Any] = {
   "F16": np.float16,
   "BF16": ml_dtypes.bfloat16,
 }
-WRITTEN = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # Weights that stand in several tensors of few bits: the module that reads them, and bits a number.
 _QUANTIZED = {"MXFP4": (mxfp4, 4.25), "FP8": (fp8, 8)}
 _OF_TEXT = "model.language_model."  # before the names of a text model beside one of images
@@ -136,15 +135,9 @@ class StoredTensors:
     return self._part(name, ranges)
 
   def same(self, one: str, other: str) -> bool:
-    """Returns whether two tensors, of matrices, have the same values."""
-    shape, rows = self.shapes[one], 4096  # so that no matrix is held whole
-    if shape != self.shapes[other]:
-      return False
-    for start in range(0, shape[0], rows):
-      ranges = (slice(start, min(start + rows, shape[0])), *(slice(0, n) for n in shape[1:]))
-      if not np.array_equal(self.read(one, ranges), self.read(other, ranges)):
-        return False
-    return True
+    """Returns whether two matrices have the same values."""
+    rows, others = self._stored[one], self._stored[other]  # no matrix is held whole
+    return rows.shape == others.shape and all(map(np.array_equal, rows, others))
 
   def _part(self, name: str, ranges: Ranges) -> np.ndarray:
     """Returns a range of a tensor as the file has it; of an FP8 tensor the bytes."""

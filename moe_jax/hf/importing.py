@@ -64,10 +64,6 @@ class ImportPlan(NamedTuple):
 def plan(folder: str, mesh: Mesh) -> ImportPlan:
   """Reads config.json and the headers, and compares them with our model.
 
-  Args:
-    folder: of the checkpoint.
-    mesh: to put the weights on.
-
   Raises:
     UserError: names what is missing, left over, of another shape, or cannot be expressed.
   """
@@ -185,15 +181,7 @@ def _compare(
 
 
 def read_weights(made: ImportPlan, mesh: jax.sharding.Mesh) -> Weights:
-  """Reads the weights onto a mesh.
-
-  Args:
-    made: what `plan` returned.
-    mesh: to split over.
-
-  Raises:
-    UserError: a tensor has values that are not finite; all of them are named.
-  """
+  """Reads the weights onto a mesh; raises a UserError that names tensors that are not finite."""
   model = made.config.model
   parameters = layout.by_parameter(made.tensors)
   damaged: set[str] = set()

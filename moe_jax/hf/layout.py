@@ -144,11 +144,8 @@ def tensors(
 ) -> list[Tensor]:
   """Returns all tensors of a checkpoint of this model, in the order of the layers.
 
-  Args:
-    model: the configuration.
-    top: rows of what stands beside the layers.
-    layer: rows of one layer. A row counts where the layer has its parameter.
-    prefix: of their layers' names: "model.layers.{layer}.".
+  `top` are the rows of what stands beside the layers, `layer` those of a layer that has their
+  parameter, and `prefix` begins its names: "model.layers.{layer}.".
 
   Raises:
     KeyError: a parameter of the model stands in no row; its path.
@@ -213,22 +210,17 @@ def _of_row(
   ]
 
 
+Places = dict[tuple[int, ...], list[tuple[Tensor, Part]]]  # {Part.place: where it stands}
+
+
 def pieces(
-  path: Path,
-  index: Ranges,
-  parts: Mapping[tuple[int, ...], list[tuple[Tensor, Part]]],
-  read: Read,
+  path: Path, index: Ranges, parts: Places, read: Read
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
   """Yields (start, values) of a part of a stacked parameter, reading no more than that part.
 
   One piece is what one tensor of theirs has of it: of one layer, or of one expert. It has the
-  dimensions of the parameter.
-
-  Args:
-    path: of the parameter.
-    index: of the part: a range of each dimension of the stacked parameter.
-    parts: {Part.place: where it stands} of this parameter.
-    read: reads a range of their tensor.
+  dimensions of the parameter. `index` has a range of each dimension, `parts` says where each
+  Part.place of this parameter stands, and `read` reads a range of their tensor.
   """
   letters = path[-1].rsplit("_", 1)[-1]
   letters = "Z" * (len(index) - len(letters)) + letters
@@ -251,11 +243,9 @@ def pieces(
       yield tuple(start), values.reshape((1,) * depth + values.shape)
 
 
-def by_parameter(
-  found: list[Tensor],
-) -> dict[Path, dict[tuple[int, ...], list[tuple[Tensor, Part]]]]:
+def by_parameter(found: list[Tensor]) -> dict[Path, Places]:
   """Returns {path: {Part.place: [(tensor, part)]}} of all parameters."""
-  parameters: dict[Path, dict[tuple[int, ...], list[tuple[Tensor, Part]]]] = {}
+  parameters: dict[Path, Places] = {}
   for tensor in found:
     for part in tensor.parts:
       parameters.setdefault(part.path, {}).setdefault(part.place, []).append((tensor, part))

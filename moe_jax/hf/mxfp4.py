@@ -32,11 +32,7 @@ def find(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Sha
 def read(name: str, shape: Shape, ranges: Ranges, read_bytes: Read) -> np.ndarray:
   """Returns a range of a weight [E, I, O], float32.
 
-  Args:
-    name: of the weight.
-    shape: of the weight; the ranges suffice.
-    ranges: of E, I and O.
-    read_bytes: reads a range of one of the two tensors, uint8.
+  `read_bytes` reads a range of one of the two tensors, uint8.
   """
   experts, inner, outer = ranges
   blocks = slice(inner.start // _BLOCK, -(-inner.stop // _BLOCK))

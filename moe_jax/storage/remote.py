@@ -101,9 +101,7 @@ def unreachable(path: pathlib.Path, error: Exception, what: str = "cannot reach"
 def read(path: pathlib.Path) -> bytes:
   """Returns the contents of an object, of a file that grows with what is not yet uploaded.
 
-  Raises:
-    FileNotFoundError: there is none.
-    StorageError: the store does not answer.
+  Raises a FileNotFoundError where there is none.
   """
   copy = _STATE.copies.get(path)
   if copy and copy.is_file():
@@ -169,11 +167,7 @@ def local_copy(path: pathlib.Path) -> pathlib.Path:
 
 
 def upload(every: float = 0.0) -> None:
-  """Uploads the copies that have changed, if the last time is so many seconds ago.
-
-  Raises:
-    StorageError: the store does not answer; the next call tries again.
-  """
+  """Uploads the copies that have changed, if the last time is `every` seconds ago."""
   if time.monotonic() - _STATE.uploaded_at < every:
     return
   for path, copy in _STATE.copies.items():
