@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from moe_jax.errors import StorageError, UserError, is_storage, notice
 from moe_jax.hf import fp8, mxfp4
-from moe_jax.hf.ranges import Ranges
+from moe_jax.hf.layout import Ranges
 from moe_jax.start import command_line
 from moe_jax.storage import files
 
@@ -53,11 +53,7 @@ _SECONDS = 5.0  # between lines of progress
 
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the files of a checkpoint whose index is missing, which their names number.
-
-  Raises:
-    UserError: one of them is missing.
-  """
+  """Returns the files of a checkpoint whose index is missing, which their names number."""
   found = {}
   for path in folder.glob("model-*.safetensors"):
     if number := re.fullmatch(r"model-(\d+)-of-(\d+)\.safetensors", path.name):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from moe_jax.hf.ranges import Ranges, Read, Shape
+from moe_jax.hf.layout import Ranges, Read, Shape
 
 _BLOCK = 128
 _SCALES = "_scale_inv"

@@ -22,8 +22,7 @@ from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
-from moe_jax.hf.layout import Tensor
-from moe_jax.hf.ranges import Ranges
+from moe_jax.hf.layout import Ranges, Tensor
 from moe_jax.kernels import platform
 from moe_jax.model import cost, pattern, transformer
 from moe_jax.moe import validation

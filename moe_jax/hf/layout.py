@@ -16,18 +16,20 @@ unpack, one half's columns are read.
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.config import Model
-from moe_jax.hf.ranges import Ranges, Read
 from moe_jax.model import cost, delta
 from moe_jax.model.pattern import bias_shape, layer_places, moe_layers
 
 BIAS = ("bias_ZE",)  # the path of the balancing bias, which stands beside the parameters
 
+Ranges = tuple[slice, ...]  # one for each dimension of a tensor
+Shape = tuple[int, ...]
+Read = Callable[[str, Ranges], np.ndarray]  # their tensor's name, and which part -> the values
 Path = tuple[str, ...]  # of a parameter in the Transformer, layers stacked on Z: cost.parameters
 
 

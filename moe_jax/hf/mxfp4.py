@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_jax.hf.ranges import Ranges, Read, Shape
+from moe_jax.hf.layout import Ranges, Read, Shape
 
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BLOCK = 32

@@ -219,9 +219,7 @@ class Checkpointer:
   def _read(self, step: int, **items: Any) -> Any:
     """Returns the items of a step; whatever goes wrong in the libraries is a DamagedError.
 
-    Raises:
-      StorageError: the system or an object store does not let it be read, which says nothing about
-        the checkpoint.
+    Where the system or a store does not let it be read, it may be whole: that is a StorageError.
     """
     local = not remote.is_remote(self._folder)
     if local and any(path.is_fifo() for path in (self._folder / str(step)).rglob("*")):
@@ -239,9 +237,7 @@ class Checkpointer:
   def _about(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the digests of a step; {} for a checkpoint of before there were digests.
 
-    Raises:
-      DamagedError: the digests cannot be read.
-      UserError: the checkpoint has no arrays of the names, types and shapes of `fields`.
+    Raises a UserError where it has no arrays of the names, types and shapes of `fields`.
     """
     if not verification.has_digests(self._folder / str(step)):
       return {}
