@@ -24,10 +24,7 @@ class Dataset(NamedTuple):
 
 
 def prepare(config: Data, split: str) -> Documents:
-  """Returns the documents of `split`: train, validation or test.
-
-  config.train_split, config.validation_split or config.test_split names the split, in TFDS's
-  syntax. The order is the same on every machine.
+  """Returns the documents of `split`, train, validation or test, in the same order everywhere.
 
   Raises:
     UserError: there is no such data set, split or text field, or it cannot be prepared or read.

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import importlib.util
 import io
@@ -27,10 +26,7 @@ _FORMAT = "array_record"  # TFDS's format with random access; its parquet loses 
 def documents(config: Data, split: str, others: list[str]) -> Documents:
   """Returns the documents of `split` of a set of TFDS, which is prepared on first use.
 
-  Args:
-    config: names the set, the split for TFDS and the field of the text.
-    split: train, validation or test.
-    others: names of sets that are not TFDS's, for the hints of an error.
+  `others` are names of sets that are not TFDS's, for the hints of an error.
 
   Raises:
     UserError: there is no such set, split or text field, or it cannot be prepared here.
@@ -71,9 +67,7 @@ def documents(config: Data, split: str, others: list[str]) -> Documents:
 def find(name: str, others: list[str]) -> tfds.core.DatasetBuilder:
   """Returns a set of TFDS that is prepared in $TFDS_DATA_DIR, after preparing it if need be.
 
-  Args:
-    name: of the set, as TFDS writes it.
-    others: names of sets that are not TFDS's, for the hints of an error.
+  `others` are names of sets that are not TFDS's, for the hints of an error.
 
   Raises:
     UserError: there is no such set, or it cannot be prepared here.
@@ -83,7 +77,14 @@ def find(name: str, others: list[str]) -> tfds.core.DatasetBuilder:
   import tensorflow_datasets.text  # noqa: F401  registers c4, wikipedia and other old data sets
 
   data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-  refuse = functools.partial(_refusal, name, others, data_dir)
+
+  def refuse(why: str) -> UserError:
+    return UserError(
+      f"config.data.name={name!r} (looked in {data_dir}): {why}. Without a network there are "
+      f"{', '.join(others)}, and any TFDS set prepared as {_FORMAT} in {data_dir} (or "
+      "TFDS_DATA_DIR)"
+    )
+
   with quiet():
     builder = _find(name, others, data_dir, refuse)
     prepared = builder.is_prepared()
@@ -112,14 +113,6 @@ def _damaged(name: str, folder: Any, error: Exception) -> DamagedError:
   return DamagedError(
     f"config.data.name={name!r}: cannot read {folder} ({short(error)}); delete that folder to "
     "prepare it again"
-  )
-
-
-def _refusal(name: str, others: list[str], data_dir: str, why: str) -> UserError:
-  return UserError(
-    f"config.data.name={name!r} (looked in {data_dir}): {why}. Without a network there are "
-    f"{', '.join(others)}, and any TFDS set prepared as {_FORMAT} in {data_dir} (or "
-    "TFDS_DATA_DIR)"
   )
 
 

@@ -22,7 +22,7 @@ from moe_jax.data import builders, cache, token_files, tokenizers
 from moe_jax.data.documents import Documents
 from moe_jax.errors import UserError, notice
 
-_VERSION = "6"  # of the stored files' layout; part of its cache key
+_VERSION = "7"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress
 _GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
 Numbers = Sequence[int] | np.ndarray  # of rows
@@ -125,26 +125,20 @@ class Rows:
       last = min((int(run_N[-1]) + 1) * self.seq_len + 1, len(self.stream_N))
       targets_N = np.asarray(self.stream_N[first:last])
       begin = int(self.starts_M[np.searchsorted(self.starts_M, first, side="left") - 1]) + 1
-      context = self._text(self.stream_N[max(begin, first - _GZIP_WINDOW) : first])
+      decode = self.tokenizer.decode_bytes
+      context = decode(self.stream_N[max(begin, first - _GZIP_WINDOW) : first])
       cuts = np.flatnonzero(targets_N == self.tokenizer.separator)
       for ids in np.split(targets_N, cuts):
-        if text := self._text(ids):
+        if text := decode(ids):
           yield context[-_GZIP_WINDOW:], text
         context = b""
-
-  def _text(self, ids: np.ndarray) -> bytes:
-    return self.tokenizer.decode_bytes(ids)
 
 
 def load_rows(config: Data, split: str) -> Rows:
   """Returns the rows of `split`: train, validation or test.
 
   The first call tokenises the text. Later ones compare what is stored with its checksums, and what
-  is damaged is tokenised again. The caller must check that the tokenizer's vocab_size fits the
-  model.
-
-  Raises:
-    UserError: the config's data set, split or tokenizer cannot be read.
+  is damaged is tokenised again. The caller must check that the tokenizer's ids fit the model.
   """
   tokenizer = tokenizers.load_tokenizer(config)
   documents = builders.prepare(config, split)
@@ -156,9 +150,7 @@ def load_rows(config: Data, split: str) -> Rows:
     lambda folder: _tokenize(documents, tokenizer, label, folder),
     token_files.read_tokens,
   )
-  return Rows(
-    seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains, **stored._asdict()
-  )
+  return Rows(seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains, **stored)
 
 
 def _tokenize(

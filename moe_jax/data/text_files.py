@@ -94,9 +94,7 @@ class UserFiles(NamedTuple):
 def user_files(config: Data) -> UserFiles:
   """Returns the files in the folder config.path, or the one file.
 
-  Raises:
-    UserError: config.path is empty, does not exist, or is a folder without files; or what is in it
-      cannot be read as a file.
+  Raises a UserError where there is none, or what is there cannot be read as a file.
   """
   path = pathlib.Path(config.path).expanduser().absolute()
   if not config.path:
@@ -162,16 +160,13 @@ def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
   """Yields the documents in the user's files; the text of some may be nothing but white space.
 
   Each line of a file of JSON lines, by its name or its first two lines, is a document, whose text
-  is in the field config.text_field; any other file is one document.
-
-  Raises:
-    UserError: a file cannot be read, is too large or not UTF-8, or has changed since it was listed;
-      a line has no such text; or there is nothing but tables and other JSON.
+  is in the field config.text_field; any other file is one document. Tables and other JSON are none
+  where there is nothing else.
   """
   markup = all(name.lower().endswith(_MARKUP) for name in files.seen)  # and no text beside it
   for name in files.seen:
     path = files.root / name
-    before = _look(config, path)  # a pipe that has taken the file's place would wait for a writer
+    _look(config, path)  # a pipe that has taken the file's place would wait for a writer
     try:
       with open(path, "rb") as file:
         if _holds_lines(name, file):
@@ -183,9 +178,8 @@ def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
           yield name, _decode_text(config, file.read(_LARGEST + 1), path)
     except OSError as error:
       raise _unread(config, path, error) from None
-    if not files.seen[name] == before == _look(config, path):
-      why = "has changed while it was read"
-      raise _refusal(config, path, why, "start again when it is whole")
+    if _look(config, path) != files.seen[name]:
+      raise _refusal(config, path, "has changed while it was read", "start again when it is whole")
 
 
 def _holds_lines(name: str, file: BinaryIO) -> bool:
@@ -195,12 +189,8 @@ def _holds_lines(name: str, file: BinaryIO) -> bool:
   file.seek(0)
   if name.lower().endswith((".jsonl", ".ndjson")):
     return bool(first)  # an empty one is a document without text
-  return len(first) == 2 and all(map(_is_object, first))
-
-
-def _is_object(line: bytes) -> bool:
   try:
-    return isinstance(json.loads(line), dict)
+    return len(first) == 2 and all(isinstance(json.loads(line), dict) for line in first)
   except (ValueError, RecursionError):
     return False
 
@@ -256,11 +246,7 @@ def lines(text: str) -> list[str]:
 
 
 def read_text(flag: str, name: str) -> str:
-  """Returns the text of a file that a flag names, as its bytes have it; of stdin for "-".
-
-  Raises:
-    UserError: it cannot be read, is too large, or is not UTF-8 text.
-  """
+  """Returns the text of a file that a flag names, as its bytes have it; of stdin for "-"."""
   try:
     with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
       data = file.read(_LARGEST_NAMED + 1)  # a pipe may have no end

@@ -1,7 +1,7 @@
 """The tokens of a split as files in the cache: how they are written, and how they are read.
 
 tokens.bin is the stream that pipeline.py describes, documents.npy three numbers for each document,
-names.txt their names, and about.json what else is known: also the size and CRC-32 of each file.
+names.txt their names, and about.json what else is known: also the SHA-256 of each file.
 """
 
 import array
@@ -9,9 +9,8 @@ import functools
 import hashlib
 import itertools
 import pathlib
-import zlib
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,20 +28,6 @@ class Encoded(NamedTuple):
   domain: int
   num_bytes: int
   ids_N: np.ndarray  # without the separator
-
-
-class Stored(NamedTuple):
-  """What `read` returns."""
-
-  # These fields are those of pipeline.Rows; the arrays are maps of the files.
-  stream_N: np.ndarray
-  starts_M: np.ndarray
-  domain_M: np.ndarray
-  source_M: np.ndarray
-  num_documents: int
-  num_bytes: int
-  digest: str  # SHA-256 of the stream
-  name: Callable[[int], str]
 
 
 def write_tokens(
@@ -72,11 +57,9 @@ def write_tokens(
   # Rows are contiguous, so that a search reads few pages of the map and copies nothing.
   documents_3M = np.array([starts_M, np.array(domains, np.int64)[order_M], source_M], np.int64)
   np.save(folder / _DOCUMENTS, documents_3M)
-  with open(folder / _TOKENS, "rb") as tokens:
-    digest = hashlib.file_digest(tokens, "sha256").hexdigest()
-  sums = {name: _size_and_crc32(folder / name) for name in (_TOKENS, _DOCUMENTS, _NAMES)}
-  about = dict(dtype=dtype, sha256=digest, num_documents=len(places), num_bytes=num_bytes)
-  files.write_json(folder / _ABOUT, files.sealed(about | dict(named=named, files=sums)))
+  digests = {name: _sha256(folder / name) for name in (_TOKENS, _DOCUMENTS, _NAMES)}
+  about = dict(dtype=dtype, named=named, num_documents=len(places), num_bytes=num_bytes)
+  files.write_json(folder / _ABOUT, files.sealed(about | dict(files=digests)))
 
 
 def _reorder(
@@ -93,33 +76,29 @@ def _reorder(
   unordered.unlink()
 
 
-def read_tokens(folder: pathlib.Path) -> Stored:
-  """Returns what `write` has written, after comparing it with the checksums.
+def read_tokens(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what `write_tokens` has written as fields of pipeline.Rows; arrays are maps of files.
 
   Raises:
     DamagedError: a file is not what was written, or is missing; no remedy is named.
   """
   try:
     about = files.read_json(folder / _ABOUT, "")
-    sums = about["files"]
+    digests = about["files"]
   except (DamagedError, KeyError):
     raise DamagedError(f"{folder / _ABOUT} is damaged") from None
-  for name, written in sums.items():
-    try:
-      found = _size_and_crc32(folder / name)
-    except FileNotFoundError as error:
-      raise DamagedError(f"{folder / name} is damaged: {error.strerror}") from None
-    if found != written:
-      raise DamagedError(f"{folder / name} is damaged: its size or checksum is another one")
+  for name, digest in digests.items():
+    if not (folder / name).is_file() or _sha256(folder / name) != digest:
+      raise DamagedError(f"{folder / name} is damaged")
   starts_M, domain_M, source_M = np.load(folder / _DOCUMENTS, mmap_mode="r")
-  return Stored(
+  return dict(
     stream_N=np.memmap(folder / _TOKENS, about["dtype"], "r"),
     starts_M=starts_M,
     domain_M=domain_M,
     source_M=source_M,
     num_documents=about["num_documents"],
     num_bytes=about["num_bytes"],
-    digest=about["sha256"],
+    digest=digests[_TOKENS],
     name=functools.partial(_name, folder) if about["named"] else "document {}".format,
   )
 
@@ -129,9 +108,6 @@ def _name(folder: pathlib.Path, number: int) -> str:
     return next(itertools.islice(names, number, None))[:-1].decode()
 
 
-def _size_and_crc32(path: pathlib.Path) -> list[int]:
-  size = crc = 0
+def _sha256(path: pathlib.Path) -> str:
   with open(path, "rb") as file:  # not a memory map, where a disk's error ends the process
-    while block := file.read(2**20):
-      size, crc = size + len(block), zlib.crc32(block, crc)
-  return [size, crc]
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """Tokenizers: bytes, a Hugging Face tokenizer.json, a SentencePiece .model."""
 
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -104,7 +103,9 @@ class HuggingFace(Tokenizer):
   """A tokenizer.json of the package `tokenizers`."""
 
   def __init__(self, path: str):
-    self._model = _import("tokenizers", path).Tokenizer.from_file(path)
+    import tokenizers
+
+    self._model = tokenizers.Tokenizer.from_file(path)
     self._model.no_truncation()  # the file may ask for truncation and padding
     self._model.no_padding()
     self._model.encode_special_tokens = True  # "<s>" in a document is text
@@ -112,7 +113,7 @@ class HuggingFace(Tokenizer):
     special = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
     more = self._add(beside)
     added = self._model.get_added_tokens_decoder()
-    vocabulary = self._model.get_vocab(with_added_tokens=True)
+    vocabulary: dict[Any, int] = self._model.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
     if size > special_tokens.MOST:
       raise UserError(
@@ -149,7 +150,8 @@ class HuggingFace(Tokenizer):
 
   def _add(self, beside: special_tokens.SpecialTokens) -> list[str]:
     """Adds the tokens that the file lacks, or has with other flags; returns them as they print."""
-    token = _import("tokenizers", "").AddedToken
+    import tokenizers
+
     have = {known.content: known for known in self._model.get_added_tokens_decoder().values()}
     new = []
     for text in beside.table | beside.named:
@@ -158,7 +160,7 @@ class HuggingFace(Tokenizer):
         flags = {flag: getattr(have[text], flag) for flag in special_tokens.FLAGS}
       flags = flags | beside.table.get(text, {})
       flags |= {"special": True} if text in beside.named else {}
-      if have.get(text) != (wanted := token(text, **flags)):
+      if have.get(text) != (wanted := tokenizers.AddedToken(text, **flags)):
         new.append(wanted)
     self._model.add_tokens(new)
     return [repr(added) for added in new]
@@ -197,7 +199,9 @@ class SentencePiece(Tokenizer):
   """A .model file of the package `sentencepiece`."""
 
   def __init__(self, path: str):
-    self._model = _import("sentencepiece", path).SentencePieceProcessor(model_file=path)
+    import sentencepiece
+
+    self._model = sentencepiece.SentencePieceProcessor(model_file=path)
     self._beside = special_tokens.read_special_tokens(pathlib.Path(path).parent)
     size = self._model.vocab_size()
     pieces = [self._model.id_to_piece(i) for i in range(size)]
@@ -227,11 +231,7 @@ class SentencePiece(Tokenizer):
 
 
 def load_tokenizer(config: Data) -> Tokenizer:
-  """Returns the tokenizer that config.tokenizer names.
-
-  Raises:
-    UserError: the name is no such file, the file cannot be read, or its package is missing.
-  """
+  """Returns the tokenizer that config.tokenizer names; raises a UserError if it cannot be read."""
   name = config.tokenizer
   if name == "bytes":
     return Bytes()
@@ -249,6 +249,10 @@ def load_tokenizer(config: Data) -> Tokenizer:
     return kind(name)
   except UserError:
     raise
+  except ImportError as error:
+    raise UserError(
+      f"config.data.tokenizer={name!r} needs a package: pip install {error.name}"
+    ) from None
   except Exception as error:  # both libraries raise bare Exception or RuntimeError
     raise UserError(
       f"config.data.tokenizer={name!r} is not a {kind.__name__} file, or is damaged: {_why(error)}"
@@ -267,15 +271,6 @@ def check_fits(config: Config) -> Tokenizer:
       * (isinstance(tokenizer, HuggingFace) and not tokenizer.separator_text)
     )
   return tokenizer
-
-
-def _import(package: str, path: str) -> Any:
-  try:
-    return importlib.import_module(package)
-  except ImportError:
-    raise UserError(
-      f"config.data.tokenizer={path!r} needs a package: pip install {package}"
-    ) from None
 
 
 def _why(error: Exception) -> str:
@@ -304,14 +299,8 @@ def _byte_level(piece: str) -> bytes:
   return bytes(_BYTES[character] for character in piece)
 
 
-def _byte_characters() -> dict[str, int]:
-  """Returns GPT-2's alphabet as {character: byte}.
-
-  Printable bytes are their own characters; the others are U+0100 and the characters after it.
-  """
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(256) if byte not in printable]
-  return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTES = _byte_characters()
+# GPT-2's alphabet as {character: byte}: printable bytes are their own characters, the others are
+# U+0100 and the characters after it.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}

@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import textwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -52,17 +53,13 @@ def theirs(folder: pathlib.Path, ids_L: np.ndarray) -> tuple[np.ndarray, list[np
     folder, dtype=torch.float32, trust_remote_code=False, experts_implementation="eager"
   ).eval()
   found: list[Any] = []
-  hooks = [model.model.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))]
+  model.model.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))
   for layer in model.model.layers:
-    hooks.append(
-      layer.register_forward_hook(
-        lambda _, args, out: found.append(out[0] if isinstance(out, tuple) else out)
-      )
+    layer.register_forward_hook(
+      lambda _, args, out: found.append(out[0] if isinstance(out, tuple) else out)
     )
   with torch.no_grad():
     logits = model(torch.tensor(ids_L[None])).logits[0]
-  for hook in hooks:
-    hook.remove()
   return logits.float().numpy(), [x.reshape(-1, x.shape[-1]).float().numpy() for x in found]
 
 
@@ -98,15 +95,12 @@ def check_report(result: StreamComparison) -> str:
     f"top-1              {100 * result.top_1:.2f}% of tokens agree",
     f"logits             differ by {result.logits:.1e} of the largest",
   ]
-  shown = result.layers
-  per_line = 8
-  for first in range(0, len(shown), per_line):
-    names = "residual stream   " if not first else " " * 18
-    values = " ".join(f"{d:.0e}" for d in shown[first : first + per_line])
-    lines.append(f"{names} {values}")
+  name = "residual stream    "
+  values = " ".join(f"{d:.0e}" for d in result.layers)
+  lines += textwrap.wrap(values, 66, initial_indent=name, subsequent_indent=" " * len(name))
   if parted is None:
-    lines.append(f"they agree         in all {len(shown) - 1} layers, to {_PARTS:g}")
+    lines.append(f"they agree         in all {len(result.layers) - 1} layers, to {_PARTS:g}")
   else:
-    after = "in the embedding" if not parted else f"in layer {parted - 1}"
-    lines.append(f"they part          {after}, by {shown[parted]:.1e} of the largest value")
+    after = f"in layer {parted - 1}" if parted else "in the embedding"
+    lines.append(f"they part          {after}, by {result.layers[parted]:.1e} of the largest value")
   return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Writes a run's checkpoint as a Hugging Face checkpoint that `from_pretrained` loads unchanged."""
 
+import itertools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +30,7 @@ class Loaded(NamedTuple):
 
 
 def load_run(workdir: str, step: int) -> Loaded:
-  """Restores the weights of a run on this machine's devices.
-
-  Raises:
-    UserError: there is no such run or no such checkpoint.
-  """
+  """Restores the weights of a run on this machine's devices."""
   path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
   config = override(config, {"mesh": sharding.fit_mesh(config.mesh, parts=jax.process_count())})
@@ -73,17 +69,11 @@ def export(
   target: pathlib.Path,
   dtype: str = "float32",
   largest: int = 5 * 10**9,
-  progress: Callable[[str], None] | None = None,
 ) -> None:
   """Writes safetensors, config.json, and the tokenizer's files where the run has them.
 
-  Args:
-    loaded: the weights.
-    family: whose tensors and config to write.
-    target: a folder that does not exist yet, or is empty.
-    dtype: of the tensors: float32, bfloat16 or float16.
-    largest: bytes of a file.
-    progress: takes a line now and then.
+  The target is a folder that does not exist yet, or is empty; `largest` are the bytes of a file,
+  and `dtype` is float32, bfloat16 or float16.
 
   Raises:
     UserError: the family cannot say the model, or the target has files.
@@ -105,23 +95,22 @@ def export(
       f"{family.model_type} has no bias that balances the choice of experts, and this run has one; "
       "choose a --family that has, as glm4_moe"
     )
-  width = np.dtype(files.WRITTEN[dtype]).itemsize
+  width = np.dtype(dtype).itemsize
   sizes = {tensor.name: int(np.prod(tensor.shape)) * width for tensor in found}
-  writer = files.TensorWriter(target, sizes, largest)
-  told = files.Progress("wrote", sum(sizes.values()), progress)
-  done = 0
-  try:
-    for tensor in found:
-      pieces = [_part(arrays[part.path], part) for part in tensor.parts]
-      writer.add(
-        tensor.name, np.ascontiguousarray(tensor.pack(pieces).astype(files.WRITTEN[dtype]))
-      )
-      done += sizes[tensor.name]
-      told.at(done)
-    writer.finish(theirs, _beside(loaded, tokenizer.separator_text))
-  except BaseException:
-    writer.drop()
-    raise
+  named = {tensor.name: tensor for tensor in found}
+  told, done = files.Progress("wrote", sum(sizes.values())), itertools.accumulate(sizes.values())
+
+  def value(name: str) -> np.ndarray:
+    pieces = []
+    for part in named[name].parts:  # one layer's or one expert's values, on the host
+      piece = arrays[part.path]
+      piece = piece[part.place] if part.place else piece
+      pieces.append(np.asarray(piece if isinstance(piece, np.ndarray) else sharding.whole(piece)))
+    told.at(next(done))
+    return np.ascontiguousarray(named[name].pack(pieces).astype(dtype))
+
+  beside = _beside(loaded, tokenizer.separator_text)
+  files.write_checkpoint(target, sizes, largest, value, theirs, beside)
 
 
 def _beside(loaded: Loaded, separator: str | None) -> dict[str, pathlib.Path | str]:
@@ -138,12 +127,6 @@ def _beside(loaded: Loaded, separator: str | None) -> dict[str, pathlib.Path | s
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": separator}
     found[special_tokens.CONFIG] = json.dumps(about)
   return found | {named: tokenizer}
-
-
-def _part(array: Any, part: layout.Part) -> np.ndarray:
-  """Returns one layer's or one expert's values, on the host."""
-  piece = array[part.place] if part.place else array
-  return np.asarray(piece if isinstance(piece, np.ndarray) else sharding.whole(piece))
 
 
 def _config(loaded: Loaded, family: Family, dtype: str, separator: int) -> dict[str, Any]:

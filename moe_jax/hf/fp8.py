@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from moe_jax.hf.ranges import Ranges, Read, Shape
+from moe_jax.hf.layout import Ranges, Read, Shape
 
 _BLOCK = 128
 _SCALES = "_scale_inv"
@@ -33,11 +33,7 @@ def find(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Sha
 def read(name: str, shape: Shape, ranges: Ranges, read_part: Read) -> np.ndarray:
   """Returns a range of a weight [O, I], float32.
 
-  Args:
-    name: of the weight.
-    shape: of the weight.
-    ranges: of O and I.
-    read_part: reads a range of the weight, as bytes, or of its scales.
+  `read_part` reads a range of the weight, as bytes, or of its scales.
   """
   values = read_part(name, ranges).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
   scales = np.atleast_2d(read_part(name + _SCALES, ()).astype(np.float32))

@@ -9,7 +9,7 @@ import functools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +22,7 @@ from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
-from moe_jax.hf.layout import Tensor
-from moe_jax.hf.ranges import Ranges
+from moe_jax.hf.layout import Ranges, Tensor
 from moe_jax.kernels import platform
 from moe_jax.model import cost, pattern, transformer
 from moe_jax.moe import validation
@@ -63,10 +62,6 @@ class ImportPlan(NamedTuple):
 
 def plan(folder: str, mesh: Mesh) -> ImportPlan:
   """Reads config.json and the headers, and compares them with our model.
-
-  Args:
-    folder: of the checkpoint.
-    mesh: to put the weights on.
 
   Raises:
     UserError: names what is missing, left over, of another shape, or cannot be expressed.
@@ -184,23 +179,12 @@ def _compare(
   return []
 
 
-def read_weights(
-  made: ImportPlan, mesh: jax.sharding.Mesh, progress: Callable[[str], None] | None = None
-) -> Weights:
-  """Reads the weights onto a mesh.
-
-  Args:
-    made: what `plan` returned.
-    mesh: to split over.
-    progress: takes a line now and then.
-
-  Raises:
-    UserError: a tensor has values that are not finite; all of them are named.
-  """
+def read_weights(made: ImportPlan, mesh: jax.sharding.Mesh) -> Weights:
+  """Reads the weights onto a mesh; raises a UserError that names tensors that are not finite."""
   model = made.config.model
   parameters = layout.by_parameter(made.tensors)
   damaged: set[str] = set()
-  told = files.Progress("read", made.bytes_to_read, progress)
+  told = files.Progress("read", made.bytes_to_read)
 
   def read_range(name: str, ranges: Ranges) -> np.ndarray:
     values = made.stored.read(name, ranges)

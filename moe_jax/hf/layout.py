@@ -16,18 +16,20 @@ unpack, one half's columns are read.
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.config import Model
-from moe_jax.hf.ranges import Ranges, Read
 from moe_jax.model import cost, delta
 from moe_jax.model.pattern import bias_shape, layer_places, moe_layers
 
 BIAS = ("bias_ZE",)  # the path of the balancing bias, which stands beside the parameters
 
+Ranges = tuple[slice, ...]  # one for each dimension of a tensor
+Shape = tuple[int, ...]
+Read = Callable[[str, Ranges], np.ndarray]  # their tensor's name, and which part -> the values
 Path = tuple[str, ...]  # of a parameter in the Transformer, layers stacked on Z: cost.parameters
 
 
@@ -144,11 +146,8 @@ def tensors(
 ) -> list[Tensor]:
   """Returns all tensors of a checkpoint of this model, in the order of the layers.
 
-  Args:
-    model: the configuration.
-    top: rows of what stands beside the layers.
-    layer: rows of one layer. A row counts where the layer has its parameter.
-    prefix: of their layers' names: "model.layers.{layer}.".
+  `top` are the rows of what stands beside the layers, `layer` those of a layer that has their
+  parameter, and `prefix` begins its names: "model.layers.{layer}.".
 
   Raises:
     KeyError: a parameter of the model stands in no row; its path.
@@ -213,22 +212,17 @@ def _of_row(
   ]
 
 
+Places = dict[tuple[int, ...], list[tuple[Tensor, Part]]]  # {Part.place: where it stands}
+
+
 def pieces(
-  path: Path,
-  index: Ranges,
-  parts: Mapping[tuple[int, ...], list[tuple[Tensor, Part]]],
-  read: Read,
+  path: Path, index: Ranges, parts: Places, read: Read
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
   """Yields (start, values) of a part of a stacked parameter, reading no more than that part.
 
   One piece is what one tensor of theirs has of it: of one layer, or of one expert. It has the
-  dimensions of the parameter.
-
-  Args:
-    path: of the parameter.
-    index: of the part: a range of each dimension of the stacked parameter.
-    parts: {Part.place: where it stands} of this parameter.
-    read: reads a range of their tensor.
+  dimensions of the parameter. `index` has a range of each dimension, `parts` says where each
+  Part.place of this parameter stands, and `read` reads a range of their tensor.
   """
   letters = path[-1].rsplit("_", 1)[-1]
   letters = "Z" * (len(index) - len(letters)) + letters
@@ -251,11 +245,9 @@ def pieces(
       yield tuple(start), values.reshape((1,) * depth + values.shape)
 
 
-def by_parameter(
-  found: list[Tensor],
-) -> dict[Path, dict[tuple[int, ...], list[tuple[Tensor, Part]]]]:
+def by_parameter(found: list[Tensor]) -> dict[Path, Places]:
   """Returns {path: {Part.place: [(tensor, part)]}} of all parameters."""
-  parameters: dict[Path, dict[tuple[int, ...], list[tuple[Tensor, Part]]]] = {}
+  parameters: dict[Path, Places] = {}
   for tensor in found:
     for part in tensor.parts:
       parameters.setdefault(part.path, {}).setdefault(part.place, []).append((tensor, part))

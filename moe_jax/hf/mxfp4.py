@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_jax.hf.ranges import Ranges, Read, Shape, covering
+from moe_jax.hf.layout import Ranges, Read, Shape
 
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BLOCK = 32
@@ -32,14 +32,10 @@ def find(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> dict[str, Sha
 def read(name: str, shape: Shape, ranges: Ranges, read_bytes: Read) -> np.ndarray:
   """Returns a range of a weight [E, I, O], float32.
 
-  Args:
-    name: of the weight.
-    shape: of the weight; the ranges suffice.
-    ranges: of E, I and O.
-    read_bytes: reads a range of one of the two tensors, uint8.
+  `read_bytes` reads a range of one of the two tensors, uint8.
   """
   experts, inner, outer = ranges
-  blocks = covering(inner, _BLOCK)
+  blocks = slice(inner.start // _BLOCK, -(-inner.stop // _BLOCK))
   pairs = read_bytes(name + PARTS[0], (experts, outer, blocks, slice(0, _BLOCK // 2)))
   scales = read_bytes(name + PARTS[1], (experts, outer, blocks)).astype(np.int32) - _BIAS
   values = np.stack([_VALUES[pairs & 15], _VALUES[pairs >> 4]], axis=-1)  # the low half is first

@@ -1,7 +1,6 @@
 """Prompts for a chat model: messages in the template that came with its tokenizer."""
 
 import contextlib
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -26,8 +25,6 @@ class Template:
 
   def __init__(self, folder: pathlib.Path):
     """Reads the template; raises a UserError where there is none."""
-    if not importlib.util.find_spec("jinja2"):
-      raise UserError("a chat template needs Jinja: pip install 'moe_jax[tokenizers]'")
     self._folder, self._special = folder, special_tokens.read_special_tokens(folder).names
     self.text = _template(folder)
 
@@ -46,19 +43,14 @@ class Template:
         stderr=subprocess.DEVNULL,
       )
     worker = self._worker
-    variables = {
-      "messages": messages,
-      "tools": None,
-      "documents": None,
-      "add_generation_prompt": begin_answer,
-    }
-    asked = {"template": self.text, "variables": self._special | variables}
+    variables: dict[str, Any] = dict(messages=messages, tools=None, documents=None)
+    variables = self._special | variables | dict(add_generation_prompt=begin_answer)
     assert worker.stdin and worker.stdout
     timer = threading.Timer(_SECONDS, worker.kill)
     timer.start()
     line = ""
     with contextlib.suppress(OSError):  # its process is gone
-      worker.stdin.write(json.dumps(asked) + "\n")
+      worker.stdin.write(json.dumps({"template": self.text, "variables": variables}) + "\n")
       worker.stdin.flush()
       line = worker.stdout.readline(_LONGEST)
     timer.cancel()

@@ -6,6 +6,7 @@ separate arrays, which the kernels may store in another layout (kernels/packing.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -61,8 +62,7 @@ class Decoded(NamedTuple):
 def for_inference(model: Model) -> Model:
   """Returns the model with dispatch and capacity set so that no token is dropped.
 
-  Raises:
-    UserError: the router cannot generate text token by token.
+  Raises a UserError where the router cannot generate text token by token.
   """
   validation.validate_generation(model.moe)
   moe = dataclasses.replace(
@@ -72,22 +72,10 @@ def for_inference(model: Model) -> Model:
 
 
 def weights(model: Model, params: Any, bias_ZE: jax.Array) -> DecoderWeights:
-  """Lays out a Transformer's parameters for inference on the mesh in force.
-
-  Args:
-    model: the configuration of the parameters.
-    params: nnx state of a Transformer.
-    bias_ZE: float32 balancing biases.
-  """
-
-  def unpacked(params: Any, bias_ZE: jax.Array) -> DecoderWeights:
-    return unstacked(model, params, bias_ZE)
-
-  def packed(params: Any, bias_ZE: jax.Array) -> DecoderWeights:
-    return _packed(unpacked(params, bias_ZE))
-
+  """Lays out a Transformer's parameters, an nnx state, for inference on the mesh in force."""
+  unpacked = functools.partial(unstacked, model)
   if packing.packs():
-    return jax.jit(packed)(params, bias_ZE)
+    return jax.jit(lambda *stacked: _packed(unpacked(*stacked)))(params, bias_ZE)
   shapes = jax.eval_shape(unpacked, params, bias_ZE)
   # A step of decoding reads all weights for few tokens, so that no more than `fsdp` splits them.
   shardings = sharding.param_shardings(shapes, jax.sharding.get_mesh(), spread=False)

@@ -50,9 +50,7 @@ class Completion(NamedTuple):
 def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   """Loads the model of a run of train.py, ready to generate on this machine's devices.
 
-  Args:
-    workdir: of the run. Its checkpoint and its tokenizer are read; the data are not needed.
-    step: of the checkpoint; 0 is the newest.
+  Its checkpoint of `step`, the newest for 0, and its tokenizer are read; the data are not needed.
 
   Raises:
     UserError: the workdir has no run or no such checkpoint, or the router cannot generate.
@@ -116,11 +114,7 @@ class TextGenerator:
   def logits(self, tokens: Any) -> np.ndarray:
     """Returns next-token logits after every token, float32 [L, V] or [B, L, V].
 
-    Args:
-      tokens: ids, [L] or [B, L]; a document begins with the ids `before`.
-
-    Raises:
-      UserError: the array is not of integers in this shape, or an id is not in the vocabulary.
+    `tokens` are ids, [L] or [B, L]; a document begins with the ids `before`.
     """
     ids_BL = np.asarray(tokens)
     if ids_BL.ndim not in (1, 2) or not ids_BL.size or ids_BL.dtype.kind not in "iu":
@@ -128,12 +122,13 @@ class TextGenerator:
     if ids_BL.min() < 0 or ids_BL.max() >= self.model.vocab_size:
       raise UserError(f"a token of {ids_BL.max()}: ids are from 0 to {self.model.vocab_size - 1}")
     rows = np.atleast_2d(ids_BL)
-    sizes = padding.padded_sizes(len(rows), rows.shape[1], self.rows)
     what = f"{len(rows):,} rows of {rows.shape[1]:,} tokens"
-    self._memory.check(what, self._all_logits, self.weights, sizes, (np.int32, np.int32))
-    tokens_BL, start_B = padding.padded(list(rows), self.rows)
-    with jax.set_mesh(self.mesh):
-      logits = sharding.whole(self._all_logits(self.weights, *self._put(tokens_BL, start_B)))
+    B, L = padding.padded_sizes(len(rows), rows.shape[1], self.rows)
+    memory.check_count(what, B * L)
+    with jax.set_mesh(self.mesh), memory.one_line(what):
+      arguments = self.weights, *sharding.place(padding.padded(list(rows), self.rows), self.mesh)
+      self._memory.check(what, self._all_logits, *arguments)
+      logits = sharding.whole(self._all_logits(*arguments))
     logits = logits[: len(rows), -rows.shape[1] :]
     return logits if ids_BL.ndim == 2 else logits[0]
 
@@ -180,16 +175,8 @@ class TextGenerator:
     """
     if not prompts:
       raise UserError("no prompt: give at least one, which may be empty")
-    check_generation(
-      {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "num_samples": num_samples,
-      }
-    )
+    check_generation(dict(max_new_tokens=max_new_tokens, seed=seed, num_samples=num_samples))
+    check_generation(dict(temperature=temperature, top_k=top_k, top_p=top_p))
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
     seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
     encoded = [self._ids(prompt) for prompt in prompts]
@@ -197,19 +184,15 @@ class TextGenerator:
     B, L = padding.padded_sizes(count, longest, self.rows)
     slots = -(-(L + max_new_tokens) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     what = f"{count:,} prompts of up to {longest:,} tokens and {max_new_tokens:,} new ones"
-    arrays = (np.int32, np.int32, np.bool_)  # as below
-    self._memory.check(
-      what, self._prefill, self.weights, (B, L), arrays, seed_of_draws, draw, kind=kind, slots=slots
-    )
+    memory.check_count(what, B * slots)
     rows = [ids for ids in encoded for _ in range(num_samples)]
-    padded_BL, first_B = padding.padded(rows, self.rows)
     done = np.arange(B) >= len(rows)
     with jax.set_mesh(self.mesh), memory.one_line(what):
+      placed = sharding.place((*padding.padded(rows, self.rows), done), self.mesh)
+      arguments = self.weights, *placed, seed_of_draws, draw
+      self._memory.check(what, self._prefill, *arguments, kind=kind, slots=slots)
       start = time.perf_counter()
-      tokens_BL, start_B, done_B = self._put(padded_BL, first_B, done)
-      cache, token_B, done_B = self._prefill(
-        self.weights, tokens_BL, start_B, done_B, seed_of_draws, draw, kind=kind, slots=slots
-      )
+      cache, token_B, done_B = self._prefill(*arguments, kind=kind, slots=slots)
       first_B, finished = sharding.whole((token_B, done_B))
       self.seconds = {"prefill": time.perf_counter() - start, "decode": 0.0}
       self.counts = {"prefill": sum(map(len, rows)), "decode": 0}
@@ -259,9 +242,6 @@ class TextGenerator:
       last = next((place for place, i in enumerate(ids) if i in self._ends), len(ids))
       new.append([] if done else ids[: last + 1])
     return new
-
-  def _put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
-    return sharding.place(arrays, self.mesh)
 
 
 def _prefill(

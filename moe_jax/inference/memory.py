@@ -5,17 +5,15 @@ process when the memory is used.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import sharding
 from moe_jax.errors import UserError
 from moe_jax.kernels import platform
 
-_MOST = 2**30  # tokens of all rows, since their places are 32-bit numbers
+_MOST = 2**30  # tokens
 
 
 class Memory:
@@ -25,48 +23,24 @@ class Memory:
     self._mesh = mesh
     self._fitting: set[Any] = set()  # programs and sizes
 
-  def check(
-    self,
-    what: str,
-    function: Any,
-    weights: Any,
-    sizes: tuple[int, int],
-    types: Sequence[type],
-    *more: Any,
-    slots: int = 0,
-    **static: Any,
-  ) -> None:
+  def check(self, what: str, function: Any, *arguments: Any, **static: Any) -> None:
     """Compiles a program and compares the memory that it needs with what this process can have.
 
-    A call of the program with the same sizes is not compiled again.
+    A call of the program with tokens of the same shape is not compiled again.
 
     Args:
       what: of which size the call is, for the error.
       function: a jitted function.
-      weights: its first argument.
-      sizes: B and L. The arguments after the weights are arrays [B, L], [B], [B], ...
-      types: of these arrays.
-      more: the arguments after these.
-      slots: of a cache; 0 for a function without this argument.
+      arguments: of the call: weights, tokens_BL, and more.
       static: other arguments that the function is compiled for.
 
     Raises:
       UserError: the memory does not suffice.
     """
-    B, L = sizes
-    key = (function, sizes, slots, *static.values())
+    key = (function, arguments[1].shape, *static.values())
     if key in self._fitting:
       return
-    if B * max(L, slots) > _MOST:
-      raise UserError(f"{what} are over {_MOST:,} tokens in all; give fewer or shorter ones")
-    split = NamedSharding(self._mesh, PartitionSpec(sharding.BATCH_AXES))
-    shapes = [
-      jax.ShapeDtypeStruct(sizes[:1] if number else sizes, dtype, sharding=split)
-      for number, dtype in enumerate(types)
-    ]
-    static |= {"slots": slots} if slots else {}
-    with jax.set_mesh(self._mesh), one_line(what):
-      program = function.lower(weights, *shapes, *more, **static).compile()
+    program = function.lower(*arguments, **static).compile()
     usage = program.memory_analysis()  # None on platforms that do not tell
     needed = usage.argument_size_in_bytes + usage.output_size_in_bytes if usage else 0
     needed += usage.temp_size_in_bytes - usage.alias_size_in_bytes if usage else 0
@@ -77,6 +51,12 @@ class Memory:
         f"{have / 1e9:,.1f}; give fewer or shorter ones"
       )
     self._fitting.add(key)
+
+
+def check_count(what: str, tokens: int) -> None:
+  """Refuses more tokens of all rows than 32-bit numbers can tell apart."""
+  if tokens > _MOST:
+    raise UserError(f"{what} are over {_MOST:,} tokens in all; give fewer or shorter ones")
 
 
 @contextlib.contextmanager

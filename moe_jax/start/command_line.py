@@ -82,7 +82,8 @@ class Parser(argparse.ArgumentParser):
       near = f"; the nearest is {close[0]}" if close else ": options start with --"
       raise UserError(f"unexpected argument {unknown[0]!r}{near}")
     set_cache(args.cache_dir)
-    quiet()
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every step of a save, and errors it raises
     faulthandler.enable(2)  # a crash in compiled code says from where it was called
     return args
 
@@ -96,12 +97,6 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     raise UserError(message.removeprefix("argument "))
-
-
-def quiet() -> None:
-  """Silences Orbax, which logs every step of every save, and errors that it also raises."""
-  logging.use_absl_handler()
-  logging.set_verbosity(logging.FATAL)
 
 
 def set_cache(folder: str) -> None:
@@ -211,8 +206,6 @@ def run_file(path: str, name: str, kind: type, *arguments: str) -> tuple[Any, st
     if name not in module:
       raise UserError(f"it defines no {name}(), which has to return a {kind.__name__}")
     value = module[name](*arguments)
-  except UserError as error:
-    raise UserError(f"{_place(error, path)}: {error}") from None
   except (Exception, SystemExit) as error:  # whatever the file does wrong, say where
     raise UserError(_explain(error, path)) from None
   if not isinstance(value, kind):
@@ -220,19 +213,17 @@ def run_file(path: str, name: str, kind: type, *arguments: str) -> tuple[Any, st
   return value, (module["__doc__"] or "").strip()
 
 
-def _place(error: BaseException, path: str) -> str:
+def _explain(error: BaseException, path: str) -> str:
   frames = traceback.extract_tb(error.__traceback__)
   lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
-  return f"{path}:{lines[-1]}" if lines else path
-
-
-def _explain(error: BaseException, path: str) -> str:
-  where, message = _place(error, path), str(error)
+  where, message = f"{path}:{lines[-1]}" if lines else path, str(error)
+  if isinstance(error, UserError):
+    return f"{where}: {message}"
   if isinstance(error, SyntaxError):
     where, message = f"{error.filename or path}:{error.lineno or 1}", error.msg
   # The second is what Python 3.11 says of a field that there is not.
   if isinstance(error, dataclasses.FrozenInstanceError) or message.startswith("super(type, obj)"):
-    frame = traceback.extract_tb(error.__traceback__)[-2]  # that called __setattr__
+    frame = frames[-2]  # that called __setattr__
     return (
       f"{frame.filename}:{frame.lineno}: {frame.line}: a config does not change; "
       'make another: override(config, {"model.moe.top_k": 1}), or dataclasses.replace'
@@ -274,10 +265,7 @@ def check_folder(flag: str, path: str) -> None:
 
 
 def take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-  """Splits arguments into overrides, {"train.steps": 20} of --config.train.steps=20, and the rest.
-
-  A field that is given twice has the last value.
-  """
+  """Splits arguments into {"train.steps": 20} of --config.train.steps=20, and the rest."""
   values: dict[str, Any] = {}
   others = []
   for argument in arguments:

@@ -84,7 +84,7 @@ def together(multihost: bool, timeout: int, *, saves: bool = False) -> Iterator[
 
 
 def place() -> tuple[str | None, int | None, int | None]:
-  """Returns the coordinator's address, the number of processes, and the number of this one.
+  """Returns the coordinator's address, how many processes there are, and the number of this one.
 
   None stands for what the environment does not say, which jax may know.
   """

@@ -59,12 +59,8 @@ class Checkpointer:
   def writing(cls, workdir: pathlib.Path, latest: int = 1, best: int = 0) -> "Checkpointer":
     """Opens the checkpoints to save more; those that cannot be opened are set aside.
 
-    The remains of a save or of a deletion that was cut off are deleted.
-
-    Args:
-      workdir: the run's folder.
-      latest: how many of the latest steps to keep.
-      best: how many of the steps of the lowest loss to keep, too; the others are deleted.
+    The remains of a save or of a deletion that was cut off are deleted. The `latest` newest steps
+    and the `best` of the lowest loss are kept.
     """
     # Orbax's max_to_keep together with best_fn would delete the newest checkpoint.
     keep: list[policies.PreservationPolicy] = [policies.LatestN(latest)]
@@ -127,17 +123,16 @@ class Checkpointer:
     return step or steps[-1]
 
   def save(self, step: int, state: Any, next_batch: int, loss: float) -> bool:
-    """Copies the state to the host and returns; the files are written during the next steps.
+    """Copies the state to the host; the files are written during the next steps.
+
+    Returns whether it is saved. A state that is not finite is not, since it would take the place of
+    one that a run can go on from.
 
     Args:
       step: the number of steps taken.
       state: the train state, a NamedTuple.
       next_batch: the number of the training batch that follows.
       loss: the validation loss, by which the best steps are kept; inf if it was not computed.
-
-    Returns:
-      Whether it is saved. A state that is not finite is not, since it would take the place of one
-      that a run can go on from.
 
     Raises:
       StorageError: this checkpoint or the one before could not be written.
@@ -148,7 +143,7 @@ class Checkpointer:
     self.wait()
     about = {"arrays": arrays, "next_batch": next_batch, "step": step, "loss": str(loss)}
     stored = files.sealed({"about": about})
-    with self._storage_errors(step):
+    with self._storage_errors():
       self._manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(stored)),
@@ -168,11 +163,8 @@ class Checkpointer:
       DamagedError: the checkpoint cannot be read, or is not what was saved.
       UserError: it is whole, and of another model or optimizer.
     """
-    about = self._about(step, abstract_state._asdict())
-    args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-    wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=args)
-    state = self._read(step, state=wanted)["state"]
-    self._check(step, about, state._asdict())
+    fields, about = self._restored(step, abstract_state._asdict())
+    state = type(abstract_state)(**fields)
     if step != int(state.step):
       raise self._damaged(step, f"the number of the step is {int(state.step)}, not {step}")
     if about:
@@ -207,19 +199,27 @@ class Checkpointer:
 
   def restore_fields(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns some fields of the saved state; `fields` gives their shapes and shardings."""
+    return self._restored(step, fields)[0]
+
+  def _restored(self, step: int, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the fields, compared with their digests, and what else was saved with these."""
     about = self._about(step, fields)
     args = ocp.checkpoint_utils.construct_restore_args(fields)
     state = ocp.args.PyTreeRestore(fields, restore_args=args, partial_restore=True)
     restored = self._read(step, state=state)["state"]
-    self._check(step, about, restored)
-    return restored
+    if not about:
+      notice(f"note: checkpoint {step} is not verified: it was saved without digests")
+      return restored, about
+    read, _ = verification.array_digests(restored)
+    wrong = [name for name, digest in read.items() if about["arrays"].get(name) != digest]
+    if wrong:
+      raise self._damaged(step, f"other values than were saved in {few(wrong)}")
+    return restored, about
 
   def _read(self, step: int, **items: Any) -> Any:
     """Returns the items of a step; whatever goes wrong in the libraries is a DamagedError.
 
-    Raises:
-      StorageError: the system or an object store does not let it be read, which says nothing about
-        the checkpoint.
+    Where the system or a store does not let it be read, it may be whole: that is a StorageError.
     """
     local = not remote.is_remote(self._folder)
     if local and any(path.is_fifo() for path in (self._folder / str(step)).rglob("*")):
@@ -237,9 +237,7 @@ class Checkpointer:
   def _about(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the digests of a step; {} for a checkpoint of before there were digests.
 
-    Raises:
-      DamagedError: the digests cannot be read.
-      UserError: the checkpoint has no arrays of the names, types and shapes of `fields`.
+    Raises a UserError where it has no arrays of the names, types and shapes of `fields`.
     """
     if not verification.has_digests(self._folder / str(step)):
       return {}
@@ -256,15 +254,6 @@ class Checkpointer:
         f"and {here[other[0]]} in this config ({len(other)} arrays differ); it is not this run's"
       )
     return about
-
-  def _check(self, step: int, about: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Raises a DamagedError where an array is not the one that was saved, if that is known."""
-    if not about:
-      return notice(f"note: checkpoint {step} is not verified: it was saved without digests")
-    read, _ = verification.array_digests(fields)
-    wrong = [name for name, digest in read.items() if about["arrays"].get(name) != digest]
-    if wrong:
-      raise self._damaged(step, f"other values than were saved in {few(wrong)}")
 
   def _damaged(self, step: int, why: str) -> DamagedError:
     steps = workdir_lib.saved_steps(self._workdir)
@@ -315,7 +304,7 @@ class Checkpointer:
     Raises:
       StorageError: a checkpoint could not be written.
     """
-    with self._storage_errors(None):
+    with self._storage_errors():
       self._manager.wait_until_finished()
     newest = self.latest_step()
     if self._writes and newest is not None:
@@ -333,18 +322,17 @@ class Checkpointer:
         (self._folder / _DELETED).rmdir()
 
   @contextlib.contextmanager
-  def _storage_errors(self, step: int | None) -> Iterator[None]:
+  def _storage_errors(self) -> Iterator[None]:
     try:
       yield
     except StorageError:
       raise
     except Exception as error:  # of many types, from three libraries, for a full disk alone
-      which = "a checkpoint" if step is None else f"checkpoint {step}"
       if remote.is_remote(self._folder):
-        raise remote.unreachable(self._folder, error, f"cannot write {which} to") from error
+        raise remote.unreachable(self._folder, error, "cannot write a checkpoint to") from error
       full, why = os.strerror(errno.ENOSPC), " ".join(str(error).split())
       raise StorageError(
-        f"cannot write {which} in {self._folder} ({full if full in why else why[:200]}); the "
+        f"cannot write a checkpoint in {self._folder} ({full if full in why else why[:200]}); the "
         f"checkpoints of steps {workdir_lib.saved_steps(self._workdir)} are intact, and the same "
         "command goes on from there once this can be written"
       ) from error

@@ -20,11 +20,7 @@ from moe_jax.storage import remote
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes a whole file, or leaves the old one as it was.
-
-  Raises:
-    StorageError: the file cannot be written.
-  """
+  """Writes a whole file; or leaves the old one as it was, and raises a StorageError."""
   data = content.encode() if isinstance(content, str) else content
   if remote.is_remote(path):
     return remote.write(path, data)
@@ -45,11 +41,7 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def move(folder: pathlib.Path, target: pathlib.Path) -> None:
-  """Gives a folder another name on the same disk, or in the same object store.
-
-  Raises:
-    StorageError: it cannot be written.
-  """
+  """Gives a folder another name on the same disk, or in the same object store."""
   if remote.is_remote(folder):
     return remote.move(folder, target)
   with storage_errors(target):
@@ -147,10 +139,9 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def append_line(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Adds an object to a .jsonl file; in an object store it is there after `flush`, or some time.
+  """Adds an object to a .jsonl file, which may be no symbolic link.
 
-  Raises:
-    StorageError: the file cannot be written, or is a symbolic link.
+  In an object store it is there after `flush`, or after some time.
   """
   line = (json.dumps(values) + "\n").encode()
   flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -166,11 +157,7 @@ def growing(path: pathlib.Path) -> pathlib.Path:
 
 
 def flush() -> None:
-  """Writes to the object store what has grown.
-
-  Raises:
-    StorageError: it does not answer.
-  """
+  """Writes to the object store what has grown."""
   remote.upload()
 
 

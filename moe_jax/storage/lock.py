@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import filelock
 import psutil
@@ -69,17 +68,11 @@ def _take(lease: "_ObjectLease | filelock.SoftFileLease", workdir: pathlib.Path)
     lease.acquire(timeout=0)
 
 
-def _busy(workdir: pathlib.Path, owner: "_Owner | filelock.OwnerRecord") -> BusyError:
+def _busy(workdir: pathlib.Path, owner: filelock.OwnerRecord) -> BusyError:
   return BusyError(
     f"--workdir={workdir}: another training runs there (process {owner.pid} on {owner.hostname}); "
     "wait for its end, end it, or name another workdir"
   )
-
-
-class _Owner(NamedTuple):
-  pid: int
-  hostname: str
-  token: str
 
 
 class _ObjectLease:
@@ -89,16 +82,19 @@ class _ObjectLease:
     self, path: pathlib.Path, lease_duration: float, on_compromise: Callable[[object], None]
   ):
     self._path, self._duration, self._lost = path, lease_duration, on_compromise
-    self._this = _Owner(os.getpid(), socket.gethostname(), secrets.token_hex(8))
+    self._this = filelock.OwnerRecord(
+      os.getpid(), socket.gethostname(), "lease", secrets.token_hex(8)
+    )
     self._released = threading.Event()
     self._beat = threading.Thread(target=self._keep, daemon=True)
 
   @property
-  def owner(self) -> _Owner | None:
+  def owner(self) -> filelock.OwnerRecord | None:
     values = files.read_json(self._path, "delete it if no training runs there")
     if not values:
       return None
-    return _Owner(values.get("pid", 0), values.get("hostname", "?"), values.get("token", ""))
+    host = values.get("hostname", "?")
+    return filelock.OwnerRecord(values.get("pid", 0), host, "lease", values.get("token"))
 
   def acquire(self, timeout: float) -> None:
     """Takes the lock; raises filelock.Timeout where an owner that may live has it."""

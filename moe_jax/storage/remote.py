@@ -30,13 +30,14 @@ _LOG_IN = (
 )
 
 
-def open_path(text: str) -> pathlib.Path:
+def open_path(folder: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the path of a folder, local or gs://BUCKET/FOLDER.
 
   Raises:
     UserError: there is no such bucket, or no way to it from here.
     StorageError: the store does not answer.
   """
+  text = os.fspath(folder)
   if "://" not in text:
     return pathlib.Path(text)
   if not re.match("gs://[^/]", text):
@@ -100,9 +101,7 @@ def unreachable(path: pathlib.Path, error: Exception, what: str = "cannot reach"
 def read(path: pathlib.Path) -> bytes:
   """Returns the contents of an object, of a file that grows with what is not yet uploaded.
 
-  Raises:
-    FileNotFoundError: there is none.
-    StorageError: the store does not answer.
+  Raises a FileNotFoundError where there is none.
   """
   copy = _STATE.copies.get(path)
   if copy and copy.is_file():
@@ -168,11 +167,7 @@ def local_copy(path: pathlib.Path) -> pathlib.Path:
 
 
 def upload(every: float = 0.0) -> None:
-  """Uploads the copies that have changed, if the last time is so many seconds ago.
-
-  Raises:
-    StorageError: the store does not answer; the next call tries again.
-  """
+  """Uploads the copies that have changed, if the last time is `every` seconds ago."""
   if time.monotonic() - _STATE.uploaded_at < every:
     return
   for path, copy in _STATE.copies.items():

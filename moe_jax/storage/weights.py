@@ -1,5 +1,6 @@
 """A run's weights, without its optimizer's state: read from a checkpoint, or saved as step 0."""
 
+import contextlib
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -20,24 +21,16 @@ class Weights(NamedTuple):
 def read(
   workdir: pathlib.Path, step: int, shapes: dict[str, Any], mesh: jax.sharding.Mesh
 ) -> tuple[int, Weights]:
-  """Returns the step and the weights of a run's checkpoint, split over `mesh`.
+  """Returns the step, the newest for 0, and the weights of a run's checkpoint, split over `mesh`.
 
-  Args:
-    workdir: of the run.
-    step: of the checkpoint; 0 is the newest.
-    shapes: of its weights: `transformer.abstract_weights`.
-    mesh: may differ from the one that saved the step.
+  `shapes` is transformer.abstract_weights; the mesh may differ from the one that saved the step.
 
   Raises:
     UserError: there is no such checkpoint, or it is of another model.
     DamagedError: it cannot be read, or is not what was saved.
   """
-  reader = Checkpointer.reading(workdir)
-  try:
-    with jax.set_mesh(mesh):
-      step, stored = reader.restore_part(step, shapes, mesh)
-  finally:
-    reader.close()
+  with contextlib.closing(Checkpointer.reading(workdir)) as reader, jax.set_mesh(mesh):
+    step, stored = reader.restore_part(step, shapes, mesh)
   return step, Weights(**stored)
 
 
@@ -48,10 +41,7 @@ def save(workdir: pathlib.Path, weights: Weights) -> None:
     UserError: they are not finite.
     StorageError: they could not be written.
   """
-  saver = Checkpointer.writing(workdir)
-  try:
+  with contextlib.closing(Checkpointer.writing(workdir)) as saver:
     if not saver.save(0, weights, next_batch=0, loss=math.inf):
       raise UserError(f"--workdir={workdir}: weights that are not finite are not saved")
     saver.wait()
-  finally:
-    saver.close()

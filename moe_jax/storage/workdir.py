@@ -52,14 +52,8 @@ _KINDS: dict[str, dict[str, type]] = {
 }
 
 
-def open_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the path of a workdir: a folder, or gs://BUCKET/FOLDER.
-
-  Raises:
-    UserError: there is no such bucket, or no way to it from here.
-    StorageError: the store does not answer.
-  """
-  return remote.open_path(os.fspath(workdir))
+open_path = remote.open_path
+resolved = remote.resolved  # the same for all names of a workdir
 
 
 def open_written(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -74,11 +68,7 @@ def open_written(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def open_new(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns the path of a workdir that does not exist yet, or is empty.
-
-  Raises:
-    UserError: there are files in it, or it cannot be opened.
-  """
+  """Returns the path of a workdir; raises a UserError where there are files in it."""
   path = open_written(workdir)
   if path.exists() and any(path.iterdir()):
     raise UserError(f"--workdir={workdir} is not empty; name a new folder")
@@ -99,17 +89,10 @@ def split_step(text: str) -> tuple[str, int | None]:
   return (named[1], int(named[2])) if named else (text, None)
 
 
-def resolved(workdir: pathlib.Path) -> pathlib.Path:
-  """Returns the path from the root on, the same for all names of a workdir."""
-  return remote.resolved(workdir)
-
-
 def fetched(workdir: str, folder: pathlib.Path) -> pathlib.Path:
   """Returns a workdir on this machine: of one in an object store, a copy of what a report reads.
 
-  Args:
-    workdir: a folder, or gs://BUCKET/FOLDER.
-    folder: where to copy it to, BUCKET/FOLDER in it.
+  The copy is in `folder`, below BUCKET/FOLDER.
   """
   path = open_path(workdir)
   if not remote.is_remote(path):
@@ -164,11 +147,8 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 def check_same_data(workdir: pathlib.Path, digests: dict[str, str]) -> None:
   """Raises a UserError if the text is not the text that the run was started with.
 
-  The text is another one after a change of the files, or of Python and its standard library.
-
-  Args:
-    workdir: the run's folder; its data.json holds the digests of the text at the run's start.
-    digests: {split: digest of the token stream that is read now}.
+  `digests` is {split: digest of the token stream that is read now}. The text is another one after a
+  change of the files, or of Python and its standard library.
   """
   recorded = read_object(workdir / DATA)
   changed = [split for split, digest in digests.items() if recorded.get(split, digest) != digest]
@@ -208,10 +188,6 @@ def read_kernels(workdir: pathlib.Path) -> dict[str, Any]:
   except (KeyError, TypeError, ValueError) as error:
     raise DamagedError(f"{path} is damaged ({error!r}); {_REMEDY[KERNELS]}") from None
   return kernels
-
-
-def write_kernels(workdir: pathlib.Path, chosen: dict[str, Any]) -> None:
-  write_object(workdir / KERNELS, chosen)
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:

@@ -282,6 +282,6 @@ def choose_kernels(setup: Setup, workdir: pathlib.Path, *, write: bool = True) -
   """Returns the setup with a kernel in place of each `auto`; the workdir records the kernels."""
   config, chosen, lines = choose.resolve(setup.config, workdir_lib.read_kernels(workdir))
   if jax.process_index() == 0 and write:
-    workdir_lib.write_kernels(workdir, chosen)
+    workdir_lib.write_object(workdir / workdir_lib.KERNELS, chosen)
     print("\n".join(lines))
   return dataclasses.replace(setup, config=config)

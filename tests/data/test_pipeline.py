@@ -47,14 +47,14 @@ def test_ids_above_16_bits_are_stored_whole(tmp_path, monkeypatch):
   wide.encode = lambda text: np.array([65_536 + byte for byte in text])
   pipeline._tokenize(documents_of([b"ab"]), wide, "x", tmp_path)
   stored = token_files.read_tokens(tmp_path)
-  assert stored.stream_N.tolist() == [70_000, 65_536 + 97, 65_536 + 98, 70_000]
+  assert stored["stream_N"].tolist() == [70_000, 65_536 + 97, 65_536 + 98, 70_000]
 
 
 def tokenized(texts, folder, seq_len):
   pipeline._tokenize(documents_of(texts), tokenizers.Bytes(), "x", folder)
   stored = token_files.read_tokens(folder)
-  about = dict(num_documents=stored.num_documents, num_bytes=stored.num_bytes, digest="")
-  return rows_of(stored.stream_N, stored.starts_M, seq_len, about)
+  about = dict(num_documents=stored["num_documents"], num_bytes=stored["num_bytes"], digest="")
+  return rows_of(stored["stream_N"], stored["starts_M"], seq_len, about)
 
 
 @pytest.fixture

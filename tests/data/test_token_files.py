@@ -128,8 +128,8 @@ def test_documents_are_stored_in_the_order_of_their_places(tmp_path):
   )
   token_files.write_tokens(tmp_path, "uint16", 256, documents)
   stored = token_files.read_tokens(tmp_path)
-  assert stored.stream_N.tolist() == [S, *b"c", S, *b"c", S, *b"def", S, *b"ab", S]
-  assert stored.starts_M.tolist() == [0, 2, 4, 8] and stored.domain_M.tolist() == [0, 1, 1, 1]
-  names = [stored.name(number) for number in stored.source_M]
+  assert stored["stream_N"].tolist() == [S, *b"c", S, *b"c", S, *b"def", S, *b"ab", S]
+  assert stored["starts_M"].tolist() == [0, 2, 4, 8] and stored["domain_M"].tolist() == [0, 1, 1, 1]
+  names = [stored["name"](number) for number in stored["source_M"]]
   assert names == [f"name {texts[place]}" for place in (2, 3, 5, 7)]
   assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".npy", ".txt", ".json"}

@@ -69,11 +69,16 @@ def write_synthetic(config, path):
   family = families.FAMILIES["qwen3_moe"]
   found = layout.tensors(config.model, parts.TOP, family.layer, parts.LAYER)
   sizes = {t.name: 4 * int(np.prod(t.shape)) for t in found}
-  writer = files.TensorWriter(path, sizes, 2 * 10**8)
+  shapes = {t.name: t.shape for t in found}
   rng = np.random.default_rng(0)
-  for tensor in found:
-    writer.add(tensor.name, rng.standard_normal(tensor.shape, np.float32))
-  writer.finish(fields.to_theirs(family, config.model) | {"max_position_embeddings": 64}, {})
+  files.write_checkpoint(
+    path,
+    sizes,
+    2 * 10**8,
+    lambda name: rng.standard_normal(shapes[name], np.float32),
+    fields.to_theirs(family, config.model) | {"max_position_embeddings": 64},
+    {},
+  )
   return list(sizes)
 
 

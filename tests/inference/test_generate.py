@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from moe_jax import sharding
 from moe_jax.config import Router
 from moe_jax.errors import UserError
 from moe_jax.inference import decoding, sampling
@@ -120,7 +121,8 @@ def test_tokens_are_drawn_from_the_full_forward_up_to_the_separator_or_the_limit
 def test_the_cache_is_donated_and_updated_in_place(made):
   ours = made.model
   with jax.set_mesh(mesh_of()):
-    start_B, done_B = ours._put(np.array([0], np.int32), np.array([False]))
+    arrays = np.array([0], np.int32), np.array([False])
+    start_B, done_B = sharding.place(arrays, ours.mesh)
     cache = empty_cache(ours.model, start_B, 96)
     draw, kind = sampling.options(0.0, 0, 1.0, 24)
     token_B = jnp.zeros((1,), jnp.int32)

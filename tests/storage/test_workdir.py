@@ -73,7 +73,7 @@ def test_a_name_in_which_no_checkpoint_could_be_read_again_is_refused(name, tmp_
 def test_kernels_are_remembered(tmp_path):
   assert workdir.read_kernels(tmp_path) == {}
   kernels = {"device": "cpu", "attention": "blocks", "grouped_matmul": "blocked"}
-  workdir.write_kernels(tmp_path, kernels)
+  workdir.write_object(tmp_path / workdir.KERNELS, kernels)
   assert workdir.read_kernels(tmp_path) == kernels
   assert (tmp_path / "kernels.json").is_file()
 
