@@ -139,6 +139,9 @@ def load_rows(config: Data, split: str) -> Rows:
 
   The first call tokenises the text. Later ones compare what is stored with its checksums, and what
   is damaged is tokenised again. The caller must check that the tokenizer's ids fit the model.
+
+  Raises:
+    UserError: the config's data set, split or tokenizer cannot be read.
   """
   tokenizer = tokenizers.load_tokenizer(config)
   documents = builders.prepare(config, split)
