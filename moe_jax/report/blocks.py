@@ -1,27 +1,23 @@
 """The parts of a report before they are Markdown or HTML, and the formats of its numbers."""
 
 import base64
-import dataclasses
-import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.report.table import Spread
 
 UNKNOWN = "-"
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
   """Lines of text."""
 
   text: str
   small: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
   """A table with a head."""
 
   title: str  # may be empty
@@ -30,8 +26,7 @@ class Table:
   left: tuple[int, ...] = (0,)  # columns of words, aligned left; the others are numbers
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
   """A picture."""
 
   name: str  # of its file
@@ -44,16 +39,14 @@ class Chart:
     return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
   """Text in a fixed-width font."""
 
   title: str
   text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Excerpt:
+class Excerpt(NamedTuple):
   """A text by the experts of one layer, and what each of them takes; the page alone shows it."""
 
   title: str
@@ -64,8 +57,7 @@ class Excerpt:
 Block = Text | Table | Chart | Code | Excerpt
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
   """A section of the report; one without blocks and without a conclusion is left out."""
 
   title: str
@@ -85,24 +77,11 @@ def printable(text: str) -> str:
   return _UNPRINTABLE.sub("\ufffd", text)
 
 
-def si(value: float | None) -> str:
-  """Formats a number with a suffix: 1234567 -> '1.23M'."""
-  if value is None or not math.isfinite(value):
-    return UNKNOWN
-  for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-    if abs(value) >= 10**power:
-      return f"{value / 10**power:.3g}{letter}"
-  return f"{value:.3g}"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-  """Formats a number with so many digits after the point, or '-' for None."""
-  return UNKNOWN if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
-
-
-def percent(share: float | None) -> str:
-  """Formats a share between 0 and 1 as percent, without the sign."""
-  return UNKNOWN if share is None else f"{100 * share:.1f}"
+def number(value: float | None, digits: int = 2, scale: int = 1) -> str:
+  """Formats scale * value with so many digits after the point, or '-' for None."""
+  return (
+    UNKNOWN if value is None else f"{round(scale * value, digits) + 0.0:.{digits}f}"
+  )  # no -0.00
 
 
 def plus_minus(value: Spread | None, digits: int = 4, sign: str = "", error: bool = False) -> str:

@@ -10,7 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_jax.report.blocks import Chart, printable, si
+from moe_jax.errors import si
+from moe_jax.report.blocks import Chart, printable
 from moe_jax.report.runs import ArmRuns, Curve
 
 # Told apart by colour-blind readers too. After them the same come again, dashed, and then dotted.

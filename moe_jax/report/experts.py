@@ -85,7 +85,7 @@ def _by_layer(
       row: list[Any] = [arm, str(layer)]
       for mean, (*_, scale, digits) in zip(means, columns, strict=True):
         here = mean[z] if np.ndim(mean) else mean
-        row.append(blocks.number(None if here is None else scale * here, digits))
+        row.append(blocks.number(here, digits, scale))
       rows.append(row)
   head = ["arm", "layer", *(head for _, head, *_ in columns)]
   keep = [i for i in range(len(head)) if any(row[i] != UNKNOWN for row in rows)]
@@ -105,7 +105,7 @@ def _shares(study: Study) -> list[Table]:
     width = max(map(len, shares.values()), default=0)
     head = ["arm", *(f"{word} {i + 1}" for i in range(width))]
     rows = [
-      [arm, *map(blocks.percent, share), *[UNKNOWN] * (width - len(share))]
+      [arm, *(blocks.number(part, 1, 100) for part in share), *[UNKNOWN] * (width - len(share))]
       for arm, share in shares.items()
     ]
     tables += [Table(title, head, rows)] if rows else []
@@ -114,26 +114,27 @@ def _shares(study: Study) -> list[Table]:
 
 def capacity_section(study: Study) -> Section:
   """Returns loss and drops of finished runs at other capacity factors (ST-MoE, section 4.5)."""
-  found: dict[ArmRuns, dict[float, list[dict]]] = {}
-  for arm in study.arms:
-    for point in (point for run in arm.finished for point in run.eval.get("capacity", [])):
-      found.setdefault(arm, {}).setdefault(float(point["capacity_factor"]), []).append(point)
-  if not found:
+  found = {
+    arm: [point for run in arm.finished for point in run.eval.get("capacity", [])]
+    for arm in study.arms
+  }
+  factors = sorted({point["capacity_factor"] for points in found.values() for point in points})
+  if not factors:
     return Section("Capacity in evaluation", [])
-  factors = sorted({factor for points in found.values() for factor in points})
   ticks = ["no drops" if factor == np.inf else f"{factor:g}" for factor in factors]
   losses, drops, rows = [], [], []
-  for arm, points in found.items():
-    x = np.array([i for i, factor in enumerate(factors) if factor in points])
-    there = [points[factors[i]] for i in x]
-    spreads = [table.seed_spread(point["loss"] for point in same) for same in there]
-    shares = [[np.mean(p.get("drop_fraction_Z", 0)) for p in same] for same in there]
-    dropped = [100 * np.mean(share) for share in shares]
-    losses.append(Line(arm, (x, np.array([spread.mean for spread in spreads if spread]))))
-    drops.append(Line(arm, (x, np.array(dropped))))
-    said = [f"{blocks.plus_minus(a)} / {b:.1f}" for a, b in zip(spreads, dropped, strict=True)]
-    cells = dict(zip(x, said, strict=True))
-    rows.append([arm, *(cells.get(i, UNKNOWN) for i in range(len(ticks)))])
+  for arm, points in ((arm, points) for arm, points in found.items() if points):
+    cells, curve = [UNKNOWN] * len(factors), []
+    for x, factor in enumerate(factors):
+      there = [point for point in points if point["capacity_factor"] == factor]
+      if loss := table.seed_spread(point["loss"] for point in there):
+        drop = 100 * np.mean([np.mean(point.get("drop_fraction_Z", 0)) for point in there])
+        cells[x] = f"{blocks.plus_minus(loss)} / {drop:.1f}"
+        curve.append((x, loss.mean, drop))
+    xs, means, shares = np.array(curve).T
+    losses.append(Line(arm, (xs, means)))
+    drops.append(Line(arm, (xs, shares)))
+    rows.append([arm, *cells])
   parts: list[Block] = []
   for name, what, unit, lines in (
     ("capacity_loss", "Loss", "nats per token", losses),
@@ -149,11 +150,13 @@ def capacity_section(study: Study) -> Section:
 
 def domain_section(study: Study) -> Section:
   """Returns bits per byte of each labelled domain, and the losses of causal evaluation."""
-  bits = {domain: conclusions.bits(domain) for domain in study.domains}
+  bits = {
+    domain: conclusions.evaluated("domains", domain, "bits_per_byte") for domain in study.domains
+  }
   causal = {
-    "loss, later tokens seen": conclusions.causal("teacher_forced_loss"),
-    "loss, later tokens hidden": conclusions.causal("loss"),
-    "gap": conclusions.causal("gap"),
+    "loss, later tokens seen": conclusions.evaluated("causal", "teacher_forced_loss"),
+    "loss, later tokens hidden": conclusions.evaluated("causal", "loss"),
+    "gap": conclusions.evaluated("causal", "gap"),
   }
   tables = []
   for title, columns in (

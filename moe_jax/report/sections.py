@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from moe_jax.errors import si
 from moe_jax.report import blocks, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, Block, Code, Section, Table, Text
 from moe_jax.report.runs import Study
@@ -52,10 +53,11 @@ def results(study: Study, compared: ArmComparison) -> Section:
 def _cells(row: ArmRow, target_arm: str, target: float | None) -> dict[str, Any]:
   """Returns the cells of an arm by the titles of their columns."""
   planned, done = len(row.arm.runs), len(row.arm.finished)
-  late = "" if row.train_drop is None else f" ({blocks.percent(row.train_drop)})"
-  size = {}
-  for name in ("flops_per_token", "parameters", "active_parameters"):
-    size[name] = blocks.si(next((r.eval[name] for r in row.arm.runs if name in r.eval), None))
+  late = "" if row.train_drop is None else f" ({blocks.number(row.train_drop, 1, 100)})"
+  flops, total, active = (
+    next((si(run.eval[name]) for run in row.arm.runs if name in run.eval), UNKNOWN)
+    for name in ("flops_per_token", "parameters", "active_parameters")
+  )
   cells = {
     "arm": row.arm,
     "seeds": f"{done}" if done == planned else f"{done} of {planned}",
@@ -66,10 +68,10 @@ def _cells(row: ArmRow, target_arm: str, target: float | None) -> dict[str, Any]
     cells[f"loss minus {target_arm}"] = blocks.plus_minus(row.difference, sign="+", error=True)
     cells["steps to target"], cells["time to target"] = _reached(row, target)
   return cells | {
-    "tokens/s": blocks.si(row.tokens_per_s),
-    "FLOPs per token": size["flops_per_token"],
-    "parameters, active": f"{size['parameters']}, {size['active_parameters']}",
-    "dropped, % (in training)": blocks.percent(row.drop) + late * (row.drop is not None),
+    "tokens/s": UNKNOWN if row.tokens_per_s is None else si(row.tokens_per_s),
+    "FLOPs per token": flops,
+    "parameters, active": f"{total}, {active}",
+    "dropped, % (in training)": blocks.number(row.drop, 1, 100) + late * (row.drop is not None),
     "MaxVio": blocks.number(row.max_vio),
     "dead experts": blocks.number(row.dead_experts, 1),
     "alarms": str(sum(len(run.alarms) for run in row.arm.runs)),
@@ -113,14 +115,23 @@ def failures(study: Study) -> Section:
     *(Code(f"{run.name}: end of its log", run.error) for _, run in bad if run.error.strip()),
     Table("Alarms", head, alarmed, left=(0, 2, 6)),
   ]
+  counts = {
+    "did not finish": len(bad),
+    "are damaged and left out": len(damaged),
+    "raised alarms": sum(bool(run.alarms) for _, run in study.runs),
+  }
+  said = [f"{n} of {len(study.runs)} runs {what}." for what, n in counts.items() if n]
   shown = [part for part in parts if not isinstance(part, Table) or part.rows]
-  return Section("Failures and alarms", shown, conclusions.failures_line(study))
+  return Section(
+    "Failures and alarms", shown, " ".join(said) or "No run failed and no alarm was raised."
+  )
 
 
 def configs(study: Study) -> Section:
   """Returns the fields that differ between arms, the arms' notes, and the commands of all runs."""
   parts: list[Block] = []
-  if fields := table.differing(study):
+  fields = table.differing(study)
+  if fields:
     arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
     rows = [
       [field, *(_plain(values.get(arm.name, "")) for arm in arms)]
@@ -138,7 +149,9 @@ def configs(study: Study) -> Section:
   ]
   if commands:
     parts.append(Code("Commands of all runs", "\n\n".join(commands)))
-  return Section("Configs and commands", parts, conclusions.configs_verdict(study))
+  differ = conclusions.names([*fields]) if fields else "no field"
+  said = f"The arms differ, besides their seeds, in {differ}."
+  return Section("Configs and commands", parts, said)
 
 
 def _plain(value: Any) -> str:

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from moe_jax.config import Config, Loss, MoE, override
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, si
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
 from moe_jax.moe import validation
@@ -129,6 +129,6 @@ def sizes(config: Config) -> str:
   """Describes the parameters and FLOPs of a config in one line."""
   counts = cost.count(config)
   return (
-    f"{cost.si(counts.total)} parameters, {cost.si(counts.active)} active, "
-    f"{cost.si(counts.flops_per_token)} FLOPs per token"
+    f"{si(counts.total)} parameters, {si(counts.active)} active, "
+    f"{si(counts.flops_per_token)} FLOPs per token"
   )
