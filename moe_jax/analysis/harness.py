@@ -20,7 +20,6 @@ from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
 TASKS = "tasks.json"
-_MISSING = "--tasks needs lm-eval: pip install 'moe_jax[eval]'"
 _LONGEST = 256  # tokens that are generated where a task names no number
 
 
@@ -35,12 +34,8 @@ class Perplexity(NamedTuple):
 def perplexity_of_text(workdir: str, step: int, path: str, stride: int, batch: int) -> str:
   """Measures the perplexity of a text file, and returns a line about it.
 
-  Args:
-    workdir: of the run.
-    step: of the checkpoint; 0 is the newest.
-    path: of the text.
-    stride: tokens by which a window of config.data.seq_len tokens moves on; 0 is half of it.
-    batch: rows that are computed together.
+  Windows of config.data.seq_len tokens move on by `stride`, 0 for half of it; `batch` of them are
+  computed together.
   """
   content = text_files.read_text("--text", path)
   length = workdir_lib.read_config(workdir_lib.open_path(workdir)).data.seq_len
@@ -92,8 +87,7 @@ def run_tasks(
   """Runs tasks and writes their results to tasks.json in the workdir; returns a table of them.
 
   Args:
-    workdir: of the run.
-    step: of the checkpoint; 0 is the newest.
+    workdir, step: of the run and of the checkpoint; 0 is the newest.
     tasks: names of tasks.
     folder: with YAML files of more tasks; "" for none.
     fewshot: examples before each question; -1 for the number that the task names.
@@ -109,10 +103,9 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
   except ImportError:
-    raise UserError(_MISSING) from None
+    raise UserError("--tasks needs lm-eval: pip install 'moe_jax[eval]'") from None
   manager = TaskManager(include_path=folder or None)
-  unknown = [task for task in tasks if task not in manager.all_tasks]
-  if unknown:
+  if unknown := [task for task in tasks if task not in manager.all_tasks]:
     raise UserError(
       f"--tasks={','.join(tasks)}: lm-eval has no {', '.join(unknown)}; `lm-eval ls tasks` lists "
       "them, and --task_folder names a folder of your own"
@@ -155,6 +148,11 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
         file=sys.stderr,
       )
 
+  def scored(texts: Sequence[tuple[scoring.Ids, scoring.Ids]]) -> list[scoring.Scores]:
+    before = [tokenizer.prefix]
+    rows = [list(scoring.windows(start or before, ids, length, length)) for start, ids in texts]
+    return scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
+
   class Model(TemplateLM):
     """See lm_eval.api.model."""
 
@@ -180,21 +178,13 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
       return ids if whole else [*text.before, *ids]
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-      rows = [
-        list(scoring.windows(context or [tokenizer.prefix], continuation, length, length))
-        for _, context, continuation in requests
-      ]
-      cut([len(context) + len(continuation) - 1 for _, context, continuation in requests])
-      found = scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
-      return [(math.fsum(s.log_probs), bool(s.best.all())) for s in found]
+      texts = [(context, continuation) for _, context, continuation in requests]
+      cut([len(context) + len(continuation) - 1 for context, continuation in texts])
+      return [(math.fsum(s.log_probs), bool(s.best.all())) for s in scored(texts)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-      rows = [
-        list(scoring.windows([tokenizer.prefix], self.tok_encode(r.args[0]), length, length))
-        for r in requests
-      ]
-      found = scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
-      return [math.fsum(s.log_probs) for s in found]
+      texts = [((), self.tok_encode(request.args[0])) for request in requests]
+      return [math.fsum(s.log_probs) for s in scored(texts)]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
       done: dict[int, str] = {}
@@ -206,8 +196,7 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
         for start in range(0, len(numbers), batch):
           chosen = numbers[start : start + batch]
           contexts = [requests[n].args[0] for n in chosen]
-          texts = self._generate(contexts, requests[chosen[0]].args[1])
-          done |= dict(zip(chosen, texts, strict=True))
+          done |= zip(chosen, self._generate(contexts, requests[chosen[0]].args[1]), strict=True)
           say(len(done))
       return [done[n] for n in range(len(requests))]
 
@@ -229,13 +218,9 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
         top_p=float(options.get("top_p") or 1.0),
         temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
       )
-      return [_cut(row.text, until) for row in rows]
+      texts = [row.text for row in rows]
+      for end in filter(None, until):
+        texts = [text.split(end)[0] for text in texts]
+      return texts
 
   return Model()
-
-
-def _cut(text: str, until: list[str]) -> str:
-  """Returns the text before the first of the strings that end it."""
-  for end in until:
-    text = text.split(end)[0] if end else text
-  return text

@@ -1,6 +1,7 @@
 """The log probability of each token of given rows, and the perplexity of a long text in windows."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,10 +19,10 @@ Ids = Sequence[int]
 
 
 class Scores(NamedTuple):
-  """Of the ids of a row after its first."""
+  """Of the N ids that count."""
 
-  log_probs: np.ndarray  # float32 [N - 1], nats
-  best: np.ndarray  # bool [N - 1], whether no other id is more probable
+  log_probs: np.ndarray  # float32 [N], nats
+  best: np.ndarray  # bool [N], whether no other id is more probable
 
 
 class Scorer:
@@ -32,44 +33,36 @@ class Scorer:
     self._text, self._batch = text, batch
     self._scores = jax.jit(functools.partial(_scores, model=text.model))
 
-  def __call__(
-    self, rows: Sequence[Ids], progress: Callable[[int], None] = lambda done: None
-  ) -> list[Scores]:
-    """Returns the Scores of each row, which has two ids at least; longest rows are computed first.
-
-    `progress` gets the number of rows that are done.
-    """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    found: dict[int, Scores] = {}
-    while len(found) < len(rows):
-      together = max(min(self._batch, self._batch * 2048 // len(rows[order[len(found)]])), 1)
-      chosen = order[len(found) : len(found) + together]
-      for i, scores in zip(chosen, self._together([rows[i] for i in chosen]), strict=True):
-        found[i] = scores
-      progress(len(found))
-    return [found[i] for i in range(len(rows))]
-
   def of_windows(
     self, texts: Sequence[Sequence["ScoredWindow"]], progress: Callable[[int], None]
   ) -> list[Scores]:
-    """Returns the Scores of the ids that count in the windows of each text, one after another."""
-    scores = iter(self([window.ids for text in texts for window in text], progress))
-    found = []
-    for text in texts:
-      parts = [[part[-w.scored :] for part in next(scores)] for w in text]
-      empty = [np.zeros(0, np.float32), np.zeros(0, bool)]  # of a text without ids
-      found.append(Scores(*map(np.concatenate, zip(empty, *parts, strict=True))))
-    return found
+    """Returns the Scores of the ids that count in the windows of each text, one after another.
 
-  def _together(self, rows: list[Ids]) -> list[Scores]:
+    Longest windows are computed first. `progress` gets the number of windows that are done.
+    """
+    rows = [window for text in texts for window in text]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    done: dict[int, Scores] = {}
+    while len(done) < len(rows):
+      longest = len(rows[order[len(done)]].ids)
+      together = max(min(self._batch, self._batch * 2048 // longest), 1)
+      chosen = order[len(done) : len(done) + together]
+      done |= zip(chosen, self._together([rows[i] for i in chosen]), strict=True)
+      progress(len(done))
+    scores = (done[i] for i in range(len(rows)))
+    empty = Scores(np.zeros(0, np.float32), np.zeros(0, bool))  # of a text without ids
+    parts = [[empty, *itertools.islice(scores, len(text))] for text in texts]
+    return [Scores(*map(np.concatenate, zip(*part, strict=True))) for part in parts]
+
+  def _together(self, rows: list["ScoredWindow"]) -> list[Scores]:
     text = self._text
-    tokens_BL, start_B = padding.padded([np.asarray(row) for row in rows], text.rows)
+    tokens_BL, start_B = padding.padded([np.asarray(row.ids) for row in rows], text.rows)
     with jax.set_mesh(text.mesh):
       placed = sharding.place((tokens_BL, start_B), text.mesh)
-      log_probs_BL, best_BL = sharding.whole(self._scores(text.weights, *placed))
+      found = sharding.whole(self._scores(text.weights, *placed))
     return [
-      Scores(log_probs[1 - len(row) :], best[1 - len(row) :])
-      for row, log_probs, best in zip(rows, log_probs_BL, best_BL, strict=False)
+      Scores(log_probs[-row.scored :], best[-row.scored :])
+      for row, log_probs, best in zip(rows, *found, strict=False)
     ]
 
 
@@ -93,12 +86,9 @@ class ScoredWindow(NamedTuple):
 def windows(context: Ids, ids: Ids, length: int, stride: int) -> Iterator[ScoredWindow]:
   """Yields windows that together score every id of a text once.
 
-  Args:
-    context: the ids before the text; one at least. Where they are too many the first are cut.
-    ids: of the text.
-    length: ids that a window predicts from at most.
-    stride: ids by which a window moves on, at most `length`. After the first window, each id is
-      predicted from length - stride + 1 ids before it at least.
+  A window predicts from `length` ids at most, and moves on by `stride`, at most `length`: after the
+  first one, each id is predicted from length - stride + 1 ids before it at least. `context`, one id
+  at least, stands before the text, and its first ids are cut where they are too many.
   """
   ids, done = [*context, *ids], len(context)
   end = min(done + length, len(ids))

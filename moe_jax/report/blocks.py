@@ -58,11 +58,23 @@ Block = Text | Table | Chart | Code | Excerpt
 
 
 class Section(NamedTuple):
-  """A section of the report; one without blocks and without a conclusion is left out."""
+  """A section of the report. What is empty in it is left out, and so is one of small text alone."""
 
   title: str
   blocks: Sequence[Block]
   conclusion: str = ""  # what a reader may conclude from it, in lines
+  always: bool = False  # whether it is never left out
+
+  @property
+  def filled(self) -> list[Block]:
+    """The blocks that hold something; none if the section is left out."""
+    found = []
+    for block in self.blocks:
+      empty = isinstance(block, Table) and not block.rows
+      if not empty and not (isinstance(block, Text | Code) and not block.text.strip()):
+        found.append(block)
+    small = all(isinstance(block, Text) and block.small for block in found)
+    return [] if small and not self.always else found
 
 
 # Letters that no file should show: those that control a terminal or turn the text around, halves

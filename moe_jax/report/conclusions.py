@@ -8,6 +8,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,10 @@ def verdict_number(seeds: dict[int, float], digits: int, unit: str) -> str:
 def apart(values: Values, digits: int = 4, more: str = "higher") -> str:
   """Returns which arms are clearly higher than the lowest, by how much, and which are missing."""
   best, *others = lowest(values)
-  clearly, tied, uncertain, few = [], [], [], False
+  kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
+  groups: dict[str, list[str]] = {kind: [] for kind in kinds}
+  clearly, tied, uncertain = groups.values()
+  few = False
   for name in others:
     gap = paired(values[name], values[best])
     if gap is None or gap.error is None:
@@ -77,9 +81,7 @@ def apart(values: Values, digits: int = 4, more: str = "higher") -> str:
     few |= gap.n == 2
     side = clearly if clear(values[name], values[best]) else tied
     side.append(f"{name} by {blocks.plus_minus(gap, digits, error=True)}")
-  kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
-  said = listed(dict(zip(kinds, (clearly, tied, uncertain), strict=True)), ". ")
-  parts = [f"{said}." if others else "There is no other arm to compare it with."]
+  parts = [f"{listed(groups, '. ')}." if others else "There is no other arm to compare it with."]
   if uncertain:
     parts.append("Without two seeds that both arms have, no uncertainty is known.")
   if few:
@@ -188,7 +190,13 @@ def capacity_verdict(study: Study) -> str:
 
 def evaluated(*path: str) -> Value:
   """Returns a function from a run to the number at this path in its eval.json, or None."""
-  return lambda run: functools.reduce(lambda found, name: (found or {}).get(name), path, run.eval)
+
+  def number(run: Run) -> Any:
+    return functools.reduce(lambda found, name: found.get(name) or {}, path[:-1], run.eval).get(
+      path[-1]
+    )
+
+  return number
 
 
 def domains(study: Study) -> str:

@@ -33,26 +33,19 @@ def curves_section(study: Study, compared: ArmComparison) -> Section:
     ("loss_flops", "training FLOPs", "FLOPs", flops_at),
     ("loss_time", "wall-clock", "seconds of training", lambda run, arm, at: run.seconds_at(at)),
   )
-  drawn = [("loss_training", "Training loss over steps", "step", training(study))]
-  drawn += [
-    (n, f"Validation loss over {title}", x, validation(study, way)) for n, title, x, way in ways
-  ]
+  trained = ((arm, [series(run.train, "loss") for run in arm.drawn]) for arm in study.arms)
+  training = [Line(arm, charts.binned(table.mean_curve(found), _BINS)) for arm, found in trained]
+  drawn = [("loss_training", "Training loss over steps", "step", training)]
+  for name, title, x, way in ways:
+    drawn.append((name, f"Validation loss over {title}", x, validation(study, way)))
   y_range = charts.y_range([line for *_, lines in drawn for line in lines], crop=True)
   parts: list[Block] = []
   for name, title, x, lines in drawn:
     end = study.last_step if x == "step" else 0.0
     target = None if name == "loss_training" else compared.target
     parts += charts.chart(name, title, lines, x, "nats per token", y_range, end, target)
-  if not parts:
-    return Section("Curves", [])
   parts.append(Text(_NOTE, small=True))
   return Section("Curves", parts, conclusions.curves(study, compared))
-
-
-def training(study: Study) -> list[Line]:
-  """Returns the mean curve of the training loss of each arm."""
-  curves = ((arm, [series(run.train, "loss") for run in arm.drawn]) for arm in study.arms)
-  return [Line(arm, charts.binned(table.mean_curve(found), _BINS)) for arm, found in curves]
 
 
 def validation(study: Study, way: Way) -> list[Line]:

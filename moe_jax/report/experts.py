@@ -54,17 +54,17 @@ def balance_section(study: Study) -> Section:
     name = metric.removesuffix("_Z")
     parts += charts.chart(name, title, lines, "step", unit, y_range, study.last_step)
   parts += [*_late(study), *_shares(study)]
-  return Section("Balance", parts, conclusions.balance(study) if parts else "")
+  return Section("Balance", parts, conclusions.balance(study))
 
 
 def _late(study: Study) -> list[Block]:
-  """Returns a table with a row for each arm and layer and its legend, or nothing."""
+  """Returns a table with a row for each arm and layer, and its legend."""
   arms = {arm: [run for run in arm.drawn if run.train] for arm in study.arms}
   columns = [(name, head, scale, 2) for name, head, scale, _ in _LATE]
   title = f"Late in training (the last {table.LATE:.0%} of the log), mean over seeds"
   late = _by_layer(title, arms, columns, table.late)
-  notes = [f"{head}: {what}" for _, head, _, what in _LATE for t in late if head in t.head]
-  return [*late, Text(f"{'. '.join(notes)}.", small=True)] if late else []
+  notes = [f"{head}: {what}." for _, head, _, what in _LATE if head in late.head]
+  return [late, Text(" ".join(notes), small=True)]
 
 
 def _by_layer(
@@ -72,7 +72,7 @@ def _by_layer(
   arms: dict[ArmRuns, list[Run]],
   columns: Sequence[tuple[str, str, int, int]],
   value: Callable[[Run, str], Any],
-) -> list[Table]:
+) -> Table:
   """Returns a table of means over seeds with a row for each arm and layer; no column is empty.
 
   `columns` are names of numbers with their titles, factors and digits. `value` returns such a
@@ -90,7 +90,7 @@ def _by_layer(
   head = ["arm", "layer", *(head for _, head, *_ in columns)]
   keep = [i for i in range(len(head)) if any(row[i] != UNKNOWN for row in rows)]
   kept = [[row[i] for i in keep] for row in [head, *rows]]
-  return [Table(title, kept[0], kept[1:])] if rows else []
+  return Table(title, kept[0], kept[1:])
 
 
 def _shares(study: Study) -> list[Table]:
@@ -108,7 +108,7 @@ def _shares(study: Study) -> list[Table]:
       [arm, *(blocks.number(part, 1, 100) for part in share), *[UNKNOWN] * (width - len(share))]
       for arm, share in shares.items()
     ]
-    tables += [Table(title, head, rows)] if rows else []
+    tables.append(Table(title, head, rows))
   return tables
 
 
@@ -119,8 +119,6 @@ def capacity_section(study: Study) -> Section:
     for arm in study.arms
   }
   factors = sorted({point["capacity_factor"] for points in found.values() for point in points})
-  if not factors:
-    return Section("Capacity in evaluation", [])
   ticks = ["no drops" if factor == np.inf else f"{factor:g}" for factor in factors]
   losses, drops, rows = [], [], []
   for arm, points in ((arm, points) for arm, points in found.items() if points):
@@ -168,8 +166,8 @@ def domain_section(study: Study) -> Section:
       for arm in study.arms
     }
     rows = [[arm, *map(blocks.plus_minus, row)] for arm, row in spreads.items() if any(row)]
-    tables += [Table(title, ["arm", *columns], rows)] if rows else []
-  return Section("Domains and causality", tables, conclusions.domains(study) if tables else "")
+    tables.append(Table(title, ["arm", *columns], rows))
+  return Section("Domains and causality", tables, conclusions.domains(study))
 
 
 def specialisation_section(study: Study) -> Section:
@@ -186,7 +184,5 @@ def specialisation_section(study: Study) -> Section:
   title, unit = "Router saturation", "% of the last checkpoint's choices"
   drawn = charts.chart("saturation", title, lines, "step", unit, (0, 106), study.last_step)
   numbers = _by_layer("By layer, mean over seeds", arms, _ROUTING, lambda r, n: r.routing.get(n))
-  if not drawn and not numbers:
-    return Section("Specialisation", [])
-  parts: list[Block] = [*drawn, *numbers, Text(_ROUTING_NOTE, small=True)]
+  parts: list[Block] = [*drawn, numbers, Text(_ROUTING_NOTE, small=True)]
   return Section("Specialisation", parts, conclusions.specialisation(study))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax.report import charts
-from moe_jax.report.blocks import Block, Chart, Excerpt, Section, Table, Text
+from moe_jax.report.blocks import Chart, Excerpt, Section, Table, Text
 from moe_jax.report.runs import ArmRuns, Run, Study, series
 
 _COLUMNS = 100  # the most columns of a heat map
@@ -21,8 +21,7 @@ it."""
 
 def inside_section(study: Study) -> Section:
   """Returns the heat maps of the loads, and of each arm a text by its experts."""
-  parts: list[Block] = [*picture(study), *excerpts(study)]
-  return Section("Inside a run", [Text(_NOTE, small=True), *parts] if parts else [])
+  return Section("Inside a run", [Text(_NOTE, small=True), *picture(study), *excerpts(study)])
 
 
 def heat(run: Run, columns: int) -> tuple[np.ndarray, np.ndarray]:

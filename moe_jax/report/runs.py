@@ -38,7 +38,7 @@ class Run:
   eval: dict[str, Any] = dataclasses.field(default_factory=dict)
   routing: dict[str, Any] = dataclasses.field(default_factory=dict)
   alarms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # MoE layers (Z), experts (E)
+  sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # by letter of its arrays
 
   @property
   def step(self) -> int:
@@ -140,27 +140,27 @@ def read_run(
 ) -> Run:
   """Reads a workdir; a damaged one is a run of that status, whose error says why.
 
-  Args:
-    workdir: the run's folder.
-    name: of the run, for the report.
-    root: the folder out of which no file of the run may lead; by default the workdir.
-    **fields: of Run, from a sweep's record; they replace those read from the files.
+  No file may lead out of `root`, by default the workdir. `fields` of Run, from a sweep's record,
+  replace those read from the files.
   """
-  root = root or workdir
-  run, sizes = Run(name=name, seed=0, status=""), dict[str, int]()
+  root, sizes = root or workdir, dict[str, int]()
+  run = Run(name=name, seed=0, status="")
   try:
     run.config = reading.read_run_files(workdir / workdir_lib.CONFIG, root, {})
     run.seed = run.config.get("train.seed", 0)
     metrics = reading.read_lines(workdir / workdir_lib.METRICS, root, sizes)
-    alarms = reading.read_lines(workdir / workdir_lib.ALARMS, root, sizes)
-    evaluated = reading.read_run_files(workdir / workdir_lib.EVAL, root, sizes)
-    routing = reading.read_run_files(workdir / workdir_lib.ROUTING, root, sizes)
+    run = dataclasses.replace(
+      run,
+      train=_with_prefix(metrics, "train/"),
+      validation=_with_prefix(metrics, "validation/"),
+      alarms=reading.read_lines(workdir / workdir_lib.ALARMS, root, sizes),
+      eval=reading.read_run_files(workdir / workdir_lib.EVAL, root, sizes),
+      routing=reading.read_run_files(workdir / workdir_lib.ROUTING, root, sizes),
+      sizes=sizes,
+    )
   except DamagedError as error:
-    return dataclasses.replace(run, **fields | {"status": "damaged", "error": str(error)})
-  found: dict[str, Any] = {"eval": evaluated, "routing": routing, "alarms": alarms}
-  found |= {name: _with_prefix(metrics, f"{name}/") for name in ("train", "validation")}
-  found |= {"sizes": {letter: size for letter, size in sizes.items() if letter in "ZE"}}
-  run = dataclasses.replace(run, **found | fields)
+    fields |= {"status": "damaged", "error": str(error)}
+  run = dataclasses.replace(run, **fields)
   if not run.status:
     done = run.step >= run.config.get("train.steps", 1 << 62) and run.validation
     weights = run.eval and not metrics  # imported or upcycled: never to be trained here
@@ -181,21 +181,18 @@ def read_sweep(out: pathlib.Path) -> Study:
     raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
   arms = {arm["name"]: ArmRuns(runs=[], **arm) for arm in sweep["arms"]}
   for number, entry in enumerate(sweep["runs"]):
-    run = _recorded_run(out, number, entry)
+    try:
+      fields = reading.read_entry(out, number, entry)
+      del fields["arm"]
+      place = fields.pop("workdir")
+      run = read_run(out / place, place, root=out, **fields)
+    except DamagedError as error:
+      run = Run(name=f"runs[{number}]", seed=0, status="damaged", error=str(error))
     name = next((n for n in arms if isinstance(entry, dict) and entry.get("arm") == n), _NO_ARM)
     arms.setdefault(name, ArmRuns(name=name, runs=[])).runs.append(run)
   title = pathlib.PurePath(sweep["sweep"] or out.resolve().name).stem
   texts = {name: sweep[name] for name in reading.TEXTS}
   return _checked(Study(title=title, arms=list(arms.values()), **texts))
-
-
-def _recorded_run(out: pathlib.Path, number: int, entry: Any) -> Run:
-  try:
-    fields = reading.read_entry(out, number, entry)
-  except DamagedError as error:
-    return Run(name=f"runs[{number}]", seed=0, status="damaged", error=str(error))
-  place, _ = fields.pop("workdir"), fields.pop("arm")
-  return read_run(out / place, place, root=out, **fields)
 
 
 def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
@@ -230,7 +227,9 @@ def _checked(study: Study) -> Study:
   for arm in study.arms:
     shared: dict[str, int] = {}
     for i, run in enumerate(arm.runs):
-      if any(shared.setdefault(letter, size) != size for letter, size in run.sizes.items()):
+      if any(
+        shared.setdefault(z, run.sizes[z]) != run.sizes[z] for z in run.sizes.keys() & {*"ZE"}
+      ):
         error = f"{run.name} has other layers or experts than the other runs of its arm"
         arm.runs[i] = Run(name=run.name, seed=run.seed, status="damaged", error=error)
   return study

@@ -29,14 +29,14 @@ seeds reach it. Difference: mean ± standard error, paired by seed."""
 
 def question(study: Study) -> Section:
   """Returns the question of the study, and the states of its runs."""
-  lines = [study.question.strip()]
-  lines += [f"Published: {study.published}"] if study.published else []
-  lines += [f"Band, stated before the run: {study.band}"] if study.band else []
+  published = study.published and f"Published: {study.published}"
+  band = study.band and f"Band, stated before the run: {study.band}"
   counts = Counter(run.status for _, run in study.runs)
   states = ", ".join(f"{n} {status}" for status, n in counts.items())
   count = Text(f"{len(study.arms)} arms, {len(study.runs)} runs: {states}.", small=True)
-  said = [Text(text) for text in lines if text]
-  return Section("Question" if lines[0] else "Runs", [*said, count], study.no_target)
+  asked = study.question.strip()
+  parts = [Text(asked), Text(published), Text(band), count]
+  return Section("Question" if asked else "Runs", parts, study.no_target, always=True)
 
 
 def results(study: Study, compared: ArmComparison) -> Section:
@@ -112,7 +112,7 @@ def failures(study: Study) -> Section:
   parts: list[Block] = [
     Table("Damaged runs, left out", ["arm", "run", "why"], damaged, left=(0, 1, 2)),
     Table("Runs that are not finished", ["arm", "seed", "status", "newest step"], states, (0, 2)),
-    *(Code(f"{run.name}: end of its log", run.error) for _, run in bad if run.error.strip()),
+    *(Code(f"{run.name}: end of its log", run.error) for _, run in bad),
     Table("Alarms", head, alarmed, left=(0, 2, 6)),
   ]
   counts = {
@@ -121,37 +121,32 @@ def failures(study: Study) -> Section:
     "raised alarms": sum(bool(run.alarms) for _, run in study.runs),
   }
   said = [f"{n} of {len(study.runs)} runs {what}." for what, n in counts.items() if n]
-  shown = [part for part in parts if not isinstance(part, Table) or part.rows]
-  return Section(
-    "Failures and alarms", shown, " ".join(said) or "No run failed and no alarm was raised."
-  )
+  ended = " ".join(said) or "No run failed and no alarm was raised."
+  return Section("Failures and alarms", parts, ended, always=True)
 
 
 def configs(study: Study) -> Section:
   """Returns the fields that differ between arms, the arms' notes, and the commands of all runs."""
-  parts: list[Block] = []
   fields = table.differing(study)
-  if fields:
-    arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
-    rows = [
-      [field, *(_plain(values.get(arm.name, "")) for arm in arms)]
-      for field, values in fields.items()
-    ]
-    parts.append(Table("Fields that differ", ["field", *arms], rows))
-  if notes := [[arm, note] for arm in study.arms for note in arm.notes]:
-    parts.append(Table("Notes", ["arm", "note"], notes, left=(0, 1)))
-  if study.base:
-    parts.append(Text(f"Base config: {study.base}. Sweep: {study.sweep or UNKNOWN}.", small=True))
+  arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
+  rows = [
+    [field, *(_plain(values.get(arm.name, "")) for arm in arms)] for field, values in fields.items()
+  ]
+  base = f"Base config: {study.base}. Sweep: {study.sweep or UNKNOWN}." if study.base else ""
   commands = [
     "\n".join([f"# {arm.name}, seed {run.seed}", *filter(None, (run.command, run.evaluate))])
     for arm, run in study.runs
     if run.command or run.evaluate
   ]
-  if commands:
-    parts.append(Code("Commands of all runs", "\n\n".join(commands)))
+  parts: list[Block] = [
+    Table("Fields that differ", ["field", *arms], rows),
+    Table("Notes", ["arm", "note"], [[a, note] for a in study.arms for note in a.notes], (0, 1)),
+    Text(base, small=True),
+    Code("Commands of all runs", "\n\n".join(commands)),
+  ]
   differ = conclusions.names([*fields]) if fields else "no field"
   said = f"The arms differ, besides their seeds, in {differ}."
-  return Section("Configs and commands", parts, said)
+  return Section("Configs and commands", parts, said, always=True)
 
 
 def _plain(value: Any) -> str:

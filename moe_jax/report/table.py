@@ -45,10 +45,10 @@ def seed_spread(values: Iterable[float | np.ndarray | None]) -> Spread | None:
   return Spread(mean=statistics.fmean(numbers), std=std, n=len(numbers))
 
 
-def crossing(steps: np.ndarray, losses: np.ndarray, target: float | None) -> float | None:
+def crossing(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
   """Returns the first step at which a curve, linear between points, is at or below the target."""
-  below = np.flatnonzero(losses <= (-math.inf if target is None else target + 1e-9))
-  if target is None or not len(below):
+  below = np.flatnonzero(losses <= target + 1e-9)
+  if not len(below):
     return None
   i = below[0]
   if i == 0:
@@ -137,16 +137,19 @@ def compare_arms(study: Study) -> ArmComparison:
   losses = by_seed(study, lambda run: last(run).get("loss"))
   base = next((arm for arm in study.arms if arm.name == study.target_arm), None)
   target, own = None, None
-  if base:
-    finals = seed_spread(run.curve()[1][-1] for run in base.finished if run.validation)
-    target = finals.mean if finals and math.isfinite(finals.mean) else None
+  finals = base and seed_spread(run.curve()[1][-1] for run in base.finished if run.validation)
+  if base and finals and math.isfinite(finals.mean):
+    target = finals.mean
     # The target arm itself is there when its mean curve is; single seeds may never be.
     step = crossing(*mean_curve([run.curve() for run in base.finished]), target)
     own = reached(base, [step] * len(base.finished))
   rows = []
   for arm in study.arms:
     runs = arm.finished
-    steps = [step if arm is base else crossing(*run.curve(), target) for run in runs]
+    there = None
+    if target is not None:
+      steps = [step if arm is base else crossing(*run.curve(), target) for run in runs]
+      there = reached(arm, steps, own)
     rates = [np.median(v) for run in arm.runs if len(v := series(run.train, "tokens_per_s")[1])]
     against = None if arm is base or not base else losses[base.name]
     rows.append(
@@ -155,7 +158,7 @@ def compare_arms(study: Study) -> ArmComparison:
         loss=seed_spread(last(run).get("loss") for run in runs),
         bits_per_byte=mean_of(last(run).get("bits_per_byte") for run in runs),
         difference=None if against is None else paired(losses[arm.name], against),
-        reached=reached(arm, steps, own) if base else None,
+        reached=there,
         tokens_per_s=float(np.median(rates)) if rates else None,
         drop=mean_over((last(run).get("drop_fraction_Z") for run in runs), np.mean),
         train_drop=mean_over((late(run, "drop_fraction_Z") for run in runs), np.mean),

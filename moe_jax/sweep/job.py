@@ -27,13 +27,7 @@ class Job:
   """The processes of a run, in a slot of the machine."""
 
   def __init__(self, run: PlannedRun, slot: int, out: pathlib.Path, slots: MachineSlots):
-    """Starts train.py.
-
-    Args:
-      run: of the plan.
-      slot: its number.
-      out: folder of the sweep.
-      slots: of the machine.
+    """Starts train.py, in slot number `slot`; `out` is the folder of the sweep.
 
     Raises:
       StorageError: the log cannot be written.
@@ -46,24 +40,24 @@ class Job:
     with files.storage_errors(self._path):
       self.workdir.mkdir(parents=True, exist_ok=True)
       flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-      self._log = os.fdopen(os.open(self._path, flags, 0o666), "a+b", buffering=0)
-    self._begin = self._log.seek(0, os.SEEK_END)
+      self.log = os.fdopen(os.open(self._path, flags, 0o666), "a+b", buffering=0)
+    self._begin = self.log.seek(0, os.SEEK_END)
     try:
       self._start(run.command)
     except BaseException:
-      self.close()
+      self.log.close()
       raise
 
   def _start(self, command: str) -> None:
     with files.storage_errors(self._path):
-      self._log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} $ {command}\n".encode())
+      self.log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} $ {command}\n".encode())
     # In a new session, so that Ctrl-C in the terminal reaches only the sweep, which stops its runs
     # once.
     self.process = self._slots.start(
       [sys.executable, *shlex.split(command)[1:]],
       self.slot,
       stdin=subprocess.DEVNULL,
-      stdout=self._log,
+      stdout=self.log,
       stderr=subprocess.STDOUT,
       start_new_session=True,
     )
@@ -72,10 +66,6 @@ class Job:
     """Starts eval.py; raises a StorageError if the log cannot be written."""
     self.evaluating = True
     self._start(self.run.evaluate)
-
-  def close(self) -> None:
-    """Closes the log."""
-    self._log.close()
 
   @property
   def name(self) -> str:
@@ -89,18 +79,13 @@ class Job:
 
   def tail(self) -> list[str]:
     """Returns the last lines of the log that this job has written."""
-    self._log.seek(max(self._begin, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    return self._log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-
-  def is_trained(self) -> bool:
-    """Returns whether the last step is trained."""
-    return workdir_lib.is_trained(self.workdir, self.run.config.train.steps)
+    self.log.seek(max(self._begin, self.log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    return self.log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
 
   def result(self, code: int) -> tuple[str, list[str]]:
-    """Returns the status of the run after its process has ended, and the lines that say why.
+    """Returns the status of the run, and the lines that say why, after its process has ended.
 
-    Args:
-      code: with which the process ended; minus the number of a signal that ended it.
+    `code` is minus the number of a signal that ended it.
     """
     tail = self.tail()
     if code == 0 and self.evaluating:
@@ -121,7 +106,6 @@ class Job:
     if self.evaluating:
       return f"{self.name} evaluating"
     for line in reversed(self.tail()):
-      match = re.match(r"step +(\d+/\d+) .*?(ETA \S+)?$", line)
-      if match:
-        return f"{self.name} step {match[1]}" + (f" {match[2]}" if match[2] else "")
+      if match := re.match(r"step +(\d+/\d+) .*?(ETA \S+)?$", line):
+        return " ".join(filter(None, (self.name, "step", *match.groups())))
     return f"{self.name} starting"

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -134,8 +135,9 @@ class Runner:
       self._stop_starting(error)
       return []
     except OSError as error:  # no memory, or too many processes
-      self._set(run, "failed", f"cannot start a process: {error}")
-      say(f"{run.arm}/seed{run.seed} FAILED: cannot start a process: {error}")
+      why = f"cannot start a process: {error}"
+      self._set(run, "failed", why)
+      say(f"{run.arm}/seed{run.seed} FAILED: {why}")
       return []
     self._set(run, "running")
     say(f"{job.name} begins: {job.workdir / workdir_lib.LOG}")
@@ -146,7 +148,8 @@ class Runner:
     code = job.process.poll()
     if code is None:
       return False
-    if code == 0 and not job.evaluating and job.is_trained() and self._goes_on():
+    trained = code == 0 and workdir_lib.is_trained(job.workdir, job.run.config.train.steps)
+    if trained and not job.evaluating and self._goes_on():
       try:
         job.evaluate()
         return False
@@ -160,15 +163,16 @@ class Runner:
       said = "a disk is full or cannot be written; the same command goes on when it can"
       said = next((x for x in reversed(lines) if x.startswith("error: ")), said)
       self._stop_starting(StorageError(f"{job.name}: {said.removeprefix('error: ')}"))
-    if status == "finished":
-      say(f"{job.name} finished after {command_line.clock(job.seconds)}, {last}")
-    elif status == "stopped" or self._stops:
+    if status != "finished" and self._stops:
       status = "stopped"
-      say(f"{job.name} stopped: {last}")
-    else:
-      say(f"{job.name} FAILED with code {code}: {last}")
+    how = {
+      "finished": f"finished after {command_line.clock(job.seconds)},",
+      "stopped": "stopped:",
+      "failed": f"FAILED with code {code}:",
+    }
+    say(f"{job.name} {how[status]} {last}")
     self._set(job.run, status, "\n".join(lines) if status == "failed" else "")
-    job.close()
+    job.log.close()
     self._reported = None
     if self._report_seconds < _CHEAP_REPORT_SECONDS and self._goes_on():
       self._report()
@@ -189,7 +193,7 @@ class Runner:
 
   def _save(self) -> None:
     try:
-      record_lib.write_record(self._out, self._record)
+      files.write_json(self._out / record_lib.SWEEP, self._record)
     except StorageError as error:
       self._stop_starting(error)
 
@@ -211,10 +215,10 @@ class Runner:
     parts = [f"{statuses.count('finished')} of {len(statuses)} finished"]
     parts += [f"{statuses.count(s)} {s}" for s in ("failed", "stopped") if s in statuses]
     parts += [job.where() for job in running]
-    durations = [e["seconds"] for e in self._entries.values() if e["status"] == "finished"]
-    durations = [seconds for seconds in durations if seconds]
+    done = (e["seconds"] for e in self._entries.values() if e["status"] == "finished")
+    durations = [seconds for seconds in done if seconds]
     if running and durations:
-      typical = sum(durations) / len(durations)
+      typical = statistics.fmean(durations)
       remaining = [typical] * statuses.count("waiting")
       remaining += [max(typical - job.seconds, 0.0) for job in running]
       seconds = sum(remaining) / min(self._slots.number, len(remaining))
@@ -236,23 +240,17 @@ def run_sweep(
   """Expands and checks a sweep file, then runs the runs that are not finished.
 
   Args:
-    path: of the sweep file.
-    out: folder of the runs.
+    path, out, arms, seeds, overrides: as of `make_plan`.
     jobs: how many runs at a time.
     dry_run: whether to print the commands instead of running them.
-    arms: names of the arms to run; () for all.
-    seeds: seeds to run; () for the sweep's.
-    overrides: "field=value" for every arm.
     cache_dir: for the commands of a dry run; the runs themselves inherit $MOE_JAX_CACHE.
 
   Returns:
     The exit code; see Runner.run.
 
   Raises:
-    UserError: the sweep file or an option is wrong.
-    DamagedError: the folder's sweep.json is damaged, or of something else.
-    BusyError: another sweep runs in the folder.
-    StorageError: a disk is full.
+    UserError: the sweep file or an option is wrong, or one of its subclasses: the folder's
+      sweep.json is damaged or of something else, another sweep runs there, a disk is full.
   """
   # This process computes shapes only, and leaves the accelerators to the runs.
   jax.config.update("jax_platforms", "cpu")
@@ -278,12 +276,7 @@ def run_sweep(
 
 
 def check_places(plan: Plan) -> None:
-  """Looks at the folders of the runs before anything is written there.
-
-  Raises:
-    UserError: one of them has a link, since it may lead anywhere.
-    BusyError: a run of a sweep that was killed is still training.
-  """
+  """Raises a UserError for a link in a run's folder, a BusyError where a run is still training."""
   for run in plan.runs:
     workdir = plan.out / run.workdir
     for path in (workdir.parent, workdir, *workdir.rglob("*")):
@@ -304,17 +297,12 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def locked(out: pathlib.Path) -> Iterator[None]:
-  """Locks an existing folder for one sweep at a time; the system unlocks it if this process dies.
-
-  Raises:
-    BusyError: the folder is locked.
-  """
+  """Locks an existing folder for one sweep, until this process ends; or raises a BusyError."""
   with files.storage_errors(out / _LOCK):
     try:
       held = filelock.FileLock(out / _LOCK).acquire(blocking=False)
     except filelock.Timeout:
-      raise BusyError(
-        f"--out={out}: another sweep runs there; wait for its end, or end it"
-      ) from None
+      said = f"--out={out}: another sweep runs there; wait for its end, or end it"
+      raise BusyError(said) from None
   with held:
     yield
