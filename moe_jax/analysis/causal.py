@@ -64,7 +64,6 @@ def causal_losses(
     rows: of the split.
     numbers: of the rows to evaluate, which must be full, and fill two routing groups at least.
     batch_size: rows of a pass, which fill routing groups.
-    mesh: of the model.
 
   Returns:
     Losses in nats, float32 [R, L], without the true future and with it.

@@ -47,23 +47,17 @@ class Scorer:
       longest = len(rows[order[len(done)]].ids)
       together = max(min(self._batch, self._batch * 2048 // longest), 1)
       chosen = order[len(done) : len(done) + together]
-      done |= zip(chosen, self._together([rows[i] for i in chosen]), strict=True)
+      ids = [np.asarray(rows[i].ids) for i in chosen]
+      with jax.set_mesh(self._text.mesh):
+        placed = sharding.place(padding.padded(ids, self._text.rows), self._text.mesh)
+        found = sharding.whole(self._scores(self._text.weights, *placed))
+      for i, log_probs, best in zip(chosen, *found, strict=False):  # the rest is padding
+        done[i] = Scores(log_probs[-rows[i].scored :], best[-rows[i].scored :])
       progress(len(done))
     scores = (done[i] for i in range(len(rows)))
     empty = Scores(np.zeros(0, np.float32), np.zeros(0, bool))  # of a text without ids
     parts = [[empty, *itertools.islice(scores, len(text))] for text in texts]
     return [Scores(*map(np.concatenate, zip(*part, strict=True))) for part in parts]
-
-  def _together(self, rows: list["ScoredWindow"]) -> list[Scores]:
-    text = self._text
-    tokens_BL, start_B = padding.padded([np.asarray(row.ids) for row in rows], text.rows)
-    with jax.set_mesh(text.mesh):
-      placed = sharding.place((tokens_BL, start_B), text.mesh)
-      found = sharding.whole(self._scores(text.weights, *placed))
-    return [
-      Scores(log_probs[-row.scored :], best[-row.scored :])
-      for row, log_probs, best in zip(rows, *found, strict=False)
-    ]
 
 
 def _scores(

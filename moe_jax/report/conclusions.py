@@ -66,42 +66,38 @@ def verdict_number(seeds: dict[int, float], digits: int, unit: str) -> str:
   return f"{blocks.plus_minus(seed_spread(seeds.values()), digits)}{unit} ({many})"
 
 
-def apart(values: Values, digits: int = 4, more: str = "higher") -> str:
-  """Returns which arms are clearly higher than the lowest, by how much, and which are missing."""
-  best, *others = lowest(values)
-  kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
-  groups: dict[str, list[str]] = {kind: [] for kind in kinds}
-  clearly, tied, uncertain = groups.values()
-  few = False
-  for name in others:
-    gap = paired(values[name], values[best])
-    if gap is None or gap.error is None:
-      uncertain.append(f"{name} by {mean(values[name]) - mean(values[best]):.{digits}f}")
-      continue
-    few |= gap.n == 2
-    side = clearly if clear(values[name], values[best]) else tied
-    side.append(f"{name} by {blocks.plus_minus(gap, digits, error=True)}")
-  parts = [f"{listed(groups, '. ')}." if others else "There is no other arm to compare it with."]
-  if uncertain:
-    parts.append("Without two seeds that both arms have, no uncertainty is known.")
-  if few:
-    parts.append("With two seeds the standard error is itself a rough guess.")
-  return " ".join(filter(None, [*parts, missing_line(values)]))
-
-
 def verdict(
   lead: str, values: Values, digits: int = 4, unit: str = "", more: str = "higher"
 ) -> str:
-  """Returns the arm with the lowest value and who is apart from it; '' without any value.
+  """Returns the arm with the lowest value, and which others are clearly higher, by how much.
 
-  With more='lower' it is the arm with the highest.
+  With more='lower' it is the arm with the highest. Without any value it is ''.
   """
   sign = -1 if more == "lower" else 1
   signed = {name: {seed: sign * v for seed, v in seeds.items()} for name, seeds in values.items()}
   if not (order := lowest(signed)):
     return ""
-  said = f"{lead}: {order[0]}, {verdict_number(values[order[0]], digits, unit)}."
-  return f"{said} {apart(signed, digits, more)}"
+  (name, best), few = (order[0], signed[order[0]]), False
+  kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
+  groups: dict[str, list[str]] = {kind: [] for kind in kinds}
+  clearly, tied, uncertain = groups.values()
+  for other, seeds in ((other, signed[other]) for other in order[1:]):
+    gap = paired(seeds, best)
+    if gap is None or gap.error is None:
+      uncertain.append(f"{other} by {mean(seeds) - mean(best):.{digits}f}")
+      continue
+    few |= gap.n == 2
+    side = clearly if clear(seeds, best) else tied
+    side.append(f"{other} by {blocks.plus_minus(gap, digits, error=True)}")
+  parts = [f"{lead}: {name}, {verdict_number(values[name], digits, unit)}."]
+  parts.append(
+    f"{listed(groups, '. ')}." if order[1:] else "There is no other arm to compare it with."
+  )
+  if uncertain:
+    parts.append("Without two seeds that both arms have, no uncertainty is known.")
+  if few:
+    parts.append("With two seeds the standard error is itself a rough guess.")
+  return " ".join(filter(None, [*parts, missing_line(values)]))
 
 
 def most(lead: str, values: Values, digits: int, unit: str, none: str) -> str:

@@ -53,18 +53,13 @@ def balance_section(study: Study) -> Section:
     y_range = charts.y_range(lines, from_zero=True)
     name = metric.removesuffix("_Z")
     parts += charts.chart(name, title, lines, "step", unit, y_range, study.last_step)
-  parts += [*_late(study), *_shares(study)]
-  return Section("Balance", parts, conclusions.balance(study))
-
-
-def _late(study: Study) -> list[Block]:
-  """Returns a table with a row for each arm and layer, and its legend."""
   arms = {arm: [run for run in arm.drawn if run.train] for arm in study.arms}
   columns = [(name, head, scale, 2) for name, head, scale, _ in _LATE]
   title = f"Late in training (the last {table.LATE:.0%} of the log), mean over seeds"
   late = _by_layer(title, arms, columns, table.late)
   notes = [f"{head}: {what}." for _, head, _, what in _LATE if head in late.head]
-  return [late, Text(" ".join(notes), small=True)]
+  parts += [late, Text(" ".join(notes), small=True), *_shares(study)]
+  return Section("Balance", parts, conclusions.balance(study))
 
 
 def _by_layer(

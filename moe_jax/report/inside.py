@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_jax.report import charts
 from moe_jax.report.blocks import Chart, Excerpt, Section, Table, Text
-from moe_jax.report.runs import ArmRuns, Run, Study, series
+from moe_jax.report.runs import Run, Study, series
 
 _COLUMNS = 100  # the most columns of a heat map
 _LAYERS = 6  # the most layers that are shown of a run
@@ -43,10 +43,8 @@ def spread_out(layers: int) -> list[int]:
 @charts.styled
 def picture(study: Study) -> list[Chart]:
   """Draws a row of heat maps for each MoE arm (its first run), a map for each layer."""
-  rows: list[tuple[ArmRuns, Run, np.ndarray, np.ndarray]] = []
-  for arm in study.arms:
-    pairs = ((arm, run, *heat(run, _COLUMNS)) for run in arm.runs)
-    rows += [found for found in pairs if len(found[2])][:1]
+  found = ([(arm, run, *heat(run, _COLUMNS)) for run in arm.runs] for arm in study.arms)
+  rows = [row for of_arm in found for row in [row for row in of_arm if len(row[2])][:1]]
   if not rows:
     return []
   height = 0.9 + 1.5 * len(rows)

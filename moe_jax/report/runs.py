@@ -171,11 +171,7 @@ def read_run(
 
 
 def read_sweep(out: pathlib.Path) -> Study:
-  """Reads the study of a folder that sweep.py made.
-
-  Raises:
-    UserError: the folder has no sweep.json with arms.
-  """
+  """Reads the study of a folder of sweep.py; raises a UserError where sweep.json has no arms."""
   sweep = reading.read_run_files(out / reading.SWEEP, out, {})
   if not sweep.get("arms"):
     raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
@@ -198,8 +194,7 @@ def read_sweep(out: pathlib.Path) -> Study:
 def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
   """Reads a study of any workdirs; workdirs that differ only in their seeds are one arm.
 
-  Raises:
-    UserError: a folder is no workdir, or there is no such target arm.
+  Raises a UserError where a folder is no workdir, or there is no such target arm.
   """
   for path in workdirs:
     if not os.path.lexists(path / workdir_lib.CONFIG):
@@ -227,11 +222,11 @@ def _checked(study: Study) -> Study:
   for arm in study.arms:
     shared: dict[str, int] = {}
     for i, run in enumerate(arm.runs):
-      if any(
-        shared.setdefault(z, run.sizes[z]) != run.sizes[z] for z in run.sizes.keys() & {*"ZE"}
-      ):
+      own = {letter: size for letter, size in run.sizes.items() if letter in "ZE"}
+      if own | shared != shared | own:
         error = f"{run.name} has other layers or experts than the other runs of its arm"
         arm.runs[i] = Run(name=run.name, seed=run.seed, status="damaged", error=error)
+      shared = own | shared
   return study
 
 
@@ -244,7 +239,7 @@ def common_name(names: list[str]) -> str:
   """Returns what names have in common: 'dense-s0', 'dense-s1' -> 'dense'; one name is returned."""
   if len(names) == 1:
     return names[0]
-  same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+  same = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*names, strict=False))
   prefix = "".join(letters[0] for letters in same)
   return re.sub(r"[/_.-]+(seed|s)?[=_-]?\d*$", "", prefix) or names[0]
 

@@ -29,8 +29,8 @@ seeds reach it. Difference: mean ± standard error, paired by seed."""
 
 def question(study: Study) -> Section:
   """Returns the question of the study, and the states of its runs."""
-  published = study.published and f"Published: {study.published}"
-  band = study.band and f"Band, stated before the run: {study.band}"
+  published = f"Published: {study.published}" if study.published else ""
+  band = f"Band, stated before the run: {study.band}" if study.band else ""
   counts = Counter(run.status for _, run in study.runs)
   states = ", ".join(f"{n} {status}" for status, n in counts.items())
   count = Text(f"{len(study.arms)} arms, {len(study.runs)} runs: {states}.", small=True)

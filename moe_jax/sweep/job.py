@@ -14,24 +14,18 @@ import sys
 import time
 
 from moe_jax.errors import StorageError, UserError
+from moe_jax.report import reading
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep.plan import PlannedRun
 from moe_jax.sweep.slots import MachineSlots
-
-_TAIL_LINES = 20
-_TAIL_BYTES = 8192
 
 
 class Job:
   """The processes of a run, in a slot of the machine."""
 
   def __init__(self, run: PlannedRun, slot: int, out: pathlib.Path, slots: MachineSlots):
-    """Starts train.py, in slot number `slot`; `out` is the folder of the sweep.
-
-    Raises:
-      StorageError: the log cannot be written.
-    """
+    """Starts train.py in slot number `slot`; raises a StorageError if it cannot write its log."""
     self.run, self.slot, self._slots = run, slot, slots
     self.started = time.monotonic()
     self.workdir = out / run.workdir
@@ -79,8 +73,7 @@ class Job:
 
   def tail(self) -> list[str]:
     """Returns the last lines of the log that this job has written."""
-    self.log.seek(max(self._begin, self.log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    return self.log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+    return reading.tail(self.log, self._begin)
 
   def result(self, code: int) -> tuple[str, list[str]]:
     """Returns the status of the run, and the lines that say why, after its process has ended.

@@ -40,8 +40,7 @@ class Sweep:
 def arm(name: str, *changes: dict[str, Any] | Transform, notes: str = "") -> Arm:
   """Makes an arm of fields and transforms: arm("a", {"train.steps": 100}, match("dense", ...)).
 
-  Raises:
-    UserError: the name cannot be a folder's, a field is set twice, or a change is of another type.
+  Raises a UserError where the name cannot be a folder's, or a change is twice or of another type.
   """
   if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.=-]*", name):
     raise UserError(
@@ -86,11 +85,7 @@ def _joined(arms: Sequence[Arm], name: str = "") -> Arm:
 
 
 def load_sweep(path: str) -> tuple[str, Sweep]:
-  """Returns the question and the Sweep of a sweep file.
-
-  Raises:
-    UserError: there is no such file, or it fails; the message names the line.
-  """
+  """Returns the question and the Sweep of a sweep file; a UserError names the line that fails."""
   if not os.path.isfile(path):
     raise UserError(f"--sweep={path}: no such file")
   sweep, question = command_line.run_file(path, "get_sweep", Sweep)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from moe_jax.config import Config
 from moe_jax.config.fields import LARGEST_SEED, spelled
 from moe_jax.config.run import SEEDS, changes, override, to_json
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, si
+from moe_jax.model import cost
 from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.sweep import language, matching
@@ -126,7 +127,10 @@ def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> Plan
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
-  return PlannedArm(a.name, changes(base, config), [*notes, matching.sizes(config)], config)
+  counts = cost.count(config)
+  size = f"{si(counts.total)} parameters, {si(counts.active)} active"
+  notes.append(f"{size}, {si(counts.flops_per_token)} FLOPs per token")
+  return PlannedArm(a.name, changes(base, config), notes, config)
 
 
 def _transformed(transform: Transform, config: Config) -> Config:

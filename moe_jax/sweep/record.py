@@ -13,11 +13,7 @@ from moe_jax.sweep.plan import Plan, PlannedRun
 
 
 def read_record(out: pathlib.Path) -> dict[str, Any]:
-  """Returns the record in a sweep's folder, or {} if there is none.
-
-  Raises:
-    DamagedError: it is damaged, of something else, or of a newer moe_jax.
-  """
+  """Returns the record in a sweep's folder, {} for none; raises a DamagedError for any other."""
   record = read_run_files(out / SWEEP, out, {})
   for number, entry in enumerate(record.get("runs", [])):
     read_entry(out, number, entry)

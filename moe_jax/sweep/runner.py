@@ -98,7 +98,11 @@ class Runner:
       time.sleep(_POLL_SECONDS)
       while passed_on < self._stops:
         passed_on += 1
-        self._pass_on(running, passed_on)
+        once = passed_on == 1
+        how = "interrupt again to stop without saving" if once else "not waiting for them"
+        say(f"stopping {len(running)} run(s), which save first; {how}")
+        for job in running:
+          job.process.terminate() if passed_on <= 2 else job.process.kill()
       running[:] = [job for job in running if not self._ended(job)]
       if time.monotonic() - last_progress > _PROGRESS_SECONDS:
         last_progress = time.monotonic()
@@ -120,12 +124,6 @@ class Runner:
     finally:
       for number, handler in handlers.items():
         signal.signal(number, handler)
-
-  def _pass_on(self, running: list[Job], times: int) -> None:
-    how = "interrupt again to stop without saving" if times == 1 else "not waiting for them"
-    say(f"stopping {len(running)} run(s), which save first; {how}")
-    for job in running:
-      job.process.terminate() if times <= 2 else job.process.kill()
 
   def _begin(self, run: PlannedRun, slot: int) -> list[Job]:
     """Returns the job of a run; none if it cannot be started."""
