@@ -52,9 +52,7 @@ def evaluate_run(
   """Evaluates a checkpoint and writes eval.json and, with `routing`, routing.json.
 
   Args:
-    workdir: of the run.
     step: of the checkpoint; 0 is the newest.
-    split: train, validation or test.
     capacity_factors: capacity factors to evaluate besides the run's own.
     causal: whether to measure the loss with the future hidden.
     documents: how many documents to give the loss of, the largest ones.
@@ -151,13 +149,11 @@ class LoadedRun:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator.result(evaluator.total(model.params, model.bias_ZE))
-      point = {"capacity_factor": plain(factor)}
-      points.append(point | {name: result[name] for name in _CAPACITY_METRICS})
-      print(
-        f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
-        f"dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%",
-        flush=True,
+      points.append(
+        {"capacity_factor": plain(factor)} | {name: result[name] for name in _CAPACITY_METRICS}
       )
+      said = f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
+      print(f"{said}dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%", flush=True)
     return points
 
   def causal(self, model: trace.RestoredModel) -> dict[str, Any]:

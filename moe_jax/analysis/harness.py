@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax.analysis import scoring
 from moe_jax.data import text_files, tokenizers
@@ -21,14 +21,6 @@ from moe_jax.storage import workdir as workdir_lib
 
 TASKS = "tasks.json"
 _LONGEST = 256  # tokens that are generated where a task names no number
-
-
-class Perplexity(NamedTuple):
-  """Of one text."""
-
-  loss: float  # nats per token
-  tokens: int
-  bits_per_byte: float
 
 
 def perplexity_of_text(workdir: str, step: int, path: str, stride: int, batch: int) -> str:
@@ -44,26 +36,28 @@ def perplexity_of_text(workdir: str, step: int, path: str, stride: int, batch: i
     raise UserError(f"--stride={stride} is over config.data.seq_len={length}: it would skip text")
   text = generate.load(workdir, step)
   ids = text.tokenizer.encode(content).tolist()
-  result = perplexity(text, ids, length, stride, batch)
+  loss, bits = perplexity(text, ids, length, stride, batch)
   return (
-    f"{path}: loss {result.loss:.4f}, perplexity {math.exp(min(result.loss, 700)):.4f}, bits per "
-    f"byte {result.bits_per_byte:.4f} of {result.tokens:,} tokens; windows of {length}, stride "
-    f"{stride}"
+    f"{path}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.4f}, bits per byte "
+    f"{bits:.4f} of {len(ids):,} tokens; windows of {length}, stride {stride}"
   )
 
 
 def perplexity(
   text: TextGenerator, ids: Sequence[int], length: int, stride: int, batch: int
-) -> Perplexity:
-  """Returns the perplexity of the ids of a text, in windows of `length` that move by `stride`."""
+) -> tuple[float, float]:
+  """Returns the loss of the ids of a text, in nats per token, and its bits per byte.
+
+  They are scored in windows of `length` that move by `stride`.
+  """
   before = text.before or [text.tokenizer.prefix]
   rows = list(scoring.windows(before, ids, length, stride))
   if not rows:
     raise UserError("--text: the file is empty")
-  (scores,) = scoring.Scorer(text, batch).of_windows([rows], _progress("windows", len(rows)))
+  (scores,) = scoring.scores_of_windows(text, [rows], batch, _progress("windows", len(rows)))
   total = -math.fsum(scores.log_probs)
   size = int(text.tokenizer.bytes_V[list(ids)].sum())
-  return Perplexity(total / len(ids), len(ids), total / math.log(2) / size)
+  return total / len(ids), total / math.log(2) / size
 
 
 def _progress(what: str, total: int) -> Any:
@@ -87,8 +81,7 @@ def run_tasks(
   """Runs tasks and writes their results to tasks.json in the workdir; returns a table of them.
 
   Args:
-    workdir, step: of the run and of the checkpoint; 0 is the newest.
-    tasks: names of tasks.
+    step: of the checkpoint; 0 is the newest.
     folder: with YAML files of more tasks; "" for none.
     fewshot: examples before each question; -1 for the number that the task names.
     limit: questions of each task; 0 for all.
@@ -135,7 +128,6 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
   text = generate.load(workdir, step)
   path = workdir_lib.open_path(workdir)
   length = workdir_lib.read_config(path).data.seq_len
-  scorer = scoring.Scorer(text, batch)
   tokenizer, beside = text.tokenizer, path / workdir_lib.HF
   special = text.imported and isinstance(tokenizer, tokenizers.HuggingFace)
   encode = tokenizer.encode_special if special else tokenizer.encode
@@ -151,7 +143,8 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
   def scored(texts: Sequence[tuple[scoring.Ids, scoring.Ids]]) -> list[scoring.Scores]:
     before = [tokenizer.prefix]
     rows = [list(scoring.windows(start or before, ids, length, length)) for start, ids in texts]
-    return scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
+    say = _progress("windows", sum(map(len, rows)))
+    return scoring.scores_of_windows(text, rows, batch, say)
 
   class Model(TemplateLM):
     """See lm_eval.api.model."""

@@ -25,41 +25,38 @@ class Scores(NamedTuple):
   best: np.ndarray  # bool [N], whether no other id is more probable
 
 
-class Scorer:
-  """Scores rows of ids in batches on the mesh of a TextGenerator; nothing is dropped."""
+def scores_of_windows(
+  text: TextGenerator,
+  texts: Sequence[Sequence["ScoredWindow"]],
+  batch: int,
+  progress: Callable[[int], None],
+) -> list[Scores]:
+  """Returns the Scores of the ids that count in the windows of each text, one after another.
 
-  def __init__(self, text: TextGenerator, batch: int):
-    """`batch` rows are computed together; of rows over 2,048 ids fewer, for as much memory."""
-    self._text, self._batch = text, batch
-    self._scores = jax.jit(functools.partial(_scores, model=text.model))
-
-  def of_windows(
-    self, texts: Sequence[Sequence["ScoredWindow"]], progress: Callable[[int], None]
-  ) -> list[Scores]:
-    """Returns the Scores of the ids that count in the windows of each text, one after another.
-
-    Longest windows are computed first. `progress` gets the number of windows that are done.
-    """
-    rows = [window for text in texts for window in text]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    done: dict[int, Scores] = {}
-    while len(done) < len(rows):
-      longest = len(rows[order[len(done)]].ids)
-      together = max(min(self._batch, self._batch * 2048 // longest), 1)
-      chosen = order[len(done) : len(done) + together]
-      ids = [np.asarray(rows[i].ids) for i in chosen]
-      with jax.set_mesh(self._text.mesh):
-        placed = sharding.place(padding.padded(ids, self._text.rows), self._text.mesh)
-        found = sharding.whole(self._scores(self._text.weights, *placed))
-      for i, log_probs, best in zip(chosen, *found, strict=False):  # the rest is padding
-        done[i] = Scores(log_probs[-rows[i].scored :], best[-rows[i].scored :])
-      progress(len(done))
-    scores = (done[i] for i in range(len(rows)))
-    empty = Scores(np.zeros(0, np.float32), np.zeros(0, bool))  # of a text without ids
-    parts = [[empty, *itertools.islice(scores, len(text))] for text in texts]
-    return [Scores(*map(np.concatenate, zip(*part, strict=True))) for part in parts]
+  `batch` windows are computed together on the mesh of `text`, of windows over 2,048 ids fewer, for
+  as much memory; the longest first. Nothing is dropped. `progress` gets the number that is done.
+  """
+  rows = [window for windows in texts for window in windows]
+  order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+  done: dict[int, Scores] = {}
+  while len(done) < len(rows):
+    longest = len(rows[order[len(done)]].ids)
+    together = max(min(batch, batch * 2048 // longest), 1)
+    chosen = order[len(done) : len(done) + together]
+    ids = [np.asarray(rows[i].ids) for i in chosen]
+    with jax.set_mesh(text.mesh):
+      placed = sharding.place(padding.padded(ids, text.rows), text.mesh)
+      found = sharding.whole(_scores(text.weights, *placed, model=text.model))
+    for i, log_probs, best in zip(chosen, *found, strict=False):  # the rest is padding
+      done[i] = Scores(log_probs[-rows[i].scored :], best[-rows[i].scored :])
+    progress(len(done))
+  scores = (done[i] for i in range(len(rows)))
+  empty = Scores(np.zeros(0, np.float32), np.zeros(0, bool))  # of a text without ids
+  parts = [[empty, *itertools.islice(scores, len(windows))] for windows in texts]
+  return [Scores(*map(np.concatenate, zip(*part, strict=True))) for part in parts]
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def _scores(
   weights: decoding.DecoderWeights, tokens_BL: jax.Array, start_B: jax.Array, *, model: Model
 ) -> tuple[jax.Array, jax.Array]:

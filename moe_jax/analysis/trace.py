@@ -43,17 +43,10 @@ def collect(
       _compiled(model.config)(model.params, model.bias_ZE, sharding.place(batch, mesh))
     )
     real_BL = batch.segments_BL > 0
-    parts.append(
-      Trace(
-        token_T=batch.tokens_BL[real_BL],
-        row_T=np.nonzero(real_BL)[0] + len(parts) * batch_size,
-        segment_T=batch.segments_BL[real_BL],
-        place_T=np.nonzero(real_BL)[1],
-        domain_T=domain_BL[real_BL],
-        routed_ZTE=choices.routed_BLE[:, real_BL],
-        kept_ZTE=choices.kept_BLE[:, real_BL],
-        gate_ZTE=choices.gate_BLE[:, real_BL],
-      )
-    )
+    index_2BL = np.indices(real_BL.shape)
+    row_BL = index_2BL[0] + len(parts) * batch_size
+    tokens = (batch.tokens_BL, row_BL, batch.segments_BL, index_2BL[1], domain_BL)
+    layers = (choices.routed_BLE, choices.kept_BLE, choices.gate_BLE)
+    parts.append(Trace(*(x[real_BL] for x in tokens), *(x[:, real_BL] for x in layers)))
   # T is the first dimension of the tokens' arrays and the second of the layers'.
   return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=arrays[0].ndim // 2), *parts)

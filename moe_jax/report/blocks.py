@@ -11,15 +11,11 @@ UNKNOWN = "-"
 
 
 class Text(NamedTuple):
-  """Lines of text."""
-
   text: str
   small: bool = False
 
 
 class Table(NamedTuple):
-  """A table with a head."""
-
   title: str  # may be empty
   head: Sequence[Any]
   rows: Sequence[Sequence[Any]]  # an arm is a cell with its name and colour, all else is text
@@ -27,8 +23,6 @@ class Table(NamedTuple):
 
 
 class Chart(NamedTuple):
-  """A picture."""
-
   name: str  # of its file
   title: str
   svg: bytes

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from moe_jax.errors import DamagedError, UserError
-from moe_jax.report import charts, curves, experts, inside, reading, runs, sections, table
+from moe_jax.report import charts, experts, inside, reading, runs, sections, table
 from moe_jax.report.blocks import Chart, Excerpt, printable
 from moe_jax.storage import files
 
@@ -81,7 +81,7 @@ def write_report(study: runs.Study, out: pathlib.Path) -> Report:
   parts = [
     sections.question(study),
     sections.results(study, compared),
-    curves.curves_section(study, compared),
+    sections.curves(study, compared),
     experts.balance_section(study),
     inside.inside_section(study),
     experts.capacity_section(study),

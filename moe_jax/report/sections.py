@@ -1,4 +1,4 @@
-"""The report's sections on results: question, table, failures, configs.
+"""The report's sections on results: question, table, curves, failures, configs.
 
 The sections are made of blocks; the templates format them.
 """
@@ -6,14 +6,20 @@ The sections are made of blocks; the templates format them.
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from moe_jax.errors import si
-from moe_jax.report import blocks, conclusions, table
+from moe_jax.report import blocks, charts, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, Block, Code, Section, Table, Text
-from moe_jax.report.runs import Study
+from moe_jax.report.charts import Line
+from moe_jax.report.runs import ArmRuns, Run, Study, series
 from moe_jax.report.table import ArmComparison, ArmRow
 
+_BINS = 40  # points of a curve of training losses, each the mean of its neighbours
+Way = Callable[[Run, ArmRuns, np.ndarray], np.ndarray | None]
 _NOTE = """\
 Loss: nats per token of the language model alone, from {source}; mean ± standard deviation over
 seeds, finished runs only. Conclusions: 'by' gives the paired difference ± its standard error, and
@@ -25,6 +31,10 @@ Target: {target:.4f}, the mean of the validation losses with which {arm} ended i
 to target: where a seed's validation curve, linear between evaluations, first is there, mean over
 seeds; for {arm}, where its mean curve is. In brackets: how many times fewer, or how many of the
 seeds reach it. Difference: mean ± standard error, paired by seed."""
+_CURVES_NOTE = """\
+The pictures share the scale of the loss, that of the second half of the training. Bold: mean over
+seeds; thin: each seed; training loss: each point the mean of its neighbours. FLOPs: counted from
+the shapes, of all training steps so far."""
 
 
 def question(study: Study) -> Section:
@@ -91,6 +101,49 @@ def _reached(row: ArmRow, target: float | None) -> tuple[str, str]:
   )
   seconds = blocks.duration(found.seconds.mean if found.seconds else None)
   return f"{found.steps.mean:,.0f}{steps}", f"{seconds}{time}"
+
+
+def flops_at(run: Run, arm: ArmRuns, steps: np.ndarray) -> np.ndarray | None:
+  """Returns the training FLOPs until these steps; FLOPs per token are the same for all seeds."""
+  per_token = next((r.eval["flops_per_token"] for r in arm.runs if "flops_per_token" in r.eval), 0)
+  tokens = run.config.get("data.batch_size", 0) * run.config.get("data.seq_len", 0)
+  return per_token * tokens * steps if per_token and tokens else None
+
+
+def curves(study: Study, compared: ArmComparison) -> Section:
+  """Returns training losses over steps, and validation losses over steps, FLOPs and time."""
+  ways: tuple[tuple[str, str, str, Way], ...] = (
+    ("loss_steps", "steps", "step", lambda run, arm, steps: steps),
+    ("loss_flops", "training FLOPs", "FLOPs", flops_at),
+    ("loss_time", "wall-clock", "seconds of training", lambda run, arm, at: run.seconds_at(at)),
+  )
+  trained = ((arm, [series(run.train, "loss") for run in arm.drawn]) for arm in study.arms)
+  training = [Line(arm, charts.binned(table.mean_curve(found), _BINS)) for arm, found in trained]
+  drawn = [("loss_training", "Training loss over steps", "step", training)]
+  for name, title, x, way in ways:
+    drawn.append((name, f"Validation loss over {title}", x, validation(study, way)))
+  y_range = charts.y_range([line for *_, lines in drawn for line in lines], crop=True)
+  parts: list[Block] = []
+  for name, title, x, lines in drawn:
+    end = study.last_step if x == "step" else 0.0
+    target = None if name == "loss_training" else compared.target
+    parts += charts.chart(name, title, lines, x, "nats per token", y_range, end, target)
+  parts.append(Text(_CURVES_NOTE, small=True))
+  return Section("Curves", parts, conclusions.curves(study, compared))
+
+
+def validation(study: Study, way: Way) -> list[Line]:
+  """Returns the mean curve and the seeds' curves of each arm, with `way` as their x."""
+  lines = []
+  for arm in study.arms:
+    runs = [run for run in arm.drawn if run.validation]
+    steps, losses = table.mean_curve([run.curve() for run in runs])
+    where = table.mean_of(way(run, arm, steps) for run in runs)
+    if where is None or not len(steps):
+      continue
+    seeds = [(way(run, arm, run.curve()[0]), run.curve()[1]) for run in runs if len(runs) > 1]
+    lines.append(Line(arm, (where, losses), [(x, y) for x, y in seeds if x is not None]))
+  return lines
 
 
 def failures(study: Study) -> Section:

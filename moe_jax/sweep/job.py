@@ -62,11 +62,6 @@ class Job:
     self._start(self.run.evaluate)
 
   @property
-  def name(self) -> str:
-    """The arm and the seed."""
-    return f"{self.run.arm}/seed{self.run.seed}"
-
-  @property
   def seconds(self) -> float:
     """Seconds since the start."""
     return time.monotonic() - self.started
@@ -97,8 +92,8 @@ class Job:
   def where(self) -> str:
     """Describes the job's progress in a few words."""
     if self.evaluating:
-      return f"{self.name} evaluating"
+      return f"{self.run.workdir} evaluating"
     for line in reversed(self.tail()):
       if match := re.match(r"step +(\d+/\d+) .*?(ETA \S+)?$", line):
-        return " ".join(filter(None, (self.name, "step", *match.groups())))
-    return f"{self.name} starting"
+        return " ".join(filter(None, (self.run.workdir, "step", *match.groups())))
+    return f"{self.run.workdir} starting"

@@ -89,13 +89,6 @@ def load_sweep(path: str) -> tuple[str, Sweep]:
   if not os.path.isfile(path):
     raise UserError(f"--sweep={path}: no such file")
   sweep, question = command_line.run_file(path, "get_sweep", Sweep)
-  _check_types(path, sweep)
-  if not question:
-    raise UserError(f"{path}: it has no docstring; begin with the question that it answers")
-  return question, sweep
-
-
-def _check_types(path: str, sweep: Sweep) -> None:
   for name in ("base", "target", "published", "band"):
     if not isinstance(getattr(sweep, name), str):
       raise UserError(f"{path}: {name}={getattr(sweep, name)!r} is not a text")
@@ -104,3 +97,6 @@ def _check_types(path: str, sweep: Sweep) -> None:
     if not isinstance(value, list | tuple | range) or not all(isinstance(v, kind) for v in value):
       hint = f"; write ({value!r},)" if isinstance(value, kind) else ""
       raise UserError(f"{path}: {name}={value!r} is not a list of {kind.__name__}{hint}")
+  if not question:
+    raise UserError(f"{path}: it has no docstring; begin with the question that it answers")
+  return question, sweep

@@ -62,8 +62,6 @@ def make_plan(
   """Expands and checks every arm and seed of a sweep file.
 
   Args:
-    path: of the sweep file.
-    out: folder of the runs.
     arms: names of the arms to run; () for all.
     seeds: seeds to run; () for the sweep's.
     overrides: fields for every arm, which replace the arms' own and are set before any match.
@@ -173,10 +171,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def dry_run(plan: Plan, flags: str = "") -> str:
-  """Returns `describe_plan` as comments, then a shell's command line for each run.
-
-  `flags`, each with a space before it, ends both commands of a run.
-  """
+  """Returns `describe_plan` as comments, then both commands of each run, which end with `flags`."""
   comments = [f"# {line}".rstrip() for line in describe_plan(plan).splitlines()]
   commands = (f"{run.command}{flags} && {run.evaluate}{flags}" for run in plan.runs)
   return "\n".join([*comments, *commands])

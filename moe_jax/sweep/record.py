@@ -42,7 +42,6 @@ def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
       # Made again like those that will run, since the file may come from somewhere else.
       made = {"workdir": again.workdir, "command": again.command}
       entries[arm, seed] = entry | made
-  order = list(arms)
   with_runs = {name: a for name, a in arms.items() if any(name == arm for arm, _ in entries)}
   return {
     "format": SWEEP_FORMAT,
@@ -55,7 +54,7 @@ def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
     "arms": [
       {"name": a.name, "overrides": a.overrides, "notes": a.notes} for a in with_runs.values()
     ],
-    "runs": sorted(entries.values(), key=lambda e: (order.index(e["arm"]), e["seed"])),
+    "runs": sorted(entries.values(), key=lambda e: ([*arms].index(e["arm"]), e["seed"])),
   }
 
 

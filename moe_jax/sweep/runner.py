@@ -135,10 +135,10 @@ class Runner:
     except OSError as error:  # no memory, or too many processes
       why = f"cannot start a process: {error}"
       self._set(run, "failed", why)
-      say(f"{run.arm}/seed{run.seed} FAILED: {why}")
+      say(f"{run.workdir} FAILED: {why}")
       return []
     self._set(run, "running")
-    say(f"{job.name} begins: {job.workdir / workdir_lib.LOG}")
+    say(f"{job.run.workdir} begins: {job.workdir / workdir_lib.LOG}")
     return [job]
 
   def _ended(self, job: Job) -> bool:
@@ -160,7 +160,7 @@ class Runner:
       # The log may be on the same disk, and then the run's own words may be missing.
       said = "a disk is full or cannot be written; the same command goes on when it can"
       said = next((x for x in reversed(lines) if x.startswith("error: ")), said)
-      self._stop_starting(StorageError(f"{job.name}: {said.removeprefix('error: ')}"))
+      self._stop_starting(StorageError(f"{job.run.workdir}: {said.removeprefix('error: ')}"))
     if status != "finished" and self._stops:
       status = "stopped"
     how = {
@@ -168,7 +168,7 @@ class Runner:
       "stopped": "stopped:",
       "failed": f"FAILED with code {code}:",
     }
-    say(f"{job.name} {how[status]} {last}")
+    say(f"{job.run.workdir} {how[status]} {last}")
     self._set(job.run, status, "\n".join(lines) if status == "failed" else "")
     job.log.close()
     self._reported = None
@@ -267,22 +267,21 @@ def run_sweep(
   with files.storage_errors(out):
     out.mkdir(parents=True, exist_ok=True)
   with locked(out):
-    check_places(plan)
+    for run in plan.runs:
+      _check_place(out / run.workdir)
     # Read again, because another sweep may have ended since.
     record = record_lib.make_record(plan, record_lib.read_record(out))
     return Runner(plan, record, jobs).run()
 
 
-def check_places(plan: Plan) -> None:
+def _check_place(workdir: pathlib.Path) -> None:
   """Raises a UserError for a link in a run's folder, a BusyError where a run is still training."""
-  for run in plan.runs:
-    workdir = plan.out / run.workdir
-    for path in (workdir.parent, workdir, *workdir.rglob("*")):
-      if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it")
-    if (workdir / workdir_lib.LOCK).exists():
-      with lock.held(workdir):
-        pass
+  for path in (workdir.parent, workdir, *workdir.rglob("*")):
+    if path.is_symlink():
+      raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it")
+  if (workdir / workdir_lib.LOCK).exists():
+    with lock.held(workdir):
+      pass
 
 
 def say(line: str) -> None:
