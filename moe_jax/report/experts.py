@@ -1,6 +1,6 @@
 """The report's sections on experts: balance, drops, capacity, domains, specialisation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.report import blocks, charts, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, Block, Section, Table, Text
 from moe_jax.report.charts import Line
-from moe_jax.report.runs import ArmRuns, Run, Study, series
+from moe_jax.report.runs import ArmRuns, Curve, Run, Study, series
 
 _BINS = 100  # the most points of a curve that has a value for every log line
 # Training metrics with one number for each layer: name, title of the column, factor, meaning.
@@ -45,9 +45,8 @@ def balance_section(study: Study) -> Section:
   ):
     lines = []
     for arm in study.arms:
-      logged = (series(run.train, metric) for run in arm.drawn)
-      curves = [(x, scale * y.mean(axis=1)) for x, y in logged if len(x)]
-      lines.append(Line(arm, charts.binned(table.mean_curve(curves), _BINS)))
+      curve = _mean_of_layers((run.train for run in arm.drawn), metric, scale)
+      lines.append(Line(arm, charts.binned(curve, _BINS)))
     if metric == "drop_fraction_Z" and not any(np.any(line.curve[1] > 0) for line in lines):
       continue  # the conclusion says so
     y_range = charts.y_range(lines, from_zero=True)
@@ -60,6 +59,12 @@ def balance_section(study: Study) -> Section:
   notes = [f"{head}: {what}." for _, head, _, what in _LATE if head in late.head]
   parts += [late, Text(" ".join(notes), small=True), *_shares(study)]
   return Section("Balance", parts, conclusions.balance(study))
+
+
+def _mean_of_layers(logs: Iterable[list[dict[str, Any]]], metric: str, scale: int) -> Curve:
+  """Returns the mean curve of several logs of a metric that has a number for each layer."""
+  found = (series(log, metric) for log in logs)
+  return table.mean_curve([(x, scale * y.mean(axis=1)) for x, y in found if len(x)])
 
 
 def _by_layer(
@@ -170,12 +175,8 @@ def specialisation_section(study: Study) -> Section:
   arms = {arm: [run for run in arm.finished if run.routing] for arm in study.arms}
   lines = []
   for arm, runs in arms.items():
-    points = [run.routing.get("saturation", []) for run in runs]
-    found = [
-      sorted((p["step"], 100 * np.mean(p["overlap_Z"])) for p in of_run) for of_run in points
-    ]
-    curves = [(x, y) for x, y in (np.array(of_run, float).reshape(-1, 2).T for of_run in found)]
-    lines.append(Line(arm, table.mean_curve(curves)))
+    logs = (run.routing.get("saturation", []) for run in runs)
+    lines.append(Line(arm, _mean_of_layers(logs, "overlap_Z", 100)))
   title, unit = "Router saturation", "% of the last checkpoint's choices"
   drawn = charts.chart("saturation", title, lines, "step", unit, (0, 106), study.last_step)
   numbers = _by_layer("By layer, mean over seeds", arms, _ROUTING, lambda r, n: r.routing.get(n))

@@ -30,7 +30,6 @@ class Run:
   status: str
   command: str = ""
   evaluate: str = ""
-  seconds: float = 0.0
   error: str = ""
   config: dict[str, Any] = dataclasses.field(default_factory=dict)  # flat: "model.moe.top_k"
   train: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -179,7 +178,7 @@ def read_sweep(out: pathlib.Path) -> Study:
   for number, entry in enumerate(sweep["runs"]):
     try:
       fields = reading.read_entry(out, number, entry)
-      del fields["arm"]
+      del fields["arm"], fields["seconds"]
       place = fields.pop("workdir")
       run = read_run(out / place, place, root=out, **fields)
     except DamagedError as error:

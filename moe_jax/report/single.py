@@ -21,9 +21,9 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
     over = f"(standard error over {result['documents']:,} documents)"
     uncertainty = f" ± {result['bits_per_byte_error']:.4f} {over}"
   try:
-    measured, damage = reading.read_lines(path / workdir_lib.METRICS, path, {}), ""
+    measured, plots = reading.read_lines(path / workdir_lib.METRICS, path, {}), ""
   except DamagedError as error:  # which the evaluation does not need
-    measured, damage = [], f"none: {error}"
+    measured, plots = [], f"none: {error}"
   rates = runs.series(measured, "train/tokens_per_s")[1]
   lines = [
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
@@ -38,14 +38,14 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   ]
   if "load_balance" in result:
     lines.append(f"load balance loss  {result['load_balance']:.4f} (1.0 is balanced)")
-  if not damage:
+  if not plots:
     drawn = {"loss.png": _loss(path.name, measured, result)}
     if "load_ZE" in result:
       drawn |= {"load.png": _load(result), "balance.png": _balance(path.name, measured, result)}
     for name, figure in drawn.items():
       files.write(path / name, charts.saved(figure, "png"))
-    damage = ", ".join(str(path / name) for name in drawn)
-  lines += [routing_table(result), f"plots              {damage}"]
+    plots = ", ".join(str(path / name) for name in drawn)
+  lines += [routing_table(result), f"plots              {plots}"]
   return "\n".join(lines)
 
 
