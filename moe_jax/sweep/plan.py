@@ -14,7 +14,7 @@ from moe_jax.model import cost
 from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.sweep import language, matching
-from moe_jax.sweep.language import Arm, Sweep, Transform
+from moe_jax.sweep.language import Arm, Sweep
 
 _FLAGS_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 
@@ -120,8 +120,16 @@ def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> Plan
       if isinstance(transform, matching.Match):
         config, note = transform.solve(config)
         notes.append(note)
-      else:
-        config = _transformed(transform, config)
+        continue
+      try:
+        changed = transform(config)
+      except UserError:
+        raise
+      except Exception as error:  # a function of the user's
+        raise UserError(f"its transform ended with {type(error).__name__}: {error}") from None
+      if not isinstance(changed, Config):
+        raise UserError(f"its transform returned {changed!r}, not a Config")
+      config = changed
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
@@ -129,18 +137,6 @@ def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> Plan
   size = f"{si(counts.total)} parameters, {si(counts.active)} active"
   notes.append(f"{size}, {si(counts.flops_per_token)} FLOPs per token")
   return PlannedArm(a.name, changes(base, config), notes, config)
-
-
-def _transformed(transform: Transform, config: Config) -> Config:
-  try:
-    changed = transform(config)
-  except Exception as error:  # a function of the user's
-    if isinstance(error, UserError):
-      raise
-    raise UserError(f"its transform ended with {type(error).__name__}: {error}") from None
-  if not isinstance(changed, Config):
-    raise UserError(f"its transform returned {changed!r}, not a Config")
-  return changed
 
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:

@@ -42,7 +42,7 @@ class Runner:
   def __init__(self, plan: Plan, record: dict[str, Any], jobs: int):
     self._plan, self._record, self._out = plan, record, plan.out
     self._slots = MachineSlots(jobs)
-    self._entries = {(e["arm"], e["seed"]): e for e in record["runs"]}
+    self._entries = {entry["workdir"]: entry for entry in record["runs"]}
     self._stops = 0  # how many signals to stop have come
     self._signal = 0
     self._full: StorageError | None = None  # why nothing more is started
@@ -58,7 +58,7 @@ class Runner:
     Raises:
       StorageError: a disk is full. Runs have saved where they could.
     """
-    waiting = [r for r in self._plan.runs if self._status(r) != "finished"]
+    waiting = [r for r in self._plan.runs if self._entries[r.workdir]["status"] != "finished"]
     done = len(self._plan.runs) - len(waiting)
     if done:
       say(f"{done} of {len(self._plan.runs)} runs were finished before")
@@ -85,7 +85,7 @@ class Runner:
     if self._full:
       self._save()  # there may be room again
       raise self._full
-    finished = all(self._status(r) == "finished" for r in self._plan.runs)
+    finished = all(self._entries[r.workdir]["status"] == "finished" for r in self._plan.runs)
     return self._reported.code if self._reported and finished else 1
 
   def _loop(self, waiting: list[PlannedRun], running: list[Job]) -> None:
@@ -155,7 +155,7 @@ class Runner:
         self._stop_starting(error)
     status, lines = job.result(code)
     last = lines[-1] if lines else ""
-    self._entries[job.run.arm, job.run.seed]["seconds"] += job.seconds
+    self._entries[job.run.workdir]["seconds"] += job.seconds
     if code == StorageError.code and not self._stops:
       # The log may be on the same disk, and then the run's own words may be missing.
       said = "a disk is full or cannot be written; the same command goes on when it can"
@@ -201,15 +201,12 @@ class Runner:
       say(f"{error}; no more runs are started")
       self._full = error
 
-  def _status(self, run: PlannedRun) -> str:
-    return self._entries[run.arm, run.seed]["status"]
-
   def _set(self, run: PlannedRun, status: str, error: str = "") -> None:
-    self._entries[run.arm, run.seed].update(status=status, error=error)
+    self._entries[run.workdir].update(status=status, error=error)
     self._save()
 
   def _progress(self, running: list[Job]) -> None:
-    statuses = [self._status(run) for run in self._plan.runs]
+    statuses = [self._entries[run.workdir]["status"] for run in self._plan.runs]
     parts = [f"{statuses.count('finished')} of {len(statuses)} finished"]
     parts += [f"{statuses.count(s)} {s}" for s in ("failed", "stopped") if s in statuses]
     parts += [job.where() for job in running]
