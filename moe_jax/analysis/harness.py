@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_jax.analysis import scoring
 from moe_jax.data import text_files, tokenizers
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, notice
 from moe_jax.inference import chat, generate
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.storage import files
@@ -134,10 +134,9 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
 
   def cut(lengths: list[int]) -> None:
     if count := sum(n > length for n in lengths):
-      print(
+      notice(
         f"note: {count} of {len(lengths)} requests are over config.data.seq_len={length}: "
-        "the beginning of their context is cut",
-        file=sys.stderr,
+        "the beginning of their context is cut"
       )
 
   def scored(texts: Sequence[tuple[scoring.Ids, scoring.Ids]]) -> list[scoring.Scores]:
