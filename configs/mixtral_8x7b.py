@@ -6,7 +6,7 @@ Command    python train.py --config=configs/mixtral_8x7b.py --describe
 Hardware   for --describe any; for training 64 accelerators (fsdp 8 x expert 8) of 40 GB: --describe
            counts 15.8 GiB on each, and a step that was compiled for v5p takes 30.4
 Time       --describe: seconds
-Expect     46.70B parameters, 12.88B active per token; 79.7 GFLOPs per token at sequence 4096
+Expect     46.7B parameters, 12.88B active per token; 79.7 GFLOPs per token at sequence 4096
 """
 
 from moe_jax.config import (

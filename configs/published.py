@@ -7,7 +7,7 @@ Question   How large are published models, and what does a token of them cost?
 Command    python train.py --config=configs/published.py:qwen3_30b_a3b --describe
 Hardware   for --describe any
 Time       --describe: seconds
-Expect     of qwen3_30b_a3b 30.53B parameters, 3.35B active per token
+Expect     of qwen3_30b_a3b 30.53B parameters, 3.353B active per token
 """
 
 from moe_jax.config import (

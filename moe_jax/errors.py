@@ -15,8 +15,6 @@ _STORAGE = {
 # What an object store's clients raise, by module, or say in a general error (gcsfs, tensorstore).
 _CLIENTS = ("aiohttp", "gcsfs", "requests", "google.auth", "google.api_core", "google.cloud")
 _STORE_SAYS = re.compile(r"^Forbidden: |curl_code|http_response_code='(401|403|408|429|5..)'")
-
-
 # Of a file that is missing or is no file; with another error the file may be whole.
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL}
 _TENSORSTORE_SAYS = re.compile(r"OS error (\d+)")
@@ -58,6 +56,14 @@ def few(names: Sequence[object], most: int = 3) -> str:
 def shown(text: str) -> str:
   """Returns a text in one line, in which nothing is left that a terminal would act upon."""
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def si(number: float) -> str:
+  """Formats a number with a suffix, B for a billion: 46702792704 -> '46.7B'."""
+  for letter, size in (("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    if abs(number) >= size:
+      return f"{number / size:.4g}{letter}"
+  return f"{number:.4g}"
 
 
 def notice(text: str) -> None:

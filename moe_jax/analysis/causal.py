@@ -11,7 +11,6 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.analysis import trace
-from moe_jax.config import MoE
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
 from moe_jax.model import transformer
@@ -50,7 +49,6 @@ def causal_losses(
   rows: pipeline.Rows,
   numbers: pipeline.Numbers,
   batch_size: int,
-  group_rows: int,
   mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Computes the loss of every target of some rows without and with the true future.
@@ -62,12 +60,10 @@ def causal_losses(
   shape, so that a causal model's two losses are equal bit for bit.
 
   Args:
-    model: the checkpoint.
+    model: the checkpoint, on `mesh`.
     rows: of the split.
-    numbers: of the rows to evaluate, which must be full: a multiple of group_rows, at least twice.
-    batch_size: rows of a pass, a multiple of group_rows.
-    group_rows: rows in a routing group; the other rows of a group are not changed.
-    mesh: of the model.
+    numbers: of the rows to evaluate, which must be full, and fill two routing groups at least.
+    batch_size: rows of a pass, which fill routing groups.
 
   Returns:
     Losses in nats, float32 [R, L], without the true future and with it.
@@ -77,7 +73,8 @@ def causal_losses(
       transformer.evaluate(model.config, params, bias_ZE, batch).logits_BLV, batch.targets_BL
     )[0]
   )
-  L, groups, n = rows.seq_len, batch_size // group_rows, len(numbers)
+  L, n, group_rows = rows.seq_len, len(numbers), dispatch.group_rows(model.config.moe, rows.seq_len)
+  groups = batch_size // group_rows  # the other rows of a group are not changed
 
   def nll(batch: pipeline.Batch[np.ndarray]) -> np.ndarray:
     return sharding.whole(step(model.params, model.bias_ZE, sharding.place(batch, mesh)))
@@ -107,19 +104,12 @@ def causal_losses(
 def measure_losses(
   model: trace.RestoredModel,
   rows: pipeline.Rows,
-  moe: MoE,
   num_rows: int,
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-  """Returns the entry `causal` of eval.json: means of `causal_losses` and their difference.
-
-  Losses are in nats per token.
-
-  Raises:
-    UserError: the split has too few rows.
-  """
-  group_rows = dispatch.group_rows(moe, rows.seq_len)
+  """Returns the entry `causal` of eval.json: means of `causal_losses`, in nats per token."""
+  group_rows = dispatch.group_rows(model.config.moe, rows.seq_len)
   numbers = pipeline.spread(rows.num_full, max(-(-num_rows // group_rows), 2) * group_rows)
   numbers = numbers[: len(numbers) - len(numbers) % group_rows]
   if len(numbers) < 2 * group_rows:
@@ -127,7 +117,7 @@ def measure_losses(
       f"--causal: the split has {rows.num_full} rows, but needs at least {2 * group_rows}, because "
       "the future of one row is replaced by the text of another; choose another --split"
     )
-  hidden_RL, forced_RL = causal_losses(model, rows, numbers, batch_size, group_rows, mesh)
+  hidden_RL, forced_RL = causal_losses(model, rows, numbers, batch_size, mesh)
   return {
     "loss": float(hidden_RL.mean(dtype=np.float64)),
     "teacher_forced_loss": float(forced_RL.mean(dtype=np.float64)),

@@ -52,9 +52,7 @@ def evaluate_run(
   """Evaluates a checkpoint and writes eval.json and, with `routing`, routing.json.
 
   Args:
-    workdir: of the run.
     step: of the checkpoint; 0 is the newest.
-    split: train, validation or test.
     capacity_factors: capacity factors to evaluate besides the run's own.
     causal: whether to measure the loss with the future hidden.
     documents: how many documents to give the loss of, the largest ones.
@@ -62,8 +60,8 @@ def evaluate_run(
     data: fields of config.data, for other text than the run's; the file is then eval_data.json.
 
   Returns:
-    The contents of eval.json and of routing.json; {} for the latter without `routing`. Of several
-    processes the first one writes the files, and the others get {} for both.
+    The contents of both files; {} without `routing`. Of several processes the first one writes the
+    files, and the others get {} for both.
   """
   run = LoadedRun(workdir, step, split, data)
   check_options(run.config, capacity_factors, routing)
@@ -77,7 +75,7 @@ def evaluate_run(
       result["causal"] = run.causal(model)
     if routing:
       traced = run.routing(model)
-  run.close()
+  run.reader.close()
   if jax.process_index():
     return {}, {}
   if routing:
@@ -100,8 +98,8 @@ class LoadedRun:
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split
     cost.check_evaluation_memory(self.config)
-    self._reader = checkpoint.Checkpointer.reading(self.path)
-    self.asked, self.step, self.steps = step, self._reader.find(step), self._reader.steps()
+    self.reader = checkpoint.Checkpointer.reading(self.path)
+    self.asked, self.step, self.steps = step, self.reader.find(step), self.reader.steps()
     self.rows = pipeline.load_rows(config.data, split)
     workdir_lib.check_same_tokenizer(self.path, self.rows.tokenizer.fingerprint)
     if not data:
@@ -111,32 +109,27 @@ class LoadedRun:
   def restore(self, step: int) -> trace.RestoredModel:
     """Reads the checkpoint of a step; 0 is the newest, which is then that of this evaluation."""
     model = self.config.model
-    found, stored = self._reader.restore_part(step, abstract_weights(model), self.mesh)
+    found, stored = self.reader.restore_part(step, abstract_weights(model), self.mesh)
     self.step = self.step if step else found
     return trace.RestoredModel(model, **stored)
-
-  def close(self) -> None:
-    """Closes the checkpoints."""
-    self._reader.close()
 
   def loss(self, model: trace.RestoredModel, documents: int) -> dict[str, Any]:
     """Returns the numbers that every eval.json has, and the losses of that many documents."""
     config, rows = self.config, self.rows
     evaluator = Evaluator(config, rows, self.mesh, config.eval.final_batches)
     total = evaluator.total(model.params, model.bias_ZE, by_document=True)
-    assert total.documents is not None
+    by_document = total.documents
+    assert by_document is not None
     counts = cost.count(config)
     result = evaluator.result(total)
-    result["documents"] = evaluator_lib.num_documents(total.documents)
+    result["documents"] = evaluator_lib.num_documents(by_document)
     if result["documents"] > 1:
-      result["bits_per_byte_error"] = evaluator_lib.standard_error(total.documents)
+      result["bits_per_byte_error"] = evaluator_lib.standard_error(by_document)
     if rows.domains:
-      result["domains"] = evaluator.by_domain(total.documents)
+      result["domains"] = evaluator.by_domain(by_document)
     if documents:
-      result["largest_documents"] = [
-        {"name": rows.name(number)} | numbers
-        for number, numbers in evaluator_lib.largest(rows, total.documents, documents)
-      ]
+      largest = evaluator_lib.largest(rows, by_document, documents)
+      result["largest_documents"] = [{"name": rows.name(n)} | numbers for n, numbers in largest]
     return result | {
       "step": self.step,
       "split": self.split,
@@ -156,13 +149,11 @@ class LoadedRun:
       config = at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator.result(evaluator.total(model.params, model.bias_ZE))
-      point = {"capacity_factor": plain(factor)}
-      points.append(point | {name: result[name] for name in _CAPACITY_METRICS})
-      print(
-        f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
-        f"dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%",
-        flush=True,
+      points.append(
+        {"capacity_factor": plain(factor)} | {name: result[name] for name in _CAPACITY_METRICS}
       )
+      said = f"capacity factor {factor:<6g} loss {result['loss']:.4f}  "
+      print(f"{said}dropped {100 * np.mean(result['drop_fraction_Z']):.1f}%", flush=True)
     return points
 
   def causal(self, model: trace.RestoredModel) -> dict[str, Any]:
@@ -171,31 +162,24 @@ class LoadedRun:
     # kernel rounds differently in another row.
     moe = with_slots(self.config.model.moe)
     model = model._replace(config=dataclasses.replace(self.config.model, moe=moe))
-    return causal.measure_losses(
-      model, self.rows, moe, _CAUSAL_ROWS, batch_size(self.config), self.mesh
-    )
+    return causal.measure_losses(model, self.rows, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
 
   def routing(self, model: trace.RestoredModel) -> dict[str, Any]:
     """Returns the contents of routing.json: the checkpoint's routing, compared with the others'."""
-    rows = self.rows
+    rows, size = self.rows, batch_size(self.config)
     numbers = pipeline.spread(len(rows), max(_TRACED_TOKENS // rows.seq_len, 1))
-
-    choices = trace.compile_choices(model.config)
-
-    def collect(model: trace.RestoredModel) -> specialisation.Trace:
-      return trace.collect(choices, model, rows, numbers, batch_size(self.config), self.mesh)
-
-    traced, saturation = collect(model), []
+    traced, saturation = trace.collect(model, rows, numbers, size, self.mesh), []
     for step in self.steps:
       if step != self.step:
         print(f"routing of step {step}", flush=True)
-        other = collect(self.restore(step))
+        other = trace.collect(self.restore(step), rows, numbers, size, self.mesh)
         overlap_Z = specialisation.overlap(other.routed_ZTE, traced.routed_ZTE)
         saturation.append({"step": step, "overlap_Z": np.round(overlap_Z, 6)})
     pieces = {i: rows.tokenizer.decode_bytes([i]) for i in np.unique(traced.token_T).tolist()}
     about = {"step": self.step, "split": self.split, "layers": moe_layers(self.config.model)}
-    top_k = self.config.model.moe.top_k
-    report = specialisation.routing_report(traced, pieces, rows.domains, rows.seq_len, top_k)
+    report = specialisation.routing_report(
+      traced, pieces, rows.domains, rows.seq_len, self.config.model.moe.top_k
+    )
     return about | report | {"saturation": saturation}
 
 
@@ -253,8 +237,7 @@ def describe(result: dict[str, Any]) -> str:
     f"{part['tokens']:,} tokens"
     for name, part in parts.items()
   ]
-  if "causal" in result:
-    causal = result["causal"]
+  if causal := result.get("causal"):
     lines.append(
       f"causal loss        {causal['loss']:.4f} with the future hidden, "
       f"{causal['teacher_forced_loss']:.4f} with it: a gap of {causal['gap']:.4f} "

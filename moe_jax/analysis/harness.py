@@ -9,38 +9,25 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax.analysis import scoring
 from moe_jax.data import text_files, tokenizers
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, notice
 from moe_jax.inference import chat, generate
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
 TASKS = "tasks.json"
-_MISSING = "--tasks needs lm-eval: pip install 'moe_jax[eval]'"
 _LONGEST = 256  # tokens that are generated where a task names no number
-
-
-class Perplexity(NamedTuple):
-  """Of one text."""
-
-  loss: float  # nats per token
-  tokens: int
-  bits_per_byte: float
 
 
 def perplexity_of_text(workdir: str, step: int, path: str, stride: int, batch: int) -> str:
   """Measures the perplexity of a text file, and returns a line about it.
 
-  Args:
-    workdir: of the run.
-    step: of the checkpoint; 0 is the newest.
-    path: of the text.
-    stride: tokens by which a window of config.data.seq_len tokens moves on; 0 is half of it.
-    batch: rows that are computed together.
+  Windows of config.data.seq_len tokens move on by `stride`, 0 for half of it; `batch` of them are
+  computed together.
   """
   content = text_files.read_text("--text", path)
   length = workdir_lib.read_config(workdir_lib.open_path(workdir)).data.seq_len
@@ -49,26 +36,28 @@ def perplexity_of_text(workdir: str, step: int, path: str, stride: int, batch: i
     raise UserError(f"--stride={stride} is over config.data.seq_len={length}: it would skip text")
   text = generate.load(workdir, step)
   ids = text.tokenizer.encode(content).tolist()
-  result = perplexity(text, ids, length, stride, batch)
+  loss, bits = perplexity(text, ids, length, stride, batch)
   return (
-    f"{path}: loss {result.loss:.4f}, perplexity {math.exp(min(result.loss, 700)):.4f}, bits per "
-    f"byte {result.bits_per_byte:.4f} of {result.tokens:,} tokens; windows of {length}, stride "
-    f"{stride}"
+    f"{path}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.4f}, bits per byte "
+    f"{bits:.4f} of {len(ids):,} tokens; windows of {length}, stride {stride}"
   )
 
 
 def perplexity(
   text: TextGenerator, ids: Sequence[int], length: int, stride: int, batch: int
-) -> Perplexity:
-  """Returns the perplexity of the ids of a text, in windows of `length` that move by `stride`."""
+) -> tuple[float, float]:
+  """Returns the loss of the ids of a text, in nats per token, and its bits per byte.
+
+  They are scored in windows of `length` that move by `stride`.
+  """
   before = text.before or [text.tokenizer.prefix]
   rows = list(scoring.windows(before, ids, length, stride))
   if not rows:
     raise UserError("--text: the file is empty")
-  (scores,) = scoring.Scorer(text, batch).of_windows([rows], _progress("windows", len(rows)))
+  (scores,) = scoring.scores_of_windows(text, [rows], batch, _progress("windows", len(rows)))
   total = -math.fsum(scores.log_probs)
   size = int(text.tokenizer.bytes_V[list(ids)].sum())
-  return Perplexity(total / len(ids), len(ids), total / math.log(2) / size)
+  return total / len(ids), total / math.log(2) / size
 
 
 def _progress(what: str, total: int) -> Any:
@@ -92,9 +81,7 @@ def run_tasks(
   """Runs tasks and writes their results to tasks.json in the workdir; returns a table of them.
 
   Args:
-    workdir: of the run.
     step: of the checkpoint; 0 is the newest.
-    tasks: names of tasks.
     folder: with YAML files of more tasks; "" for none.
     fewshot: examples before each question; -1 for the number that the task names.
     limit: questions of each task; 0 for all.
@@ -109,10 +96,9 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
   except ImportError:
-    raise UserError(_MISSING) from None
+    raise UserError("--tasks needs lm-eval: pip install 'moe_jax[eval]'") from None
   manager = TaskManager(include_path=folder or None)
-  unknown = [task for task in tasks if task not in manager.all_tasks]
-  if unknown:
+  if unknown := [task for task in tasks if task not in manager.all_tasks]:
     raise UserError(
       f"--tasks={','.join(tasks)}: lm-eval has no {', '.join(unknown)}; `lm-eval ls tasks` lists "
       "them, and --task_folder names a folder of your own"
@@ -142,18 +128,22 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
   text = generate.load(workdir, step)
   path = workdir_lib.open_path(workdir)
   length = workdir_lib.read_config(path).data.seq_len
-  scorer = scoring.Scorer(text, batch)
   tokenizer, beside = text.tokenizer, path / workdir_lib.HF
   special = text.imported and isinstance(tokenizer, tokenizers.HuggingFace)
   encode = tokenizer.encode_special if special else tokenizer.encode
 
   def cut(lengths: list[int]) -> None:
     if count := sum(n > length for n in lengths):
-      print(
+      notice(
         f"note: {count} of {len(lengths)} requests are over config.data.seq_len={length}: "
-        "the beginning of their context is cut",
-        file=sys.stderr,
+        "the beginning of their context is cut"
       )
+
+  def scored(texts: Sequence[tuple[scoring.Ids, scoring.Ids]]) -> list[scoring.Scores]:
+    before = [tokenizer.prefix]
+    rows = [list(scoring.windows(start or before, ids, length, length)) for start, ids in texts]
+    say = _progress("windows", sum(map(len, rows)))
+    return scoring.scores_of_windows(text, rows, batch, say)
 
   class Model(TemplateLM):
     """See lm_eval.api.model."""
@@ -180,21 +170,13 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
       return ids if whole else [*text.before, *ids]
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-      rows = [
-        list(scoring.windows(context or [tokenizer.prefix], continuation, length, length))
-        for _, context, continuation in requests
-      ]
-      cut([len(context) + len(continuation) - 1 for _, context, continuation in requests])
-      found = scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
-      return [(math.fsum(s.log_probs), bool(s.best.all())) for s in found]
+      texts = [(context, continuation) for _, context, continuation in requests]
+      cut([len(context) + len(continuation) - 1 for context, continuation in texts])
+      return [(math.fsum(s.log_probs), bool(s.best.all())) for s in scored(texts)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-      rows = [
-        list(scoring.windows([tokenizer.prefix], self.tok_encode(r.args[0]), length, length))
-        for r in requests
-      ]
-      found = scorer.of_windows(rows, _progress("windows", sum(map(len, rows))))
-      return [math.fsum(s.log_probs) for s in found]
+      texts = [((), self.tok_encode(request.args[0])) for request in requests]
+      return [math.fsum(s.log_probs) for s in scored(texts)]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
       done: dict[int, str] = {}
@@ -206,8 +188,7 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
         for start in range(0, len(numbers), batch):
           chosen = numbers[start : start + batch]
           contexts = [requests[n].args[0] for n in chosen]
-          texts = self._generate(contexts, requests[chosen[0]].args[1])
-          done |= dict(zip(chosen, texts, strict=True))
+          done |= zip(chosen, self._generate(contexts, requests[chosen[0]].args[1]), strict=True)
           say(len(done))
       return [done[n] for n in range(len(requests))]
 
@@ -229,13 +210,9 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
         top_p=float(options.get("top_p") or 1.0),
         temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
       )
-      return [_cut(row.text, until) for row in rows]
+      texts = [row.text for row in rows]
+      for end in filter(None, until):
+        texts = [text.split(end)[0] for text in texts]
+      return texts
 
   return Model()
-
-
-def _cut(text: str, until: list[str]) -> str:
-  """Returns the text before the first of the strings that end it."""
-  for end in until:
-    text = text.split(end)[0] if end else text
-  return text

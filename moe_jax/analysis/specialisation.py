@@ -70,19 +70,16 @@ def top_tokens(
 
   Let s be a token's share of the expert's assignments and b its share of the layer's. The tokens
   are those of the largest s - b, which is large neither for rare tokens nor for merely frequent
-  ones.
-
-  Returns:
-    For each expert at most `count` tuples (id, s, lift), with lift = s / b.
+  ones. Returns at most `count` tuples (id, s, s / b) for each expert.
   """
   ids_U, index_T = np.unique(token_T, return_inverse=True)
   where_N, expert_N = np.nonzero(routed_TE)
-  experts, flat_N = routed_TE.shape[1], index_T[where_N] * routed_TE.shape[1] + expert_N
-  counts_UE = np.bincount(flat_N, minlength=len(ids_U) * experts).reshape(-1, experts)
+  counts_UE = np.zeros((len(ids_U), routed_TE.shape[1]))
+  np.add.at(counts_UE, (index_T[where_N], expert_N), 1)
   share_UE = counts_UE / np.maximum(counts_UE.sum(axis=0), 1)
-  base_U = counts_UE.sum(axis=1) / max(int(counts_UE.sum()), 1)
+  base_U = counts_UE.sum(axis=1) / max(counts_UE.sum(), 1)
   tokens_E = []
-  for e in range(experts):
+  for e in range(routed_TE.shape[1]):
     excess_U = share_UE[:, e] - base_U
     best = [u for u in np.argsort(-excess_U, kind="stable")[:count] if excess_U[u] > 0]
     tokens_E.append([(int(ids_U[u]), share_UE[u, e], share_UE[u, e] / base_U[u]) for u in best])
@@ -97,18 +94,12 @@ def coactivation(routed_ZTE: np.ndarray) -> np.ndarray:
   return pairs_ZEE / np.maximum(alone_ZE, 1)[..., None]
 
 
-class Repeats(NamedTuple):
-  """How often neighbouring tokens meet the same expert (Mixtral 2401.04088 table 5)."""
+def repeats(trace: Trace) -> dict[str, Any]:
+  """Returns how often neighbouring tokens of a document meet the same expert, for routing.json.
 
-  first_Z: np.ndarray  # share of pairs whose first choices, of the largest gates, are the same
-  any_Z: np.ndarray  # share of pairs that share an expert: Mixtral's "first or second choice"
-  random: float  # expected first_Z under uniform routing, 1/E
-  any_random: float  # expected any_Z, 1 - C(E-K, K) / C(E, K) for K choices of each token
-
-
-def repeats(trace: Trace) -> Repeats:
-  """Computes the Repeats of neighbouring tokens of one document.
-
+  repeat_rate_Z is the share of pairs whose first choices, of the largest gates, are the same, and
+  repeat_any_Z of pairs that share an expert (Mixtral 2401.04088 table 5). The two of `random` are
+  what uniform routing would give: 1 / E, and 1 - C(E-K, K) / C(E, K) for K choices of each token.
   A pair with a token that no expert took is not counted.
   """
   same_document = (np.diff(trace.row_T) == 0) & (np.diff(trace.segment_T) == 0)
@@ -119,24 +110,21 @@ def repeats(trace: Trace) -> Repeats:
     count_T = routed_TE.sum(axis=1)
     pairs = here[(count_T[here] > 0) & (count_T[here + 1] > 0)]
     best_T = np.argmax(np.where(routed_TE, gate_TE, -np.inf), axis=1)
-    first.append(_mean(best_T[pairs] == best_T[pairs + 1]))
-    either.append(_mean((routed_TE[pairs] & routed_TE[pairs + 1]).any(axis=1)))
+    shared = (routed_TE[pairs] & routed_TE[pairs + 1]).any(axis=1)
+    first.append((best_T[pairs] == best_T[pairs + 1]).sum() / max(len(pairs), 1))
+    either.append(shared.sum() / max(len(pairs), 1))
     # Expert choice gives tokens different numbers of experts, so pairs have different chances.
     sizes, times = np.unique(
       np.stack([count_T[pairs], count_T[pairs + 1]]), axis=1, return_counts=True
     )
     chances = [1 - math.comb(E - a, b) / math.comb(E, b) for a, b in sizes.T.tolist()]
     by_chance.append(np.dot(chances, times) / max(times.sum(), 1))
-  return Repeats(
-    first_Z=np.array(first),
-    any_Z=np.array(either),
-    random=1 / E,
-    any_random=float(np.mean(by_chance)),
-  )
-
-
-def _mean(x: np.ndarray) -> float:
-  return float(x.mean()) if len(x) else 0.0
+  return {
+    "repeat_rate_Z": first,
+    "repeat_any_Z": either,
+    "repeat_random": 1 / E,
+    "repeat_any_random": float(np.mean(by_chance)),
+  }
 
 
 def overlap(routed_ZTE: np.ndarray, final_ZTE: np.ndarray) -> np.ndarray:
@@ -155,23 +143,20 @@ def excerpt(trace: Trace, texts: dict[int, str], domains: Sequence[str]) -> dict
   share = _EXCERPT // len(groups)
   places = np.concatenate([np.flatnonzero(trace.domain_T == g)[:share] for g in groups])
   layers = []
-  for routed_TE, kept_TE, gate_TE in zip(
-    trace.routed_ZTE, trace.kept_ZTE, trace.gate_ZTE, strict=True
-  ):
-    layer: dict[str, list] = {"experts": [], "gates": [], "kept": []}
-    for t in places:
-      experts = np.flatnonzero(routed_TE[t])
-      experts = experts[np.argsort(-gate_TE[t, experts], kind="stable")]
-      layer["experts"].append(experts.tolist())
-      layer["gates"].append([round(float(gate), 4) for gate in gate_TE[t, experts]])
-      layer["kept"].append(kept_TE[t, experts].tolist())
+  parts = (trace.routed_ZTE, trace.kept_ZTE, trace.gate_ZTE)
+  for routed_TE, kept_TE, gate_TE in zip(*parts, strict=True):
+    # The experts of each token, the one with the largest gate first.
+    best = [np.argsort(-gate_TE[t], kind="stable") for t in places]
+    taken = [(t, order_E[routed_TE[t, order_E]]) for t, order_E in zip(places, best, strict=True)]
+    layer = {
+      "experts": [experts.tolist() for _, experts in taken],
+      "gates": [[round(float(gate), 4) for gate in gate_TE[t, experts]] for t, experts in taken],
+      "kept": [kept_TE[t, experts].tolist() for t, experts in taken],
+    }
     layers.append(layer)
   labels = [domains[g] if g >= 0 else "" for g in trace.domain_T[places]]
-  return {
-    "domain": labels,
-    "tokens": [texts[i] for i in trace.token_T[places].tolist()],
-    "layers": layers,
-  }
+  tokens = [texts[i] for i in trace.token_T[places].tolist()]
+  return {"domain": labels, "tokens": tokens, "layers": layers}
 
 
 def routing_report(
@@ -179,17 +164,12 @@ def routing_report(
 ) -> dict[str, Any]:
   """Computes all numbers of this module for routing.json.
 
-  Args:
-    trace: of the checkpoint.
-    pieces: the bytes that each traced token id stands for; b"" for the separator.
-    domains: names of the indices in domain_T; without domains the result has no numbers by domain.
-    seq_len: of the rows.
-    top_k: of the config.
+  `pieces` are the bytes that each traced token id stands for, b"" for the separator; `domains` are
+  the names of the indices in domain_T, and without them the result has no numbers by domain.
   """
   texts = {i: piece.decode(errors="replace") or "<|begin|>" for i, piece in pieces.items()}
   classes_T = np.array([byte_class(pieces[i]) for i in trace.token_T.tolist()])
   part_T = trace.place_T * POSITIONS // seq_len
-  repeated = repeats(trace)
   routed_ZTE = trace.routed_ZTE
   result = {
     "num_experts": routed_ZTE.shape[-1],
@@ -203,24 +183,24 @@ def routing_report(
     distance_Z = separation(load_ZGE)
     if np.isfinite(distance_Z).all():
       result["domain_separation_Z"] = _to_lists(distance_Z)
-  return result | {
-    "position_load_ZPE": _to_lists(load_by_group(routed_ZTE, part_T, POSITIONS)),
-    "class_names": list(CLASSES),
-    "class_load_ZCE": _to_lists(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
-    "top_tokens_ZE": [
-      [
-        [[texts[i], round(share, 5), round(lift, 3)] for i, share, lift in tokens]
-        for tokens in top_tokens(routed_TE, trace.token_T, _NUM_TOP_TOKENS)
-      ]
-      for routed_TE in routed_ZTE
-    ],
-    "repeat_rate_Z": _to_lists(repeated.first_Z),
-    "repeat_any_Z": _to_lists(repeated.any_Z),
-    "repeat_random": repeated.random,
-    "repeat_any_random": repeated.any_random,
-    "coactivation_ZEE": _to_lists(coactivation(routed_ZTE)),
-    "text": excerpt(trace, texts, domains),
-  }
+  repeated = {name: _to_lists(value) for name, value in repeats(trace).items()}
+  best_ZE = [top_tokens(routed_TE, trace.token_T, _NUM_TOP_TOKENS) for routed_TE in routed_ZTE]
+  top_ZE = [
+    [[[texts[i], round(share, 5), round(lift, 3)] for i, share, lift in best] for best in best_E]
+    for best_E in best_ZE
+  ]
+  return (
+    result
+    | repeated
+    | {
+      "position_load_ZPE": _to_lists(load_by_group(routed_ZTE, part_T, POSITIONS)),
+      "class_names": list(CLASSES),
+      "class_load_ZCE": _to_lists(load_by_group(routed_ZTE, classes_T, len(CLASSES))),
+      "top_tokens_ZE": top_ZE,
+      "coactivation_ZEE": _to_lists(coactivation(routed_ZTE)),
+      "text": excerpt(trace, texts, domains),
+    }
+  )
 
 
 def _to_lists(x: np.ndarray) -> list:

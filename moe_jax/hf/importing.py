@@ -19,7 +19,7 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.config import Config, Data, Dispatch, Loss, Mesh, Model, override
 from moe_jax.data import tokenizers
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, si
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.hf.layout import Ranges, Tensor
@@ -279,7 +279,7 @@ def import_report(made: ImportPlan) -> str:
     f"family             {made.family.model_type}, {len(made.tensors)} tensors in "
     f"{files.gb(made.bytes_to_read)} of files, the largest {files.gb(made.largest)}",
     f"text               {data.tokenizer}, rows of {data.seq_len:,} tokens",
-    f"parameters         {cost.si(counts.total)} total, {cost.si(counts.active)} active per token",
+    f"parameters         {si(counts.total)} total, {si(counts.active)} active per token",
     f"memory             {files.gb(held)} on each of {devices} device(s), in float32; on the host "
     f"{files.gb(1.5 * made.largest)} beside it",
     f"disk               {files.gb(4 * counts.total)} for the checkpoint",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax import sharding
 from moe_jax.config import Config, GroupedMatmul, Mesh, Model, override
 from moe_jax.config.fields import flatten
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, si
 from moe_jax.kernels import platform
 from moe_jax.model.pattern import bias_shape, layer_kinds, moe_layers
 from moe_jax.model.transformer import abstract_params, forward
@@ -261,14 +261,6 @@ def cost_report(config: Config, optimizer_state: Any, device: str = "", gb: int 
     if leak:
       lines.append(f"not causal         in {phase}, so its loss looks too good: {leak}")
   return "\n".join(lines)
-
-
-def si(number: float) -> str:
-  """Formats a number with the suffix k, M, B or T: 2.63M."""
-  for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-    if number >= size:
-      return f"{number / size:.2f}{unit}"
-  return f"{number:.0f}"
 
 
 def gib(number: float) -> str:

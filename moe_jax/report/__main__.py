@@ -5,7 +5,6 @@ workdirs that differ only in their seeds are one arm, and the report is written 
 default the folder that contains the workdirs.
 """
 
-import argparse
 import pathlib
 import sys
 import tempfile
@@ -16,22 +15,22 @@ from moe_jax.report import compare, compare_runs, runs
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 
+_PARSER = command_line.Parser(__doc__)
+_PARSER.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+_PARSER.flag("out", "", "folder for the report on workdirs")
+_PARSER.flag("target", "", "the arm that the others are compared with")
+
 
 def main() -> int:
-  """Parses the arguments and writes the report; returns the exit code."""
-  raw = argparse.RawDescriptionHelpFormatter
-  name = "python -m moe_jax.report"
-  parser = argparse.ArgumentParser(name, None, __doc__, formatter_class=raw, allow_abbrev=False)
-  parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
-  parser.add_argument("--out", type=pathlib.Path, help="folder for the report on workdirs")
-  parser.add_argument("--target", default="", help="the arm that the others are compared with")
-  args = parser.parse_args()
-  if "://" in f"{args.out}" or (not args.out and any("://" in name for name in args.workdirs)):
+  """Writes the report; returns the exit code."""
+  args = _PARSER.read()
+  if "://" in args.out or (not args.out and any("://" in name for name in args.workdirs)):
     raise UserError("--out: name a folder on this machine for the report on runs in a store")
   with tempfile.TemporaryDirectory() as folder:
     workdirs = [workdir_lib.fetched(name, pathlib.Path(folder)) for name in args.workdirs]
     if not (workdirs[0] / "sweep.json").is_file():
-      report = compare_runs(workdirs, args.out or runs.parent(workdirs), args.target)
+      out = pathlib.Path(args.out) if args.out else runs.parent(workdirs)
+      report = compare_runs(workdirs, out, args.target)
     elif len(workdirs) > 1 or args.out or args.target:
       raise UserError(
         f"{workdirs[0]} is a sweep: name it alone, without --target and --out, which it sets"

@@ -1,39 +1,28 @@
 """The parts of a report before they are Markdown or HTML, and the formats of its numbers."""
 
 import base64
-import dataclasses
-import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.report.table import Spread
 
 UNKNOWN = "-"
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """Lines of text."""
-
+class Text(NamedTuple):
   text: str
   small: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """A table with a head."""
-
+class Table(NamedTuple):
   title: str  # may be empty
   head: Sequence[Any]
   rows: Sequence[Sequence[Any]]  # an arm is a cell with its name and colour, all else is text
   left: tuple[int, ...] = (0,)  # columns of words, aligned left; the others are numbers
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
-  """A picture."""
-
+class Chart(NamedTuple):
   name: str  # of its file
   title: str
   svg: bytes
@@ -44,16 +33,14 @@ class Chart:
     return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
   """Text in a fixed-width font."""
 
   title: str
   text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Excerpt:
+class Excerpt(NamedTuple):
   """A text by the experts of one layer, and what each of them takes; the page alone shows it."""
 
   title: str
@@ -64,13 +51,24 @@ class Excerpt:
 Block = Text | Table | Chart | Code | Excerpt
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-  """A section of the report; one without blocks and without a conclusion is left out."""
+class Section(NamedTuple):
+  """A section of the report. What is empty in it is left out, and so is one of small text alone."""
 
   title: str
   blocks: Sequence[Block]
   conclusion: str = ""  # what a reader may conclude from it, in lines
+  always: bool = False  # whether it is never left out
+
+  @property
+  def filled(self) -> list[Block]:
+    """The blocks that hold something; none if the section is left out."""
+    found = []
+    for block in self.blocks:
+      empty = isinstance(block, Table) and not block.rows
+      if not empty and not (isinstance(block, Text | Code) and not block.text.strip()):
+        found.append(block)
+    small = all(isinstance(block, Text) and block.small for block in found)
+    return [] if small and not self.always else found
 
 
 # Letters that no file should show: those that control a terminal or turn the text around, halves
@@ -85,24 +83,11 @@ def printable(text: str) -> str:
   return _UNPRINTABLE.sub("\ufffd", text)
 
 
-def si(value: float | None) -> str:
-  """Formats a number with a suffix: 1234567 -> '1.23M'."""
-  if value is None or not math.isfinite(value):
+def number(value: float | None, digits: int = 2, scale: int = 1) -> str:
+  """Formats scale * value with so many digits after the point, or '-' for None."""
+  if value is None:
     return UNKNOWN
-  for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-    if abs(value) >= 10**power:
-      return f"{value / 10**power:.3g}{letter}"
-  return f"{value:.3g}"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-  """Formats a number with so many digits after the point, or '-' for None."""
-  return UNKNOWN if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
-
-
-def percent(share: float | None) -> str:
-  """Formats a share between 0 and 1 as percent, without the sign."""
-  return UNKNOWN if share is None else f"{100 * share:.1f}"
+  return f"{round(scale * value, digits) + 0.0:.{digits}f}"  # + 0.0, so that there is no -0.00
 
 
 def plus_minus(value: Spread | None, digits: int = 4, sign: str = "", error: bool = False) -> str:

@@ -1,16 +1,17 @@
 """Draws charts with matplotlib: the same SVG stands beside the Markdown and inside the page."""
 
-import dataclasses
 import io
 import pathlib
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_jax.report.blocks import Chart, printable, si
+from moe_jax.errors import si
+from moe_jax.report.blocks import Chart, printable
 from moe_jax.report.runs import ArmRuns, Curve
 
 # Told apart by colour-blind readers too. After them the same come again, dashed, and then dotted.
@@ -24,8 +25,7 @@ _LINE = 72  # letters of a legend's line
 styled = matplotlib.rc_context(fname=str(pathlib.Path(__file__).with_name("report.mplstyle")))
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
   arm: ArmRuns
   curve: Curve
   thin: Sequence[Curve] = ()  # its seeds

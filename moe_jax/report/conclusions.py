@@ -4,35 +4,22 @@ An arm is clearly higher than the lowest one if its mean difference, over the se
 is more than twice the standard error of this paired difference. Only finished runs are counted.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from moe_jax.report import blocks, table
 from moe_jax.report.runs import Run, Study
-from moe_jax.report.table import ArmComparison, Spread, seed_spread
-
-Value = Callable[[Run], float | np.ndarray | None]
-Values = dict[str, dict[int, float]]  # of an arm, of a seed
+from moe_jax.report.table import ArmComparison, Value, Values, by_seed, paired, seed_spread
 
 NOTHING = "No run is finished, so nothing can be concluded yet."
 _NATS = " nats per token"
 _NAMED = 5  # so many arms are named one by one
 _GAP = 1e-3  # nats per token; a smaller gap of causal evaluation may be rounding
-
-
-def by_seed(study: Study, value: Value, *, experts: bool = False) -> Values:
-  """Returns the value of every finished run that has one.
-
-  An arm without any has {}, and is `missing`; a dense arm is left out of values of `experts`.
-  """
-  return {
-    arm.name: {run.seed: float(v) for run in arm.finished if (v := value(run)) is not None}
-    for arm in study.arms
-    if not (experts and arm.is_dense)
-  }
 
 
 def missing_line(values: Values) -> str:
@@ -54,13 +41,9 @@ def lowest(values: Values) -> list[str]:
   return sorted(finite, key=lambda name: mean(values[name]))
 
 
-def difference_text(ours: dict[int, float], theirs: dict[int, float]) -> Spread | None:
-  """Returns the Spread of ours minus theirs over the seeds that both have."""
-  return seed_spread(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
-
-
-def clear(gap: Spread | None) -> bool:
-  """Returns whether a difference is more than twice its standard error above zero."""
+def clear(ours: dict[int, float], theirs: dict[int, float]) -> bool:
+  """Returns whether ours is above theirs by more than twice the standard error of the gap."""
+  gap = paired(ours, theirs)
   return gap is not None and gap.error is not None and gap.mean > 2 * gap.error + 1e-9
 
 
@@ -72,48 +55,49 @@ def names(arms: Sequence[str]) -> str:
   return " and ".join(filter(None, [", ".join(listed[:-1]), *listed[-1:]]))
 
 
+def listed(groups: dict[str, list[str]], between: str) -> str:
+  """Returns 'group: a and b' of each group that has arms."""
+  return between.join(f"{group}: {names(arms)}" for group, arms in groups.items() if arms)
+
+
 def verdict_number(seeds: dict[int, float], digits: int, unit: str) -> str:
   """Returns 'mean ± deviation unit (3 seeds)'."""
   many = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
   return f"{blocks.plus_minus(seed_spread(seeds.values()), digits)}{unit} ({many})"
 
 
-def apart(values: Values, digits: int = 4, more: str = "higher") -> str:
-  """Returns which arms are clearly higher than the lowest, by how much, and which are missing."""
-  best, *others = lowest(values)
-  kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
-  groups: dict[str, list[str]] = {kind: [] for kind in kinds}
-  clearly, tied, uncertain = groups.values()
-  gaps = {name: difference_text(values[name], values[best]) for name in others}
-  for name, gap in gaps.items():
-    if gap is None or gap.error is None:
-      uncertain.append(f"{name} by {mean(values[name]) - mean(values[best]):.{digits}f}")
-    else:
-      said = f"{name} by {blocks.plus_minus(gap, digits, error=True)}"
-      (clearly if clear(gap) else tied).append(said)
-  parts = [f"{group}: {names(arms)}." for group, arms in groups.items() if arms]
-  if not others:
-    parts.append("There is no other arm to compare it with.")
-  if uncertain:
-    parts.append("Without two seeds that both arms have, no uncertainty is known.")
-  if any(gap and gap.n == 2 for gap in gaps.values()):
-    parts.append("With two seeds the standard error is itself a rough guess.")
-  return " ".join(filter(None, [*parts, missing_line(values)]))
-
-
 def verdict(
   lead: str, values: Values, digits: int = 4, unit: str = "", more: str = "higher"
 ) -> str:
-  """Returns the arm with the lowest value and who is apart from it; '' without any value.
+  """Returns the arm with the lowest value, and which others are clearly higher, by how much.
 
-  With more='lower' it is the arm with the highest.
+  With more='lower' it is the arm with the highest. Without any value it is ''.
   """
   sign = -1 if more == "lower" else 1
   signed = {name: {seed: sign * v for seed, v in seeds.items()} for name, seeds in values.items()}
   if not (order := lowest(signed)):
     return ""
-  said = f"{lead}: {order[0]}, {verdict_number(values[order[0]], digits, unit)}."
-  return f"{said} {apart(signed, digits, more)}"
+  (name, best), few = (order[0], signed[order[0]]), False
+  kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
+  groups: dict[str, list[str]] = {kind: [] for kind in kinds}
+  clearly, tied, uncertain = groups.values()
+  for other, seeds in ((other, signed[other]) for other in order[1:]):
+    gap = paired(seeds, best)
+    if gap is None or gap.error is None:
+      uncertain.append(f"{other} by {mean(seeds) - mean(best):.{digits}f}")
+      continue
+    few |= gap.n == 2
+    side = clearly if clear(seeds, best) else tied
+    side.append(f"{other} by {blocks.plus_minus(gap, digits, error=True)}")
+  parts = [f"{lead}: {name}, {verdict_number(values[name], digits, unit)}."]
+  parts.append(
+    f"{listed(groups, '. ')}." if order[1:] else "There is no other arm to compare it with."
+  )
+  if uncertain:
+    parts.append("Without two seeds that both arms have, no uncertainty is known.")
+  if few:
+    parts.append("With two seeds the standard error is itself a rough guess.")
+  return " ".join(filter(None, [*parts, missing_line(values)]))
 
 
 def most(lead: str, values: Values, digits: int, unit: str, none: str) -> str:
@@ -127,18 +111,18 @@ def most(lead: str, values: Values, digits: int, unit: str, none: str) -> str:
 
 def results_verdict(study: Study) -> str:
   """Returns which arm ends with the lowest loss, and how the target arm stands."""
-  last = table.final(table.evaluated(study))
+  _, last = table.last_evaluation(study)
   losses = by_seed(study, lambda run: last(run).get("loss"))
   order, target = lowest(losses), study.target_arm
   lines = [study.no_target, verdict("Lowest loss", losses, unit=_NATS)]
   if len(order) > 2 and target in order[1:]:
-    others = [name for name in order if name != target]
-    down = [name for name in others if clear(difference_text(losses[target], losses[name]))]
-    up = [name for name in others if clear(difference_text(losses[name], losses[target]))]
-    neither = [name for name in others if name not in (*down, *up)]
-    sides = (("clearly lower", down), ("clearly higher", up), ("neither", neither))
-    said = (f"{side}: {names(arms)}" for side, arms in sides if arms)
-    lines.append(f"Against {target}, {'; '.join(said)}.")
+    sides: dict[str, list[str]] = {"clearly lower": [], "clearly higher": [], "neither": []}
+    for name in order:
+      down = clear(losses[target], losses[name])
+      side = "clearly higher" if clear(losses[name], losses[target]) else "neither"
+      if name != target:
+        sides["clearly lower" if down else side].append(name)
+    lines.append(f"Against {target}, {listed(sides, '; ')}.")
   if diverged := [name for name in losses if losses[name] and name not in order]:
     lines.append(f"The loss of {names(diverged)} is not a finite number.")
   if not any(losses.values()):
@@ -152,51 +136,30 @@ def curves(study: Study, compared: ArmComparison) -> str:
     return "No target arm with a finished run: steps and time to a loss are not compared."
   own, had = study.target_arm, by_seed(study, lambda run: len(run.curve()[0]) or None)
   rows = {row.arm.name: row.reached for row in compared.rows if row.arm.name != own}
-  reached = {name: found for name, found in rows.items() if found and found.speedup}
+  speedups = {name: row.speedup for name, row in rows.items() if row and row.speedup}
   loss = f"the target, {target:.4f} nats per token, with which {own} ends"
-  if not reached:
+  if not speedups:
     return f"No other arm reaches {loss}, in every finished run. {missing_line(had)}".rstrip()
   steps = by_seed(study, lambda run: table.crossing(*run.curve(), target))
-  steps = {name: seeds for name, seeds in steps.items() if name in reached}
+  steps = {name: seeds for name, seeds in steps.items() if name in speedups}
   first = lowest(steps)[0]
   said = verdict(f"First at {loss}", steps, 0, " steps", "later")
-  fast = f"{first} is {reached[first].speedup:.2f} times as fast as {own}."
+  fast = f"{first} is {speedups[first]:.2f} times as fast as {own}."
   return f"{said} {fast} {missing_line(had)}".rstrip()
-
-
-def failures_line(study: Study) -> str:
-  """Returns how many runs did not finish, are damaged, and raised alarms."""
-  fine = ("finished", "waiting", "damaged")
-  counts = {
-    "did not finish": sum(run.status not in fine for _, run in study.runs),
-    "are damaged and left out": sum(run.status == "damaged" for _, run in study.runs),
-    "raised alarms": sum(bool(run.alarms) for _, run in study.runs),
-  }
-  said = (f"{n} of {len(study.runs)} runs {what}." for what, n in counts.items() if n)
-  return " ".join(said) or "No run failed and no alarm was raised."
-
-
-def configs_verdict(study: Study) -> str:
-  """Returns in which fields the arms differ."""
-  fields = list(table.differing(study))
-  return f"The arms differ, besides their seeds, in {names(fields) if fields else 'no field'}."
-
-
-def _late(study: Study, name: str, reduce: Callable) -> Values:
-  """Returns a training metric of each MoE run, late in the training and over its layers."""
-  late = {id(run): table.late(run, name) for _, run in study.runs}
-  return by_seed(
-    study, lambda r: None if late[id(r)] is None else reduce(late[id(r)]), experts=True
-  )
 
 
 def balance(study: Study) -> str:
   """Returns which arm has the least MaxVio, which drop most, and which have dead experts."""
-  violation = _late(study, "max_vio_Z", np.mean)
+
+  def late(name: str, reduce: Callable) -> Values:
+    """Returns a metric of each MoE run, late in the training and over its layers."""
+    return by_seed(study, lambda r: table.mean_over([table.late(r, name)], reduce), experts=True)
+
+  violation = late("max_vio_Z", np.mean)
   if not any(violation.values()):
     return NOTHING
-  dropped = _late(study, "drop_fraction_Z", lambda drop_Z: 100 * np.mean(drop_Z))
-  dead = _late(study, "window_dead_experts_Z", np.sum)
+  dropped = late("drop_fraction_Z", lambda drop_Z: 100 * np.mean(drop_Z))
+  dead = late("window_dead_experts_Z", np.sum)
   lines = [
     verdict("Best balanced, by MaxVio late in training", violation, 2),
     most("Most dropped", dropped, 1, "%", "No arm drops anything."),
@@ -207,13 +170,13 @@ def balance(study: Study) -> str:
 
 def capacity_verdict(study: Study) -> str:
   """Returns which arm loses least between its largest and its smallest capacity factor."""
-  factors = {float(p["capacity_factor"]) for _, r in study.runs for p in r.eval.get("capacity", [])}
+  factors = {p["capacity_factor"] for _, run in study.runs for p in run.eval.get("capacity", [])}
   if len(factors) < 2:
     return ""
   low, high = min(factors), max(factors)
 
   def rise(run: Run) -> float | None:
-    losses = {float(p["capacity_factor"]): p["loss"] for p in run.eval.get("capacity", [])}
+    losses = {p["capacity_factor"]: p["loss"] for p in run.eval.get("capacity", [])}
     return losses[low] - losses[high] if {low, high} <= set(losses) else None
 
   against = "no limit" if high == math.inf else f"{high:g}"
@@ -221,27 +184,28 @@ def capacity_verdict(study: Study) -> str:
   return verdict(lead, by_seed(study, rise, experts=True), unit=_NATS)
 
 
-def bits(domain: str) -> Value:
-  """Returns a function from a run to its bits per byte of a domain."""
-  return lambda run: run.eval.get("domains", {}).get(domain, {}).get("bits_per_byte")
+def evaluated(*path: str) -> Value:
+  """Returns a function from a run to the number at this path in its eval.json, or None."""
 
+  def number(run: Run) -> Any:
+    return functools.reduce(lambda found, name: found.get(name) or {}, path[:-1], run.eval).get(
+      path[-1]
+    )
 
-def causal(kind: str) -> Value:
-  """Returns a function from a run to a loss, or the gap, of its causal evaluation."""
-  return lambda run: run.eval.get("causal", {}).get(kind)
+  return number
 
 
 def domains(study: Study) -> str:
   """Returns the best arm in each domain, and which routers seem to read later tokens."""
   winners: dict[str, list[str]] = {}
   for domain in study.domains:
-    found = by_seed(study, bits(domain))
+    found = by_seed(study, evaluated("domains", domain, "bits_per_byte"))
     if len(order := lowest(found)) > 1:
-      tied = [n for n in order[1:] if not clear(difference_text(found[n], found[order[0]]))]
+      tied = [name for name in order[1:] if not clear(found[name], found[order[0]])]
       mark = f" (not clearly below {names(tied)})" if tied else ""
       winners.setdefault(order[0] + mark, []).append(domain)
   lines = [f"Fewest bits per byte in {names(where)}: {arm}." for arm, where in winners.items()]
-  gaps = by_seed(study, causal("gap"))
+  gaps = by_seed(study, evaluated("causal", "gap"))
   leaks = {name: seeds for name, seeds in gaps.items() if mean(seeds) > _GAP}
   if leaks:
     lines.append(f"The routers of {names([*leaks])} read later tokens.")
@@ -254,10 +218,10 @@ def domains(study: Study) -> str:
 
 def specialisation(study: Study) -> str:
   """Returns the arm whose experts tell the domains apart most."""
-
-  def separation(run: Run) -> float | None:
-    separation_Z = run.routing.get("domain_separation_Z")
-    return float(np.mean(separation_Z)) if separation_Z else None
-
+  separation = by_seed(
+    study,
+    lambda run: table.mean_over([run.routing.get("domain_separation_Z")], np.mean),
+    experts=True,
+  )
   lead = "Experts differ most between domains, by their separation"
-  return verdict(lead, by_seed(study, separation, experts=True), 3, more="lower")
+  return verdict(lead, separation, 3, more="lower")

@@ -1,6 +1,6 @@
 """The report's sections on experts: balance, drops, capacity, domains, specialisation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.report import blocks, charts, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, Block, Section, Table, Text
 from moe_jax.report.charts import Line
-from moe_jax.report.runs import ArmRuns, Run, Study, series
+from moe_jax.report.runs import ArmRuns, Curve, Run, Study, series
 
 _BINS = 100  # the most points of a curve that has a value for every log line
 # Training metrics with one number for each layer: name, title of the column, factor, meaning.
@@ -45,26 +45,26 @@ def balance_section(study: Study) -> Section:
   ):
     lines = []
     for arm in study.arms:
-      logged = (series(run.train, metric) for run in arm.drawn)
-      curves = [(x, scale * y.mean(axis=1)) for x, y in logged if len(x)]
-      lines.append(Line(arm, charts.binned(table.mean_curve(curves), _BINS)))
+      curve = _mean_of_layers((run.train for run in arm.drawn), metric, scale)
+      lines.append(Line(arm, charts.binned(curve, _BINS)))
     if metric == "drop_fraction_Z" and not any(np.any(line.curve[1] > 0) for line in lines):
       continue  # the conclusion says so
     y_range = charts.y_range(lines, from_zero=True)
     name = metric.removesuffix("_Z")
     parts += charts.chart(name, title, lines, "step", unit, y_range, study.last_step)
-  parts += [*_late(study), *_shares(study)]
-  return Section("Balance", parts, conclusions.balance(study) if parts else "")
-
-
-def _late(study: Study) -> list[Block]:
-  """Returns a table with a row for each arm and layer and its legend, or nothing."""
   arms = {arm: [run for run in arm.drawn if run.train] for arm in study.arms}
   columns = [(name, head, scale, 2) for name, head, scale, _ in _LATE]
   title = f"Late in training (the last {table.LATE:.0%} of the log), mean over seeds"
   late = _by_layer(title, arms, columns, table.late)
-  notes = [f"{head}: {what}" for _, head, _, what in _LATE for t in late if head in t.head]
-  return [*late, Text(f"{'. '.join(notes)}.", small=True)] if late else []
+  notes = [f"{head}: {what}." for _, head, _, what in _LATE if head in late.head]
+  parts += [late, Text(" ".join(notes), small=True), *_shares(study)]
+  return Section("Balance", parts, conclusions.balance(study))
+
+
+def _mean_of_layers(logs: Iterable[list[dict[str, Any]]], metric: str, scale: int) -> Curve:
+  """Returns the mean curve of several logs of a metric that has a number for each layer."""
+  found = (series(log, metric) for log in logs)
+  return table.mean_curve([(x, scale * y.mean(axis=1)) for x, y in found if len(x)])
 
 
 def _by_layer(
@@ -72,7 +72,7 @@ def _by_layer(
   arms: dict[ArmRuns, list[Run]],
   columns: Sequence[tuple[str, str, int, int]],
   value: Callable[[Run, str], Any],
-) -> list[Table]:
+) -> Table:
   """Returns a table of means over seeds with a row for each arm and layer; no column is empty.
 
   `columns` are names of numbers with their titles, factors and digits. `value` returns such a
@@ -85,12 +85,12 @@ def _by_layer(
       row: list[Any] = [arm, str(layer)]
       for mean, (*_, scale, digits) in zip(means, columns, strict=True):
         here = mean[z] if np.ndim(mean) else mean
-        row.append(blocks.number(None if here is None else scale * here, digits))
+        row.append(blocks.number(here, digits, scale))
       rows.append(row)
   head = ["arm", "layer", *(head for _, head, *_ in columns)]
   keep = [i for i in range(len(head)) if any(row[i] != UNKNOWN for row in rows)]
   kept = [[row[i] for i in keep] for row in [head, *rows]]
-  return [Table(title, kept[0], kept[1:])] if rows else []
+  return Table(title, kept[0], kept[1:])
 
 
 def _shares(study: Study) -> list[Table]:
@@ -105,35 +105,34 @@ def _shares(study: Study) -> list[Table]:
     width = max(map(len, shares.values()), default=0)
     head = ["arm", *(f"{word} {i + 1}" for i in range(width))]
     rows = [
-      [arm, *map(blocks.percent, share), *[UNKNOWN] * (width - len(share))]
+      [arm, *(blocks.number(part, 1, 100) for part in share), *[UNKNOWN] * (width - len(share))]
       for arm, share in shares.items()
     ]
-    tables += [Table(title, head, rows)] if rows else []
+    tables.append(Table(title, head, rows))
   return tables
 
 
 def capacity_section(study: Study) -> Section:
   """Returns loss and drops of finished runs at other capacity factors (ST-MoE, section 4.5)."""
-  found: dict[ArmRuns, dict[float, list[dict]]] = {}
-  for arm in study.arms:
-    for point in (point for run in arm.finished for point in run.eval.get("capacity", [])):
-      found.setdefault(arm, {}).setdefault(float(point["capacity_factor"]), []).append(point)
-  if not found:
-    return Section("Capacity in evaluation", [])
-  factors = sorted({factor for points in found.values() for factor in points})
+  found = {
+    arm: [point for run in arm.finished for point in run.eval.get("capacity", [])]
+    for arm in study.arms
+  }
+  factors = sorted({point["capacity_factor"] for points in found.values() for point in points})
   ticks = ["no drops" if factor == np.inf else f"{factor:g}" for factor in factors]
   losses, drops, rows = [], [], []
-  for arm, points in found.items():
-    x = np.array([i for i, factor in enumerate(factors) if factor in points])
-    there = [points[factors[i]] for i in x]
-    spreads = [table.seed_spread(point["loss"] for point in same) for same in there]
-    shares = [[np.mean(p.get("drop_fraction_Z", 0)) for p in same] for same in there]
-    dropped = [100 * np.mean(share) for share in shares]
-    losses.append(Line(arm, (x, np.array([spread.mean for spread in spreads if spread]))))
-    drops.append(Line(arm, (x, np.array(dropped))))
-    said = [f"{blocks.plus_minus(a)} / {b:.1f}" for a, b in zip(spreads, dropped, strict=True)]
-    cells = dict(zip(x, said, strict=True))
-    rows.append([arm, *(cells.get(i, UNKNOWN) for i in range(len(ticks)))])
+  for arm, points in ((arm, points) for arm, points in found.items() if points):
+    cells, curve = [UNKNOWN] * len(factors), []
+    for x, factor in enumerate(factors):
+      there = [point for point in points if point["capacity_factor"] == factor]
+      if loss := table.seed_spread(point["loss"] for point in there):
+        drop = 100 * np.mean([np.mean(point.get("drop_fraction_Z", 0)) for point in there])
+        cells[x] = f"{blocks.plus_minus(loss)} / {drop:.1f}"
+        curve.append((x, loss.mean, drop))
+    xs, means, shares = np.array(curve).T
+    losses.append(Line(arm, (xs, means)))
+    drops.append(Line(arm, (xs, shares)))
+    rows.append([arm, *cells])
   parts: list[Block] = []
   for name, what, unit, lines in (
     ("capacity_loss", "Loss", "nats per token", losses),
@@ -149,11 +148,13 @@ def capacity_section(study: Study) -> Section:
 
 def domain_section(study: Study) -> Section:
   """Returns bits per byte of each labelled domain, and the losses of causal evaluation."""
-  bits = {domain: conclusions.bits(domain) for domain in study.domains}
+  bits = {
+    domain: conclusions.evaluated("domains", domain, "bits_per_byte") for domain in study.domains
+  }
   causal = {
-    "loss, later tokens seen": conclusions.causal("teacher_forced_loss"),
-    "loss, later tokens hidden": conclusions.causal("loss"),
-    "gap": conclusions.causal("gap"),
+    "loss, later tokens seen": conclusions.evaluated("causal", "teacher_forced_loss"),
+    "loss, later tokens hidden": conclusions.evaluated("causal", "loss"),
+    "gap": conclusions.evaluated("causal", "gap"),
   }
   tables = []
   for title, columns in (
@@ -165,8 +166,8 @@ def domain_section(study: Study) -> Section:
       for arm in study.arms
     }
     rows = [[arm, *map(blocks.plus_minus, row)] for arm, row in spreads.items() if any(row)]
-    tables += [Table(title, ["arm", *columns], rows)] if rows else []
-  return Section("Domains and causality", tables, conclusions.domains(study) if tables else "")
+    tables.append(Table(title, ["arm", *columns], rows))
+  return Section("Domains and causality", tables, conclusions.domains(study))
 
 
 def specialisation_section(study: Study) -> Section:
@@ -174,16 +175,10 @@ def specialisation_section(study: Study) -> Section:
   arms = {arm: [run for run in arm.finished if run.routing] for arm in study.arms}
   lines = []
   for arm, runs in arms.items():
-    points = [run.routing.get("saturation", []) for run in runs]
-    found = [
-      sorted((p["step"], 100 * np.mean(p["overlap_Z"])) for p in of_run) for of_run in points
-    ]
-    curves = [(x, y) for x, y in (np.array(of_run, float).reshape(-1, 2).T for of_run in found)]
-    lines.append(Line(arm, table.mean_curve(curves)))
+    logs = (run.routing.get("saturation", []) for run in runs)
+    lines.append(Line(arm, _mean_of_layers(logs, "overlap_Z", 100)))
   title, unit = "Router saturation", "% of the last checkpoint's choices"
   drawn = charts.chart("saturation", title, lines, "step", unit, (0, 106), study.last_step)
   numbers = _by_layer("By layer, mean over seeds", arms, _ROUTING, lambda r, n: r.routing.get(n))
-  if not drawn and not numbers:
-    return Section("Specialisation", [])
-  parts: list[Block] = [*drawn, *numbers, Text(_ROUTING_NOTE, small=True)]
+  parts: list[Block] = [*drawn, numbers, Text(_ROUTING_NOTE, small=True)]
   return Section("Specialisation", parts, conclusions.specialisation(study))

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax.report import charts
-from moe_jax.report.blocks import Block, Chart, Excerpt, Section, Table, Text
-from moe_jax.report.runs import ArmRuns, Run, Study, series
+from moe_jax.report.blocks import Chart, Excerpt, Section, Table, Text
+from moe_jax.report.runs import Run, Study, series
 
 _COLUMNS = 100  # the most columns of a heat map
 _LAYERS = 6  # the most layers that are shown of a run
@@ -21,8 +21,7 @@ it."""
 
 def inside_section(study: Study) -> Section:
   """Returns the heat maps of the loads, and of each arm a text by its experts."""
-  parts: list[Block] = [*picture(study), *excerpts(study)]
-  return Section("Inside a run", [Text(_NOTE, small=True), *parts] if parts else [])
+  return Section("Inside a run", [Text(_NOTE, small=True), *picture(study), *excerpts(study)])
 
 
 def heat(run: Run, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +29,6 @@ def heat(run: Run, columns: int) -> tuple[np.ndarray, np.ndarray]:
   steps, load_SZE = series(run.train, "load_ZE")
   if not len(steps):
     return steps, np.zeros((0, 0, 0))
-  load_SZE = np.clip(np.nan_to_num(load_SZE), 0, 1)  # shares, whatever a damaged file says
   bins = np.array_split(np.arange(len(steps)), min(len(steps), columns))
   load_SZE = np.array([load_SZE[part].mean(axis=0) for part in bins]) * load_SZE.shape[2]
   return steps[[part[-1] for part in bins]], load_SZE.transpose(1, 2, 0)
@@ -44,10 +42,8 @@ def spread_out(layers: int) -> list[int]:
 @charts.styled
 def picture(study: Study) -> list[Chart]:
   """Draws a row of heat maps for each MoE arm (its first run), a map for each layer."""
-  rows: list[tuple[ArmRuns, Run, np.ndarray, np.ndarray]] = []
-  for arm in study.arms:
-    pairs = ((arm, run, *heat(run, _COLUMNS)) for run in arm.runs)
-    rows += [found for found in pairs if len(found[2])][:1]
+  found = ([(arm, run, *heat(run, _COLUMNS)) for run in arm.runs] for arm in study.arms)
+  rows = [row for of_arm in found for row in [row for row in of_arm if len(row[2])][:1]]
   if not rows:
     return []
   height = 0.9 + 1.5 * len(rows)

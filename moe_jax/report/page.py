@@ -1,4 +1,4 @@
-"""Writes report.md and report.html from the templates beside this file.
+"""Writes report.md and report.html of a sweep, or of any runs, from the templates beside this file.
 
 What a run holds is text: the one environment escapes every value for HTML, the other for Markdown.
 """
@@ -8,14 +8,14 @@ import hashlib
 import html
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
-from moe_jax.errors import UserError
-from moe_jax.report import charts, reading
-from moe_jax.report.blocks import Chart, Excerpt, Section, printable
+from moe_jax.errors import DamagedError, UserError
+from moe_jax.report import charts, experts, inside, reading, runs, sections, table
+from moe_jax.report.blocks import Chart, Excerpt, printable
 from moe_jax.storage import files
 
 FOLDER = "report_files"  # of the pictures of report.md
@@ -57,15 +57,47 @@ _HTML = _environment(
 )
 
 
-def write_pages(out: pathlib.Path, title: str, sections: list[Section]) -> pathlib.Path:
-  """Writes report.md, its pictures, and report.html into `out`; returns the path of the last."""
+class Report(NamedTuple):
+  """A report that is written."""
+
+  page: pathlib.Path  # report.html
+  notes: list[str]  # lines to print: that the target arm has no usable run, then what is left out
+  code: int  # the exit code of the program that has made it
+
+
+def compare(out: pathlib.Path) -> Report:
+  """Writes the report of a sweep into its folder."""
+  return write_report(runs.read_sweep(out), out)
+
+
+def compare_runs(workdirs: list[pathlib.Path], out: pathlib.Path, target_arm: str = "") -> Report:
+  """Writes the report of workdirs that are no sweep, compared with `target_arm`, into `out`."""
+  return write_report(runs.read_workdirs(workdirs, target_arm), out)
+
+
+def write_report(study: runs.Study, out: pathlib.Path) -> Report:
+  """Writes report.md, its pictures, and report.html of a study into `out`."""
+  compared = table.compare_arms(study)
+  parts = [
+    sections.question(study),
+    sections.results(study, compared),
+    sections.curves(study, compared),
+    experts.balance_section(study),
+    inside.inside_section(study),
+    experts.capacity_section(study),
+    experts.domain_section(study),
+    experts.specialisation_section(study),
+    sections.failures(study),
+    sections.configs(study),
+  ]
   folder, path = out / FOLDER, out / "report.html"
   with files.storage_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
   if not reading.is_inside(folder, out):
     raise UserError(f"{folder} is a link that leads out of {out}; remove it")
-  blocks = [block for section in sections for block in section.blocks]
-  facts = {"title": title, "sections": sections, "folder": FOLDER}
+  shown = [part._replace(blocks=part.filled) for part in parts if part.always or part.filled]
+  blocks = [block for part in shown for block in part.blocks]
+  facts = {"title": study.title, "sections": shown, "folder": FOLDER}
   markdown = _MARKDOWN.get_template("report.md.j2").render(facts)
   counts = [len(block.experts.rows) for block in blocks if isinstance(block, Excerpt)]
   colours = {"colours": charts.COLOURS, "experts": max(counts, default=0)}
@@ -76,4 +108,7 @@ def write_pages(out: pathlib.Path, title: str, sections: list[Section]) -> pathl
     files.write(folder / f"{chart.name}.svg", chart.svg)
   files.write(path.with_suffix(".md"), markdown)
   files.write(path, page)
-  return path
+  damaged = [run for _, run in study.runs if run.status == "damaged"]
+  notes = [study.no_target, *(f"{run.name} is left out: {run.error}" for run in damaged)]
+  notes = ["".join(filter(str.isprintable, note)) for note in notes if note]
+  return Report(path, notes, DamagedError.code if study.no_target else 0)

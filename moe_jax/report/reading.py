@@ -12,7 +12,7 @@ import re
 import reprlib
 import shlex
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from moe_jax.config.run import upgraded
 from moe_jax.errors import DamagedError, StorageError
@@ -43,13 +43,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 # What files hold: a kind; [kind], for a list; [letters, kind], for an array, whose dimensions are
 # the same in all files of a run; or {name: kind}, an object. With `...`, the kind of all other
 # names, it may lack names. An array may have any name that ends in its letters.
-_LOSSES: dict[Any, Any] = {
-  "loss": float,
-  "bits_per_byte": float,
-  "teacher_forced_loss": float,
-  "gap": float,
-  ...: object,
-}
+_LOSSES: dict[Any, Any] = dict.fromkeys(
+  ("loss", "bits_per_byte", "teacher_forced_loss", "gap"), float
+)
+_LOSSES[...] = object
 _ROUTED = {"experts": ["T", [int]], "gates": ["T", [float]], "kept": ["T", [bool]]}
 _FILES: dict[str, dict[Any, Any]] = {
   workdir_lib.CONFIG: {
@@ -128,14 +125,19 @@ def read_entry(out: pathlib.Path, number: int, entry: Any) -> dict[str, Any]:
     return found
 
 
+def tail(log: BinaryIO, begin: int = 0) -> list[str]:
+  """Returns the last lines of an open log, of what stands after its first `begin` bytes."""
+  log.seek(max(begin, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+  return log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+
+
 def log_tail(workdir: pathlib.Path, root: pathlib.Path) -> str:
   """Returns the last lines of the run's log.txt; '' if there is none inside `root`."""
   path = workdir / workdir_lib.LOG
   if not path.is_file() or not is_inside(path, root):
     return ""
   with path.open("rb") as log:
-    log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    return "\n".join(log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])
+    return "\n".join(tail(log))
 
 
 def _in_place(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path:

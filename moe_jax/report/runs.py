@@ -30,7 +30,6 @@ class Run:
   status: str
   command: str = ""
   evaluate: str = ""
-  seconds: float = 0.0
   error: str = ""
   config: dict[str, Any] = dataclasses.field(default_factory=dict)  # flat: "model.moe.top_k"
   train: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -38,7 +37,7 @@ class Run:
   eval: dict[str, Any] = dataclasses.field(default_factory=dict)
   routing: dict[str, Any] = dataclasses.field(default_factory=dict)
   alarms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # MoE layers (Z), experts (E)
+  sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # by letter of its arrays
 
   @property
   def step(self) -> int:
@@ -140,27 +139,27 @@ def read_run(
 ) -> Run:
   """Reads a workdir; a damaged one is a run of that status, whose error says why.
 
-  Args:
-    workdir: the run's folder.
-    name: of the run, for the report.
-    root: the folder out of which no file of the run may lead; by default the workdir.
-    **fields: of Run, from a sweep's record; they replace those read from the files.
+  No file may lead out of `root`, by default the workdir. `fields` of Run, from a sweep's record,
+  replace those read from the files.
   """
-  root = root or workdir
-  run, sizes = Run(name=name, seed=0, status=""), dict[str, int]()
+  root, sizes = root or workdir, dict[str, int]()
+  run = Run(name=name, seed=0, status="")
   try:
     run.config = reading.read_run_files(workdir / workdir_lib.CONFIG, root, {})
     run.seed = run.config.get("train.seed", 0)
     metrics = reading.read_lines(workdir / workdir_lib.METRICS, root, sizes)
-    alarms = reading.read_lines(workdir / workdir_lib.ALARMS, root, sizes)
-    evaluated = reading.read_run_files(workdir / workdir_lib.EVAL, root, sizes)
-    routing = reading.read_run_files(workdir / workdir_lib.ROUTING, root, sizes)
+    run = dataclasses.replace(
+      run,
+      train=_with_prefix(metrics, "train/"),
+      validation=_with_prefix(metrics, "validation/"),
+      alarms=reading.read_lines(workdir / workdir_lib.ALARMS, root, sizes),
+      eval=reading.read_run_files(workdir / workdir_lib.EVAL, root, sizes),
+      routing=reading.read_run_files(workdir / workdir_lib.ROUTING, root, sizes),
+      sizes=sizes,
+    )
   except DamagedError as error:
-    return dataclasses.replace(run, **fields | {"status": "damaged", "error": str(error)})
-  found: dict[str, Any] = {"eval": evaluated, "routing": routing, "alarms": alarms}
-  found |= {name: _with_prefix(metrics, f"{name}/") for name in ("train", "validation")}
-  found |= {"sizes": {letter: size for letter, size in sizes.items() if letter in "ZE"}}
-  run = dataclasses.replace(run, **found | fields)
+    fields |= {"status": "damaged", "error": str(error)}
+  run = dataclasses.replace(run, **fields)
   if not run.status:
     done = run.step >= run.config.get("train.steps", 1 << 62) and run.validation
     weights = run.eval and not metrics  # imported or upcycled: never to be trained here
@@ -171,17 +170,19 @@ def read_run(
 
 
 def read_sweep(out: pathlib.Path) -> Study:
-  """Reads the study of a folder that sweep.py made.
-
-  Raises:
-    UserError: the folder has no sweep.json with arms.
-  """
+  """Reads the study of a folder of sweep.py; raises a UserError where sweep.json has no arms."""
   sweep = reading.read_run_files(out / reading.SWEEP, out, {})
   if not sweep.get("arms"):
     raise UserError(f"{out}: no sweep.json with arms there; name a sweep's --out, or its workdirs")
   arms = {arm["name"]: ArmRuns(runs=[], **arm) for arm in sweep["arms"]}
   for number, entry in enumerate(sweep["runs"]):
-    run = _recorded_run(out, number, entry)
+    try:
+      fields = reading.read_entry(out, number, entry)
+      del fields["arm"], fields["seconds"]
+      place = fields.pop("workdir")
+      run = read_run(out / place, place, root=out, **fields)
+    except DamagedError as error:
+      run = Run(name=f"runs[{number}]", seed=0, status="damaged", error=str(error))
     name = next((n for n in arms if isinstance(entry, dict) and entry.get("arm") == n), _NO_ARM)
     arms.setdefault(name, ArmRuns(name=name, runs=[])).runs.append(run)
   title = pathlib.PurePath(sweep["sweep"] or out.resolve().name).stem
@@ -189,20 +190,10 @@ def read_sweep(out: pathlib.Path) -> Study:
   return _checked(Study(title=title, arms=list(arms.values()), **texts))
 
 
-def _recorded_run(out: pathlib.Path, number: int, entry: Any) -> Run:
-  try:
-    fields = reading.read_entry(out, number, entry)
-  except DamagedError as error:
-    return Run(name=f"runs[{number}]", seed=0, status="damaged", error=str(error))
-  place, _ = fields.pop("workdir"), fields.pop("arm")
-  return read_run(out / place, place, root=out, **fields)
-
-
 def read_workdirs(workdirs: list[pathlib.Path], target_arm: str = "") -> Study:
   """Reads a study of any workdirs; workdirs that differ only in their seeds are one arm.
 
-  Raises:
-    UserError: a folder is no workdir, or there is no such target arm.
+  Raises a UserError where a folder is no workdir, or there is no such target arm.
   """
   for path in workdirs:
     if not os.path.lexists(path / workdir_lib.CONFIG):
@@ -230,9 +221,11 @@ def _checked(study: Study) -> Study:
   for arm in study.arms:
     shared: dict[str, int] = {}
     for i, run in enumerate(arm.runs):
-      if any(shared.setdefault(letter, size) != size for letter, size in run.sizes.items()):
+      own = {letter: size for letter, size in run.sizes.items() if letter in "ZE"}
+      if own | shared != shared | own:
         error = f"{run.name} has other layers or experts than the other runs of its arm"
         arm.runs[i] = Run(name=run.name, seed=run.seed, status="damaged", error=error)
+      shared = own | shared
   return study
 
 
@@ -245,7 +238,7 @@ def common_name(names: list[str]) -> str:
   """Returns what names have in common: 'dense-s0', 'dense-s1' -> 'dense'; one name is returned."""
   if len(names) == 1:
     return names[0]
-  same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+  same = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*names, strict=False))
   prefix = "".join(letters[0] for letters in same)
   return re.sub(r"[/_.-]+(seed|s)?[=_-]?\d*$", "", prefix) or names[0]
 

@@ -1,4 +1,4 @@
-"""The report's sections on results: question, table, failures, configs.
+"""The report's sections on results: question, table, curves, failures, configs.
 
 The sections are made of blocks; the templates format them.
 """
@@ -6,13 +6,20 @@ The sections are made of blocks; the templates format them.
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from moe_jax.report import blocks, conclusions, table
+import numpy as np
+
+from moe_jax.errors import si
+from moe_jax.report import blocks, charts, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, Block, Code, Section, Table, Text
-from moe_jax.report.runs import Study
+from moe_jax.report.charts import Line
+from moe_jax.report.runs import ArmRuns, Run, Study, series
 from moe_jax.report.table import ArmComparison, ArmRow
 
+_BINS = 40  # points of a curve of training losses, each the mean of its neighbours
+Way = Callable[[Run, ArmRuns, np.ndarray], np.ndarray | None]
 _NOTE = """\
 Loss: nats per token of the language model alone, from {source}; mean ± standard deviation over
 seeds, finished runs only. Conclusions: 'by' gives the paired difference ± its standard error, and
@@ -24,18 +31,22 @@ Target: {target:.4f}, the mean of the validation losses with which {arm} ended i
 to target: where a seed's validation curve, linear between evaluations, first is there, mean over
 seeds; for {arm}, where its mean curve is. In brackets: how many times fewer, or how many of the
 seeds reach it. Difference: mean ± standard error, paired by seed."""
+_CURVES_NOTE = """\
+The pictures share the scale of the loss, that of the second half of the training. Bold: mean over
+seeds; thin: each seed; training loss: each point the mean of its neighbours. FLOPs: counted from
+the shapes, of all training steps so far."""
 
 
 def question(study: Study) -> Section:
   """Returns the question of the study, and the states of its runs."""
-  lines = [study.question.strip()]
-  lines += [f"Published: {study.published}"] if study.published else []
-  lines += [f"Band, stated before the run: {study.band}"] if study.band else []
+  published = f"Published: {study.published}" if study.published else ""
+  band = f"Band, stated before the run: {study.band}" if study.band else ""
   counts = Counter(run.status for _, run in study.runs)
   states = ", ".join(f"{n} {status}" for status, n in counts.items())
   count = Text(f"{len(study.arms)} arms, {len(study.runs)} runs: {states}.", small=True)
-  said = [Text(text) for text in lines if text]
-  return Section("Question" if lines[0] else "Runs", [*said, count], study.no_target)
+  asked = study.question.strip()
+  parts = [Text(asked), Text(published), Text(band), count]
+  return Section("Question" if asked else "Runs", parts, study.no_target, always=True)
 
 
 def results(study: Study, compared: ArmComparison) -> Section:
@@ -52,10 +63,11 @@ def results(study: Study, compared: ArmComparison) -> Section:
 def _cells(row: ArmRow, target_arm: str, target: float | None) -> dict[str, Any]:
   """Returns the cells of an arm by the titles of their columns."""
   planned, done = len(row.arm.runs), len(row.arm.finished)
-  late = "" if row.train_drop is None else f" ({blocks.percent(row.train_drop)})"
-  size = {}
-  for name in ("flops_per_token", "parameters", "active_parameters"):
-    size[name] = blocks.si(next((r.eval[name] for r in row.arm.runs if name in r.eval), None))
+  late = "" if row.train_drop is None else f" ({blocks.number(row.train_drop, 1, 100)})"
+  flops, total, active = (
+    next((si(run.eval[name]) for run in row.arm.runs if name in run.eval), UNKNOWN)
+    for name in ("flops_per_token", "parameters", "active_parameters")
+  )
   cells = {
     "arm": row.arm,
     "seeds": f"{done}" if done == planned else f"{done} of {planned}",
@@ -66,10 +78,10 @@ def _cells(row: ArmRow, target_arm: str, target: float | None) -> dict[str, Any]
     cells[f"loss minus {target_arm}"] = blocks.plus_minus(row.difference, sign="+", error=True)
     cells["steps to target"], cells["time to target"] = _reached(row, target)
   return cells | {
-    "tokens/s": blocks.si(row.tokens_per_s),
-    "FLOPs per token": size["flops_per_token"],
-    "parameters, active": f"{size['parameters']}, {size['active_parameters']}",
-    "dropped, % (in training)": blocks.percent(row.drop) + late * (row.drop is not None),
+    "tokens/s": UNKNOWN if row.tokens_per_s is None else si(row.tokens_per_s),
+    "FLOPs per token": flops,
+    "parameters, active": f"{total}, {active}",
+    "dropped, % (in training)": blocks.number(row.drop, 1, 100) + late * (row.drop is not None),
     "MaxVio": blocks.number(row.max_vio),
     "dead experts": blocks.number(row.dead_experts, 1),
     "alarms": str(sum(len(run.alarms) for run in row.arm.runs)),
@@ -91,6 +103,49 @@ def _reached(row: ArmRow, target: float | None) -> tuple[str, str]:
   return f"{found.steps.mean:,.0f}{steps}", f"{seconds}{time}"
 
 
+def flops_at(run: Run, arm: ArmRuns, steps: np.ndarray) -> np.ndarray | None:
+  """Returns the training FLOPs until these steps; FLOPs per token are the same for all seeds."""
+  per_token = next((r.eval["flops_per_token"] for r in arm.runs if "flops_per_token" in r.eval), 0)
+  tokens = run.config.get("data.batch_size", 0) * run.config.get("data.seq_len", 0)
+  return per_token * tokens * steps if per_token and tokens else None
+
+
+def curves(study: Study, compared: ArmComparison) -> Section:
+  """Returns training losses over steps, and validation losses over steps, FLOPs and time."""
+  ways: tuple[tuple[str, str, str, Way], ...] = (
+    ("loss_steps", "steps", "step", lambda run, arm, steps: steps),
+    ("loss_flops", "training FLOPs", "FLOPs", flops_at),
+    ("loss_time", "wall-clock", "seconds of training", lambda run, arm, at: run.seconds_at(at)),
+  )
+  trained = ((arm, [series(run.train, "loss") for run in arm.drawn]) for arm in study.arms)
+  training = [Line(arm, charts.binned(table.mean_curve(found), _BINS)) for arm, found in trained]
+  drawn = [("loss_training", "Training loss over steps", "step", training)]
+  for name, title, x, way in ways:
+    drawn.append((name, f"Validation loss over {title}", x, validation(study, way)))
+  y_range = charts.y_range([line for *_, lines in drawn for line in lines], crop=True)
+  parts: list[Block] = []
+  for name, title, x, lines in drawn:
+    end = study.last_step if x == "step" else 0.0
+    target = None if name == "loss_training" else compared.target
+    parts += charts.chart(name, title, lines, x, "nats per token", y_range, end, target)
+  parts.append(Text(_CURVES_NOTE, small=True))
+  return Section("Curves", parts, conclusions.curves(study, compared))
+
+
+def validation(study: Study, way: Way) -> list[Line]:
+  """Returns the mean curve and the seeds' curves of each arm, with `way` as their x."""
+  lines = []
+  for arm in study.arms:
+    runs = [run for run in arm.drawn if run.validation]
+    steps, losses = table.mean_curve([run.curve() for run in runs])
+    where = table.mean_of(way(run, arm, steps) for run in runs)
+    if where is None or not len(steps):
+      continue
+    seeds = [(way(run, arm, run.curve()[0]), run.curve()[1]) for run in runs if len(runs) > 1]
+    lines.append(Line(arm, (where, losses), [(x, y) for x, y in seeds if x is not None]))
+  return lines
+
+
 def failures(study: Study) -> Section:
   """Returns the runs that are not finished, the ends of their logs, and all alarms."""
   damaged = [[arm, run.name, run.error] for arm, run in study.runs if run.status == "damaged"]
@@ -110,35 +165,41 @@ def failures(study: Study) -> Section:
   parts: list[Block] = [
     Table("Damaged runs, left out", ["arm", "run", "why"], damaged, left=(0, 1, 2)),
     Table("Runs that are not finished", ["arm", "seed", "status", "newest step"], states, (0, 2)),
-    *(Code(f"{run.name}: end of its log", run.error) for _, run in bad if run.error.strip()),
+    *(Code(f"{run.name}: end of its log", run.error) for _, run in bad),
     Table("Alarms", head, alarmed, left=(0, 2, 6)),
   ]
-  shown = [part for part in parts if not isinstance(part, Table) or part.rows]
-  return Section("Failures and alarms", shown, conclusions.failures_line(study))
+  counts = {
+    "did not finish": len(bad),
+    "are damaged and left out": len(damaged),
+    "raised alarms": sum(bool(run.alarms) for _, run in study.runs),
+  }
+  said = [f"{n} of {len(study.runs)} runs {what}." for what, n in counts.items() if n]
+  ended = " ".join(said) or "No run failed and no alarm was raised."
+  return Section("Failures and alarms", parts, ended, always=True)
 
 
 def configs(study: Study) -> Section:
   """Returns the fields that differ between arms, the arms' notes, and the commands of all runs."""
-  parts: list[Block] = []
-  if fields := table.differing(study):
-    arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
-    rows = [
-      [field, *(_plain(values.get(arm.name, "")) for arm in arms)]
-      for field, values in fields.items()
-    ]
-    parts.append(Table("Fields that differ", ["field", *arms], rows))
-  if notes := [[arm, note] for arm in study.arms for note in arm.notes]:
-    parts.append(Table("Notes", ["arm", "note"], notes, left=(0, 1)))
-  if study.base:
-    parts.append(Text(f"Base config: {study.base}. Sweep: {study.sweep or UNKNOWN}.", small=True))
+  fields = table.differing(study)
+  arms = [arm for arm in study.arms if any(arm.name in v for v in fields.values())]
+  rows = [
+    [field, *(_plain(values.get(arm.name, "")) for arm in arms)] for field, values in fields.items()
+  ]
+  base = f"Base config: {study.base}. Sweep: {study.sweep or UNKNOWN}." if study.base else ""
   commands = [
     "\n".join([f"# {arm.name}, seed {run.seed}", *filter(None, (run.command, run.evaluate))])
     for arm, run in study.runs
     if run.command or run.evaluate
   ]
-  if commands:
-    parts.append(Code("Commands of all runs", "\n\n".join(commands)))
-  return Section("Configs and commands", parts, conclusions.configs_verdict(study))
+  parts: list[Block] = [
+    Table("Fields that differ", ["field", *arms], rows),
+    Table("Notes", ["arm", "note"], [[a, note] for a in study.arms for note in a.notes], (0, 1)),
+    Text(base, small=True),
+    Code("Commands of all runs", "\n\n".join(commands)),
+  ]
+  differ = conclusions.names([*fields]) if fields else "no field"
+  said = f"The arms differ, besides their seeds, in {differ}."
+  return Section("Configs and commands", parts, said, always=True)
 
 
 def _plain(value: Any) -> str:

@@ -1,6 +1,5 @@
 """What one run looks like: the text summary that eval.py prints, and the plots."""
 
-import pathlib
 from typing import Any
 
 import matplotlib
@@ -22,9 +21,9 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
     over = f"(standard error over {result['documents']:,} documents)"
     uncertainty = f" ± {result['bits_per_byte_error']:.4f} {over}"
   try:
-    measured, damage = reading.read_lines(path / workdir_lib.METRICS, path, {}), ""
+    measured, plots = reading.read_lines(path / workdir_lib.METRICS, path, {}), ""
   except DamagedError as error:  # which the evaluation does not need
-    measured, damage = [], f"none: {error}"
+    measured, plots = [], f"none: {error}"
   rates = runs.series(measured, "train/tokens_per_s")[1]
   lines = [
     f"parameters         {result['parameters'] / 1e6:,.2f}M total, "
@@ -39,7 +38,13 @@ def summary(workdir: str, result: dict[str, Any]) -> str:
   ]
   if "load_balance" in result:
     lines.append(f"load balance loss  {result['load_balance']:.4f} (1.0 is balanced)")
-  plots = damage or ", ".join(plot(path, measured, result))
+  if not plots:
+    drawn = {"loss.png": _loss(path.name, measured, result)}
+    if "load_ZE" in result:
+      drawn |= {"load.png": _load(result), "balance.png": _balance(path.name, measured, result)}
+    for name, figure in drawn.items():
+      files.write(path / name, charts.saved(figure, "png"))
+    plots = ", ".join(str(path / name) for name in drawn)
   lines += [routing_table(result), f"plots              {plots}"]
   return "\n".join(lines)
 
@@ -63,16 +68,6 @@ def routing_table(result: dict[str, Any]) -> str:
       f"{result['dead_experts_Z'][z]:4d}"
     )
   return "\n".join(lines)
-
-
-def plot(path: pathlib.Path, lines: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
-  """Draws loss.png, and for an MoE load.png and balance.png; returns their paths."""
-  drawn = {"loss.png": _loss(path.name, lines, result)}
-  if "load_ZE" in result:
-    drawn |= {"load.png": _load(result), "balance.png": _balance(path.name, lines, result)}
-  for name, figure in drawn.items():
-    files.write(path / name, charts.saved(figure, "png"))
-  return [str(path / name) for name in drawn]
 
 
 @charts.styled

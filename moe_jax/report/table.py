@@ -3,22 +3,22 @@
 Only finished runs are counted, because the loss of an unfinished run does not describe its arm.
 """
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.config.run import SEEDS
 from moe_jax.report.runs import ArmRuns, Run, Study, series
 
+Value = Callable[[Run], float | np.ndarray | None]
+Values = dict[str, dict[int, float]]  # of an arm, of a seed
 LATE = 0.25  # "late in training" is this last part of the log lines
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
   """Mean and standard deviation of n values."""
 
   mean: float
@@ -45,10 +45,10 @@ def seed_spread(values: Iterable[float | np.ndarray | None]) -> Spread | None:
   return Spread(mean=statistics.fmean(numbers), std=std, n=len(numbers))
 
 
-def crossing(steps: np.ndarray, losses: np.ndarray, target: float | None) -> float | None:
+def crossing(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
   """Returns the first step at which a curve, linear between points, is at or below the target."""
-  below = np.flatnonzero(losses <= (-math.inf if target is None else target + 1e-9))
-  if target is None or not len(below):
+  below = np.flatnonzero(losses <= target + 1e-9)
+  if not len(below):
     return None
   i = below[0]
   if i == 0:
@@ -66,8 +66,7 @@ def mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
   return np.array(shared, float), np.array(means, float)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reached:
+class Reached(NamedTuple):
   """The steps and the time to the target loss, and the target arm's own / these."""
 
   steps: Spread
@@ -76,8 +75,7 @@ class Reached:
   time_speedup: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class ArmRow:
+class ArmRow(NamedTuple):
   """The numbers of one arm; None if a number is unknown or no run is finished."""
 
   arm: ArmRuns
@@ -92,8 +90,7 @@ class ArmRow:
   dead_experts: float | None  # of all layers, mean of seeds
 
 
-@dataclasses.dataclass(frozen=True)
-class ArmComparison:
+class ArmComparison(NamedTuple):
   """The numbers of all arms."""
 
   rows: list[ArmRow]
@@ -101,71 +98,82 @@ class ArmComparison:
   source: str  # the evaluation that the losses of the table come from
 
 
-def evaluated(study: Study) -> str:
-  """Describes the text that all finished runs were evaluated on after their last step.
+def last_evaluation(study: Study) -> tuple[str, Callable[[Run], dict[str, Any]]]:
+  """Returns where the final losses come from, and a function from a run to the result there.
 
-  Returns '' if they were not, or not all on the same text.
+  It is eval.json if all finished runs were evaluated on the same text after their last step;
+  otherwise it is the last validation.
   """
   kinds = set()
   for run in (run for arm in study.arms for run in arm.finished):
     result = run.eval
     stale = "loss" not in result or result.get("step", run.step) < run.step
     kinds.add("" if stale else f"{result.get('split')} split, {result.get('tokens', 0):,} tokens")
-  return kinds.pop() if len(kinds) == 1 else ""
+  if len(kinds) == 1 and (kind := kinds.pop()):
+    return f"eval.json: {kind}", lambda run: run.eval
+  return "the last validation", lambda run: (run.validation or [{}])[-1]
 
 
-def final(kind: str) -> Callable[[Run], dict[str, Any]]:
-  """Returns a function from a run to its last evaluation, of one kind for all runs.
+def by_seed(study: Study, value: Value, *, experts: bool = False) -> Values:
+  """Returns the value of every finished run that has one.
 
-  It is that of eval.json if `kind`, the result of `evaluated`, is not ''; otherwise it is the last
-  validation.
+  An arm without any has {}; a dense arm is left out of values of `experts`.
   """
-  return lambda run: run.eval if kind else (run.validation or [{}])[-1]
+  return {
+    arm.name: {run.seed: float(v) for run in arm.finished if (v := value(run)) is not None}
+    for arm in study.arms
+    if not (experts and arm.is_dense)
+  }
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> Spread | None:
+  """Returns the Spread of ours minus theirs over the seeds that both have."""
+  return seed_spread(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
 
 
 def compare_arms(study: Study) -> ArmComparison:
   """Computes the numbers of all arms, and compares them with the study's target arm."""
-  kind = evaluated(study)
-  last = final(kind)
+  source, last = last_evaluation(study)
+  losses = by_seed(study, lambda run: last(run).get("loss"))
   base = next((arm for arm in study.arms if arm.name == study.target_arm), None)
   target, own = None, None
-  if base:
-    finals = seed_spread(run.curve()[1][-1] for run in base.finished if run.validation)
-    target = finals.mean if finals and math.isfinite(finals.mean) else None
+  finals = base and seed_spread(run.curve()[1][-1] for run in base.finished if run.validation)
+  if base and finals and math.isfinite(finals.mean):
+    target = finals.mean
     # The target arm itself is there when its mean curve is; single seeds may never be.
     step = crossing(*mean_curve([run.curve() for run in base.finished]), target)
     own = reached(base, [step] * len(base.finished))
   rows = []
   for arm in study.arms:
     runs = arm.finished
-    is_base = arm is base
-    steps = [crossing(*run.curve(), target) for run in runs]
+    there = None
+    if target is not None:
+      steps = [step if arm is base else crossing(*run.curve(), target) for run in runs]
+      there = reached(arm, steps, own)
     rates = [np.median(v) for run in arm.runs if len(v := series(run.train, "tokens_per_s")[1])]
-    late_drops = (late(run, "drop_fraction_Z") for run in runs)
+    against = None if arm is base or not base else losses[base.name]
     rows.append(
       ArmRow(
         arm=arm,
         loss=seed_spread(last(run).get("loss") for run in runs),
         bits_per_byte=mean_of(last(run).get("bits_per_byte") for run in runs),
-        difference=None if is_base or not base else paired(runs, base.finished, last),
-        reached=reached(arm, [step] * len(runs) if is_base else steps, own) if base else None,
+        difference=None if against is None else paired(losses[arm.name], against),
+        reached=there,
         tokens_per_s=float(np.median(rates)) if rates else None,
-        drop=_mean_over(map(last, runs), "drop_fraction_Z", np.mean),
-        train_drop=mean_of(np.mean(drop_Z) for drop_Z in late_drops if drop_Z is not None),
-        max_vio=_mean_over(map(last, runs), "max_vio_Z", np.mean),
-        dead_experts=_mean_over(map(last, runs), "dead_experts_Z", np.sum),
+        drop=mean_over((last(run).get("drop_fraction_Z") for run in runs), np.mean),
+        train_drop=mean_over((late(run, "drop_fraction_Z") for run in runs), np.mean),
+        max_vio=mean_over((last(run).get("max_vio_Z") for run in runs), np.mean),
+        dead_experts=mean_over((last(run).get("dead_experts_Z") for run in runs), np.sum),
       )
     )
-  return ArmComparison(rows, target, f"eval.json: {kind}" if kind else "the last validation")
+  return ArmComparison(rows, target, source)
 
 
 def reached(arm: ArmRuns, steps: list[float | None], own: Reached | None = None) -> Reached | None:
   """Returns when an arm reaches the target: the mean over the seeds that do, or None.
 
-  Args:
-    arm: the arm.
-    steps: at which each of its finished runs is at the target, or None.
-    own: the same of the target arm; by default it is this arm.
+  `steps` are those at which its finished runs are there, or None; `own` is the target arm's result,
+  by default this one.
   """
   there = [(run, step) for run, step in zip(arm.finished, steps, strict=True) if step is not None]
   count = seed_spread(step for _, step in there)
@@ -175,10 +183,8 @@ def reached(arm: ArmRuns, steps: list[float | None], own: Reached | None = None)
   if count.n < len(steps):
     return found
   base = own or found
-  return dataclasses.replace(
-    found,
-    speedup=_ratio(base.steps, found.steps),
-    time_speedup=_ratio(base.seconds, found.seconds),
+  return found._replace(
+    speedup=_ratio(base.steps, found.steps), time_speedup=_ratio(base.seconds, found.seconds)
   )
 
 
@@ -186,15 +192,9 @@ def _ratio(base: Spread | None, ours: Spread | None) -> float | None:
   return base.mean / ours.mean if base and ours and ours.mean else None
 
 
-def _mean_over(results: Iterable[dict], name: str, reduce: Callable) -> float | None:
-  return mean_of(reduce(result[name]) for result in results if result.get(name))
-
-
-def paired(ours: list[Run], theirs: list[Run], last: Callable[[Run], dict]) -> Spread | None:
-  """Returns the Spread of differences in loss, ours minus theirs, of runs with the same seed."""
-  other = {run.seed: last(run).get("loss") for run in theirs}
-  pairs = [(last(run).get("loss"), other.get(run.seed)) for run in ours]
-  return seed_spread(a - b for a, b in pairs if a is not None and b is not None)
+def mean_over(values: Iterable[Any], reduce: Callable) -> float | None:
+  """Returns the mean of reduce(value) over the values that are not None or empty; or None."""
+  return mean_of(reduce(value) for value in values if value is not None and len(value))
 
 
 def late(run: Run, name: str) -> np.ndarray | None:

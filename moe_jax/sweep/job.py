@@ -14,30 +14,18 @@ import sys
 import time
 
 from moe_jax.errors import StorageError, UserError
+from moe_jax.report import reading
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep.plan import PlannedRun
 from moe_jax.sweep.slots import MachineSlots
-
-_TAIL_LINES = 20
-_TAIL_BYTES = 8192
 
 
 class Job:
   """The processes of a run, in a slot of the machine."""
 
   def __init__(self, run: PlannedRun, slot: int, out: pathlib.Path, slots: MachineSlots):
-    """Starts train.py.
-
-    Args:
-      run: of the plan.
-      slot: its number.
-      out: folder of the sweep.
-      slots: of the machine.
-
-    Raises:
-      StorageError: the log cannot be written.
-    """
+    """Starts train.py in slot number `slot`; raises a StorageError if it cannot write its log."""
     self.run, self.slot, self._slots = run, slot, slots
     self.started = time.monotonic()
     self.workdir = out / run.workdir
@@ -46,24 +34,24 @@ class Job:
     with files.storage_errors(self._path):
       self.workdir.mkdir(parents=True, exist_ok=True)
       flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-      self._log = os.fdopen(os.open(self._path, flags, 0o666), "a+b", buffering=0)
-    self._begin = self._log.seek(0, os.SEEK_END)
+      self.log = os.fdopen(os.open(self._path, flags, 0o666), "a+b", buffering=0)
+    self._begin = self.log.seek(0, os.SEEK_END)
     try:
       self._start(run.command)
     except BaseException:
-      self.close()
+      self.log.close()
       raise
 
   def _start(self, command: str) -> None:
     with files.storage_errors(self._path):
-      self._log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} $ {command}\n".encode())
+      self.log.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} $ {command}\n".encode())
     # In a new session, so that Ctrl-C in the terminal reaches only the sweep, which stops its runs
     # once.
     self.process = self._slots.start(
       [sys.executable, *shlex.split(command)[1:]],
       self.slot,
       stdin=subprocess.DEVNULL,
-      stdout=self._log,
+      stdout=self.log,
       stderr=subprocess.STDOUT,
       start_new_session=True,
     )
@@ -73,15 +61,6 @@ class Job:
     self.evaluating = True
     self._start(self.run.evaluate)
 
-  def close(self) -> None:
-    """Closes the log."""
-    self._log.close()
-
-  @property
-  def name(self) -> str:
-    """The arm and the seed."""
-    return f"{self.run.arm}/seed{self.run.seed}"
-
   @property
   def seconds(self) -> float:
     """Seconds since the start."""
@@ -89,18 +68,12 @@ class Job:
 
   def tail(self) -> list[str]:
     """Returns the last lines of the log that this job has written."""
-    self._log.seek(max(self._begin, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    return self._log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-
-  def is_trained(self) -> bool:
-    """Returns whether the last step is trained."""
-    return workdir_lib.is_trained(self.workdir, self.run.config.train.steps)
+    return reading.tail(self.log, self._begin)
 
   def result(self, code: int) -> tuple[str, list[str]]:
-    """Returns the status of the run after its process has ended, and the lines that say why.
+    """Returns the status of the run, and the lines that say why, after its process has ended.
 
-    Args:
-      code: with which the process ended; minus the number of a signal that ended it.
+    `code` is minus the number of a signal that ended it.
     """
     tail = self.tail()
     if code == 0 and self.evaluating:
@@ -119,9 +92,8 @@ class Job:
   def where(self) -> str:
     """Describes the job's progress in a few words."""
     if self.evaluating:
-      return f"{self.name} evaluating"
+      return f"{self.run.workdir} evaluating"
     for line in reversed(self.tail()):
-      match = re.match(r"step +(\d+/\d+) .*?(ETA \S+)?$", line)
-      if match:
-        return f"{self.name} step {match[1]}" + (f" {match[2]}" if match[2] else "")
-    return f"{self.name} starting"
+      if match := re.match(r"step +(\d+/\d+) .*?(ETA \S+)?$", line):
+        return " ".join(filter(None, (self.run.workdir, "step", *match.groups())))
+    return f"{self.run.workdir} starting"

@@ -14,7 +14,7 @@ from moe_jax.start import command_line
 Transform = Callable[[Config], Config]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Arm:
   """A named change of the base config."""
 
@@ -40,25 +40,21 @@ class Sweep:
 def arm(name: str, *changes: dict[str, Any] | Transform, notes: str = "") -> Arm:
   """Makes an arm of fields and transforms: arm("a", {"train.steps": 100}, match("dense", ...)).
 
-  Raises:
-    UserError: the name cannot be a folder's, a field is set twice, or a change is of another type.
+  Raises a UserError where the name cannot be a folder's, or a change is twice or of another type.
   """
   if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.=-]*", name):
     raise UserError(
       f"arm {name!r}: the name is also a folder's; use letters, digits and _ . = - alone"
     )
-  fields: dict[str, Any] = {}
-  transforms = []
+  found = Arm(name, {}, notes=(notes,) if notes else ())
   for change in changes:
     if isinstance(change, dict) and all(isinstance(field, str) for field in change):
-      fields = _merge(name, fields, change)
+      found = _joined([found, Arm(name, change)], name)
     elif callable(change):
-      transforms.append(change)
+      found = dataclasses.replace(found, transforms=(*found.transforms, change))
     else:
       raise UserError(f"arm {name}: {change!r} is neither {{field: value}} nor a transform")
-  return Arm(
-    name=name, fields=fields, transforms=tuple(transforms), notes=(notes,) if notes else ()
-  )
+  return found
 
 
 def product(*lists: Sequence[Arm]) -> list[Arm]:
@@ -74,43 +70,25 @@ def zipped(*lists: Sequence[Arm]) -> list[Arm]:
   return [_joined(arms) for arms in zip(*lists, strict=True)]
 
 
-def _joined(arms: Sequence[Arm]) -> Arm:
-  name = "-".join(a.name for a in arms)
-  fields: dict[str, Any] = {}
-  for a in arms:
-    fields = _merge(name, fields, a.fields)
-  transforms = tuple(t for a in arms for t in a.transforms)
-  return Arm(
-    name=name, fields=fields, transforms=transforms, notes=tuple(n for a in arms for n in a.notes)
-  )
-
-
-def _merge(name: str, fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-  both = sorted(fields.keys() & more.keys())
-  if both:
-    raise UserError(
-      f"arm {name}: config.{both[0]} is set twice, to {fields[both[0]]} and {more[both[0]]}; "
-      "set it in one of them"
-    )
-  return fields | more
+def _joined(arms: Sequence[Arm], name: str = "") -> Arm:
+  """Returns the arm with the changes of all of them, by default of all their names."""
+  name, fields = name or "-".join(a.name for a in arms), dict[str, Any]()
+  for field, value in ((field, value) for a in arms for field, value in a.fields.items()):
+    if field in fields:
+      raise UserError(
+        f"arm {name}: config.{field} is set twice, to {fields[field]} and {value}; "
+        "set it in one of them"
+      )
+    fields[field] = value
+  transforms = tuple(transform for a in arms for transform in a.transforms)
+  return Arm(name, fields, transforms, tuple(note for a in arms for note in a.notes))
 
 
 def load_sweep(path: str) -> tuple[str, Sweep]:
-  """Returns the question and the Sweep of a sweep file.
-
-  Raises:
-    UserError: there is no such file, or it fails; the message names the line.
-  """
+  """Returns the question and the Sweep of a sweep file; a UserError names the line that fails."""
   if not os.path.isfile(path):
     raise UserError(f"--sweep={path}: no such file")
   sweep, question = command_line.run_file(path, "get_sweep", Sweep)
-  _check_types(path, sweep)
-  if not question:
-    raise UserError(f"{path}: it has no docstring; begin with the question that it answers")
-  return question, sweep
-
-
-def _check_types(path: str, sweep: Sweep) -> None:
   for name in ("base", "target", "published", "band"):
     if not isinstance(getattr(sweep, name), str):
       raise UserError(f"{path}: {name}={getattr(sweep, name)!r} is not a text")
@@ -119,3 +97,6 @@ def _check_types(path: str, sweep: Sweep) -> None:
     if not isinstance(value, list | tuple | range) or not all(isinstance(v, kind) for v in value):
       hint = f"; write ({value!r},)" if isinstance(value, kind) else ""
       raise UserError(f"{path}: {name}={value!r} is not a list of {kind.__name__}{hint}")
+  if not question:
+    raise UserError(f"{path}: it has no docstring; begin with the question that it answers")
+  return question, sweep

@@ -40,43 +40,24 @@ class Match:
     Raises:
       UserError: no width comes within 1%, or the twin is not a valid config.
     """
-    twin, field = self._start(reference)
-    step = math.lcm(self.multiple_of, reference.mesh.tensor)
-    width, comparison = self._width(reference, twin, field, step)
-    twin = override(twin, {field: width}, str(self))
-    validation.validate(twin)
-    note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
-    layers = reference.model.num_layers
-    dense = layers - len(moe_layers(reference.model))
-    if self.kind == "dense" and dense:
-      note += (
-        f"; one ffn_dim for all {layers} layers, where {dense} of the reference are dense with "
-        f"ffn_dim={reference.model.ffn_dim}"
-      )
-    return twin, note
-
-  def _start(self, reference: Config) -> tuple[Config, str]:
-    """Returns the twin before its width is solved, and the field of the width."""
     if self.kind == "moe":
       fields = {f"model.moe.{name}": value for name, value in self.fields}
-      twin = override(reference, fields, str(self))
+      twin, field = override(reference, fields, str(self)), "model.moe.expert_dim"
       if not twin.model.moe.num_experts:
         raise UserError(
           f"{self}: the config is dense; give the number of experts, such as num_experts=8"
         )
-      return twin, "model.moe.expert_dim"
-    if not reference.model.moe.num_experts:
-      raise UserError(f"{self}: config.model.moe.num_experts=0 is dense already; match an MoE")
-    loss = Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
-    return override(reference, {"model.moe": MoE(), "loss": loss}), "model.ffn_dim"
-
-  def _width(self, reference: Config, twin: Config, field: str, step: int) -> tuple[int, str]:
-    """Returns the multiple of `step` whose count is nearest, and both counts in words."""
+    else:
+      if not reference.model.moe.num_experts:
+        raise UserError(f"{self}: config.model.moe.num_experts=0 is dense already; match an MoE")
+      loss = Loss(load_balance=0.0, router_z=0.0, z=reference.loss.z)
+      twin, field = override(reference, {"model.moe": MoE(), "loss": loss}), "model.ffn_dim"
     name, unit = _COUNTS[self.by]
 
     def count(width: int) -> float:
       return getattr(cost.count(override(twin, {field: width}, "match")), name)
 
+    step = math.lcm(self.multiple_of, reference.mesh.tensor)
     target, first, second = getattr(cost.count(reference), name), count(step), count(2 * step)
     width = step * max(1, round(1 + (target - first) / (second - first)))
     error = count(width) / target - 1
@@ -86,7 +67,17 @@ class Match:
         f"{self}: no width matches within 1%; the nearest, config.{field}={width}, has "
         f"{comparison}; compare larger models, or match by another count"
       )
-    return width, comparison
+    found = override(twin, {field: width}, str(self))
+    validation.validate(found)
+    note = f"{self.kind} twin by {self.by}: {field}={width}, {comparison}"
+    layers = reference.model.num_layers
+    dense = layers - len(moe_layers(reference.model))
+    if self.kind == "dense" and dense:
+      note += (
+        f"; one ffn_dim for all {layers} layers, where {dense} of the reference are dense with "
+        f"ffn_dim={reference.model.ffn_dim}"
+      )
+    return found, note
 
   def __str__(self) -> str:
     more = "".join(f", {name}={getattr(v, 'value', v)!r}" for name, v in self.fields)
@@ -102,7 +93,6 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   scales, activation, optimizer, schedule.
 
   Args:
-    kind: "dense" or "moe".
     by: the quantity that is equal: "active_params", "flops_per_token" (of training), or
       "total_params".
     multiple_of: a divisor of the solved width; 1 matches most closely, 128 suits accelerators.
@@ -123,12 +113,3 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   if "expert_dim" in moe:
     raise UserError(f"{transform}: expert_dim is the width that is solved; drop it")
   return transform
-
-
-def sizes(config: Config) -> str:
-  """Describes the parameters and FLOPs of a config in one line."""
-  counts = cost.count(config)
-  return (
-    f"{cost.si(counts.total)} parameters, {cost.si(counts.active)} active, "
-    f"{cost.si(counts.flops_per_token)} FLOPs per token"
-  )

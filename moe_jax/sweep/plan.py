@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from moe_jax.config import Config
 from moe_jax.config.fields import LARGEST_SEED, spelled
 from moe_jax.config.run import SEEDS, changes, override, to_json
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, si
+from moe_jax.model import cost
 from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.sweep import language, matching
-from moe_jax.sweep.language import Arm, Sweep, Transform
+from moe_jax.sweep.language import Arm, Sweep
 
 _FLAGS_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 
@@ -61,8 +62,6 @@ def make_plan(
   """Expands and checks every arm and seed of a sweep file.
 
   Args:
-    path: of the sweep file.
-    out: folder of the runs.
     arms: names of the arms to run; () for all.
     seeds: seeds to run; () for the sweep's.
     overrides: fields for every arm, which replace the arms' own and are set before any match.
@@ -84,16 +83,14 @@ def make_plan(
     if first != a.name:
       raise UserError(f"{path}: the arms {first} and {a.name} are the same config; drop one")
   plan = Plan(question=question, path=path, sweep=sweep, base=base, out=out, arms=planned, runs=[])
-  selected = [a for a in planned if a.name in (arms or names)]
-  plan.runs.extend(make_run(plan, a, seed) for a in selected for seed in seeds or sweep.seeds)
-  return plan
+  chosen = [a for a in planned if a.name in (arms or names)]
+  return plan._replace(runs=[make_run(plan, a, s) for a in chosen for s in seeds or sweep.seeds])
 
 
 def _check_sweep(path: str, sweep: Sweep, names: list[str], seeds: Sequence[int]) -> None:
-  if not sweep.arms:
+  if not names:
     raise UserError(f"{path}: arms is empty; a sweep needs at least one")
-  twice = [name for name in names if names.count(name) > 1]
-  if twice:
+  if twice := [name for name in names if names.count(name) > 1]:
     raise UserError(f"{path}: two arms are called {twice[0]}; rename one")
   if sweep.target:
     _check_name(f"{path}: target={sweep.target}", sweep.target, names)
@@ -114,8 +111,7 @@ def _check_name(what: str, name: str, names: list[str]) -> None:
 
 def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> PlannedArm:
   where, notes = f"{path}: arm {a.name}", list(a.notes)
-  seeded = [name for name in SEEDS if name in a.fields]
-  if seeded:
+  if seeded := [name for name in SEEDS if name in a.fields]:
     raise UserError(f"{where}: the sweep sets config.{seeded[0]}; use its seeds")
   config = override(base, a.fields | overrides, where)
   try:
@@ -124,24 +120,23 @@ def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> Plan
       if isinstance(transform, matching.Match):
         config, note = transform.solve(config)
         notes.append(note)
-      else:
-        config = _transformed(transform, config)
+        continue
+      try:
+        changed = transform(config)
+      except UserError:
+        raise
+      except Exception as error:  # a function of the user's
+        raise UserError(f"its transform ended with {type(error).__name__}: {error}") from None
+      if not isinstance(changed, Config):
+        raise UserError(f"its transform returned {changed!r}, not a Config")
+      config = changed
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
-  return PlannedArm(a.name, changes(base, config), [*notes, matching.sizes(config)], config)
-
-
-def _transformed(transform: Transform, config: Config) -> Config:
-  try:
-    changed = transform(config)
-  except UserError:
-    raise
-  except Exception as error:  # a function of the user's
-    raise UserError(f"its transform ended with {type(error).__name__}: {error}") from None
-  if not isinstance(changed, Config):
-    raise UserError(f"its transform returned {changed!r}, not a Config")
-  return changed
+  counts = cost.count(config)
+  size = f"{si(counts.total)} parameters, {si(counts.active)} active"
+  notes.append(f"{size}, {si(counts.flops_per_token)} FLOPs per token")
+  return PlannedArm(a.name, changes(base, config), notes, config)
 
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:
@@ -155,26 +150,15 @@ def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:
   if not config.model.moe.num_experts:
     flags = [flag for flag in flags if flag.partition("=")[0] not in _FLAGS_OF_EXPERTS]
   evaluate = ["python", "eval.py", where, *flags]
-  return PlannedRun(
-    arm=a.name,
-    seed=seed,
-    workdir=workdir,
-    command=shlex.join(train),
-    evaluate=shlex.join(evaluate),
-    config=config,
-  )
+  return PlannedRun(a.name, seed, workdir, shlex.join(train), shlex.join(evaluate), config)
 
 
 def describe_plan(plan: Plan) -> str:
   """Describes the plan for people: the question, the arms and their sizes."""
   selected = {run.arm for run in plan.runs}
-  seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in plan.runs))
-  lines = [
-    *plan.question.splitlines(),
-    "",
-    f"{plan.path}: {len(plan.runs)} runs, {len(selected)} arms with seeds {seeds}, on "
-    f"{plan.sweep.base}",
-  ]
+  seeds = ", ".join(dict.fromkeys(str(run.seed) for run in plan.runs))
+  count = f"{len(plan.runs)} runs, {len(selected)} arms with seeds {seeds}, on {plan.sweep.base}"
+  lines = [*plan.question.splitlines(), "", f"{plan.path}: {count}"]
   for a in plan.arms:
     if a.name in selected:
       changed = " ".join(f"{name}={spelled(value)}" for name, value in a.overrides.items())
@@ -183,10 +167,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def dry_run(plan: Plan, flags: str = "") -> str:
-  """Returns `describe_plan` as comments, then a shell's command line for each run.
-
-  `flags`, each with a space before it, ends both commands of a run.
-  """
+  """Returns `describe_plan` as comments, then both commands of each run, which end with `flags`."""
   comments = [f"# {line}".rstrip() for line in describe_plan(plan).splitlines()]
   commands = (f"{run.command}{flags} && {run.evaluate}{flags}" for run in plan.runs)
   return "\n".join([*comments, *commands])

@@ -6,38 +6,24 @@ from typing import Any
 
 from moe_jax.errors import DamagedError, UserError
 from moe_jax.moe import validation
-from moe_jax.report import reading
-from moe_jax.storage import files
+from moe_jax.report.reading import SWEEP, SWEEP_FORMAT, read_entry, read_run_files
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep.plan import Plan, PlannedRun
 
 
 def read_record(out: pathlib.Path) -> dict[str, Any]:
-  """Returns the record in a sweep's folder, or {} if there is none.
-
-  Raises:
-    DamagedError: it is damaged, of something else, or of a newer moe_jax.
-  """
-  record = reading.read_run_files(out / reading.SWEEP, out, {})
+  """Returns the record in a sweep's folder, {} for none; raises a DamagedError for any other."""
+  record = read_run_files(out / SWEEP, out, {})
   for number, entry in enumerate(record.get("runs", [])):
-    reading.read_entry(out, number, entry)
+    read_entry(out, number, entry)
   return record
-
-
-def write_record(out: pathlib.Path, record: dict[str, Any]) -> None:
-  """Writes the record; raises a StorageError, and leaves the old one, where it cannot."""
-  files.write_json(out / reading.SWEEP, record)
 
 
 def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
   """Returns the record of `plan`, in which the old record of the folder gives the runs' states.
 
-  Runs that are only in the old record are kept, unless their commands have changed.
-
-  Args:
-    plan: of the sweep.
-    old: the folder's record, {} for none.
+  Runs that are only in the old record, {} for none, are kept unless their commands have changed.
   """
   if old and old["runs"] and not {r["arm"] for r in old["runs"]} & {a.name for a in plan.arms}:
     raise UserError(
@@ -56,10 +42,9 @@ def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
       # Made again like those that will run, since the file may come from somewhere else.
       made = {"workdir": again.workdir, "command": again.command}
       entries[arm, seed] = entry | made
-  order = list(arms)
   with_runs = {name: a for name, a in arms.items() if any(name == arm for arm, _ in entries)}
   return {
-    "format": reading.SWEEP_FORMAT,
+    "format": SWEEP_FORMAT,
     "question": plan.question,
     "sweep": plan.path,
     "base": plan.sweep.base,
@@ -69,17 +54,13 @@ def make_record(plan: Plan, old: dict[str, Any]) -> dict[str, Any]:
     "arms": [
       {"name": a.name, "overrides": a.overrides, "notes": a.notes} for a in with_runs.values()
     ],
-    "runs": sorted(entries.values(), key=lambda e: (order.index(e["arm"]), e["seed"])),
+    "runs": sorted(entries.values(), key=lambda e: ([*arms].index(e["arm"]), e["seed"])),
   }
 
 
 def _entry(run: PlannedRun, out: pathlib.Path, old: dict[str, Any] | None) -> dict[str, Any]:
-  return {
-    "arm": run.arm,
-    "seed": run.seed,
-    "workdir": run.workdir,
-    "command": run.command,
-    "evaluate": run.evaluate,
+  fields = {name: value for name, value in run._asdict().items() if name != "config"}
+  return fields | {
     "status": "finished" if _is_finished(run, out, old) else "waiting",
     "seconds": old["seconds"] if old else 0.0,
     "error": "",

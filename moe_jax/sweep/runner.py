@@ -6,6 +6,7 @@ import os
 import pathlib
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ class Runner:
   def __init__(self, plan: Plan, record: dict[str, Any], jobs: int):
     self._plan, self._record, self._out = plan, record, plan.out
     self._slots = MachineSlots(jobs)
-    self._entries = {(e["arm"], e["seed"]): e for e in record["runs"]}
+    self._entries = {entry["workdir"]: entry for entry in record["runs"]}
     self._stops = 0  # how many signals to stop have come
     self._signal = 0
     self._full: StorageError | None = None  # why nothing more is started
@@ -57,7 +58,7 @@ class Runner:
     Raises:
       StorageError: a disk is full. Runs have saved where they could.
     """
-    waiting = [r for r in self._plan.runs if self._status(r) != "finished"]
+    waiting = [r for r in self._plan.runs if self._entries[r.workdir]["status"] != "finished"]
     done = len(self._plan.runs) - len(waiting)
     if done:
       say(f"{done} of {len(self._plan.runs)} runs were finished before")
@@ -84,7 +85,7 @@ class Runner:
     if self._full:
       self._save()  # there may be room again
       raise self._full
-    finished = all(self._status(r) == "finished" for r in self._plan.runs)
+    finished = all(self._entries[r.workdir]["status"] == "finished" for r in self._plan.runs)
     return self._reported.code if self._reported and finished else 1
 
   def _loop(self, waiting: list[PlannedRun], running: list[Job]) -> None:
@@ -97,7 +98,11 @@ class Runner:
       time.sleep(_POLL_SECONDS)
       while passed_on < self._stops:
         passed_on += 1
-        self._pass_on(running, passed_on)
+        once = passed_on == 1
+        how = "interrupt again to stop without saving" if once else "not waiting for them"
+        say(f"stopping {len(running)} run(s), which save first; {how}")
+        for job in running:
+          job.process.terminate() if passed_on <= 2 else job.process.kill()
       running[:] = [job for job in running if not self._ended(job)]
       if time.monotonic() - last_progress > _PROGRESS_SECONDS:
         last_progress = time.monotonic()
@@ -120,12 +125,6 @@ class Runner:
       for number, handler in handlers.items():
         signal.signal(number, handler)
 
-  def _pass_on(self, running: list[Job], times: int) -> None:
-    how = "interrupt again to stop without saving" if times == 1 else "not waiting for them"
-    say(f"stopping {len(running)} run(s), which save first; {how}")
-    for job in running:
-      job.process.terminate() if times <= 2 else job.process.kill()
-
   def _begin(self, run: PlannedRun, slot: int) -> list[Job]:
     """Returns the job of a run; none if it cannot be started."""
     try:
@@ -134,11 +133,12 @@ class Runner:
       self._stop_starting(error)
       return []
     except OSError as error:  # no memory, or too many processes
-      self._set(run, "failed", f"cannot start a process: {error}")
-      say(f"{run.arm}/seed{run.seed} FAILED: cannot start a process: {error}")
+      why = f"cannot start a process: {error}"
+      self._set(run, "failed", why)
+      say(f"{run.workdir} FAILED: {why}")
       return []
     self._set(run, "running")
-    say(f"{job.name} begins: {job.workdir / workdir_lib.LOG}")
+    say(f"{job.run.workdir} begins: {job.workdir / workdir_lib.LOG}")
     return [job]
 
   def _ended(self, job: Job) -> bool:
@@ -146,7 +146,8 @@ class Runner:
     code = job.process.poll()
     if code is None:
       return False
-    if code == 0 and not job.evaluating and job.is_trained() and self._goes_on():
+    trained = code == 0 and workdir_lib.is_trained(job.workdir, job.run.config.train.steps)
+    if trained and not job.evaluating and self._goes_on():
       try:
         job.evaluate()
         return False
@@ -154,21 +155,22 @@ class Runner:
         self._stop_starting(error)
     status, lines = job.result(code)
     last = lines[-1] if lines else ""
-    self._entries[job.run.arm, job.run.seed]["seconds"] += job.seconds
+    self._entries[job.run.workdir]["seconds"] += job.seconds
     if code == StorageError.code and not self._stops:
       # The log may be on the same disk, and then the run's own words may be missing.
       said = "a disk is full or cannot be written; the same command goes on when it can"
       said = next((x for x in reversed(lines) if x.startswith("error: ")), said)
-      self._stop_starting(StorageError(f"{job.name}: {said.removeprefix('error: ')}"))
-    if status == "finished":
-      say(f"{job.name} finished after {command_line.clock(job.seconds)}, {last}")
-    elif status == "stopped" or self._stops:
+      self._stop_starting(StorageError(f"{job.run.workdir}: {said.removeprefix('error: ')}"))
+    if status != "finished" and self._stops:
       status = "stopped"
-      say(f"{job.name} stopped: {last}")
-    else:
-      say(f"{job.name} FAILED with code {code}: {last}")
+    how = {
+      "finished": f"finished after {command_line.clock(job.seconds)},",
+      "stopped": "stopped:",
+      "failed": f"FAILED with code {code}:",
+    }
+    say(f"{job.run.workdir} {how[status]} {last}")
     self._set(job.run, status, "\n".join(lines) if status == "failed" else "")
-    job.close()
+    job.log.close()
     self._reported = None
     if self._report_seconds < _CHEAP_REPORT_SECONDS and self._goes_on():
       self._report()
@@ -189,7 +191,7 @@ class Runner:
 
   def _save(self) -> None:
     try:
-      record_lib.write_record(self._out, self._record)
+      files.write_json(self._out / record_lib.SWEEP, self._record)
     except StorageError as error:
       self._stop_starting(error)
 
@@ -199,22 +201,19 @@ class Runner:
       say(f"{error}; no more runs are started")
       self._full = error
 
-  def _status(self, run: PlannedRun) -> str:
-    return self._entries[run.arm, run.seed]["status"]
-
   def _set(self, run: PlannedRun, status: str, error: str = "") -> None:
-    self._entries[run.arm, run.seed].update(status=status, error=error)
+    self._entries[run.workdir].update(status=status, error=error)
     self._save()
 
   def _progress(self, running: list[Job]) -> None:
-    statuses = [self._status(run) for run in self._plan.runs]
+    statuses = [self._entries[run.workdir]["status"] for run in self._plan.runs]
     parts = [f"{statuses.count('finished')} of {len(statuses)} finished"]
     parts += [f"{statuses.count(s)} {s}" for s in ("failed", "stopped") if s in statuses]
     parts += [job.where() for job in running]
-    durations = [e["seconds"] for e in self._entries.values() if e["status"] == "finished"]
-    durations = [seconds for seconds in durations if seconds]
+    done = (e["seconds"] for e in self._entries.values() if e["status"] == "finished")
+    durations = [seconds for seconds in done if seconds]
     if running and durations:
-      typical = sum(durations) / len(durations)
+      typical = statistics.fmean(durations)
       remaining = [typical] * statuses.count("waiting")
       remaining += [max(typical - job.seconds, 0.0) for job in running]
       seconds = sum(remaining) / min(self._slots.number, len(remaining))
@@ -236,23 +235,17 @@ def run_sweep(
   """Expands and checks a sweep file, then runs the runs that are not finished.
 
   Args:
-    path: of the sweep file.
-    out: folder of the runs.
+    path, out, arms, seeds, overrides: as of `make_plan`.
     jobs: how many runs at a time.
     dry_run: whether to print the commands instead of running them.
-    arms: names of the arms to run; () for all.
-    seeds: seeds to run; () for the sweep's.
-    overrides: "field=value" for every arm.
     cache_dir: for the commands of a dry run; the runs themselves inherit $MOE_JAX_CACHE.
 
   Returns:
     The exit code; see Runner.run.
 
   Raises:
-    UserError: the sweep file or an option is wrong.
-    DamagedError: the folder's sweep.json is damaged, or of something else.
-    BusyError: another sweep runs in the folder.
-    StorageError: a disk is full.
+    UserError: the sweep file or an option is wrong, or one of its subclasses: the folder's
+      sweep.json is damaged or of something else, another sweep runs there, a disk is full.
   """
   # This process computes shapes only, and leaves the accelerators to the runs.
   jax.config.update("jax_platforms", "cpu")
@@ -271,27 +264,21 @@ def run_sweep(
   with files.storage_errors(out):
     out.mkdir(parents=True, exist_ok=True)
   with locked(out):
-    check_places(plan)
+    for run in plan.runs:
+      _check_place(out / run.workdir)
     # Read again, because another sweep may have ended since.
     record = record_lib.make_record(plan, record_lib.read_record(out))
     return Runner(plan, record, jobs).run()
 
 
-def check_places(plan: Plan) -> None:
-  """Looks at the folders of the runs before anything is written there.
-
-  Raises:
-    UserError: one of them has a link, since it may lead anywhere.
-    BusyError: a run of a sweep that was killed is still training.
-  """
-  for run in plan.runs:
-    workdir = plan.out / run.workdir
-    for path in (workdir.parent, workdir, *workdir.rglob("*")):
-      if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it")
-    if (workdir / workdir_lib.LOCK).exists():
-      with lock.held(workdir):
-        pass
+def _check_place(workdir: pathlib.Path) -> None:
+  """Raises a UserError for a link in a run's folder, a BusyError where a run is still training."""
+  for path in (workdir.parent, workdir, *workdir.rglob("*")):
+    if path.is_symlink():
+      raise UserError(f"{path} is a symbolic link, through which nothing is written; remove it")
+  if (workdir / workdir_lib.LOCK).exists():
+    with lock.held(workdir):
+      pass
 
 
 def say(line: str) -> None:
@@ -304,17 +291,12 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def locked(out: pathlib.Path) -> Iterator[None]:
-  """Locks an existing folder for one sweep at a time; the system unlocks it if this process dies.
-
-  Raises:
-    BusyError: the folder is locked.
-  """
+  """Locks an existing folder for one sweep, until this process ends; or raises a BusyError."""
   with files.storage_errors(out / _LOCK):
     try:
       held = filelock.FileLock(out / _LOCK).acquire(blocking=False)
     except filelock.Timeout:
-      raise BusyError(
-        f"--out={out}: another sweep runs there; wait for its end, or end it"
-      ) from None
+      said = f"--out={out}: another sweep runs there; wait for its end, or end it"
+      raise BusyError(said) from None
   with held:
     yield

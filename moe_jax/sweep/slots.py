@@ -5,12 +5,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from typing import Any, TypeVar
-
-Item = TypeVar("Item")
+from typing import Any
 
 
-def share(items: Sequence[Item], slot: int, slots: int) -> list[Item]:
+def share(items: Sequence[Any], slot: int, slots: int) -> list[Any]:
   """Returns a slot's items, which are neighbours; slots share an item only if there are too few."""
   if slots > len(items):
     return [items[slot % len(items)]] if items else []
@@ -28,9 +26,8 @@ def gpus() -> list[str]:
     return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
   if not shutil.which("nvidia-smi"):
     return []
-  done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-  lines = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
-  return [str(index) for index in range(len(lines))]
+  said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+  return [str(i) for i in range(sum(line.startswith("GPU ") for line in said.splitlines()))]
 
 
 class MachineSlots:

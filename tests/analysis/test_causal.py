@@ -51,8 +51,7 @@ def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, one_dev
   config = toy_config(**fields)
   config = override(config, {"model.moe": evaluation.with_slots(config.model.moe)})
   model, rows = toy_model(config), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
-  group_rows = max(config.model.moe.group_size // 9, 1)
-  hidden_RL, forced_RL = causal.causal_losses(model, rows, [0, 2, 4, 6], 8, group_rows, mesh_of())
+  hidden_RL, forced_RL = causal.causal_losses(model, rows, [0, 2, 4, 6], 8, mesh_of())
   np.testing.assert_array_equal(hidden_RL[:, -1], forced_RL[:, -1])  # nothing is left to hide
   assert (hidden_RL == forced_RL).all() == is_causal
   if not is_causal:
@@ -63,7 +62,7 @@ def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, one_dev
 def test_a_hidden_future_is_another_rows_text(one_device):
   """One token's loss from one row that is put together by hand; experts choose, so it counts."""
   model, rows = toy_model(toy_config(**CHOOSING)), toy_rows([30, 30, 17], [0, 1, 0])
-  hidden_RL, forced_RL = causal.causal_losses(model, rows, [1, 5], 8, 1, mesh_of())
+  hidden_RL, forced_RL = causal.causal_losses(model, rows, [1, 5], 8, mesh_of())
   mine, other, t = rows.batch([1]), rows.batch([5]), 4
   assert (mine.segments_BL == 1).all() and (other.segments_BL == 1).all()  # no border inside
   column_L = np.arange(9)[None]
@@ -84,7 +83,7 @@ def test_a_hidden_future_is_another_rows_text(one_device):
 def test_causal_routing_has_no_gap(one_device):
   config = toy_config()
   rows = toy_rows([30, 20], [0, 1])
-  found = causal.measure_losses(toy_model(config), rows, config.model.moe, 3, 8, mesh_of())
+  found = causal.measure_losses(toy_model(config), rows, 3, 8, mesh_of())
   assert found["tokens"] == 3 * 9 and found["gap"] == 0.0
   assert found["loss"] == found["teacher_forced_loss"] > 0
 
@@ -92,4 +91,4 @@ def test_causal_routing_has_no_gap(one_device):
 def test_one_row_is_too_little_text(one_device):
   config = toy_config()
   with pytest.raises(UserError, match="needs at least 2"):
-    causal.measure_losses(toy_model(config), toy_rows([12], [0]), config.model.moe, 3, 8, mesh_of())
+    causal.measure_losses(toy_model(config), toy_rows([12], [0]), 3, 8, mesh_of())

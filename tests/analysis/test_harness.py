@@ -207,7 +207,7 @@ def test_perplexity_is_that_of_the_models_logits(whole_run, stride):
   """Every byte from the longest window that its stride gives it, one after another."""
   text = moe_jax.load(whole_run.workdir)
   ids = text.tokenizer.encode("def f(x):\n  return x + 1\n").tolist()
-  found = harness.perplexity(text, ids, 9, stride, 4)
+  loss, bits_per_byte = harness.perplexity(text, ids, 9, stride, 4)
   row, total, done = [256, *ids], 0.0, 0
   while done < len(ids):
     end = min(done + (9 if not done else stride), len(ids))
@@ -216,10 +216,10 @@ def test_perplexity_is_that_of_the_models_logits(whole_run, stride):
     for back in range(end - done):
       total -= float(log_probs[-1 - back, window[-1 - back]])
     done = end
-  assert found.loss == pytest.approx(total / len(ids), rel=1e-5) and found.tokens == len(ids)
-  (none,) = scoring.Scorer(text, 4).of_windows([[]], len)
+  assert loss == pytest.approx(total / len(ids), rel=1e-5)
+  (none,) = scoring.scores_of_windows(text, [[]], 4, len)
   assert none.log_probs.shape == none.best.shape == (0,) and none.best.all()
-  assert found.bits_per_byte == pytest.approx(found.loss / math.log(2), rel=1e-6)
+  assert bits_per_byte == pytest.approx(loss / math.log(2), rel=1e-6)
 
 
 def test_mistakes_are_one_line(whole_run, tmp_path):

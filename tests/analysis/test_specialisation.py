@@ -88,12 +88,14 @@ def test_repeats_by_hand():
   trace = traced(routed_ZTE, gate_ZTE, segment_T=[1, 1, 1, 2, 2, 2], place_T=[0, 1, 2, 3, 4, 6])
   # Pairs 01-12 (first 0, 1), 12-12 (1, 2), 03-03 (3, 3): one first choice repeats, all sets meet.
   found = specialisation.repeats(trace)
-  np.testing.assert_allclose(found.first_Z, [1 / 3])
-  np.testing.assert_allclose(found.any_Z, [1.0])
-  assert found.random == 0.25
-  assert found.any_random == pytest.approx(1 - 1 / 6)  # of 6 pairs of 4 experts one is disjoint
+  np.testing.assert_allclose(found["repeat_rate_Z"], [1 / 3])
+  np.testing.assert_allclose(found["repeat_any_Z"], [1.0])
+  assert found["repeat_random"] == 0.25
+  assert found["repeat_any_random"] == pytest.approx(
+    1 - 1 / 6
+  )  # of 6 pairs of 4 experts one is disjoint
   other_row = specialisation.repeats(trace._replace(row_T=np.array([0, 0, 1, 1, 1, 1])))
-  np.testing.assert_allclose(other_row.first_Z, [1 / 2])  # 01-12 and 03-03 are left
+  np.testing.assert_allclose(other_row["repeat_rate_Z"], [1 / 2])  # 01-12 and 03-03 are left
 
 
 def test_random_repeats_of_mixtral():
@@ -101,8 +103,8 @@ def test_random_repeats_of_mixtral():
   routed_ZTE = np.zeros((1, 3, 8), bool)
   routed_ZTE[:, :, :2] = True
   found = specialisation.repeats(traced(routed_ZTE))
-  assert found.random == 0.125
-  assert found.any_random == pytest.approx(0.464, abs=5e-4)
+  assert found["repeat_random"] == 0.125
+  assert found["repeat_any_random"] == pytest.approx(0.464, abs=5e-4)
 
 
 def test_random_repeats_are_what_uniform_routing_gives():
@@ -111,18 +113,18 @@ def test_random_repeats_are_what_uniform_routing_gives():
   routed_ZTE = score >= np.sort(score)[..., -2:-1]
   found = specialisation.repeats(traced(routed_ZTE, np.where(routed_ZTE, score, 0)))
   # Standard error 1e-3.
-  assert found.first_Z[0] == pytest.approx(found.random, abs=4e-3)
-  assert found.any_Z[0] == pytest.approx(found.any_random, abs=4e-3)
-  assert found.any_random == pytest.approx(1 - math.comb(4, 2) / math.comb(6, 2))
+  assert found["repeat_rate_Z"][0] == pytest.approx(found["repeat_random"], abs=4e-3)
+  assert found["repeat_any_Z"][0] == pytest.approx(found["repeat_any_random"], abs=4e-3)
+  assert found["repeat_any_random"] == pytest.approx(1 - math.comb(4, 2) / math.comb(6, 2))
 
 
 def test_repeats_where_experts_choose():
   """A token that nobody took makes no pair; one expert and two of four meet by chance 1/2."""
   found = specialisation.repeats(traced(routed(["0", "", "1", "12"])))
-  np.testing.assert_allclose(found.any_Z, [1.0])
-  assert found.any_random == pytest.approx(0.5)
+  np.testing.assert_allclose(found["repeat_any_Z"], [1.0])
+  assert found["repeat_any_random"] == pytest.approx(0.5)
   nobody = specialisation.repeats(traced(routed(["0", "", "1"])))
-  assert nobody.any_Z[0] == 0 and nobody.any_random == 0
+  assert nobody["repeat_any_Z"][0] == 0 and nobody["repeat_any_random"] == 0
 
 
 def test_overlap_by_hand():

@@ -26,8 +26,7 @@ def test_the_trace_holds_what_became_of_every_token(axes):
     stats = read(model, batches[0])[1]
   mesh = mesh_of(**axes)
   with jax.set_mesh(mesh):
-    choices = trace.compile_choices(model.config)
-    found = trace.collect(choices, model, rows, list(range(len(rows))), 8, mesh)
+    found = trace.collect(model, rows, list(range(len(rows))), 8, mesh)
   places = range(len(rows.stream_N) - 1)
   assert found.token_T.tolist() == rows.stream_N[:-1].tolist()
   assert found.place_T.tolist() == [i % 9 for i in places]

@@ -43,7 +43,7 @@ def test_mixtral_8x7b():
   assert counts.embedding == 262_144_000
   first, second = (line.strip() for line in cost.cost_report(config, ()).splitlines()[1:3])
   assert first.endswith(
-    "46.70B total, 12.88B active per token (27.6%) with embedding and head, as Mixtral counts"
+    "46.7B total, 12.88B active per token (27.6%) with embedding and head, as Mixtral counts"
   )
   assert second == "46.44B total, 12.62B active without both, as Qwen counts (non-embedding)"
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from moe_jax.report import charts, curves, runs, table
+from moe_jax.report import charts, runs, sections, table
 from moe_jax.report.charts import Line
 from tests.support import report_runs
 
@@ -34,9 +34,7 @@ def test_first_steps_do_not_flatten_the_rest():
 
 def test_losses_share_a_scale(tmp_path):
   found = runs.read_sweep(report_runs.sweep(tmp_path))
-  drawn = [
-    b for b in curves.curves_section(found, table.compare_arms(found)).blocks if hasattr(b, "svg")
-  ]
+  drawn = [b for b in sections.curves(found, table.compare_arms(found)).blocks if hasattr(b, "svg")]
   assert [chart.name for chart in drawn] == ["loss_training", "loss_steps", "loss_time"]
   x_labels = ("step", "step", "seconds of training")
   ticks = [

@@ -1,5 +1,7 @@
 """The sentence at the top of each section, against runs whose answer is known by hand."""
 
+import math
+
 import pytest
 
 from moe_jax.report import conclusions, table
@@ -107,7 +109,10 @@ def test_capacity_domains_and_causality():
   found = study({"a": (1.0, 1.0), "b": (1.0, 1.0)})
   for arm, cost, gap in zip(found.arms, (0.1, 0.3), (0.0, 0.05), strict=True):
     for run in arm.runs:
-      points = [{"capacity_factor": 1, "loss": 1 + cost}, {"capacity_factor": "inf", "loss": 1.0}]
+      points = [
+        {"capacity_factor": 1, "loss": 1 + cost},
+        {"capacity_factor": math.inf, "loss": 1.0},
+      ]
       run.eval = {"capacity": points, "causal": {"gap": gap}}
       run.eval["domains"] = {"code": {"bits_per_byte": cost}, "prose": {"bits_per_byte": -cost}}
       run.routing = {"domain_separation_Z": [cost]}
@@ -126,7 +131,7 @@ def test_arms_without_a_usable_run_are_named_where_they_could_have_a_number():
   vio = {"a": (0.1, 0.2, 0.3), "b": (1.1, 1.21, 1.29)}
   found = study(CLEAR, target="b", max_vio_Z=vio)
   for _, run in found.runs:
-    points = [{"capacity_factor": factor, "loss": 1.0} for factor in (1, "inf")]
+    points = [{"capacity_factor": factor, "loss": 1.0} for factor in (1, math.inf)]
     run.eval = {"capacity": points, "causal": {"gap": 0.0}, "loss": run.validation[-1]["loss"]}
     run.routing = {"domain_separation_Z": [0.1]}
   lost = Run(name="c", seed=0, status="damaged")

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from moe_jax.report import blocks
 from tests.support import report_runs
 from tests.support.report_runs import write_report
 
@@ -29,6 +30,14 @@ def evil(tmp_path_factory):
   """The report of a sweep whose texts are all markup, quotes and letters that cannot be shown."""
   markup = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'" + UNPRINTABLE
   return write_report(report_runs.markup_sweep(tmp_path_factory.mktemp("evil"), markup))
+
+
+def test_what_is_empty_is_left_out():
+  small, code = blocks.Text("note", small=True), blocks.Code("log", " \n")
+  empty, full = blocks.Table("none", ["arm"], []), blocks.Table("", ["arm"], [["a"]])
+  assert blocks.Section("s", [small, empty, full, code]).filled == [small, full]
+  assert blocks.Section("s", [small, empty, code]).filled == []
+  assert blocks.Section("s", [small, empty, code], always=True).filled == [small]
 
 
 def test_the_page_loads_nothing_and_runs_no_code_of_a_text(evil):

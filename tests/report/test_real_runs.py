@@ -12,9 +12,9 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from moe_jax.errors import DamagedError
+from moe_jax.errors import DamagedError, si
 from moe_jax.report import __main__ as command
-from moe_jax.report import blocks, compare_runs, runs
+from moe_jax.report import compare_runs, runs
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import runner
@@ -76,7 +76,7 @@ def test_the_table_has_the_numbers_of_eval_json(name, together, real):
   cells, said = row(together[1], real_runs.RUNS[name]), evaluation(real, name)
   # Every step, one or six, was followed by an evaluation of the same text.
   assert cells[1:4] == ["1", f"{said['loss']:.4f}", f"{said['bits_per_byte']:.4f}"]
-  parameters = f"{blocks.si(said['parameters'])}, {blocks.si(said['active_parameters'])}"
+  parameters = f"{si(said['parameters'])}, {si(said['active_parameters'])}"
   assert parameters in cells
 
 

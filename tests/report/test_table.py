@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from moe_jax.errors import si
 from moe_jax.report import blocks, runs, table
 from tests.support import report_runs
 from tests.support.report_runs import FINISHED, row, sweep, write_report
@@ -63,6 +64,11 @@ def test_a_seed_that_misses_the_target_is_left_out_of_its_steps(tmp_path):
 def test_where_a_curve_crosses_a_target(losses, target, expected):
   found = table.crossing(np.array([100, 200, 300]), np.array(losses), target)
   assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_size_has_the_suffix_of_the_field():
+  sizes = [0, 0.5, 999, 385_870, 46_702_792_704, -7.97e13]
+  assert [si(size) for size in sizes] == ["0", "0.5", "999", "385.9k", "46.7B", "-79.7T"]
 
 
 @pytest.mark.parametrize("values", [[], [None]], ids=str)

@@ -315,4 +315,4 @@ def test_the_flag_names_the_cache_of_a_process_and_of_its_children(tmp_path):
 
 def test_mixtral_counts():
   done = call("train.py", "--config=configs/mixtral_8x7b.py", "--describe")
-  assert "46.70B total, 12.88B active" in done.stdout
+  assert "46.7B total, 12.88B active" in done.stdout

@@ -330,7 +330,7 @@ FAULTS = (
         '"active_params": ("active",', '"active_params": ("total",',
         "tests/sweep/test_matching.py -k by_hand"),
   Fault("paired differences have the wrong sign", "report/table.py",
-        "spread(a - b for a, b in pairs", "spread(b - a for a, b in pairs",
+        "seed_spread(ours[seed] - theirs[seed]", "seed_spread(theirs[seed] - ours[seed]",
         "tests/report/test_table.py"),
   Fault("the standard error is the deviation", "report/table.py",
         "self.std / math.sqrt(self.n)", "self.std",
