@@ -4,7 +4,6 @@ An arm is clearly higher than the lowest one if its mean difference, over the se
 is more than twice the standard error of this paired difference. Only finished runs are counted.
 """
 
-import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -77,7 +76,7 @@ def verdict(
   signed = {name: {seed: sign * v for seed, v in seeds.items()} for name, seeds in values.items()}
   if not (order := lowest(signed)):
     return ""
-  (name, best), few = (order[0], signed[order[0]]), False
+  best, few = signed[order[0]], False
   kinds = (f"Clearly {more}", f"Not clearly {more}", f"{more.capitalize()}, uncertain")
   groups: dict[str, list[str]] = {kind: [] for kind in kinds}
   clearly, tied, uncertain = groups.values()
@@ -89,7 +88,7 @@ def verdict(
     few |= gap.n == 2
     side = clearly if clear(seeds, best) else tied
     side.append(f"{other} by {blocks.plus_minus(gap, digits, error=True)}")
-  parts = [f"{lead}: {name}, {verdict_number(values[name], digits, unit)}."]
+  parts = [f"{lead}: {order[0]}, {verdict_number(values[order[0]], digits, unit)}."]
   parts.append(
     f"{listed(groups, '. ')}." if order[1:] else "There is no other arm to compare it with."
   )
@@ -188,9 +187,10 @@ def evaluated(*path: str) -> Value:
   """Returns a function from a run to the number at this path in its eval.json, or None."""
 
   def number(run: Run) -> Any:
-    return functools.reduce(lambda found, name: found.get(name) or {}, path[:-1], run.eval).get(
-      path[-1]
-    )
+    found: Any = run.eval
+    for name in path[:-1]:
+      found = found.get(name) or {}
+    return found.get(path[-1])
 
   return number
 
