@@ -173,7 +173,7 @@ def _nothing_imported():
   made_of_jax = ("jax", "jaxlib", "flax", "optax", "orbax")
 
   def taken():
-    return [n for n in sys.modules if n.split(".")[0] in ("moe_jax", *made_of_jax)]
+    return [n for n in sys.modules if n.split(".")[0] in ("moe_jax", "configs", *made_of_jax)]
 
   modules = {name: sys.modules.pop(name) for name in taken()}
   sys.modules.update(dict.fromkeys(made_of_jax))
