@@ -2,9 +2,9 @@
 
 import importlib.metadata
 
-# One piece of each program, as the processors are taken by the tests' processes; and one thread for
-# each product, because the order of its sums, and with it who wins a tie of the router, would depend
-# on the number of processors (with NPROC=16, two processes would not train as one).
+# One piece of each program, as the processors are taken by the tests' processes. And one thread for
+# each product, because the order of its sums, and with it who wins a tie of the router, would
+# depend on the number of processors: with NPROC=16, two processes would not train as one.
 FAST = (
   "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
   " --xla_cpu_multi_thread_eigen=false"
