@@ -6,7 +6,9 @@ Command    python train.py --config=configs/switch_small.py --workdir=runs/switc
 Hardware   one accelerator of 40 GB or more; on N of them add --config.mesh.expert=N
 Time       not measured yet
 Expect     published for Switch-Base against T5-Base: -0.17 nats at 100k steps and equal FLOPs;
-           under 1% of tokens dropped after the balance loss has balanced the experts
+           under 1% of tokens dropped after the balance loss has balanced the experts; large sparse
+           models are unstable (2202.08906, section 3): after a step that is not finite, the run
+           goes on from its newest checkpoint
 """
 
 from moe_jax.config import (
@@ -14,9 +16,11 @@ from moe_jax.config import (
   Data,
   Dtype,
   Eval,
+  Health,
   Loss,
   Model,
   MoE,
+  OnNonfinite,
   Optimizer,
   Remat,
   Router,
@@ -58,4 +62,5 @@ def get_config() -> Config:
     optimizer=Optimizer(learning_rate=1e-3, warmup_steps=1000),
     train=Train(steps=50_000, log_every=50, eval_every=1000, checkpoint_every=1000),
     eval=Eval(batches=32, final_batches=512),
+    health=Health(on_nonfinite=OnNonfinite.REWIND),
   )

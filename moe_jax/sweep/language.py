@@ -71,9 +71,10 @@ def zipped(*lists: Sequence[Arm]) -> list[Arm]:
 
 
 def _joined(arms: Sequence[Arm], name: str = "") -> Arm:
-  """Returns the arm with the changes of all of them, by default of all their names."""
-  name, fields = name or "-".join(a.name for a in arms), dict[str, Any]()
-  for field, value in ((field, value) for a in arms for field, value in a.fields.items()):
+  """Returns an arm with the changes of all of them; its name joins theirs unless it is given."""
+  name = name or "-".join(a.name for a in arms)
+  fields: dict[str, Any] = {}
+  for field, value in (item for a in arms for item in a.fields.items()):
     if field in fields:
       raise UserError(
         f"arm {name}: config.{field} is set twice, to {fields[field]} and {value}; "
