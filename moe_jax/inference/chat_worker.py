@@ -35,10 +35,16 @@ def render(template: str, variables: dict[str, Any]) -> str:
   def raise_exception(why: str) -> None:
     raise jinja2.TemplateError(why)
 
-  def tojson(value: Any, *options: Any, **named: Any) -> str:
-    names = ("ensure_ascii", "indent", "separators", "sort_keys")
-    given = dict(zip(names, options, strict=False)) | named
-    return json.dumps(value, **{"ensure_ascii": False} | given)
+  def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+  ) -> str:
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
   def strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)

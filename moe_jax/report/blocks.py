@@ -1,10 +1,12 @@
 """The parts of a report before they are Markdown or HTML, and the formats of its numbers."""
 
 import base64
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moe_jax.errors import si
 from moe_jax.report.table import Spread
 
 UNKNOWN = "-"
@@ -81,6 +83,11 @@ _UNPRINTABLE = re.compile(
 def printable(text: str) -> str:
   """Returns a text from a run with a replacement character for each that cannot be shown."""
   return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def large(value: float | None) -> str:
+  """Formats a number as errors.si does, or '-' for one that is missing or not finite."""
+  return UNKNOWN if value is None or not math.isfinite(value) else si(value)
 
 
 def number(value: float | None, digits: int = 2, scale: int = 1) -> str:

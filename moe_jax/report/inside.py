@@ -29,6 +29,7 @@ def heat(run: Run, columns: int) -> tuple[np.ndarray, np.ndarray]:
   steps, load_SZE = series(run.train, "load_ZE")
   if not len(steps):
     return steps, np.zeros((0, 0, 0))
+  load_SZE = np.clip(np.nan_to_num(load_SZE), 0, 1)  # shares, whatever a damaged file says
   bins = np.array_split(np.arange(len(steps)), min(len(steps), columns))
   load_SZE = np.array([load_SZE[part].mean(axis=0) for part in bins]) * load_SZE.shape[2]
   return steps[[part[-1] for part in bins]], load_SZE.transpose(1, 2, 0)

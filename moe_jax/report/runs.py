@@ -222,7 +222,7 @@ def _checked(study: Study) -> Study:
     shared: dict[str, int] = {}
     for i, run in enumerate(arm.runs):
       own = {letter: size for letter, size in run.sizes.items() if letter in "ZE"}
-      if own | shared != shared | own:
+      if any(shared.get(letter, size) != size for letter, size in own.items()):
         error = f"{run.name} has other layers or experts than the other runs of its arm"
         arm.runs[i] = Run(name=run.name, seed=run.seed, status="damaged", error=error)
       shared = own | shared

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.errors import si
 from moe_jax.report import blocks, charts, conclusions, table
 from moe_jax.report.blocks import UNKNOWN, Block, Code, Section, Table, Text
 from moe_jax.report.charts import Line
@@ -65,7 +64,7 @@ def _cells(row: ArmRow, target_arm: str, target: float | None) -> dict[str, Any]
   planned, done = len(row.arm.runs), len(row.arm.finished)
   late = "" if row.train_drop is None else f" ({blocks.number(row.train_drop, 1, 100)})"
   flops, total, active = (
-    next((si(run.eval[name]) for run in row.arm.runs if name in run.eval), UNKNOWN)
+    blocks.large(next((run.eval[name] for run in row.arm.runs if name in run.eval), None))
     for name in ("flops_per_token", "parameters", "active_parameters")
   )
   cells = {
@@ -78,7 +77,7 @@ def _cells(row: ArmRow, target_arm: str, target: float | None) -> dict[str, Any]
     cells[f"loss minus {target_arm}"] = blocks.plus_minus(row.difference, sign="+", error=True)
     cells["steps to target"], cells["time to target"] = _reached(row, target)
   return cells | {
-    "tokens/s": UNKNOWN if row.tokens_per_s is None else si(row.tokens_per_s),
+    "tokens/s": blocks.large(row.tokens_per_s),
     "FLOPs per token": flops,
     "parameters, active": f"{total}, {active}",
     "dropped, % (in training)": blocks.number(row.drop, 1, 100) + late * (row.drop is not None),

@@ -163,7 +163,7 @@ class Checkpointer:
       DamagedError: the checkpoint cannot be read, or is not what was saved.
       UserError: it is whole, and of another model or optimizer.
     """
-    fields, about = self._restored(step, abstract_state._asdict())
+    fields, about = self._restored(step, abstract_state._asdict(), part=False)
     state = type(abstract_state)(**fields)
     if step != int(state.step):
       raise self._damaged(step, f"the number of the step is {int(state.step)}, not {step}")
@@ -199,13 +199,18 @@ class Checkpointer:
 
   def restore_fields(self, step: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns some fields of the saved state; `fields` gives their shapes and shardings."""
-    return self._restored(step, fields)[0]
+    return self._restored(step, fields, part=True)[0]
 
-  def _restored(self, step: int, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the fields, compared with their digests, and what else was saved with these."""
+  def _restored(
+    self, step: int, fields: dict[str, Any], *, part: bool
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the fields, compared with their digests, and what else was saved with these.
+
+    Unless they are a part, the state has to have no other arrays.
+    """
     about = self._about(step, fields)
     args = ocp.checkpoint_utils.construct_restore_args(fields)
-    state = ocp.args.PyTreeRestore(fields, restore_args=args, partial_restore=True)
+    state = ocp.args.PyTreeRestore(fields, restore_args=args, partial_restore=part)
     restored = self._read(step, state=state)["state"]
     if not about:
       notice(f"note: checkpoint {step} is not verified: it was saved without digests")

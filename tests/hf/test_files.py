@@ -104,6 +104,18 @@ def test_a_head_that_is_not_the_embedding_is_kept(factor, copy):
   assert len([n for n in made.notes if f"{head} is not the embedding" in n]) == factor - 1
 
 
+def test_matrices_of_the_same_bytes_and_other_scales_are_not_the_same(tmp_path):
+  """Of FP8 the file holds bytes, and a scale beside them."""
+  matrix = np.ones((3, 4), ml_dtypes.float8_e4m3fn)
+  scales = {"one": 1.0, "other": 2.0, "again": 1.0}
+  held = {f"{name}.weight": matrix for name in scales}
+  held |= {f"{name}.weight_scale_inv": np.full((1, 1), x, np.float32) for name, x in scales.items()}
+  safetensors.numpy.save_file(held, tmp_path / files.SINGLE)
+  stored = files.StoredTensors(tmp_path)
+  assert not stored.same("one.weight", "other.weight")
+  assert stored.same("one.weight", "again.weight")
+
+
 def test_everybody_may_read_what_is_exported(folder):
   modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
   assert set(modes.values()) == {modes[files.CONFIG]}, modes

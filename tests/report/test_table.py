@@ -69,6 +69,7 @@ def test_where_a_curve_crosses_a_target(losses, target, expected):
 def test_a_size_has_the_suffix_of_the_field():
   sizes = [0, 0.5, 999, 385_870, 46_702_792_704, -7.97e13]
   assert [si(size) for size in sizes] == ["0", "0.5", "999", "385.9k", "46.7B", "-79.7T"]
+  assert [blocks.large(size) for size in (1e3, None, math.nan, math.inf)] == ["1k", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("values", [[], [None]], ids=str)

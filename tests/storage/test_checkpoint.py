@@ -214,6 +214,20 @@ def test_whole_files_of_another_state_are_noticed(tmp_path):
     reader.restore_fields(1, fields)
 
 
+def test_a_state_with_more_arrays_than_the_config_has_is_refused(tmp_path):
+  """A part of it can be read, and makes another run."""
+  saved = {"weights_DF": jnp.ones((2, 3)), "more_D": jnp.ones(2)}
+  with contextlib.closing(checkpoint.Checkpointer.writing(tmp_path)) as saver:
+    assert saver.save(1, State(saved), 1, 1.0)
+    saver.wait()
+  like = State({"weights_DF": jnp.zeros((2, 3))})
+  fields = checkpoint.abstract(like, jax.tree.map(lambda x: x.sharding, like))
+  with contextlib.closing(checkpoint.Checkpointer.reading(tmp_path)) as reader:
+    assert reader.restore_fields(1, fields._asdict())["weights_DF"]["weights_DF"].sum() == 6
+    with pytest.raises(DamagedError, match=r"structures do not match: .*more_D"):
+      reader.restore(1, fields)
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
   """It would take the place of one that a run can go on from."""
   with contextlib.closing(checkpoint.Checkpointer.writing(tmp_path)) as saver:
