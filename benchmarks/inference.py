@@ -17,7 +17,6 @@ from benchmarks.results import progress
 from moe_jax import sharding
 from moe_jax.config import Config, Dtype, Mesh, Model
 from moe_jax.data import tokenizers
-from moe_jax.errors import si
 from moe_jax.inference import decoding, generate
 from moe_jax.model import cost, pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
@@ -222,8 +221,7 @@ def run(config: Config, rounds: int, batches=BATCHES, seconds: float = 0.3) -> d
   configs = models(config)
   built = {}
   for name, model_config in configs.items():
-    counts = cost.count(model_config)
-    progress(f"{name}: {si(counts.total)} parameters, {si(counts.active)} active")
+    progress(f"{name}: {matching.sizes(model_config)}")
     built[name] = build_generator(model_config)
   reader = Reader()
   speeds = machine(reader, seconds)

@@ -55,8 +55,13 @@ class Corpus(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-# {split: the sorted keys of its documents}; splits of a document, where Corpus.split_of is not it.
-_Listing = tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]
+class _Listing(NamedTuple):
+  """Which documents are in which split."""
+
+  keys: dict[str, np.ndarray]  # {split: the sorted keys of its documents}
+  splits: dict[str, tuple[str, ...]]  # of a document, where Corpus.split_of does not say
+
+
 _listings: dict[str, _Listing] = {}  # {Corpus.key}: a run's splits have one listing
 _MOST_NAMES = 10_000  # with more documents no split is empty
 
@@ -81,15 +86,15 @@ def select(
   Raises:
     UserError: there is no text, too little to cut, or no such split.
   """
-  keys_of, splits_of = _listed(config, corpus)
+  listing = _listed(config, corpus)
   infos = {
     name: types.SimpleNamespace(num_examples=len(keys), shard_lengths=[len(keys)])
-    for name, keys in keys_of.items()
+    for name, keys in listing.keys.items()
   }
   name = getattr(config, f"{split}_split")
   try:
     cuts = tfds.core.ReadInstruction.from_spec(name).to_absolute(infos)
-    parts = [(cut.splitname, keys_of[cut.splitname][cut.from_ : cut.to]) for cut in cuts]
+    parts = [(cut.splitname, listing.keys[cut.splitname][cut.from_ : cut.to]) for cut in cuts]
     count = sum(len(keys) for _, keys in parts)
     if not count:
       raise ValueError("no documents")
@@ -98,7 +103,7 @@ def select(
 
   def documents() -> Iterator[tuple[int, str, bytes]]:
     for name, text in corpus.read([]):
-      splits = splits_of.get(name, (corpus.split_of(name),))
+      splits = listing.splits.get(name, (corpus.split_of(name),))
       for of in splits:
         piece = _cut(text)[of] if splits == SPLITS else text
         for place in _places(parts, of, name):
@@ -159,7 +164,7 @@ def _listed(config: Data, corpus: Corpus) -> _Listing:
     for split in SPLITS:
       keys[split] = bytearray().join(_key(split, n) for n, of in splits.items() if split in of)
   in_order = {split: np.sort(np.frombuffer(keys[split], "S17")) for split in SPLITS}
-  return _listings.setdefault(corpus.key, (in_order, splits))
+  return _listings.setdefault(corpus.key, _Listing(in_order, splits))
 
 
 def _cut(text: str) -> dict[str, str]:

@@ -94,7 +94,9 @@ class UserFiles(NamedTuple):
 def user_files(config: Data) -> UserFiles:
   """Returns the files in the folder config.path, or the one file.
 
-  Raises a UserError where there is none, or what is there cannot be read as a file.
+  Raises:
+    UserError: config.path is empty, does not exist, or is a folder without files; or what is in it
+      cannot be read as a file.
   """
   path = pathlib.Path(config.path).expanduser().absolute()
   if not config.path:
@@ -160,8 +162,11 @@ def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
   """Yields the documents in the user's files; the text of some may be nothing but white space.
 
   Each line of a file of JSON lines, by its name or its first two lines, is a document, whose text
-  is in the field config.text_field; any other file is one document. Tables and other JSON are none
-  where there is nothing else.
+  is in the field config.text_field; any other file is one document.
+
+  Raises:
+    UserError: a file cannot be read, is too large or not UTF-8, or has changed since it was listed;
+      a line has no such text; or there is nothing but tables and other JSON.
   """
   markup = all(name.lower().endswith(_MARKUP) for name in files.seen)  # and no text beside it
   for name in files.seen:
@@ -246,7 +251,11 @@ def lines(text: str) -> list[str]:
 
 
 def read_text(flag: str, name: str) -> str:
-  """Returns the text of a file that a flag names, as its bytes have it; of stdin for "-"."""
+  """Returns the text of a file that a flag names, as its bytes have it; of stdin for "-".
+
+  Raises:
+    UserError: it cannot be read, is too large, or is not UTF-8 text.
+  """
   try:
     with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
       data = file.read(_LARGEST_NAMED + 1)  # a pipe may have no end

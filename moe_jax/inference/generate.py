@@ -115,6 +115,9 @@ class TextGenerator:
     """Returns next-token logits after every token, float32 [L, V] or [B, L, V].
 
     `tokens` are ids, [L] or [B, L]; a document begins with the ids `before`.
+
+    Raises:
+      UserError: the array is not of integers in this shape, or an id is not in the vocabulary.
     """
     ids_BL = np.asarray(tokens)
     if ids_BL.ndim not in (1, 2) or not ids_BL.size or ids_BL.dtype.kind not in "iu":
@@ -175,8 +178,16 @@ class TextGenerator:
     """
     if not prompts:
       raise UserError("no prompt: give at least one, which may be empty")
-    check_generation(dict(max_new_tokens=max_new_tokens, seed=seed, num_samples=num_samples))
-    check_generation(dict(temperature=temperature, top_k=top_k, top_p=top_p))
+    check_generation(
+      {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "num_samples": num_samples,
+      }
+    )
     draw, kind = sampling.options(temperature, top_k, top_p, self.model.vocab_size)
     seed_of_draws = np.uint32(seed)  # as a Python int it would have to be an int32
     encoded = [self._ids(prompt) for prompt in prompts]

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from moe_jax.config import Config, Loss, MoE, override
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, si
 from moe_jax.model import cost
 from moe_jax.model.pattern import moe_layers
 from moe_jax.moe import validation
@@ -113,3 +113,12 @@ def match(kind: str, *, by: str, multiple_of: int = 1, **moe: Any) -> Match:
   if "expert_dim" in moe:
     raise UserError(f"{transform}: expert_dim is the width that is solved; drop it")
   return transform
+
+
+def sizes(config: Config) -> str:
+  """Describes the parameters and FLOPs of a config in one line."""
+  counts = cost.count(config)
+  return (
+    f"{si(counts.total)} parameters, {si(counts.active)} active, "
+    f"{si(counts.flops_per_token)} FLOPs per token"
+  )

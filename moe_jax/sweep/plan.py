@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 from moe_jax.config import Config
 from moe_jax.config.fields import LARGEST_SEED, spelled
 from moe_jax.config.run import SEEDS, changes, override, to_json
-from moe_jax.errors import UserError, si
-from moe_jax.model import cost
+from moe_jax.errors import UserError
 from moe_jax.moe import validation
 from moe_jax.start import command_line
 from moe_jax.sweep import language, matching
-from moe_jax.sweep.language import Arm, Sweep
+from moe_jax.sweep.language import Arm, Sweep, Transform
 
 _FLAGS_OF_EXPERTS = ("--routing", "--capacity_factors")  # eval.py refuses them for a dense model
 
@@ -120,23 +119,24 @@ def _planned(path: str, a: Arm, base: Config, overrides: dict[str, Any]) -> Plan
       if isinstance(transform, matching.Match):
         config, note = transform.solve(config)
         notes.append(note)
-        continue
-      try:
-        changed = transform(config)
-      except UserError:
-        raise
-      except Exception as error:  # a function of the user's
-        raise UserError(f"its transform ended with {type(error).__name__}: {error}") from None
-      if not isinstance(changed, Config):
-        raise UserError(f"its transform returned {changed!r}, not a Config")
-      config = changed
+      else:
+        config = _transformed(transform, config)
     validation.validate(config)
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
-  counts = cost.count(config)
-  size = f"{si(counts.total)} parameters, {si(counts.active)} active"
-  notes.append(f"{size}, {si(counts.flops_per_token)} FLOPs per token")
-  return PlannedArm(a.name, changes(base, config), notes, config)
+  return PlannedArm(a.name, changes(base, config), [*notes, matching.sizes(config)], config)
+
+
+def _transformed(transform: Transform, config: Config) -> Config:
+  try:
+    changed = transform(config)
+  except UserError:
+    raise
+  except Exception as error:  # a function of the user's
+    raise UserError(f"its transform ended with {type(error).__name__}: {error}") from None
+  if not isinstance(changed, Config):
+    raise UserError(f"its transform returned {changed!r}, not a Config")
+  return changed
 
 
 def make_run(plan: Plan, a: PlannedArm, seed: int) -> PlannedRun:
