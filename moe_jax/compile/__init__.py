@@ -1,0 +1,1 @@
+"""Compiles a run's own programs for devices that are not here, and says what they will cost."""
