@@ -7,10 +7,8 @@ parameters, FLOPs and memory and trains nothing; --diff prints what differs from
 
 from moe_jax.config import checks, override
 from moe_jax.errors import UserError
+from moe_jax.kernels.chips import CHIPS
 from moe_jax.start import command_line
-
-# GB of memory, from the vendors' data sheets.
-_GB = {"": 0, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "A100": 80, "H100": 80, "H200": 141}
 
 _PARSER = command_line.Parser(__doc__, fields=True)
 _PARSER.add_argument(
@@ -18,7 +16,7 @@ _PARSER.add_argument(
 )
 _PARSER.flag("workdir", "", "the run's folder; created if it is missing")
 _PARSER.flag("describe", False, "print the model's size and cost, then exit")
-_PARSER.flag("device", "", "with --describe: say whether the run fits this device", list(_GB))
+_PARSER.flag("device", "", "with --describe: say whether the run fits this device", ["", *CHIPS])
 _PARSER.flag("diff", False, "print what differs from the defaults, then exit")
 _PARSER.multihost_flags()
 _PARSER.flag("init_from", "", "begin with the parameters of another run: WORKDIR or WORKDIR:STEP")
@@ -58,7 +56,7 @@ def main() -> None:
 
     validation.validate(config)
     state = optimizers.abstract_state(config)
-    print(cost.cost_report(config, state, args.device, _GB[args.device]))
+    print(cost.cost_report(config, state, args.device))
     return
   if not args.workdir:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")

@@ -33,13 +33,12 @@ from moe_jax.config import (
   Optimizer,
   Remat,
 )
-from moe_jax.kernels import choose, platform
+from moe_jax.kernels import chips, choose, platform
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.experts import EXPERT_KERNELS, Experts, experts
 from moe_jax.kernels.mask import CAUSAL
 from moe_jax.model import cost
 from moe_jax.moe import validation
-from moe_jax.training import metrics
 
 _GROUPED, _SLOTS = 0.60, 0.80  # FLOP/s / those of one dense matmul
 _DECODE_SECONDS = 200  # that decoding is expected to take on an accelerator
@@ -253,7 +252,7 @@ def machine(sizes: Sizes, rounds: int) -> dict[str, float]:
   rates = {
     "matmul_flops": 2 * n**3 / timing.median(times, "matmul"),
     "copy_bytes": 2 * large.nbytes / timing.median(times, "copy"),
-    "peak_flops": metrics.peak_flops(jax.devices()[0].device_kind),
+    "peak_flops": chip.flops if (chip := chips.chip_of(jax.devices()[0].device_kind)) else 0.0,
   }
   progress(
     f"dense matmul {rates['matmul_flops'] / 1e12:.1f} TFLOP/s, "

@@ -41,6 +41,7 @@ class Program(NamedTuple):
 
   collectives: list[Collective]
   cycles: dict[str, int]  # by phase, without communication and custom calls; {} where it has none
+  memory_bytes: float  # that a device reads and writes; what stays in a TPU's VMEM is not counted
   custom_calls: dict[str, int]  # how many of each target run in a step
 
 
@@ -64,34 +65,40 @@ def read_program(hlo: str, mesh: dict[str, int]) -> Program:
   found: collections.Counter[tuple[str, tuple[str, ...], str, int]] = collections.Counter()
   cycles: collections.Counter[str] = collections.Counter()
   custom: collections.Counter[str] = collections.Counter()
+  memory_bytes = 0.0
   for computation, times in calls.items():
+    types = {line.name: line.types for line in computations[computation]}
     for line in computations[computation]:
-      phase = _phase(line.rest)
+      memory_bytes += times * _traffic(line, types, computations)
+      name = re.search(r'op_name="([^"]*)"', line.rest)
+      phase = phase_of(name[1]) if name else ""
       if estimate := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
         cycles[phase] += times * int(estimate[1]) * (int(estimate[1]) < _UNKNOWN)
       if line.op == "custom-call" and (target := re.search(r'custom_call_target="([^"]*)"', line.rest)):
         custom[target[1]] += times
       if (kind := _kind(line)) and (axes := _axes(line.rest, mesh)):
-        size = _size(line.types) * (math.prod(mesh[a] for a in axes) if kind == "reduce-scatter" else 1)
+        size = _size(_result(line)) * (math.prod(mesh[a] for a in axes) if kind == "reduce-scatter" else 1)
         found[kind, axes, phase, size] += times
   collectives = [Collective(*key, count) for key, count in sorted(found.items())]
-  return Program(collectives, {k: v for k, v in cycles.items() if v}, dict(custom))
+  return Program(collectives, {k: v for k, v in cycles.items() if v}, memory_bytes, dict(custom))
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-  """Yields the name of each computation, that of the entry after "ENTRY ", and its instructions."""
+  """Yields the name of each computation, that of the entry after "ENTRY ", and its instructions.
+
+  What is no head and no instruction goes on with the line before: long types, a kernel's text.
+  """
   name, lines = "", []
   for line in hlo.splitlines():
-    if head := re.match(r"(ENTRY )?(%\S+) \(.*\{$", line):
-      name, lines = (head[1] or "") + head[2], []
-    elif line.startswith("}"):
+    if head := re.match(r"(ENTRY )?(%\S+) \(.*\) -> .*\{$", line):
       if name:
         yield name, lines
-      name = ""
+      name, lines = (head[1] or "") + head[2], []
     elif re.match(r"  (ROOT )?%\S+ = ", line):
       lines.append(line.strip().removeprefix("ROOT "))
     elif lines:
-      lines[-1] += " " + line.strip()  # a long type goes on
+      lines[-1] += " " + line.strip()
+  yield name, lines
 
 
 def _parsed(line: str) -> _Line:
@@ -122,7 +129,7 @@ def _count(
       found = re.search(r"condition=(%[^,\s]+), body=(%[^,\s]+)", line.rest)
       assert found, line.name
       _count(computations, found[2], times * _trips(computations[found[1]], line.rest), calls)
-    elif line.op in ("call", "conditional", "async-start") or (
+    elif line.op in ("call", "call-start", "conditional", "async-start") or (
       line.op == "fusion" and "calls=%all-reduce-scatter" in line.rest
     ):
       attributes = r"(?:to_apply|calls|true_computation|false_computation)=(%[^,\s]+)"
@@ -147,23 +154,85 @@ def _kind(line: _Line) -> str:
   return op if op in _KINDS else ""
 
 
-def _phase(rest: str) -> str:
-  name = re.search(r'op_name="([^"]*)"', rest)
-  scopes = [word for word in re.split(r"[/()]", name[1] if name else "") if word in PHASES]
-  return scopes[-1] if scopes else ""
+def phase_of(scope: str) -> str:
+  """Returns the innermost phase of a named scope, "jit(step)/jvp()/moe/route"; "" for none."""
+  return next((word for word in re.split(r"[/()]", scope)[::-1] if word in PHASES), "")
 
 
-def _size(types: str) -> int:
-  """Returns the bytes of the arrays of a type; of an asynchronous start, those of its result."""
-  arrays = re.findall(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]", types)
-  sizes = [_BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays]
-  return round(sum(sizes))
+def _result(line: _Line) -> str:
+  """Returns the type of what a collective returns; of an asynchronous start, without its operands."""
+  if not line.op.endswith("-start") or line.op == "all-reduce-start" or line.types[0] != "(":
+    return line.types
+  parts, depth = [""], 0
+  for letter in line.types[1:-1]:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return parts[1]
+
+
+def _size(types: str, *, stored: bool = False) -> int:
+  """Returns the bytes of the arrays of a type; `stored`: of those alone that are not in VMEM."""
+  sizes = 0.0
+  for kind, dims, layout in re.findall(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\](\{[^}]*\})?", types):
+    if not stored or "S(" not in layout:
+      sizes += _BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n)
+  return round(sizes)
+
+
+# What moves no bytes, or whose bytes are counted inside.
+_FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional",
+  "after-all", "partition-id", "replica-id", "async-start",
+}  # fmt: skip
+
+
+def _traffic(line: _Line, types: dict[str, str], computations: dict[str, list[_Line]]) -> float:
+  """Returns the bytes that an instruction reads from memory and writes to it."""
+  if line.op in _FREE or line.op.endswith("-done"):
+    return 0.0
+  operands = re.findall(r"%[\w.\-]+", line.rest[: _closing("(" + line.rest) - 1])
+  read = [float(_size(types.get(name, ""), stored=True)) for name in operands]
+  written = float(_size(_result(line), stored=True))
+  if line.op == "dynamic-update-slice":
+    return 2 * read[1]
+  if line.op in ("dynamic-slice", "slice", "gather"):
+    return 2 * written
+  called = re.search(r"calls=(%[\w.\-]+)", line.rest) if line.op == "fusion" else None
+  if called and called[1] in computations:
+    body = computations[called[1]]
+    for index, part in _slices(body).items():
+      if index < len(read):
+        read[index] = min(read[index], part)
+    if body[-1].op == "dynamic-update-slice" and read:  # in place: its other rows stay
+      written = min(written, read[-1] if len(read) > 1 else written)
+  return sum(read) + written
+
+
+def _slices(body: list[_Line]) -> dict[int, float]:
+  """Returns {operand of a fusion: bytes that it reads of it}, where it reads slices alone."""
+  found: dict[int, float] = {}
+  inside = {line.name: line.types for line in body}
+  for parameter in (line for line in body if line.op == "parameter"):
+    users = [line for line in body if re.search(re.escape(parameter.name) + r"\b(?!\.)", line.rest)]
+    parts = 0.0
+    for user in users:
+      operands = re.findall(r"%[\w.\-]+", user.rest.partition(")")[0])
+      if user.op in ("dynamic-slice", "slice", "gather") and operands[0] == parameter.name:
+        parts += _size(user.types)
+      elif user.op == "dynamic-update-slice" and operands[0] == parameter.name:
+        parts += _size(inside.get(operands[1], ""))
+      else:
+        break
+    else:
+      found[int(parameter.rest.partition(")")[0])] = parts
+  return found
 
 
 def _axes(rest: str, mesh: dict[str, int]) -> tuple[str, ...]:
   """Returns the axes of the mesh along which the devices of a group differ."""
-  if named := re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", rest):
-    return tuple(re.findall(r"'(\w+)'", named[1]))
   group = _first_group(rest)
   return tuple(
     axis for place, axis in enumerate(mesh) if len({_places(d, mesh)[place] for d in group}) > 1
@@ -180,6 +249,11 @@ def _places(device: int, mesh: dict[str, int]) -> list[int]:
 
 def _first_group(rest: str) -> list[int]:
   """Returns the devices of a collective's first group, by any of HLO's spellings."""
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):  # axes of its own
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    along = re.findall(r"'(\w+)'", named[2])
+    index = tuple(slice(None) if name in along else 0 for name in sizes)
+    return np.arange(math.prod(sizes.values())).reshape(*sizes.values())[index].ravel().tolist()
   if pairs := re.search(r"source_target_pairs=\{\{([\d,]*)\}", rest):
     return [int(n) for n in pairs[1].split(",")]
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):

@@ -102,10 +102,10 @@ class TextGenerator:
     self._ends = tuple(tokenizer.ends if imported else ()) or (tokenizer.separator,)
     options: dict[str, Any] = dict(model=model, num_ids=num_ids, ends=self._ends)
     self._prefill = jax.jit(
-      functools.partial(_prefill, **options), static_argnames=("slots", "kind")
+      functools.partial(prefill, **options), static_argnames=("slots", "kind")
     )
     self._decode = jax.jit(
-      functools.partial(_decode, **options), static_argnames="kind", donate_argnames="cache"
+      functools.partial(decode, **options), static_argnames="kind", donate_argnames="cache"
     )
     self._memory = memory.Memory(mesh)
     self.seconds = {"prefill": 0.0, "decode": 0.0}  # of the last generation
@@ -255,7 +255,7 @@ class TextGenerator:
     return new
 
 
-def _prefill(
+def prefill(
   weights: DecoderWeights,
   tokens_BL: jax.Array,
   start_B: jax.Array,
@@ -276,7 +276,7 @@ def _prefill(
   return out.cache, token_B, done_B | jnp.isin(token_B, jnp.array(ends))
 
 
-def _decode(
+def decode(
   weights: DecoderWeights,
   cache: decoding.Cache,
   token_B: jax.Array,

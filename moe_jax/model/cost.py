@@ -13,6 +13,7 @@ from moe_jax.config import Config, GroupedMatmul, Mesh, Model, override
 from moe_jax.config.fields import flatten
 from moe_jax.errors import UserError, si
 from moe_jax.kernels import platform
+from moe_jax.kernels.chips import CHIPS
 from moe_jax.model.pattern import bias_shape, layer_kinds, moe_layers
 from moe_jax.model.transformer import abstract_params, forward
 from moe_jax.moe import validation
@@ -50,13 +51,20 @@ def count(config: Config) -> Counts:
       matmul += active_size
   # Two products, of each query with the keys that it sees.
   kinds, delta = layer_kinds(model), model.delta
-  keys = sum(_mean_keys(config.data.seq_len, kind.mask.window) for kind in kinds if not kind.delta)
+  keys = mean_keys(config) * sum(not kind.delta for kind in kinds)
   mixing = model.num_heads * (model.head_dim + model.value_dim) * keys
   # Three products with the state: what a key finds, what it writes, and what the query reads.
   state = delta.value_heads * delta.key_dim * delta.value_dim
   mixing += 3 * state * sum(kind.delta for kind in kinds)
   flops = 3 * (2 * matmul + 2 * mixing)
   return Counts(total, active, flops, embedding)
+
+
+def mean_keys(config: Config) -> float:
+  """Returns how many keys a query sees on average over the layers that have attention."""
+  kinds = [kind for kind in layer_kinds(config.model) if not kind.delta]
+  keys = [_mean_keys(config.data.seq_len, kind.mask.window) for kind in kinds]
+  return sum(keys) / max(len(keys), 1)
 
 
 def _mean_keys(length: int, window: int) -> float:
@@ -220,10 +228,10 @@ def activation_bytes(config: Config) -> float:
   return sum(max(n, 0) * math.prod(shape) * dtype.itemsize for (shape, dtype), n in kept.items())
 
 
-def cost_report(config: Config, optimizer_state: Any, device: str = "", gb: int = 0) -> str:
+def cost_report(config: Config, optimizer_state: Any, device: str = "") -> str:
   """Describes the size and the cost in some lines; `optimizer_state` is that of `state_bytes`.
 
-  Of a `device` with `gb` GB, which need not be here, it says whether what is counted fits.
+  Of a `device` of chips.CHIPS, which need not be here, it says whether what is counted fits.
   """
   counts, model, mesh = count(config), config.model, config.mesh
   devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
@@ -251,11 +259,9 @@ def cost_report(config: Config, optimizer_state: Any, device: str = "", gb: int 
     f"on {devices} device(s)",
   ]
   if device:
-    needed = state + activations
-    verdict = "fits" if needed <= gb * 1e9 else "does not fit"
-    lines.append(
-      f"{device:<19}{verdict}: {gib(needed)} and temporary arrays, of its {gib(gb * 1e9)}"
-    )
+    needed, memory = state + activations, CHIPS[device].memory
+    verdict = "fits" if needed <= memory else "does not fit"
+    lines.append(f"{device:<19}{verdict}: {gib(needed)} and temporary arrays, of its {gib(memory)}")
   for phase in ("training", "evaluation"):
     leak = validation.future_leak(model.moe, train=phase == "training")
     if leak:

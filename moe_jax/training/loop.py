@@ -18,6 +18,7 @@ from moe_jax import sharding
 from moe_jax.config import OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
+from moe_jax.kernels import chips
 from moe_jax.start import command_line
 from moe_jax.storage import checkpoint, files
 from moe_jax.training import health, metrics, writer
@@ -56,8 +57,8 @@ class Loop:
     self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
     self.stop_signal, self.stop_time = 0, -math.inf  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
-    peak = metrics.peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-    self.flops_fraction = setup.counts.flops_per_token / peak if peak else 0.0
+    chip, count = chips.chip_of(jax.devices()[0].device_kind), jax.device_count()
+    self.flops_fraction = setup.counts.flops_per_token / (chip.flops * count) if chip else 0.0
     self.monitor = health.Monitor(setup.config, setup.moe_layers, path, start)
     # The seconds of training so far, without compilation, evaluation and saving.
     self.seconds = self.writer.last("train/seconds") if self.writer else 0.0

@@ -9,20 +9,7 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.moe.counts import MoeStats
 
-# FLOP/s of one device in bfloat16 without sparsity, from the vendors' data sheets, by a part of
-# jax's device_kind.
-_PEAK_FLOPS = {
-  "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "TPU v4": 275e12,
-  "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
-  "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-}  # fmt: skip
-
 DEAD_SHARE = 0.05  # an expert is dead if its load is below this part of the fair share, 1/E
-
-
-def peak_flops(device_kind: str) -> float:
-  """Returns a device's FLOP/s; 0.0 if they are not known (a CPU), so that MFU is not logged."""
-  return next((peak for name, peak in _PEAK_FLOPS.items() if name in device_kind), 0.0)
 
 
 def moe_metrics(moe: MoeStats) -> dict[str, jax.Array]:
