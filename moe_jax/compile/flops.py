@@ -42,16 +42,16 @@ def count(jaxpr: Any, keys: float) -> Flops:
     jaxpr: of `traced.jaxpr`.
     keys: how many keys a query sees on average; the kernels of attention skip the others.
   """
-  found: collections.Counter[tuple[str, bool]] = collections.Counter()
+  found: dict[tuple[str, bool], float] = collections.defaultdict(float)
   _walk(jaxpr.jaxpr, 1, "", keys, found)
-  phases: collections.Counter[str] = collections.Counter()
+  phases: dict[str, float] = collections.defaultdict(float)
   for (phase, _), flops in found.items():
     phases[phase] += flops
   return Flops(dict(phases), sum(flops for (_, kernel), flops in found.items() if kernel))
 
 
 def _walk(
-  jaxpr: Any, times: float, scope: str, keys: float, found: collections.Counter[tuple[str, bool]]
+  jaxpr: Any, times: float, scope: str, keys: float, found: dict[tuple[str, bool], float]
 ) -> None:
   for eqn in jaxpr.eqns:
     where = f"{scope}/{eqn.source_info.name_stack}"
@@ -65,7 +65,9 @@ def _walk(
       inner *= eqn.params["length"]
     elif name == "shard_map":
       mesh = eqn.params["mesh"]
-      inner *= math.prod(mesh.shape[axis] for axis in eqn.params.get("newly_manual_axes", mesh.shape))
+      inner *= math.prod(
+        mesh.shape[axis] for axis in eqn.params.get("newly_manual_axes", mesh.shape)
+      )
     for value in eqn.params.values():
       for sub in jax.tree.leaves(value, is_leaf=_is_jaxpr):
         if _is_jaxpr(sub):
@@ -78,14 +80,13 @@ def _is_jaxpr(value: Any) -> bool:
 
 def _flops(eqn: Any, name: str, keys: float) -> float:
   """Returns the FLOPs of one equation, of a device inside shard_map and of all outside."""
-  shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
+  shapes: list[Any] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
   if name == "dot_general":
     (contracted, _), _ = eqn.params["dimension_numbers"]
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted)
   if name.startswith("ragged_dot"):
-    # Each row meets one expert: [N, D] by [E, D, F]; and for weights [N, D] by [N, F], to [E, D, F].
-    out, (rows, inner) = eqn.outvars[0].aval.shape, shapes[0]
-    return 2 * rows * inner * out[-1]
+    # Each row meets one expert: [N, D] by [E, D, F], or for a gradient by [N, F], to [E, D, F].
+    return 2 * math.prod(shapes[0]) * eqn.outvars[0].aval.shape[-1]
   kernel = str(eqn.params.get("name") or eqn.params.get("name_and_src_info", "")) + name
   for attention, products in _ATTENTION.items():
     if attention in kernel:

@@ -33,7 +33,7 @@ class Collective(NamedTuple):
   axes: tuple[str, ...]  # of the mesh
   phase: str  # the innermost named scope of PHASES; "" for none
   size: int  # bytes of the array that one of them returns to a device; of reduce-scatter, takes
-  count: int  # how many run in a step
+  times: int  # how many run in a step
 
 
 class Program(NamedTuple):
@@ -74,10 +74,14 @@ def read_program(hlo: str, mesh: dict[str, int]) -> Program:
       phase = phase_of(name[1]) if name else ""
       if estimate := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
         cycles[phase] += times * int(estimate[1]) * (int(estimate[1]) < _UNKNOWN)
-      if line.op == "custom-call" and (target := re.search(r'custom_call_target="([^"]*)"', line.rest)):
+      if line.op == "custom-call" and (
+        target := re.search(r'custom_call_target="([^"]*)"', line.rest)
+      ):
         custom[target[1]] += times
       if (kind := _kind(line)) and (axes := _axes(line.rest, mesh)):
-        size = _size(_result(line)) * (math.prod(mesh[a] for a in axes) if kind == "reduce-scatter" else 1)
+        size = _size(_result(line)) * (
+          math.prod(mesh[a] for a in axes) if kind == "reduce-scatter" else 1
+        )
         found[kind, axes, phase, size] += times
   collectives = [Collective(*key, count) for key, count in sorted(found.items())]
   return Program(collectives, {k: v for k, v in cycles.items() if v}, memory_bytes, dict(custom))
@@ -88,7 +92,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
 
   What is no head and no instruction goes on with the line before: long types, a kernel's text.
   """
-  name, lines = "", []
+  name, lines = "", list[str]()
   for line in hlo.splitlines():
     if head := re.match(r"(ENTRY )?(%\S+) \(.*\) -> .*\{$", line):
       if name:
@@ -144,8 +148,11 @@ def _trips(condition: list[_Line], attributes: str) -> int:
   """Returns how often a loop runs: as XLA says, or up to the constant that its condition has."""
   if known := re.search(r'known_trip_count":\{"n":"(\d+)"', attributes):
     return int(known[1])
-  constants = [int(found[1]) for line in condition
-               if line.op == "constant" and (found := re.match(r"(\d+)\)", line.rest))]
+  constants = [
+    int(found[1])
+    for line in condition
+    if line.op == "constant" and (found := re.match(r"(\d+)\)", line.rest))
+  ]
   return max(constants, default=1)
 
 
@@ -160,7 +167,7 @@ def phase_of(scope: str) -> str:
 
 
 def _result(line: _Line) -> str:
-  """Returns the type of what a collective returns; of an asynchronous start, without its operands."""
+  """Returns the type of what a collective returns; of a start, without its operands."""
   if not line.op.endswith("-start") or line.op == "all-reduce-start" or line.types[0] != "(":
     return line.types
   parts, depth = [""], 0

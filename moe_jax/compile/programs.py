@@ -110,7 +110,9 @@ def compile_for(config: Config, target: Target, mode: str, say: Callable[[str], 
   )
   _check_donation(traced, memory, mode)
   if memory.peak > target.chip.memory:
-    raise DoesNotFitError(f"it needs {gib(memory.peak)} of {gib(target.chip.memory)} on each device")
+    raise DoesNotFitError(
+      f"it needs {gib(memory.peak)} of {gib(target.chip.memory)} on each device"
+    )
   hlo = compiled.as_text()
   read = program_lib.read_program(hlo, dict(mesh.shape))
   return Compiled(config, mesh, tokens, counted, hlo, read, memory, seconds)

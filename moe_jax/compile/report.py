@@ -15,9 +15,7 @@ from moe_jax.model.cost import gib
 def as_json(compiled: Compiled, target: Target, mode: str) -> dict[str, Any]:
   """Returns all that is known of a program: bytes, FLOPs, cycles, collectives and seconds."""
   program, memory, mesh = compiled.program, compiled.memory, compiled.mesh
-  groups = {
-    one.axes: roofline.group_of(mesh, one.axes, target) for one in program.collectives
-  }
+  groups = {one.axes: roofline.group_of(mesh, one.axes, target) for one in program.collectives}
   flops = compiled.flops.total / target.devices
   times = roofline.times(
     flops=flops,
@@ -49,7 +47,7 @@ def as_json(compiled: Compiled, target: Target, mode: str) -> dict[str, Any]:
       one._asdict()
       | {
         "wire_bytes": roofline.wire_bytes(one, groups[one.axes].devices),
-        "seconds": one.count * roofline.seconds(one.kind, one.size, groups[one.axes], target),
+        "seconds": one.times * roofline.seconds(one.kind, one.size, groups[one.axes], target),
       }
       for one in program.collectives
     ],
@@ -75,10 +73,11 @@ def page(result: dict[str, Any]) -> str:
     f"memory         {gib(memory['peak'])} of {gib(memory['of'])} on each device: "
     f"{gib(memory['arguments'])} arguments, {gib(memory['temporaries'])} temporaries; of "
     f"{gib(memory['outputs'])} of results {gib(memory['aliased'])} take the place of arguments",
-    f"FLOPs          {si(flops['executed'])} a device, {flops['executed'] / flops['model']:.2f} times"
-    f" the model's {si(flops['model'])}; {si(flops['kernels'])} of them in kernels",
+    f"FLOPs          {si(flops['executed'])} a device, {flops['executed'] / flops['model']:.2f} "
+    f"times the model's {si(flops['model'])}; {si(flops['kernels'])} of them in kernels",
     "",
-    f"{'collective':<19}{'axes':<22}{'phase':<12}{'count':>6} {'each':>11} {'sent':>11} {'time':>10}",
+    f"{'collective':<19}{'axes':<22}{'phase':<12}{'times':>6} {'each':>11} {'sent':>11} "
+    f"{'time':>10}",
   ]
   for one in sorted(result["collectives"], key=lambda one: -one["seconds"]):
     if one["seconds"] < 1e-3 * seconds["step"]:
@@ -89,7 +88,7 @@ def page(result: dict[str, Any]) -> str:
     )
   small = [one for one in result["collectives"] if one["seconds"] < 1e-3 * seconds["step"]]
   if small:
-    count, took = sum(one["count"] for one in small), sum(one["seconds"] for one in small)
+    count, took = sum(one["times"] for one in small), sum(one["seconds"] for one in small)
     lines.append(f"{'smaller ones':<53}{count:>6} {'':>11} {'':>11} {_ms(took):>10}")
   if result["cycles"]:
     lines += ["", *_cycles(result)]
@@ -109,7 +108,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _cycles(result: dict[str, Any]) -> list[str]:
-  """Returns a table of the compiler's cycles by phase, beside what its products take at the peak."""
+  """Returns a table of the compiler's cycles by phase, beside the FLOPs of its products."""
   cycles, phases = result["cycles"], result["flops"]["phases"]
   total = sum(cycles.values())
   lines = [f"{'phase':<19}{'cycles':>10} {'share':>6}   {'FLOPs':>10}"]

@@ -15,8 +15,7 @@ import numpy as np
 from moe_jax.compile.program import Collective
 from moe_jax.compile.targets import Target
 
-# Rows wait for these; the compiler moves weights and gradients beside the work of other layers.
-WAITED_FOR = ("all-to-all", "ragged-all-to-all")
+_ALL_TO_ALL = ("all-to-all", "ragged-all-to-all")
 
 
 class Group(NamedTuple):
@@ -75,7 +74,7 @@ def seconds(kind: str, size: float, group: Group, target: Target) -> float:
   if kind == "collective-permute":
     return size / (chip.link if group.hosts == group.slices == 1 else chip.network)
   outside = group.hosts * group.slices
-  exchanged = kind in WAITED_FOR
+  exchanged = kind in _ALL_TO_ALL
   if not chip.tpu:
     inside = size * (n - 1) / n / chip.link
     share = 1 if exchanged else n / outside  # GPUs of a host that fetch a gather's parts together
@@ -91,9 +90,18 @@ def seconds(kind: str, size: float, group: Group, target: Target) -> float:
   return max(between, size * (n - 1) / n / (ways * chip.link))
 
 
+def waits(collective: Collective) -> bool:
+  """Returns whether the work waits for a collective, as it does for rows and for partial sums.
+
+  The compiler moves weights and gradients beside the work of other layers.
+  """
+  rows = collective.kind in _ALL_TO_ALL or collective.phase == "exchange"
+  return rows or "tensor" in collective.axes
+
+
 def wire_bytes(collective: Collective, devices: int) -> float:
   """Returns the bytes that each device sends in a step for these collectives."""
-  part = collective.size * collective.count * (devices - 1) / devices
+  part = collective.size * collective.times * (devices - 1) / devices
   return 2 * part if collective.kind == "all-reduce" else part
 
 
@@ -122,9 +130,9 @@ def times(
   network: dict[tuple[str, ...], float] = {}
   waited = 0.0
   for one in collectives:
-    took = one.count * seconds(one.kind, one.size, groups[one.axes], target)
+    took = one.times * seconds(one.kind, one.size, groups[one.axes], target)
     network[one.axes] = network.get(one.axes, 0.0) + took
-    waited += took * (one.kind in WAITED_FOR)
+    waited += took * waits(one)
   compute, memory = flops / chip.flops, memory_bytes / chip.memory_speed
   compiler = (cycles / chip.clock + custom_flops / chip.flops) if cycles else 0.0
   beside = sum(network.values()) - waited
@@ -135,5 +143,5 @@ def times(
 
 
 def ceiling(model_flops: float, step: float, target: Target) -> float:
-  """Returns the MFU of a step that takes `step` seconds: model FLOPs of all devices by their peak."""
+  """Returns the MFU of a step of so many seconds: all model FLOPs by the peak of all devices."""
   return model_flops / (step * target.chip.flops * target.devices) if step else math.nan

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -43,7 +44,7 @@ class Target:
   def wraps(self, dimension: int) -> bool:
     """Returns whether the torus is closed along a dimension, so that both ways lead round it.
 
-    It is where a slice is made of whole cubes of 4x4x4 (v4, v5p, tpu7x), or takes a whole row of 16.
+    It is where a slice is made of whole cubes of 4x4x4 (v4, v5p, tpu7x), or has a whole row of 16.
     """
     if len(self.shape) == 3:
       return all(size % 4 == 0 for size in self.shape)
@@ -90,6 +91,24 @@ def parse(name: str, slices: int = 1) -> Target:
   return Target(name, chip, family, tuple(map(int, torus.split("x"))), slices)
 
 
+def of_chips(family: str, chips: int) -> Target:
+  """Returns the target of so many chips of a kind: the slice, or the hosts of GPUs.
+
+  Raises:
+    UserError: there is no such kind, or no such slice.
+  """
+  chip = CHIPS.get(family)
+  return parse(f"{family}-{chips * (_cores(family) if chip and chip.tpu else 1)}")
+
+
+def all_sizes(target: Target) -> list[Target]:
+  """Returns the targets of the same kind, the smallest first, up to 4,096 chips."""
+  if target.chip.tpu:
+    tori = _TORI_2D if target.family in ("v5e", "v6e") else _TORI_3D
+    return [of_chips(target.family, _chips(torus)) for torus in tori]
+  return [of_chips(target.family, 2**n) for n in range(11)]
+
+
 def _cores(family: str) -> int:
   return 1 if family in ("v5e", "v6e") else 2
 
@@ -120,10 +139,12 @@ def devices(target: Target) -> Sequence[jax.Device]:
       fused_attention_stablehlo.check_compute_capability = lambda capability: True
       hosts, gpus = target.shape
       described = topologies.get_topology_desc(
-        platform="cuda", target_config=_GPU.format(**_GPUS[target.family]), topology=f"1x{hosts}x{gpus}"
+        platform="cuda",
+        target_config=_GPU.format(**_GPUS[target.family]),
+        topology=f"1x{hosts}x{gpus}",
       )
     else:
-      options = {"num_slices": target.slices} if target.slices > 1 else {}
+      options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
       if target.family == "v4":
         options["chip_config_name"] = "megacore"  # a chip is one device, as it is on a v5p
       torus = "x".join(map(str, target.shape))

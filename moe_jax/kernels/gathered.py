@@ -104,7 +104,7 @@ def gathered_experts(weights: Experts) -> Experts:
     dimension = name.rsplit("_", 1)[-1].find("D")
     if weight is None or dimension < 0:
       return weight
-    return gathered_whole(weight, dimension, ("fsdp",))
+    return gathered_whole(vary(weight, frozenset(("data", "fsdp"))), dimension, ("fsdp",))
 
   return weights._replace(**{n: gathered(n, w) for n, w in weights._asdict().items()})
 

@@ -16,6 +16,7 @@ from moe_jax import sharding
 from moe_jax.config import Model, MoE
 from moe_jax.kernels import activation, gathered
 from moe_jax.kernels import experts as expert_kernels
+from moe_jax.kernels.autodiff import vary
 from moe_jax.kernels.experts import Experts, ExpertWeights
 from moe_jax.moe import counts, dispatch, exchange, routers, routing
 from moe_jax.moe.counts import Choices, MoeStats
@@ -138,6 +139,8 @@ def on_mesh(
   }
 
   def gathered_first(x_BLD: jax.Array, inputs: LayerInputs, experts: Experts) -> MoEOutput:
+    # Here, so that the gradient is summed over `tensor` for tokens and not for their rows.
+    x_BLD = vary(x_BLD, frozenset(("tensor",)))
     return local(x_BLD, inputs, gathered.gathered_experts(experts))
 
   return jax.shard_map(

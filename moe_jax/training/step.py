@@ -114,8 +114,10 @@ def batch_sums(
   return jax.lax.scan(add, zeros, (micro, keys))[0]
 
 
-def compile_step(setup: Setup, only: tuple[str, ...] = (), *, donate: bool = True) -> Step:
-  """Returns the compiled `train_step`.
+def compile_step(
+  setup: Setup, only: tuple[str, ...] = (), *, donate: bool = True
+) -> jax.stages.Wrapped:
+  """Returns the jitted `train_step`, which is compiled when it is called.
 
   Args:
     setup: of the run; its kernels are chosen.
