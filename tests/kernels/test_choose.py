@@ -193,7 +193,8 @@ def test_a_scheduler_that_breaks_the_ragged_exchange_is_refused(
   flag = "--xla_gpu_enable_latency_hiding_scheduler"
   named = "--xla_a=1" if variable is None else f"{flag}=0 --xla_a=1 {flag}{variable} --xla_b=2"
   monkeypatch.setenv("XLA_FLAGS", named)
-  monkeypatch.setitem(jax.config.values, "jax_optimization_level", level)
+  config_of_jax = {**jax.config.values, "jax_optimization_level": level}
+  monkeypatch.setattr(type(jax.config), "values", config_of_jax)
   ragged = override(dropless(exchange=Exchange.RAGGED), {"mesh.expert": 2})
   monkeypatch.setattr(platform, "name", lambda: "tpu")
   choose.check_kernels(ragged)
@@ -204,8 +205,8 @@ def test_a_scheduler_that_breaks_the_ragged_exchange_is_refused(
     with pytest.raises(UserError) as error:
       choose.check_kernels(ragged)
     assert str(error.value) == (
-      f"config.model.moe.exchange=ragged: with {setting}, which you can drop, its gradients are NaN "
-      "on a GPU; set it to auto"
+      f"config.model.moe.exchange=ragged: with {setting}, which you can drop, its gradients are "
+      "NaN on a GPU; set it to auto"
     )
   else:
     choose.check_kernels(ragged)

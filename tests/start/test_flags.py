@@ -106,7 +106,7 @@ from moe_jax.config import Config, Mesh, Model, MoE
 from moe_jax.start import flags
 if sys.argv[2:]:
   flags.TRIED = ((0, 1), (0, 2))
-flags.set_flags(Config(Model(moe=MoE(num_experts=8)), mesh=Mesh(fsdp=2)), sys.argv[1])
+flags.set_flags(Config(model=Model(moe=MoE(num_experts=8)), mesh=Mesh(fsdp=2)), sys.argv[1])
 flags.set_flags(Config(), "v4")
 assert not xla_bridge.backends_are_initialized()
 print(json.dumps([dict(os.environ), jax.config.values["jax_optimization_level"], flags.lines()]))
@@ -201,7 +201,7 @@ def test_a_run_prints_and_records_its_flags(tmp_path, cache):
     "name": VMEM,
     "value": 81920,
     "reason": "VMEM of the running operation, against that of prefetching the next one",
-    "source": "MaxText benchmarks/xla_flags_library.py",
+    "source": "MaxText xla_flags_library.py",
     "place": "LIBTPU_INIT_ARGS",
     "set_by": "moe_jax",
   }
@@ -224,11 +224,10 @@ def test_the_page_has_every_row():
 # The compilers know the names.
 
 
-def in_variable(place):
-  found = [flag for flag in all_flags().values() if flag.place == place]
-  text = " ".join(f"--{f.name}={str(f.value).lower()}" for f in found)
+def in_variable(place, found=None):
+  found = [flag for flag in found or all_flags().values() if flag.place == place]
   assert len(found) > 1
-  return {place: text}
+  return {place: " ".join(f"--{flag.name}={spelled(flag.value)}" for flag in found)}
 
 
 def test_xla_knows_its_flags():
@@ -242,20 +241,23 @@ def test_xla_knows_its_flags():
 WORKER = ROOT / "tests/support/flags_worker.py"
 
 
-def compile_with(platform, env, *, fails=False):
-  done = python(WORKER, platform, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+def compiled_for(chip, env, *, fails=False):
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **env}
+  done = python(WORKER, chip, env["XLA_FLAGS"], env=env)
   assert bool(done.returncode) == fails, done.stderr[-2000:]
   return done.stderr if fails else json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_libtpu_knows_its_flags():
-  """When it starts, and each as an option of one compilation."""
-  env = {"XLA_FLAGS": ""} | in_variable("LIBTPU_INIT_ARGS")
-  assert compile_with("tpu", env) == dict.fromkeys(TPUS, "is_no_flag")
+@pytest.mark.parametrize("chip", TPUS)
+def test_libtpu_knows_the_flags_of_a_chip(chip):
+  """When it starts, and as options of one compilation."""
+  env = in_variable("LIBTPU_INIT_ARGS", flags.flags_of(chip, SPLIT, 2))
+  assert compiled_for(chip, env)["refused"] == "is_no_flag"
+  assert compiled_for(chip, {})["refused"] == "is_no_flag"
   env["LIBTPU_INIT_ARGS"] += " --is_no_flag=1"
-  assert "is_no_flag" in compile_with("tpu", env, fails=True)
+  assert "is_no_flag" in compiled_for(chip, env, fails=True)
 
 
 @pytest.mark.slow
@@ -264,7 +266,7 @@ def test_libtpu_knows_its_flags():
 )
 def test_the_cuda_plugin_knows_its_flags():
   """And hides no latency of a ragged exchange under the flags of one; under O1 it would."""
-  found = compile_with("cuda", {"XLA_FLAGS": ""})
-  assert found == {"refused": "is_no_flag", "hidden": True, "hidden by its own flags": False}
-  found = compile_with("cuda", in_variable("XLA_FLAGS"))  # where the scheduler is off for all
-  assert found == {"refused": "is_no_flag", "hidden": False, "hidden by its own flags": False}
+  found = compiled_for("h200", {})
+  assert found == {"split": True, "ragged": False, "refused": "is_no_flag"}
+  found = compiled_for("h200", in_variable("XLA_FLAGS"))  # where the scheduler is off for all
+  assert found == {"split": False, "ragged": False, "refused": "is_no_flag"}

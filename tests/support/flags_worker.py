@@ -1,4 +1,4 @@
-"""Compiles a small program under the flags of chips; test_flags.py runs it as a process.
+"""Compiles a small program under a chip's flags: flags_worker.py CHIP XLA_FLAGS.
 
 Prints, as JSON, what is refused of an option that no compiler has, and for a GPU which options let
 XLA's scheduler hide the latency of a ragged exchange.
@@ -8,7 +8,6 @@ import json
 import os
 import sys
 
-_GIVEN = os.environ.get("XLA_FLAGS", "")
 os.environ |= {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -17,10 +16,6 @@ os.environ |= {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_LOG_DIR": "disabled",
 }
-from tests.support.gpu_compile_worker import H200
-
-os.environ["XLA_FLAGS"] = _GIVEN  # which that module has removed
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -29,7 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, Dispatch, Exchange, Mesh, Model, MoE, override
 from moe_jax.start import flags
+from tests.support.gpu_compile_worker import H200
 
+os.environ["XLA_FLAGS"] = sys.argv[2]  # that module removes the ones that are there
 SPLIT = Config(model=Model(moe=MoE(num_experts=8)), mesh=Mesh(fsdp=2, expert=4))
 RAGGED = override(
   SPLIT, {"model.moe.dispatch": Dispatch.GROUPED, "model.moe.exchange": Exchange.RAGGED}
@@ -68,31 +65,19 @@ def refused(program):
   return ""
 
 
-def tpu():
-  found = {}
-  for chip, topology in TORUS.items():
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    program = lowered(devices, exchange=False)
-    for config in (SPLIT, RAGGED):
-      program.compile(compiler_options=flags.compiler_options(flags.flags_of(chip, config, 2)))
-    found[chip] = refused(program)
-  return found
+def main(chip):
+  tpu = chip in TORUS
+  gpus = {"target_config": H200, "topology": "1x1x4"}  # slices x hosts x GPUs
+  kind = {"topology_name": TORUS[chip]} if tpu else gpus
+  topology = topologies.get_topology_desc(platform="tpu" if tpu else "cuda", **kind)
+  program = lowered(topology.devices, exchange=not tpu)
 
-
-def cuda():
-  topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x4")
-  program = lowered(topology.devices, exchange=True)
-
-  def hides_latency(config):
-    options = flags.compiler_options(flags.flags_of("h200", config))
+  def hidden(config):
+    options = flags.compiler_options(flags.flags_of(chip, config, 2))
     return "scheduling_name" in program.compile(compiler_options=options).as_text()
 
-  return {
-    "refused": refused(program),
-    "hidden": hides_latency(SPLIT),
-    "hidden by its own flags": hides_latency(RAGGED),
-  }
+  return {"split": hidden(SPLIT), "ragged": hidden(RAGGED), "refused": refused(program)}
 
 
 if __name__ == "__main__":
-  print(json.dumps({"tpu": tpu, "cuda": cuda}[sys.argv[1]]()))
+  print(json.dumps(main(sys.argv[1])))
