@@ -24,6 +24,7 @@ RAGGED = override(
   SPLIT, {"model.moe.dispatch": Dispatch.GROUPED, "model.moe.exchange": Exchange.RAGGED}
 )
 VMEM, LEVEL = "xla_tpu_scoped_vmem_limit_kib", "jax_optimization_level"
+EINSUM = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
 
 
@@ -38,7 +39,9 @@ def all_flags():
 
 def test_a_chip_and_a_run_say_which_flags():
   assert values("v6e")[VMEM] == 81920 and values("v6e", DENSE)[VMEM] == 98304
-  assert values("v6e")["xla_tpu_overlap_compute_collective_tc"] is True
+  assert values("v5e")["xla_tpu_overlap_compute_collective_tc"] is True
+  assert not any("collective" in name for chip in ("v5p", "v6e") for name in values(chip))
+  assert values("v6e").keys() == {VMEM, EINSUM}
   assert values("v6e", SPARSE).keys() == {VMEM}  # whole weights are not gathered
   assert values("v4") == {}
   assert "xla_tpu_data_parallel_opt_different_sized_ops" in values("v4", slices=2)
@@ -124,7 +127,7 @@ def set_in_a_process(chip, *arguments, **environment):
 def test_flags_are_set_before_a_backend_starts():
   env, level, lines = set_in_a_process("v6e")
   assert f"--{VMEM}=81920" in env["LIBTPU_INIT_ARGS"].split()
-  assert "--xla_tpu_overlap_compute_collective_tc=true" in env["LIBTPU_INIT_ARGS"].split()
+  assert f"--{EINSUM}=1000000" in env["LIBTPU_INIT_ARGS"].split()
   assert "XLA_FLAGS" not in env and level == "UNKNOWN"
   assert lines[0] == "platform flags     v6e: --platform_flags=off sets none"
   assert any(f"{VMEM}=81920: VMEM of the" in x and "(MaxText " in x for x in lines)
@@ -139,7 +142,7 @@ def test_what_the_user_has_set_stays():
   mine = {"LIBTPU_INIT_ARGS": f"--{VMEM}=1000", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true"}
   env, _, lines = set_in_a_process("v6e", **mine)
   assert [x for x in env["LIBTPU_INIT_ARGS"].split() if VMEM in x] == [f"--{VMEM}=1000"]
-  assert "fuse_all_gather=true" in env["LIBTPU_INIT_ARGS"]
+  assert f"--{EINSUM}=1000000" in env["LIBTPU_INIT_ARGS"].split()
   assert env["XLA_FLAGS"] == mine["XLA_FLAGS"]
   assert f"  {VMEM}, as the user set it: " in "\n".join(lines)
   own = "--xla_gpu_all_gather_combine_threshold_bytes=7"
