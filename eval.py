@@ -54,7 +54,9 @@ def main() -> None:
   if not args.workdir:
     raise UserError("--workdir is missing: name a run of train.py")
   with command_line.importing():
-    workdir_lib.read_config(workdir_lib.open_path(args.workdir))  # before any device is asked
+    config = workdir_lib.read_config(
+      workdir_lib.open_path(args.workdir)
+    )  # before any device is asked
   command_line.check_folder("workdir", args.workdir)
   factors = capacity_factors(args)
   if args.tasks or args.text:
@@ -64,7 +66,7 @@ def main() -> None:
     from moe_jax.analysis import evaluation, specialisation
     from moe_jax.start import startup
 
-  with startup.together(args.multihost, args.heartbeat_timeout):
+  with startup.together(args.multihost, args.heartbeat_timeout, config):
     result, routing = evaluation.evaluate_run(
       args.workdir,
       args.step,

@@ -57,7 +57,9 @@ def main() -> None:
     raise UserError("--workdir is missing: name a run of train.py")
   options = {name: getattr(args, name) for name in GENERATION}
   check_generation(options)
-  workdir_lib.read_config(workdir_lib.open_path(args.workdir))  # before any device is asked
+  config = workdir_lib.read_config(
+    workdir_lib.open_path(args.workdir)
+  )  # before any device is asked
   if args.multihost and args.prompt_file == "-":
     raise UserError("--prompt_file=-: with --multihost give a file that every host has")
   if not args.chat and (args.system or args.messages):
@@ -65,7 +67,7 @@ def main() -> None:
   prompts = read_prompts(args)
   from moe_jax.start import startup
 
-  with startup.together(args.multihost, args.heartbeat_timeout):
+  with startup.together(args.multihost, args.heartbeat_timeout, config):
     generate(args, prompts, options, heed)
 
 

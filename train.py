@@ -69,7 +69,7 @@ def main() -> None:
 
     validation.validate(config)
 
-  with startup.together(args.multihost, args.heartbeat_timeout, saves=not args.replay):
+  with startup.together(args.multihost, args.heartbeat_timeout, config, saves=not args.replay):
     setup = setup_lib.prepare(config)
     if args.replay:
       replay.replay(setup, args.workdir, args.replay)

@@ -93,7 +93,7 @@ class LoadedRun:
     self.path = workdir_lib.open_path(workdir)
     config = workdir_lib.read_config(self.path)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **(data or {})))
-    startup.start()
+    startup.start(config)
     mesh = mesh_here(config)
     model = choose.for_reading(config.model, workdir_lib.read_kernels(self.path))
     self.config, self.split = dataclasses.replace(config, model=model, mesh=mesh), split

@@ -57,7 +57,7 @@ def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
   """
   path = workdir_lib.open_path(workdir)
   config = workdir_lib.read_config(path)
-  startup.start()
+  startup.start(config)
   config = override(config, {"mesh": sharding.fit_mesh(config.mesh, parts=jax.process_count())})
   cost.check_weights_memory(config)
   tokenizer = tokenizers.check_fits(config)

@@ -60,12 +60,19 @@ def check_kernels(config: Config) -> None:
     experts = EXPERT_KERNELS[moe.grouped_matmul]
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
       wrong["model.moe.grouped_matmul"] = _not_for(experts.platforms) or experts.available()
-  if grouped and config.mesh.expert > 1 and not platform.has_exchange(moe.exchange):
-    wrong["model.moe.exchange"] = f"it does not run on {platform.name()}"
+  if grouped and config.mesh.expert > 1:
+    wrong["model.moe.exchange"] = _exchange_refused(moe.exchange)
   fields = flatten(config)
   for field, reason in wrong.items():
     if reason:
       raise UserError(f"config.{field}={fields[field]}: {reason}; set it to auto")
+
+
+def _exchange_refused(exchange: Exchange) -> str:
+  if not platform.has_exchange(exchange):
+    return f"it does not run on {platform.name()}"
+  setting = platform.breaks_ragged() if exchange is Exchange.RAGGED else ""
+  return setting and f"with {setting}, which you can drop, its gradients are NaN on a GPU"
 
 
 def _not_for(platforms: tuple[str, ...]) -> str:
@@ -104,6 +111,8 @@ def resolve(config: Config, recorded: dict[str, str]) -> tuple[Config, dict[str,
     line = _named(exchange.value, before)
     if exchange is Exchange.AUTO:
       exchange = Exchange(before or platform.default_exchange().value)
+      if config.mesh.expert > 1 and _exchange_refused(exchange):
+        exchange = platform.default_exchange()
       line = exchange.value
     lines.append(f"exchange           {line}")
   moe = dataclasses.replace(moe, grouped_matmul=grouped_matmul, exchange=exchange)
@@ -228,7 +237,9 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
   seconds: dict[GroupedMatmul, float] = {}
   notes = []
   with _one_device():
-    few, many = (_trial(n, D, F, E, dtype) for n in (min(rows, _COMPARED_ROWS), rows))
+    few = _trial(uneven_sizes(min(rows, _COMPARED_ROWS), E), D, F, dtype)
+    rng = np.random.default_rng(0)
+    many = _trial(rng.multinomial(rows, rng.dirichlet(np.full(E, 10.0))), D, F, dtype)
     for kernel in candidates:
       try:
         ours, theirs = (with_sizes(name, few.sizes_E) for name in (kernel, REFERENCE))
@@ -258,12 +269,22 @@ class _Trial(NamedTuple):
   dy_ND: jax.Array
 
 
-def _trial(N: int, D: int, F: int, E: int, dtype: jnp.dtype) -> _Trial:
-  rng = np.random.default_rng(0)
+def uneven_sizes(N: int, E: int) -> np.ndarray:
+  """Returns [E] sizes of groups of N rows: none, one, about a block of a kernel; then the rest."""
+  sizes: list[int] = []
+  for size in (257, 0, 1, 63, 65):  # what tells most first, where there is room for a few
+    if len(sizes) < E - 1 and sum(sizes) + size <= N:
+      sizes.append(size)
+  rest = np.array_split(np.arange(N - sum(sizes)), E - len(sizes))
+  return np.array([*sizes, *map(len, rest)])
+
+
+def _trial(sizes: np.ndarray, D: int, F: int, dtype: jnp.dtype) -> _Trial:
+  rng, N, E = np.random.default_rng(0), int(sizes.sum()), len(sizes)
   shapes = ((N, D), (E, D, F), (E, D, F), (E, F, D))
   arrays = tuple(jnp.asarray(rng.normal(size=s) * s[-2] ** -0.5, dtype) for s in shapes)
-  sizes_E = jnp.asarray(rng.multinomial(N, rng.dirichlet(np.full(E, 10.0))), jnp.int32)
-  return _Trial(arrays, sizes_E, jnp.asarray(rng.normal(size=(N, D)), dtype))
+  dy_ND = jnp.asarray(rng.normal(size=(N, D)), dtype)
+  return _Trial(arrays, jnp.asarray(sizes, jnp.int32), dy_ND)
 
 
 def with_sizes(kernel: GroupedMatmul, sizes_E: jax.Array) -> Function:

@@ -1,6 +1,8 @@
 """The kind of device that this process runs on; no other module of the model asks JAX for it."""
 
+import os
 import pathlib
+import re
 
 import jax
 import psutil
@@ -61,6 +63,19 @@ def cgroup_limits(root: pathlib.Path) -> list[int]:
 def has_exchange(exchange: Exchange) -> bool:
   """Returns whether this platform has the exchange: XLA:CPU has no ragged_all_to_all."""
   return exchange is not Exchange.RAGGED or name() != "cpu"
+
+
+def breaks_ragged() -> str:
+  """Returns the setting, or "", under which gradients of the ragged exchange are NaN on a GPU.
+
+  It is the latency-hiding scheduler of XLA, for which a level of optimization stands, too.
+  """
+  scheduler = r"--xla_gpu_enable_latency_hiding_scheduler\b\S*"
+  named = re.findall(scheduler, os.environ.get("XLA_FLAGS", ""))[-1:]  # the last one counts
+  level = jax.config.values["jax_optimization_level"]
+  found = [f"XLA_FLAGS={flag}" for flag in named if not re.search("=(false|0)$", flag, re.I)]
+  found += [f"JAX_OPTIMIZATION_LEVEL={level}"] * (level not in ("UNKNOWN", "O0"))
+  return found[0] if found and name() == "gpu" else ""
 
 
 def default_exchange() -> Exchange:

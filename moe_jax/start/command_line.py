@@ -30,9 +30,11 @@ from moe_jax.errors import StorageError, UserError, end, is_storage, notice
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
+PLATFORM_FLAGS = "MOE_JAX_PLATFORM_FLAGS"  # "off" in this process and in those that it starts
+
 
 class Parser(argparse.ArgumentParser):
-  """Reads sys.argv; a mistake in it is a UserError. Every command has the flag --cache_dir.
+  """Reads sys.argv; a mistake in it is a UserError. Every command has --cache_dir and more.
 
   Args:
     doc: the docstring of the command, which --help prints.
@@ -44,6 +46,7 @@ class Parser(argparse.ArgumentParser):
     super().__init__(description=doc, usage=none, allow_abbrev=False, formatter_class=style)
     self._fields = fields
     self.flag("cache_dir", "", "folder of tokens and programs ($MOE_JAX_CACHE or the user's cache)")
+    self.flag("platform_flags", "on", "whether the flags of flags.toml are set", ["on", "off"])
 
   def flag(self, name: str, default: Any, help: str, choices: Any = None, **bounds: Any) -> None:
     """Adds --NAME, of the type of its default.
@@ -82,6 +85,8 @@ class Parser(argparse.ArgumentParser):
       near = f"; the nearest is {close[0]}" if close else ": options start with --"
       raise UserError(f"unexpected argument {unknown[0]!r}{near}")
     set_cache(args.cache_dir)
+    if args.platform_flags == "off":
+      os.environ[PLATFORM_FLAGS] = "off"
     logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)  # Orbax logs every step of a save, and errors it raises
     faulthandler.enable(2)  # a crash in compiled code says from where it was called

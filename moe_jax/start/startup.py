@@ -15,15 +15,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax.config import Config
 from moe_jax.data import cache
 from moe_jax.errors import UserError, few
-from moe_jax.start import command_line
+from moe_jax.start import command_line, flags
 
 _MOMENT = 3.0  # seconds in which the same mistake in all processes becomes a line of each of them
 
 
-def start() -> None:
-  """Makes the settings. To be called once, before the first jax computation."""
+def start(config: Config | None = None) -> None:
+  """Makes the settings, with the flags of the chips for a run. Before the first jax computation."""
+  if config is not None:
+    flags.set_flags(config, flags.chip_here())
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     # A collective of simulated devices needs a thread for each of them, or it waits for ever.
     os.environ.setdefault("PJRT_NPROC", "32")
@@ -36,7 +39,9 @@ def start() -> None:
 
 
 @contextlib.contextmanager
-def together(multihost: bool, timeout: int, *, saves: bool = False) -> Iterator[None]:
+def together(
+  multihost: bool, timeout: int, config: Config, *, saves: bool = False
+) -> Iterator[None]:
   """Runs the body as one of several processes, if `multihost`.
 
   Process 0 alone has a stdout. Where a process ends before its body does, jax aborts the others:
@@ -48,6 +53,7 @@ def together(multihost: bool, timeout: int, *, saves: bool = False) -> Iterator[
       JAX_PROCESS_ID name them.
     timeout: seconds without a heartbeat after which a process is lost. All have to start within
       five times as long.
+    config: of the run, whose flags are set.
     saves: whether the body saves and stops when SIGTERM comes (Checkpointer.reached_preemption);
       otherwise SIGTERM ends the process at once, and so all of them.
 
@@ -72,7 +78,7 @@ def together(multihost: bool, timeout: int, *, saves: bool = False) -> Iterator[
       f"and JAX_PROCESS_ID ({index}) on every host, or leave --multihost out for one process"
     ) from None
   try:
-    start()
+    start(config)
     if jax.process_index():
       stdout = os.open(os.devnull, os.O_WRONLY)
     sys.stdout = open(stdout, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 (to the end)

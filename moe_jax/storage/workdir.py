@@ -18,6 +18,7 @@ from moe_jax.storage import files, remote
 CONFIG = "config.json"  # the resolved config
 DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its fingerprint}
 KERNELS = "kernels.json"  # {operation: the implementation that computes it in this run}
+FLAGS = "flags.json"  # the flags of the compilers and libraries that the newest start set
 INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters this run began with
 METRICS = "metrics.jsonl"  # one line for each logged step
 ALARMS = "alarms.jsonl"  # one line for each alarm

@@ -17,8 +17,8 @@ from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.kernels import choose
 from moe_jax.model import cost
 from moe_jax.moe import validation
-from moe_jax.start import command_line
-from moe_jax.storage import checkpoint, lock
+from moe_jax.start import command_line, flags
+from moe_jax.storage import checkpoint, files, lock
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import health, init_from, optimizers, profiling
 from moe_jax.training.evaluator import Evaluator
@@ -283,5 +283,7 @@ def choose_kernels(setup: Setup, workdir: pathlib.Path, *, write: bool = True) -
   config, chosen, lines = choose.resolve(setup.config, workdir_lib.read_kernels(workdir))
   if jax.process_index() == 0 and write:
     workdir_lib.write_object(workdir / workdir_lib.KERNELS, chosen)
-    print("\n".join(lines))
+    if flags.HERE or files.exists(workdir / workdir_lib.FLAGS):
+      workdir_lib.write_object(workdir / workdir_lib.FLAGS, flags.HERE)
+    print("\n".join([*flags.lines(), *lines]))
   return dataclasses.replace(setup, config=config)

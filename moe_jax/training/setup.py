@@ -51,7 +51,7 @@ def prepare(config: Config) -> Setup:
   Raises:
     UserError: the config does not fit the devices, or a kernel that it names does not run here.
   """
-  startup.start()
+  startup.start(config)
   config = validation.resolve_mesh(config, jax.device_count())
   choose.check_kernels(config)
   made = make(config, sharding.make_mesh(config.mesh))

@@ -175,6 +175,62 @@ def test_what_cannot_run_here_is_refused_before_a_run_starts(monkeypatch):
     choose.check_kernels(config)
 
 
+@pytest.mark.parametrize(
+  ("variable", "level", "setting"),
+  [
+    ("=true", "UNKNOWN", "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true"),
+    ("", "O0", "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler"),
+    ("=false", "O1", "JAX_OPTIMIZATION_LEVEL=O1"),
+    (None, "O3", "JAX_OPTIMIZATION_LEVEL=O3"),
+    ("=False", "UNKNOWN", ""),
+    (None, "O0", ""),
+  ],
+)
+def test_a_scheduler_that_breaks_the_ragged_exchange_is_refused(
+  variable, level, setting, monkeypatch
+):
+  """On a GPU, over several devices. A run that recorded it and says auto takes another."""
+  flag = "--xla_gpu_enable_latency_hiding_scheduler"
+  named = "--xla_a=1" if variable is None else f"{flag}=0 --xla_a=1 {flag}{variable} --xla_b=2"
+  monkeypatch.setenv("XLA_FLAGS", named)
+  config_of_jax = {**jax.config.values, "jax_optimization_level": level}
+  monkeypatch.setattr(type(jax.config), "values", config_of_jax)
+  ragged = override(dropless(exchange=Exchange.RAGGED), {"mesh.expert": 2})
+  monkeypatch.setattr(platform, "name", lambda: "tpu")
+  choose.check_kernels(ragged)
+  monkeypatch.setattr(platform, "name", lambda: "gpu")
+  choose.check_kernels(override(ragged, {"mesh.expert": 1}))
+  choose.check_kernels(override(ragged, {"model.moe.exchange": Exchange.ALL_TO_ALL}))
+  if setting:
+    with pytest.raises(UserError) as error:
+      choose.check_kernels(ragged)
+    assert str(error.value) == (
+      f"config.model.moe.exchange=ragged: with {setting}, which you can drop, its gradients are "
+      "NaN on a GPU; set it to auto"
+    )
+  else:
+    choose.check_kernels(ragged)
+  auto = override(ragged, {"model.moe.exchange": Exchange.AUTO})
+  record = {"attention": "reference", "grouped_matmul": "ragged_dot", "exchange": "ragged"}
+  with jax.set_mesh(mesh_of(expert=2)):
+    config, again, _ = choose.resolve(auto, record | {"device": jax.devices()[0].device_kind})
+  assert again["exchange"] == config.model.moe.exchange.value
+  assert again["exchange"] == ("all_gather" if setting else "ragged")
+
+
+def test_groups_are_uneven():
+  """None, one, and about a kernel's block; what tells most where there are few experts or rows."""
+  assert choose.uneven_sizes(512, 8).tolist() == [257, 0, 1, 63, 65, 42, 42, 42]
+  assert choose.uneven_sizes(512, 6).tolist() == [257, 0, 1, 63, 65, 126]
+  assert choose.uneven_sizes(512, 5).tolist() == [257, 0, 1, 63, 191]
+  assert choose.uneven_sizes(512, 2).tolist() == [257, 255]
+  assert choose.uneven_sizes(512, 1).tolist() == [512]
+  assert choose.uneven_sizes(100, 4).tolist() == [0, 1, 63, 36]
+  for N, E in ((1, 8), (64, 3), (300, 64), (512, 128)):
+    sizes = choose.uneven_sizes(N, E)
+    assert sizes.sum() == N and len(sizes) == E and (sizes >= 0).all()
+
+
 def test_another_platforms_kernels_become_auto(monkeypatch):
   """To evaluate on a laptop what was trained on a pod."""
   moe = MoE(grouped_matmul=GroupedMatmul.MOSAIC, exchange=Exchange.RAGGED)

@@ -22,7 +22,7 @@ def main(folder: str) -> None:
   tensor = {"mesh.tensor": 2, "model.num_kv_heads": 2}
   alarm = {"drop_fraction": 0.01, "patience": 3, "on_alarm": "stop"}
   alarm = {f"health.{name}": value for name, value in alarm.items()} | {"mesh.expert": 2}
-  with startup.together(True, 10, saves=True):
+  with startup.together(True, 10, config(), saves=True):
     if "--bug" in sys.argv:
       multihost_utils.process_allgather(1 // (1 - jax.process_index()))
     from moe_jax.analysis import evaluation

@@ -1,0 +1,83 @@
+"""Compiles a small program under a chip's flags: flags_worker.py CHIP XLA_FLAGS.
+
+Prints, as JSON, what is refused of an option that no compiler has, and for a GPU which options let
+XLA's scheduler hide the latency of a ragged exchange.
+"""
+
+import json
+import os
+import sys
+
+os.environ |= {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_LOG_DIR": "disabled",
+}
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.config import Config, Dispatch, Exchange, Mesh, Model, MoE, override
+from moe_jax.start import flags
+from tests.support.gpu_compile_worker import H200
+
+os.environ["XLA_FLAGS"] = sys.argv[2]  # that module removes the ones that are there
+SPLIT = Config(model=Model(moe=MoE(num_experts=8)), mesh=Mesh(fsdp=2, expert=4))
+RAGGED = override(
+  SPLIT, {"model.moe.dispatch": Dispatch.GROUPED, "model.moe.exchange": Exchange.RAGGED}
+)
+TORUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TORUS["tpu7x"] = "tpu7x:2x2x1"
+
+
+def lowered(devices, exchange):
+  """Returns a matmul of gathered weights, of rows that an exchange has moved, and its gradient."""
+  mesh = jax.sharding.Mesh(devices, ("x",))
+
+  def local(x_ND, w_DD, sizes_X):
+    if exchange:
+      starts_X = jnp.cumsum(sizes_X) - sizes_X
+      x_ND = jax.lax.ragged_all_to_all(
+        x_ND, jnp.zeros_like(x_ND), starts_X, sizes_X, starts_X, sizes_X, axis_name="x"
+      )
+    return x_ND @ jax.lax.all_gather(w_DD, "x", tiled=True)
+
+  specs = (P("x"), P("x"), P())
+  mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("x"), check_vma=False)
+  shapes = (((1024, 512), jnp.bfloat16), ((512, 512), jnp.bfloat16), ((len(devices),), jnp.int32))
+  arrays = [
+    jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec))
+    for shape, spec in zip(shapes, specs, strict=True)
+  ]
+  return jax.jit(mapped).lower(*arrays)
+
+
+def refused(program):
+  try:
+    program.compile(compiler_options={"is_no_flag": "1"})
+  except jax.errors.JaxRuntimeError as error:
+    return "is_no_flag" if "is_no_flag" in str(error) else str(error)
+  return ""
+
+
+def main(chip):
+  tpu = chip in TORUS
+  gpus = {"target_config": H200, "topology": "1x1x4"}  # slices x hosts x GPUs
+  kind = {"topology_name": TORUS[chip]} if tpu else gpus
+  topology = topologies.get_topology_desc(platform="tpu" if tpu else "cuda", **kind)
+  program = lowered(topology.devices, exchange=not tpu)
+
+  def hidden(config):
+    options = flags.compiler_options(flags.flags_of(chip, config, 2))
+    return "scheduling_name" in program.compile(compiler_options=options).as_text()
+
+  return {"split": hidden(SPLIT), "ragged": hidden(RAGGED), "refused": refused(program)}
+
+
+if __name__ == "__main__":
+  print(json.dumps(main(sys.argv[1])))
