@@ -31,6 +31,7 @@ GROUPS = {
   # They run anywhere: a plan starts no trainer, and a report needs no jax.
   "report": {*_BASE, "storage", "start"},
   "sweep": {*_BASE, "storage", "start", "moe", "model", "report"},
+  "compile": _CORE | {"inference", "training"},
   # A leaf: nothing imports it.
   "hf": _CORE | {"inference"},
 }

@@ -59,7 +59,8 @@ def main() -> None:
     return
   target = targets.parse(args.topology, args.slices)
   try:
-    compiled = programs.compile_for(config, target, args.mode, notice)
+    set_flags = [] if args.platform_flags == "off" else None
+    compiled = programs.compile_for(config, target, args.mode, notice, set_flags)
   except programs.DoesNotFitError as error:
     what = search.remedy(config, target) if args.mode == "train" else "take more devices"
     raise programs.DoesNotFitError(f"does not fit: {error}; {what}") from None

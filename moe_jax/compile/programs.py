@@ -25,6 +25,7 @@ from moe_jax.model.cost import gib
 from moe_jax.model.pattern import bias_shape
 from moe_jax.model.transformer import abstract_params
 from moe_jax.moe import validation
+from moe_jax.start import flags
 from moe_jax.storage import checkpoint
 from moe_jax.training import setup as setup_lib
 from moe_jax.training import step as step_lib
@@ -57,6 +58,7 @@ class Compiled(NamedTuple):
   program: program_lib.Program
   memory: Memory
   seconds: float  # of compiling
+  flags: list[flags.Flag]
 
 
 class DoesNotFitError(UserError):
@@ -65,7 +67,13 @@ class DoesNotFitError(UserError):
   code = 4
 
 
-def compile_for(config: Config, target: Target, mode: str, say: Callable[[str], None]) -> Compiled:
+def compile_for(
+  config: Config,
+  target: Target,
+  mode: str,
+  say: Callable[[str], None],
+  set_flags: list[flags.Flag] | None = None,
+) -> Compiled:
   """Compiles a run's step for devices that are not here.
 
   Args:
@@ -74,6 +82,7 @@ def compile_for(config: Config, target: Target, mode: str, say: Callable[[str], 
     mode: "train", a training step; "prefill", the first pass over data.batch_size prompts of
       data.seq_len tokens; "decode", a step for as many rows whose cache has room for seq_len.
     say: prints a line of progress.
+    set_flags: of the compiler, by default those that a run on the devices would set.
 
   Raises:
     DoesNotFitError: the memory of a device does not suffice.
@@ -81,6 +90,8 @@ def compile_for(config: Config, target: Target, mode: str, say: Callable[[str], 
       state, or the remat policy saves as much as none.
   """
   config = validation.resolve_mesh(config, target.devices)
+  if set_flags is None:
+    set_flags = flags.flags_of(target.family, config, target.slices)
   mesh = sharding.make_mesh(config.mesh, targets.devices(target))
   if mode == "train":
     _check_remat(config)
@@ -93,7 +104,7 @@ def compile_for(config: Config, target: Target, mode: str, say: Callable[[str], 
     counted = flops_lib.count(traced.jaxpr, cost.mean_keys(config))
     start = time.monotonic()
     try:
-      compiled = traced.lower().compile()
+      compiled = traced.lower().compile(compiler_options=flags.compiler_options(set_flags))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -115,7 +126,7 @@ def compile_for(config: Config, target: Target, mode: str, say: Callable[[str], 
     )
   hlo = compiled.as_text()
   read = program_lib.read_program(hlo, dict(mesh.shape))
-  return Compiled(config, mesh, tokens, counted, hlo, read, memory, seconds)
+  return Compiled(config, mesh, tokens, counted, hlo, read, memory, seconds, set_flags)
 
 
 def _train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, int]:

@@ -36,6 +36,7 @@ def as_json(compiled: Compiled, target: Target, mode: str) -> dict[str, Any]:
     "mesh": dict(mesh.shape),
     "tokens": compiled.tokens,
     "parameters": {"total": counts.total, "active": counts.active},
+    "flags": {flag.name: flag.value for flag in compiled.flags},
     "compile_seconds": round(compiled.seconds, 1),
     "memory": memory._asdict() | {"peak": memory.peak, "of": target.chip.memory},
     "flops": {"model": useful / target.devices, "executed": flops}
@@ -73,6 +74,7 @@ def page(result: dict[str, Any]) -> str:
     f"memory         {gib(memory['peak'])} of {gib(memory['of'])} on each device: "
     f"{gib(memory['arguments'])} arguments, {gib(memory['temporaries'])} temporaries; of "
     f"{gib(memory['outputs'])} of results {gib(memory['aliased'])} take the place of arguments",
+    f"flags          {_flags(result)}",
     f"FLOPs          {si(flops['executed'])} a device, {flops['executed'] / flops['model']:.2f} "
     f"times the model's {si(flops['model'])}; {si(flops['kernels'])} of them in kernels",
     "",
@@ -83,7 +85,7 @@ def page(result: dict[str, Any]) -> str:
     if one["seconds"] < 1e-3 * seconds["step"]:
       continue
     lines.append(
-      f"{one['kind']:<19}{'+'.join(one['axes']):<22}{one['phase'] or '-':<12}{one['count']:>6} "
+      f"{one['kind']:<19}{'+'.join(one['axes']):<22}{one['phase'] or '-':<12}{one['times']:>6} "
       f"{gib(one['size']):>11} {gib(one['wire_bytes']):>11} {_ms(one['seconds']):>10}"
     )
   small = [one for one in result["collectives"] if one["seconds"] < 1e-3 * seconds["step"]]
@@ -105,6 +107,11 @@ def page(result: dict[str, Any]) -> str:
     f"MFU at most {100 * result['mfu_ceiling']:.1f}%",
   ]
   return "\n".join(lines)
+
+
+def _flags(result: dict[str, Any]) -> str:
+  words = [f"{name}={value}" for name, value in result["flags"].items()]
+  return ", ".join(words) or "none"
 
 
 def _cycles(result: dict[str, Any]) -> list[str]:
