@@ -129,7 +129,20 @@ def _first_of_each_process(mesh: Mesh, devices: Sequence[jax.Device] | None) -> 
 def _on_torus(mesh: Mesh, devices: list[jax.Device], split: bool) -> np.ndarray:
   """Returns the devices in the mesh's shape, neighbours on a TPU's torus together."""
   shape = tuple(getattr(mesh, axis) for axis in AXES)
-  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+  # Of TPUs, which have places on a torus; a GPU's slice is its host.
+  torus = [device for device in devices if hasattr(device, "coords")]
+  slices = len({getattr(device, "slice_index", 0) for device in torus})
+  if slices <= 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+  if mesh.data % slices:
+    raise UserError(
+      f"config.mesh.data={mesh.data} does not divide over {slices} slices: only `data` crosses the "
+      f"network between slices; choose a multiple of {slices}"
+    )
+  inside, across = (mesh.data // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+  return mesh_utils.create_hybrid_device_mesh(
+    inside, across, devices, allow_split_physical_axes=split
+  )
 
 
 def _fits_torus(mesh: Mesh, devices: list[jax.Device]) -> bool:

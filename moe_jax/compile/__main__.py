@@ -44,6 +44,7 @@ def main() -> None:
   os.environ.pop("XLA_FLAGS", None)  # those of another platform
   with command_line.importing():
     from moe_jax.compile import programs, report, search, targets
+    from moe_jax.start import flags
     from moe_jax.storage import files
 
   if args.search:
@@ -59,7 +60,7 @@ def main() -> None:
     return
   target = targets.parse(args.topology, args.slices)
   try:
-    set_flags = [] if args.platform_flags == "off" else None
+    set_flags: list[flags.Flag] | None = [] if args.platform_flags == "off" else None
     compiled = programs.compile_for(config, target, args.mode, notice, set_flags)
   except programs.DoesNotFitError as error:
     what = search.remedy(config, target) if args.mode == "train" else "take more devices"

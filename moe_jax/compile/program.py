@@ -78,11 +78,13 @@ def read_program(hlo: str, mesh: dict[str, int]) -> Program:
         target := re.search(r'custom_call_target="([^"]*)"', line.rest)
       ):
         custom[target[1]] += times
-      if (kind := _kind(line)) and (axes := _axes(line.rest, mesh)):
-        size = _size(_result(line)) * (
-          math.prod(mesh[a] for a in axes) if kind == "reduce-scatter" else 1
-        )
-        found[kind, axes, phase, size] += times
+      if between := re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest):
+        if line.op == "send":  # to the same devices of other slices, over which `data` alone lies
+          kind = between[1].lower().replace("_", "-")
+          found[kind, ("data",), phase, _size(line.types.partition(", u32[]")[0])] += times
+      elif (kind := _kind(line)) and (axes := _axes(line.rest, mesh)):
+        parts = math.prod(mesh[axis] for axis in axes) if kind == "reduce-scatter" else 1
+        found[kind, axes, phase, _size(_result(line)) * parts] += times
   collectives = [Collective(*key, count) for key, count in sorted(found.items())]
   return Program(collectives, {k: v for k, v in cycles.items() if v}, memory_bytes, dict(custom))
 

@@ -97,7 +97,7 @@ def compile_for(
     _check_remat(config)
   with jax.set_mesh(mesh):
     if mode == "train":
-      traced, tokens = _train_step(config, mesh)
+      traced, tokens = train_step(config, mesh)
     else:
       traced, tokens = _inference(config, mesh, mode)
     say(f"traced; compiling for {target.devices} devices, which takes minutes for a large model")
@@ -129,7 +129,7 @@ def compile_for(
   return Compiled(config, mesh, tokens, counted, hlo, read, memory, seconds, set_flags)
 
 
-def _train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, int]:
+def train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, int]:
   setup = setup_lib.make(config, mesh)
   rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
   size = (config.data.batch_size, config.data.seq_len)

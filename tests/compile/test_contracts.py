@@ -1,0 +1,197 @@
+"""What a compiled training step may do, on TPUs and GPUs that are not here.
+
+Each program is compiled by the command that a user types. The model has experts that are larger
+than any of its other matrices, so that a size tells what was moved.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.toys import ROOT
+
+D, F, E, K, LAYERS, LENGTH, VOCABULARY, HEADS = 256, 1024, 32, 2, 2, 128, 512, 2
+FIELDS = {
+  "data.batch_size": 64,
+  "data.seq_len": LENGTH,
+  "model.dim": D,
+  "model.num_layers": LAYERS,
+  "model.num_heads": HEADS,
+  "model.num_kv_heads": HEADS,
+  "model.head_dim": 128,
+  "model.vocab_size": VOCABULARY,
+  "model.tied_head": "false",
+  "model.compute_dtype": "bfloat16",
+  "model.remat": "full",
+  "model.moe.num_experts": E,
+  "model.moe.top_k": K,
+  "model.moe.expert_dim": F,
+  "model.moe.capacity_factor": 1.0,
+}
+OTHERS = LAYERS * 4 * D * HEADS * 128 + 2 * VOCABULARY * D  # elements of matrices of no expert
+
+
+def missing(module):
+  try:
+    return importlib.util.find_spec(module) is None
+  except ModuleNotFoundError:  # of the package that it is in
+    return True
+
+
+NO_TPU = missing("libtpu") and "needs libtpu: pip install -e '.[tpu]'"
+NO_GPU = (missing("jax_plugins.xla_cuda13") or missing("nvidia.cudnn")) and (
+  "needs jax's CUDA 13 plugin and cuDNN: pip install -e '.[cuda]'"
+)
+TPU = pytest.mark.skipif(bool(NO_TPU), reason=str(NO_TPU))
+GPU = pytest.mark.skipif(bool(NO_GPU), reason=str(NO_GPU))
+pytestmark = pytest.mark.slow
+on_both = pytest.mark.parametrize(
+  "topology", [pytest.param("v5e:4x8", marks=TPU), pytest.param("h200-32", marks=GPU)]
+)
+
+
+def command(topology, *arguments, config="configs/debug.py", fields=FIELDS):
+  """The command of a user, after its end."""
+  words = [f"--config.{name}={value}" for name, value in fields.items()]
+  line = ["-m", "moe_jax.compile", f"--config={config}", f"--topology={topology}"]
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  env.pop("XLA_FLAGS", None)
+  return subprocess.run(
+    [sys.executable, *line, *words, *arguments],
+    cwd=ROOT, env=env, capture_output=True, text=True, timeout=900,
+  )  # fmt: skip
+
+
+@functools.cache
+def compiled(topology, *words, **mesh):
+  """The JSON of a step on a mesh, and the page that was printed."""
+  fields = FIELDS | {f"mesh.{axis}": n for axis, n in mesh.items()}
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "step.json"
+    done = command(topology, f"--json={path}", *words, fields=fields)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(path.read_text()) | {"page": done.stdout}
+
+
+def moved(result, axis, *kinds):
+  return [c for c in result["collectives"] if axis in c["axes"] and c["kind"] in kinds]
+
+
+def rows(result):
+  return [c for c in moved(result, "expert", "all-to-all") if c["size"] > 10_000]
+
+
+@on_both
+@pytest.mark.parametrize("expert", [4, 8, 32])
+def test_a_layer_exchanges_rows_and_gathers_no_expert_over_the_expert_axis(topology, expert):
+  """Rows there and back in the forward pass, again for the backward pass, and their gradients."""
+  result = compiled(topology, data=32 // expert, expert=expert)
+  assert sum(c["times"] for c in rows(result)) == 6 * LAYERS
+  assert {tuple(c["axes"]) for c in rows(result)} == {("expert",)}
+  # All that is gathered over `expert` is no more than what is no expert, for two passes.
+  gathered = sum(c["size"] * c["times"] for c in moved(result, "expert", "all-gather"))
+  assert 0 < gathered <= 2.1 * 2 * OTHERS
+  scattered = moved(result, "expert", "reduce-scatter")
+  assert sum(c["size"] * c["times"] for c in scattered) <= 1.1 * 4 * OTHERS
+  # Nothing as large as an expert's matrix is summed over it.
+  assert max(c["size"] for c in moved(result, "expert", "all-reduce")) < D * F * 2
+  assert not result["page"].count("\n") > 45, "more than a screen"
+
+
+@on_both
+def test_bytes_of_rows_for_a_device_and_token_do_not_grow_with_the_expert_axis(topology):
+  def sent(expert):
+    result = compiled(topology, data=32 // expert, expert=expert)
+    return sum(c["size"] * c["times"] for c in rows(result))
+
+  tokens = 64 * LENGTH // 32
+  assert sent(4) == sent(8) == sent(32) == 6 * LAYERS * tokens * K * D * 2
+
+
+@on_both
+def test_weights_are_gathered_over_fsdp_and_their_gradients_scattered(topology):
+  result = compiled(topology, data=1, fsdp=8, expert=4)
+  experts = 3 * LAYERS * E // 4 * D * F  # elements that a device computes with
+  gathers = moved(result, "fsdp", "all-gather")
+  gathered = sum(c["size"] * c["times"] for c in gathers)
+  assert 2 * 2 * experts <= gathered <= 2.1 * 2 * (experts + OTHERS)
+  scattered = sum(c["size"] * c["times"] for c in moved(result, "fsdp", "reduce-scatter"))
+  width = 2 if topology.startswith("v") else 4  # XLA for GPU sums gradients in float32
+  assert width * experts <= scattered <= 1.1 * 4 * (experts + OTHERS)
+  assert max(c["size"] for c in moved(result, "fsdp", "all-reduce")) < D * F * 2
+
+
+@on_both
+def test_gradients_are_scattered_before_they_are_summed_over_data(topology):
+  """And over `tensor` tokens are summed, not their rows."""
+  result = compiled(topology, data=4, fsdp=4, tensor=2)
+  part = (3 * LAYERS * E * D * F + OTHERS) // 4 // 2
+  summed = sum(c["size"] * c["times"] for c in moved(result, "data", "all-reduce"))
+  assert summed <= 1.1 * 4 * part
+  tokens = 64 * LENGTH // 16
+  largest = max(c["size"] for c in moved(result, "tensor", "all-reduce"))
+  assert largest <= max(4 * tokens * D, 4 * tokens * VOCABULARY)
+
+
+@on_both
+def test_state_is_split_over_the_devices_and_reused(topology):
+  """Parameters and both moments in float32; the routers and norms are on every device."""
+  expert = compiled(topology, data=8, expert=4)["memory"]["arguments"]
+  both = compiled(topology, data=1, fsdp=8, expert=4)["memory"]["arguments"]
+  state = 3 * 4 * (3 * LAYERS * E * D * F + OTHERS)
+  replicated = 3 * 4 * LAYERS * D * (E + 4) + 64 * LENGTH * 16 // 32
+  assert state / 4 <= expert <= 1.02 * state / 4 + 2 * replicated
+  assert state / 32 <= both <= 1.02 * state / 32 + 2 * replicated
+  memory = compiled(topology, data=1, fsdp=8, expert=4)["memory"]
+  assert memory["outputs"] - memory["aliased"] < 0.01 * memory["outputs"]
+
+
+@on_both
+def test_a_remat_policy_that_keeps_more_needs_more(topology):
+  """Where two need the same, one of them does nothing."""
+  peaks = [
+    compiled(topology, f"--config.model.remat={word}", data=8, expert=4)["memory"]["peak"]
+    for word in ("full", "dots")
+  ]
+  assert peaks[0] < 0.95 * peaks[1], peaks
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize(
+  "topology", [pytest.param("v5e:2x4", marks=TPU), pytest.param("h200-8", marks=GPU)]
+)
+def test_generation_compiles_with_experts_apart(topology, mode):
+  result = compiled(topology, f"--mode={mode}", expert=4, data=2)
+  tokens = 64 * LENGTH if mode == "prefill" else 64
+  assert (result["tokens"], result["mode"]) == (tokens, mode)
+  weights = 2 * (3 * LAYERS * E * D * F // 4 + OTHERS)  # experts apart, the rest whole
+  assert weights <= result["memory"]["arguments"] + 4 * OTHERS
+  assert result["seconds"]["bound"] in ("memory", "compute", "compiler's estimate", "network")
+
+
+@TPU
+def test_between_slices_gradients_alone_travel():
+  result = compiled("v5p:2x2x1", "--slices=2", data=2, expert=4)
+  across = [c for c in result["collectives"] if "data" in c["axes"]]
+  assert {c["kind"] for c in across} == {"all-reduce"}
+  total = sum(c["size"] * c["times"] for c in across)
+  experts = 3 * LAYERS * E * D * F // 4
+  assert 2 * experts <= total <= 1.1 * 4 * (experts + OTHERS)
+  done = command("v5p:2x2x1", "--slices=2", "--config.mesh.data=1", "--config.mesh.expert=8")
+  assert done.returncode == 2 and "config.mesh.data=1 does not divide over 2 slices" in done.stderr
+
+
+@TPU
+def test_what_does_not_fit_is_refused_with_what_would():
+  wide = FIELDS | {"model.dim": 4096, "model.moe.expert_dim": 14336, "model.num_layers": 8}
+  done = command("v5e:2x2", fields=wide | {"mesh.expert": 4})
+  assert done.returncode == 4 and done.stdout == "", done
+  assert "does not fit: it needs" in done.stderr and "by shapes alone v5e-" in done.stderr
+  assert "--config.mesh." in done.stderr.splitlines()[-1]
