@@ -64,7 +64,12 @@ def _experts(received: ExpertRows, experts: ExpertWeights, model: Model) -> jax.
     # The devices of `tensor` add up their outputs in step 6, but the bias counts once.
     experts = experts._replace(down_bias_ED=exchange.once_over("tensor", experts.down_bias_ED))
   return expert_kernels.experts(
-    received.x, received.sizes_E, experts, model.moe.grouped_matmul, activation.nonlinearity(model)
+    received.x,
+    received.sizes_E,
+    experts,
+    model.moe.grouped_matmul,
+    activation.nonlinearity(model),
+    received.gate_ER,
   )
 
 
