@@ -59,7 +59,7 @@ class Dispatcher:
   """One way to lay out rows; `DISPATCHERS` holds each under its name in the config."""
 
   pack: Callable[[jax.Array, Assignments, Layout], ExpertRows]  # (x_TD, ...) -> rows
-  # (outputs in the shape of ExpertRows.x, ...) -> y_TD, each token's sum times the gates not in them
+  # (outputs in the shape of ExpertRows.x, ...) -> y_TD; gates count here if the rows have none
   combine: Callable[[jax.Array, Assignments, Slots, Layout], jax.Array]
   slots: bool  # rows are slots, equally many for every expert; otherwise sorted by expert
   drops: bool  # an assignment beyond the capacity of its expert is dropped
@@ -271,9 +271,10 @@ def _take_rows(x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array) -> jax.A
 @jax.custom_vjp
 def _sum_rows(x_SD: jax.Array, slot_TK: jax.Array, token_S: jax.Array) -> jax.Array:
   """Returns the float32 sums over K of x_SD[slot_TK], in the dtype of x_SD; see _take_rows."""
-  # K comes first, because a TPU keeps the last two dimensions in tiles of at least 8 x 128.
+  # K comes first, because a TPU keeps the last two dimensions in tiles of at least 8 x 128. XLA
+  # expects K - 1 sums to take a seventh of the cycles of a sum over K.
   x_KTD = _rows_or_zero(x_SD, slot_TK.T)
-  return jnp.sum(x_KTD.astype(jnp.float32), axis=0).astype(x_SD.dtype)
+  return sum(x_TD.astype(jnp.float32) for x_TD in x_KTD).astype(x_SD.dtype)
 
 
 # Each is the other's gradient.
