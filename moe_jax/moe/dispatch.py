@@ -232,24 +232,17 @@ def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: La
   return y_TD.astype(y.dtype)
 
 
-def _gated_combine(
-  y_ERD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout
-) -> jax.Array:
-  """Returns y_TD, the sum of each token's rows, which their experts have multiplied by the gates.
-
-  So the gradient of a gate is a sum over an expert's F, and the backward pass needs no outputs of
-  experts: where activations are computed again, it computes and sends one product less.
-  """
-  y_SD = y_ERD.reshape(-1, y_ERD.shape[-1])
+def _add_rows(y: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
+  """Returns y_TD, the sum of each token's rows, with gates in them: so no gradient reads y."""
   if not layout.choices:
-    ones_N = jnp.ones_like(assigned.gate_N)
-    return gather_combine(y_SD, assigned._replace(gate_N=ones_N), slots, layout)
+    assigned = assigned._replace(gate_N=jnp.ones_like(assigned.gate_N))
+    return gather_combine(y, assigned, slots, layout)
   slot_TK = by_token(slots.slot_N, assigned, layout)
-  return _sum_rows(y_SD, slot_TK, _token_of_row(assigned, slots, layout))
+  return _sum_rows(y.reshape(-1, y.shape[-1]), slot_TK, _token_of_row(assigned, slots, layout))
 
 
 def _rows_or_zero(x_SD: jax.Array, index: jax.Array) -> jax.Array:
-  # An empty row is zeros: experts compute it too, and their weight gradients must stay finite.
+  # What has no row adds nothing.
   return x_SD.at[index].get(mode="fill", fill_value=0)
 
 
@@ -263,8 +256,7 @@ def by_token(x_N: jax.Array, assigned: Assignments, layout: Layout) -> jax.Array
 @jax.custom_vjp
 def _take_rows(x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array) -> jax.Array:
   """Returns x_TD[token_S], with a gather as its gradient: autodiff's scatter has no fixed order."""
-  # Zeros for empty rows would be one more pass over all rows. Their gates are 0, or no expert
-  # computes them.
+  # Zeros in empty rows would be one more pass: their gates are 0, or no expert computes them.
   return x_TD.at[token_S].get(mode="clip")
 
 
@@ -339,7 +331,7 @@ def _dense_combine(
 
 
 DISPATCHERS = {
-  Dispatch.GATHER: Dispatcher(pack=_gated_pack, combine=_gated_combine, slots=True, drops=True),
+  Dispatch.GATHER: Dispatcher(pack=_gated_pack, combine=_add_rows, slots=True, drops=True),
   Dispatch.EINSUM: Dispatcher(pack=_einsum_pack, combine=_einsum_combine, slots=True, drops=True),
   Dispatch.GROUPED: Dispatcher(pack=gather_pack, combine=gather_combine, slots=False, drops=False),
   Dispatch.DENSE: Dispatcher(pack=_dense_pack, combine=_dense_combine, slots=True, drops=False),

@@ -193,8 +193,8 @@ def test_a_slice_gathers_weights_and_scatters_gradients(tmp_path):
 
 # Cycles of all of a layer's phases, as a multiple of those of its matmuls in slots of one expert.
 # The experts' own are not in those of sorted rows: their kernels are custom calls. The most that
-# libtpu 0.0.50 said was a tenth less; slots were at 2.4 when an axis other than 0 was exchanged, and
-# at 1.42 when each token's device multiplied by the gates.
+# libtpu 0.0.50 said was a tenth less; slots were at 2.4 when an axis other than 0 was exchanged,
+# and at 1.42 when each token's device multiplied by the gates.
 MOST = {
   "one expert a device": 1.32,
   "two experts a device": 1.46,
