@@ -119,10 +119,10 @@ def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sent
   in both directions: over another one, a TPU first copies all slots to another layout.
   """
 
-  def sent(x_EC: jax.Array) -> jax.Array:
-    x_EC = jax.lax.all_to_all(x_EC, "expert", 0, 0, tiled=True)  # by source, then by expert
-    x_XJC = x_EC.reshape(_expert_devices(), -1, *x_EC.shape[1:])
-    return x_XJC.swapaxes(0, 1).reshape(x_XJC.shape[1], -1, *x_EC.shape[2:])
+  def sent(x: jax.Array) -> jax.Array:
+    x = jax.lax.all_to_all(x, "expert", 0, 0, tiled=True)  # by source, then by expert
+    parted = x.reshape(_expert_devices(), -1, *x.shape[1:])
+    return parted.swapaxes(0, 1).reshape(parted.shape[1], -1, *x.shape[2:])
 
   gate_JR = None if rows.gate_ER is None else sent(rows.gate_ER)
   return Sent(rows, rows._replace(x=sent(rows.x), gate_ER=gate_JR))

@@ -93,7 +93,7 @@ FAULTS = (
         "if drops else routing.real_N & ~kept_N", "if drops else jnp.zeros_like(kept_N)",
         "tests/moe/test_exchange.py"),
   Fault("slots that arrive are by device where they should be by expert", "moe/exchange.py",
-        "return x_XJC.swapaxes(0, 1).reshape(", "return x_XJC.reshape(",
+        "return parted.swapaxes(0, 1).reshape(", "return parted.reshape(",
         "tests/moe/test_layer.py -k 'oracle and mixtral-gather-expert2'"),
   Fault("a weight's parts are gathered in another order", "kernels/gathered.py",
         "for axis in reversed(axes) for groups", "for axis in axes for groups",
