@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 PHASES = (
-  "router", "route", "dispatch", "exchange", "experts", "combine", "statistics", "attention",
-  "ffn", "optimizer",
-)  # fmt: skip
+  *("embedding", "layers", "weights", "norm", "attention", "rope", "ffn", "moe", "router", "route"),
+  *("dispatch", "exchange", "experts", "combine", "statistics", "shared", "residual", "head"),
+  *("loss", "optimizer"),
+)
 _KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
   "collective-permute",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import attention_local
+from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.mask import CAUSAL, Mask
 
 _LANES = 128  # numbers in a row of a vector register; the kernel's blocks are multiples of 128
@@ -67,6 +68,7 @@ def _attend(
       block_q_dq=size,
       block_kv_dq=size,
     ),
+    residual_checkpoint_name=SAVED_BY_KERNEL,
     attn_logits_soft_cap=mask.soft_cap or None,
     interpret=interpret,
   )

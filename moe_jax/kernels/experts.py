@@ -29,6 +29,7 @@ def experts(
   weights: ExpertWeights,
   kernel: GroupedMatmul,
   activation: Nonlinearity = gated,
+  gate_ER: jax.Array | None = None,
 ) -> jax.Array:
   """Returns down(activation(gate(x), up(x))) of every row with its own expert's weights.
 
@@ -43,6 +44,7 @@ def experts(
       case `kernel` is not read.
     kernel: for sorted rows; `auto` takes the platform's default, which nothing has measured.
     activation: (gate, up) -> h, or (up,) -> h of experts without a gate.
+    gate_ER: float32, multiplies the result of each slot; None for sorted rows.
 
   Returns:
     An array of the shape and dtype of x.
@@ -51,20 +53,28 @@ def experts(
     assert sizes_E is not None, "inference sorts rows by expert"
     return per_expert.experts_one_by_one(x, weights, sizes_E, activation)
   if sizes_E is None:
-    return _slots(x, weights, activation)
+    return _slots(x, weights, activation, gate_ER)
   x, stacked, sizes_E = vary_alike((x, weights, sizes_E))
   if kernel is GroupedMatmul.AUTO:
     kernel = default(platform.name())
   return EXPERT_KERNELS[kernel].function(x, stacked, sizes_E, activation)
 
 
-def _slots(x_ERD: jax.Array, weights: Experts, activation: Nonlinearity) -> jax.Array:
+def _slots(
+  x_ERD: jax.Array, weights: Experts, activation: Nonlinearity, gate_ER: jax.Array | None
+) -> jax.Array:
   def product(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
     y = jnp.einsum("ERD,EDF->ERF", x, matrix)
     return y if bias is None else y + bias[:, None]
 
   h_ERF = activation(*(product(x_ERD, matrix, bias) for matrix, bias in weights.gate_and_up))
-  return product(h_ERF, weights.down_EFD, weights.down_bias_ED)
+  if gate_ER is None:
+    return product(h_ERF, weights.down_EFD, weights.down_bias_ED)
+  gate_ER1 = gate_ER[..., None]
+  y_ERD = product((h_ERF * gate_ER1).astype(h_ERF.dtype), weights.down_EFD, None)
+  if weights.down_bias_ED is not None:
+    y_ERD += (gate_ER1 * weights.down_bias_ED[:, None]).astype(y_ERD.dtype)
+  return y_ERD
 
 
 def reference_experts(

@@ -69,6 +69,7 @@ def drops_copies() -> bool:
   return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
+@jax.named_scope("weights")
 def copies(weights: Any) -> Any:
   """Returns a tree of named weights with Copies of the matrices that are split along D.
 
@@ -97,6 +98,7 @@ def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
   return Copies(jax.shard_map(on_device, in_specs=spec, out_specs=copied)(weight))
 
 
+@jax.named_scope("weights")
 def gathered_experts(weights: Experts) -> Experts:
   """Returns a device's own experts, whole along D, inside shard_map."""
 

@@ -21,6 +21,7 @@ class RMSNorm(nnx.Module):
     return scale + self.offset if self.offset else scale
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """Returns x / sqrt(mean(x^2) + eps) * scale, with the mean over the dimensions of the scale.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from moe_jax.config import Model, RopeKind, RopeScaling
 
 
+@jax.named_scope("rope")
 def rope(x_BLHA: jax.Array, positions_BL: jax.Array, model: Model) -> jax.Array:
   """Rotates the pairs (i, i + W/2) of the first W dimensions of each head by position * frequency.
 

@@ -87,7 +87,8 @@ def decoder_layer(
   else:
     out = moe_feedforward(h_BLD, tokens, weights.ffn, model, key, mode)
     y_BLD, stats, choices = out.y_BLD, out.stats, out.choices
-  x_BLD = sharding.constrain(x_BLD + _scaled(y_BLD, model.residual_multiplier), "BLD")
+  with jax.named_scope("residual"):
+    x_BLD = sharding.constrain(x_BLD + _scaled(y_BLD, model.residual_multiplier), "BLD")
   return LayerOutput(x_BLD=x_BLD, stats=stats, choices=choices, cache=cache)
 
 
@@ -95,6 +96,7 @@ def _scaled(x: jax.Array, multiplier: float) -> jax.Array:
   return x if multiplier == 1 else x * multiplier
 
 
+@jax.named_scope("embedding")
 def embed(embed_VD: Any, ids_BL: jax.Array, model: Model) -> jax.Array:
   """Looks up the embeddings x_BLD of ids_BL, in the dtype of the table embed_VD."""
   if not isinstance(embed_VD, gathered.Copies):
@@ -124,6 +126,7 @@ class DecoderLayer(nnx.Module):
     self.ffn_norm = RMSNorm("D", model.dim, offset=model.norm_offset)
     self.ffn = MoEFFN(model, rngs) if kind.is_moe else DenseFFN(model, model.ffn_dim, rngs)
 
+  @jax.named_scope("weights")
   def weights(self, dtype: jnp.dtype, bias_E: jax.Array | None) -> LayerWeights:
     """Returns the weights in `dtype`; a dense layer has no balancing bias bias_E."""
     if isinstance(self.ffn, MoEFFN):
@@ -271,7 +274,8 @@ class Transformer(nnx.Module):
     if model.remat is not Remat.NONE or gathered.drops_copies():
       # Inside a scan XLA cannot merge the recomputation with the forward pass in any case.
       body = jax.checkpoint(body, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
-    x_BLD, moe_layers = jax.lax.scan(body, x_BLD, (params, biases, keys))
+    with jax.named_scope("layers"):
+      x_BLD, moe_layers = jax.lax.scan(body, x_BLD, (params, biases, keys))
     # [repeats, MoE layers of the unit, ...] to [Z, ...]
     return x_BLD, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), moe_layers)
 

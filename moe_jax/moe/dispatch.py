@@ -49,6 +49,7 @@ class ExpertRows(NamedTuple):
   """Tokens laid out for the experts."""
 
   x: jax.Array  # [E, R, D], R slots of each expert; or [S, D], sorted by expert, empty rows last
+  gate_ER: jax.Array | None  # float32, what experts multiply rows by; None if `combine` does
   sizes_E: jax.Array | None  # int32, number of sorted rows of each expert; None if rows are slots
   slots: Slots
 
@@ -58,7 +59,7 @@ class Dispatcher:
   """One way to lay out rows; `DISPATCHERS` holds each under its name in the config."""
 
   pack: Callable[[jax.Array, Assignments, Layout], ExpertRows]  # (x_TD, ...) -> rows
-  # (outputs in the shape of ExpertRows.x, ...) -> y_TD
+  # (outputs in the shape of ExpertRows.x, ...) -> y_TD; gates count here if the rows have none
   combine: Callable[[jax.Array, Assignments, Slots, Layout], jax.Array]
   slots: bool  # rows are slots, equally many for every expert; otherwise sorted by expert
   drops: bool  # an assignment beyond the capacity of its expert is dropped
@@ -187,15 +188,28 @@ def gather_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Exper
   slots, sizes_E = place_assignments(assigned, layout)
   x_SD = gather_rows(x_TD, assigned, slots, layout)
   x = x_SD.reshape(layout.experts, -1, x_SD.shape[-1]) if layout.slots else x_SD
-  return ExpertRows(x, sizes_E, slots)
+  return ExpertRows(x, None, sizes_E, slots)
+
+
+def _gated_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> ExpertRows:
+  """Copies each assignment's token and gate to its slot by index."""
+  rows = gather_pack(x_TD, assigned, layout)
+  gate_N1, slot_N1 = assigned.gate_N[:, None], rows.slots.slot_N[:, None]
+  gate_S = _take_rows(gate_N1, rows.slots.assignment_S, slot_N1)[:, 0]
+  gate_S = jnp.where(rows.slots.assignment_S < gate_N1.shape[0], gate_S, 0)
+  return rows._replace(gate_ER=gate_S.reshape(layout.experts, -1))
 
 
 def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
-  """Returns x_SD, the token of each row; 0 in an empty row."""
-  token_S = assigned.token_N.at[slots.assignment_S].get(mode="fill", fill_value=layout.tokens)
+  """Returns x_SD, the token of each row; an empty row is any token, or 0."""
+  token_S = _token_of_row(assigned, slots, layout)
   if not layout.choices:
     return _rows_or_zero(x_TD, token_S)
   return _take_rows(x_TD, token_S, by_token(slots.slot_N, assigned, layout))
+
+
+def _token_of_row(assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
+  return assigned.token_N.at[slots.assignment_S].get(mode="fill", fill_value=layout.tokens)
 
 
 def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
@@ -218,8 +232,17 @@ def gather_combine(y: jax.Array, assigned: Assignments, slots: Slots, layout: La
   return y_TD.astype(y.dtype)
 
 
+def _add_rows(y: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
+  """Returns y_TD, the sum of each token's rows, with gates in them: so no gradient reads y."""
+  if not layout.choices:
+    assigned = assigned._replace(gate_N=jnp.ones_like(assigned.gate_N))
+    return gather_combine(y, assigned, slots, layout)
+  slot_TK = by_token(slots.slot_N, assigned, layout)
+  return _sum_rows(y.reshape(-1, y.shape[-1]), slot_TK, _token_of_row(assigned, slots, layout))
+
+
 def _rows_or_zero(x_SD: jax.Array, index: jax.Array) -> jax.Array:
-  # An empty row is zeros: experts compute it too, and their weight gradients must stay finite.
+  # What has no row adds nothing.
   return x_SD.at[index].get(mode="fill", fill_value=0)
 
 
@@ -233,21 +256,28 @@ def by_token(x_N: jax.Array, assigned: Assignments, layout: Layout) -> jax.Array
 @jax.custom_vjp
 def _take_rows(x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array) -> jax.Array:
   """Returns x_TD[token_S], with a gather as its gradient: autodiff's scatter has no fixed order."""
-  return _rows_or_zero(x_TD, token_S)
+  # Zeros in empty rows would be one more pass: their gates are 0, or no expert computes them.
+  return x_TD.at[token_S].get(mode="clip")
 
 
-def _take_rows_forward(
-  x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  return _take_rows(x_TD, token_S, slot_TK), slot_TK
+@jax.custom_vjp
+def _sum_rows(x_SD: jax.Array, slot_TK: jax.Array, token_S: jax.Array) -> jax.Array:
+  """Returns the float32 sums over K of x_SD[slot_TK], in the dtype of x_SD; see _take_rows."""
+  # K comes first, because a TPU keeps the last two dimensions in tiles of at least 8 x 128. XLA
+  # expects K - 1 sums to take a seventh of the cycles of a sum over K.
+  x_KTD = _rows_or_zero(x_SD, slot_TK.T)
+  return sum(x_TD.astype(jnp.float32) for x_TD in x_KTD).astype(x_SD.dtype)
 
 
-def _take_rows_backward(slot_TK: jax.Array, dx_SD: jax.Array) -> tuple[jax.Array, None, None]:
-  dx_TKD = _rows_or_zero(dx_SD, slot_TK)
-  return jnp.sum(dx_TKD.astype(jnp.float32), axis=1).astype(dx_SD.dtype), None, None
-
-
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+# Each is the other's gradient.
+_take_rows.defvjp(
+  lambda x_TD, *maps: (_take_rows(x_TD, *maps), maps),
+  lambda maps, dx_SD: (_sum_rows(dx_SD, *maps[::-1]), None, None),
+)
+_sum_rows.defvjp(
+  lambda x_SD, *maps: (_sum_rows(x_SD, *maps), maps),
+  lambda maps, dx_TD: (_take_rows(dx_TD, *maps[::-1]), None, None),
+)
 
 
 def _one_hots(assigned: Assignments, slots: Slots, layout: Layout) -> tuple[jax.Array, jax.Array]:
@@ -267,7 +297,7 @@ def _einsum_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Expe
   mask_EMCU = jnp.einsum("MIEC,MIU->EMCU", to_MIEC, from_MIU).astype(x_TD.dtype)
   x_MUD = x_TD.reshape(layout.groups, -1, x_TD.shape[-1])
   x_EMCD = jnp.einsum("EMCU,MUD->EMCD", mask_EMCU, x_MUD)
-  return ExpertRows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), sizes_E, slots)
+  return ExpertRows(x_EMCD.reshape(layout.experts, -1, x_TD.shape[-1]), None, sizes_E, slots)
 
 
 def _einsum_combine(
@@ -288,7 +318,7 @@ def _dense_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Exper
   S = layout.experts * T
   slot_N = jnp.where(assigned.real_N, assigned.expert_N * T + assigned.token_N, S)
   assignment_S = jnp.full_like(slot_N, N, shape=(S,)).at[slot_N].set(jnp.arange(N), mode="drop")
-  return ExpertRows(x_ETD, None, Slots(slot_N, assignment_S, assigned.real_N))
+  return ExpertRows(x_ETD, None, None, Slots(slot_N, assignment_S, assigned.real_N))
 
 
 def _dense_combine(
@@ -301,7 +331,7 @@ def _dense_combine(
 
 
 DISPATCHERS = {
-  Dispatch.GATHER: Dispatcher(pack=gather_pack, combine=gather_combine, slots=True, drops=True),
+  Dispatch.GATHER: Dispatcher(pack=_gated_pack, combine=_add_rows, slots=True, drops=True),
   Dispatch.EINSUM: Dispatcher(pack=_einsum_pack, combine=_einsum_combine, slots=True, drops=True),
   Dispatch.GROUPED: Dispatcher(pack=gather_pack, combine=gather_combine, slots=False, drops=False),
   Dispatch.DENSE: Dispatcher(pack=_dense_pack, combine=_dense_combine, slots=True, drops=False),

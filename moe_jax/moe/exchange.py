@@ -118,10 +118,14 @@ def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sent
   [E, C, D] -> [J, X*C, D]; each of a0, ... stands for C slots. Devices split and join dimension 0
   in both directions: over another one, a TPU first copies all slots to another layout.
   """
-  x_ECD = jax.lax.all_to_all(rows.x, "expert", 0, 0, tiled=True)  # by source, then by expert
-  x_XJCD = x_ECD.reshape(_expert_devices(), -1, *x_ECD.shape[1:])
-  x_JRD = x_XJCD.swapaxes(0, 1).reshape(x_XJCD.shape[1], -1, x_ECD.shape[2])
-  return Sent(rows, rows._replace(x=x_JRD))
+
+  def sent(x: jax.Array) -> jax.Array:
+    x = jax.lax.all_to_all(x, "expert", 0, 0, tiled=True)  # by source, then by expert
+    parted = x.reshape(_expert_devices(), -1, *x.shape[1:])
+    return parted.swapaxes(0, 1).reshape(parted.shape[1], -1, *x.shape[2:])
+
+  gate_JR = None if rows.gate_ER is None else sent(rows.gate_ER)
+  return Sent(rows, rows._replace(x=sent(rows.x), gate_ER=gate_JR))
 
 
 def _bring_back_slots(y_JRD: jax.Array, sent: Sent) -> jax.Array:

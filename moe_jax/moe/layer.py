@@ -64,8 +64,9 @@ def _experts(received: ExpertRows, experts: ExpertWeights, model: Model) -> jax.
   if isinstance(experts, Experts) and experts.down_bias_ED is not None:
     # The devices of `tensor` add up their outputs in step 6, but the bias counts once.
     experts = experts._replace(down_bias_ED=exchange.once_over("tensor", experts.down_bias_ED))
+  kernel, function = model.moe.grouped_matmul, activation.nonlinearity(model)
   return expert_kernels.experts(
-    received.x, received.sizes_E, experts, model.moe.grouped_matmul, activation.nonlinearity(model)
+    received.x, received.sizes_E, experts, kernel, function, received.gate_ER
   )
 
 

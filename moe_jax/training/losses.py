@@ -37,6 +37,7 @@ class Losses(NamedTuple):
   load: jax.Array  # the same for the probabilities that noisy_topk chooses an expert; otherwise 0.0
 
 
+@jax.named_scope("loss")
 def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: MoeStats) -> Sums:
   """Returns the sums of a batch.
 

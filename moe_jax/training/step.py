@@ -36,8 +36,9 @@ def train_step(
     return all_losses.total, (all_losses, sums)
 
   grads, (all_losses, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
-  updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   bias_ZE = updated_bias(state.bias_ZE, sums.moe.routed_E, config.model.moe.bias_update_rate)
   step_metrics = {
     "loss": all_losses.cross_entropy,

@@ -117,7 +117,10 @@ def test_wrong_program_is_not_timed(monkeypatch, how):
     rows = slots.slot_N.reshape(-1, layout.choices)
     return dispatch._rows_or_zero(y.reshape(-1, y.shape[-1]), rows).sum(axis=1)
 
-  broken = dataclasses.replace(dispatch.DISPATCHERS[how], combine=forgets_the_gates)
+  part = (
+    dict(pack=dispatch.gather_pack) if how is Dispatch.GATHER else dict(combine=forgets_the_gates)
+  )
+  broken = dataclasses.replace(dispatch.DISPATCHERS[how], **part)
   monkeypatch.setitem(dispatch.DISPATCHERS, how, broken)
   with pytest.raises(UserError, match=rf"{how.value} E=8: .* differ from the dense oracle"):
     layer.run([TOY._replace(phases=False)], 1, min_seconds=0.0)

@@ -121,8 +121,11 @@ def test_all_to_all_with_capacity_compiles(tmp_path):
   for compiled, count in zip(compile_for_tpu("capacity", tmp_path), (2, 4), strict=True):
     exchanged = [s[-1] for s in results(compiled, "all-to-all")]
     capacity = 40  # 1.25 * 128 * 2 / 8
-    assert [elements(shape) for shape in exchanged] == [E * capacity * D] * count
-    assert all(shape.startswith("bf16") for shape in exchanged)
+    gates = [shape for shape in exchanged if shape.startswith("f32")]  # and their gradients
+    assert [elements(shape) for shape in gates] == [E * capacity] * (count // 2)
+    rows = [shape for shape in exchanged if shape not in gates]
+    assert [elements(shape) for shape in rows] == [E * capacity * D] * count
+    assert all(shape.startswith("bf16") for shape in rows)
     assert not results(compiled, "all-gather")
 
 
@@ -190,10 +193,11 @@ def test_a_slice_gathers_weights_and_scatters_gradients(tmp_path):
 
 # Cycles of all of a layer's phases, as a multiple of those of its matmuls in slots of one expert.
 # The experts' own are not in those of sorted rows: their kernels are custom calls. The most that
-# libtpu 0.0.50 said was a tenth less; slots were at 2.4 when an axis other than 0 was exchanged.
+# libtpu 0.0.50 said was a tenth less; slots were at 2.4 when an axis other than 0 was exchanged,
+# and at 1.42 when each token's device multiplied by the gates.
 MOST = {
-  "one expert a device": 1.56,
-  "two experts a device": 1.66,
+  "one expert a device": 1.32,
+  "two experts a device": 1.46,
   "all_to_all": 0.74,
   "ragged": 1.55,
   "all_gather": 3.8,

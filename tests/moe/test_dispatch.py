@@ -93,6 +93,19 @@ def test_sorted_rows_by_hand():
   assert slots.assignment_S.tolist() == [0, 2, 3, 4]
 
 
+def test_slots_have_the_gates_of_their_assignments():
+  """An empty one holds any token, so its gate must be 0; no gradient is of what stands there."""
+  assigned = by_hand([0, 0, 1], [True, True, True])._replace(gate_N=jnp.array([0.5, 0.25, 0.125]))
+  layout, gather = layout_by_hand(tokens=3, capacity=3), dispatch.DISPATCHERS[Dispatch.GATHER]
+
+  def gates(gate_N):
+    return gather.pack(jnp.ones((3, 2)), assigned._replace(gate_N=gate_N), layout).gate_ER
+
+  gate_ER, pull = jax.vjp(gates, assigned.gate_N)
+  assert gate_ER.tolist() == [[0.5, 0.25, 0], [0.125, 0, 0]]
+  assert pull(jnp.arange(1.0, 7).reshape(2, 3))[0].tolist() == [1, 2, 4]
+
+
 @pytest.mark.parametrize("dispatcher", ["gather", "einsum"])
 def test_combine_reads_no_empty_slot(dispatcher):
   """Empty slots hold whatever an expert made of nothing: here NaN, which would show."""

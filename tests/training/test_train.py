@@ -205,13 +205,19 @@ E, D, F = 4, 10, 18  # of the toy config
 
 
 @pytest.mark.parametrize(
-  ("remat", "count"),
-  [(Remat.NONE, 4), pytest.param(Remat.FULL, 6, marks=pytest.mark.slow)],
+  ("remat", "rows", "gates"),
+  [(Remat.NONE, 4, 2), pytest.param(Remat.FULL, 5, 3, marks=pytest.mark.slow)],
 )
-def test_tokens_travel_to_the_experts_which_stay_where_they_are(remat, count):
-  """2 forward and 2 backward, 2 more under full remat (the scanned body stands for each layer)."""
+def test_tokens_travel_to_the_experts_which_stay_where_they_are(remat, rows, gates):
+  """2 forward and 2 backward, and a gate for each row (the scanned body stands for each layer).
+
+  Under full remat they travel to the experts once more, but no output returns again.
+  """
   text = compiled_text(remat, "expert4-data2")
-  assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == count
+  found = re.findall(r"= \(?\w+\[([\d,]+)\].* all-to-all(?:-start)?\(", text)
+  assert len(found) == len(re.findall(r" all-to-all(?:-start)?\(", text))
+  of_rows = [str(D) in shape.split(",") for shape in found]
+  assert (of_rows.count(True), of_rows.count(False)) == (rows, gates)
   for sizes in gathered_sizes(text):
     assert not {E, D, F} <= set(sizes), f"all-gather of expert weights: {sizes}"
 
