@@ -83,7 +83,7 @@ def expect(config: Config, target: Target) -> Expected:
   passes = _passes(config)
   slots = _slots_per_assignment(config)
   flops = useful / 3 * (passes + 2) * (1 + (slots - 1) * sizes.expert_flops) / target.devices
-  # XLA for GPU sums gradients in float32.
+  # XLA for GPU sums whole gradients in float32.
   wide = 1 if target.chip.tpu else 2
   moved = list(_collectives(config, sizes, tokens // target.devices * mesh.tensor, wide))
   groups = {one.axes: _group(mesh, one.axes, target) for one in moved}
@@ -172,39 +172,41 @@ def _collectives(config: Config, sizes: _Sizes, tokens: int, wide: int) -> Itera
     config: with the layout.
     sizes: of the model.
     tokens: of one device, all microbatches together.
-    wide: how many times as large as a weight its gradient is.
+    wide: how many times as large as a weight the gradient is that is summed over `data`.
   """
   mesh, model, moe = config.mesh, config.model, config.model.moe
   accumulation, passes = config.train.accumulation, _passes(config)
   layers, experts = model.num_layers, len(moe_layers(config.model))
   # A layer's weights are gathered for each forward pass, and again for the backward pass.
-  times = round(passes + (mesh.fsdp > 1 and model.remat is not Remat.FULL)) * accumulation
+  gathers = round(passes + (mesh.fsdp > 1 and model.remat is not Remat.FULL)) * accumulation
   expert = round(sizes.expert / mesh.expert / mesh.tensor)
   other, ends = round(sizes.other / mesh.tensor), round(sizes.ends / mesh.tensor)
   if mesh.fsdp > 1:
-    yield Collective("all-gather", ("fsdp",), "experts", expert, experts * times)
-    yield Collective("reduce-scatter", ("fsdp",), "experts", wide * expert, experts * accumulation)
+    yield Collective("all-gather", ("fsdp",), "experts", expert, experts * gathers)
+    yield Collective("reduce-scatter", ("fsdp",), "experts", expert, experts * accumulation)
   spread = tuple(axis for axis in ("fsdp", "expert") if getattr(mesh, axis) > 1)
   if spread:
-    yield Collective("all-gather", spread, "", other, layers * times)
-    yield Collective("reduce-scatter", spread, "", wide * other, layers * accumulation)
+    yield Collective("all-gather", spread, "", other, layers * gathers)
+    yield Collective("reduce-scatter", spread, "", other, layers * accumulation)
     yield Collective("all-gather", spread, "", ends, accumulation * round(passes))
-    yield Collective("reduce-scatter", spread, "", wide * ends, accumulation)
+    yield Collective("reduce-scatter", spread, "", ends, accumulation)
   if mesh.data > 1:
     part = expert * experts / mesh.fsdp + (other * layers + ends) / mesh.fsdp / mesh.expert
     yield Collective("all-reduce", ("data",), "", round(wide * part), accumulation)
   row = model.dim * _BYTES * tokens // accumulation
-  twice = 2 * accumulation * round(passes + 1)  # there and back, in each pass and backward
+  slots = moe.dispatch is not Dispatch.GROUPED
+  # There and back, forward and backward; what is computed again for a layer's backward pass needs
+  # no outputs of slots, whose gates are in them.
+  again = (1 if slots else 2) * (model.remat is Remat.FULL) + 2 * (accumulation > 1)
+  times = accumulation * experts * (4 + again)
   if mesh.expert > 1 and moe.num_experts:
     rows = round(row * moe.top_k * _slots_per_assignment(config))
-    if moe.dispatch is Dispatch.GROUPED and moe.exchange is Exchange.ALL_GATHER:
-      whole, count = row * mesh.expert, experts * twice // 2
-      yield Collective("all-gather", ("expert",), "exchange", whole, count)
-      yield Collective("reduce-scatter", ("expert",), "exchange", whole, count)
-    elif moe.dispatch is Dispatch.GROUPED and moe.exchange is Exchange.RAGGED:
-      yield Collective("ragged-all-to-all", ("expert",), "exchange", rows, experts * twice)
+    if not slots and moe.exchange is Exchange.ALL_GATHER:
+      for kind in ("all-gather", "reduce-scatter"):
+        yield Collective(kind, ("expert",), "exchange", row * mesh.expert, times // 2)
     else:
-      yield Collective("all-to-all", ("expert",), "exchange", rows, experts * twice)
+      kind = "all-to-all" if slots or moe.exchange is Exchange.ALL_TO_ALL else "ragged-all-to-all"
+      yield Collective(kind, ("expert",), "exchange", rows, times)
   if mesh.tensor > 1:
     yield Collective(
       "all-reduce", ("tensor",), "", row, 2 * layers * accumulation * round(passes + 1)

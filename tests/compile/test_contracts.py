@@ -91,9 +91,9 @@ def rows(result):
 @on_both
 @pytest.mark.parametrize("expert", [4, 8, 32])
 def test_a_layer_exchanges_rows_and_gathers_no_expert_over_the_expert_axis(topology, expert):
-  """Rows there and back in the forward pass, again for the backward pass, and their gradients."""
+  """Rows there and back, there again for the backward pass, and two times their gradients."""
   result = compiled(topology, data=32 // expert, expert=expert)
-  assert sum(c["times"] for c in rows(result)) == 6 * LAYERS
+  assert sum(c["times"] for c in rows(result)) == 5 * LAYERS
   assert {tuple(c["axes"]) for c in rows(result)} == {("expert",)}
   # All that is gathered over `expert` is no more than what is no expert, for two passes.
   gathered = sum(c["size"] * c["times"] for c in moved(result, "expert", "all-gather"))
@@ -112,7 +112,7 @@ def test_bytes_of_rows_for_a_device_and_token_do_not_grow_with_the_expert_axis(t
     return sum(c["size"] * c["times"] for c in rows(result))
 
   tokens = 64 * LENGTH // 32
-  assert sent(4) == sent(8) == sent(32) == 6 * LAYERS * tokens * K * D * 2
+  assert sent(4) == sent(8) == sent(32) == 5 * LAYERS * tokens * K * D * 2
 
 
 @on_both
@@ -123,8 +123,7 @@ def test_weights_are_gathered_over_fsdp_and_their_gradients_scattered(topology):
   gathered = sum(c["size"] * c["times"] for c in gathers)
   assert 2 * 2 * experts <= gathered <= 2.1 * 2 * (experts + OTHERS)
   scattered = sum(c["size"] * c["times"] for c in moved(result, "fsdp", "reduce-scatter"))
-  width = 2 if topology.startswith("v") else 4  # XLA for GPU sums gradients in float32
-  assert width * experts <= scattered <= 1.1 * 4 * (experts + OTHERS)
+  assert 2 * experts <= scattered <= 1.1 * 4 * (experts + OTHERS)
   assert max(c["size"] for c in moved(result, "fsdp", "all-reduce")) < D * F * 2
 
 

@@ -115,9 +115,7 @@ def test_slices_talk_over_the_data_center():
 def times(collectives=(), **changes):
   given = dict(flops=459e12, custom_flops=0.0, memory_bytes=2765e8, cycles=0)
   groups = {("fsdp",): RING, ("expert",): RING}
-  return roofline.times(
-    **given | changes, collectives=list(collectives), groups=groups, target=V5P
-  )
+  return roofline.times(**given | changes, collectives=list(collectives), groups=groups, target=V5P)
 
 
 def test_a_step_is_bound_by_what_takes_longest():
