@@ -84,7 +84,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
   for line in hlo.splitlines():
     if head := re.match(r"(ENTRY )?(%\S+) \(.*\{$", line):
       name, lines = (head[1] or "") + head[2], []
-    elif line.startswith("}"):
+    elif line == "}":
       if name:
         yield name, lines
       name = ""
