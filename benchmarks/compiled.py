@@ -63,7 +63,7 @@ class Pair:
   ours: dict[str, str]
   theirs: dict[str, str]
   cases: dict[str, Case]  # by chip
-  paths: tuple[str, ...] = ("slots", "sorted")
+  paths: tuple[str, ...] = ("slots", "exchanged", "sorted")
 
 
 _V5P = Slice("v5p", "v5p:4x4x4", "v5p-128", 64)
@@ -104,9 +104,12 @@ MODELS = {
 }
 CHIPS = ("v5p", "v6e")
 
-# Equal in both: rows with a capacity of 1.25 in slots, or sorted rows of which none is dropped.
+# Equal in both: rows with a capacity of 1.25 in slots, or sorted rows of which none is dropped. By
+# default MaxText gathers the experts' weights over `expert` where rows are in slots, as fsdp would;
+# "exchanged" is its option to exchange rows instead, which ours always does.
 _OUR_PATHS = {
   "slots": {"model.moe.dispatch": "gather", "model.moe.capacity_factor": "1.25"},
+  "exchanged": {"model.moe.dispatch": "gather", "model.moe.capacity_factor": "1.25"},
   "sorted": {
     "model.moe.dispatch": "grouped",
     "model.moe.grouped_matmul": "ragged_dot",
@@ -115,6 +118,12 @@ _OUR_PATHS = {
 }
 _PEER_PATHS = {
   "slots": {"sparse_matmul": "False", "megablox": "False", "capacity_factor": "1.25"},
+  "exchanged": {
+    "sparse_matmul": "False",
+    "megablox": "False",
+    "capacity_factor": "1.25",
+    "moe_dispatch_no_expert_sharding": "true",
+  },
   "sorted": {"sparse_matmul": "True", "megablox": "True", "capacity_factor": "-1"},
 }
 
@@ -338,7 +347,7 @@ def run(
   Args:
     models: of MODELS.
     chips: of CHIPS.
-    paths: of "slots" and "sorted".
+    paths: of "slots", "exchanged" and "sorted".
     peer_python: the interpreter of an environment with MaxText.
     folder: keeps what was compiled.
 

@@ -72,26 +72,30 @@ def read_program(hlo: str, mesh: dict[str, int]) -> Program:
       if line.op == "custom-call" and (target := re.search(r'custom_call_target="([^"]*)"', line.rest)):
         custom[target[1]] += times
       if (kind := _kind(line)) and (axes := _axes(line.rest, mesh)):
-        size = _size(line.types) * (math.prod(mesh[a] for a in axes) if kind == "reduce-scatter" else 1)
+        size = _size(_result(line)) * (math.prod(mesh[a] for a in axes) if kind == "reduce-scatter" else 1)
+        if kind == "all-reduce" and computation.startswith("%all-reduce-scatter"):
+          kind = "reduce-scatter"  # a fusion of both, whose all-reduce returns what it takes
         found[kind, axes, phase, size] += times
   collectives = [Collective(*key, count) for key, count in sorted(found.items())]
   return Program(collectives, {k: v for k, v in cycles.items() if v}, dict(custom))
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-  """Yields the name of each computation, that of the entry after "ENTRY ", and its instructions."""
+  """Yields the name of each computation, that of the entry after "ENTRY ", and its instructions.
+
+  What is no head and no instruction goes on with the line before: long types, a kernel's text.
+  """
   name, lines = "", []
   for line in hlo.splitlines():
-    if head := re.match(r"(ENTRY )?(%\S+) \(.*\{$", line):
-      name, lines = (head[1] or "") + head[2], []
-    elif line == "}":
+    if head := re.match(r"(ENTRY )?(%\S+) \(.*\) -> .*\{$", line):
       if name:
         yield name, lines
-      name = ""
+      name, lines = (head[1] or "") + head[2], []
     elif re.match(r"  (ROOT )?%\S+ = ", line):
       lines.append(line.strip().removeprefix("ROOT "))
     elif lines:
-      lines[-1] += " " + line.strip()  # a long type goes on
+      lines[-1] += " " + line.strip()
+  yield name, lines
 
 
 def _parsed(line: str) -> _Line:
@@ -122,7 +126,7 @@ def _count(
       found = re.search(r"condition=(%[^,\s]+), body=(%[^,\s]+)", line.rest)
       assert found, line.name
       _count(computations, found[2], times * _trips(computations[found[1]], line.rest), calls)
-    elif line.op in ("call", "conditional", "async-start") or (
+    elif line.op in ("call", "call-start", "conditional", "async-start") or (
       line.op == "fusion" and "calls=%all-reduce-scatter" in line.rest
     ):
       attributes = r"(?:to_apply|calls|true_computation|false_computation)=(%[^,\s]+)"
@@ -153,6 +157,20 @@ def _phase(rest: str) -> str:
   return scopes[-1] if scopes else ""
 
 
+def _result(line: _Line) -> str:
+  """Returns the type of what a collective returns; of an asynchronous start, without its operands."""
+  if not line.op.endswith("-start") or line.op == "all-reduce-start" or line.types[0] != "(":
+    return line.types
+  parts, depth = [""], 0
+  for letter in line.types[1:-1]:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return parts[1]
+
+
 def _size(types: str) -> int:
   """Returns the bytes of the arrays of a type; of an asynchronous start, those of its result."""
   arrays = re.findall(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]", types)
@@ -162,9 +180,14 @@ def _size(types: str) -> int:
 
 def _axes(rest: str, mesh: dict[str, int]) -> tuple[str, ...]:
   """Returns the axes of the mesh along which the devices of a group differ."""
-  if named := re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", rest):
-    return tuple(re.findall(r"'(\w+)'", named[1]))
   group = _first_group(rest)
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    axes = re.findall(r"'(\w+)'", named[2])
+    if all(axis in mesh for axis in axes):
+      return tuple(axes)
+    sizes = re.findall(r"'(\w+)'=(\d+)", named[1])  # a mesh of the compiler's own: 'axis_0'=64
+    devices = np.arange(math.prod(int(n) for _, n in sizes)).reshape([int(n) for _, n in sizes])
+    group = devices[tuple(slice(None) if a in axes else 0 for a, _ in sizes)].ravel().tolist()
   return tuple(
     axis for place, axis in enumerate(mesh) if len({_places(d, mesh)[place] for d in group}) > 1
   )
