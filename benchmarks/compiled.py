@@ -180,7 +180,7 @@ def compiled(command: list[str], key: str, folder: pathlib.Path) -> dict[str, An
     UserError: the command ends otherwise than with a program or too little memory.
   """
   name = hashlib.sha256(json.dumps([command, key]).encode()).hexdigest()[:16]
-  kept = folder / name
+  kept = folder.resolve() / name  # the command runs in another folder
   if not (kept / "compiled.json").exists():
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "command.txt").write_text(" ".join(command) + "\n")

@@ -59,6 +59,76 @@ def test_a_program_that_does_not_fit_is_a_row_and_another_failure_is_not(tmp_pat
       compiled.compiled(wrong, "", tmp_path)
 
 
+# What libtpu writes, cut down: 3 trips of a loop, on a mesh of fsdp 2 x expert 4.
+PROGRAM = """HloModule jit_step
+
+%matmul (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %c = bf16[8,8]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%outer (a.1: bf16[8,8], b.1: bf16[8,8]) -> bf16[8,8] {
+  %a.1 = bf16[8,8]{1,0} parameter(0)
+  %b.1 = bf16[8,8]{1,0} parameter(1)
+  ROOT %inner = bf16[8,8]{1,0} fusion(%a.1, %b.1), kind=kOutput, calls=%matmul
+}
+
+%add (a.2: bf16[8,8]) -> bf16[8,8] {
+  %a.2 = bf16[8,8]{1,0} parameter(0)
+  ROOT %d = bf16[8,8]{1,0} add(%a.2, %a.2)
+}
+
+%all-reduce-scatter.1 (a.3: bf16[8,1024]) -> bf16[2,1024] {
+  %a.3 = bf16[8,1024]{1,0} parameter(0)
+  ROOT %r = bf16[8,1024]{1,0} all-reduce(%a.3), replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %w = bf16[2,256,384]{2,1,0} copy(%x)
+  %f = bf16[8,8]{1,0} fusion(%x, %x), calls=%outer, backend_config={"estimated_cycles":"100"}
+  %g = bf16[8,8]{1,0} fusion(%f), calls=%add, backend_config={"estimated_cycles":"7"}
+  %h = bf16[8,8]{1,0} fusion(%f), calls=%add, \
+backend_config={"estimated_cycles":"9223372036854775807"}
+  %gmm.1 = bf16[64,384]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call"
+  %tgmm.2 = bf16[2,256,384]{2,1,0} custom-call(%x, %x), custom_call_target="tpu_custom_call"
+  %splash.3 = bf16[2,9,9]{1,0} custom-call(%x, %x), custom_call_target="tpu_custom_call"
+  %s = bf16[2,1024]{1,0} fusion(%g), calls=%all-reduce-scatter.1
+  %t = bf16[512]{0} all-gather(%s), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}
+}
+
+%condition (p.1: (s32[])) -> pred[] {
+  %n = s32[] constant(3)
+}
+
+ENTRY %main (q: bf16[8]) -> bf16[8] {
+  %loop = (s32[]) while(%q), condition=%condition, body=%body
+  %u = bf16[4096]{0} all-reduce(%q), replica_groups=mesh['axis_0'=8] {'axis_0'}
+}
+"""
+
+
+def test_what_a_program_says():
+  compiled_step = {
+    "hlo": PROGRAM,
+    "mesh": {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1},
+    "memory": {"arguments": 5, "temporaries": 6},
+    "seconds": 1.0,
+    "cpu_seconds": 2.0,
+    "versions": {},
+  }
+  found = compiled.measures(compiled_step, rows=64, experts=2, width=512)
+  assert found["cycles"] == 3 * 107 and found["matmul_cycles"] == 3 * 100
+  assert found["grouped_flops"] == 3 * 2 * (2 * 64 * 256 * 384)
+  # A device receives what it lacks, and a sum twice: what it scatters, then what it gathers.
+  assert found["wire"] == {
+    "expert": 3 * 2 * 8 * 1024 * 3 / 4,
+    "fsdp": 3 * 2 * 512 / 2,
+    "fsdp+expert": 2 * 2 * 4096 * 7 / 8,
+  }
+
+
 L, D, F, E, K, B, X = 256, 256, 384, 8, 2, 8, 4
 TOY = {
   "model.num_layers": 2,
