@@ -398,11 +398,17 @@ def _row(
   config = command_line.load_file(str(pair.config))
   moe = config.model.moe
   row: dict[str, Any] = {
-    "model": model, "chip": chip, "path": path, "side": side, "devices": case.on.devices,
-    "fsdp": case.on.devices // case.expert, "expert": case.expert,
-    "batch": case.rows * case.on.devices, "length": LENGTH,
+    "model": model,
+    "chip": chip,
+    "path": path,
+    "side": side,
+    "devices": case.on.devices,
+    "fsdp": case.on.devices // case.expert,
+    "expert": case.expert,
+    "batch": case.rows * case.on.devices,
+    "length": LENGTH,
     "layers": case.layers or config.model.num_layers,
-  }  # fmt: skip
+  }
   if side == "ours":
     words = [sys.executable, "-m", "benchmarks.compile_ours", *our_words(pair, case, path)]
   else:
@@ -456,15 +462,29 @@ def text(result: dict[str, Any]) -> str:
   """Returns the tables."""
   flops = {(row["model"], row["chip"]): row["flops"] for row in result["rows"] if row.get("flops")}
   header = [
-    "model, chip, path", "side", "layers", "batch", "Gcycles", "its matmuls", "of it kernels",
-    "MFU at most", "arguments", "temporaries", "wire fsdp", "expert", "other", "compiled in",
-  ]  # fmt: skip
+    "model, chip, path",
+    "side",
+    "layers",
+    "batch",
+    "Gcycles",
+    "of matmuls",
+    "of kernels",
+    "MFU at most",
+    "arguments",
+    "temporaries",
+    "wire fsdp",
+    "expert",
+    "other",
+    "compiled in",
+  ]
   lines = []
   for row in result["rows"]:
     first = [
-      f"{row['model']} {row['chip']}-{row['devices']} {row['path']}", row["side"],
-      str(row["layers"]), f"{row['batch']}",
-    ]  # fmt: skip
+      f"{row['model']} {row['chip']}-{row['devices']} {row['path']}",
+      row["side"],
+      str(row["layers"]),
+      f"{row['batch']}",
+    ]
     if "error" in row:
       lines.append([*first, row["error"][:60], *[""] * (len(header) - len(first) - 1)])
       continue
@@ -474,15 +494,17 @@ def text(result: dict[str, Any]) -> str:
     mfu = f"{100 * work / row['devices'] / chip.flops / seconds:.1f}%" if work else ""
     wire = dict(row["wire"])
     fsdp, expert = wire.pop("fsdp", 0.0), wire.pop("expert", 0.0)
-    lines.append([
-      *first,
-      f"{row['all_cycles'] / 1e9:.2f}",
-      f"{(row['matmul_cycles'] + row['grouped_cycles']) / 1e9:.2f}",
-      f"{row['grouped_cycles'] / 1e9:.2f}",
-      mfu,
-      *(f"{row[kind] / GIB:.2f}" for kind in ("arguments", "temporaries")),
-      *(f"{size / GIB:.2f}" for size in (fsdp, expert, sum(wire.values()))),
-      f"{row['compile_s']:.0f} s",
-    ])  # fmt: skip
+    lines.append(
+      [
+        *first,
+        f"{row['all_cycles'] / 1e9:.2f}",
+        f"{(row['matmul_cycles'] + row['grouped_cycles']) / 1e9:.2f}",
+        f"{row['grouped_cycles'] / 1e9:.2f}",
+        mfu,
+        *(f"{row[kind] / GIB:.2f}" for kind in ("arguments", "temporaries")),
+        *(f"{size / GIB:.2f}" for size in (fsdp, expert, sum(wire.values()))),
+        f"{row['compile_s']:.0f} s",
+      ]
+    )
   table = results.table(header, lines)
   return "\n\n".join([table, results.target_table(result["targets"])])
