@@ -17,6 +17,7 @@ their config as train.py does, as in --config.model.num_layers=4.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from typing import Any
@@ -179,6 +180,8 @@ def main() -> None:
   args = parse_arguments()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
+  if args.bench == "compile":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, which is installed, looks for no TPU
   from moe_jax.start import startup  # imports jax, so it comes after the arguments are checked
 
   startup.start()  # sets the cache of compiled programs, as for a training run

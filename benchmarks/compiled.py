@@ -265,9 +265,10 @@ def measures(result: dict[str, Any], rows: float, experts: int, width: int) -> d
     "all_to_alls": sum(
       c.count for c in read.collectives if c.kind.endswith("all-to-all") and c.size > 2**20
     ),
-    "compile_s": result["seconds"],
-    "compile_cpu_s": result["cpu_seconds"],
-    "versions": result["versions"],
+    "flops": result.get("flops", {}).get("model"),
+    "compile_s": result["compile_seconds"],
+    "compile_cpu_s": result.get("cpu_seconds"),
+    "versions": result.get("versions", {}),
   }
 
 
@@ -428,8 +429,6 @@ def _row(
   peak = targets.CHIPS[chip]
   found["grouped_cycles"] = found["grouped_flops"] / (peak.flops / peak.clock)
   found["all_cycles"] = found["cycles"] + found["grouped_cycles"]
-  if "flops" in result:
-    found["flops"] = result["flops"]
   results.progress(f"{name}: {found['all_cycles'] / 1e9:.2f}e9 cycles ({found['compile_s']:.0f} s)")
   return row | found
 
@@ -491,7 +490,7 @@ def text(result: dict[str, Any]) -> str:
     chip = targets.CHIPS[row["chip"]]
     seconds = row["all_cycles"] / chip.clock
     work = flops.get((row["model"], row["chip"]))
-    mfu = f"{100 * work / row['devices'] / chip.flops / seconds:.1f}%" if work else ""
+    mfu = f"{100 * work / chip.flops / seconds:.1f}%" if work else ""
     wire = dict(row["wire"])
     fsdp, expert = wire.pop("fsdp", 0.0), wire.pop("expert", 0.0)
     lines.append(
