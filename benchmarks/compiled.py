@@ -426,6 +426,8 @@ def _row(
     return row | {"error": result["error"]}
   balanced = case.rows * LENGTH * moe.top_k
   found = measures(result, balanced, moe.num_experts // case.expert, 2 * config.model.dim)
+  if path == "sorted" and not found["grouped_flops"]:
+    return row | {"error": "no kernel of sorted rows is known in its program"}
   peak = targets.CHIPS[chip]
   found["grouped_cycles"] = found["grouped_flops"] / (peak.flops / peak.clock)
   found["all_cycles"] = found["cycles"] + found["grouped_cycles"]
