@@ -46,7 +46,11 @@ def parse_arguments() -> argparse.Namespace:
   )
   add("--models", default="", help="compile: mixtral_8x7b,qwen3_30b_a3b,gpt_oss_20b,deepseek_v3")
   add("--chips", default="v5p,v6e", help="compile: the TPUs (v5p,v6e)")
-  add("--paths", default="slots,exchanged,sorted", help="compile: how experts get rows (all three)")
+  add(
+    "--paths",
+    default="slots,sorted",
+    help="compile: how experts get rows; exchanged too (slots,sorted)",
+  )
   add("--peer_compile", action="store_true", help="also run the peer under torch.compile")
   add("--config", default="", help="inference, soak: the config file (mixtral_small, tiny_moe)")
   add("--minutes", type=float, default=0.0, help="soak: of both runs (30); accelerator (9)")
