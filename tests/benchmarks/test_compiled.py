@@ -180,7 +180,8 @@ def test_a_step_of_ours_is_compiled_once_and_read(tmp_path):
 
 
 @pytest.mark.benchmark
-def test_the_peer_compiles(tmp_path):
+@pytest.mark.parametrize("path", ["slots", "sorted"])
+def test_the_peer_compiles(path, tmp_path):
   """In the environment that a variable names; two layers of a toy."""
   python = os.environ.get("MAXTEXT_PYTHON", "")
   if not python:
@@ -191,12 +192,15 @@ def test_the_peer_compiles(tmp_path):
   words += [f"num_experts={E}", f"num_experts_per_tok={K}", f"max_target_length={L}"]
   words += ["compile_topology=v5p-8", "compile_topology_num_slices=1", "per_device_batch_size=2"]
   words += [f"ici_expert_parallelism={X}", "attention=flash", "remat_policy=full"]
-  words += [f"{name}={value}" for name, value in compiled._PEER_PATHS["slots"].items()]
+  words += [f"{name}={value}" for name, value in compiled._PEER_PATHS[path].items()]
   worker = str(compiled.results.ROOT / "benchmarks/peer_compile.py")
   result = compiled.compiled([python, worker, "FILES", *words], "toy", tmp_path)
   found = compiled.measures(result, B // X * L * K, E // X, 2 * D)
   assert 0 < found["matmul_cycles"] < found["cycles"]
   assert found["wire"]["expert"] > 0
+  # As ours: three matrices, and of each four products.
+  ideal = 2 * 3 * 4 * 2 * (B // X * L * K) * D * F
+  assert found["grouped_flops"] == (ideal if path == "sorted" else 0)
 
 
 def test_a_python_without_the_peer_is_seen():
