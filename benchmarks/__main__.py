@@ -6,16 +6,18 @@ inference    decoding and prefill of --config against dense models of its active
 decode       decoding on one CPU against Hugging Face transformers: equal weights, equal tokens
 accelerator  one GPU or TPU in ten minutes: whether every kernel is right there, then its speed
 startup      what a user waits for: --help, compiling, the first step; and a run's memory
+compile      our training step beside MaxText's, both compiled for a TPU slice: cycles, wire, memory
 soak         half an hour of training, with a SIGKILL every minute: what is lost, what grows
 all          on an accelerator `layer`; on a CPU a part of `layer`, then `train`
 
 Each prints tables, among them targets and whether they are met, and writes DIR/NAME.json, which
 `python benchmarks/compare.py OLD.json NEW.json` compares with that of another commit. `layer`,
-`train` and `inference` draw DIR/NAME.png. `inference` and `soak` take overrides of their config as
-train.py does, as in --config.model.num_layers=4.
+`train`, `inference` and `compile` draw DIR/NAME.png. `inference` and `soak` take overrides of
+their config as train.py does, as in --config.model.num_layers=4.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from typing import Any
@@ -37,7 +39,18 @@ def parse_arguments() -> argparse.Namespace:
   add("--steps", type=int, default=1, help="train: steps of each model in a round (1)")
   add("--tokens", type=int, default=64, help="decode: new tokens of each row in a round (64)")
   add("--remat", default="dots", help="train: remat of our models; none,dots tries both (dots)")
-  add("--peer_python", default=sys.executable, help="train, decode: a Python with torch")
+  add(
+    "--peer_python",
+    default=sys.executable,
+    help="train, decode: a Python with torch; compile: one with MaxText",
+  )
+  add("--models", default="", help="compile: mixtral_8x7b,qwen3_30b_a3b,gpt_oss_20b,deepseek_v3")
+  add("--chips", default="v5p,v6e", help="compile: the TPUs (v5p,v6e)")
+  add(
+    "--paths",
+    default="slots,sorted",
+    help="compile: how experts get rows; exchanged too (slots,sorted)",
+  )
   add("--peer_compile", action="store_true", help="also run the peer under torch.compile")
   add("--config", default="", help="inference, soak: the config file (mixtral_small, tiny_moe)")
   add("--minutes", type=float, default=0.0, help="soak: of both runs (30); accelerator (9)")
@@ -143,9 +156,26 @@ def run_soak(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   return result
 
 
+def run_compile(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  """Runs the benchmark `compile`, prints its tables and draws its picture."""
+  from benchmarks import compiled, plots
+
+  result = compiled.run(
+    args.models.split(",") if args.models else list(compiled.MODELS),
+    args.chips.split(","),
+    args.paths.split(","),
+    args.peer_python,
+    out / "compiled",
+  )
+  print(compiled.text(result))
+  plots.compiled(out, result)
+  return result
+
+
 RUNS = {
   "layer": run_layer, "train": run_train, "inference": run_inference, "decode": run_decode,
   "accelerator": run_accelerator, "startup": run_startup, "soak": run_soak,
+  "compile": run_compile,
 }  # fmt: skip
 
 
@@ -154,6 +184,8 @@ def main() -> None:
   args = parse_arguments()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
+  if args.bench == "compile":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, which is installed, looks for no TPU
   from moe_jax.start import startup  # imports jax, so it comes after the arguments are checked
 
   startup.start()  # sets the cache of compiled programs, as for a training run

@@ -118,3 +118,25 @@ def inference(out: pathlib.Path, result: dict[str, Any]) -> None:
   total, active = (f"{sizes[which] / 1e6:.0f}M" for which in ("parameters", "active"))
   figure.suptitle(f"Decoding: {total} parameters, {active} active, {sizes['dtype']}", fontsize=11)
   _save(figure, out, "inference.png")
+
+
+def compiled(out: pathlib.Path, result: dict[str, Any]) -> None:
+  """Draws compile.png: cycles and memory of each step, ours beside the peer's."""
+  rows = [r for r in result["rows"] if "error" not in r]
+  figure, (left, right) = plt.subplots(
+    1, 2, figsize=(11, 1.4 + 0.32 * len(rows)), layout="constrained", sharey=True
+  )
+  at = np.arange(len(rows))
+  names = [f"{r['model']} {r['chip']} {r['path']}, {r['side']}" for r in rows]
+  colours = ["#08519c" if r["side"] == "ours" else "#cb181d" for r in rows]
+  left.barh(at, [r["all_cycles"] / 1e9 for r in rows], color=colours, alpha=0.5)
+  matmuls = [(r["matmul_cycles"] + r["grouped_cycles"]) / 1e9 for r in rows]
+  left.barh(at, matmuls, color=colours)
+  left.set_yticks(at, names, fontsize=7)
+  left.set(xlabel="estimated cycles of a step, 1e9 (dark: operations with a matmul)")
+  arguments = np.array([r["arguments"] / 2**30 for r in rows])
+  right.barh(at, arguments, color=colours)
+  right.barh(at, [r["temporaries"] / 2**30 for r in rows], left=arguments, color=colours, alpha=0.5)
+  right.set(xlabel="memory of a device, GiB (dark: arguments)")
+  left.invert_yaxis()
+  _save(figure, out, "compile.png")

@@ -21,7 +21,7 @@ _KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
   "collective-permute",
 )  # fmt: skip
-_UNKNOWN = 1 << 62  # cycles of a custom call
+UNKNOWN = 1 << 62  # cycles of a custom call
 _BYTES = {"pred": 1, "c64": 8, "c128": 16} | {
   f"{kind}{bits}": bits / 8 for kind in ("s", "u", "f", "bf") for bits in (2, 4, 8, 16, 32, 64)
 }  # f8e4m3fn and its like are f8
@@ -46,7 +46,9 @@ class Program(NamedTuple):
   custom_calls: dict[str, int]  # how many of each target run in a step
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
+  """An instruction."""
+
   name: str
   types: str  # of the result
   op: str
@@ -60,34 +62,72 @@ def read_program(hlo: str, mesh: dict[str, int]) -> Program:
     hlo: `compiled.as_text()`.
     mesh: {axis: its size}, in the order of the program's devices.
   """
-  computations = {name: list(map(_parsed, lines)) for name, lines in _computations(hlo)}
-  calls: collections.Counter[str] = collections.Counter()
-  _count(computations, next(n for n in computations if n.startswith("ENTRY ")), 1, calls)
+  computations, calls = runs(hlo)
   found: collections.Counter[tuple[str, tuple[str, ...], str, int]] = collections.Counter()
   cycles: collections.Counter[str] = collections.Counter()
   custom: collections.Counter[str] = collections.Counter()
   memory_bytes = 0.0
   for computation, times in calls.items():
     types = {line.name: line.types for line in computations[computation]}
+    chains = set()  # an asynchronous gather is a chain of fusions, of which each names it
     for line in computations[computation]:
       memory_bytes += times * _traffic(line, types, computations)
-      name = re.search(r'op_name="([^"]*)"', line.rest)
-      phase = phase_of(name[1]) if name else ""
+      phase = _phase(line)
       if estimate := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
-        cycles[phase] += times * int(estimate[1]) * (int(estimate[1]) < _UNKNOWN)
+        cycles[phase] += times * int(estimate[1]) * (int(estimate[1]) < UNKNOWN)
       if line.op == "custom-call" and (
         target := re.search(r'custom_call_target="([^"]*)"', line.rest)
       ):
         custom[target[1]] += times
-      if between := re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest):
-        if line.op == "send":  # to the same devices of other slices, over which `data` alone lies
-          kind = between[1].lower().replace("_", "-")
-          found[kind, ("data",), phase, _size(line.types.partition(", u32[]")[0])] += times
-      elif (kind := _kind(line)) and (axes := _axes(line.rest, mesh)):
-        parts = math.prod(mesh[axis] for axis in axes) if kind == "reduce-scatter" else 1
-        found[kind, axes, phase, _size(_result(line)) * parts] += times
+      for one, fused in _communicating(line, computations):
+        chain = re.search(r'chain_id="(\w+)"', one.rest)
+        key = _collective(one, fused, mesh)
+        if key is not None and (chain is None or chain[1] not in chains):
+          found[key] += times
+          chains |= {chain[1]} if chain else set()
   collectives = [Collective(*key, count) for key, count in sorted(found.items())]
   return Program(collectives, {k: v for k, v in cycles.items() if v}, memory_bytes, dict(custom))
+
+
+def runs(hlo: str) -> tuple[dict[str, list[Line]], dict[str, int]]:
+  """Returns the instructions of each computation, and how often it runs in a call of a program."""
+  computations = {name: [_parsed(line) for line in lines] for name, lines in _computations(hlo)}
+  calls: collections.Counter[str] = collections.Counter()
+  _count(computations, next(n for n in computations if n.startswith("ENTRY ")), 1, calls)
+  return computations, calls
+
+
+def _phase(line: Line) -> str:
+  name = re.search(r'op_name="([^"]*)"', line.rest)
+  return phase_of(name[1]) if name else ""
+
+
+def _communicating(line: Line, computations: dict[str, list[Line]]) -> list[tuple[Line, str]]:
+  """Returns the collectives that an instruction is or has fused, each with the fusion's name."""
+  called = re.search(r"calls=(%[\w.\-]+)", line.rest) if line.op == "fusion" else None
+  if called is None:
+    return [(line, "")]
+  return [(one, called[1]) for one in computations.get(called[1], []) if _kind(one)]
+
+
+def _collective(
+  line: Line, fused: str, mesh: dict[str, int]
+) -> tuple[str, tuple[str, ...], str, int] | None:
+  """Returns (kind, axes, phase, size) of a collective; None for another instruction."""
+  if between := re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest):
+    if line.op != "send":  # to the same devices of other slices, over which `data` alone lies
+      return None
+    kind = between[1].lower().replace("_", "-")
+    return kind, ("data",), _phase(line), _size(line.types.partition(", u32[]")[0])
+  kind, axes = _kind(line), _axes(line.rest, mesh)
+  if not kind or not axes:
+    return None
+  size = _size(_result(line))
+  if kind == "reduce-scatter":
+    size *= math.prod(mesh[axis] for axis in axes)
+  elif kind == "all-reduce" and fused.startswith("%all-reduce-scatter"):
+    kind = "reduce-scatter"
+  return kind, axes, _phase(line), size
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
@@ -108,12 +148,12 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
   yield name, lines
 
 
-def _parsed(line: str) -> _Line:
+def _parsed(line: str) -> Line:
   name, _, rest = line.partition(" = ")
   end = _closing(rest) if rest.startswith("(") else rest.index(" ")
   types, rest = rest[:end], rest[end:].lstrip()
   op, _, rest = rest.partition("(")
-  return _Line(name, types, op, rest)
+  return Line(name, types, op, rest)
 
 
 def _closing(text: str) -> int:
@@ -127,7 +167,7 @@ def _closing(text: str) -> int:
 
 
 def _count(
-  computations: dict[str, list[_Line]], name: str, times: int, calls: collections.Counter[str]
+  computations: dict[str, list[Line]], name: str, times: int, calls: collections.Counter[str]
 ) -> None:
   """Adds how often a computation runs, and those that it runs, in a call of the program."""
   calls[name] += times
@@ -136,9 +176,7 @@ def _count(
       found = re.search(r"condition=(%[^,\s]+), body=(%[^,\s]+)", line.rest)
       assert found, line.name
       _count(computations, found[2], times * _trips(computations[found[1]], line.rest), calls)
-    elif line.op in ("call", "call-start", "conditional", "async-start") or (
-      line.op == "fusion" and "calls=%all-reduce-scatter" in line.rest
-    ):
+    elif line.op in ("call", "call-start", "conditional", "async-start"):
       attributes = r"(?:to_apply|calls|true_computation|false_computation)=(%[^,\s]+)"
       branches = re.search(r"branch_computations=\{([^}]*)\}", line.rest)
       called = re.findall(attributes, line.rest)
@@ -147,7 +185,7 @@ def _count(
         _count(computations, each, times, calls)
 
 
-def _trips(condition: list[_Line], attributes: str) -> int:
+def _trips(condition: list[Line], attributes: str) -> int:
   """Returns how often a loop runs: as XLA says, or up to the constant that its condition has."""
   if known := re.search(r'known_trip_count":\{"n":"(\d+)"', attributes):
     return int(known[1])
@@ -159,7 +197,7 @@ def _trips(condition: list[_Line], attributes: str) -> int:
   return max(constants, default=1)
 
 
-def _kind(line: _Line) -> str:
+def _kind(line: Line) -> str:
   op = line.op.removesuffix("-start")
   return op if op in _KINDS else ""
 
@@ -169,7 +207,7 @@ def phase_of(scope: str) -> str:
   return next((word for word in re.split(r"[/()]", scope)[::-1] if word in PHASES), "")
 
 
-def _result(line: _Line) -> str:
+def _result(line: Line) -> str:
   """Returns the type of what a collective returns; of a start, without its operands."""
   if not line.op.endswith("-start") or line.op == "all-reduce-start" or line.types[0] != "(":
     return line.types
@@ -199,7 +237,7 @@ _FREE = {
 }  # fmt: skip
 
 
-def _traffic(line: _Line, types: dict[str, str], computations: dict[str, list[_Line]]) -> float:
+def _traffic(line: Line, types: dict[str, str], computations: dict[str, list[Line]]) -> float:
   """Returns the bytes that an instruction reads from memory and writes to it."""
   if line.op in _FREE or line.op.endswith("-done"):
     return 0.0
@@ -221,7 +259,7 @@ def _traffic(line: _Line, types: dict[str, str], computations: dict[str, list[_L
   return sum(read) + written
 
 
-def _slices(body: list[_Line]) -> dict[int, float]:
+def _slices(body: list[Line]) -> dict[int, float]:
   """Returns {operand of a fusion: bytes that it reads of it}, where it reads slices alone."""
   found: dict[int, float] = {}
   inside = {line.name: line.types for line in body}
