@@ -26,7 +26,8 @@ test-benchmarks: $(VENV)/.installed-dev  ## the benchmarks at toy size, for who 
 test-compilers: $(VENV)/.installed-dev  ## what the compilers for TPU and GPU make of a train step; no device
 	$(BIN)/python -m pip install -q -e '.[tpu]'
 	$(BIN)/python -m pip install -q -e '.[cuda]'
-	$(BIN)/python -m pytest -m slow -n 2 tests/kernels/test_tpu_compile.py tests/kernels/test_gpu_compile.py
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup tests/compile \
+	  tests/kernels/test_tpu_compile.py tests/kernels/test_gpu_compile.py tests/start/test_flags.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

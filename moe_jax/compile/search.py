@@ -53,7 +53,7 @@ def search(
   for number, one in enumerate(_distinct(found, target)[:compiles]):
     say(f"compiling {number + 1} of {compiles}: {fields(one.config)}")
     tried.append(_compiled(one, target, say))
-  _check_remat([t.result for t in tried if t.result])
+  check_remat([t.result for t in tried if t.result])
   return found, sorted(tried, key=lambda t: t.result["seconds"]["step"] if t.result else 1e9)
 
 
@@ -69,7 +69,7 @@ def _distinct(found: list[Expected], target: Target) -> list[Expected]:
   return best + [one for one in fitting if one not in best]
 
 
-def _check_remat(results: list[dict[str, Any]]) -> None:
+def check_remat(results: list[dict[str, Any]]) -> None:
   """Refuses two remat policies that need the same memory on one mesh: one of them does nothing."""
   for one in results:
     for other in results:
