@@ -11,23 +11,18 @@ import os
 import pathlib
 import sys
 
-# libtpu must not look for the machine that it describes, nor lock itself to one process.
-os.environ |= {
-  "JAX_PLATFORMS": "cpu",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_LOG_DIR": "disabled",
-}
+from moe_jax.compile.environment import ENVIRONMENT
+
+os.environ |= ENVIRONMENT  # before jax is imported
 os.environ.pop("XLA_FLAGS", None)  # those of conftest simulate devices
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
+from moe_jax.compile import targets
+from moe_jax.compile.program import read_program
 from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Mesh, Model, MoE, override
 from moe_jax.kernels.experts import Experts
 from moe_jax.kernels.experts import experts as run_experts
@@ -35,7 +30,6 @@ from moe_jax.moe import validation
 from moe_jax.moe.layer import on_mesh
 from moe_jax.moe.routing import LayerInputs, Mode
 from moe_jax.start import command_line
-from tests.support.tpu_cycles import cycles
 from tests.support.train_step_case import SPLIT, collectives, compile_config, compile_step
 
 B, L, D, F, E, K = 8, 128, 256, 384, 8, 2
@@ -121,20 +115,21 @@ _COUNTED = {
 
 def counted_cycles():
   """Returns the cycles by phase of forward and backward pass of each layer of _COUNTED."""
-  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+  devices = targets.devices(targets.parse("v5p:2x2x2"))
   found = {}
   for name, options in _COUNTED.items():
     expert = options.pop("expert")
     mesh = mesh_of(devices, data=8 // expert, expert=expert)
     with jax.set_mesh(mesh):
       loss, shapes = layer(mesh, (8, 2048, 2048, 4096), **options)
-      found[name] = cycles(compiled(with_gradient(loss, (0, 1, 2)), *shapes)["hlo"])
+      program = compiled(with_gradient(loss, (0, 1, 2)), *shapes)
+      found[name] = read_program(program["hlo"], dict(mesh.shape)).cycles
   return found
 
 
 def split_steps():
   """Returns the collectives of a train step on 64 devices, by layout."""
-  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
+  devices = targets.devices(targets.parse("v5p:4x4x4"))
   found = {}
   for fsdp, expert in ((8, 8), (16, 4), (32, 2), (64, 1)):
     mesh = Mesh(data=1, fsdp=fsdp, expert=expert)
@@ -147,7 +142,7 @@ def meshes(slices):
   """Returns [axis sizes, notice] of each (config, topology, overrides), by a run's functions."""
   found = []
   for path, name, overrides in slices:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    devices = targets.devices(targets.parse(name))
     config = override(command_line.load_file(path), overrides, "here")
     mesh = validation.resolve_mesh(config, len(devices)).mesh
     made = sharding.make_mesh(mesh, devices)
@@ -184,10 +179,10 @@ def main():
   elif case.startswith("["):
     result = meshes(json.loads(case))
   elif case in ("splash", "reference"):
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    devices = targets.devices(targets.parse("v5e:2x2"))
     result = compile_step(devices, case)
   else:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    devices = targets.devices(targets.parse("v5e:2x4"))
     # Without cross_compile tokamax sees a CPU, and silently uses XLA's ragged_dot.
     with cross_compile() if case.startswith("mosaic") else contextlib.nullcontext():
       if case in _LAYERS:
