@@ -19,6 +19,8 @@ import numpy as np
 from benchmarks import inference, results, timing
 from benchmarks.results import progress
 from moe_jax import sharding
+from moe_jax.compile import programs, report
+from moe_jax.compile import targets as compile_targets
 from moe_jax.config import (
   Attention,
   Config,
@@ -344,6 +346,7 @@ def training_row(
     validation.validate(config)
     config, _, lines = choose.resolve(config, {})
     row["kernels"] = lines
+    row["predicted_s"] = predicted_seconds(config)
     trainer = timing.Trainer(config, bare=False)
     trainer.measure(timing.WARMUP_STEPS)
     took = min((trainer.measure(3) for _ in range(rounds)), key=lambda took: took["wall_s"])
@@ -357,6 +360,7 @@ def training_row(
   flops = speed * cost.count(config).flops_per_token
   row |= {
     "tokens_per_s": speed,
+    "step_s": took["wall_s"],
     "flops": flops,
     "mfu": flops / peak if peak else None,
     "loss": took["loss"],
@@ -365,6 +369,18 @@ def training_row(
   }
   progress(f"{case.name}, {dispatch.value}: {speed:,.0f} tokens/s, {flops / 1e12:.1f} TFLOP/s")
   return row
+
+
+def predicted_seconds(config: Config) -> float | None:
+  """Returns what moe_jax.compile predicts of a step on the first device; None of a CPU."""
+  devices = jax.devices()[:1]
+  chip = chips.chip_of(devices[0].device_kind)
+  if chip is None:
+    return None
+  family = next(name for name, one in chips.CHIPS.items() if one is chip)
+  target = compile_targets.Target(devices[0].device_kind, chip, family, (1, 1), 1)
+  compiled = programs.compile_for(config, target, "train", progress, [], devices)
+  return report.as_json(compiled, target, "train")["seconds"]["step"]
 
 
 def targets(result: dict[str, Any], sizes: Sizes) -> list[dict[str, Any]]:
@@ -402,7 +418,7 @@ def text(result: dict[str, Any]) -> str:
   trained = [
     [f"{row['name']}, {row['dispatch']}"]
     + (
-      [row["error"][:60], "", "", "", ""]
+      [row["error"][:60], "", "", "", "", "", ""]
       if row["error"]
       else [
         f"{row['tokens_per_s']:,.0f}",
@@ -410,13 +426,18 @@ def text(result: dict[str, Any]) -> str:
         f"{100 * row['mfu']:.1f}" if row["mfu"] else "-",
         f"{row['loss']:.3f}",
         f"{100 * row['drop_fraction']:.1f}%",
+        f"{1e3 * row['step_s']:.1f}",
+        f"{1e3 * row['predicted_s']:.1f}" if row["predicted_s"] else "-",
       ]
     )
     for row in result["training"]
   ]
   parts = [
     results.table(["experts, % of a dense matmul's FLOP/s", *kinds], shares),
-    results.table(["training", "tokens/s", "TFLOP/s", "MFU %", "loss", "dropped"], trained),
+    results.table(
+      ["training", "tokens/s", "TFLOP/s", "MFU %", "loss", "dropped", "step ms", "predicted"],
+      trained,
+    ),
     results.target_table(result["targets"]),
   ]
   if result["toy"]:

@@ -82,7 +82,10 @@ def expect(config: Config, target: Target) -> Expected:
   useful = counts.flops_per_token * tokens
   passes = _passes(config)
   slots = _slots_per_assignment(config)
-  flops = useful / 3 * (passes + 2) * (1 + (slots - 1) * sizes.expert_flops) / target.devices
+  # Outputs of slots, whose gates are in them, are not computed again.
+  spared = 1 / 3 if _in_slots(config) and config.model.remat is Remat.FULL else 0.0
+  experts = sizes.expert_flops * slots * (passes + 2 - spared)
+  flops = useful / 3 * (experts + (1 - sizes.expert_flops) * (passes + 2)) / target.devices
   # XLA for GPU sums whole gradients in float32.
   wide = 1 if target.chip.tpu else 2
   moved = list(_collectives(config, sizes, tokens // target.devices * mesh.tensor, wide))
@@ -129,6 +132,10 @@ def _passes(config: Config) -> float:
   """Returns how many forward passes a step computes, those again for the backward pass included."""
   again = config.model.remat is Remat.FULL
   return 1 + again + (config.train.accumulation > 1)
+
+
+def _in_slots(config: Config) -> bool:
+  return config.model.moe.num_experts > 0 and config.model.moe.dispatch is Dispatch.GATHER
 
 
 def _slots_per_assignment(config: Config) -> float:
@@ -195,9 +202,8 @@ def _collectives(config: Config, sizes: _Sizes, tokens: int, wide: int) -> Itera
     yield Collective("all-reduce", ("data",), "", round(wide * part), accumulation)
   row = model.dim * _BYTES * tokens // accumulation
   slots = moe.dispatch is not Dispatch.GROUPED
-  # There and back, forward and backward; what is computed again for a layer's backward pass needs
-  # no outputs of slots, whose gates are in them.
-  again = (1 if slots else 2) * (model.remat is Remat.FULL) + 2 * (accumulation > 1)
+  # There and back, forward and backward; what is computed again needs no outputs of slots.
+  again = (1 if _in_slots(config) else 2) * (model.remat is Remat.FULL) + 2 * (accumulation > 1)
   times = accumulation * experts * (4 + again)
   if mesh.expert > 1 and moe.num_experts:
     rows = round(row * moe.top_k * _slots_per_assignment(config))

@@ -3,7 +3,7 @@
 import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,8 +73,9 @@ def compile_for(
   mode: str,
   say: Callable[[str], None],
   set_flags: list[flags.Flag] | None = None,
+  here: Sequence[jax.Device] = (),
 ) -> Compiled:
-  """Compiles a run's step for devices that are not here.
+  """Compiles a run's step for devices that need not be here.
 
   Args:
     config: of the run; its mesh may leave one axis open.
@@ -83,6 +84,7 @@ def compile_for(
       data.seq_len tokens; "decode", a step for as many rows whose cache has room for seq_len.
     say: prints a line of progress.
     set_flags: of the compiler, by default those that a run on the devices would set.
+    here: the devices, where they are this machine's.
 
   Raises:
     DoesNotFitError: the memory of a device does not suffice.
@@ -92,7 +94,7 @@ def compile_for(
   config = validation.resolve_mesh(config, target.devices)
   if set_flags is None:
     set_flags = flags.flags_of(target.family, config, target.slices)
-  mesh = sharding.make_mesh(config.mesh, targets.devices(target))
+  mesh = sharding.make_mesh(config.mesh, here or targets.devices(target))
   if mode == "train":
     check_remat(config)
   with jax.set_mesh(mesh):
@@ -124,6 +126,7 @@ def compile_for(
 
 
 def train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, int]:
+  """Returns the traced training step of a config on the mesh in force, and its tokens."""
   setup = setup_lib.make(config, mesh)
   rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
   size = (config.data.batch_size, config.data.seq_len)

@@ -66,8 +66,9 @@ def test_slots_cost_the_capacity_factor():
 def test_full_remat_computes_the_forward_pass_again():
   none, _ = counted(CONFIG)
   full, _ = counted(override(CONFIG, {"model.remat": Remat.FULL}))
-  for phase in ("experts", "attention"):
-    assert full.phases[phase] == pytest.approx(4 / 3 * none.phases[phase], rel=0.01), phase
+  assert full.phases["attention"] == pytest.approx(4 / 3 * none.phases["attention"], rel=0.01)
+  # Of the experts two of three matrices: the outputs of slots have their gates in them.
+  assert full.phases["experts"] == pytest.approx(11 / 9 * none.phases["experts"], rel=0.01)
 
 
 @pytest.mark.parametrize("axes", [dict(expert=4), dict(data=2, fsdp=2, expert=2), dict(tensor=2)])

@@ -6,10 +6,12 @@ import importlib.util
 import jax
 import pytest
 
-from moe_jax.compile import programs, search
+from moe_jax.compile import programs, report, search, targets
 from moe_jax.config import Remat, override
 from moe_jax.errors import UserError
+from moe_jax.kernels.chips import CHIPS
 from moe_jax.model import transformer
+from moe_jax.model.transformer import abstract_params
 from moe_jax.training import step as step_lib
 from tests.support import scripts
 from tests.support.toys import ROOT, mesh_of, toy_config
@@ -55,6 +57,30 @@ def test_two_policies_of_equal_compiled_memory_are_refused():
   search.check_remat([result("full", 2**30), result("dots", 2**31)])
   with pytest.raises(UserError, match="full and dots need the same 1"):
     search.check_remat([result("full", 2**30), result("dots", 2**30)])
+
+
+def test_a_step_is_read_and_reported_on_devices_that_are_here():
+  """With the figures of another chip, so that the numbers can be worked out."""
+  chip = CHIPS["h200"]
+  target = targets.Target("toy", chip, "h200", (1, 2), 1)
+  compiled = programs.compile_for(CONFIG, target, "train", print, [], jax.devices()[:2])
+  found = report.as_json(compiled, target, "train")
+  assert found["tokens"] == CONFIG.data.batch_size * CONFIG.data.seq_len
+  state = sum(x.size * 4 for x in jax.tree.leaves(abstract_params(CONFIG.model)))
+  assert 3 * state <= found["memory"]["arguments"] <= 4 * state
+  seconds = found["seconds"]
+  assert seconds["compute"] == pytest.approx(found["flops"]["executed"] / chip.flops)
+  assert seconds["memory"] == pytest.approx(found["memory_bytes"] / chip.memory_speed)
+  # Gradients are summed over `data`, and nothing else is moved but counts.
+  sums = [c for c in found["collectives"] if c["axes"] == ("data",)]
+  moved = sum(c["size"] * c["times"] for c in sums)
+  assert state <= moved <= 1.5 * state and {c["kind"] for c in sums} == {"all-reduce"}
+  wire = sum(c["wire_bytes"] for c in found["collectives"])
+  assert seconds["network"]["data"] == pytest.approx(wire / chip.link, rel=0.2)
+  work = max(seconds["compute"], seconds["memory"], sum(seconds["network"].values()))
+  assert seconds["step"] == pytest.approx(work, rel=0.01)
+  text = report.page(found)
+  assert "MFU at most" in text and "2 slice" not in text and text.count("\n") < 30
 
 
 def command(*words):
