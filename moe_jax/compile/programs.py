@@ -64,8 +64,6 @@ class Compiled(NamedTuple):
 class DoesNotFitError(UserError):
   """The compiler found no way to run the program in the memory of the devices."""
 
-  code = 4
-
 
 def compile_for(
   config: Config,
