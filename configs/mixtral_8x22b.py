@@ -31,8 +31,7 @@ RUN = {
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
   "v5p_256": {
-    "mesh.fsdp": 16,
-    "mesh.expert": 8,
+    "mesh.fsdp": 128,
   },
 }
 

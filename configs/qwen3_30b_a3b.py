@@ -35,10 +35,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
   },
   "v5e_256": {
     "model.moe.dispatch": "grouped",
-    "model.moe.exchange": "ragged",
-    "model.moe.exchange_factor": 2.0,
-    "mesh.fsdp": 16,
-    "mesh.expert": 16,
+    "mesh.fsdp": 256,
     "train.accumulation": 2,
   },
 }
