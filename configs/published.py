@@ -10,6 +10,8 @@ Time       --describe: seconds
 Expect     of qwen3_30b_a3b 30.53B parameters, 3.353B active per token
 """
 
+from typing import Any
+
 from moe_jax.config import (
   Activation,
   Config,
@@ -26,6 +28,7 @@ from moe_jax.config import (
   RopeKind,
   RopeScaling,
   Score,
+  override,
 )
 
 
@@ -219,3 +222,10 @@ def get_config(name: str = "qwen3_30b_a3b") -> Config:
   by_bias = model.moe.bias_update_rate > 0
   loss = Loss(load_balance=0.001 if has_experts and not by_bias else 0.0, router_z=0.0)
   return Config(model=model, data=Data(seq_len=4096, batch_size=8), loss=loss)
+
+
+def on_devices(config: Config, layouts: dict[str, dict[str, Any]], where: str) -> Config:
+  """Returns the config with the layout of a word, v5p_128 for --topology=v5p-128."""
+  if where not in layouts:
+    raise ValueError(f"{where!r} is not one of: {', '.join(layouts)}")
+  return override(config, layouts[where])

@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding
-from moe_jax.config import Config, Dispatch, Mesh, Model, MoE, QKNorm, Remat, Router, override
+from moe_jax.compile import targets
+from moe_jax.config import (
+  Config,
+  Dispatch,
+  Exchange,
+  Mesh,
+  Model,
+  MoE,
+  QKNorm,
+  Remat,
+  Router,
+  override,
+)
 from moe_jax.config.fields import Choice, flatten, walk
 from moe_jax.config.run import from_json, to_json
 from moe_jax.errors import UserError
@@ -23,8 +35,18 @@ from tests.support.toys import ROOT, lower_step, set_up, slow_unless, toy_batch,
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
+def module(name):
+  return importlib.import_module(f"configs.{name.partition(':')[0]}")
+
+
+# With each word of those that have a layout for several kinds of devices.
+LAYOUTS = [f"{name}:{word}" for name in CONFIGS for word in getattr(module(name), "LAYOUTS", {})]
+CONFIGS = [name for name in CONFIGS if not hasattr(module(name), "LAYOUTS")] + LAYOUTS
+
+
 def load(name):
-  return importlib.import_module(f"configs.{name}").get_config()
+  _, _, word = name.partition(":")
+  return module(name).get_config(*[word] if word else [])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -32,14 +54,42 @@ def test_every_config_validates_and_survives_json(name):
   config = load(name)
   validation.validate(config)
   assert from_json(to_json(config)) == config
-  doc = importlib.import_module(f"configs.{name}").__doc__
+  doc = module(name).__doc__
   for heading in ("Question", "Command", "Hardware", "Time", "Expect"):
     assert f"\n{heading}  " in doc, f"configs/{name}.py does not state {heading}"
 
 
 def test_the_shipped_configs_are_there():
-  expected = {"tiny_moe", "tiny_dense", "laptop_moe", "switch_small", "mixtral_small"}
-  assert expected | {"mixtral_8x7b", "debug"} <= set(CONFIGS)
+  expected = {"tiny_moe", "tiny_dense", "laptop_moe", "switch_small", "mixtral_small", "debug"}
+  expected |= {"mixtral_8x7b:v5p_128", "mixtral_8x7b:h200_64", "mixtral_8x22b:v5p_256"}
+  expected |= {"qwen3_30b_a3b:h200_8", "qwen3_30b_a3b:v5e_256", "gpt_oss_20b:h200_8"}
+  expected |= {"olmoe_1b_7b:v5p_32", "deepseek_v3:v5p_1024"}
+  assert expected <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_suits_the_devices_that_its_word_names(name):
+  """--topology=v5p-128 of v5p_128, as many devices as the mesh takes, and a word is named."""
+  config, word = load(name), name.partition(":")[2]
+  target = targets.parse(word.replace("_", "-"))
+  resolved = validation.resolve_mesh(config, target.devices)
+  assert resolved.mesh == dataclasses.replace(config.mesh, data=1)  # no copies of the weights
+  docs = " ".join(module(name).__doc__.split())
+  assert word in docs and f"--topology={target.name}" in docs
+  with pytest.raises(ValueError, match=f"'v5p_3' is not one of: .*{word}"):
+    module(name).get_config("v5p_3")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_has_the_shapes_of_the_published_model(name):
+  published = module("published").get_config(name.partition(":")[0])
+  free = ("moe.capacity", "moe.dispatch", "moe.exchange", "attention", "remat")
+  changed = {
+    field
+    for field, value in flatten(load(name).model).items()
+    if value != flatten(published.model)[field]
+  }
+  assert not [field for field in changed if not field.startswith(free)]
 
 
 def test_no_limit_is_strict_json():
@@ -173,7 +223,14 @@ def test_no_field_is_optional():
 
 def shrink(config):
   """The same structure in a few thousand parameters: pattern, routing, precision and remat stay."""
-  model, moe = config.model, config.model.moe
+  model, moe, latent = config.model, config.model.moe, config.model.latent
+  if latent.kv_dim:
+    small = dict(kv_dim=8, query_dim=8 * bool(latent.query_dim), rotary_dim=2, value_dim=2)
+    config = override(config, {f"model.latent.{name}": size for name, size in small.items()})
+  if moe.exchange is Exchange.RAGGED:  # which no CPU has
+    config = override(
+      config, {"model.moe.exchange": Exchange.ALL_TO_ALL, "model.moe.exchange_factor": 0.0}
+    )
   return override(
     config,
     {
@@ -187,7 +244,8 @@ def shrink(config):
       "model.moe.expert_dim": 8,
       "model.moe.group_size": min(moe.group_size, 16),
       "data.seq_len": 16,
-      "data.batch_size": 8,
+      "data.batch_size": 8 * min(config.train.accumulation, 2),
+      "train.accumulation": min(config.train.accumulation, 2),
     },
   )
 
@@ -199,7 +257,7 @@ def test_a_step_of_every_config_can_be_traced(name):
   lower_step(config)
 
 
-@pytest.mark.parametrize("name", slow_unless(["mixtral_8x7b"], ["mixtral_8x7b", "tiny_deepseek"]))
+@pytest.mark.parametrize("name", slow_unless(["mixtral_8x7b:v5p_128"], ["tiny_deepseek", *LAYOUTS]))
 def test_a_config_takes_a_step_at_toy_size(name):
   config = shrink(load(name))
   mesh, state, step = set_up(config, dict(expert=4, data=2))

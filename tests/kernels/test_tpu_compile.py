@@ -6,6 +6,7 @@ numbers: tests/moe/test_exchange.py checks those of the one exchange that a CPU 
 test_attention.py those of attention.
 """
 
+import importlib
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ import sys
 import jax
 import pytest
 
+from moe_jax.compile import targets
 from tests.support.toys import ROOT
 from tests.support.train_step_case import square_arrays
 
@@ -152,21 +154,27 @@ def test_train_step_with_the_reference_has_scores_in_memory(tmp_path):
   assert square_arrays(hlo)
 
 
+def slices_of(path):
+  """(config, topology, what a slice needs changed) of each layout, or of a small slice.
+
+  A routing group of lab_moe is all of its batch.
+  """
+  name = f"configs/{path.name}"
+  layouts = getattr(importlib.import_module(f"configs.{path.stem}"), "LAYOUTS", None)
+  if layouts is None:
+    return [(name, "v5e:2x2", {"data.batch_size": 32} if path.stem == "lab_moe" else {})]
+  parsed = {word: targets.parse(word.replace("_", "-")) for word in layouts}
+  torus = {word: "x".join(map(str, t.shape)) for word, t in parsed.items() if t.chip.tpu}
+  return [(f"{name}:{word}", f"{parsed[word].family}:{size}", {}) for word, size in torus.items()]
+
+
 CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.py")) if p.name != "published.py"]
-# (config, topology, what a slice needs changed: a routing group of lab_moe is all of its batch).
-SLICES = [
-  (
-    f"configs/{p.name}",
-    "v5p:4x4x4" if p.name == "mixtral_8x7b.py" else "v5e:2x2",
-    {"data.batch_size": 32} if p.name == "lab_moe.py" else {},
-  )
-  for p in CONFIGS
-]
+SLICES = [one for path in CONFIGS for one in slices_of(path)]
 
 
 def test_every_config_makes_its_mesh_on_a_slice(tmp_path):
   """Some split an axis of the torus, and a run says so."""
-  mixtral, two_slices = "configs/mixtral_8x7b.py", {"mesh.data": 2}
+  mixtral, two_slices = "configs/mixtral_8x7b.py:v5p_128", {"mesh.data": 2}
   whole = {"mesh.fsdp": 16, "mesh.expert": 4}
   more = [(mixtral, "v5p:4x4x4", whole), (mixtral, "v5p:4x4x8", two_slices)]
   found = compile_for_tpu(json.dumps(SLICES + more), tmp_path)

@@ -1,0 +1,50 @@
+"""DeepSeek-V3 (2412.19437): 61 layers, d 7168, 256 experts of 2048, top-8, latent attention; 671B.
+
+Question   Does the largest open model of its kind fit v5p chips with float32 weights and moments?
+           Batches of 15,360 sequences of 4,096 tokens, rate, bias of loss-free balancing and the
+           balance loss of each sequence are the paper's, which kept its moments in bfloat16. It
+           dropped nothing; here a device takes up to twice its fair share of rows
+           (exchange_factor), and what overflows is counted.
+Command    python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_1024 --topology=v5p-1024
+Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each),
+           by shapes alone 88.5 of 95 GiB
+Time       184 s a step of 62.9M tokens by shapes alone; not compiled yet
+Expect     671.0B parameters, 37.55B active per token; never trained
+"""
+
+from typing import Any
+
+from configs import published
+from moe_jax.config import Config, override
+
+RUN = {
+  "data.name": "c4/en",
+  "data.tokenizer": "tokenizer.json",
+  "data.seq_len": 4096,
+  "data.batch_size": 15360,
+  "loss.balance_scope": "sequence",
+  "loss.load_balance": 0.0001,
+  "model.moe.dispatch": "grouped",
+  "model.moe.exchange": "ragged",
+  "model.moe.exchange_factor": 2.0,
+  "optimizer.learning_rate": 2.2e-4,
+  "optimizer.warmup_steps": 2000,
+  "train.steps": 500000,
+  "train.log_every": 10,
+  "train.eval_every": 1000,
+  "train.checkpoint_every": 1000,
+  "eval.batches": 8,
+  "eval.final_batches": 64,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+  "v5p_1024": {
+    "mesh.fsdp": 8,
+    "mesh.expert": 64,
+    "train.accumulation": 30,
+  },
+}
+
+
+def get_config(where: str = "v5p_1024") -> Config:
+  config = override(published.get_config("deepseek_v3"), RUN)
+  return published.on_devices(config, LAYOUTS, where)

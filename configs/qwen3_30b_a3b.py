@@ -1,0 +1,54 @@
+"""Qwen3-30B-A3B (2505.09388): 48 layers, d 2048, 128 experts of 768, top-8.
+
+Question   What does a fine-grained MoE cost on a node of GPUs, and on a slice of small TPUs? The
+           paper gives a sequence of 4,096 and a balance loss over the global batch, and neither
+           batch nor learning rate. On TPUs nothing is dropped; on GPUs experts have slots for
+           1.25 times the load, because XLA's grouped matmul there is one array of all experts by
+           all rows: 128 GiB for a layer of this model. On a host with tokamax's kernels add
+           --config.model.moe.dispatch=grouped.
+Command    python -m moe_jax.compile --config=configs/qwen3_30b_a3b.py:h200_8 --topology=h200-8
+           python -m moe_jax.compile --config=configs/qwen3_30b_a3b.py:v5e_256 --topology=v5e-256
+Hardware   h200_8: one host of 8 H200 (fsdp 8, 16 microbatches of 4 rows on each), not compiled yet
+           v5e_256: 256 chips (fsdp 256, 2 microbatches of a row on each), by shapes alone 12.6 of 16 GiB
+Time       h200_8: not compiled yet
+           v5e_256: 2.70 s a step by shapes alone, bound by the network; not compiled yet
+Expect     30.53B parameters, 3.353B active per token; never trained
+"""
+
+from typing import Any
+
+from configs import published
+from moe_jax.config import Config, override
+
+RUN = {
+  "data.name": "c4/en",
+  "data.tokenizer": "tokenizer.json",
+  "data.seq_len": 4096,
+  "data.batch_size": 512,
+  "loss.load_balance": 0.001,
+  "optimizer.learning_rate": 3e-4,
+  "optimizer.warmup_steps": 2000,
+  "train.steps": 100000,
+  "train.log_every": 10,
+  "train.eval_every": 1000,
+  "train.checkpoint_every": 1000,
+  "eval.batches": 8,
+  "eval.final_batches": 64,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+  "h200_8": {
+    "model.moe.capacity_factor": 1.25,
+    "mesh.fsdp": 8,
+    "train.accumulation": 16,
+  },
+  "v5e_256": {
+    "model.moe.dispatch": "grouped",
+    "mesh.fsdp": 256,
+    "train.accumulation": 2,
+  },
+}
+
+
+def get_config(where: str = "h200_8") -> Config:
+  config = override(published.get_config("qwen3_30b_a3b"), RUN)
+  return published.on_devices(config, LAYOUTS, where)
