@@ -9,8 +9,8 @@ Command    python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_1024 --
 Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each),
            by shapes alone 88.5 of 95 GiB, 47 of them latent attention's up projections with
            their gradients and moments, which fsdp does not split
-Time       not compiled to the end yet; by shapes alone 184 s a step of 62.9M tokens, MFU at most
-           36.4%, of which it waits 73 s for rows of experts
+Time       to compile: no end after 10 CPU minutes. By shapes alone 184 s a step of 62.9M tokens,
+           MFU at most 36.4%, of which it waits 73 s for rows of experts
 Expect     671.0B parameters, 37.55B active per token; never trained
 """
 
