@@ -90,7 +90,9 @@ def _flops(eqn: Any, name: str, keys: float) -> float:
   kernel = str(eqn.params.get("name") or eqn.params.get("name_and_src_info", "")) + name
   for attention, products in _ATTENTION.items():
     if attention in kernel:
-      q = next(s for s in shapes if len(s) == 4)
-      length = q[2] if name == "pallas_call" else q[1]  # [B, H, L, A], and cuDNN's [B, L, H, A]
+      # [B, H, L, A], of one row [H, L, A], and cuDNN's [B, L, H, A]; before it may be masks.
+      floats = (v.aval for v in eqn.invars if "float" in str(getattr(v.aval, "dtype", "")))
+      q = next(aval.shape for aval in floats if len(aval.shape) > 2)
+      length = q[-2] if name == "pallas_call" else q[1]
       return 2 * products * math.prod(q) * min(keys, length)
   return 0.0

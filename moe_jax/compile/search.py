@@ -17,6 +17,7 @@ from moe_jax.config.run import to_json
 from moe_jax.data import cache
 from moe_jax.errors import UserError
 from moe_jax.model.cost import gib
+from moe_jax.moe import validation
 from moe_jax.storage import files
 
 
@@ -163,7 +164,9 @@ def _ms(seconds: float) -> str:
 
 def remedy(config: Config, target: Target) -> str:
   """Returns what would make a step fit: another layout on the devices, or more devices."""
-  fitting = [one for one in expected_lib.ranked(config, target) if _fits(one, target)]
+  refused = expected_lib.expect(validation.resolve_mesh(config, target.devices), target).memory
+  ranked = expected_lib.ranked(config, target)
+  fitting = [one for one in ranked if _fits(one, target) and one.memory < 0.9 * refused]
   if fitting:
     return f"by shapes alone this would fit: {fields(fitting[0].config)}"
   for larger in targets.all_sizes(target):

@@ -88,3 +88,14 @@ def test_loops_and_kernels():
   shapes = (jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 5), np.float32))
   found = flops.count(jax.jit(step).trace(*shapes).jaxpr, 1.0)
   assert found.phases == {"experts": 7 * 2 * 3 * 5 * 5} and found.kernels == 0
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_flash_attention_is_counted_for_the_keys_that_it_reads(rows):
+  """Two products forward, and backward three for queries and four for keys; one row or many."""
+  fields = {"model.head_dim": 128, "data.seq_len": 128, "data.batch_size": rows}
+  config = override(CONFIG, fields | {"model.attention": Attention.SPLASH})
+  found, _ = counted(config)
+  keys = (128 + 1) / 2
+  product = 2 * rows * config.model.num_heads * 128 * 128 * keys
+  assert found.kernels == pytest.approx((2 + 3 + 4) * product * config.model.num_layers)

@@ -72,7 +72,7 @@ def test_describe_says_what_is_not_causal():
 @pytest.mark.parametrize(
   ("device", "fsdp", "verdict"),
   [
-    ("v5e", 4, "v5e                does not fit: 31.46 GiB and temporary arrays, of its 16.00 GiB"),
+    ("v5e", 4, "v5e                does not fit: 31.51 GiB and temporary arrays, of its 16.00 GiB"),
     ("v5p", 8, "v5p                fits: 15.76 GiB and temporary arrays, of its 95.00 GiB"),
     ("h100", 8, "h100               fits: 15.76 GiB and temporary arrays, of its 74.51 GiB"),
   ],
