@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.compile.test_contracts import FIELDS, GPU, TPU
+from tests.support.compilers import FIELDS, GPU, TPU
 from tests.support.toys import ROOT
 
 pytestmark = pytest.mark.slow
