@@ -112,7 +112,7 @@ def _code() -> str:
 
 def page(found: list[Expected], tried: list[Tried], target: Target, rows: int = 12) -> str:
   """Returns what a search found: the compiled layouts, then those that lose and why."""
-  lines = [str(target), "", "compiled, the fastest first"]
+  lines = [str(target), *(["", "compiled, the fastest first"] if tried else [])]
   best = next((t.result for t in tried if t.result), None)
   for layout, result, refused in tried:
     words = fields(layout.config)
