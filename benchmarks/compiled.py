@@ -405,7 +405,7 @@ def _row(
   if side == "ours":
     words = [sys.executable, "-m", "moe_jax.compile", *our_words(pair, case, path)]
   else:
-    worker = str(results.ROOT / "benchmarks/peer_compile.py")
+    worker = "benchmarks/peer_compile.py"  # from any clone, so that what is kept is found
     words, key = [peer_python, worker, "FILES", *peer_words(pair, case, path)], PEER
   name = f"{model}, {chip}, {path}, {side}"
   try:
