@@ -5,7 +5,7 @@ libtpu==0.0.50.1`, and imports nothing of ours:
 
   PYTHON benchmarks/peer_compile.py JSON HLO model_name=mixtral-8x7b compile_topology=v5p-128 ...
 
-writes what benchmarks/compile_ours.py writes; the words after the two files are MaxText's.
+writes what moe_jax.compile writes; the words after the two files are MaxText's.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ import pathlib
 import sys
 import time
 
-# As in compile_ours.py, whose package this environment does not have.
+# As in moe_jax/compile/environment.py, whose package this environment does not have.
 os.environ |= {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",

@@ -8,25 +8,19 @@ import json
 import os
 import sys
 
-os.environ |= {
-  "JAX_PLATFORMS": "cpu",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_LOG_DIR": "disabled",
-}
+from moe_jax.compile.environment import ENVIRONMENT
+
+os.environ |= ENVIRONMENT  # before jax is imported
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.compile import targets
 from moe_jax.config import Config, Dispatch, Exchange, Mesh, Model, MoE, override
 from moe_jax.start import flags
-from tests.support.gpu_compile_worker import H200
 
-os.environ["XLA_FLAGS"] = sys.argv[2]  # that module removes the ones that are there
+os.environ["XLA_FLAGS"] = sys.argv[2]
 SPLIT = Config(model=Model(moe=MoE(num_experts=8)), mesh=Mesh(fsdp=2, expert=4))
 RAGGED = override(
   SPLIT, {"model.moe.dispatch": Dispatch.GROUPED, "model.moe.exchange": Exchange.RAGGED}
@@ -67,10 +61,8 @@ def refused(program):
 
 def main(chip):
   tpu = chip in TORUS
-  gpus = {"target_config": H200, "topology": "1x1x4"}  # slices x hosts x GPUs
-  kind = {"topology_name": TORUS[chip]} if tpu else gpus
-  topology = topologies.get_topology_desc(platform="tpu" if tpu else "cuda", **kind)
-  program = lowered(topology.devices, exchange=not tpu)
+  devices = targets.devices(targets.parse(TORUS[chip] if tpu else "h200-4"))
+  program = lowered(devices, exchange=not tpu)
 
   def hidden(config):
     options = flags.compiler_options(flags.flags_of(chip, config, 2))
