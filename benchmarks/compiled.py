@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import results
-from moe_jax.compile import program
+from moe_jax.compile import program, roofline
 from moe_jax.errors import UserError
 from moe_jax.kernels import chips as chips_lib
 from moe_jax.start import command_line
@@ -251,11 +251,10 @@ def measures(result: dict[str, Any], rows: float, experts: int, width: int) -> d
     group = math.prod(mesh[axis] for axis in axes)
     if group == 1:
       continue
-    size = min(each.size, rows * width) if each.kind == "ragged-all-to-all" else each.size
-    passes = 2 if each.kind == "all-reduce" else 1
-    share = 1 if each.kind == "collective-permute" else passes * (group - 1) / group
+    if each.kind == "ragged-all-to-all":  # of whose buffers the routed rows alone travel
+      each = each._replace(size=min(each.size, rows * width))
     name = "+".join(axes)
-    wire[name] = wire.get(name, 0.0) + share * size * each.times
+    wire[name] = wire.get(name, 0.0) + roofline.wire_bytes(each, group)
   return {
     "cycles": sum(read.cycles.values()),
     "cycles_by_phase": read.cycles,

@@ -20,9 +20,7 @@ from typing import Any
 from configs import published
 from moe_jax.config import Config, override
 
-RUN = {
-  "data.name": "c4/en",
-  "data.tokenizer": "tokenizer.json",
+RUN = published.PRETRAINING | {
   "data.seq_len": 8192,
   "data.batch_size": 16,
   "loss.load_balance": 0.0,
@@ -32,11 +30,6 @@ RUN = {
   "optimizer.warmup_steps": 128,
   "optimizer.eps": 1e-05,
   "train.steps": 1200000,
-  "train.log_every": 10,
-  "train.eval_every": 1000,
-  "train.checkpoint_every": 1000,
-  "eval.batches": 8,
-  "eval.final_batches": 64,
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
   "h200_8": {

@@ -19,10 +19,8 @@ from typing import Any
 from configs import published
 from moe_jax.config import Config, override
 
-RUN = {
-  "data.name": "c4/en",
+RUN = published.PRETRAINING | {
   "data.tokenizer": "tokenizer.model",
-  "data.seq_len": 4096,
   "data.batch_size": 256,
   "loss.load_balance": 0.01,
   "loss.router_z": 1e-3,
@@ -30,11 +28,6 @@ RUN = {
   "optimizer.learning_rate": 3e-4,
   "optimizer.warmup_steps": 2000,
   "train.steps": 100_000,
-  "train.log_every": 10,
-  "train.eval_every": 1000,
-  "train.checkpoint_every": 1000,
-  "eval.batches": 8,
-  "eval.final_batches": 64,
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
   "v5p_128": {

@@ -224,6 +224,19 @@ def get_config(name: str = "qwen3_30b_a3b") -> Config:
   return Config(model=model, data=Data(seq_len=4096, batch_size=8), loss=loss)
 
 
+# What a long run of one of them sets, unless its report says otherwise.
+PRETRAINING: dict[str, Any] = {
+  "data.name": "c4/en",
+  "data.tokenizer": "tokenizer.json",
+  "data.seq_len": 4096,
+  "train.log_every": 10,
+  "train.eval_every": 1000,
+  "train.checkpoint_every": 1000,
+  "eval.batches": 8,
+  "eval.final_batches": 64,
+}
+
+
 def on_devices(config: Config, layouts: dict[str, dict[str, Any]], where: str) -> Config:
   """Returns the config with the layout of a word, v5p_128 for --topology=v5p-128."""
   if where not in layouts:

@@ -24,20 +24,12 @@ from typing import Any
 from configs import published
 from moe_jax.config import Config, override
 
-RUN = {
-  "data.name": "c4/en",
-  "data.tokenizer": "tokenizer.json",
-  "data.seq_len": 4096,
+RUN = published.PRETRAINING | {
   "data.batch_size": 512,
   "loss.load_balance": 0.001,
   "optimizer.learning_rate": 3e-4,
   "optimizer.warmup_steps": 2000,
   "train.steps": 100000,
-  "train.log_every": 10,
-  "train.eval_every": 1000,
-  "train.checkpoint_every": 1000,
-  "eval.batches": 8,
-  "eval.final_batches": 64,
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
   "h200_8": {

@@ -86,23 +86,23 @@ def page(result: dict[str, Any]) -> str:
       continue
     lines.append(
       f"{one['kind']:<19}{'+'.join(one['axes']):<22}{one['phase'] or '-':<12}{one['times']:>6} "
-      f"{gib(one['size']):>11} {gib(one['wire_bytes']):>11} {_ms(one['seconds']):>10}"
+      f"{gib(one['size']):>11} {gib(one['wire_bytes']):>11} {ms(one['seconds']):>10}"
     )
   small = [one for one in result["collectives"] if one["seconds"] < 1e-3 * seconds["step"]]
   if small:
     count, took = sum(one["times"] for one in small), sum(one["seconds"] for one in small)
-    lines.append(f"{'smaller ones':<53}{count:>6} {'':>11} {'':>11} {_ms(took):>10}")
+    lines.append(f"{'smaller ones':<53}{count:>6} {'':>11} {'':>11} {ms(took):>10}")
   if result["cycles"]:
     lines += ["", *_cycles(result)]
-  network = ", ".join(f"{axes} {_ms(took)}" for axes, took in seconds["network"].items() if took)
-  bounds = [f"compute {_ms(seconds['compute'])}", f"memory {_ms(seconds['memory'])}"]
+  network = ", ".join(f"{axes} {ms(took)}" for axes, took in seconds["network"].items() if took)
+  bounds = [f"compute {ms(seconds['compute'])}", f"memory {ms(seconds['memory'])}"]
   if seconds["compiler"]:
-    bounds.append(f"compiler's estimate of both {_ms(seconds['compiler'])}")
+    bounds.append(f"compiler's estimate of both {ms(seconds['compiler'])}")
   lines += [
     "",
     f"time           {', '.join(bounds)}",
-    f"network        {network or 'nothing'}; the step waits for {_ms(seconds['waited'])} of it",
-    f"step           {_ms(seconds['step'])} predicted, bound by {seconds['bound']}; "
+    f"network        {network or 'nothing'}; the step waits for {ms(seconds['waited'])} of it",
+    f"step           {ms(seconds['step'])} predicted, bound by {seconds['bound']}; "
     f"{result['tokens_per_second_per_device']:,.0f} tokens/s a device; "
     f"MFU at most {100 * result['mfu_ceiling']:.1f}%",
   ]
@@ -127,5 +127,6 @@ def _cycles(result: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _ms(seconds: float) -> str:
+def ms(seconds: float) -> str:
+  """Formats seconds as milliseconds."""
   return "?" if math.isnan(seconds) else f"{1e3 * seconds:,.1f} ms"

@@ -101,8 +101,9 @@ def waits(collective: Collective) -> bool:
 
 def wire_bytes(collective: Collective, devices: int) -> float:
   """Returns the bytes that each device sends in a step for these collectives."""
-  part = collective.size * collective.times * (devices - 1) / devices
-  return 2 * part if collective.kind == "all-reduce" else part
+  passes = 2 if collective.kind == "all-reduce" else 1
+  share = 1 if collective.kind == "collective-permute" else passes * (devices - 1) / devices
+  return share * collective.size * collective.times
 
 
 def times(

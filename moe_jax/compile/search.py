@@ -10,7 +10,7 @@ import jax
 
 from moe_jax.compile import expected as expected_lib
 from moe_jax.compile import programs, report, targets
-from moe_jax.compile.expected import Expected, fields
+from moe_jax.compile.expected import Expected, fields, fits
 from moe_jax.compile.targets import Target
 from moe_jax.config import Config
 from moe_jax.config.run import to_json
@@ -49,7 +49,7 @@ def search(
       f"--chips: no mesh splits data.batch_size={config.data.batch_size} rows and the model over "
       f"{target.devices} devices; change the batch or the number of devices"
     )
-  say(f"{len(found)} layouts, of which {sum(_fits(e, target) for e in found)} are expected to fit")
+  say(f"{len(found)} layouts, of which {sum(fits(e, target) for e in found)} are expected to fit")
   tried: list[Tried] = []
   for number, one in enumerate(_distinct(found, target)[:compiles]):
     say(f"compiling {number + 1} of {compiles}: {fields(one.config)}")
@@ -58,13 +58,9 @@ def search(
   return found, sorted(tried, key=lambda t: t.result["seconds"]["step"] if t.result else 1e9)
 
 
-def _fits(expected: Expected, target: Target) -> bool:
-  return expected_lib.fits(expected, target)
-
-
 def _distinct(found: list[Expected], target: Target) -> list[Expected]:
   """Returns the best layout of each expert axis, then the others that fit, the best first."""
-  fitting = [one for one in found if _fits(one, target)] or found
+  fitting = [one for one in found if fits(one, target)] or found
   first = {one.config.mesh.expert: one for one in reversed(fitting)}
   best = sorted(first.values(), key=fitting.index)
   return best + [one for one in fitting if one not in best]
@@ -120,21 +116,20 @@ def page(found: list[Expected], tried: list[Tried], target: Target, rows: int = 
       lines.append(f"  {refused}: {words}")
       continue
     step, memory = result["seconds"]["step"], gib(result["memory"]["peak"])
-    lines.append(f"  {_ms(step)}  MFU <= {result['mfu_ceiling']:.1%}  {memory}  {words}")
-    lines.append(f"      expected {_ms(layout.times.step)}; {_why(result, best)}")
+    lines.append(f"  {report.ms(step):>12}  MFU <= {result['mfu_ceiling']:.1%}  {memory}  {words}")
+    lines.append(f"      expected {report.ms(layout.times.step)}; {_why(result, best)}")
   lines += ["", "expected, from shapes alone"]
   first = found[0]
   for one in found[:rows]:
-    lines.append(
-      f"  {_ms(one.times.step)}  MFU <= {one.mfu:.1%}  {gib(one.memory)}  {fields(one.config)}"
-    )
+    step, memory = report.ms(one.times.step), gib(one.memory)
+    lines.append(f"  {step:>12}  MFU <= {one.mfu:.1%}  {memory}  {fields(one.config)}")
     lines.append(f"      {_loses(one, first, target)}")
   return "\n".join(lines)
 
 
 def _why(result: dict[str, Any], best: dict[str, Any] | None) -> str:
   seconds = result["seconds"]
-  parts = f"bound by {seconds['bound']}, waits {_ms(seconds['waited'])} for the network"
+  parts = f"bound by {seconds['bound']}, waits {report.ms(seconds['waited'])} for the network"
   if result is best or best is None:
     return parts
   return f"{seconds['step'] / best['seconds']['step'] - 1:+.0%}: {parts}"
@@ -143,7 +138,7 @@ def _why(result: dict[str, Any], best: dict[str, Any] | None) -> str:
 def _loses(one: Expected, best: Expected, target: Target) -> str:
   if one is best:
     return f"the best: bound by {one.times.bound}"
-  if not _fits(one, target):
+  if not fits(one, target):
     return f"does not fit: {gib(one.memory)} of {gib(target.chip.memory)}"
   ours, theirs = one.times, best.times
   reasons = {
@@ -158,21 +153,17 @@ def _loses(one: Expected, best: Expected, target: Target) -> str:
   return f"{ours.step / theirs.step - 1:+.0%}: {max(reasons, key=reasons.__getitem__)}"
 
 
-def _ms(seconds: float) -> str:
-  return f"{1e3 * seconds:>9,.1f} ms"
-
-
 def remedy(config: Config, target: Target) -> str:
   """Returns what would make a step fit: another layout on the devices, or more devices."""
   refused = expected_lib.expect(validation.resolve_mesh(config, target.devices), target).memory
   ranked = expected_lib.ranked(config, target)
-  fitting = [one for one in ranked if _fits(one, target) and one.memory < 0.9 * refused]
+  fitting = [one for one in ranked if fits(one, target) and one.memory < 0.9 * refused]
   if fitting:
     return f"by shapes alone this would fit: {fields(fitting[0].config)}"
   for larger in targets.all_sizes(target):
     if larger.devices <= target.devices:
       continue
-    fitting = [one for one in expected_lib.ranked(config, larger) if _fits(one, larger)]
+    fitting = [one for one in expected_lib.ranked(config, larger) if fits(one, larger)]
     if fitting:
       return f"by shapes alone {larger.name} would do: {fields(fitting[0].config)}"
   return "no layout of it is expected to fit any slice of these chips; choose a smaller model"
@@ -182,7 +173,7 @@ def curve(config: Config, target: Target) -> list[tuple[int, Expected]]:
   """Returns (chips, the best layout that fits) of each number of chips that has one."""
   found = []
   for other in targets.all_sizes(target):
-    best = next((one for one in expected_lib.ranked(config, other) if _fits(one, other)), None)
+    best = next((one for one in expected_lib.ranked(config, other) if fits(one, other)), None)
     if best is not None:
       found.append((other.devices, best))
   return found

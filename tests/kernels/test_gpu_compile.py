@@ -4,7 +4,6 @@ XLA compiles for a described GPU, so this needs none, nor a driver. It says noth
 whether cuDNN has an engine for these sizes: it looks for one on the device.
 """
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,27 +11,13 @@ import sys
 
 import pytest
 
+from tests.support.compilers import GPU
 from tests.support.toys import ROOT
 from tests.support.train_step_case import square_arrays
 
 WORKER = ROOT / "tests/support/gpu_compile_worker.py"
-NEEDS = ("jax_plugins.xla_cuda13", "nvidia.cudnn")
 
-
-def missing(module: str) -> bool:
-  try:
-    return importlib.util.find_spec(module) is None
-  except ModuleNotFoundError:  # of the package that it is in
-    return True
-
-
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    any(map(missing, NEEDS)),
-    reason="needs jax's CUDA 13 plugin and cuDNN: pip install -e '.[cuda]'",
-  ),
-]
+pytestmark = [pytest.mark.slow, *GPU]
 
 
 def compile_for_h200(attention, tmp_path):

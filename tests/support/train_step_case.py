@@ -6,15 +6,10 @@ import re
 from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import sharding
+from moe_jax.compile import programs
 from moe_jax.config import Attention, Config, Data, Dtype, Mesh, Model, MoE, Remat
-from moe_jax.data import pipeline
-from moe_jax.storage import checkpoint
-from moe_jax.training import setup as setup_lib
-from moe_jax.training import step as step_lib
 
 LENGTH = 1152  # a multiple of 128 that is no other size, and no product of other sizes
 _CONFIG = Config(
@@ -43,13 +38,7 @@ def compile_config(config: Config, devices: Sequence[jax.Device]) -> str:
   """Returns the optimized HLO of a config's step on these devices."""
   mesh = sharding.make_mesh(config.mesh, devices)
   with jax.set_mesh(mesh):
-    setup = setup_lib.make(config, mesh)
-    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
-    size = (config.data.batch_size, config.data.seq_len)
-    tokens_BL = jax.ShapeDtypeStruct(size, np.int32, sharding=rows)
-    batch = pipeline.Batch(*[tokens_BL] * len(pipeline.Batch._fields))
-    step = step_lib.compile_step(setup)
-    return step.lower(checkpoint.abstract(setup.shapes, setup.shardings), batch).compile().as_text()
+    return programs.train_step(config, mesh)[0].lower().compile().as_text()
 
 
 # A step whose weights are split over all 64 devices of a slice. 2048 / 64 is less than a row of a
