@@ -223,10 +223,20 @@ def param_spec(
   if name in _REPLICATED or (parameter is not None and parameter.replicated):
     return PartitionSpec()
   letters = "Z" * stacked + letters
-  spread = spread and is_matrix(name) and "D" in letters and "E" not in letters
-  if spread and not shape[letters.index("D")] % (mesh.shape["expert"] * mesh.shape["fsdp"]):
-    return _to_spec(letters, _PARAM_AXES | {"D": ("expert", "fsdp")})
-  return _to_spec(letters, _PARAM_AXES)
+  table, letter = _PARAM_AXES, gathered_letter(name)
+  if letter:
+    size, fsdp = shape[letters.index(letter)], mesh.shape["fsdp"]
+    if spread and "E" not in letters and not size % (mesh.shape["expert"] * fsdp):
+      table = table | {letter: ("expert", "fsdp")}
+    elif not size % fsdp:
+      table = table | {letter: "fsdp"}
+  return _to_spec(letters, table)
+
+
+def gathered_letter(name: str) -> str:
+  """Returns the letter along which `fsdp` splits a matrix: D or, without it, a latent's Q or W."""
+  letters = name.rsplit("_", 1)[-1]
+  return next((a for a in "DQW" if a in letters), "") if is_matrix(name) else ""
 
 
 def _to_spec(letters: str, table: Mapping[str, Any]) -> PartitionSpec:

@@ -38,4 +38,7 @@ def test_matrices_are_split_over_expert_too_where_they_can_be():
   assert sharding.param_spec("q_DHA", (10, 4, 6), mesh) == P("fsdp", "tensor", None)
   assert sharding.param_spec("up_EDF", (4, 12, 6), mesh) == P("expert", "fsdp", "tensor")
   assert sharding.param_spec("norm_D", (12,), mesh) == P("fsdp")
+  # Without a D, along a latent: wholly, over fsdp alone, not at all.
+  for size, split in ((12, ("expert", "fsdp")), (10, "fsdp"), (9, None)):
+    assert sharding.param_spec("kv_up_WHY", (size, 4, 6), mesh) == P(split, "tensor", None)
   assert sharding.param_spec("q_DHA", (12, 4, 6), mesh, spread=False) == P("fsdp", "tensor", None)

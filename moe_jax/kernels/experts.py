@@ -1,9 +1,9 @@
 """Computes a set of experts, each on its own rows, with the kernel that the config names.
 
-Rows come in two layouts: slots [E, R, D], equally many for every expert, or N rows sorted by expert
-with the number of each expert's rows. Slots are one batched matmul on every platform. Sorted rows
-need a choice of kernels, because no single one is fast everywhere: XLA's `ragged_dot` does E times
-the arithmetic on a CPU and has no fast lowering on CUDA.
+Rows come in two layouts: slots [E, ..., D], equally many for every expert, or N rows sorted by
+expert with the number of each expert's rows. Slots are one batched matmul on every platform. Sorted
+rows need a choice of kernels, because no single one is fast everywhere: XLA's `ragged_dot` does E
+times the arithmetic on a CPU and has no fast lowering on CUDA.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ def experts(
   weights: ExpertWeights,
   kernel: GroupedMatmul,
   activation: Nonlinearity = gated,
-  gate_ER: jax.Array | None = None,
+  gate: jax.Array | None = None,
 ) -> jax.Array:
   """Returns down(activation(gate(x), up(x))) of every row with its own expert's weights.
 
   Each of the three adds its bias, if the experts have biases.
 
   Args:
-    x: slots [E, R, D] if sizes_E is None; otherwise rows [N, D], of which the first sizes_E[0]
+    x: slots [E, ..., D] if sizes_E is None; otherwise rows [N, D], of which the first sizes_E[0]
       belong to expert 0, the next sizes_E[1] to expert 1, and so on. Rows past sum(sizes_E) must be
       finite; their results are undefined and may be NaN, and no gradient flows through them.
     sizes_E: int32 number of each expert's rows, or None for slots.
@@ -44,7 +44,7 @@ def experts(
       case `kernel` is not read.
     kernel: for sorted rows; `auto` takes the platform's default, which nothing has measured.
     activation: (gate, up) -> h, or (up,) -> h of experts without a gate.
-    gate_ER: float32, multiplies the result of each slot; None for sorted rows.
+    gate: float32 [E, ...], multiplies the result of each slot; None for sorted rows.
 
   Returns:
     An array of the shape and dtype of x.
@@ -53,7 +53,7 @@ def experts(
     assert sizes_E is not None, "inference sorts rows by expert"
     return per_expert.experts_one_by_one(x, weights, sizes_E, activation)
   if sizes_E is None:
-    return _slots(x, weights, activation, gate_ER)
+    return _slots(x, weights, activation, gate)
   x, stacked, sizes_E = vary_alike((x, weights, sizes_E))
   if kernel is GroupedMatmul.AUTO:
     kernel = default(platform.name())
@@ -61,20 +61,23 @@ def experts(
 
 
 def _slots(
-  x_ERD: jax.Array, weights: Experts, activation: Nonlinearity, gate_ER: jax.Array | None
+  x: jax.Array, weights: Experts, activation: Nonlinearity, gate: jax.Array | None
 ) -> jax.Array:
   def product(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = jnp.einsum("ERD,EDF->ERF", x, matrix)
-    return y if bias is None else y + bias[:, None]
+    y = jnp.einsum("E...D,EDF->E...F", x, matrix)
+    return y if bias is None else y + of_each(bias)
 
-  h_ERF = activation(*(product(x_ERD, matrix, bias) for matrix, bias in weights.gate_and_up))
-  if gate_ER is None:
-    return product(h_ERF, weights.down_EFD, weights.down_bias_ED)
-  gate_ER1 = gate_ER[..., None]
-  y_ERD = product((h_ERF * gate_ER1).astype(h_ERF.dtype), weights.down_EFD, None)
+  def of_each(bias: jax.Array) -> jax.Array:
+    return bias.reshape(bias.shape[0], *(1,) * (x.ndim - 2), -1)
+
+  h = activation(*(product(x, matrix, bias) for matrix, bias in weights.gate_and_up))
+  if gate is None:
+    return product(h, weights.down_EFD, weights.down_bias_ED)
+  gate = gate[..., None]
+  y = product((h * gate).astype(h.dtype), weights.down_EFD, None)
   if weights.down_bias_ED is not None:
-    y_ERD += (gate_ER1 * weights.down_bias_ED[:, None]).astype(y_ERD.dtype)
-  return y_ERD
+    y += (gate * of_each(weights.down_bias_ED)).astype(y.dtype)
+  return y
 
 
 def reference_experts(

@@ -1,4 +1,4 @@
-"""Weights that the mesh splits along D, gathered where a layer computes with them.
+"""Weights that the mesh splits along D or a latent, gathered where a layer computes with them.
 
 XLA's partitioner would gather them unasked. They are gathered by hand because of its TPU compiler,
 which sums whole weights, zeros but for a device's own part, in place of a gather over 64 or more
@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from moe_jax import sharding
-from moe_jax.kernels import platform
+from moe_jax.kernels import layout
 from moe_jax.kernels.autodiff import vary
 from moe_jax.kernels.expert_weights import Experts
 
@@ -71,7 +70,7 @@ def drops_copies() -> bool:
 
 @jax.named_scope("weights")
 def copies(weights: Any) -> Any:
-  """Returns a tree of named weights with Copies of the matrices that are split along D.
+  """Returns a tree of named weights with Copies of the matrices that the mesh splits.
 
   Experts stay as they are: rows are sent to the devices that hold them.
   """
@@ -83,10 +82,12 @@ def copies(weights: Any) -> Any:
 
 def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
   name = sharding.param_name(path)
-  letters = name.rsplit("_", 1)[-1]
-  if not sharding.is_matrix(name) or "E" in letters or "D" not in letters:
+  letters, letter = name.rsplit("_", 1)[-1], sharding.gathered_letter(name)
+  if not letter or "E" in letters:
     return weight
-  spec, dimension = sharding.param_spec(name, weight.shape, _mesh()), letters.index("D")
+  spec, dimension = sharding.param_spec(name, weight.shape, _mesh()), letters.index(letter)
+  if spec[dimension] is None:  # a latent that does not divide
+    return weight
   axes = spec[dimension] if isinstance(spec[dimension], tuple) else (spec[dimension],)
 
   def on_device(weight: jax.Array) -> jax.Array:
@@ -117,9 +118,8 @@ def gathered_whole(weight: jax.Array, dimension: int, axes: tuple[str, ...]) -> 
   if not stages:
     return weight
   first = jnp.moveaxis(weight, dimension, 0)
-  x = first.reshape(first.shape[0], -1)
-  if platform.name() == "tpu":  # XLA may keep the last dimension of the weight the last otherwise
-    x = with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
+  # XLA may keep the last dimension of the weight the last otherwise.
+  x = layout.stored(first.reshape(first.shape[0], -1), 0, 1)
   for axis, groups in stages:
     x = jax.lax.all_gather(x, axis, tiled=True, axis_index_groups=groups)
   x = x.reshape(-1, *first.shape[1:])

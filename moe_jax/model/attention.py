@@ -11,6 +11,7 @@ from moe_jax import sharding
 from moe_jax.config import Attention, Model, QKNorm
 from moe_jax.kernels.attention import segment_attention
 from moe_jax.kernels.cache import KeysValues, Stored
+from moe_jax.kernels.layout import stored
 from moe_jax.kernels.linear import Weight, linear
 from moe_jax.kernels.mask import Mask
 from moe_jax.model.norm import RMSNorm, rms_norm
@@ -171,6 +172,7 @@ def grouped_query_attention(
     y_BLD in the compute dtype, and the state that `attend` returns.
   """
   q_BLHA = _plus(linear(x_BLD, weights.q_DHA), weights.q_bias_HA)
+  q_BLHA = stored(q_BLHA, 0, 2, 1, 3)  # as kernels take them; norm and rope are in float32
   k_BLGA = _plus(linear(x_BLD, weights.k_DGA), weights.k_bias_GA)
   v_BLGA = _plus(linear(x_BLD, weights.v_DGA), weights.v_bias_GA)
   if weights.q_norm is not None and weights.k_norm is not None:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Dispatch, MoE, Priority
+from moe_jax.kernels.layout import stored
 from moe_jax.moe import routers
 from moe_jax.moe.routing import Assignments
 
@@ -48,8 +49,10 @@ class Slots(NamedTuple):
 class ExpertRows(NamedTuple):
   """Tokens laid out for the experts."""
 
-  x: jax.Array  # [E, R, D], R slots of each expert; or [S, D], sorted by expert, empty rows last
-  gate_ER: jax.Array | None  # float32, what experts multiply rows by; None if `combine` does
+  # [E, R, D], R slots of each expert, or [J, X, C, D] after an exchange, in which device they come
+  # from; or [S, D], sorted by expert, empty rows last.
+  x: jax.Array
+  gate: jax.Array | None  # float32, what experts multiply rows by; None if `combine` does
   sizes_E: jax.Array | None  # int32, number of sorted rows of each expert; None if rows are slots
   slots: Slots
 
@@ -197,7 +200,7 @@ def _gated_pack(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Exper
   gate_N1, slot_N1 = assigned.gate_N[:, None], rows.slots.slot_N[:, None]
   gate_S = _take_rows(gate_N1, rows.slots.assignment_S, slot_N1)[:, 0]
   gate_S = jnp.where(rows.slots.assignment_S < gate_N1.shape[0], gate_S, 0)
-  return rows._replace(gate_ER=gate_S.reshape(layout.experts, -1))
+  return rows._replace(gate=gate_S.reshape(layout.experts, -1))
 
 
 def gather_rows(x_TD: jax.Array, assigned: Assignments, slots: Slots, layout: Layout) -> jax.Array:
@@ -264,9 +267,13 @@ def _take_rows(x_TD: jax.Array, token_S: jax.Array, slot_TK: jax.Array) -> jax.A
 def _sum_rows(x_SD: jax.Array, slot_TK: jax.Array, token_S: jax.Array) -> jax.Array:
   """Returns the float32 sums over K of x_SD[slot_TK], in the dtype of x_SD; see _take_rows."""
   # K comes first, because a TPU keeps the last two dimensions in tiles of at least 8 x 128. XLA
-  # expects K - 1 sums to take a seventh of the cycles of a sum over K.
-  x_KTD = _rows_or_zero(x_SD, slot_TK.T)
-  return sum(x_TD.astype(jnp.float32) for x_TD in x_KTD).astype(x_SD.dtype)
+  # expects K - 1 sums to take a seventh of the cycles of a sum over K, and joins to them what makes
+  # a missing row zero.
+  x_KTD = x_SD.at[slot_TK.T].get(mode="clip")
+  has_KT1 = slot_TK.T[..., None] < x_SD.shape[0]
+  rows = (jnp.where(has, x_TD, 0) for has, x_TD in zip(has_KT1, x_KTD, strict=True))
+  y_TD = sum(x_TD.astype(jnp.float32) for x_TD in rows).astype(x_SD.dtype)
+  return stored(y_TD, 0, 1)  # rather than all K rows in the order of the layers' sums
 
 
 # Each is the other's gradient.

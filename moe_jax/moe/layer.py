@@ -66,7 +66,7 @@ def _experts(received: ExpertRows, experts: ExpertWeights, model: Model) -> jax.
     experts = experts._replace(down_bias_ED=exchange.once_over("tensor", experts.down_bias_ED))
   kernel, function = model.moe.grouped_matmul, activation.nonlinearity(model)
   return expert_kernels.experts(
-    received.x, received.sizes_E, experts, kernel, function, received.gate_ER
+    received.x, received.sizes_E, experts, kernel, function, received.gate
   )
 
 

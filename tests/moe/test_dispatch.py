@@ -99,7 +99,7 @@ def test_slots_have_the_gates_of_their_assignments():
   layout, gather = layout_by_hand(tokens=3, capacity=3), dispatch.DISPATCHERS[Dispatch.GATHER]
 
   def gates(gate_N):
-    return gather.pack(jnp.ones((3, 2)), assigned._replace(gate_N=gate_N), layout).gate_ER
+    return gather.pack(jnp.ones((3, 2)), assigned._replace(gate_N=gate_N), layout).gate
 
   gate_ER, pull = jax.vjp(gates, assigned.gate_N)
   assert gate_ER.tolist() == [[0.5, 0.25, 0], [0.125, 0, 0]]

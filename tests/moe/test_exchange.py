@@ -43,9 +43,9 @@ def ragged_all_to_all(
 experts_kernel = kernels.experts
 
 
-def experts_with_undefined_rows(x_ND, sizes_E, weights, kernel, activation, gate_ER):
+def experts_with_undefined_rows(x_ND, sizes_E, weights, kernel, activation, gate):
   """NaN in the rows past the last expert's, which a kernel may leave unset."""
-  assert gate_ER is None  # sorted rows have none
+  assert gate is None  # sorted rows have none
   y_ND = experts_kernel(x_ND, sizes_E, weights, kernel, activation)
   filled_N = jnp.arange(y_ND.shape[0]) < jnp.sum(sizes_E)
   return jnp.where(filled_N[:, None], y_ND, jnp.nan)
