@@ -121,7 +121,7 @@ ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
     attention_splash.splash_refuses,
     ("tpu",),
     ("tpu",),
-    takes=("window", "soft_cap"),
+    takes=Mask._fields,
   ),
 }
 

@@ -54,7 +54,7 @@ def cudnn_attention(
     implementation: "xla" computes the same function on any platform, with [L, L] scores.
   """
   local = functools.partial(_attend, mask=mask, implementation=implementation)
-  return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+  return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL, None)
 
 
 def _attend(
@@ -62,6 +62,7 @@ def _attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
+  sinks_H: None,
   mask: Mask,
   implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:

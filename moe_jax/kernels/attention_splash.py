@@ -38,8 +38,8 @@ def splash_attention(
   Args:
     interpret: whether Pallas interprets the kernel on a CPU, which is slow.
   """
-  local = functools.partial(_attend, mask=mask, interpret=interpret)
-  return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+  local = functools.partial(_attend, mask=mask._replace(sinks_H=None), interpret=interpret)
+  return attention_local.on_each_device(local)(q_BLHA, k_BLGA, v_BLGA, segments_BL, mask.sinks_H)
 
 
 def _attend(
@@ -47,6 +47,7 @@ def _attend(
   k_BLGA: jax.Array,
   v_BLGA: jax.Array,
   segments_BL: jax.Array,
+  sinks_H: jax.Array | None,
   mask: Mask,
   interpret: bool,
 ) -> jax.Array:
@@ -73,5 +74,7 @@ def _attend(
     interpret=interpret,
   )
   q_BHLA, k_BGLA, v_BGLA = (x.swapaxes(1, 2) for x in (q_BLHA * A**-0.5, k_BLGA, v_BLGA))
-  y_BHLA = jax.vmap(kernel)(q_BHLA, k_BGLA, v_BGLA, splash.SegmentIds(segments_BL, segments_BL))
+  of_each = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+  segments = splash.SegmentIds(segments_BL, segments_BL)
+  y_BHLA = of_each(q_BHLA, k_BGLA, v_BGLA, segments, sinks_H)
   return y_BHLA.swapaxes(1, 2)
