@@ -15,7 +15,6 @@ from moe_jax.data import pipeline
 from moe_jax.errors import UserError
 from moe_jax.model import transformer
 from moe_jax.moe import dispatch
-from moe_jax.training import losses
 
 _SECONDS = 10  # between lines of progress
 
@@ -69,9 +68,11 @@ def causal_losses(
     Losses in nats, float32 [R, L], without the true future and with it.
   """
   step = jax.jit(
-    lambda params, bias_ZE, batch: losses.token_nll(
-      transformer.evaluate(model.config, params, bias_ZE, batch).logits_BLV, batch.targets_BL
-    )[0]
+    lambda params, bias_ZE, batch: (
+      transformer.target_nll(
+        model.config, params, bias_ZE, batch, jax.random.key(0), train=False
+      ).nll_BL
+    )
   )
   L, n, group_rows = rows.seq_len, len(numbers), dispatch.group_rows(model.config.moe, rows.seq_len)
   groups = batch_size // group_rows  # the other rows of a group are not changed

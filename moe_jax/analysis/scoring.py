@@ -13,7 +13,7 @@ from moe_jax import sharding
 from moe_jax.config import Model
 from moe_jax.inference import decoding, padding
 from moe_jax.inference.generate import TextGenerator
-from moe_jax.training import losses
+from moe_jax.kernels.cross_entropy import token_nll
 
 Ids = Sequence[int]
 
@@ -63,7 +63,7 @@ def _scores(
   """Returns the log probability of each token but the first, and whether it is the best."""
   logits_BLV = decoding.logits_of_rows(weights, tokens_BL, start_B, model=model)[:, :-1]
   next_BL = tokens_BL[:, 1:]
-  nll_BL, _ = losses.token_nll(logits_BLV, next_BL)
+  nll_BL, _ = token_nll(logits_BLV, next_BL)
   return -nll_BL, jnp.argmax(logits_BLV, axis=-1) == next_BL
 
 

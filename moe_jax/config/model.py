@@ -217,6 +217,9 @@ class Model(Section):
     Dtype.FLOAT32, "Type of activations and matmuls; parameters stay float32."
   )
   remat: Remat = option(Remat.NONE, "What is kept for the backward pass.")
+  loss_chunk: int = option(
+    0, "Tokens of a device whose output logits are in memory at once; 0: all.", at_least=0
+  )
   attention: Attention = option(Attention.AUTO, "The kernel of attention.")
   moe: MoE = dataclasses.field(default_factory=MoE)
 

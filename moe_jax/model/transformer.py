@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Model, Remat
-from moe_jax.kernels import activation, gathered
+from moe_jax.kernels import activation, cross_entropy, gathered
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight, linear
@@ -113,8 +113,12 @@ def next_token_logits(
   x_BLD = rms_norm(x_BLD, final_norm_D, model.norm_eps)
   with jax.named_scope("head"):
     logits_BLV = linear(x_BLD, head_DV, dtype=jnp.dtype(jnp.float32))
-    logits_BLV = soft_capped(_scaled(logits_BLV, model.logit_multiplier), model.logit_soft_cap)
-    return sharding.constrain(logits_BLV, "BLV")
+    return sharding.constrain(scaled_logits(logits_BLV, model), "BLV")
+
+
+def scaled_logits(logits: jax.Array, model: Model) -> jax.Array:
+  """Returns the logits with the multiplier and the soft cap of the config, elementwise."""
+  return soft_capped(_scaled(logits, model.logit_multiplier), model.logit_soft_cap)
 
 
 class DecoderLayer(nnx.Module):
@@ -164,6 +168,14 @@ class ModelOutput(NamedTuple):
   choices: Choices | None  # [Z, B, L, E]; None without `trace` or in a dense model
 
 
+class TargetNll(NamedTuple):
+  """What the decoder makes of the targets."""
+
+  nll_BL: jax.Array  # float32, nats of each target
+  log_z_BL: jax.Array  # float32, logsumexp of each token's logits
+  stats: MoeStats  # as in ModelOutput
+
+
 REMAT_POLICIES = {
   Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable,
@@ -204,6 +216,37 @@ class Transformer(nnx.Module):
       train: whether to use the capacity factor, jitter and noise of training.
       trace: whether to return the experts of each token in each MoE layer too.
     """
+    x_BLD, head_DV, stats, choices = self._layers(tokens, bias_ZE, key, Mode(train, trace))
+    logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, self.model)
+    return ModelOutput(logits_BLV, stats, choices)
+
+  def target_nll(
+    self,
+    tokens: Tokens,
+    targets_BL: jax.Array,
+    bias_ZE: jax.Array,
+    key: jax.Array,
+    *,
+    train: bool,
+  ) -> TargetNll:
+    """Computes the nats of each token's target, of `loss_chunk` tokens of a device at a time.
+
+    The arguments are those of `__call__`, and int32 targets_BL.
+    """
+    model = self.model
+    x_BLD, head_DV, stats, _ = self._layers(tokens, bias_ZE, key, Mode(train, False))
+    if not model.loss_chunk:
+      logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, model)
+      return TargetNll(*cross_entropy.token_nll(logits_BLV, targets_BL), stats)
+    x_BLD = rms_norm(x_BLD, self.final_norm.weights(), model.norm_eps)
+    scaling = functools.partial(scaled_logits, model=model)
+    found = cross_entropy.nll_in_chunks(x_BLD, head_DV, targets_BL, model.loss_chunk, scaling)
+    return TargetNll(*found, stats)
+
+  def _layers(
+    self, tokens: Tokens, bias_ZE: jax.Array, key: jax.Array, mode: Mode
+  ) -> tuple[jax.Array, Any, MoeStats, Choices | None]:
+    """Returns x_BLD after the last layer, the head, and what the MoE layers return."""
     model, dtype = self.model, jnp.dtype(self.model.compute_dtype.value)
     ends = {"embed_VD": self.embed_VD[...].astype(dtype)}
     if not model.tied_head:
@@ -216,16 +259,13 @@ class Transformer(nnx.Module):
       repeats, unit = layer_pattern(model)[index]
       keys = jax.random.split(jax.random.fold_in(key, index), repeats)
       last = first + repeats * sum(kind.is_moe for kind in unit)
-      x_BLD, moe_layers = self._scan(
-        index, stack, x_BLD, tokens, bias_ZE[first:last], keys, Mode(train, trace)
-      )
+      x_BLD, moe_layers = self._scan(index, stack, x_BLD, tokens, bias_ZE[first:last], keys, mode)
       if moe_layers is not None:
         stats.append(moe_layers.stats)
         choices.append(moe_layers.choices)
       first = last
     head_DV = ends["embed_VD"].T if model.tied_head else ends["head_DV"]
-    logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, model)
-    return ModelOutput(logits_BLV, _on_layers(stats), _on_layers(choices) if choices else None)
+    return x_BLD, head_DV, _on_layers(stats), _on_layers(choices) if choices else None
 
   def _scan(
     self,
@@ -317,6 +357,20 @@ def forward(
 ) -> ModelOutput:
   """Calls a Transformer with these parameters; the arguments are those of its `__call__`."""
   return merge(model, params)(tokens, bias_ZE, key, train=train, trace=trace)
+
+
+def target_nll(
+  model: Model,
+  params: Any,
+  bias_ZE: jax.Array,
+  batch: Any,
+  key: jax.Array,
+  *,
+  train: bool,
+) -> TargetNll:
+  """Calls Transformer.target_nll with these parameters on a data.pipeline.Batch."""
+  tokens = Tokens.of_batch(batch)
+  return merge(model, params).target_nll(tokens, batch.targets_BL, bias_ZE, key, train=train)
 
 
 def abstract_weights(model: Model) -> dict[str, Any]:

@@ -12,6 +12,7 @@ gives the same result for the assignments that it keeps. All sizes are those of 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -271,8 +272,9 @@ def _sum_rows(x_SD: jax.Array, slot_TK: jax.Array, token_S: jax.Array) -> jax.Ar
   # a missing row zero.
   x_KTD = x_SD.at[slot_TK.T].get(mode="clip")
   has_KT1 = slot_TK.T[..., None] < x_SD.shape[0]
-  rows = (jnp.where(has, x_TD, 0) for has, x_TD in zip(has_KT1, x_KTD, strict=True))
-  y_TD = sum(x_TD.astype(jnp.float32) for x_TD in rows).astype(x_SD.dtype)
+  pairs = zip(has_KT1, x_KTD, strict=True)
+  rows = (jnp.where(has_T1, x_TD, 0).astype(jnp.float32) for has_T1, x_TD in pairs)
+  y_TD = functools.reduce(jnp.add, rows).astype(x_SD.dtype)
   return stored(y_TD, 0, 1)  # rather than all K rows in the order of the layers' sums
 
 

@@ -1,10 +1,11 @@
 """Exchanges: move rows to the devices that hold their experts, and bring the outputs back.
 
-Only this file and kernels/gathered.py, which gathers weights, name collectives. The `expert` axis
-has X devices; each holds J = E/X of the E experts and its own T tokens with N assignments. The
-drawings show X = 2 devices, E = 4 experts, so J = 2: device 0 holds experts a and b, device 1 holds
-c and d. `a0` is a row for expert a from device 0. Sizes are those of one device. shard_map's
-replication check stays on, so every statistic must be summed over the mesh.
+Only this file, kernels/gathered.py, which gathers weights, and kernels/cross_entropy.py, which sums
+over the parts of a vocabulary, name collectives. The `expert` axis has X devices; each holds J =
+E/X of the E experts and its own T tokens with N assignments. The drawings show X = 2 devices, E = 4
+experts, so J = 2: device 0 holds experts a and b, device 1 holds c and d. `a0` is a row for expert
+a from device 0. Sizes are those of one device. shard_map's replication check stays on, so every
+statistic must be summed over the mesh.
 
 Letters: T, N, E, X, J as above; W tokens of all X devices, V their assignments; S rows that a
 device sends; R rows that it has room to receive; C slots of an expert in all routing groups.

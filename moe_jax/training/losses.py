@@ -38,16 +38,15 @@ class Losses(NamedTuple):
 
 
 @jax.named_scope("loss")
-def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: MoeStats) -> Sums:
+def sums(nll_BL: jax.Array, log_z_BL: jax.Array, real_BL: jax.Array, moe: MoeStats) -> Sums:
   """Returns the sums of a batch.
 
   Args:
-    logits_BLV: float32.
-    targets_BL: int32, the token that follows each token.
+    nll_BL: float32, the nats of each token's target.
+    log_z_BL: float32, the logsumexp of each token's logits.
     real_BL: bool, False at padding, which counts in no sum.
     moe: the statistics of the MoE layers for the same batch.
   """
-  nll_BL, log_z_BL = token_nll(logits_BLV, targets_BL)
   return Sums(
     nll=jnp.sum(jnp.where(real_BL, nll_BL, 0)),
     z=jnp.sum(jnp.where(real_BL, log_z_BL**2, 0)),
@@ -56,13 +55,6 @@ def sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array, moe: 
     microbatches=jnp.ones((), jnp.int32),
     balance_Z=balance_loss(moe.routed_E, moe.prob_E, moe.tokens),
   )
-
-
-def token_nll(logits_BLV: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (the nats of each target, the logsumexp of each position's logits), float32 [B, L]."""
-  log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-  target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-  return log_z_BL - target_BL, log_z_BL
 
 
 def load_balance(sums: Sums, scope: BalanceScope) -> jax.Array:

@@ -13,7 +13,6 @@ from moe_jax.data import pipeline
 from moe_jax.model import transformer
 from moe_jax.moe import dispatch, routers
 from moe_jax.moe.balance import updated_bias
-from moe_jax.moe.routing import Tokens
 from moe_jax.training import losses, metrics
 from moe_jax.training.setup import Setup, TrainState
 
@@ -84,9 +83,8 @@ def batch_sums(
   """
 
   def forward(params: Any, batch: pipeline.Batch[jax.Array], key: jax.Array) -> losses.Sums:
-    tokens = Tokens.of_batch(batch)
-    out = transformer.forward(config.model, params, bias_ZE, tokens, key, train=True)
-    return losses.sums(out.logits_BLV, batch.targets_BL, batch.segments_BL > 0, out.stats)
+    out = transformer.target_nll(config.model, params, bias_ZE, batch, key, train=True)
+    return losses.sums(out.nll_BL, out.log_z_BL, batch.segments_BL > 0, out.stats)
 
   accumulation = config.train.accumulation
   if accumulation == 1:

@@ -85,7 +85,7 @@ def call(layer, x_BLD, bias_E, real_BL=None):
 def sums_of(stats, real_BL):
   """Sums of one layer's statistics; there is no language model."""
   layers = jax.tree.map(lambda s: s[None], stats)
-  return losses.sums(jnp.zeros((B, L, 2)), jnp.zeros((B, L), jnp.int32), real_BL, layers)
+  return losses.sums(jnp.zeros((B, L)), jnp.zeros((B, L)), real_BL, layers)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -121,7 +121,7 @@ def computed(moe, logits_BLE, real_BL, axes):
     inputs = LayerInputs(logits_BLE, real_BL, ids_BL, jnp.zeros(E), noise_BLE, extra)
     y_BLD, stats, _ = layer.on_mesh(x_BLD, inputs, experts, Model(moe=moe), Mode(train=True))
     stats = jax.tree.map(lambda x: x[None], stats)
-    sums = losses.sums(jnp.zeros((*shape, 2)), jnp.zeros(shape, jnp.int32), real_BL, stats)
+    sums = losses.sums(jnp.zeros(shape), jnp.zeros(shape), real_BL, stats)
     by_row = losses.load_balance(sums, BalanceScope.SEQUENCE)[0]
     all_losses = losses.total(sums, loss, 1)
     value = jnp.sum(y_BLD * cotangent_BLD) + all_losses.total + by_row

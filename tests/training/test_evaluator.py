@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.data import pipeline, tokenizers
-from moe_jax.training import evaluator, losses
+from moe_jax.kernels.cross_entropy import token_nll
+from moe_jax.training import evaluator
 from tests.support.toy_text import S, read, toy_model, toy_rows
 from tests.support.toys import biased_config, mesh_of, set_up, toy_batch, toy_config
 
@@ -162,7 +163,7 @@ def test_loss_of_each_domain(one_device):
   # Nats of each target in the order of the stream; document d has lengths[d] + 1 of them.
   batch = rows.batch(range(len(rows)))
   logits_BLV = read(model, batch)[0]
-  nll_N = np.asarray(losses.token_nll(logits_BLV, batch.targets_BL)[0])[batch.segments_BL > 0]
+  nll_N = np.asarray(token_nll(logits_BLV, batch.targets_BL)[0])[batch.segments_BL > 0]
   targets_N = rows.stream_N[1:]
   pieces = np.split(np.arange(len(targets_N)), np.cumsum([21, 4, 10]))
   for name, members in {"a": [0, 3], "b": [1]}.items():

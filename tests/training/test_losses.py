@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax import sharding
 from moe_jax.config import BalanceScope, Loss
+from moe_jax.kernels.cross_entropy import token_nll
 from moe_jax.moe import counts
 from moe_jax.moe.balance import balance_loss, cv_squared_plus_one
 from moe_jax.training import losses
@@ -44,7 +45,7 @@ def test_a_loss_of_weight_zero_is_logged_only(name):
     importance_E=jnp.ones((1, 2)),
     load_E=jnp.ones((1, 2)),
   )
-  sums = losses.sums(jnp.ones((1, 4, 2)), jnp.zeros((1, 4), int), jnp.ones((1, 4), bool), stats)
+  sums = losses.sums(jnp.ones((1, 4)), jnp.ones((1, 4)), jnp.ones((1, 4), bool), stats)
   source = {"load_balance": "prob_E", "router_z": "z", "importance": "importance_E"}
   source = source.get(name, "load_E")
 
@@ -63,7 +64,7 @@ def test_a_loss_of_weight_zero_is_logged_only(name):
 
 def test_a_lost_statistic_raises():
   stats = counts.zeros(1, 4, 1)
-  sums = losses.sums(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), stats)
+  sums = losses.sums(jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.ones((1, 1), bool), stats)
   with pytest.raises(ValueError, match="1 of 2 MoE layers"):
     losses.total(sums, Loss(), num_moe_layers=2)
 
@@ -88,11 +89,11 @@ def opposite_rows():
     ],
   )
   ones = jnp.ones((1, 1))
-  together = losses.sums(ones[..., None], jnp.zeros((1, 1), int), ones > 0, stats)
+  together = losses.sums(ones, ones, ones > 0, stats)
   halves = [
     losses.sums(
-      ones[..., None],
-      jnp.zeros((1, 1), int),
+      ones,
+      ones,
       ones > 0,
       stats._replace(
         tokens=jnp.array([4]), routed_E=jnp.array(routed[i])[None], prob_E=jnp.array(prob[i])[None]
@@ -139,7 +140,7 @@ def test_cross_entropy_by_hand():
   targets_BL = jnp.array([[0, 1, 2]])
   real_BL = jnp.array([[True, True, False]])
   no_experts = counts.zeros(0, 4, 1)
-  sums = losses.sums(logits_BLV + 2.0, targets_BL, real_BL, no_experts)
+  sums = losses.sums(*token_nll(logits_BLV + 2.0, targets_BL), real_BL, no_experts)
   np.testing.assert_allclose(sums.nll, -np.log(0.5) - np.log(0.8), rtol=1e-6)
   np.testing.assert_allclose(sums.z, 2 * 2.0**2, rtol=1e-6)  # logsumexp of each is 2
   assert sums.targets == 2
@@ -158,7 +159,7 @@ def test_weighted_losses_by_hand():
     z=jnp.array([8.0]),
     importance_E=jnp.array([[3.0, 1.0]]),
   )
-  uniform = losses.sums(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool), stats)
+  uniform = losses.sums(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.ones((1, 3), bool), stats)
   weights = Loss(load_balance=0.1, router_z=0.01, importance=0.2)
   found = losses.total(uniform._replace(nll=jnp.array(6.0)), weights, 1)
   assert float(found.load_balance) == pytest.approx(2 * (1 * 3 / 4))  # E * sum f P

@@ -22,8 +22,9 @@ from moe_jax.config import (
   override,
 )
 from moe_jax.errors import DamagedError, UserError
+from moe_jax.model import transformer
 from moe_jax.storage import workdir as workdir_lib
-from moe_jax.training import health, losses, optimizers, replay
+from moe_jax.training import health, optimizers, replay
 from moe_jax.training import run as run_lib
 from moe_jax.training import setup as setup_lib
 from tests.support.scripts import losses_of
@@ -71,14 +72,15 @@ def config_of(text, steps=40, every=8, **health):
 @pytest.fixture
 def nan_in_one_batch(monkeypatch):
   """A batch that has the rare byte gets a loss that is not a number."""
-  real = losses.sums
+  real = transformer.target_nll
 
-  def sums(logits_BLV, targets_BL, real_BL, moe):
-    found = real(logits_BLV, targets_BL, real_BL, moe)
-    has_it = jnp.any(jnp.where(real_BL, targets_BL, 0) == RARE)
-    return found._replace(nll=found.nll / jnp.where(has_it, 0, 1) * jnp.where(has_it, 0, 1))
+  def target_nll(model, params, bias_ZE, batch, key, *, train):
+    found = real(model, params, bias_ZE, batch, key, train=train)
+    has_it = jnp.any(jnp.where(batch.segments_BL > 0, batch.targets_BL, 0) == RARE)
+    nll_BL = found.nll_BL / jnp.where(has_it, 0, 1) * jnp.where(has_it, 0, 1)
+    return found._replace(nll_BL=nll_BL)
 
-  monkeypatch.setattr(losses, "sums", sums)
+  monkeypatch.setattr(transformer, "target_nll", target_nll)
 
 
 def alarms_of(workdir, kind):
