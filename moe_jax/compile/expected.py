@@ -23,6 +23,7 @@ from moe_jax.model.pattern import moe_layers
 from moe_jax.moe import dispatch, validation
 from moe_jax.training import optimizers
 
+_AGAIN = (Remat.FULL, Remat.OFFLOAD)  # compute all layers again for the backward pass
 _BYTES = 2  # of a weight or an activation in bfloat16
 
 
@@ -83,7 +84,7 @@ def expect(config: Config, target: Target) -> Expected:
   passes = _passes(config)
   slots = _slots_per_assignment(config)
   # Outputs of slots, whose gates are in them, are not computed again.
-  spared = 1 / 3 if _in_slots(config) and config.model.remat is Remat.FULL else 0.0
+  spared = 1 / 3 if _in_slots(config) and config.model.remat in _AGAIN else 0.0
   experts = sizes.expert_flops * slots * (passes + 2 - spared)
   flops = useful / 3 * (experts + (1 - sizes.expert_flops) * (passes + 2)) / target.devices
   # XLA for GPU sums whole gradients in float32.
@@ -130,7 +131,7 @@ def _divisors(n: int) -> list[int]:
 
 def _passes(config: Config) -> float:
   """Returns how many forward passes a step computes, those again for the backward pass included."""
-  again = config.model.remat is Remat.FULL
+  again = config.model.remat in _AGAIN
   return 1 + again + (config.train.accumulation > 1)
 
 
@@ -185,7 +186,7 @@ def _collectives(config: Config, sizes: _Sizes, tokens: int, wide: int) -> Itera
   accumulation, passes = config.train.accumulation, _passes(config)
   layers, experts = model.num_layers, len(moe_layers(config.model))
   # A layer's weights are gathered for each forward pass, and again for the backward pass.
-  gathers = round(passes + (mesh.fsdp > 1 and model.remat is not Remat.FULL)) * accumulation
+  gathers = round(passes + (mesh.fsdp > 1 and model.remat not in _AGAIN)) * accumulation
   expert = round(sizes.expert / mesh.expert / mesh.tensor)
   other, ends = round(sizes.other / mesh.tensor), round(sizes.ends / mesh.tensor)
   if mesh.fsdp > 1:
@@ -203,7 +204,7 @@ def _collectives(config: Config, sizes: _Sizes, tokens: int, wide: int) -> Itera
   row = model.dim * _BYTES * tokens // accumulation
   slots = moe.dispatch is not Dispatch.GROUPED
   # There and back, forward and backward; what is computed again needs no outputs of slots.
-  again = (1 if _in_slots(config) else 2) * (model.remat is Remat.FULL) + 2 * (accumulation > 1)
+  again = (1 if _in_slots(config) else 2) * (model.remat in _AGAIN) + 2 * (accumulation > 1)
   times = accumulation * experts * (4 + again)
   if mesh.expert > 1 and moe.num_experts:
     rows = round(row * moe.top_k * _slots_per_assignment(config))

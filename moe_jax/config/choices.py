@@ -138,6 +138,7 @@ class Remat(Choice):
   NONE = "none", "all"
   DOTS = "dots", "the outputs of matmuls; the rest is computed again"
   FULL = "full", "one for each layer; the rest is computed again"
+  OFFLOAD = "offload", "as full, and that one in the host's memory"
 
 
 class Dtype(Choice):

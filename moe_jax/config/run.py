@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_jax.config.choices import (
   BalanceScope,
+  Dtype,
   OnAlarm,
   OnNonfinite,
   OptimizerName,
@@ -84,6 +85,9 @@ class Optimizer(Section):
   eps: float = option(1e-8, "Added to the root of Adam's second moment.", above=0)
   weight_decay: float = option(
     0.1, "Multiplied by the learning rate; not for norms, embeddings and routers.", at_least=0
+  )
+  moment_dtype: Dtype = option(
+    Dtype.FLOAT32, "Type of the first moments of adamw and of muon's momentum."
   )
   clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 is no limit.", at_least=0)
 

@@ -1,6 +1,7 @@
 """The cost of a config, computed from shapes: parameters, FLOPs per token, memory per device."""
 
 import collections
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
-from moe_jax.config import Config, GroupedMatmul, Mesh, Model, override
+from moe_jax.config import Config, GroupedMatmul, Mesh, Model, Remat, override
 from moe_jax.config.fields import flatten
 from moe_jax.errors import UserError, si
 from moe_jax.kernels import platform
@@ -202,6 +203,9 @@ def activation_bytes(config: Config) -> float:
   if config.model.moe.grouped_matmul is GroupedMatmul.AUTO:
     config = override(config, {"model.moe.grouped_matmul": GroupedMatmul.BLOCKED})
   model, mesh = config.model, config.mesh
+  offloads = model.remat is Remat.OFFLOAD
+  if offloads:  # what `full` keeps is the layers' inputs
+    model = dataclasses.replace(model, remat=Remat.FULL)
   shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
   batch = config.data.batch_size // config.train.accumulation // shards
   tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
@@ -225,7 +229,12 @@ def activation_bytes(config: Config) -> float:
   )
   kept = collections.Counter((s.shape, s.dtype) for s in saved if s.dtype != jax.dtypes.float0)
   kept.subtract(weights)
-  return sum(max(n, 0) * math.prod(shape) * dtype.itemsize for (shape, dtype), n in kept.items())
+  inputs = (batch, config.data.seq_len, model.dim)
+  return sum(
+    max(n, 0) * math.prod(shape) * dtype.itemsize
+    for (shape, dtype), n in kept.items()
+    if not (offloads and shape[1:] == inputs)
+  )
 
 
 def cost_report(config: Config, optimizer_state: Any, device: str = "") -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
 from moe_jax.config import Model, Remat
@@ -176,12 +177,19 @@ class TargetNll(NamedTuple):
   stats: MoeStats  # as in ModelOutput
 
 
+_LAYER_INPUT = "layer_input"  # checkpoint_name of what a layer begins with
 REMAT_POLICIES = {
   Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable,
     jax.checkpoint_policies.save_only_these_names(SAVED_BY_KERNEL),
   ),
   Remat.FULL: jax.checkpoint_policies.nothing_saveable,
+  Remat.OFFLOAD: jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
   Remat.NONE: jax.checkpoint_policies.save_anything_except_these_names(gathered.GATHERED),
 }
 
@@ -290,6 +298,8 @@ class Transformer(nnx.Module):
 
     def body(x_BLD: jax.Array, period: Any) -> tuple[jax.Array, Any]:
       params, biases, key = period
+      if model.remat is Remat.OFFLOAD:  # at the start of the body: elsewhere it is not offloaded
+        x_BLD = checkpoint_name(x_BLD, _LAYER_INPUT)
       moe_layers: list[MoELayers] = []
       blocks = nnx.merge(graph, params).blocks
       for number, (kind, block) in enumerate(zip(unit, blocks, strict=True)):

@@ -75,6 +75,7 @@ def _adamw(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransfor
     eps=optimizer.eps,
     weight_decay=optimizer.weight_decay,
     mask=decay_mask,
+    mu_dtype=optimizer.moment_dtype.value,
   )
 
 
@@ -135,6 +136,7 @@ def _muon(optimizer: Optimizer, rate: optax.Schedule) -> optax.GradientTransform
     beta=_MUON_BETA,
     weight_decay=optimizer.weight_decay,
     consistent_rms=_MUON_RMS,
+    mu_dtype=optimizer.moment_dtype.value,
     muon_weight_dimension_numbers=lambda params: _by_name(params, muon_axes),
   )
   # muon's own Adam uses Nesterov momentum and cannot leave parameters out of weight decay, so AdamW
@@ -180,7 +182,7 @@ def muon_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None
   letters = name.rsplit("_", 1)[-1]
   axes = {letter: axis - len(letters) for axis, letter in enumerate(letters) if letter != "E"}
   assert len(axes) > 1 and ndim >= len(letters), name
-  inner = next(letter for letter in "DQW" if letter in axes)
+  inner = sharding.gathered_letter(name)
   width, others = (axes.pop(inner),), tuple(axes.values())
   into, out_of = (width, others) if width < others else (others, width)
   return optax.contrib.MuonDimensionNumbers(reduction_axis=into, output_axis=out_of)

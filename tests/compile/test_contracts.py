@@ -121,12 +121,14 @@ def test_state_is_split_over_the_devices_and_reused(topology):
 def test_a_remat_policy_that_keeps_more_needs_more(topology):
   """Where two need the same, one of them does nothing."""
   rows = "--config.data.batch_size=1024"  # so many that activations are most of the memory
-  full, dots = (
+  full, dots, offload = (
     compiled(topology, rows, f"--config.model.remat={word}", data=8, expert=4)
-    for word in ("full", "dots")
+    for word in ("full", "dots", "offload")
   )
   kept = LAYERS * 1024 * LENGTH // 32 * K * F * 2  # of what dots keeps: one product of the experts
   assert full["memory"]["temporaries"] + kept < dots["memory"]["temporaries"]
+  inputs = LAYERS * 1024 * LENGTH // 32 * D * 2
+  assert offload["memory"]["temporaries"] + inputs // 2 < full["memory"]["temporaries"]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def loss_and_grads(config, params, tokens):
 
 
 @pytest.mark.preflight
-@pytest.mark.parametrize("remat", slow_unless([Remat.DOTS], [Remat.DOTS, Remat.FULL]))
+@pytest.mark.parametrize("remat", slow_unless([Remat.DOTS, Remat.OFFLOAD], Remat))
 def test_remat_changes_no_value(remat):
   config = toy_config(capacity_factor=0.8, every=2)
   _, params = build(config)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import sharding
-from moe_jax.config import Optimizer, OptimizerName, Schedule, override
+from moe_jax.config import Dtype, Optimizer, OptimizerName, Schedule, override
 from moe_jax.model import cost
 from moe_jax.moe.balance import updated_bias
 from moe_jax.training import optimizers
@@ -204,9 +204,9 @@ def test_schedule_and_weight_decay_mean_the_same(name):
       np.testing.assert_allclose(update, want, rtol=1e-5, atol=1e-9, err_msg=which)
 
 
-def train_losses(name, axes):
-  config, mesh = toy_config(), mesh_of(**axes)
-  config = override(config, {"optimizer.name": name})
+def train_losses(name, axes, fields=()):
+  mesh = mesh_of(**axes)
+  config = override(toy_config(), {"optimizer.name": name, **dict(fields)})
   with jax.set_mesh(mesh):
     setup = setup_lib.make(config, mesh)
     step, state = compile_step(setup, only=("loss",)), setup.init()
@@ -227,6 +227,14 @@ def test_training_lowers_the_loss_and_is_the_same_on_a_mesh(name):
   assert train_losses(name, MESHES[1]) == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", slow_unless(["adamw"], ["adamw", "muon"]))
+def test_first_moments_can_be_bfloat16(name):
+  """The losses are those of float32 moments but for rounding."""
+  name = OptimizerName(name)
+  short = train_losses(name, {}, {"optimizer.moment_dtype": Dtype.BFLOAT16})
+  assert short != train_losses(name, {}) == pytest.approx(short, rel=1e-2)
+
+
 def test_state_is_counted_from_its_shapes():
   config = toy_config()
   sizes = {path[-1]: 0 for path in cost.parameters(config.model)}
@@ -241,7 +249,11 @@ def test_state_is_counted_from_its_shapes():
   # Weights, gradients and moments of 4 bytes; a few counts beside them.
   assert 0 < counted[OptimizerName.ADAMW] - 16 * total <= 16
   assert 0 < counted[OptimizerName.MUON] - 16 * total + 4 * matrices <= 64
-  config = override(config, {"optimizer.name": OptimizerName.ADAMW, "mesh.expert": 2})
+  config = override(config, {"optimizer.name": OptimizerName.ADAMW})
+  short = override(config, {"optimizer.moment_dtype": Dtype.BFLOAT16})
+  first = cost.state_bytes(short, optimizers.abstract_state(short))
+  assert counted[OptimizerName.ADAMW] - first == 2 * total
+  config = override(config, {"mesh.expert": 2})
   whole = {name for name in sizes if "norm" in name or name == "router_DE"}  # on every device
   split = sum(size for name, size in sizes.items() if name not in whole)
   halved = cost.state_bytes(config, optimizers.abstract_state(config))
