@@ -141,6 +141,13 @@ class Remat(Choice):
   OFFLOAD = "offload", "as full, and that one in the host's memory"
 
 
+class GradientSums(Choice):
+  """The type in which devices add up the gradients of matrices that the mesh splits."""
+
+  COMPUTE = "compute", "that of activations"
+  FLOAT32 = "float32", "twice the bytes of bfloat16, and rounded once"
+
+
 class Dtype(Choice):
   """A type of floating-point numbers."""
 

@@ -8,6 +8,7 @@ from moe_jax.config.choices import (
   Dispatch,
   Dtype,
   Exchange,
+  GradientSums,
   GroupedMatmul,
   GroupScore,
   Priority,
@@ -219,6 +220,9 @@ class Model(Section):
   remat: Remat = option(Remat.NONE, "What is kept for the backward pass.")
   loss_chunk: int = option(
     0, "Tokens of a device whose output logits are in memory at once; 0: all.", at_least=0
+  )
+  gradient_sums: GradientSums = option(
+    GradientSums.COMPUTE, "Type in which devices add up the gradients of split matrices."
   )
   attention: Attention = option(Attention.AUTO, "The kernel of attention.")
   moe: MoE = dataclasses.field(default_factory=MoE)

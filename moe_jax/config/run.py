@@ -24,9 +24,15 @@ from moe_jax.errors import UserError
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
 _FORMAT = 4  # of config.json; `upgraded` says what older ones had
 _SAME_MODEL = (
-  "remat", "loss_chunk", "attention", "compute_dtype", "moe.grouped_matmul", "moe.jitter",
+  "remat",
+  "loss_chunk",
+  "gradient_sums",
+  "attention",
+  "compute_dtype",
+  "moe.grouped_matmul",
+  "moe.jitter",
   "moe.bias_update_rate",
-)  # fmt: skip
+)
 # Fields that are gone, and what to use in their place.
 _REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
 

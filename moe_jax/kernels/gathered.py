@@ -11,6 +11,7 @@ summed over; O outer, the elements of a row of the result.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
+from moe_jax.config import GradientSums
 from moe_jax.kernels import layout
 from moe_jax.kernels.autodiff import vary
 from moe_jax.kernels.expert_weights import Experts
@@ -69,18 +71,19 @@ def drops_copies() -> bool:
 
 
 @jax.named_scope("weights")
-def copies(weights: Any) -> Any:
+def copies(weights: Any, sums: GradientSums = GradientSums.COMPUTE) -> Any:
   """Returns a tree of named weights with Copies of the matrices that the mesh splits.
 
-  Experts stay as they are: rows are sent to the devices that hold them.
+  Experts stay as they are: rows are sent to the devices that hold them. `sums` is the type in which
+  the copies' gradients are added up.
   """
   mesh = _mesh()
   if mesh.empty or mesh.shape["fsdp"] * mesh.shape["expert"] == 1:
     return weights
-  return jax.tree_util.tree_map_with_path(_copies, weights)
+  return jax.tree_util.tree_map_with_path(functools.partial(_copies, sums=sums), weights)
 
 
-def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
+def _copies(path: tuple[Any, ...], weight: jax.Array, sums: GradientSums) -> Any:
   name = sharding.param_name(path)
   letters, letter = name.rsplit("_", 1)[-1], sharding.gathered_letter(name)
   if not letter or "E" in letters:
@@ -91,8 +94,7 @@ def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
   axes = spec[dimension] if isinstance(spec[dimension], tuple) else (spec[dimension],)
 
   def on_device(weight: jax.Array) -> jax.Array:
-    # Marked before it is gathered, so that a gradient is scattered before it is summed over `data`.
-    return gathered_whole(vary(weight, frozenset(sharding.BATCH_AXES)), dimension, axes)[None]
+    return gathered_whole(weight, dimension, axes, frozenset(sharding.BATCH_AXES), sums)[None]
 
   rest = (None if i == dimension else axis for i, axis in enumerate(spec))
   copied = jax.sharding.PartitionSpec(sharding.BATCH_AXES, *rest)
@@ -100,30 +102,73 @@ def _copies(path: tuple[Any, ...], weight: jax.Array) -> Any:
 
 
 @jax.named_scope("weights")
-def gathered_experts(weights: Experts) -> Experts:
+def gathered_experts(weights: Experts, sums: GradientSums = GradientSums.COMPUTE) -> Experts:
   """Returns a device's own experts, whole along D, inside shard_map."""
 
   def gathered(name: str, weight: jax.Array | None) -> Any:
     dimension = name.rsplit("_", 1)[-1].find("D")
     if weight is None or dimension < 0:
       return weight
-    return gathered_whole(vary(weight, frozenset(("data", "fsdp"))), dimension, ("fsdp",))
+    return gathered_whole(weight, dimension, ("fsdp",), frozenset(("data", "fsdp")), sums)
 
   return weights._replace(**{n: gathered(n, w) for n, w in weights._asdict().items()})
 
 
-def gathered_whole(weight: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
-  """Returns, inside shard_map, all of a dimension that mesh axes split; scatters the gradient."""
+def gathered_whole(
+  weight: jax.Array,
+  dimension: int,
+  axes: tuple[str, ...],
+  copied: frozenset[str],
+  sums: GradientSums = GradientSums.COMPUTE,
+) -> jax.Array:
+  """Returns, inside shard_map, all of a dimension that mesh axes split; scatters the gradient.
+
+  Args:
+    weight: a device's part.
+    dimension: of it, that is gathered.
+    axes: that split it.
+    copied: axes along which each device gets a copy with a gradient of its own, `axes` among them.
+    sums: the type in which gradients are added up.
+  """
+  dtype = weight.dtype
+  if sums is GradientSums.FLOAT32:
+    weight = weight.astype(jnp.float32)
+  # Marked before it is gathered, so that a gradient is scattered before it is summed over `data`.
+  weight = vary(weight, copied)
   stages = [(axis, groups) for axis in reversed(axes) for groups in _stages(_mesh().shape[axis])]
   if not stages:
-    return weight
+    return weight.astype(dtype)
   first = jnp.moveaxis(weight, dimension, 0)
   # XLA may keep the last dimension of the weight the last otherwise.
   x = layout.stored(first.reshape(first.shape[0], -1), 0, 1)
-  for axis, groups in stages:
-    x = jax.lax.all_gather(x, axis, tiled=True, axis_index_groups=groups)
+  x = _gathered(x, stages, dtype) if x.dtype != dtype else _in_stages(x, stages)
   x = x.reshape(-1, *first.shape[1:])
   return checkpoint_name(jnp.moveaxis(x, 0, dimension), GATHERED)
+
+
+Stages = list[tuple[str, list[list[int]] | None]]  # mesh axis and groups of each gather
+
+
+def _in_stages(x: jax.Array, stages: Stages) -> jax.Array:
+  for axis, groups in stages:
+    x = jax.lax.all_gather(x, axis, tiled=True, axis_index_groups=groups)
+  return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, stages: Stages, dtype: jnp.dtype) -> jax.Array:
+  """Returns x gathered in a shorter type; its gradient is scattered in that of x."""
+  return _in_stages(x.astype(dtype), stages)
+
+
+def _scattered(stages: Stages, dtype: jnp.dtype, kept: None, gradient: jax.Array) -> Any:
+  x = gradient.astype(jnp.float32)
+  for axis, groups in reversed(stages):
+    x = jax.lax.psum_scatter(x, axis, tiled=True, axis_index_groups=groups)
+  return (x,)
+
+
+_gathered.defvjp(lambda x, stages, dtype: (_gathered(x, stages, dtype), None), _scattered)
 
 
 def _stages(size: int) -> list[list[list[int]] | None]:

@@ -259,7 +259,7 @@ class Transformer(nnx.Module):
     ends = {"embed_VD": self.embed_VD[...].astype(dtype)}
     if not model.tied_head:
       ends["head_DV"] = self.head_DV[...].astype(dtype)
-    ends = gathered.copies(ends)
+    ends = gathered.copies(ends, model.gradient_sums)
     x_BLD = embed(ends["embed_VD"], tokens.ids_BL, model)
     of_none = counts.zeros(0, model.moe.num_experts, routers.choices_per_token(model.moe))
     stats, choices, first = [of_none], [], 0
@@ -306,7 +306,7 @@ class Transformer(nnx.Module):
         bias_E = biases[len(moe_layers)] if kind.is_moe else None
         out = decoder_layer(
           x_BLD,
-          gathered.copies(block.weights(dtype, bias_E)),
+          gathered.copies(block.weights(dtype, bias_E), model.gradient_sums),
           tokens,
           None if kind.delta else attend,
           model,

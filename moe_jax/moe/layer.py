@@ -142,7 +142,7 @@ def on_mesh(
   def gathered_first(x_BLD: jax.Array, inputs: LayerInputs, experts: Experts) -> MoEOutput:
     # Here, so that the gradient is summed over `tensor` for tokens and not for their rows.
     x_BLD = vary(x_BLD, frozenset(("tensor",)))
-    return local(x_BLD, inputs, gathered.gathered_experts(experts))
+    return local(x_BLD, inputs, gathered.gathered_experts(experts, model.gradient_sums))
 
   return jax.shard_map(
     gathered_first,

@@ -1,11 +1,14 @@
 """Weights that the mesh splits: products and gradients are those of the whole weight."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import sharding
+from moe_jax.config import GradientSums
 from moe_jax.kernels import gathered
 from moe_jax.kernels.linear import linear
 from tests.support.toys import mesh_of
@@ -51,6 +54,30 @@ def test_values_and_gradients_are_those_of_whole_weights(axes, most, monkeypatch
   np.testing.assert_allclose(logits_BLV, expected, rtol=1e-4, atol=1e-5)
   for name in WEIGHTS:  # sums of float32 in another order
     np.testing.assert_allclose(found[name], gradients[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("axes", [dict(data=2, fsdp=4), dict(fsdp=2, expert=2, data=2)], ids=str)
+def test_gradients_can_be_added_up_in_float32(axes, monkeypatch):
+  """Of a bfloat16 matrix: scattered, summed over `data`, and the gradient of one device."""
+  monkeypatch.setattr(gathered, "_MOST", 2)  # in stages, too
+  rng = np.random.default_rng(0)
+  w_DF, x_BLD = (rng.normal(size=s).astype(jnp.bfloat16) for s in ((D, F), (B, L, D)))
+
+  def loss(w_DF, x_BLD, sums):
+    w_DF = gathered.copies({"up_DF": w_DF}, sums)["up_DF"]
+    return jnp.sum(jnp.sin(linear(x_BLD, w_DF).astype(jnp.float32)))
+
+  expected = jax.grad(loss)(w_DF, x_BLD, GradientSums.COMPUTE).astype(jnp.float32)
+  with jax.set_mesh(mesh_of(**axes)):
+    placed = sharding.constrain(jnp.asarray(x_BLD), "BLD")
+    for sums, kind in ((GradientSums.COMPUTE, "bf16"), (GradientSums.FLOAT32, "f32")):
+      step = jax.jit(jax.grad(loss), static_argnums=2)
+      text = step.lower(w_DF, placed, sums).as_text()
+      ends = re.findall(r"(?:reduce_scatter|all_reduce).*?->\s*tensor<[\dx]*x(\w+)>", text, re.S)
+      assert len(ends) >= 2 and set(ends) == {kind}
+      found = step(w_DF, placed, sums).astype(jnp.float32)
+      # bfloat16 keeps 8 bits of each device's part
+      np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.05)
 
 
 def test_a_mesh_that_splits_no_weight_copies_none():
