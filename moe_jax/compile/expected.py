@@ -60,7 +60,7 @@ def layouts(config: Config, target: Target) -> Iterator[Config]:
       rest, over = divmod(target.devices, expert * tensor)
       for fsdp in _divisors(rest) if not over else ():
         mesh = {"data": rest // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
-        for remat in Remat:
+        for remat in (Remat.NONE, Remat.DOTS, Remat.FULL):  # transfers to the host are not known
           for accumulation in (1, 2, 4, 8, 16):
             for exchange in exchanges if expert > 1 else exchanges[:1]:
               fields: dict[str, Any] = {f"mesh.{axis}": n for axis, n in mesh.items()}
@@ -106,7 +106,9 @@ def expect(config: Config, target: Target) -> Expected:
     groups=groups,
     target=target,
   )
-  logits = 2 * 4 * local * config.model.vocab_size / mesh.tensor  # float32, forward and backward
+  tokens_of_logits = min(local, config.model.loss_chunk or local)
+  # float32, forward and backward
+  logits = 2 * 4 * tokens_of_logits * config.model.vocab_size / mesh.tensor
   rows = 4 * local * config.model.moe.top_k * slots * config.model.dim * _BYTES
   held = state + _activations(config) / mesh.tensor + logits + rows
   held += 2 * layer + 2 * sizes.ends / mesh.tensor  # a layer's weights and the next one's

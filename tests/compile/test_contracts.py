@@ -89,7 +89,8 @@ def test_weights_are_gathered_over_fsdp_and_their_gradients_scattered(topology):
   assert 2 * 2 * experts <= gathered <= 2.1 * 2 * (experts + OTHERS)
   scattered = sum(c["size"] * c["times"] for c in moved(result, "fsdp", "reduce-scatter"))
   assert 2 * experts <= scattered <= 1.1 * 4 * (experts + OTHERS)
-  assert max(c["size"] for c in moved(result, "fsdp", "all-reduce")) < D * F * 2
+  # No gradient of a matrix is summed whole, nor that of the embedding, which is the smallest.
+  assert max(c["size"] for c in moved(result, "fsdp", "all-reduce")) < VOCABULARY * D * 2
 
 
 @on_both
