@@ -8,7 +8,9 @@ import dataclasses
 import difflib
 import functools
 import math
+import pathlib
 import re
+import tomllib
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,7 +142,7 @@ def devices(target: Target) -> Sequence[jax.Device]:
       hosts, gpus = target.shape
       described = topologies.get_topology_desc(
         platform="cuda",
-        target_config=_GPU.format(**_GPUS[target.family]),
+        target_config=_described()["description"].format(**_described()[target.family]),
         topology=f"1x{hosts}x{gpus}",
       )
     else:
@@ -159,34 +161,6 @@ def devices(target: Target) -> Sequence[jax.Device]:
   return described.devices
 
 
-# stream_executor's GpuTargetConfigProto: figures of the data sheets and of CUDA's properties.
-_GPU = """
-platform_name: "CUDA" device_description_str: "{name}" dnn_version_info {{ major: 9 minor: 10 }}
-gpu_device_info {{
-  cuda_compute_capability {{ major: {major} feature_extension: ACCELERATED_FEATURES }}
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: {cores} fpus_per_core: 128 clock_rate_ghz: {clock} device_address_bits: 64
-  l2_cache_size: {cache} memory_bandwidth: {speed} device_memory_size: {memory}
-  device_vendor: "NVIDIA Corporation" name: "{name}"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-  dnn_version: "9.10.0"
-}}
-"""
-_HOPPER = dict(major=9, cores=132, clock=1.98, cache=52428800)
-_GPUS = {
-  "h100": dict(_HOPPER, name="NVIDIA H100", speed=3350000000000, memory=85029158912),
-  "h200": dict(_HOPPER, name="NVIDIA H200", speed=4800000000000, memory=151397597184),
-  "b200": dict(
-    name="NVIDIA B200",
-    major=10,
-    cores=148,
-    clock=1.965,
-    cache=132644864,
-    speed=8000000000000,
-    memory=191514411008,
-  ),
-}
+@functools.cache
+def _described() -> dict[str, Any]:
+  return tomllib.loads(pathlib.Path(__file__).with_name("gpus.toml").read_text())
