@@ -108,7 +108,9 @@ def compile_for(
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+      used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)) or re.search(
+        r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
+      )
       needs = f"{used[1]}iB of {used[2]}iB" if used else " ".join(str(error).split())[:200]
       raise DoesNotFitError(f"it needs {needs} on each device") from None
     seconds = time.monotonic() - start

@@ -132,6 +132,28 @@ def test_a_remat_policy_that_keeps_more_needs_more(topology):
   assert offload["memory"]["temporaries"] + inputs // 2 < full["memory"]["temporaries"]
 
 
+@on_both
+def test_options_of_memory_do_something_at_a_real_vocabulary(topology):
+  """That of Qwen3: logits in chunks, first moments of two bytes, gradients added up in four."""
+  V = 151_936
+  words = (f"--config.model.vocab_size={V}", "--config.optimizer.name=adamw")
+  options = (
+    "model.loss_chunk=64",
+    "optimizer.moment_dtype=bfloat16",
+    "model.gradient_sums=float32",
+  )
+  before = compiled(topology, *words, data=1, fsdp=8, expert=4)
+  after = compiled(topology, *words, *(f"--config.{o}" for o in options), data=1, fsdp=8, expert=4)
+  logits = 4 * 64 * LENGTH // 32 * V
+  assert after["memory"]["temporaries"] < before["memory"]["temporaries"] - logits // 2
+  parameters = (3 * LAYERS * E * D * F + OTHERS + 2 * (V - VOCABULARY) * D) // 32
+  saved = before["memory"]["arguments"] - after["memory"]["arguments"]
+  assert saved == pytest.approx(2 * parameters, rel=0.05)
+  sent = [sum(c["size"] * c["times"] for c in moved(r, "fsdp", "reduce-scatter"))
+          for r in (before, after)]  # fmt: skip
+  assert 1.5 * sent[0] < sent[1]
+
+
 @pytest.mark.parametrize(
   ("topology", "mode"),
   [
