@@ -43,7 +43,7 @@ def nll_in_chunks(
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes: tuple[str, ...] = () if mesh.empty or mesh.size == 1 else mesh.axis_names
-  words = "tensor" if axes and mesh.shape["tensor"] > 1 else ""
+  words = "tensor" if axes else ""
 
   def on_device(
     x_BLD: jax.Array, head: jax.Array, targets_BL: jax.Array
@@ -51,9 +51,8 @@ def nll_in_chunks(
     shape, head_DV = targets_BL.shape, head.reshape(head.shape[-2:])
     T = math.prod(shape)
     chunks = next(n for n in range(-(-T // chunk), T + 1) if not T % n)
-    if axes:  # so that gradients are summed over the devices that have the same of it
-      across = frozenset(axes) - {"tensor"}
-      x_BLD, head_DV = vary(x_BLD, across | {words} - {""}), vary(head_DV, across | {words} - {""})
+    # So that gradients are summed over the devices that have the same of it.
+    x_BLD, head_DV = vary(x_BLD, frozenset(axes)), vary(head_DV, frozenset(axes))
     found = _nll(x_BLD.reshape(T, -1), head_DV, targets_BL.reshape(T), chunks, scaling, words)
     return found[0].reshape(shape), found[1].reshape(shape)
 

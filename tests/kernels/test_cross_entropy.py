@@ -42,7 +42,9 @@ def total(x_BLD, weights, targets_BL, chunk):
 @pytest.mark.parametrize("chunk", [1, 5, 48])  # one token, no divisor of a device's tokens, all
 @pytest.mark.parametrize("head", ["embed_VD", "head_DV"])
 @pytest.mark.parametrize(
-  "axes", [{}, {"data": 4, "tensor": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}], ids=str
+  "axes",
+  [{}, {"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}],
+  ids=str,
 )
 def test_chunks_equal_all_logits(axes, head, chunk):
   random = np.random.default_rng(0)
@@ -59,7 +61,7 @@ def test_chunks_equal_all_logits(axes, head, chunk):
 def test_a_step_has_the_gradients_of_all_logits():
   """With microbatches, padding and a z-loss."""
   whole = toy_config({"loss.z": 0.01, "train.accumulation": 2, "model.moe.num_experts": 0})
-  mesh, state, _ = set_up(whole, {"fsdp": 2, "tensor": 2})
+  mesh, state, _ = set_up(whole, {"data": 2, "fsdp": 2})
   some, batch = override(whole, {"model.loss_chunk": 4}), toy_batch(whole)
   with jax.set_mesh(mesh):
     step = jax.jit(gradients, static_argnums=2)
