@@ -28,7 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
   "v5p_32": {
     "model.remat": "dots",
     "mesh.fsdp": 16,
-    "train.accumulation": 32,
+    "train.accumulation": 8,
   },
 }
 

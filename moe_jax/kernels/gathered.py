@@ -2,9 +2,9 @@
 
 XLA's partitioner would gather them unasked. They are gathered by hand because of its TPU compiler,
 which sums whole weights, zeros but for a device's own part, in place of a gather over 64 or more
-devices if these are a whole slice, and sums whole gradients in place of their scatter there and
-along a last dimension of which a device keeps less than 256 numbers. So every gather here is along
-a first dimension and over less than 64 devices.
+devices, and whole gradients in place of their scatter, where the devices are a whole slice or keep
+less than 256 numbers of a last dimension. So every gather here is along a first dimension, over
+less than 64 devices and, on a TPU, over less than all of them at once.
 
 Letters: P devices along the batch axes; N rows or tokens of one of them; I inner, the elements
 summed over; O outer, the elements of a row of the result.
@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
 from moe_jax.config import GradientSums
-from moe_jax.kernels import layout
+from moe_jax.kernels import layout, platform
 from moe_jax.kernels.autodiff import vary
 from moe_jax.kernels.expert_weights import Experts
 
@@ -173,9 +173,10 @@ _gathered.defvjp(lambda x, stages, dtype: (_gathered(x, stages, dtype), None), _
 
 def _stages(size: int) -> list[list[list[int]] | None]:
   """Returns the groups of each gather that an axis of this size takes; None is the whole axis."""
-  if size <= _MOST:
-    return [None] * (size > 1)
   near = max(n for n in range(1, math.isqrt(size) + 1) if not size % n)
+  whole = near > 1 and size == _mesh().size and platform.name() == "tpu"
+  if size <= _MOST and not whole:
+    return [None] * (size > 1)
   neighbours = [list(range(first, first + near)) for first in range(0, size, near)]
   return [neighbours, [list(group) for group in zip(*neighbours, strict=True)]]
 

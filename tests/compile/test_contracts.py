@@ -93,6 +93,14 @@ def test_weights_are_gathered_over_fsdp_and_their_gradients_scattered(topology):
   assert max(c["size"] for c in moved(result, "fsdp", "all-reduce")) < VOCABULARY * D * 2
 
 
+@pytest.mark.parametrize("topology", [pytest.param("v5e:2x4", marks=TPU)])
+def test_gradients_are_scattered_over_a_whole_slice(topology):
+  """Where libtpu would sum them whole if one collective went over all devices."""
+  result = compiled(topology, data=1, fsdp=8)
+  assert moved(result, "fsdp", "reduce-scatter")
+  assert max(c["size"] for c in moved(result, "fsdp", "all-reduce")) < VOCABULARY * D * 2
+
+
 @on_both
 def test_gradients_are_scattered_before_they_are_summed_over_data(topology):
   """And over `tensor` tokens are summed, not their rows."""
