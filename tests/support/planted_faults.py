@@ -73,7 +73,7 @@ FAULTS = (
         'x_SD.at[index].get(mode="fill", fill_value=0)', 'x_SD.at[index].get(mode="clip")',
         "tests/moe/test_dispatch.py"),
   Fault("a token, and the gradient of one, is the mean of its rows", "moe/dispatch.py",
-        "x_TD.astype(jnp.float32) for", "x_TD.astype(jnp.float32) / len(x_KTD) for",
+        "functools.reduce(jnp.add, rows)", "functools.reduce(jnp.add, rows) / len(x_KTD)",
         "tests/moe/test_layer.py -k 'oracle and mixtral-gather-expert2'"),
   Fault("einsum: what is dropped takes slot 0", "moe/dispatch.py",
         "dtype=jnp.float32) * slots.kept_N[:, None]", "dtype=jnp.float32)",
