@@ -7,9 +7,8 @@ Question   Does the largest open model of its kind fit v5p chips with float32 we
            (exchange_factor), and what overflows is counted.
 Command    python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_1024 --topology=v5p-1024
 Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each),
-           by shapes alone 88.5 of 95 GiB, 47 of them latent attention's up projections with
-           their gradients and moments, which fsdp does not split
-Time       to compile: no end after 10 CPU minutes. By shapes alone 184 s a step of 62.9M tokens,
+           by shapes alone 39.0 of 95 GiB
+Time       not compiled to the end yet. By shapes alone 184 s a step of 62.9M tokens,
            MFU at most 36.4%, of which it waits 73 s for rows of experts
 Expect     671.0B parameters, 37.55B active per token; never trained
 """
