@@ -105,7 +105,7 @@ def test_three_files_name_collectives():
     "ragged_all_to_all",
   }
   assert seen == {
-    "gathered.py": {"all_gather"},
+    "gathered.py": {"all_gather", "psum_scatter"},
     "cross_entropy.py": {"axis_index", "pmax", "psum"},  # over the parts of the vocabulary
   }
 
