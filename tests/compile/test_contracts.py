@@ -144,15 +144,16 @@ def test_a_remat_policy_that_keeps_more_needs_more(topology):
 def test_options_of_memory_do_something_at_a_real_vocabulary(topology):
   """That of Qwen3: logits in chunks, first moments of two bytes, gradients added up in four."""
   V = 151_936
-  words = (f"--config.model.vocab_size={V}", "--config.optimizer.name=adamw")
+  rows = 1024  # more tokens than the width, so that logits are larger than the head's gradient
+  words = (f"--config.model.vocab_size={V}", f"--config.data.batch_size={rows}")
   options = (
-    "model.loss_chunk=64",
+    "model.loss_chunk=256",
     "optimizer.moment_dtype=bfloat16",
     "model.gradient_sums=float32",
   )
   before = compiled(topology, *words, data=1, fsdp=8, expert=4)
   after = compiled(topology, *words, *(f"--config.{o}" for o in options), data=1, fsdp=8, expert=4)
-  logits = 4 * 64 * LENGTH // 32 * V
+  logits = 4 * rows * LENGTH // 32 * V
   assert after["memory"]["temporaries"] < before["memory"]["temporaries"] - logits // 2
   parameters = (3 * LAYERS * E * D * F + OTHERS + 2 * (V - VOCABULARY) * D) // 32
   saved = before["memory"]["arguments"] - after["memory"]["arguments"]
