@@ -213,3 +213,17 @@ def test_a_python_without_the_peer_is_seen():
   assert not compiled._has_maxtext("no-such-python")
   without = subprocess.run([sys.executable, "-c", "import maxtext"], capture_output=True).returncode
   assert compiled._has_maxtext(sys.executable) == (without == 0)
+
+
+def test_the_faster_path_of_each_side_is_compared():
+  def row(side, path, cycles):
+    figures = dict(all_cycles=cycles, matmul_cycles=8, grouped_cycles=0, wire={"fsdp": 4})
+    memory = dict(arguments=1, temporaries=cycles)
+    return dict(model="m", chip="v5p", side=side, path=path) | figures | memory
+
+  rows = [row("ours", "slots", 9), row("MaxText", "sorted", 12), row("MaxText", "slots", 18)]
+  rows.append({"model": "m", "chip": "v5p", "side": "ours", "path": "sorted", "error": "refused"})
+  found = {target["what"]: target["measured"] for target in compiled._targets(rows)}
+  assert found["m v5p, ours slots / MaxText sorted: cycles"] == 9 / 12
+  assert found["m v5p, ours slots / MaxText sorted: memory"] == 10 / 13
+  assert found["m v5p, slots, all cycles / those of matmuls"] == 9 / 8
