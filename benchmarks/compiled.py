@@ -427,7 +427,7 @@ def _row(
 
 
 def _pairs(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-  """Yields our fastest row and the peer's, by path, of each model and chip that both compiled."""
+  """Yields our fastest path's row and the peer's, of each model and chip that both compiled."""
   by_case: dict[tuple[str, ...], dict[str, Any]] = {}
   for row in sorted((row for row in rows if "error" not in row), key=lambda row: row["all_cycles"]):
     by_case.setdefault((row["model"], row["chip"]), {}).setdefault(row["side"], row)

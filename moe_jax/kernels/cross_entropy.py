@@ -7,7 +7,6 @@ and computes them again for the gradient.
 Letters: T tokens of one device, N chunks of C tokens; V the words of this device of `tensor`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
-from moe_jax.kernels.autodiff import vary, vary_alike
+from moe_jax.kernels.autodiff import vary_alike
 from moe_jax.kernels.gathered import Copies
 
 Scaling = Callable[[jax.Array], jax.Array]  # of logits, elementwise
@@ -42,8 +41,7 @@ def nll_in_chunks(
     scaling: what is done to the float32 logits.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  axes: tuple[str, ...] = () if mesh.empty or mesh.size == 1 else mesh.axis_names
-  words = "tensor" if axes else ""
+  words = "" if mesh.empty or mesh.size == 1 else "tensor"
 
   def on_device(
     x_BLD: jax.Array, head: jax.Array, targets_BL: jax.Array
@@ -51,14 +49,13 @@ def nll_in_chunks(
     shape, head_DV = targets_BL.shape, head.reshape(head.shape[-2:])
     T = math.prod(shape)
     chunks = next(n for n in range(-(-T // chunk), T + 1) if not T % n)
-    # So that gradients are summed over the devices that have the same of it.
-    x_BLD, head_DV = vary(x_BLD, frozenset(axes)), vary(head_DV, frozenset(axes))
+    x_BLD, head_DV = vary_alike((x_BLD, head_DV))  # sums gradients over devices that share one
     found = _nll(x_BLD.reshape(T, -1), head_DV, targets_BL.reshape(T), chunks, scaling, words)
     return found[0].reshape(shape), found[1].reshape(shape)
 
   copied = isinstance(head_DV, Copies)
   head = head_DV.stored if isinstance(head_DV, Copies) else head_DV
-  if not axes:
+  if not words:
     return on_device(x_BLD, head, targets_BL)
   tokens = sharding.spec("BL")
   first = (sharding.BATCH_AXES,) if copied else ()
@@ -69,19 +66,6 @@ def nll_in_chunks(
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _nll(
-  x_TD: jax.Array,
-  head_DV: jax.Array,
-  targets_T: jax.Array,
-  chunks: int,
-  scaling: Scaling,
-  words: str,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns (nll_T, log_z_T); `words` is the mesh axis that splits V, "" for none."""
-  return _forward(x_TD, head_DV, targets_T, chunks, scaling, words)[0]
-
-
 def _forward(
   x_TD: jax.Array,
   head_DV: jax.Array,
@@ -90,6 +74,8 @@ def _forward(
   scaling: Scaling,
   words: str,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+  """Returns (nll_T, log_z_T) and what the gradient reads; the mesh axis `words` splits V."""
+
   def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     x_CD, targets_C = chunk
     logits_CV = scaling(_product(x_CD, head_DV))
@@ -137,6 +123,7 @@ def _backward(
   return d_x_NCD.reshape(x_TD.shape), d_head_DV.astype(head_DV.dtype), None
 
 
+_nll = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(3, 4, 5))
 _nll.defvjp(_forward, _backward)
 
 
