@@ -124,7 +124,7 @@ def _collective(
     return None
   size = _size(_result(line))
   if kind == "reduce-scatter":
-    size *= math.prod(mesh[axis] for axis in axes)
+    size *= len(_first_group(line.rest))
   elif kind == "all-reduce" and fused.startswith("%all-reduce-scatter"):
     kind = "reduce-scatter"
   return kind, axes, _phase(line), size

@@ -64,7 +64,8 @@ def test_a_layer_exchanges_rows_and_gathers_no_expert_over_the_expert_axis(topol
   gathered = sum(c["size"] * c["times"] for c in moved(result, "expert", "all-gather"))
   assert 0 < gathered <= 2.1 * 2 * OTHERS
   scattered = moved(result, "expert", "reduce-scatter")
-  assert sum(c["size"] * c["times"] for c in scattered) <= 1.1 * 4 * OTHERS
+  # In two stages where the axis is a whole slice of TPUs: a part of it twice.
+  assert sum(c["size"] * c["times"] for c in scattered) <= 1.15 * 4 * OTHERS
   # Nothing as large as an expert's matrix is summed over it.
   assert max(c["size"] for c in moved(result, "expert", "all-reduce")) < D * F * 2
   assert not result["page"].count("\n") > 45, "more than a screen"

@@ -81,6 +81,12 @@ def test_bytes_of_a_collective(line, kind, size):
   assert read_program(hlo, MESH).collectives == [Collective(kind, ("expert",), "exchange", size, 3)]
 
 
+def test_a_scatter_over_a_part_of_an_axis_takes_what_its_group_returns():
+  line = "%g = f32[2,16]{1,0} reduce-scatter(%x), replica_groups=[4,2]<=[8], to_apply=%add"
+  (one,) = read_program(program(line), MESH).collectives
+  assert (one.axes, one.size) == (("expert",), 2 * 2 * 16 * 4)
+
+
 def test_a_reduce_scatter_in_a_fusion_counts():
   fused = """%all-reduce-scatter.1 (p: bf16[8,16]) -> bf16[2,16] {
   %p.2 = bf16[8,16]{1,0} parameter(0)
