@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.support.fake_runs import Fakes
@@ -86,7 +87,9 @@ def test_a_killed_sweep_goes_on_when_its_run_has_ended(folder):
   assert (
     f"workdir=out/none/seed0: another training runs there (process {pid.read_text()} on" in errors
   )
-  os.kill(int(pid.read_text()), signal.SIGKILL)
+  run = psutil.Process(int(pid.read_text()))
+  run.kill()
+  run.wait(60)
   (folder / "none.py").unlink()
   (folder / "slow").unlink()
   code, output, errors = ended(start(folder))
