@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev  ## the everyday suite, some minutes
 	$(BIN)/python -m pytest -m "not slow and not benchmark" $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev  ## the whole grid, several processes, the README's commands
-	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal $(SLOW)
 
 test-benchmarks: $(VENV)/.installed-dev  ## the benchmarks at toy size, for who changes what they measure
 	$(BIN)/python -m pytest -m benchmark $(PYTEST)

@@ -131,17 +131,19 @@ def test_state_is_split_over_the_devices_and_reused(topology):
 def test_a_remat_policy_that_keeps_more_needs_more(topology):
   """Where two need the same, one of them does nothing."""
   rows = "--config.data.batch_size=1024"  # so many that activations are most of the memory
-  full, dots, offload = (
-    compiled(topology, rows, f"--config.model.remat={word}", data=8, expert=4)
-    for word in ("full", "dots", "offload")
-  )
+
+  def of(word):
+    return compiled(topology, rows, f"--config.model.remat={word}", data=8, expert=4)["memory"]
+
+  full, dots = of("full")["temporaries"], of("dots")["temporaries"]
   kept = LAYERS * 1024 * LENGTH // 32 * K * F * 2  # of what dots keeps: one product of the experts
-  assert full["memory"]["temporaries"] + kept < dots["memory"]["temporaries"]
-  inputs = LAYERS * 1024 * LENGTH // 32 * D * 2
-  assert offload["memory"]["temporaries"] + inputs // 4 < full["memory"]["temporaries"]
+  assert full + kept < dots
+  if topology.startswith("v5e"):
+    inputs = LAYERS * 1024 * LENGTH // 32 * D * 2
+    assert of("offload")["temporaries"] + inputs // 4 < full
 
 
-@on_both
+@pytest.mark.parametrize("topology", [pytest.param("v5e:4x8", marks=TPU)])
 def test_options_of_memory_do_something_at_a_real_vocabulary(topology):
   """That of Qwen3: logits in chunks, first moments of two bytes, gradients added up in four."""
   V = 151_936

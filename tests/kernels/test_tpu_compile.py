@@ -208,7 +208,6 @@ MOST = {
   "two experts a device": 1.46,
   "all_to_all": 0.74,
   "ragged": 1.55,
-  "all_gather": 3.8,
 }
 
 
