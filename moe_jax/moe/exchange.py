@@ -12,7 +12,6 @@ device sends; R rows that it has room to receive; C slots of an expert in all ro
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -242,10 +241,6 @@ def _buffer_rows(factor: float, fair: float, most: int) -> int:
   return max(1, math.ceil(min(factor * fair, most) - 1e-6)) if factor else most
 
 
-# int32 [X] each: first row sent to each device, number of them, first place there, number received.
-Way = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-
 class RaggedPlan(NamedTuple):
   """One device's part in the exchange of rows sorted by expert."""
 
@@ -256,16 +251,6 @@ class RaggedPlan(NamedTuple):
   receive_X: jax.Array  # int32, number of rows received from each device
   at_sender_X: jax.Array  # int32, first of these rows among each sender's rows
   expert_R: jax.Array  # int32, the local expert of each row received; -1 past the last
-
-  @property
-  def there(self) -> Way:
-    """How rows go to their experts."""
-    return self.send_start_X, self.send_X, self.at_receiver_X, self.receive_X
-
-  @property
-  def back(self) -> Way:
-    """How outputs come back."""
-    return self.receive_start_X, self.receive_X, self.at_sender_X, self.send_X
 
 
 def ragged_plan(counts_XXJ: jax.Array, here: jax.Array | int, rows: int) -> RaggedPlan:
@@ -311,7 +296,15 @@ def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sen
   counts_XXJ = jax.lax.all_gather(rows.sizes_E.reshape(X, own_experts), "expert")
   room = _buffer_rows(layout.exchange_factor, N, N * X)
   plan = ragged_plan(counts_XXJ, jax.lax.axis_index("expert"), room)
-  x_RD = _ragged(rows.x, plan.there, plan.back, room)
+  x_RD = jax.lax.ragged_all_to_all(
+    rows.x,
+    jnp.zeros_like(rows.x, shape=(room, rows.x.shape[1])),
+    plan.send_start_X,
+    plan.send_X,
+    plan.at_receiver_X,
+    plan.receive_X,
+    axis_name="expert",
+  )
   received, order = _sort_received(x_RD, plan.expert_R, own_experts)
   device_N = assigned.expert_N // own_experts
   fits_N = rows.slots.slot_N - plan.send_start_X[device_N] < plan.send_X[device_N]
@@ -321,29 +314,17 @@ def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sen
 
 
 def _bring_back_ragged(y_RD: jax.Array, sent: Sent) -> jax.Array:
-  plan = sent.plan
+  plan, y_RD = sent.plan, _unsort(y_RD, sent)
   assert plan is not None
-  return _ragged(_unsort(y_RD, sent), plan.back, plan.there, sent.rows.x.shape[0])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _ragged(x_RD: jax.Array, there: Way, back: Way, room: int) -> jax.Array:
-  """Returns the rows that a device receives, in a buffer of `room` rows; gradients go `back`."""
-  # Zeros, which XLA must not know for a constant: it would make them once, and copy them each time.
-  zero = jnp.where(there[1][0] < 0, x_RD[0, 0], 0)
-  empty = jnp.broadcast_to(zero, (room, x_RD.shape[1]))
-  return jax.lax.ragged_all_to_all(x_RD, empty, *there, axis_name="expert")
-
-
-def _ragged_back(room: int, kept: tuple[Way, Way, int], gradient: jax.Array) -> Any:
-  there, back, rows = kept
-  return _ragged(gradient, back, there, rows), None, None
-
-
-_ragged.defvjp(
-  lambda x, there, back, room: (_ragged(x, there, back, room), (there, back, x.shape[0])),
-  _ragged_back,
-)
+  return jax.lax.ragged_all_to_all(
+    y_RD,
+    jnp.zeros_like(y_RD, shape=sent.rows.x.shape),
+    plan.receive_start_X,
+    plan.receive_X,
+    plan.at_sender_X,
+    plan.send_X,
+    axis_name="expert",
+  )
 
 
 STAY = ExchangeSpec()

@@ -21,14 +21,14 @@ B, L, D, F, E, K = 8, 9, 10, 18, 8, 2
 def ragged_all_to_all(
   operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
-  """As jax.lax documents it, but NaN if the sizes do not agree."""
+  """As jax.lax documents it, but NaN where nobody sends; so, too, if the sizes do not agree."""
   # The real one's result takes its type, and so its place in shard_map, from `output`.
   assert jax.typeof(output).manual_axis_type == jax.typeof(operand).manual_axis_type
   plan = (input_offsets, send_sizes, output_offsets)
   assert all(a.dtype == jnp.int32 for a in (*plan, recv_sizes))
   all_operands = jax.lax.all_gather(operand, axis_name)
   plans = jax.lax.all_gather(jnp.stack(plan), axis_name)
-  here, result = jax.lax.axis_index(axis_name), output
+  here, result = jax.lax.axis_index(axis_name), jnp.full_like(output, jnp.nan)
   for source in range(jax.lax.axis_size(axis_name)):
     start, size, to = plans[source, :, here]
     ok = (size == recv_sizes[source]) & (start + size <= operand.shape[0])
@@ -110,7 +110,8 @@ def test_emulation_gives_the_documented_example():
   with jax.set_mesh(mesh):
     x = PartitionSpec("x")
     got = jax.jit(jax.shard_map(exchange, in_specs=(x, x), out_specs=x))(operand, plan)
-  np.testing.assert_array_equal(got.ravel(), [1, 3, 0, 0, 2, 2, 4, 0])
+  nan = float("nan")  # where the example keeps the 0 of its output
+  np.testing.assert_array_equal(got.ravel(), [1, 3, nan, nan, 2, 2, 4, nan])
 
 
 @pytest.mark.parametrize("router", [Router.TOPK, Router.EXPERT_CHOICE])
