@@ -109,7 +109,9 @@ def gathered_experts(weights: Experts, sums: GradientSums = GradientSums.COMPUTE
     dimension = name.rsplit("_", 1)[-1].find("D")
     if weight is None or dimension < 0:
       return weight
-    return gathered_whole(weight, dimension, ("fsdp",), frozenset(("data", "fsdp")), sums)
+    return gathered_whole(
+      weight, dimension, ("fsdp",), frozenset(("data", "fsdp", "context")), sums
+    )
 
   return weights._replace(**{n: gathered(n, w) for n, w in weights._asdict().items()})
 
