@@ -191,8 +191,17 @@ def test_a_second_ctrl_c_ends_both_without_saving(tmp_path, cache):
 
 
 def test_every_sequence_is_of_one_process():
-  within = np.arange(8).reshape(2, 2, 1, 2) // 4
+  within = np.arange(8).reshape(2, 2, 1, 1, 2) // 4
   sharding.check_processes(within)  # two processes of four devices, tensor inside of each
   sharding.check_processes(within[::-1])  # in another order, as on a TPU's torus
   with pytest.raises(UserError, match="divides the 4 device"):
-    sharding.check_processes(np.arange(8).reshape(2, 2, 1, 2) % 2)
+    sharding.check_processes(np.arange(8).reshape(2, 2, 1, 1, 2) % 2)
+
+
+def test_processes_share_sequences_whole():
+  """Parts of a sequence may be of several processes, where those have all sequences in common."""
+  parts = np.arange(8).reshape(2, 1, 1, 4, 1)
+  sharding.check_processes(parts // 2)  # two processes for each sequence
+  sharding.check_processes(parts // 4)
+  with pytest.raises(UserError, match=r"config\.mesh\.context=4"):
+    sharding.check_processes(parts // 3)

@@ -61,7 +61,7 @@ def _attend(
   near = (mask.window - 1, 0)
   rule = splash.LocalMask((S, S), near, 0) if mask.window else splash.CausalMask((S, S))
   if part is not None:  # the mask of all parts, of which a device takes its own blocks of queries
-    rule.q_sequence = context.order(S, part.count)
+    rule.q_sequence = context.order(S, part.parts)
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([rule] * H),
     block_sizes=splash.BlockSizes(
@@ -76,7 +76,7 @@ def _attend(
     attn_logits_soft_cap=mask.soft_cap or None,
     interpret=interpret,
     head_shards=1,
-    q_seq_shards=part.count if part is not None else 1,
+    q_seq_shards=part.parts if part is not None else 1,
   )
   if part is not None:
     kernel = jax.tree.map(functools.partial(_of_part, part=part), kernel)
@@ -91,5 +91,5 @@ def _attend(
 def _of_part(x: jax.Array, part: context.Part) -> jax.Array:
   """Returns a part of what a kernel knows of queries [L], or of blocks [1, queries, keys]."""
   axis = min(x.ndim - 1, 1)
-  size = x.shape[axis] // part.count
-  return jax.lax.dynamic_slice_in_dim(x, part.index * size, size, axis)
+  size = x.shape[axis] // part.parts
+  return jax.lax.dynamic_slice_in_dim(x, part.number * size, size, axis)

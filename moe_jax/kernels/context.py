@@ -25,13 +25,13 @@ from moe_jax.kernels.mask import Mask
 class Part(NamedTuple):
   """Which tokens of a sequence the queries are, where they are not all of it."""
 
-  index: jax.Array | int  # of the part
-  count: int  # P
+  number: jax.Array | int  # of the part
+  parts: int  # P
   segments_BL: Any  # int32, the document of each query
 
   def places_L(self, length: int) -> jax.Array:
     """Returns the places of the queries in the sequence, int32, of a part of that length."""
-    return _places(jnp.arange(length), length, self.index, self.count)
+    return _places(jnp.arange(length), length, self.number, self.parts)
 
 
 def parts() -> int:
