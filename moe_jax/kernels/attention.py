@@ -50,7 +50,7 @@ def reference_attention(
 ) -> jax.Array:
   """Returns y_BLHX, in which query l attends to the keys of its own document up to position l.
 
-  With mask.part the queries are a part of the sequence, and S is longer than L.
+  With mask.context the queries are a part of the sequence, and S is longer than L.
   Scores are scaled by A^-0.5; scores and softmax are float32; the result has the dtype of v_BLGX.
 
   Args:
@@ -68,8 +68,8 @@ def reference_attention(
   )
   own_BL, index_S = segments_BL, jnp.arange(k_BLGA.shape[1])
   index_L = index_S
-  if mask.part is not None:
-    own_BL, index_L = mask.part.segments_BL, mask.part.places_L(L)
+  if mask.context is not None:
+    own_BL, index_L = mask.context.segments_BL, mask.context.places_L(L)
   same_BLS = own_BL[:, :, None] == segments_BL[:, None, :]
   visible_BLS = same_BLS & mask.sees(index_L[:, None] - index_S[None])[None]
   scores_BGRLS = mask.capped(scores_BGRLS * A**-0.5)

@@ -55,7 +55,7 @@ def _attend(
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   L, H, A = q_BLHA.shape[1:]
-  S, part = k_BLGA.shape[1], mask.part
+  S, part = k_BLGA.shape[1], mask.context
   size = next(n for n in (512, 384, 256, _LANES) if L % n == 0)  # the largest that divides L
   # The masks are rules that the kernel evaluates; no [L, L] array is built.
   near = (mask.window - 1, 0)

@@ -160,7 +160,7 @@ def _attention_cases(config: Config) -> list[tuple[Any, ...]]:
   layers = (False, True) if model.global_every and model.window else (False,)
   masks = [mask_lib.of_layer(model, is_global=is_global) for is_global in layers]
   part = context.Part(0, parts, None) if parts > 1 else None
-  return [(q_shape, k_shape, dtype, m._replace(sinks_H=sinks_H, part=part)) for m in masks]
+  return [(q_shape, k_shape, dtype, m._replace(sinks_H=sinks_H, context=part)) for m in masks]
 
 
 def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
@@ -205,9 +205,9 @@ def attention_difference(
   cuts = np.sort(rng.integers(0, k_shape[1], 2))
   with _one_device():
     segments_BL = jnp.asarray(1 + np.searchsorted(cuts, np.arange(k_shape[1]))[None], jnp.int32)
-    if mask.part is not None:
-      own_BL = segments_BL[:, mask.part.places_L(q_shape[1])]
-      mask = mask._replace(part=mask.part._replace(segments_BL=own_BL))
+    if mask.context is not None:
+      own_BL = segments_BL[:, mask.context.places_L(q_shape[1])]
+      mask = mask._replace(context=mask.context._replace(segments_BL=own_BL))
     shapes = (q_shape, k_shape, k_shape, q_shape)
     q, k, v, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 

@@ -110,8 +110,8 @@ def over_sequences(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]
   """Returns `attend` for rows, of which each attends to its whole sequence.
 
   Both take (q_BLHA, k_BLGA, v_BLGX, segments_BL, mask) and return y_BLHX; v_BLGX may be None. The
-  inner one gets keys, values and segments of whole sequences, and mask.part. Every device has the
-  keys of all pieces then, of one layer at a time; their gradients are summed and scattered.
+  inner one gets keys, values and segments of whole sequences, and mask.context. So every device has
+  the keys of all pieces, of one layer at a time; their gradients are summed and scattered.
   """
   if parts() == 1:
     return attend
@@ -123,7 +123,7 @@ def over_sequences(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]
       part = Part(jax.lax.axis_index("context"), parts(), segments_BL)
       with jax.named_scope("gather"):
         k_BLGA, v_BLGX, all_BL = jax.tree.map(_gathered, (k_BLGA, v_BLGX, segments_BL))
-      return attend(q_BLHA, k_BLGA, v_BLGX, all_BL, mask._replace(sinks_H=sinks_H, part=part))
+      return attend(q_BLHA, k_BLGA, v_BLGX, all_BL, mask._replace(sinks_H=sinks_H, context=part))
 
     specs = tuple(sharding.spec(letters) for letters in ("BLHA", "BLGA", "BLGA", "BL", "H"))
     # As in attention_local.py: the replication check cannot see into a Pallas call.

@@ -27,7 +27,7 @@ L = 16  # four pieces of four tokens, or eight of two
 
 
 def config_of(fields=None, model=lambda model: model, **moe):
-  """Returns a config that drops assignments, and whose every loss is heavy enough to show."""
+  """Returns a config that drops assignments, and whose losses are all heavy enough to show."""
   moe = {"capacity_factor": 0.8, "eval_capacity_factor": 0.8, "group_size": 4} | moe
   config = toy_config({"data.seq_len": L} | (fields or {}), **moe)
   loss = dataclasses.replace(config.loss, load_balance=1.0, router_z=0.1, z=0.1)
