@@ -182,6 +182,12 @@ def check_processes(processes: np.ndarray) -> None:
     UserError: the devices of one place on the batch axes belong to several processes, or processes
       have some of their sequences in common and not all.
   """
+  if (processes != processes[..., :1]).any():
+    raise UserError(
+      f"config.mesh.tensor={processes.shape[-1]}: every process feeds sequences of its own, and on "
+      "this mesh some sequences are on devices of several processes; choose a tensor axis that "
+      f"divides the {np.sum(processes == processes.flat[0])} device(s) of a process"
+    )
   firsts = np.broadcast_to(processes.min(axis=(-2, -1), keepdims=True), processes.shape)
   pairs = np.unique(np.stack([processes.ravel(), firsts.ravel()]), axis=1)
   if pairs.shape[1] > len(np.unique(processes)):
@@ -189,12 +195,6 @@ def check_processes(processes: np.ndarray) -> None:
       f"config.mesh.context={processes.shape[-2]}: some processes would feed the same sequences "
       "and others only some of those; choose a context axis that divides the devices of a "
       "process, or that a process's devices divide"
-    )
-  if (processes != processes[..., :1]).any():
-    raise UserError(
-      f"config.mesh.tensor={processes.shape[-1]}: every process feeds sequences of its own, and on "
-      "this mesh some sequences are on devices of several processes; choose a tensor axis that "
-      f"divides the {np.sum(processes == processes.flat[0])} device(s) of a process"
     )
 
 

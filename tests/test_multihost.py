@@ -60,7 +60,7 @@ def test_two_processes_train_as_one(one, tmp_path, cache):
 def test_two_processes_share_every_sequence(tmp_path, cache):
   """Each holds a part of all sequences and reads all rows, and both train as one device does."""
   parts = ["--config.mesh.expert=1", "--config.mesh.context=2"]
-  same = ["--config.train.steps=4", "--config.model.moe.group_size=16"]
+  same = ["--config.train.steps=6", "--config.model.moe.group_size=16"]
   command = train_command(tmp_path / "one", cache, *same, "--config.mesh.expert=1")
   subprocess.run(command, cwd=ROOT, env=alone(1), check=True)
   with Together(train_command(tmp_path / "two", cache, *same, *parts)) as two:

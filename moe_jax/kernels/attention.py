@@ -69,7 +69,7 @@ def reference_attention(
   own_BL, index_S = segments_BL, jnp.arange(k_BLGA.shape[1])
   index_L = index_S
   if mask.context is not None:
-    own_BL, index_L = mask.context.segments_BL, mask.context.places_L(L)
+    own_BL, index_L = mask.context.segments_BL, mask.context.places(jnp.arange(L), L)
   same_BLS = own_BL[:, :, None] == segments_BL[:, None, :]
   visible_BLS = same_BLS & mask.sees(index_L[:, None] - index_S[None])[None]
   scores_BGRLS = mask.capped(scores_BGRLS * A**-0.5)
@@ -106,16 +106,13 @@ def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
 
 
 _EVERYWHERE = ("cpu", "gpu", "tpu")
+_WHOLE = ("window", "soft_cap", "sinks_H")  # the fields for whole sequences
 ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
   Attention.REFERENCE: AttentionKernel(
     reference_attention, _takes_all, _EVERYWHERE, (), takes=Mask._fields
   ),
   Attention.BLOCKS: AttentionKernel(
-    attention_blocks.blocks_attention,
-    _takes_all,
-    _EVERYWHERE,
-    ("cpu",),
-    takes=("window", "soft_cap", "sinks_H"),
+    attention_blocks.blocks_attention, _takes_all, _EVERYWHERE, ("cpu",), takes=_WHOLE
   ),
   Attention.CUDNN: AttentionKernel(
     attention_cudnn.cudnn_attention,

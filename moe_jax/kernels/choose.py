@@ -206,7 +206,7 @@ def attention_difference(
   with _one_device():
     segments_BL = jnp.asarray(1 + np.searchsorted(cuts, np.arange(k_shape[1]))[None], jnp.int32)
     if mask.context is not None:
-      own_BL = segments_BL[:, mask.context.places_L(q_shape[1])]
+      own_BL = segments_BL[:, mask.context.places(jnp.arange(q_shape[1]), q_shape[1])]
       mask = mask._replace(context=mask.context._replace(segments_BL=own_BL))
     shapes = (q_shape, k_shape, k_shape, q_shape)
     q, k, v, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)

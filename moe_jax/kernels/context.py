@@ -29,9 +29,15 @@ class Part(NamedTuple):
   parts: int  # P
   segments_BL: Any  # int32, the document of each query
 
-  def places_L(self, length: int) -> jax.Array:
-    """Returns the places of the queries in the sequence, int32, of a part of that length."""
-    return _places(jnp.arange(length), length, self.number, self.parts)
+  def places(self, index: jax.Array, length: int) -> jax.Array:
+    """Returns the places in the sequence of the tokens with these indices in a part.
+
+    Args:
+      index: int32, of any shape.
+      length: tokens of the part.
+    """
+    back = 2 * self.parts - 2 - self.number
+    return index + length // 2 * jnp.where(index < length // 2, self.number, back)
 
 
 def parts() -> int:
@@ -41,18 +47,12 @@ def parts() -> int:
 
 
 def places(index: jax.Array, length: int) -> jax.Array:
-  """Returns, inside shard_map, the places in their sequences of tokens with these indices in rows.
-
-  Args:
-    index: int32, of any shape.
-    length: tokens of a row.
-  """
-  return index if parts() == 1 else _places(index, length, jax.lax.axis_index("context"), parts())
+  """Returns, inside shard_map, what Part.places returns for the part of the device."""
+  return index if parts() == 1 else _here().places(index, length)
 
 
-def _places(index: Any, length: int, part: Any, count: int) -> Any:
-  piece = length // 2
-  return index + piece * jnp.where(index < piece, part, 2 * count - 2 - part)
+def _here(segments_BL: Any = None) -> Part:
+  return Part(jax.lax.axis_index("context"), parts(), segments_BL)
 
 
 def order(length: int, count: int) -> np.ndarray:
@@ -120,10 +120,10 @@ def over_sequences(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]
     def on_device(
       q_BLHA: jax.Array, k_BLGA: jax.Array, v_BLGX: Any, segments_BL: jax.Array, sinks_H: Any
     ) -> jax.Array:
-      part = Part(jax.lax.axis_index("context"), parts(), segments_BL)
       with jax.named_scope("gather"):
         k_BLGA, v_BLGX, all_BL = jax.tree.map(_gathered, (k_BLGA, v_BLGX, segments_BL))
-      return attend(q_BLHA, k_BLGA, v_BLGX, all_BL, mask._replace(sinks_H=sinks_H, context=part))
+      own = mask._replace(sinks_H=sinks_H, context=_here(segments_BL))
+      return attend(q_BLHA, k_BLGA, v_BLGX, all_BL, own)
 
     specs = tuple(sharding.spec(letters) for letters in ("BLHA", "BLGA", "BLGA", "BL", "H"))
     # As in attention_local.py: the replication check cannot see into a Pallas call.

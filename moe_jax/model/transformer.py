@@ -227,9 +227,8 @@ class Transformer(nnx.Module):
     tokens, mode = context.split(tokens), Mode(train, trace)
     x_BLD, head_DV, stats, choices = self._layers(tokens, bias_ZE, key, mode)
     logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, self.model)
-    return ModelOutput(
-      context.join(logits_BLV), stats, jax.tree.map(jax.vmap(context.join), choices)
-    )
+    choices = jax.tree.map(jax.vmap(context.join), choices)
+    return ModelOutput(context.join(logits_BLV), stats, choices)
 
   def target_nll(
     self,

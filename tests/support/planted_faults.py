@@ -106,7 +106,7 @@ FAULTS = (
         'exchange.once_over("tensor", experts.down_bias_ED)', "experts.down_bias_ED",
         "tests/training/test_train.py -k 'three_axes and with_options'"),
   Fault("the back piece of a part is taken for the one after its front piece",
-        "kernels/context.py", "2 * count - 2 - part", "part",
+        "kernels/context.py", "back = 2 * self.parts - 2 - self.number", "back = self.number",
         "tests/training/test_context.py -k 'computes and weights'"),
   Fault("a token's noise depends on the part of its sequence", "moe/layer.py",
         "context.drawn(noise, logits_BLE.shape)", "noise(logits_BLE.shape)",

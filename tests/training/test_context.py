@@ -90,7 +90,7 @@ def test_rows_are_the_pieces_of_sequences_and_join_again():
   for shard in rows_BL.addressable_shards:  # two rows on each device: of two sequences one part
     assert shard.data.shape == (2, L // 2)
     assert len({int(row[0]) // L for row in shard.data}) == 2
-  part = np.stack([context.Part(i, 2, None).places_L(L // 2) for i in range(2)])
+  part = np.stack([context.Part(i, 2, None).places(np.arange(L // 2), L // 2) for i in range(2)])
   np.testing.assert_array_equal(part, context.order(L, 2).reshape(2, -1))
   assert sorted(part.reshape(-1)) == list(range(L))
 
