@@ -12,7 +12,7 @@ P: parts of a sequence. B and L: sequences and their tokens here, rows and their
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.kernels.mask import Mask
+
+Tree = TypeVar("Tree")  # of arrays
 
 
 class Part(NamedTuple):
@@ -30,12 +32,7 @@ class Part(NamedTuple):
   segments_BL: Any  # int32, the document of each query
 
   def places(self, index: jax.Array, length: int) -> jax.Array:
-    """Returns the places in the sequence of the tokens with these indices in a part.
-
-    Args:
-      index: int32, of any shape.
-      length: tokens of the part.
-    """
+    """Returns the places in the sequence of tokens with this int32 index in a part of `length`."""
     back = 2 * self.parts - 2 - self.number
     return index + length // 2 * jnp.where(index < length // 2, self.number, back)
 
@@ -66,7 +63,7 @@ def _pieces(count: int) -> np.ndarray:
   return np.stack([first, 2 * count - 1 - first], axis=1).reshape(-1)
 
 
-def split(sequences: Any) -> Any:
+def split(sequences: Tree) -> Tree:
   """Returns a tree of arrays [B, L, ...], split over the sequence axes, as the model's rows."""
   count = parts()
 
@@ -79,7 +76,7 @@ def split(sequences: Any) -> Any:
   return sequences if count == 1 else jax.tree.map(one, sequences)
 
 
-def join(rows: Any) -> Any:
+def join(rows: Tree) -> Tree:
   """Returns a tree of arrays of the model's rows as sequences: the inverse of `split`."""
   count = parts()
 

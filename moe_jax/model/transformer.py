@@ -248,13 +248,11 @@ class Transformer(nnx.Module):
     x_BLD, head_DV, stats, _ = self._layers(tokens, bias_ZE, key, Mode(train, False))
     if not model.loss_chunk:
       logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, model)
-      nll_BL, log_z_BL = context.join(cross_entropy.token_nll(logits_BLV, targets_BL))
-      return TargetNll(nll_BL, log_z_BL, stats)
+      return TargetNll(*context.join(cross_entropy.token_nll(logits_BLV, targets_BL)), stats)
     x_BLD = rms_norm(x_BLD, self.final_norm.weights(), model.norm_eps)
     scaling = functools.partial(scaled_logits, model=model)
     found = cross_entropy.nll_in_chunks(x_BLD, head_DV, targets_BL, model.loss_chunk, scaling)
-    nll_BL, log_z_BL = context.join(found)
-    return TargetNll(nll_BL, log_z_BL, stats)
+    return TargetNll(*context.join(found), stats)
 
   def _layers(
     self, tokens: Tokens, bias_ZE: jax.Array, key: jax.Array, mode: Mode
