@@ -28,8 +28,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_jax.config import Mesh
 from moe_jax.errors import UserError
 
-AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # devices along these axes hold different sequences
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+SEQUENCE_AXES = ("data", "fsdp", "expert")  # devices along these axes hold different sequences
+# Devices along these hold different rows: sequences, or parts of them (kernels/context.py).
+BATCH_AXES = (*SEQUENCE_AXES, "context")
 
 _ACTIVATION_AXES: dict[str, Any] = {
   "B": BATCH_AXES, "M": BATCH_AXES, "E": "expert", "F": "tensor", "H": "tensor", "G": "tensor",
@@ -88,7 +90,7 @@ def make_mesh(mesh: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sh
   """
   some = _first_of_each_process(mesh, devices)
   device_mesh = _on_torus(mesh, some, split=not _fits_torus(mesh, some))
-  check_processes(np.vectorize(lambda device: device.process_index)(device_mesh))
+  check_processes(_processes(device_mesh))
   # The axes have to be Auto: shard_map's in_specs do not take Explicit.
   return jax.sharding.Mesh(device_mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -103,7 +105,7 @@ def split_notice(mesh: Mesh, devices: Sequence[jax.Device] | None = None) -> str
   if _fits_torus(mesh, some):
     return ""
   experts = [n for n in range(mesh.expert, 0, -1) if not mesh.expert % n]
-  rest = {n: len(some) // mesh.tensor // n for n in experts}
+  rest = {n: len(some) // mesh.tensor // mesh.context // n for n in experts}
   others = (
     dataclasses.replace(mesh, data=data, fsdp=rest[n] // data, expert=n)
     for n in experts
@@ -121,7 +123,7 @@ def split_notice(mesh: Mesh, devices: Sequence[jax.Device] | None = None) -> str
 def _first_of_each_process(mesh: Mesh, devices: Sequence[jax.Device] | None) -> list[jax.Device]:
   devices = jax.devices() if devices is None else devices
   processes = sorted({device.process_index for device in devices})
-  share = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor // len(processes)
+  share = mesh.devices // len(processes)
   by_process = ([d for d in devices if d.process_index == index] for index in processes)
   return [device for some in by_process for device in some[:share]]
 
@@ -154,20 +156,45 @@ def _fits_torus(mesh: Mesh, devices: list[jax.Device]) -> bool:
   return True
 
 
+def _processes(devices: np.ndarray) -> np.ndarray:
+  return np.vectorize(lambda device: device.process_index)(devices)
+
+
+def feeder(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """Returns (index, count) of this process among those that read sequences of their own.
+
+  Processes that hold parts of the same sequences read the same ones.
+  """
+  processes = _processes(mesh.devices)
+  firsts = processes.min(axis=(-2, -1))
+  own = firsts[(processes == jax.process_index()).any(axis=(-2, -1))]
+  feeders = np.unique(firsts)
+  return int(np.searchsorted(feeders, own[0])), len(feeders)
+
+
 def check_processes(processes: np.ndarray) -> None:
   """Refuses a mesh on which processes would feed different sequences to the same place.
 
   Args:
-    processes: the process of each device, int [data, fsdp, expert, tensor].
+    processes: the process of each device, int [data, fsdp, expert, context, tensor].
 
   Raises:
-    UserError: the devices of one place on the batch axes belong to several processes.
+    UserError: the devices of one place on the batch axes belong to several processes, or processes
+      have some of their sequences in common and not all.
   """
   if (processes != processes[..., :1]).any():
     raise UserError(
       f"config.mesh.tensor={processes.shape[-1]}: every process feeds sequences of its own, and on "
       "this mesh some sequences are on devices of several processes; choose a tensor axis that "
       f"divides the {np.sum(processes == processes.flat[0])} device(s) of a process"
+    )
+  firsts = np.broadcast_to(processes.min(axis=(-2, -1), keepdims=True), processes.shape)
+  pairs = np.unique(np.stack([processes.ravel(), firsts.ravel()]), axis=1)
+  if pairs.shape[1] > len(np.unique(processes)):
+    raise UserError(
+      f"config.mesh.context={processes.shape[-2]}: some processes would feed the same sequences "
+      "and others only some of those; choose a context axis that divides the devices of a "
+      "process, or that a process's devices divide"
     )
 
 
@@ -184,7 +211,7 @@ def fit_mesh(mesh: Mesh, parts: int) -> Mesh:
   Raises:
     UserError: the batch does not split over the processes.
   """
-  own = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor == jax.device_count()
+  own = mesh.devices == jax.device_count()
   if own and jax.local_device_count() % mesh.tensor == 0:
     return mesh
   devices = math.gcd(parts, jax.device_count())
@@ -196,8 +223,14 @@ def fit_mesh(mesh: Mesh, parts: int) -> Mesh:
   return Mesh(data=devices)
 
 
+def of_whole_sequences(mesh: Mesh) -> Mesh:
+  """Returns the mesh with `context` as more of `data`, for programs that split no sequence."""
+  data = mesh.data * mesh.context if mesh.data > 0 else mesh.data
+  return dataclasses.replace(mesh, data=data, context=1)
+
+
 def spec(letters: str) -> PartitionSpec:
-  """Returns an activation's PartitionSpec: P(('data', 'fsdp', 'expert'), None, None) of 'BLD'."""
+  """Returns an activation's PartitionSpec, P(BATCH_AXES, None, 'tensor', None) of 'BLHA'."""
   return _to_spec(letters, _ACTIVATION_AXES)
 
 
@@ -305,24 +338,24 @@ def _without_an_axis(
 
 
 def to_global(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Returns global arrays, split over the batch axes, made of each process's own sequences.
+  """Returns global arrays, split over the sequence axes, made of each process's own sequences.
 
   Args:
-    batch: arrays [B / processes, ...] of this process.
+    batch: arrays [B / count, ...] of this process; `feeder` has the count.
     mesh: the mesh to split over.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  sharding = NamedSharding(mesh, PartitionSpec(SEQUENCE_AXES))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Returns global arrays, split over the batch axes, of arrays that each process has as a whole.
+  """Returns global arrays, split over sequence axes, of arrays that each process has as a whole.
 
   Args:
     batch: arrays [B, ...], the same in all processes.
     mesh: the mesh to split over.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  sharding = NamedSharding(mesh, PartitionSpec(SEQUENCE_AXES))
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
   )

@@ -94,7 +94,7 @@ def collectives(path):
   return used & COLLECTIVES
 
 
-def test_three_files_name_collectives():
+def test_four_files_name_collectives():
   seen = {path.name: names for _, path in modules() if (names := collectives(path))}
   assert seen.pop("exchange.py") >= {
     "psum",
@@ -105,6 +105,7 @@ def test_three_files_name_collectives():
     "ragged_all_to_all",
   }
   assert seen == {
+    "context.py": {"all_gather", "axis_index"},
     "gathered.py": {"all_gather", "psum_scatter"},
     "cross_entropy.py": {"axis_index", "pmax", "psum"},  # over the parts of the vocabulary
   }

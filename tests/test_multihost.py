@@ -57,6 +57,19 @@ def test_two_processes_train_as_one(one, tmp_path, cache):
 
 
 @pytest.mark.slow
+def test_two_processes_share_every_sequence(tmp_path, cache):
+  """Each holds a part of all sequences and reads all rows, and both train as one device does."""
+  parts = ["--config.mesh.expert=1", "--config.mesh.context=2"]
+  same = ["--config.train.steps=6", "--config.model.moe.group_size=16"]
+  command = train_command(tmp_path / "one", cache, *same, "--config.mesh.expert=1")
+  subprocess.run(command, cwd=ROOT, env=alone(1), check=True)
+  with Together(train_command(tmp_path / "two", cache, *same, *parts)) as two:
+    ends = two.ends()
+  assert [end[0] for end in ends] == [0, 0], ends
+  assert_equal_values(numbers(tmp_path / "two"), numbers(tmp_path / "one"))
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(one, tmp_path):
   """Sums over documents and the traced routing, too, whose rows are on both processes."""
   options = ["--documents=3", "--routing", "--capacity_factors=0.5", "--causal"]
@@ -191,8 +204,17 @@ def test_a_second_ctrl_c_ends_both_without_saving(tmp_path, cache):
 
 
 def test_every_sequence_is_of_one_process():
-  within = np.arange(8).reshape(2, 2, 1, 2) // 4
+  within = np.arange(8).reshape(2, 2, 1, 1, 2) // 4
   sharding.check_processes(within)  # two processes of four devices, tensor inside of each
   sharding.check_processes(within[::-1])  # in another order, as on a TPU's torus
   with pytest.raises(UserError, match="divides the 4 device"):
-    sharding.check_processes(np.arange(8).reshape(2, 2, 1, 2) % 2)
+    sharding.check_processes(np.arange(8).reshape(2, 2, 1, 1, 2) % 2)
+
+
+def test_processes_share_sequences_whole():
+  """Parts of a sequence may be of several processes, where those have all sequences in common."""
+  parts = np.arange(8).reshape(2, 1, 1, 4, 1)
+  sharding.check_processes(parts // 2)  # two processes for each sequence
+  sharding.check_processes(parts // 4)
+  with pytest.raises(UserError, match=r"config\.mesh\.context=4"):
+    sharding.check_processes(parts // 3)

@@ -1,13 +1,15 @@
 """What a training step should cost on a layout, from shapes alone: for ranking, before compiling.
 
 A layout is a mesh, a remat policy, a number of microbatches and an exchange. What moves is what
-kernels/gathered.py and moe/exchange.py move: weights are gathered along `fsdp` (those of no expert
-along `expert` too) and their gradients scattered, rows go over `expert` and back, gradients are
-summed over `data`, partial sums over `tensor`.
+kernels/gathered.py, kernels/context.py and moe/exchange.py move: weights are gathered along `fsdp`
+(those of no expert along `expert` too) and their gradients scattered, rows go over `expert` and
+back, keys and values are gathered along `context`, gradients are summed over `data` and `context`,
+partial sums over `tensor`.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -55,24 +57,26 @@ def layouts(config: Config, target: Target) -> Iterator[Config]:
   exchanges = [moe.exchange]
   if moe.num_experts and moe.dispatch is Dispatch.GROUPED:
     exchanges = [Exchange.ALL_GATHER, Exchange.ALL_TO_ALL, Exchange.RAGGED]
-  for expert in experts:
-    for tensor in tensors:
-      rest, over = divmod(target.devices, expert * tensor)
-      for fsdp in _divisors(rest) if not over else ():
-        mesh = {"data": rest // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
-        for remat in (Remat.NONE, Remat.DOTS, Remat.FULL):  # transfers to the host are not known
-          for accumulation in (1, 2, 4, 8, 16):
-            for exchange in exchanges if expert > 1 else exchanges[:1]:
-              fields: dict[str, Any] = {f"mesh.{axis}": n for axis, n in mesh.items()}
-              fields |= {"model.remat": remat, "train.accumulation": accumulation}
-              fields |= {"model.moe.exchange": exchange}
-              try:
-                changed = override(config, fields)
-                validation.validate(changed)
-                _mesh(changed.mesh, target)
-              except UserError:  # it splits something that does not split
-                continue
-              yield changed
+  # Of pieces of less than 2,048 tokens the gathers would take longer than the work between them.
+  contexts = [n for n in _divisors(target.devices) if n <= max(1, config.data.seq_len // 2**12)]
+  for expert, context, tensor in itertools.product(experts, contexts, tensors):
+    rest, over = divmod(target.devices, expert * context * tensor)
+    for fsdp in _divisors(rest) if not over else ():
+      mesh = {"data": rest // fsdp, "fsdp": fsdp, "expert": expert}
+      mesh |= {"context": context, "tensor": tensor}
+      for remat in (Remat.NONE, Remat.DOTS, Remat.FULL):  # transfers to the host are not known
+        for accumulation in (1, 2, 4, 8, 16):
+          for exchange in exchanges if expert > 1 else exchanges[:1]:
+            fields: dict[str, Any] = {f"mesh.{axis}": n for axis, n in mesh.items()}
+            fields |= {"model.remat": remat, "train.accumulation": accumulation}
+            fields |= {"model.moe.exchange": exchange}
+            try:
+              changed = override(config, fields)
+              validation.validate(changed)
+              _mesh(changed.mesh, target)
+            except UserError:  # it splits something that does not split
+              continue
+            yield changed
 
 
 def expect(config: Config, target: Target) -> Expected:
@@ -200,9 +204,16 @@ def _collectives(config: Config, sizes: _Sizes, tokens: int, wide: int) -> Itera
     yield Collective("reduce-scatter", spread, "", other, layers * accumulation)
     yield Collective("all-gather", spread, "", ends, accumulation * round(passes))
     yield Collective("reduce-scatter", spread, "", ends, accumulation)
-  if mesh.data > 1:
+  copies = tuple(axis for axis in ("data", "context") if getattr(mesh, axis) > 1)
+  if copies:
     part = expert * experts / mesh.fsdp + (other * layers + ends) / mesh.fsdp / mesh.expert
-    yield Collective("all-reduce", ("data",), "", round(wide * part), accumulation)
+    yield Collective("all-reduce", copies, "", round(wide * part), accumulation)
+  if mesh.context > 1:
+    values = model.latent.value_dim or model.head_dim
+    heads = model.num_kv_heads * (model.head_dim + values) // mesh.tensor
+    keys = _BYTES * heads * tokens * mesh.context // accumulation
+    yield Collective("all-gather", ("context",), "", keys, layers * round(passes) * accumulation)
+    yield Collective("reduce-scatter", ("context",), "", keys, layers * accumulation)
   row = model.dim * _BYTES * tokens // accumulation
   slots = moe.dispatch is not Dispatch.GROUPED
   # There and back, forward and backward; what is computed again needs no outputs of slots.
@@ -251,9 +262,8 @@ def _kept(model: Any, rows: int, length: int) -> float:
 def _activations(config: Config) -> float:
   mesh = config.mesh
   rows = config.data.batch_size // config.train.accumulation
-  return _kept(
-    config.model, max(rows // (mesh.data * mesh.fsdp * mesh.expert), 1), config.data.seq_len
-  )
+  length = config.data.seq_len // mesh.context
+  return _kept(config.model, max(rows // mesh.sequences, 1), length)
 
 
 def fits(expected: Expected, target: Target) -> bool:

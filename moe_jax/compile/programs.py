@@ -89,6 +89,8 @@ def compile_for(
     UserError: the config does not suit the devices, the step does not reuse the memory of its
       state, or the remat policy saves as much as none.
   """
+  if mode != "train":
+    config = override(config, {"mesh": sharding.of_whole_sequences(config.mesh)})
   config = validation.resolve_mesh(config, target.devices)
   if set_flags is None:
     set_flags = flags.flags_of(target.family, config, target.slices)
@@ -128,7 +130,7 @@ def compile_for(
 def train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, int]:
   """Returns the traced training step of a config on the mesh in force, and its tokens."""
   setup = setup_lib.make(config, mesh)
-  rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
+  rows = NamedSharding(mesh, PartitionSpec(sharding.SEQUENCE_AXES))
   size = (config.data.batch_size, config.data.seq_len)
   tokens_BL = jax.ShapeDtypeStruct(size, np.int32, sharding=rows)
   batch = pipeline.Batch(*[tokens_BL] * len(pipeline.Batch._fields))

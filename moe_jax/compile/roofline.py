@@ -91,12 +91,12 @@ def seconds(kind: str, size: float, group: Group, target: Target) -> float:
 
 
 def waits(collective: Collective) -> bool:
-  """Returns whether the work waits for a collective, as it does for rows and for partial sums.
+  """Returns whether the work waits for a collective, as it does for rows, keys and partial sums.
 
   The compiler moves weights and gradients beside the work of other layers.
   """
   rows = collective.kind in _ALL_TO_ALL or collective.phase == "exchange"
-  return rows or "tensor" in collective.axes
+  return rows or "tensor" in collective.axes or collective.axes == ("context",)
 
 
 def wire_bytes(collective: Collective, devices: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_jax import sharding
 from moe_jax.compile import expected as expected_lib
 from moe_jax.compile import programs, report, targets
 from moe_jax.compile.expected import Expected, fields, fits
@@ -194,11 +195,7 @@ def plot(
   axes.loglog(chips, [points[0][1].times.step * chips[0] / n for n in chips], ":", label="ideal")
   for n, one in points:
     mesh = one.config.mesh
-    word = " x ".join(
-      f"{a} {getattr(mesh, a)}"
-      for a in ("data", "fsdp", "expert", "tensor")
-      if getattr(mesh, a) > 1
-    )
+    word = " x ".join(f"{a} {getattr(mesh, a)}" for a in sharding.AXES if getattr(mesh, a) > 1)
     axes.annotate(word, (n, one.times.step), textcoords="offset points", xytext=(4, 6), fontsize=7)
   axes.set(xlabel=f"{target.family} devices", ylabel="seconds of a step")
   axes.set_title(f"{config.data.batch_size} x {config.data.seq_len} tokens a step, best layout")

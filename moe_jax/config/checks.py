@@ -204,6 +204,12 @@ def _of_mesh(config: Config) -> Iterator[Conflict]:
     if operator.attrgetter(size)(model) % getattr(mesh, axis):
       why = "the axis shards this size, so it must divide it"
       yield Conflict(f"model.{size}", f"mesh.{axis}", why)
+  if mesh.context > 1 and config.data.seq_len % (2 * mesh.context):
+    why = f"each device holds two pieces of a sequence; make it a multiple of {2 * mesh.context}"
+    yield Conflict("data.seq_len", "mesh.context", why)
+  if mesh.context > 1 and model.delta.value_heads:
+    why = "the delta rule needs all of a sequence on one device; set context=1"
+    yield Conflict("mesh.context", "model.delta.value_heads", why)
   if config.data.batch_size % config.train.accumulation:
     why = "the batch must split into equal microbatches"
     yield Conflict("data.batch_size", "train.accumulation", why)
@@ -212,7 +218,7 @@ def _of_mesh(config: Config) -> Iterator[Conflict]:
 def _check_shares(config: Config) -> None:
   """Raises a UserError where devices would not have equally many sequences, or parts of a group."""
   moe, mesh, data = config.model.moe, config.mesh, config.data
-  shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
+  shards = mesh.sequences
   rows = microbatch(config)
   devices = (
     f"config.mesh.data={mesh.data} x config.mesh.fsdp={mesh.fsdp} x config.mesh.expert="

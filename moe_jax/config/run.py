@@ -160,7 +160,18 @@ class Mesh(Section):
   data: int = option(-1, "Copies of the weights; -1 is all devices that are left.", at_least=-1)
   fsdp: int = option(1, "Parts of the model's width, for weights.", at_least=1)
   expert: int = option(1, "Parts of the experts.", at_least=1)
+  context: int = option(1, "Parts of each sequence (docs/scale.md).", at_least=1)
   tensor: int = option(1, "Parts of heads, vocabulary and hidden widths.", at_least=1)
+
+  @property
+  def sequences(self) -> int:
+    """How many parts a batch of whole sequences is split into; an open axis counts as 1."""
+    return max(self.data, 1) * self.fsdp * self.expert
+
+  @property
+  def devices(self) -> int:
+    """The product of all axes."""
+    return self.sequences * self.context * self.tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

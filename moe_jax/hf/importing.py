@@ -137,8 +137,7 @@ def _fit_rows(config: Config, longest: Any) -> Config:
   logits = 4 * config.model.vocab_size / mesh.tensor  # bytes of a token
   while length * logits > room / 2 and length > _LENGTH:
     length //= 2
-  devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
-  rows = devices * min(max(8 * _LENGTH // length, 1), 8)
+  rows = mesh.sequences * min(max(8 * _LENGTH // length, 1), 8)
   return override(config, {"data.seq_len": length, "data.batch_size": rows})
 
 
@@ -271,7 +270,6 @@ def import_report(made: ImportPlan) -> str:
   """Describes an import before it is made: sizes, memory and time."""
   counts = cost.count(made.config)
   mesh = made.config.mesh
-  devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
   held = cost.check_weights_memory(made.config)
   seconds = made.bytes_to_read / _READ + 4 * counts.total / _WRITTEN
   data = made.config.data
@@ -280,8 +278,8 @@ def import_report(made: ImportPlan) -> str:
     f"{files.gb(made.bytes_to_read)} of files, the largest {files.gb(made.largest)}",
     f"text               {data.tokenizer}, rows of {data.seq_len:,} tokens",
     f"parameters         {si(counts.total)} total, {si(counts.active)} active per token",
-    f"memory             {files.gb(held)} on each of {devices} device(s), in float32; on the host "
-    f"{files.gb(1.5 * made.largest)} beside it",
+    f"memory             {files.gb(held)} on each of {mesh.devices} device(s), in float32; on the "
+    f"host {files.gb(1.5 * made.largest)} beside it",
     f"disk               {files.gb(4 * counts.total)} for the checkpoint",
     f"time               about {command_line.clock(seconds)}, reading {files.gb(_READ)}/s "
     f"and writing {files.gb(_WRITTEN)}/s",

@@ -50,6 +50,7 @@ def reference_attention(
 ) -> jax.Array:
   """Returns y_BLHX, in which query l attends to the keys of its own document up to position l.
 
+  With mask.context the queries are a part of the sequence, and S is longer than L.
   Scores are scaled by A^-0.5; scores and softmax are float32; the result has the dtype of v_BLGX.
 
   Args:
@@ -65,15 +66,18 @@ def reference_attention(
   scores_BGRLS = jnp.einsum(
     "BLGRA,BSGA->BGRLS", q_BLGRA, k_BLGA, preferred_element_type=jnp.float32
   )
-  same_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
-  index_L = jnp.arange(L)
-  visible_BLS = same_BLS & mask.sees(index_L[:, None] - index_L[None])[None]
+  own_BL, index_S = segments_BL, jnp.arange(k_BLGA.shape[1])
+  index_L = index_S
+  if mask.context is not None:
+    own_BL, index_L = mask.context.segments_BL, mask.context.places(jnp.arange(L), L)
+  same_BLS = own_BL[:, :, None] == segments_BL[:, None, :]
+  visible_BLS = same_BLS & mask.sees(index_L[:, None] - index_S[None])[None]
   scores_BGRLS = mask.capped(scores_BGRLS * A**-0.5)
   scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, -jnp.inf)
   if mask.sinks_H is not None:
     sinks_BGRL1 = jnp.broadcast_to(mask.sinks(1, G, H // G, 1, 1), (*scores_BGRLS.shape[:4], 1))
     scores_BGRLS = jnp.concatenate([scores_BGRLS, sinks_BGRL1], axis=-1)
-  weights_BGRLS = jax.nn.softmax(scores_BGRLS)[..., :L].astype(v_BLGX.dtype)
+  weights_BGRLS = jax.nn.softmax(scores_BGRLS)[..., : index_S.size].astype(v_BLGX.dtype)
   y_BLGRX = jnp.einsum(
     "BGRLS,BSGX->BLGRX", weights_BGRLS, v_BLGX, preferred_element_type=jnp.float32
   )
@@ -102,12 +106,13 @@ def _takes_all(q_shape: Shape, k_shape: Shape, dtype: jnp.dtype) -> str:
 
 
 _EVERYWHERE = ("cpu", "gpu", "tpu")
+_WHOLE = ("window", "soft_cap", "sinks_H")  # the fields for whole sequences
 ATTENTION_KERNELS: dict[Attention, AttentionKernel] = {
   Attention.REFERENCE: AttentionKernel(
     reference_attention, _takes_all, _EVERYWHERE, (), takes=Mask._fields
   ),
   Attention.BLOCKS: AttentionKernel(
-    attention_blocks.blocks_attention, _takes_all, _EVERYWHERE, ("cpu",), takes=Mask._fields
+    attention_blocks.blocks_attention, _takes_all, _EVERYWHERE, ("cpu",), takes=_WHOLE
   ),
   Attention.CUDNN: AttentionKernel(
     attention_cudnn.cudnn_attention,

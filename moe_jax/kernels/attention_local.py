@@ -13,12 +13,13 @@ def on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]
 
   The sinks may be None. The batch is split over the batch axes of the mesh in force, query and
   key/value heads over `tensor`; `attend` gets the arrays of one device. No device needs another's
-  rows, so nothing is sent. Without a mesh, or on one device, nothing is split. The kernels want
-  values as wide as keys, so narrower ones are padded with zeros.
+  rows, so nothing is sent. Without a mesh, on one device, or within shard_map, where the arrays are
+  a device's own, nothing is split. The kernels want values as wide as keys, so narrower ones are
+  padded with zeros.
   """
   attend = _with_values_as_wide_as_keys(attend)
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
     return attend
   specs = tuple(sharding.spec(letters) for letters in ("BLHA", "BLGA", "BLGA", "BL", "H"))
   # The replication check cannot see into a Pallas call. Without it the gradient of the sinks, which

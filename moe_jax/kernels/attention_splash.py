@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels import attention_local
+from moe_jax.kernels import attention_local, context
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.mask import CAUSAL, Mask
 
@@ -55,11 +55,14 @@ def _attend(
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   L, H, A = q_BLHA.shape[1:]
+  S, part = k_BLGA.shape[1], mask.context
   size = next(n for n in (512, 384, 256, _LANES) if L % n == 0)  # the largest that divides L
   # The masks are rules that the kernel evaluates; no [L, L] array is built.
   near = (mask.window - 1, 0)
-  rule = splash.LocalMask((L, L), near, 0) if mask.window else splash.CausalMask((L, L))
-  kernel = splash.make_splash_mha_single_device(
+  rule = splash.LocalMask((S, S), near, 0) if mask.window else splash.CausalMask((S, S))
+  if part is not None:  # the mask of all parts, of which a device takes its own blocks of queries
+    rule.q_sequence = context.order(S, part.parts)
+  kernel = splash.make_splash_mha(
     splash.MultiHeadMask([rule] * H),
     block_sizes=splash.BlockSizes(
       block_q=size,
@@ -72,9 +75,21 @@ def _attend(
     residual_checkpoint_name=SAVED_BY_KERNEL,
     attn_logits_soft_cap=mask.soft_cap or None,
     interpret=interpret,
+    head_shards=1,
+    q_seq_shards=part.parts if part is not None else 1,
   )
+  if part is not None:
+    kernel = jax.tree.map(functools.partial(_of_part, part=part), kernel)
   q_BHLA, k_BGLA, v_BGLA = (x.swapaxes(1, 2) for x in (q_BLHA * A**-0.5, k_BLGA, v_BLGA))
   of_each = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-  segments = splash.SegmentIds(segments_BL, segments_BL)
+  own_BL = part.segments_BL if part is not None else segments_BL
+  segments = splash.SegmentIds(own_BL, segments_BL)
   y_BHLA = of_each(q_BHLA, k_BGLA, v_BGLA, segments, sinks_H)
   return y_BHLA.swapaxes(1, 2)
+
+
+def _of_part(x: jax.Array, part: context.Part) -> jax.Array:
+  """Returns a part of what a kernel knows of queries [L], or of blocks [1, queries, keys]."""
+  axis = min(x.ndim - 1, 1)
+  size = x.shape[axis] // part.parts
+  return jax.lax.dynamic_slice_in_dim(x, part.number * size, size, axis)

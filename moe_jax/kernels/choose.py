@@ -21,8 +21,8 @@ from moe_jax import sharding
 from moe_jax.config import Attention, Config, Dispatch, Exchange, GroupedMatmul, Model
 from moe_jax.config.fields import flatten
 from moe_jax.errors import UserError
+from moe_jax.kernels import context, platform
 from moe_jax.kernels import mask as mask_lib
-from moe_jax.kernels import platform
 from moe_jax.kernels.activation import gated
 from moe_jax.kernels.attention import ATTENTION_KERNELS
 from moe_jax.kernels.attention import choose_attention as choose_attention
@@ -152,13 +152,15 @@ def _attention_cases(config: Config) -> list[tuple[Any, ...]]:
   """Returns the arguments of AttentionKernel.refuses for each mask that a layer has."""
   model = config.model
   batch, length = config.data.batch_size // config.train.accumulation, config.data.seq_len
-  q_shape = (batch, length, model.num_heads, model.head_dim)
+  parts = config.mesh.context
+  q_shape = (batch * parts, length // parts, model.num_heads, model.head_dim)
   k_shape = (batch, length, model.num_kv_heads, model.head_dim)
   dtype = jnp.dtype(model.compute_dtype.value)
   sinks_H = jnp.zeros(model.num_heads) if model.sinks else None
   layers = (False, True) if model.global_every and model.window else (False,)
   masks = [mask_lib.of_layer(model, is_global=is_global) for is_global in layers]
-  return [(q_shape, k_shape, dtype, m._replace(sinks_H=sinks_H)) for m in masks]
+  part = context.Part(0, parts, None) if parts > 1 else None
+  return [(q_shape, k_shape, dtype, m._replace(sinks_H=sinks_H, context=part)) for m in masks]
 
 
 def _attention_of_run(config: Config, recorded: str) -> tuple[Attention, str]:
@@ -200,9 +202,12 @@ def attention_difference(
   """
   q_shape, k_shape = (1, *q_shape[1:]), (1, *k_shape[1:])
   rng = np.random.default_rng(0)
-  cuts = np.sort(rng.integers(0, q_shape[1], 2))
+  cuts = np.sort(rng.integers(0, k_shape[1], 2))
   with _one_device():
-    segments_BL = jnp.asarray(1 + np.searchsorted(cuts, np.arange(q_shape[1]))[None], jnp.int32)
+    segments_BL = jnp.asarray(1 + np.searchsorted(cuts, np.arange(k_shape[1]))[None], jnp.int32)
+    if mask.context is not None:
+      own_BL = segments_BL[:, mask.context.places(jnp.arange(q_shape[1]), q_shape[1])]
+      mask = mask._replace(context=mask.context._replace(segments_BL=own_BL))
     shapes = (q_shape, k_shape, k_shape, q_shape)
     q, k, v, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
@@ -228,7 +233,7 @@ def _fastest_experts(config: Config) -> tuple[GroupedMatmul, str]:
   dtype, D = jnp.dtype(model.compute_dtype.value), model.dim
   E, F = moe.num_experts // mesh.expert, moe.expert_dim // mesh.tensor
   tokens = config.data.batch_size // config.train.accumulation * config.data.seq_len
-  rows = max(tokens * moe.top_k // (mesh.data * mesh.fsdp * mesh.expert), 1)
+  rows = max(tokens * moe.top_k // (mesh.sequences * mesh.context), 1)
   candidates = [
     name
     for name, kernel in EXPERT_KERNELS.items()

@@ -105,11 +105,13 @@ def _copies(path: tuple[Any, ...], weight: jax.Array, sums: GradientSums) -> Any
 def gathered_experts(weights: Experts, sums: GradientSums = GradientSums.COMPUTE) -> Experts:
   """Returns a device's own experts, whole along D, inside shard_map."""
 
+  copied = frozenset(sharding.BATCH_AXES) - {"expert"}
+
   def gathered(name: str, weight: jax.Array | None) -> Any:
     dimension = name.rsplit("_", 1)[-1].find("D")
     if weight is None or dimension < 0:
       return weight
-    return gathered_whole(weight, dimension, ("fsdp",), frozenset(("data", "fsdp")), sums)
+    return gathered_whole(weight, dimension, ("fsdp",), copied, sums)
 
   return weights._replace(**{n: gathered(n, w) for n, w in weights._asdict().items()})
 

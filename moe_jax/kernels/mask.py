@@ -17,6 +17,7 @@ class Mask(NamedTuple):
   window: int = 0  # tokens that a query attends to at most, itself the last; 0 is no limit
   soft_cap: float = 0.0  # scores are soft_cap * tanh(score / soft_cap) (Gemma 2); 0 is no cap
   sinks_H: Any = None  # float32, a logit of each head that joins its softmax and has no value
+  context: Any = None  # a context.Part where the queries are a part of the sequence of the keys
 
   def used(self) -> list[str]:
     """Returns the names of the fields that have an effect."""

@@ -9,6 +9,7 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Attention, Model, QKNorm
+from moe_jax.kernels import context
 from moe_jax.kernels.attention import segment_attention
 from moe_jax.kernels.cache import KeysValues, Stored
 from moe_jax.kernels.layout import stored
@@ -138,6 +139,9 @@ def _qk_norm(model: Model, letter: str, heads: int) -> RMSNorm | None:
 def over_segments(segments_BL: jax.Array, kernel: Attention) -> Attend:
   """Returns the Attend of training: over the documents of a batch, with that kernel."""
 
+  def of_kernel(q: jax.Array, k: jax.Array, v: Any, segments: jax.Array, mask: Mask) -> jax.Array:
+    return segment_attention(q, k, v, segments, kernel, mask)
+
   def attend(
     q_BLHA: jax.Array,
     k_BLGA: jax.Array,
@@ -145,7 +149,7 @@ def over_segments(segments_BL: jax.Array, kernel: Attention) -> Attend:
     mask: Mask,
     stored: Stored | None = None,
   ) -> tuple[jax.Array, None]:
-    return segment_attention(q_BLHA, k_BLGA, v_BLGX, segments_BL, kernel, mask), None
+    return context.over_sequences(of_kernel)(q_BLHA, k_BLGA, v_BLGX, segments_BL, mask), None
 
   return attend
 

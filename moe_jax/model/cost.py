@@ -133,7 +133,7 @@ def check_evaluation_memory(config: Config, state: int = 0) -> None:
   data, mesh = config.data, config.mesh
   state = state or check_weights_memory(config)
   batch = config.eval.batch_size or data.batch_size // config.train.accumulation
-  tokens = batch // (mesh.data * mesh.fsdp * mesh.expert) * data.seq_len
+  tokens = batch // mesh.sequences * data.seq_len // mesh.context
   refuse_over_memory(
     state + 4 * tokens * config.model.vocab_size / mesh.tensor,
     f"weights and the logits of an evaluation of {batch} sequences at a time",
@@ -206,9 +206,9 @@ def activation_bytes(config: Config) -> float:
   offloads = model.remat is Remat.OFFLOAD
   if offloads:  # what `full` keeps is the layers' inputs
     model = dataclasses.replace(model, remat=Remat.FULL)
-  shards = max(mesh.data, 1) * mesh.fsdp * mesh.expert
-  batch = config.data.batch_size // config.train.accumulation // shards
-  tokens = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
+  batch = config.data.batch_size // config.train.accumulation // mesh.sequences
+  length = config.data.seq_len // mesh.context
+  tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
   params = abstract_params(model)
 
   def residuals(params: Any, tokens: jax.Array) -> Any:
@@ -229,7 +229,7 @@ def activation_bytes(config: Config) -> float:
   )
   kept = collections.Counter((s.shape, s.dtype) for s in saved if s.dtype != jax.dtypes.float0)
   kept.subtract(weights)
-  inputs = (batch, config.data.seq_len, model.dim)
+  inputs = (batch, length, model.dim)
   return sum(
     max(n, 0) * math.prod(shape) * dtype.itemsize
     for (shape, dtype), n in kept.items()
@@ -243,7 +243,6 @@ def cost_report(config: Config, optimizer_state: Any, device: str = "") -> str:
   Of a `device` of chips.CHIPS, which need not be here, it says whether what is counted fits.
   """
   counts, model, mesh = count(config), config.model, config.mesh
-  devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.tensor
   layers = moe_layers(model)
   kind = (
     f"{len(layers)} of {model.num_layers} layers with {model.moe.num_experts} experts, "
@@ -265,7 +264,7 @@ def cost_report(config: Config, optimizer_state: Any, device: str = "") -> str:
     f"memory per device  {gib(state)} weights, gradients and "
     f"{config.optimizer.name.value} in float32, "
     f"+ {gib(activations)} activations kept (remat={model.remat.value}), "
-    f"on {devices} device(s)",
+    f"on {mesh.devices} device(s)",
   ]
   if device:
     needed, memory = state + activations, CHIPS[device].memory

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding
 from moe_jax.config import Model, Remat
-from moe_jax.kernels import activation, cross_entropy, gathered
+from moe_jax.kernels import activation, context, cross_entropy, gathered
 from moe_jax.kernels.autodiff import SAVED_BY_KERNEL
 from moe_jax.kernels.delta_rule import DeltaState
 from moe_jax.kernels.linear import Weight, linear
@@ -224,9 +224,11 @@ class Transformer(nnx.Module):
       train: whether to use the capacity factor, jitter and noise of training.
       trace: whether to return the experts of each token in each MoE layer too.
     """
-    x_BLD, head_DV, stats, choices = self._layers(tokens, bias_ZE, key, Mode(train, trace))
+    tokens, mode = context.split(tokens), Mode(train, trace)
+    x_BLD, head_DV, stats, choices = self._layers(tokens, bias_ZE, key, mode)
     logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, self.model)
-    return ModelOutput(logits_BLV, stats, choices)
+    choices = jax.tree.map(jax.vmap(context.join), choices)
+    return ModelOutput(context.join(logits_BLV), stats, choices)
 
   def target_nll(
     self,
@@ -242,14 +244,15 @@ class Transformer(nnx.Module):
     The arguments are those of `__call__`, and int32 targets_BL.
     """
     model = self.model
+    tokens, targets_BL = context.split((tokens, targets_BL))
     x_BLD, head_DV, stats, _ = self._layers(tokens, bias_ZE, key, Mode(train, False))
     if not model.loss_chunk:
       logits_BLV = next_token_logits(x_BLD, self.final_norm.weights(), head_DV, model)
-      return TargetNll(*cross_entropy.token_nll(logits_BLV, targets_BL), stats)
+      return TargetNll(*context.join(cross_entropy.token_nll(logits_BLV, targets_BL)), stats)
     x_BLD = rms_norm(x_BLD, self.final_norm.weights(), model.norm_eps)
     scaling = functools.partial(scaled_logits, model=model)
     found = cross_entropy.nll_in_chunks(x_BLD, head_DV, targets_BL, model.loss_chunk, scaling)
-    return TargetNll(*found, stats)
+    return TargetNll(*context.join(found), stats)
 
   def _layers(
     self, tokens: Tokens, bias_ZE: jax.Array, key: jax.Array, mode: Mode

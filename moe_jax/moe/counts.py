@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels import context
+from moe_jax.moe import exchange
 from moe_jax.moe.balance import balance_loss
 from moe_jax.moe.dispatch import Layout, by_token
 from moe_jax.moe.routing import LayerInputs, Routing
@@ -101,9 +103,12 @@ def local_sums(
   sequence_N = routing.token_N // L
   routed_BE = jnp.zeros((B, E), jnp.int32)
   routed_BE = routed_BE.at[sequence_N, routing.expert_N].add(routing.real_N.astype(jnp.int32))
+  of_rows = (routed_BE, prob_BE, jnp.sum(real_BL, axis=1))
+  of_sequences = exchange.of_sequences(of_rows)
+  real_B = exchange.of_sequences(jnp.any(real_BL, axis=1)).astype(bool)
   to_expert_NE = routing.expert_N[:, None] == jnp.arange(E)[None]
 
-  part_N = (routing.token_N % L) * POSITIONS // L
+  part_N = context.places(routing.token_N % L, L) * POSITIONS // (L * context.parts())
   to_part_NP = part_N[:, None] == jnp.arange(POSITIONS)[None]
 
   def per_expert(x_N: jax.Array, where_N: jax.Array) -> jax.Array:
@@ -121,7 +126,7 @@ def local_sums(
   load_BLE = routing.load_TE.reshape(B, L, E)
   return MoeStats(
     tokens=jnp.sum(real_BL, dtype=jnp.int32),
-    sequences=jnp.sum(jnp.any(real_BL, axis=1), dtype=jnp.int32),
+    sequences=jnp.sum(real_B, dtype=jnp.int32),
     routed_E=jnp.sum(routed_BE, axis=0),
     kept_E=per_expert(jnp.ones_like(routing.expert_N), kept_N),
     kept_K=kept_K,
@@ -129,7 +134,7 @@ def local_sums(
     kept_P=per_part(kept_N),
     overflow=jnp.sum(lost_N, dtype=jnp.int32),
     prob_E=jnp.sum(prob_BE, axis=0),
-    sequence_balance=jnp.sum(balance_loss(routed_BE, prob_BE, jnp.sum(real_BL, axis=1))),
+    sequence_balance=jnp.sum(balance_loss(*of_sequences)),
     importance_E=per_expert(routing.gate_N, routing.real_N),
     gate_kept=jnp.sum(jnp.where(kept_N, jax.lax.stop_gradient(routing.gate_N), 0)),
     load_E=jnp.sum(jnp.where(real_BL[..., None], load_BLE, 0), axis=(0, 1)),

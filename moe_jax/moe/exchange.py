@@ -1,11 +1,11 @@
 """Exchanges: move rows to the devices that hold their experts, and bring the outputs back.
 
-Only this file, kernels/gathered.py, which gathers weights, and kernels/cross_entropy.py, which sums
-over the parts of a vocabulary, name collectives. The `expert` axis has X devices; each holds J =
-E/X of the E experts and its own T tokens with N assignments. The drawings show X = 2 devices, E = 4
-experts, so J = 2: device 0 holds experts a and b, device 1 holds c and d. `a0` is a row for expert
-a from device 0. Sizes are those of one device. shard_map's replication check stays on, so every
-statistic must be summed over the mesh.
+Only this file, kernels/gathered.py, which gathers weights, kernels/context.py, which gathers keys,
+and kernels/cross_entropy.py, which sums over the parts of a vocabulary, name collectives. The
+`expert` axis has X devices; each holds J = E/X of the E experts and its own T tokens with N
+assignments. The drawings show X = 2 devices, E = 4 experts, so J = 2: device 0 holds experts a and
+b, device 1 holds c and d. `a0` is a row for expert a from device 0. Sizes are those of one device.
+shard_map's replication check stays on, so every statistic must be summed over the mesh.
 
 Letters: T, N, E, X, J as above; W tokens of all X devices, V their assignments; S rows that a
 device sends; R rows that it has room to receive; C slots of an expert in all routing groups.
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Exchange
-from moe_jax.kernels import platform
+from moe_jax.kernels import context, platform
 from moe_jax.kernels.layout import stored
 from moe_jax.moe import dispatch
 from moe_jax.moe.dispatch import ExpertRows, Layout
@@ -104,6 +104,13 @@ def sum_over(axes: str | tuple[str, ...], x: Any) -> Any:
 def once_over(axis: str, x: jax.Array) -> jax.Array:
   """Returns x on the first device of a mesh axis, and zeros on the others: their sum is x."""
   return x if one_device() else jnp.where(jax.lax.axis_index(axis) == 0, x, 0)
+
+
+def of_sequences(x_B: Any) -> Any:
+  """Returns a tree of sums of rows as those of whole sequences, on one device each; else zeros."""
+  if context.parts() == 1:
+    return x_B
+  return jax.tree.map(lambda x: once_over("context", jax.lax.psum(x, "context")), x_B)
 
 
 def _expert_devices() -> int:

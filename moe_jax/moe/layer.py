@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe_jax import sharding
 from moe_jax.config import Model, MoE
-from moe_jax.kernels import activation, gathered
+from moe_jax.kernels import activation, context, gathered
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels.autodiff import vary
 from moe_jax.kernels.experts import Experts, ExpertWeights
@@ -170,7 +170,8 @@ def router_inputs(
   x_BLD = x_BLD.astype(jnp.float32)
   if train and moe.jitter:
     low, high = 1 - moe.jitter, 1 + moe.jitter
-    jitter_BLD = jax.random.uniform(jitter_key, x_BLD.shape, jnp.float32, low, high)
+    uniform = functools.partial(jax.random.uniform, jitter_key, minval=low, maxval=high)
+    jitter_BLD = context.drawn(uniform, x_BLD.shape)
     x_BLD = x_BLD * sharding.constrain(jitter_BLD, "BLD")
 
   def project(x_BLD: jax.Array, w_DE: jax.Array) -> jax.Array:
@@ -181,7 +182,8 @@ def router_inputs(
     logits_BLE += weights.router[routing.ROUTER_BIAS_E.name].reshape(1, 1, -1)
   noise_BLE, extra = None, {}
   if spec.noise is not None and (train or spec.noise_in_evaluation):
-    noise_BLE = _by_batch(spec.noise(noise_key, logits_BLE.shape))
+    noise = functools.partial(spec.noise, noise_key)
+    noise_BLE = _by_batch(context.drawn(noise, logits_BLE.shape))
   if spec.extra is not None and spec.runs_own(train=train):
     extra = spec.extra(x_BLD, weights.router, project)
   return LayerInputs(

@@ -73,13 +73,14 @@ def check_same_config(workdir: pathlib.Path, before: Config | None, config: Conf
 def resolve_mesh(config: Config, num_devices: int) -> Config:
   """A validated copy with mesh.data filled in, or a UserError if the mesh does not fit."""
   mesh = config.mesh
-  others = mesh.fsdp * mesh.expert * mesh.tensor
+  others = mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
   data = mesh.data if mesh.data > 0 else num_devices // others
   if data * others != num_devices:
     raise UserError(
       f"config.mesh: data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert} x "
-      f"tensor={mesh.tensor} does not make the {num_devices} device(s) here; change the mesh, or "
-      "simulate devices on a CPU with XLA_FLAGS=--xla_force_host_platform_device_count=N"
+      f"context={mesh.context} x tensor={mesh.tensor} does not make the {num_devices} device(s) "
+      "here; change the mesh, or simulate devices on a CPU with "
+      "XLA_FLAGS=--xla_force_host_platform_device_count=N"
     )
   config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
   validate(config)
@@ -132,11 +133,21 @@ def _of_dispatch(config: Config) -> Iterator[Conflict]:
   if moe.exchange_factor and moe.exchange not in (Exchange.ALL_TO_ALL, Exchange.RAGGED):
     why = "only the buffers of all_to_all and ragged have a size; set exchange_factor=0"
     yield Conflict("model.moe.exchange_factor", "model.moe.exchange", why)
+  length, piece = config.data.seq_len, config.data.seq_len // (2 * mesh.context)
+  groups_matter = ROUTERS[moe.router].looks_ahead or math.inf > min(
+    dispatch.capacity_factor(moe, train=train) for train in (True, False)
+  )
+  if mesh.context > 1 and piece % (moe.group_size or (length if groups_matter else 1)):
+    why = (
+      f"a device holds two pieces of {piece} tokens of a sequence, and a routing group never spans "
+      f"devices; set group_size to {piece} or a divisor of it"
+    )
+    yield Conflict("model.moe.group_size", "mesh.context", why)
   if mesh.data < 0:
     return  # resolve_mesh will know how many tokens a device has
-  shards = mesh.data * mesh.fsdp * mesh.expert
   for batch, train in ((rows, True), (config.eval.batch_size or rows, False)):
-    layout = dispatch.layout_of(moe, (batch // shards, config.data.seq_len), train=train)
+    here = (batch // mesh.sequences, length // mesh.context)
+    layout = dispatch.layout_of(moe, here, train=train)
     slots = layout.experts * layout.groups * layout.capacity
     if slots > LARGEST_INT and (layout.slots or ROUTERS[moe.router].takes_capacity):
       why = (

@@ -38,10 +38,10 @@ def replay(setup: Setup, workdir: str, step: int) -> None:
     raise UserError(f"--replay={step}: --workdir={workdir} has no run; name that of the step")
   if step > config.train.steps:
     raise UserError(f"--replay={step}: the run has {config.train.steps} steps")
-  text = read_text(config, path)
+  text = read_text(setup, path)
   with jax.set_mesh(setup.mesh):
     setup = choose_kernels(setup, path, write=False)
-    config, batches = setup.config, text.batches(setup.config)
+    config, batches = setup.config, text.batches(setup)
     next_batch = 0
     start = max([0, *(saved for saved in workdir_lib.saved_steps(path) if saved < step)])
     if start:

@@ -35,11 +35,9 @@ class Text(NamedTuple):
   train: pipeline.Rows
   validation: pipeline.Rows
 
-  def batches(self, config: Config) -> grain.DatasetIterator:
+  def batches(self, setup: Setup) -> grain.DatasetIterator:
     """Returns this process's training batches from the first one on."""
-    return pipeline.train_iterator(
-      self.train, config.data, jax.process_index(), jax.process_count()
-    )
+    return pipeline.train_iterator(self.train, setup.config.data, *sharding.feeder(setup.mesh))
 
 
 def run(
@@ -75,7 +73,7 @@ def run(
   check_same_run(path, setup)
   _refuse_weights(path)
   source = init_from.find_source(init_from_flag, init_optimizer, path, setup.config, named)
-  text = read_text(setup.config, path)
+  text = read_text(setup, path)
   with _alone(path):
     workdir_lib.refuse_links(path)
     if resume_step == NEWEST:
@@ -108,14 +106,15 @@ def check_same_run(path: pathlib.Path, setup: Setup) -> None:
     )
 
 
-def read_text(config: Config, path: pathlib.Path) -> Text:
+def read_text(setup: Setup, path: pathlib.Path) -> Text:
   """Returns the rows of the run; raises a UserError if the run was trained on others."""
+  config = setup.config
   tokenizers.check_fits(config)  # before hours of tokenising
   text = Text(
     pipeline.load_rows(config.data, "train"), pipeline.load_rows(config.data, "validation")
   )
   workdir_lib.check_same_tokenizer(path, text.train.tokenizer.fingerprint)
-  text.batches(config)  # which refuses a split that is too small
+  text.batches(setup)  # which refuses a split that is too small
   workdir_lib.check_same_data(path, {name: getattr(text, name).digest for name in Text._fields})
   return text
 
@@ -211,7 +210,7 @@ def _train(
       workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
       fingerprint = text.train.tokenizer.fingerprint
       workdir_lib.inherit(path, workdir_lib.open_path(source.workdir), fingerprint)
-  batches = text.batches(config)
+  batches = text.batches(setup)
   pipeline.skip_to(batches, next_after(start, next_batch, rewinds))
   profiler = profiling.Profiler(window, path, start)
   loop = Loop(setup, path, saver, start, profiler, batches, text.train)

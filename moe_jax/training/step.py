@@ -97,7 +97,7 @@ def batch_sums(
     # is every `accumulation`-th group of each device.
     B, L = x_BL.shape
     x = x_BL.reshape(-1, accumulation, group_rows, L).swapaxes(0, 1)
-    spec = jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
+    spec = jax.sharding.PartitionSpec(None, sharding.SEQUENCE_AXES)
     return jax.lax.with_sharding_constraint(x.reshape(accumulation, B // accumulation, L), spec)
 
   micro = jax.tree.map(split, batch)

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import sharding
 from moe_jax.config import Attention
-from moe_jax.kernels import attention, attention_cudnn, attention_splash
+from moe_jax.kernels import attention, attention_cudnn, attention_splash, context
 from moe_jax.kernels.mask import CAUSAL, Mask
 from tests.support.toys import mesh_of, slow_unless
 
@@ -136,6 +136,20 @@ def test_on_a_mesh(name):
     placed = [sharding.constrain(x, "BLHA") for x in qkv]
     hlo = jax.jit(KERNELS[name]).lower(*placed, segments).compile().as_text()
     assert not any(op in hlo for op in ("all-gather", "all-to-all", "all-reduce")), name
+
+
+@pytest.mark.parametrize("name", ["reference", "splash"])
+@pytest.mark.parametrize("mask", [CAUSAL, Mask(200, soft_cap=0.5)])
+def test_parts_of_sequences_equal_reference(name, mask):
+  """A part's two pieces are two and a half blocks of splash each, a window is longer than one."""
+  kernel = KERNELS.get(name, attention.reference_attention)
+
+  def attend(q, k, v, segments, mask):
+    rows = context.split((q, k, v, segments))
+    return context.join(context.over_sequences(kernel)(*rows, mask))
+
+  with jax.set_mesh(mesh_of(context=2, tensor=2)):
+    check_equal(attend, (1, 1280, 4, 2, 8), "float32", mask, sinks=True)
 
 
 @pytest.mark.parametrize("name", ["splash", "cudnn"])

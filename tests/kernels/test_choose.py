@@ -1,6 +1,7 @@
 """Kernels are chosen once, compared with the reference, recorded, and taken from the record."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -250,3 +251,29 @@ def test_attention_of_no_length_falls_back(monkeypatch):
   q, k = jnp.ones((1, 7, 2, 4)), jnp.ones((1, 7, 1, 4))
   y = attention.segment_attention(q, k, k, jnp.ones((1, 7), jnp.int32), Attention.SPLASH)
   assert json.dumps(y.shape) == "[1, 7, 2, 4]"
+
+
+def test_a_kernel_that_knows_no_part_of_a_sequence_is_not_chosen(monkeypatch):
+  """On a TPU splash is, where a part is as long as its blocks."""
+  config = toy_config({"data.seq_len": 512, "mesh.context": 2}, group_size=128)
+  assert choose.resolve(config, {})[1]["attention"] == "reference"
+  named = override(config, {"model.attention": Attention.BLOCKS})
+  with pytest.raises(UserError, match=r"model.attention=blocks: it refuses context of .*to auto"):
+    choose.check_kernels(named)
+  splash = override(config, {"model.attention": Attention.SPLASH})
+  monkeypatch.setattr(platform, "name", lambda: "tpu")
+  choose.check_kernels(splash)
+  short = {"data.seq_len": 128, "model.moe.group_size": 32}
+  with pytest.raises(UserError, match="a sequence of 64 tokens"):
+    choose.check_kernels(override(splash, short))
+
+
+def test_a_part_is_compared_with_the_reference(monkeypatch):
+  kernel = attention.ATTENTION_KERNELS[Attention.SPLASH]
+  function = functools.partial(kernel.function, interpret=True)
+  interpreted = kernel._replace(function=function)
+  monkeypatch.setitem(attention.ATTENTION_KERNELS, Attention.SPLASH, interpreted)
+  config = toy_config({"data.seq_len": 512, "mesh.context": 2}, group_size=128)
+  (case,) = choose._attention_cases(config)
+  assert 0 < choose.attention_difference(Attention.SPLASH, *case) < 1e-5  # float32
+  assert case[0][1] == 256 and case[1][1] == 512
