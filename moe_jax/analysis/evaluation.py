@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.analysis import causal, specialisation, trace
-from moe_jax.config import Config, Dispatch, Exchange, Mesh, MoE, override
+from moe_jax.config import Config, Dispatch, Mesh, MoE, override
 from moe_jax.config.fields import plain
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
@@ -221,8 +221,7 @@ def with_slots(moe: MoE) -> MoE:
   return dataclasses.replace(
     moe,
     dispatch=Dispatch.GATHER,
-    exchange=Exchange.AUTO,
-    exchange_factor=0.0,
+    **dispatch.DEFAULT_EXCHANGE,
     capacity_factor=dispatch.capacity_factor(moe, train=True),
     eval_capacity_factor=dispatch.capacity_factor(moe, train=False),
   )
