@@ -26,6 +26,7 @@ from moe_jax.start import startup
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import evaluator as evaluator_lib
+from moe_jax.training import placement
 from moe_jax.training.evaluator import Evaluator, batch_size
 
 # How much text, spread over the split, routing and causal evaluation take.
@@ -111,6 +112,11 @@ class LoadedRun:
     model = self.config.model
     found, stored = self.reader.restore_part(step, abstract_weights(model), self.mesh)
     self.step = self.step if step else found
+    expert_ZE = placement.recorded(self.path, found)
+    if expert_ZE is not None:  # back, so that each is reported under its first number
+      back_ZE = np.argsort(expert_ZE, axis=1)
+      of_config = lambda config: abstract_weights(config.model)  # noqa: E731
+      stored = placement.permuted(stored, back_ZE, self.config, of_config)
     return trace.RestoredModel(model, **stored)
 
   def loss(self, model: trace.RestoredModel, documents: int) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from moe_jax.kernels.layout import stored
 from moe_jax.moe import routers
 from moe_jax.moe.routing import Assignments
 
-
 # For tokens that do not stay in the run's layout.
 DEFAULT_EXCHANGE: dict[str, Any] = {
   field.name: field.default

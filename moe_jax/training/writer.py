@@ -25,8 +25,15 @@ class Writer:
   lists, but no arrays of two dimensions.
   """
 
-  def __init__(self, workdir: pathlib.Path, resume_step: int):
-    """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
+  def __init__(self, workdir: pathlib.Path, resume_step: int, expert_ZE: np.ndarray | None = None):
+    """Opens both; what they have of steps after `resume_step` is deleted or hidden.
+
+    Args:
+      workdir: of the run.
+      resume_step: the number of steps taken before.
+      expert_ZE: under which number an expert's values are written; None: by its place.
+    """
+    self._place_ZE = None if expert_ZE is None else np.argsort(expert_ZE, axis=1)
     self._path = workdir / workdir_lib.METRICS
     workdir_lib.keep_lines(self._path, resume_step)
     self._folder = files.growing(workdir / workdir_lib.TENSORBOARD)
@@ -43,6 +50,11 @@ class Writer:
     Raises:
       StorageError: the disk is full.
     """
+    if self._place_ZE is not None:
+      values = {
+        name: np.take_along_axis(np.asarray(v), self._place_ZE, 1) if name.endswith("_ZE") else v
+        for name, v in values.items()
+      }
     plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
     workdir_lib.append_line(self._path, {"step": step, **plain})
     scalars = []
