@@ -112,11 +112,10 @@ class LoadedRun:
     model = self.config.model
     found, stored = self.reader.restore_part(step, abstract_weights(model), self.mesh)
     self.step = self.step if step else found
-    expert_ZE = placement.recorded(self.path, found)
-    if expert_ZE is not None:  # back, so that each is reported under its first number
-      back_ZE = np.argsort(expert_ZE, axis=1)
-      of_config = lambda config: abstract_weights(config.model)  # noqa: E731
-      stored = placement.permuted(stored, back_ZE, self.config, of_config)
+    place_ZE = placement.recorded(self.path, found)
+    if place_ZE is not None:  # back, so that each is reported under its first number
+      shapes = lambda config: abstract_weights(config.model)  # noqa: E731
+      stored = placement.permuted(stored, place_ZE, self.config, shapes)
     return trace.RestoredModel(model, **stored)
 
   def loss(self, model: trace.RestoredModel, documents: int) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def run(
   """Sends a device's tokens along the way, as moe.exchange_chunks and exchange_fallback say."""
   # Validation has seen the run's batches; an evaluation may have others.
   chunks = math.gcd(moe.exchange_chunks, layout.units)
-  exact = moe.exchange_fallback is ExchangeFallback.EXACT
-  exact = exact and exchange.expert_devices() > 1
+  devices = jax.sharding.get_abstract_mesh().shape["expert"]
+  exact = moe.exchange_fallback is ExchangeFallback.EXACT and devices > 1
   if chunks == 1 and not exact:
     return way(x_TD, assigned, experts, layout)
   # Marked here, so that gradients are summed over the mesh once, and not in each chunk.
@@ -47,7 +47,7 @@ def run(
   if not exact:
     return attempt(floats, assigned)
   # So many that buffers for any load are no larger than those that have overflowed.
-  least = math.ceil(chunks * exchange.expert_devices() / moe.exchange_factor)
+  least = math.ceil(chunks * devices / moe.exchange_factor)
   whole = layout.units
   enough = next((n for n in range(max(least, 1), whole) if not whole % n), whole)
 

@@ -82,7 +82,7 @@ def steps_in_force(exchange: Exchange, *, slots: bool) -> ExchangeSpec:
     exchange: the config's choice, which applies to sorted rows.
     slots: whether rows are slots, for which there is one exchange.
   """
-  if expert_devices() == 1:
+  if _expert_devices() == 1:
     return STAY
   if slots:
     return SLOTS
@@ -106,8 +106,7 @@ def once_over(axis: str, x: jax.Array) -> jax.Array:
   return x if one_device() else jnp.where(jax.lax.axis_index(axis) == 0, x, 0)
 
 
-def expert_devices() -> int:
-  """Returns the number of devices, X, among which the experts are divided."""
+def _expert_devices() -> int:
   return jax.sharding.get_abstract_mesh().shape["expert"]
 
 
@@ -125,7 +124,7 @@ def _send_slots(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sent
 
   def sent(x: jax.Array) -> jax.Array:
     x = jax.lax.all_to_all(x, "expert", 0, 0, tiled=True)  # by source, then by expert
-    parted = x.reshape(expert_devices(), -1, *x.shape[1:])
+    parted = x.reshape(_expert_devices(), -1, *x.shape[1:])
     if parted.shape[1] == 1:  # a matmul of fewer dimensions takes 4% fewer cycles
       return parted.reshape(1, -1, *x.shape[2:])
     return stored(parted.swapaxes(0, 1), 1, 0, *range(2, parted.ndim))
@@ -150,7 +149,7 @@ def _all_tokens(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Packi
   [T, D] and [N] -> [X*T, D] and [X*N]; X*N rows are packed, empty for other devices' experts.
   `_own_sums` is the reduce-scatter.
   """
-  X, here = expert_devices(), jax.lax.axis_index("expert")
+  X, here = _expert_devices(), jax.lax.axis_index("expert")
   own_experts = layout.experts // X
   with jax.named_scope("exchange"):
     renumbered = assigned._replace(token_N=assigned.token_N + here * layout.tokens)
@@ -172,7 +171,7 @@ def _by_device(x_TD: jax.Array, assigned: Assignments, layout: Layout) -> Packin
 
   Each device gets a buffer of equally many slots.
   """
-  X, N = expert_devices(), assigned.token_N.shape[0]
+  X, N = _expert_devices(), assigned.token_N.shape[0]
   device_N = assigned.expert_N // (layout.experts // X)
   slots = _buffer_rows(layout.exchange_factor, N / X, N)
   buffers = layout._replace(slots=True, experts=X, groups=1, capacity=slots)
@@ -189,7 +188,7 @@ def _send_buffers(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Se
   [X, S/X, D] -> [X, S/X, D]; then sorted by expert. A buffer has S/X = exchange_factor * N/X rows,
   or N where the factor is 0. Each row's expert is sent with the row.
   """
-  own_experts = layout.experts // expert_devices()
+  own_experts = layout.experts // _expert_devices()
   expert_N = assigned.expert_N % own_experts
   expert_S = expert_N.at[rows.slots.assignment_S].get(mode="fill", fill_value=-1)
   x_SD = rows.x.reshape(-1, rows.x.shape[-1])
@@ -292,7 +291,7 @@ def _send_ragged(rows: ExpertRows, assigned: Assignments, layout: Layout) -> Sen
   [N, D] -> [R, D]; then sorted by expert. R = exchange_factor * N, or X*N where the factor is 0.
   """
   assert rows.sizes_E is not None
-  X, N = expert_devices(), assigned.token_N.shape[0]
+  X, N = _expert_devices(), assigned.token_N.shape[0]
   own_experts = layout.experts // X
   counts_XXJ = jax.lax.all_gather(rows.sizes_E.reshape(X, own_experts), "expert")
   room = _buffer_rows(layout.exchange_factor, N, N * X)

@@ -21,7 +21,7 @@ from moe_jax.errors import StorageError
 from moe_jax.kernels import chips
 from moe_jax.start import command_line
 from moe_jax.storage import checkpoint, files
-from moe_jax.training import health, metrics, placement, writer
+from moe_jax.training import health, metrics, writer
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.profiling import Profiler
 from moe_jax.training.setup import Setup, TrainState
@@ -54,11 +54,7 @@ class Loop:
     """
     self.config, self.path, self.saver, self.start = setup.config, path, saver, start
     self.profiler = profiler
-    self.writer = (
-      writer.Writer(path, start, placement.recorded(path, start + 1))
-      if jax.process_index() == 0
-      else None
-    )
+    self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
     self.stop_signal, self.stop_time = 0, -math.inf  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
     chip, count = chips.chip_of(jax.devices()[0].device_kind), jax.device_count()

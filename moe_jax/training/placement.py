@@ -62,9 +62,8 @@ def place(state: TrainState, setup: Setup, path: pathlib.Path, start: int) -> Tr
       f"placement          of a layer's rows the busiest device has {after.mean():.2f} times the "
       f"mean, was {before.mean():.2f}; at most {after.max():.2f}, was {before.max():.2f}"
     )
-    old_ZE = recorded(path, start)
-    named_ZE = order_ZE if old_ZE is None else np.take_along_axis(old_ZE, order_ZE, 1)
-    record(path, start, named_ZE)
+    place_ZE, old_ZE = np.argsort(order_ZE, axis=1), recorded(path, start)
+    record(path, start, place_ZE if old_ZE is None else np.take_along_axis(place_ZE, old_ZE, 1))
   return permuted(state, order_ZE, setup.config, lambda c: setup_lib.make(c, setup.mesh).shapes)
 
 
@@ -101,16 +100,16 @@ def permuted(
 
 
 def recorded(path: pathlib.Path, step: int) -> np.ndarray | None:
-  """Returns the numbers, int [Z, E], of the experts in the places of a saved step; None: these."""
+  """Returns the place of each expert, int [Z, E], in a saved step; None: that of its number."""
   found = workdir_lib.read_object(path / workdir_lib.PLACEMENT).get("placements", [])
-  return next((np.array(p["expert_ZE"]) for p in found[::-1] if p["step"] < step), None)
+  return next((np.array(p["place_ZE"]) for p in found[::-1] if p["step"] < step), None)
 
 
-def record(path: pathlib.Path, start: int, named_ZE: np.ndarray | None = None) -> None:
+def record(path: pathlib.Path, start: int, place_ZE: np.ndarray | None = None) -> None:
   """Forgets what was placed from step `start` on, and records a placement there."""
   found = workdir_lib.read_object(path / workdir_lib.PLACEMENT).get("placements", [])
   kept = [one for one in found if one["step"] < start]
-  if named_ZE is not None:
-    kept.append({"step": start, "expert_ZE": named_ZE.tolist()})
+  if place_ZE is not None:
+    kept.append({"step": start, "place_ZE": place_ZE.tolist()})
   if kept or found:
     workdir_lib.write_object(path / workdir_lib.PLACEMENT, {"placements": kept})

@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_experts_in_other_places(four_steps, text, tmp_path, 
   got = train(tmp_path / "b", config_of(text, 8), place_experts=True)
   placed = workdir_lib.read_object(tmp_path / "b" / workdir_lib.PLACEMENT)["placements"]
   assert [p["step"] for p in placed] == [4, 6]
-  assert placed[0]["expert_ZE"] != [list(range(8))] * 2
+  assert placed[0]["place_ZE"] != [list(range(8))] * 2
   assert_same_run(got, want)
   before, after = (np.mean(x[4]["train/device_overload_Z"]) for x in (want, got))
   assert after < before
