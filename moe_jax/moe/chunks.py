@@ -98,7 +98,7 @@ def _or_again(
 
   def backward(kept: Any, gradients: Any) -> Any:
     (back, lost, floats, assigned), dy_TD = kept, gradients[0]
-    first = back(jnp.where(lost, 0, dy_TD))[0]
+    first = back(dy_TD)[0]
 
     def second() -> Any:
       return jax.vjp(lambda f: again(f, assigned), floats)[1](dy_TD)[0]

@@ -1,8 +1,8 @@
 """The Mixture-of-Experts layer: the algorithm, its entry on a mesh, and the parameters.
 
-Letters: T tokens of one device, all its routing groups together; N their assignments; E all experts
-of the layer, except in the expert weights on a device, where E counts the experts that the device
-holds. sharding.py lists the others.
+Letters: T tokens of one device, all its routing groups together; N their assignments; W tokens
+whose rows a device sums; E all experts of the layer, except in the expert weights on a device,
+where E counts the experts that the device holds. sharding.py lists the others.
 """
 
 import functools
@@ -51,8 +51,8 @@ def moe_on_device(
     with jax.named_scope("exchange"):  # 5. Rows back to the devices of their tokens.
       returned = steps.bring_back(outputs, sent)
     with jax.named_scope("combine"):  # 6. Rows to tokens: the sum of a token's gated outputs.
-      y_TD = dispatcher.combine(returned, packing.assignments, sent.rows.slots, packing.layout)
-      return steps.finish(y_TD, assigned, sent)
+      y_WD = dispatcher.combine(returned, packing.assignments, sent.rows.slots, packing.layout)
+      return steps.finish(y_WD, assigned, sent)
 
   x_TD = x_BLD.reshape(layout.tokens, -1)
   y_TD, kept_N = chunks.run(way, moe, x_TD, chosen.assignments, experts, layout)
