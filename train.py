@@ -22,6 +22,12 @@ _PARSER.multihost_flags()
 _PARSER.flag("init_from", "", "begin with the parameters of another run: WORKDIR or WORKDIR:STEP")
 _PARSER.flag("init_optimizer", False, "with --init_from: take that run's optimizer state, too")
 _PARSER.flag(
+  "placement",
+  "saved",
+  "with a checkpoint: where experts stand; balanced spreads heavy ones over devices",
+  ["saved", "balanced"],
+)
+_PARSER.flag(
   "resume_step",
   -1,
   "go on from this checkpoint, and set newer ones aside; 0 begins again",
@@ -82,6 +88,7 @@ def main() -> None:
       named=args.overrides,
       profile=args.profile,
       resume_step=args.resume_step,
+      place_experts=args.placement == "balanced",
     )
 
 

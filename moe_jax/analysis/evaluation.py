@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.analysis import causal, specialisation, trace
-from moe_jax.config import Config, Dispatch, Exchange, Mesh, MoE, override
+from moe_jax.config import Config, Dispatch, Mesh, MoE, override
 from moe_jax.config.fields import plain
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
@@ -26,6 +26,7 @@ from moe_jax.start import startup
 from moe_jax.storage import checkpoint
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import evaluator as evaluator_lib
+from moe_jax.training import placement
 from moe_jax.training.evaluator import Evaluator, batch_size
 
 # How much text, spread over the split, routing and causal evaluation take.
@@ -111,6 +112,10 @@ class LoadedRun:
     model = self.config.model
     found, stored = self.reader.restore_part(step, abstract_weights(model), self.mesh)
     self.step = self.step if step else found
+    place_ZE = placement.recorded(self.path, found)
+    if place_ZE is not None:  # back, so that each is reported under its first number
+      shapes = lambda config: abstract_weights(config.model)  # noqa: E731
+      stored = placement.permuted(stored, place_ZE, self.config, shapes)
     return trace.RestoredModel(model, **stored)
 
   def loss(self, model: trace.RestoredModel, documents: int) -> dict[str, Any]:
@@ -221,8 +226,7 @@ def with_slots(moe: MoE) -> MoE:
   return dataclasses.replace(
     moe,
     dispatch=Dispatch.GATHER,
-    exchange=Exchange.AUTO,
-    exchange_factor=0.0,
+    **dispatch.DEFAULT_EXCHANGE,
     capacity_factor=dispatch.capacity_factor(moe, train=True),
     eval_capacity_factor=dispatch.capacity_factor(moe, train=False),
   )

@@ -2,7 +2,7 @@
 
 XLA's own count takes the body of a loop once and sees nothing inside a kernel. Here a loop counts
 as often as it runs, and what a device of shard_map does counts for all devices. What a remat policy
-computes again is counted again.
+computes again is counted again. Of a conditional the false branch counts, as in program.py.
 """
 
 import collections
@@ -68,7 +68,7 @@ def _walk(
       inner *= math.prod(
         mesh.shape[axis] for axis in eqn.params.get("newly_manual_axes", mesh.shape)
       )
-    for value in eqn.params.values():
+    for value in [eqn.params["branches"][0]] if name == "cond" else eqn.params.values():
       for sub in jax.tree.leaves(value, is_leaf=_is_jaxpr):
         if _is_jaxpr(sub):
           _walk(getattr(sub, "jaxpr", sub), inner, where, keys, found)

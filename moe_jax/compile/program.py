@@ -1,7 +1,8 @@
 """Reads a compiled program: its collectives, and the cycles that its compiler expects of a TPU.
 
 The text of a program is a list of computations. A loop's body counts as often as the loop runs,
-which its condition says: the loops of a step count from 0 to a constant.
+which its condition says: the loops of a step count from 0 to a constant. Of a conditional the false
+branch counts, which a step with balanced loads takes.
 """
 
 import collections
@@ -177,11 +178,8 @@ def _count(
       assert found, line.name
       _count(computations, found[2], times * _trips(computations[found[1]], line.rest), calls)
     elif line.op in ("call", "call-start", "conditional", "async-start"):
-      attributes = r"(?:to_apply|calls|true_computation|false_computation)=(%[^,\s]+)"
-      branches = re.search(r"branch_computations=\{([^}]*)\}", line.rest)
-      called = re.findall(attributes, line.rest)
-      called += branches[1].split(", ") if branches else []
-      for each in called:
+      attributes = r"(?:to_apply|calls|false_computation|branch_computations)=\{?(%[^,\s}]+)"
+      for each in re.findall(attributes, line.rest):
         _count(computations, each, times, calls)
 
 

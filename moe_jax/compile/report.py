@@ -98,6 +98,8 @@ def page(result: dict[str, Any]) -> str:
   bounds = [f"compute {ms(seconds['compute'])}", f"memory {ms(seconds['memory'])}"]
   if seconds["compiler"]:
     bounds.append(f"compiler's estimate of both {ms(seconds['compiler'])}")
+  if (chunks := result["config"]["model.moe.exchange_chunks"]) > 1:
+    lines += ["", f"chunks         {chunks} in turn, of which none overlaps: they gain no time"]
   lines += [
     "",
     f"time           {', '.join(bounds)}",

@@ -10,6 +10,7 @@ from moe_jax.config.choices import (
   Dispatch,
   Dtype,
   Exchange,
+  ExchangeFallback,
   GradientSums,
   GroupedMatmul,
   GroupScore,

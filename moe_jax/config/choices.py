@@ -85,6 +85,13 @@ class Exchange(Choice):
   RAGGED = "ragged", "a ragged_all_to_all moves only what is routed; not on CPU"
 
 
+class ExchangeFallback(Choice):
+  """What becomes of rows that a buffer of the exchange has no room for."""
+
+  NONE = "none", "they are lost and counted"
+  EXACT = "exact", "the layer is computed again in as many chunks as need no larger buffers"
+
+
 class GroupedMatmul(Choice):
   """The kernel of the grouped dispatch's experts; kernels/experts.py has a record for each."""
 

@@ -8,6 +8,7 @@ from moe_jax.config.choices import (
   Dispatch,
   Dtype,
   Exchange,
+  ExchangeFallback,
   GradientSums,
   GroupedMatmul,
   GroupScore,
@@ -62,6 +63,12 @@ class MoE(Section):
   )
   exchange_factor: float = option(
     0.0, "Rows of an exchange buffer over their balanced number; 0 holds any load.", at_least=0
+  )
+  exchange_fallback: ExchangeFallback = option(
+    ExchangeFallback.NONE, "What becomes of rows that an exchange buffer has no room for."
+  )
+  exchange_chunks: int = option(
+    1, "Parts of a device's tokens that travel to experts and back in turn.", at_least=1
   )
   capacity_factor: float = option(
     1.25,

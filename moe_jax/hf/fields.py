@@ -59,8 +59,9 @@ class Family(NamedTuple):
 # Fields that change no value of a model without dropped tokens, or only how it is trained.
 _FREE = (
   "compute_dtype", "remat", "attention", "moe.dispatch", "moe.grouped_matmul", "moe.exchange",
-  "moe.exchange_factor", "moe.capacity_factor", "moe.eval_capacity_factor", "moe.group_size",
-  "moe.priority", "moe.router_dtype", "moe.jitter", "moe.bias_update_rate",
+  "moe.exchange_factor", "moe.exchange_fallback", "moe.exchange_chunks", "moe.capacity_factor",
+  "moe.eval_capacity_factor", "moe.group_size", "moe.priority", "moe.router_dtype", "moe.jitter",
+  "moe.bias_update_rate",
 )  # fmt: skip
 # Fields of theirs that say nothing about the function from tokens to logits.
 _UNREAD = (

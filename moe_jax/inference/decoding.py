@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, Model
+from moe_jax.config import Dispatch, Model
 from moe_jax.kernels import cache as kv_cache
 from moe_jax.kernels import packing
 from moe_jax.kernels.attention import segment_attention
@@ -25,7 +25,7 @@ from moe_jax.kernels.mask import Mask
 from moe_jax.model import delta, pattern, transformer
 from moe_jax.model.feedforward import FFNWeights
 from moe_jax.model.transformer import LayerWeights
-from moe_jax.moe import validation
+from moe_jax.moe import dispatch, validation
 from moe_jax.moe.counts import Choices
 from moe_jax.moe.routing import Mode, Tokens
 
@@ -66,7 +66,7 @@ def for_inference(model: Model) -> Model:
   """
   validation.validate_generation(model.moe)
   moe = dataclasses.replace(
-    model.moe, dispatch=Dispatch.GROUPED, group_size=0, exchange=Exchange.AUTO, exchange_factor=0.0
+    model.moe, dispatch=Dispatch.GROUPED, group_size=0, **dispatch.DEFAULT_EXCHANGE
   )
   return dataclasses.replace(model, moe=moe)
 

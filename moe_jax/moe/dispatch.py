@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from moe_jax.config import Dispatch, MoE, Priority
 from moe_jax.kernels.layout import stored
 from moe_jax.moe import routers
 from moe_jax.moe.routing import Assignments
+
+# For tokens that do not stay in the run's layout.
+DEFAULT_EXCHANGE: dict[str, Any] = {
+  field.name: field.default
+  for field in dataclasses.fields(MoE)
+  if field.name.startswith("exchange")
+}
 
 
 class Layout(NamedTuple):
@@ -37,6 +44,12 @@ class Layout(NamedTuple):
   choices: int  # K, or 0 if tokens differ in their number of assignments
   in_token_order: bool  # all assignments of token 0 come first, then those of token 1, ...
   exchange_factor: float  # size of the buffers of an exchange, times the balanced load; 0: any load
+
+  @property
+  def units(self) -> int:
+    """How many parts of the tokens have assignments of their own: else groups, which fill slots."""
+    apart = self.choices and self.in_token_order and not self.slots
+    return self.tokens if apart else self.groups
 
 
 class Slots(NamedTuple):

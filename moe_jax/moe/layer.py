@@ -1,8 +1,8 @@
 """The Mixture-of-Experts layer: the algorithm, its entry on a mesh, and the parameters.
 
-Letters: T tokens of one device, all its routing groups together; N their assignments; E all experts
-of the layer, except in the expert weights on a device, where E counts the experts that the device
-holds. sharding.py lists the others.
+Letters: T tokens of one device, all its routing groups together; N their assignments; W tokens
+whose rows a device sums; E all experts of the layer, except in the expert weights on a device,
+where E counts the experts that the device holds. sharding.py lists the others.
 """
 
 import functools
@@ -18,10 +18,10 @@ from moe_jax.kernels import activation, context, gathered
 from moe_jax.kernels import experts as expert_kernels
 from moe_jax.kernels.autodiff import vary
 from moe_jax.kernels.experts import Experts, ExpertWeights
-from moe_jax.moe import counts, dispatch, exchange, routers, routing
+from moe_jax.moe import chunks, counts, dispatch, exchange, routers, routing
 from moe_jax.moe.counts import Choices, MoeStats
-from moe_jax.moe.dispatch import ExpertRows
-from moe_jax.moe.routing import LayerInputs, Mode, Tokens
+from moe_jax.moe.dispatch import ExpertRows, Layout
+from moe_jax.moe.routing import Assignments, LayerInputs, Mode, Tokens
 
 
 def moe_on_device(
@@ -37,18 +37,26 @@ def moe_on_device(
   layout = dispatch.layout_of(moe, x_BLD.shape, train=mode.train)
   with jax.named_scope("route"):  # 1. Who goes where, in order of priority.
     chosen = routers.route(inputs, moe, layout.groups, capacity=layout.capacity, train=mode.train)
-  with jax.named_scope("dispatch"):  # 2. Tokens to rows.
-    packing = steps.prepare(x_BLD.reshape(layout.tokens, -1), chosen.assignments, layout)
-    rows = dispatcher.pack(*packing)
-  with jax.named_scope("exchange"):  # 3. Rows to the devices that hold their experts.
-    sent = steps.send(rows, chosen.assignments, layout)
-  with jax.named_scope("experts"):  # 4. The experts.
-    outputs = _experts(sent.received, experts, model)
-  with jax.named_scope("exchange"):  # 5. Rows back to the devices of their tokens.
-    returned = steps.bring_back(outputs, sent)
-  with jax.named_scope("combine"):  # 6. Rows to tokens: the sum of a token's gated outputs.
-    y_TD = dispatcher.combine(returned, packing.assignments, sent.rows.slots, packing.layout)
-    y_TD, kept_N = steps.finish(y_TD, chosen.assignments, sent)
+
+  def way(
+    x_TD: jax.Array, assigned: Assignments, experts: ExpertWeights, layout: Layout
+  ) -> tuple[jax.Array, jax.Array]:
+    with jax.named_scope("dispatch"):  # 2. Tokens to rows.
+      packing = steps.prepare(x_TD, assigned, layout)
+      rows = dispatcher.pack(*packing)
+    with jax.named_scope("exchange"):  # 3. Rows to the devices that hold their experts.
+      sent = steps.send(rows, assigned, layout)
+    with jax.named_scope("experts"):  # 4. The experts.
+      outputs = _experts(sent.received, experts, model)
+    with jax.named_scope("exchange"):  # 5. Rows back to the devices of their tokens.
+      returned = steps.bring_back(outputs, sent)
+    with jax.named_scope("combine"):  # 6. Rows to tokens: the sum of a token's gated outputs.
+      y_WD = dispatcher.combine(returned, packing.assignments, sent.rows.slots, packing.layout)
+      return steps.finish(y_WD, assigned, sent)
+
+  x_TD = x_BLD.reshape(layout.tokens, -1)
+  y_TD, kept_N = chunks.run(way, moe, x_TD, chosen.assignments, experts, layout)
+  with jax.named_scope("combine"):
     # Each device of `tensor` holds a part of F, so its y_TD is a partial sum. It is summed here and
     # not before combining, because there are fewer tokens than rows.
     y_TD = exchange.sum_over("tensor", y_TD)

@@ -5,7 +5,7 @@ import math
 import pathlib
 from collections.abc import Callable, Iterator
 
-from moe_jax.config import Config, Exchange, MoE, Priority, checks
+from moe_jax.config import Config, Exchange, ExchangeFallback, MoE, Priority, checks
 from moe_jax.config.checks import Conflict
 from moe_jax.config.fields import LARGEST_INT, flatten
 from moe_jax.errors import UserError
@@ -44,8 +44,11 @@ def ignored_fields(config: Config) -> set[str]:
 def fields_with_equal_values(old: Config, new: Config) -> set[str]:
   """Returns the names of fields that may differ, since both configs compute the same values."""
   same = ignored_fields(old) & ignored_fields(new)
-  if not new.model.moe.exchange_factor:  # with a factor, each exchange drops other assignments
-    same.add("model.moe.exchange")
+  if not any(
+    c.model.moe.exchange_factor and c.model.moe.exchange_fallback is ExchangeFallback.NONE
+    for c in (old, new)
+  ):  # otherwise each exchange drops other assignments
+    same |= {n for n in flatten(new) if n.startswith("model.moe.exchange")}
   in_force = [
     [dispatch.capacity_factor(config.model.moe, train=train) for train in (True, False)]
     for config in (old, new)
@@ -143,11 +146,20 @@ def _of_dispatch(config: Config) -> Iterator[Conflict]:
       f"devices; set group_size to {piece} or a divisor of it"
     )
     yield Conflict("model.moe.group_size", "mesh.context", why)
+  if moe.exchange_fallback is ExchangeFallback.EXACT and not moe.exchange_factor:
+    why = "buffers for any load do not overflow; set exchange_fallback=none, or a factor, as 1.5"
+    yield Conflict("model.moe.exchange_fallback", "model.moe.exchange_factor", why)
   if mesh.data < 0:
     return  # resolve_mesh will know how many tokens a device has
   for batch, train in ((rows, True), (config.eval.batch_size or rows, False)):
     here = (batch // mesh.sequences, length // mesh.context)
     layout = dispatch.layout_of(moe, here, train=train)
+    if layout.units % moe.exchange_chunks:
+      what = "tokens" if layout.units == layout.tokens else "routing groups"
+      why = f"a device's {layout.units} {what} must divide into equal chunks"
+      yield Conflict(
+        "model.moe.exchange_chunks", "data.batch_size" if train else "eval.batch_size", why
+      )
     slots = layout.experts * layout.groups * layout.capacity
     if slots > LARGEST_INT and (layout.slots or ROUTERS[moe.router].takes_capacity):
       why = (

@@ -20,6 +20,7 @@ DATA = "data.json"  # {split: digest of its token stream, "tokenizer": its finge
 KERNELS = "kernels.json"  # {operation: the implementation that computes it in this run}
 FLAGS = "flags.json"  # the flags of the compilers and libraries that the newest start set
 INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters this run began with
+PLACEMENT = "placement.json"  # the experts that changed places at steps (training/placement.py)
 METRICS = "metrics.jsonl"  # one line for each logged step
 ALARMS = "alarms.jsonl"  # one line for each alarm
 EVAL = "eval.json"  # the result of eval.py

@@ -125,7 +125,7 @@ def _differences(theirs: Model, ours: Model) -> str:
   return few(lines)
 
 
-def load_source(source: Source, state: Any, shardings: Any) -> Any:
+def load_source(source: Source, state: Any, shardings: Any, *, loads: bool = False) -> Any:
   """Returns the new train state with the source's arrays, on whatever mesh they were saved.
 
   Parameters and the bias of loss-free balancing always come along. The step and the learning rate's
@@ -135,8 +135,9 @@ def load_source(source: Source, state: Any, shardings: Any) -> Any:
     source: as `find` returned it.
     state: a new TrainState; the memory of the arrays that are replaced is freed.
     shardings: of that state.
+    loads: take the experts' measured loads, too.
   """
-  names = ("params", "bias_ZE", *(("opt_state",) if source.optimizer else ()))
+  names = ("params", "bias_ZE", *["opt_state"] * source.optimizer, *["load_ZE"] * loads)
   wanted = {
     name: checkpoint.abstract(getattr(state, name), getattr(shardings, name)) for name in names
   }

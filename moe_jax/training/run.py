@@ -20,7 +20,7 @@ from moe_jax.moe import validation
 from moe_jax.start import command_line, flags
 from moe_jax.storage import checkpoint, files, lock
 from moe_jax.storage import workdir as workdir_lib
-from moe_jax.training import health, init_from, optimizers, profiling
+from moe_jax.training import health, init_from, optimizers, placement, profiling
 from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.loop import Loop
 from moe_jax.training.setup import Setup, TrainState
@@ -49,6 +49,7 @@ def run(
   named: Collection[str] = (),
   profile: str = "",
   resume_step: int = NEWEST,
+  place_experts: bool = False,
 ) -> None:
   """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one.
 
@@ -60,6 +61,7 @@ def run(
     named: fields on the command line; see `init_from.find`.
     profile: FIRST:LAST, the steps to trace.
     resume_step: go on from this checkpoint and set newer ones aside; 0 begins again.
+    place_experts: spread heavy experts over the devices when the checkpoint is read.
 
   Raises:
     UserError: the arguments, the workdir and the text on disk do not fit together.
@@ -71,6 +73,8 @@ def run(
   window = profiling.parse(profile, setup.config.train.steps)
   path = workdir_lib.open_written(workdir)
   check_same_run(path, setup)
+  if place_experts:
+    placement.check(setup.config)
   _refuse_weights(path)
   source = init_from.find_source(init_from_flag, init_optimizer, path, setup.config, named)
   text = read_text(setup, path)
@@ -84,7 +88,7 @@ def run(
     while True:
       try:
         with jax.set_mesh(setup.mesh):
-          return _train(setup, path, text, source, window, resume_step, rewinds)
+          return _train(setup, path, text, source, window, resume_step, rewinds, place_experts)
       except health.Rewind as rewind:
         resume_step = NEWEST
         rewinds.append(_rewound(setup.config, path, rewind, len(rewinds)))
@@ -186,6 +190,7 @@ def _train(
   window: profiling.Window | None,
   resume_step: int,
   rewinds: list[dict[str, Any]],
+  place_experts: bool,
 ) -> None:
   """Trains from a checkpoint, or from step 0, to the end; raises Rewind where it is to go back."""
   keep = setup.config.train
@@ -204,12 +209,21 @@ def _train(
     began = f" from its own checkpoint; it began with {source}" if source else ""
     print(shown(f"resuming {path} at step {start}{began}"))
   else:
-    state = begin_state(setup, source)
+    if place_experts and not (source and source.step):
+      raise UserError(
+        f"--placement=balanced: no loads are measured yet at step 0 of {path}; resume a run, or "
+        "name one in --init_from"
+      )
+    state = begin_state(setup, source, loads=place_experts)
     if source and jax.process_index() == 0:
       print(shown(f"{path} begins with {source}"))
       workdir_lib.write_object(path / workdir_lib.INIT, source._asdict())
       fingerprint = text.train.tokenizer.fingerprint
       workdir_lib.inherit(path, workdir_lib.open_path(source.workdir), fingerprint)
+  if jax.process_index() == 0:
+    placement.record(path, start)
+  if place_experts:
+    state = placement.place(state, setup, path, start)
   batches = text.batches(setup)
   pipeline.skip_to(batches, next_after(start, next_batch, rewinds))
   profiler = profiling.Profiler(window, path, start)
@@ -221,10 +235,12 @@ def _train(
   loop.run(state, compile_step(setup), evaluator, evaluate=due)
 
 
-def begin_state(setup: Setup, source: init_from.Source | None) -> TrainState:
+def begin_state(
+  setup: Setup, source: init_from.Source | None, *, loads: bool = False
+) -> TrainState:
   """Returns the state of step 0."""
   state = setup.init()
-  return init_from.load_source(source, state, setup.shardings) if source else state
+  return init_from.load_source(source, state, setup.shardings, loads=loads) if source else state
 
 
 def _restore_newest(saver: checkpoint.Checkpointer, abstract_state: Any) -> tuple[int, Any, int]:

@@ -16,17 +16,19 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
+from moe_jax.training import placement
 
 
 class Writer:
   """Writes metrics to metrics.jsonl and to TensorBoard.
 
   metrics.jsonl has one line for each logged step, with arrays as lists. TensorBoard has numbers and
-  lists, but no arrays of two dimensions.
+  lists, but no arrays of two dimensions. Experts that have changed places keep their numbers.
   """
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
     """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
+    self._place_ZE = placement.recorded(workdir, resume_step + 1)
     self._path = workdir / workdir_lib.METRICS
     workdir_lib.keep_lines(self._path, resume_step)
     self._folder = files.growing(workdir / workdir_lib.TENSORBOARD)
@@ -43,6 +45,9 @@ class Writer:
     Raises:
       StorageError: the disk is full.
     """
+    if self._place_ZE is not None:
+      found = {n: np.asarray(v) for n, v in values.items() if n.endswith("_ZE")}
+      values = values | {n: np.take_along_axis(v, self._place_ZE, 1) for n, v in found.items()}
     plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
     workdir_lib.append_line(self._path, {"step": step, **plain})
     scalars = []

@@ -90,6 +90,16 @@ def test_loops_and_kernels():
   assert found.phases == {"experts": 7 * 2 * 3 * 5 * 5} and found.kernels == 0
 
 
+def test_of_a_conditional_the_false_branch_counts():
+  def step(x_ND, w_DD, overflows):
+    with jax.named_scope("experts"):
+      return jax.lax.cond(overflows, lambda: x_ND @ w_DD @ w_DD, lambda: x_ND @ w_DD)
+
+  shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 5), (5, 5)))
+  traced = jax.jit(step).trace(*shapes, jax.ShapeDtypeStruct((), np.bool_))
+  assert flops.count(traced.jaxpr, 1.0).phases == {"experts": 2 * 3 * 5 * 5}
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_flash_attention_is_counted_for_the_keys_that_it_reads(rows):
   """Two products forward, and backward three for queries and four for keys; one row or many."""

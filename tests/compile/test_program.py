@@ -87,6 +87,24 @@ def test_a_scatter_over_a_part_of_an_axis_takes_what_its_group_returns():
   assert (one.axes, one.size) == (("expert",), 2 * 2 * 16 * 4)
 
 
+@pytest.mark.parametrize(
+  "branches",
+  ["true_computation=%rare, false_computation=%usual", "branch_computations={%usual, %rare}"],
+)
+def test_of_a_conditional_the_false_branch_counts(branches):
+  branch = """%{} (p: bf16[8,16]) -> bf16[8,16] {{
+  %p.{} = bf16[8,16] parameter(0)
+  ROOT %r.{} = bf16[{}] {}(%p.{}), replica_groups=[2,4]<=[8]
+}}
+
+"""
+  text = branch.format("usual", 3, 3, "8,16", "all-to-all", 3)
+  text += branch.format("rare", 4, 4, "32,16", "all-gather", 4)
+  hlo = program(f"%g = bf16[8,16] conditional(%flag, %x, %x), {branches}")
+  found = read_program(hlo.replace("%body (", text + "%body ("), MESH).collectives
+  assert [(one.kind, one.times) for one in found] == [("all-to-all", 3)]
+
+
 def test_a_reduce_scatter_in_a_fusion_counts():
   fused = """%all-reduce-scatter.1 (p: bf16[8,16]) -> bf16[2,16] {
   %p.2 = bf16[8,16]{1,0} parameter(0)

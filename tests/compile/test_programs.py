@@ -81,6 +81,9 @@ def test_a_step_is_read_and_reported_on_devices_that_are_here():
   assert seconds["step"] == pytest.approx(work, rel=0.01)
   text = report.page(found)
   assert "MFU at most" in text and "2 slice" not in text and text.count("\n") < 30
+  assert "chunks" not in text
+  found["config"]["model.moe.exchange_chunks"] = 3
+  assert "chunks         3 in turn, of which none overlaps: they gain no time" in report.page(found)
 
 
 def command(*words):

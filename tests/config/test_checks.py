@@ -12,6 +12,7 @@ from moe_jax.config import (
   Delta,
   Dispatch,
   Exchange,
+  ExchangeFallback,
   Latent,
   Loss,
   Mesh,
@@ -155,6 +156,10 @@ WRONG_ROUTINGS = [
     dict(dispatch=Dispatch.GROUPED, exchange_factor=1.5), {}, "exchange_factor", "exchange",
     "set exchange_factor=0",
   ),
+  (
+    dict(dispatch=Dispatch.GROUPED, exchange_fallback=ExchangeFallback.EXACT), {},
+    "exchange_fallback", "exchange_factor", "set exchange_fallback=none",
+  ),
 ]  # fmt: skip
 
 
@@ -166,6 +171,23 @@ def test_routings_that_make_no_sense_are_refused(moe, loss, first, second, text)
   second = second if second.startswith("loss.") else f"model.moe.{second}"
   assert str(error.value).startswith(f"config.model.moe.{first}=")
   assert f"with config.{second}=" in str(error.value) and text in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("moe", "fields", "second", "text"),
+  [
+    (dict(dispatch=Dispatch.GROUPED), {}, "data.batch_size=8", "device's 72 tokens"),
+    (dict(), {}, "data.batch_size=8", "device's 8 routing groups"),  # which fill slots
+    (dict(dispatch=Dispatch.GROUPED), {"data.batch_size": 5, "eval.batch_size": 8},
+     "eval.batch_size=8", "device's 72 tokens"),
+  ],
+)  # fmt: skip
+def test_chunks_are_equal(moe, fields, second, text):
+  config = toy_config(fields, exchange_chunks=5, **moe)
+  with pytest.raises(UserError) as error:
+    validation.validate(config)
+  assert str(error.value).startswith(f"config.model.moe.exchange_chunks=5 with config.{second}")
+  assert text in str(error.value)
 
 
 CAPACITIES = {"model.moe.capacity_factor", "model.moe.eval_capacity_factor"}

@@ -7,7 +7,16 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from moe_jax import sharding
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Model, MoE, Router
+from moe_jax.config import (
+  Dispatch,
+  Exchange,
+  ExchangeFallback,
+  GroupedMatmul,
+  Model,
+  MoE,
+  Priority,
+  Router,
+)
 from moe_jax.kernels import experts as kernels
 from moe_jax.kernels.experts import Experts
 from moe_jax.moe import exchange, layer
@@ -45,7 +54,8 @@ experts_kernel = kernels.experts
 
 def experts_with_undefined_rows(x_ND, sizes_E, weights, kernel, activation, gate):
   """NaN in the rows past the last expert's, which a kernel may leave unset."""
-  assert gate is None  # sorted rows have none
+  if gate is not None:  # slots, of which a full number is computed
+    return experts_kernel(x_ND, sizes_E, weights, kernel, activation, gate)
   y_ND = experts_kernel(x_ND, sizes_E, weights, kernel, activation)
   filled_N = jnp.arange(y_ND.shape[0]) < jnp.sum(sizes_E)
   return jnp.where(filled_N[:, None], y_ND, jnp.nan)
@@ -203,3 +213,51 @@ def test_ragged_plan_by_hand():
   for here, plan in enumerate(want):
     got = exchange.ragged_plan(counts_XXE, here, 4)
     assert [a.tolist() for a in got] == plan
+
+
+BUFFERS = [Exchange.RAGGED, Exchange.ALL_TO_ALL]
+
+
+@pytest.mark.parametrize("router", [Router.TOPK, Router.EXPERT_CHOICE])
+@pytest.mark.parametrize("exchange", BUFFERS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_overflows_is_computed_exactly(mesh, exchange, router):
+  """As with buffers for any load, but for the matmul's rounding, which depends on its rows."""
+  axes, inputs = MESHES[mesh], make_inputs(skew=0.5)
+  options = dict(exchange=exchange, router=router)
+  want = run(axes, inputs, **options)
+  small = dict(exchange_factor=0.4)
+  assert run(axes, inputs, **options, **small)[1].overflow > 0
+  got = run(axes, inputs, **options, **small, exchange_fallback=ExchangeFallback.EXACT)
+  assert got[1].overflow == 0 and (got[1].kept_E == got[1].routed_E).all()
+  compare(got, want)
+
+
+@pytest.mark.parametrize("exchange", BUFFERS)
+def test_the_fallback_changes_nothing_where_all_fits(exchange):
+  axes, inputs = MESHES["mixed"], make_inputs()
+  options = dict(exchange=exchange, exchange_factor=1.9)
+  want = run(axes, inputs, **options)
+  assert want[1].overflow == 0
+  got = run(axes, inputs, **options, exchange_fallback=ExchangeFallback.EXACT)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+CHUNKED = {
+  **{exchange.value: dict(exchange=exchange) for exchange in Exchange},
+  "slots": dict(dispatch=Dispatch.GATHER, group_size=3, capacity_factor=0.7),
+  "priority": dict(dispatch=Dispatch.GATHER, group_size=3, priority=Priority.CHOICE),
+  "expert_choice": dict(router=Router.EXPERT_CHOICE, group_size=3, capacity_factor=1.2),
+  "exact": dict(
+    exchange=Exchange.RAGGED, exchange_factor=0.4, exchange_fallback=ExchangeFallback.EXACT
+  ),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKED)
+def test_chunks_give_the_same(case):
+  axes, inputs = MESHES["mixed"], make_inputs(skew=0.3)
+  want = run(axes, inputs, **CHUNKED[case])
+  got = run(axes, inputs, **CHUNKED[case], exchange_chunks=3)
+  assert want[1].overflow == 0
+  compare(got, want)

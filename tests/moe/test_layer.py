@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Dispatch, Exchange, GroupedMatmul, Model, Router
+from moe_jax.config import Dispatch, Exchange, ExchangeFallback, GroupedMatmul, Model, Router
 from moe_jax.kernels import blocked
 from moe_jax.kernels.experts import Experts
 from moe_jax.moe import counts
@@ -53,6 +53,26 @@ DISPATCHES = {
       exchange=Exchange.ALL_TO_ALL,
     ),
   ),
+  "all-to-all-overflows": (
+    True,
+    dict(
+      dispatch=Dispatch.GROUPED,
+      grouped_matmul=GroupedMatmul.RAGGED_DOT,
+      exchange=Exchange.ALL_TO_ALL,
+      exchange_factor=0.5,
+      exchange_fallback=ExchangeFallback.EXACT,
+    ),
+  ),
+  "blocked-all-gather-chunks": (
+    True,
+    dict(
+      dispatch=Dispatch.GROUPED,
+      grouped_matmul=GroupedMatmul.BLOCKED,
+      exchange=Exchange.ALL_GATHER,
+      exchange_chunks=3,
+    ),
+  ),
+  "gather-chunks": (False, dict(dispatch=Dispatch.GATHER, exchange_chunks=3)),
 }
 
 
@@ -199,6 +219,9 @@ UNREAD = {
   "dense": {"outputs"},
   "blocked-all-gather": {"rows", "outputs", "scratch"},
   "ragged-dot-all-to-all": {"rows", "outputs", "buffers"},
+  "all-to-all-overflows": {"rows", "outputs", "buffers"},
+  "blocked-all-gather-chunks": {"rows", "outputs", "scratch"},
+  "gather-chunks": {"rows", "outputs"},
 }
 
 

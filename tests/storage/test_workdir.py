@@ -16,6 +16,7 @@ from moe_jax.config import (
   Data,
   Dispatch,
   Exchange,
+  ExchangeFallback,
   GroupedMatmul,
   Health,
   Loss,
@@ -222,6 +223,12 @@ def test_an_exchange_whose_buffers_can_overflow_stays(tmp_path):
   workdir.write_config(tmp_path, _changed(**buffers))
   _refuses(tmp_path, "exchange", **buffers | {"exchange": Exchange.RAGGED})
   _refuses(tmp_path, "exchange_factor", **buffers | {"exchange_factor": 0.0})
+  _refuses(tmp_path, "exchange_chunks", **buffers | {"exchange_chunks": 2})
+  exact = {"exchange_fallback": ExchangeFallback.EXACT}
+  _refuses(tmp_path, "exchange_fallback", **buffers | exact)
+  workdir.write_config(tmp_path, _changed(**buffers | exact))  # loses nothing, as any other does
+  check_same_config(tmp_path, _changed(**buffers | exact | {"exchange_factor": 2.0}))
+  check_same_config(tmp_path, _changed(exchange=Exchange.RAGGED, exchange_chunks=2))
 
 
 def test_the_saved_steps_are_the_whole_checkpoints(tmp_path):
