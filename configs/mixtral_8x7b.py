@@ -10,7 +10,8 @@ Hardware   for --describe any; 64 accelerators (fsdp 8 x expert 8), on each of w
            reserves, v5p_128: 29.7 of 95 GiB; h200_64: 28.1 of 131.3 GiB
 Time       --describe: seconds. To compile on 2 CPU cores: v5p_128 517 s; h200_64 181 s.
            Predicted, not measured, of a step of 1.05M tokens: v5p_128 5.29 s, MFU at most 53.7%,
-           bound by the compiler's estimate of the experts; h200_64 2.10 s, 62.8%, by compute
+           bound by the compiler's estimate of the experts (with half the batch and remat=dots
+           2.34 s and 60.8%, in 64.2 GiB); h200_64 2.10 s, 62.8%, by compute
 Expect     46.7B parameters, 12.88B active per token; 79.7 GFLOPs per token at sequence 4096
 """
 

@@ -15,6 +15,7 @@ import numpy as np
 from moe_jax import sharding
 from moe_jax.config import Config, override
 from moe_jax.errors import UserError
+from moe_jax.model import cost
 from moe_jax.model.pattern import layer_places, moe_layers
 from moe_jax.moe.routers import ROUTERS
 from moe_jax.storage import workdir as workdir_lib
@@ -58,13 +59,22 @@ def place(state: TrainState, setup: Setup, path: pathlib.Path, start: int) -> Tr
   before = metrics.device_overload(load_ZE, devices)
   after = metrics.device_overload(np.take_along_axis(load_ZE, order_ZE, 1), devices)
   if jax.process_index() == 0:
+    step, step_before = (_step(setup.config, float(x.mean())) for x in (after, before))
     print(
       f"placement          of a layer's rows the busiest device has {after.mean():.2f} times the "
-      f"mean, was {before.mean():.2f}; at most {after.max():.2f}, was {before.max():.2f}"
+      f"mean, was {before.mean():.2f}; at most {after.max():.2f}, was {before.max():.2f}; a step "
+      f"should take {step:.2f} times as long as with even loads, was {step_before:.2f}"
     )
     place_ZE, old_ZE = np.argsort(order_ZE, axis=1), recorded(path, start)
     record(path, start, place_ZE if old_ZE is None else np.take_along_axis(place_ZE, old_ZE, 1))
   return permuted(state, order_ZE, setup.config, lambda c: setup_lib.make(c, setup.mesh).shapes)
+
+
+def _step(config: Config, overload: float) -> float:
+  """Returns the time of a step by FLOPs, as a multiple of that in which devices have equal rows."""
+  counts, moe = cost.count(config), config.model.moe
+  experts = (counts.total - counts.active) * moe.top_k / max(moe.num_experts - moe.top_k, 1)
+  return 1 + 6 * experts / counts.flops_per_token * (overload - 1)
 
 
 def permuted(
