@@ -4,12 +4,16 @@ Question   Does the largest open model of its kind fit v5p chips with float32 we
            Batches of 15,360 sequences of 4,096 tokens, rate, bias of loss-free balancing and the
            balance loss of each sequence are the paper's, which kept its moments in bfloat16. It
            dropped nothing; here a device takes up to twice its fair share of rows
-           (exchange_factor), and what overflows is counted.
-Command    python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_1024 --topology=v5p-1024
+           (exchange_factor), and what overflows is counted. On 256 chips rows are in slots for 1.25
+           times an expert's share, which drops some.
+Command    python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_512 --topology=v5p-512
+           python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_1024 --topology=v5p-1024
 Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each),
-           by shapes alone 39.0 of 95 GiB
-Time       not compiled to the end yet. By shapes alone 184 s a step of 62.9M tokens,
-           MFU at most 36.4%, of which it waits 73 s for rows of experts
+           by shapes alone 39.0 of 95 GiB; v5p_512: 256 chips (fsdp 32 x expert 8, 60 microbatches),
+           on each of which the compiler reserves 85.3 GiB
+Time       to compile on 2 CPU cores: v5p_512 468 CPU-s; v5p_1024 not compiled to the end yet.
+           Predicted, not measured, of a step of 62.9M tokens: v5p_512 580 s, MFU at most 23.1%, of
+           which it waits 159 s for rows; v5p_1024, by shapes alone, 184 s, 36.4%, 73 s
 Expect     671.0B parameters, 37.55B active per token; never trained
 """
 
@@ -34,6 +38,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "mesh.fsdp": 8,
     "mesh.expert": 64,
     "train.accumulation": 30,
+  },
+  "v5p_512": {
+    "mesh.fsdp": 32,
+    "mesh.expert": 8,
+    "model.moe.dispatch": "gather",
+    "model.moe.capacity_factor": 1.25,
+    "model.moe.exchange": "auto",
+    "model.moe.exchange_factor": 0.0,
+    "train.accumulation": 60,
   },
 }
 

@@ -63,7 +63,7 @@ def test_the_shipped_configs_are_there():
   expected = {"tiny_moe", "tiny_dense", "laptop_moe", "switch_small", "mixtral_small", "debug"}
   expected |= {"mixtral_8x7b:v5p_128", "mixtral_8x7b:h200_64", "mixtral_8x22b:v5p_256"}
   expected |= {"qwen3_30b_a3b:h200_8", "qwen3_30b_a3b:v5e_256", "gpt_oss_20b:h200_8"}
-  expected |= {"olmoe_1b_7b:v5p_32", "deepseek_v3:v5p_1024"}
+  expected |= {"olmoe_1b_7b:v5p_32", "deepseek_v3:v5p_512", "deepseek_v3:v5p_1024"}
   assert expected <= set(CONFIGS)
 
 
