@@ -8,12 +8,12 @@ Question   Does the largest open model of its kind fit v5p chips with float32 we
            times an expert's share, which drops some.
 Command    python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_512 --topology=v5p-512
            python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_1024 --topology=v5p-1024
-Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each),
-           by shapes alone 39.0 of 95 GiB; v5p_512: 256 chips (fsdp 32 x expert 8, 60 microbatches),
-           on each of which the compiler reserves 85.3 GiB
-Time       to compile on 2 CPU cores: v5p_512 468 CPU-s; v5p_1024 not compiled to the end yet.
-           Predicted, not measured, of a step of 62.9M tokens: v5p_512 580 s, MFU at most 23.1%, of
-           which it waits 159 s for rows; v5p_1024, by shapes alone, 184 s, 36.4%, 73 s
+Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each), on each of which
+           the compiler reserves 56.1 of 95 GiB; v5p_512: 256 chips (fsdp 32 x expert 8, 60
+           microbatches), 85.3 GiB
+Time       to compile on 2 CPU cores: v5p_1024 535 CPU-s; v5p_512 468. Predicted, not measured, of a
+           step of 62.9M tokens: v5p_1024 556 s, MFU at most 12.1%, half of the cycles for the
+           buffers of the ragged exchange; v5p_512 580 s, 23.1%, of which it waits 159 s for rows
 Expect     671.0B parameters, 37.55B active per token; never trained
 """
 
