@@ -8,8 +8,8 @@ Question   Does the largest open model of its kind fit v5p chips with float32 we
            times an expert's share, which drops some.
 Command    python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_512 --topology=v5p-512
            python -m moe_jax.compile --config=configs/deepseek_v3.py:v5p_1024 --topology=v5p-1024
-Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each), on each of which
-           the compiler reserves 56.1 of 95 GiB; v5p_512: 256 chips (fsdp 32 x expert 8, 60
+Hardware   v5p_1024: 512 chips (fsdp 8 x expert 64, 30 microbatches of a row on each), on each of
+           which the compiler reserves 56.1 of 95 GiB; v5p_512: 256 chips (fsdp 32 x expert 8, 60
            microbatches), 85.3 GiB
 Time       to compile on 2 CPU cores: v5p_1024 535 CPU-s; v5p_512 468. Predicted, not measured, of a
            step of 62.9M tokens: v5p_1024 556 s, MFU at most 12.1%, half of the cycles for the
