@@ -184,8 +184,9 @@ def test_every_config_makes_its_mesh_on_a_slice(tmp_path):
   assert notices.pop(mixtral).endswith("without a split: 1 x 16 x 4, 4 x 4 x 4, 16 x 1 x 4")
   assert not any(notices.values())
   (sizes, no_notice), (more_sizes, notice) = found[len(SLICES) :]
-  assert sizes == dict(data=1, fsdp=16, expert=4, tensor=1) and not no_notice
-  assert more_sizes == dict(data=2, fsdp=8, expert=8, tensor=1) and "1 x 16 x 8" in notice
+  assert sizes == dict(data=1, fsdp=16, expert=4, context=1, tensor=1) and not no_notice
+  assert more_sizes == dict(data=2, fsdp=8, expert=8, context=1, tensor=1)
+  assert "1 x 16 x 8" in notice
 
 
 def test_a_slice_gathers_weights_and_scatters_gradients(tmp_path):
