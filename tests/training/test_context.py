@@ -77,6 +77,7 @@ def test_parts_of_sequences_compute_what_one_device_computes(name):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6, err_msg=where)
 
   jax.tree_util.tree_map_with_path(compare, parts, one)
+  np.testing.assert_allclose(parts[1]["loss"], one[1]["loss"], rtol=1e-6)
   np.testing.assert_array_equal(parts[2].choices.kept_BLE, one[2].choices.kept_BLE)
 
 
