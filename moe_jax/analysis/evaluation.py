@@ -114,8 +114,9 @@ class LoadedRun:
     self.step = self.step if step else found
     place_ZE = placement.recorded(self.path, found)
     if place_ZE is not None:  # back, so that each is reported under its first number
-      shapes = lambda config: abstract_weights(config.model)  # noqa: E731
-      stored = placement.permuted(stored, place_ZE, self.config, shapes)
+      stored = placement.permuted(
+        stored, place_ZE, self.config, lambda config: abstract_weights(config.model)
+      )
     return trace.RestoredModel(model, **stored)
 
   def loss(self, model: trace.RestoredModel, documents: int) -> dict[str, Any]:

@@ -99,13 +99,19 @@ def permuted(
     names = sharding.path_of(path)
     stack = names[names.index("scans") :][:4] if "scans" in names else ()
     rows = [z for z, layer in enumerate(layers) if not stack or places[layer][0] == stack]
+
     # A layer at a time, because a device may get the experts of all.
-    move = lambda layer: jnp.take(layer[0], layer[1], axis=axis - 1)  # noqa: E731
+    def move(layer: tuple[jax.Array, jax.Array]) -> jax.Array:
+      return jnp.take(layer[0], layer[1], axis=axis - 1)
+
     return jax.lax.map(move, (x, jnp.asarray(order_ZE)[np.array(rows)]))
 
   grown = shapes_of(override(config, more))
+
+  def moved(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(one, tree, grown)
+
   placed = jax.tree.map(lambda x: x.sharding, tree)
-  moved = lambda tree: jax.tree_util.tree_map_with_path(one, tree, grown)  # noqa: E731
   return jax.jit(moved, out_shardings=placed, donate_argnums=0)(tree)
 
 

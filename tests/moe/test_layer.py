@@ -53,26 +53,15 @@ DISPATCHES = {
       exchange=Exchange.ALL_TO_ALL,
     ),
   ),
-  "all-to-all-overflows": (
-    True,
-    dict(
-      dispatch=Dispatch.GROUPED,
-      grouped_matmul=GroupedMatmul.RAGGED_DOT,
-      exchange=Exchange.ALL_TO_ALL,
-      exchange_factor=0.5,
-      exchange_fallback=ExchangeFallback.EXACT,
-    ),
-  ),
+  "gather-chunks": (False, dict(dispatch=Dispatch.GATHER, exchange_chunks=3)),
+}
+_OVERFLOWS = dict(exchange_factor=0.5, exchange_fallback=ExchangeFallback.EXACT)
+DISPATCHES |= {
+  "all-to-all-overflows": (True, DISPATCHES["ragged-dot-all-to-all"][1] | _OVERFLOWS),
   "blocked-all-gather-chunks": (
     True,
-    dict(
-      dispatch=Dispatch.GROUPED,
-      grouped_matmul=GroupedMatmul.BLOCKED,
-      exchange=Exchange.ALL_GATHER,
-      exchange_chunks=3,
-    ),
+    DISPATCHES["blocked-all-gather"][1] | dict(exchange_chunks=3),
   ),
-  "gather-chunks": (False, dict(dispatch=Dispatch.GATHER, exchange_chunks=3)),
 }
 
 

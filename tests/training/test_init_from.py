@@ -59,15 +59,6 @@ def config_of(text, num_experts=4, learning_rate=0.01, steps=4, **mesh):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data") / "text"
-  folder.mkdir()
-  for n in range(40):
-    (folder / f"{n}.txt").write_text(f"document {n} is about the number {n}. " * 40)
-  return folder
-
-
-@pytest.fixture(scope="module")
 def moe_run(text, tmp_path_factory):
   """The workdir of an MoE run that has saved the steps 2 and 4."""
   workdir = tmp_path_factory.mktemp("moe") / "run"

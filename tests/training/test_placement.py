@@ -76,15 +76,6 @@ def test_a_permuted_state_takes_the_same_steps(name, monkeypatch):
   jax.tree_util.tree_map_with_path(close, jax.device_get(back), jax.device_get(want))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data") / "text"
-  folder.mkdir()
-  for n in range(40):
-    (folder / f"{n}.txt").write_text(f"document {n} is about the number {n}. " * 40)
-  return folder
-
-
 def config_of(text, steps, **moe):
   config = toy_config({"model.vocab_size": 264}, num_experts=8, **moe)
   fields = {
