@@ -47,6 +47,12 @@ class BusyError(UserError):
   code = 5
 
 
+class HangError(UserError):
+  """No step ends any more; the same command goes on from the newest checkpoint."""
+
+  code = 7
+
+
 def few(names: Sequence[object], most: int = 3) -> str:
   """Lists the first names as they print: "a, b, c and 9 more"."""
   first = ", ".join(shown(str(name)) for name in names[:most])

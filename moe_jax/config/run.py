@@ -112,6 +112,12 @@ class Train(Section):
   log_every: int = option(10, "Steps from one line of metrics to the next.", at_least=1)
   eval_every: int = option(250, "Steps from one evaluation to the next.", at_least=1)
   checkpoint_every: int = option(250, "Steps between checkpoints, each evaluated.", at_least=1)
+  step_timeout: int = option(
+    1800,
+    "Seconds without the end of a step, compilation, saves and evaluations left out, after which "
+    "the run ends with code 7; 0 waits for ever.",
+    at_least=0,
+  )
   keep_latest: int = option(2, "Newest checkpoints that are kept.", at_least=1)
   keep_best: int = option(1, "Checkpoints of the lowest validation loss, kept too.", at_least=0)
 

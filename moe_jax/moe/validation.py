@@ -17,8 +17,8 @@ from moe_jax.moe.routing import RouterSpec
 # long it runs, what is logged and watched, and by which kernels the same values are computed.
 _MAY_CHANGE = (
   "mesh.", "eval.", "health.", "train.steps", "train.log_every", "train.eval_every",
-  "train.checkpoint_every", "train.keep_", "data.threads", "model.remat", "model.attention",
-  "model.moe.grouped_matmul",
+  "train.checkpoint_every", "train.keep_", "train.step_timeout", "data.threads", "model.remat",
+  "model.attention", "model.moe.grouped_matmul",
 )  # fmt: skip
 
 

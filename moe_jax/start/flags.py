@@ -49,11 +49,19 @@ def flags_of(chip: str, config: Config, slices: int = 1) -> list[Flag]:
     "split weights": mesh.fsdp * mesh.expert > 1,
     "fsdp": mesh.fsdp > 1,
     "several slices": slices > 1,
+    "step timeout": config.train.step_timeout > 0,
     "ragged exchange": grouped and moe.exchange is Exchange.RAGGED and mesh.expert > 1,
   }
   words |= {"": True} | {f"not {word}": not holds for word, holds in words.items()}
   rows = [r for r in TABLE if target_of(chip) in r["targets"] and words[r.get("when", "")]]
-  return [Flag(n, v, row["reason"], row["source"]) for row in rows for n, v in row["set"].items()]
+
+  def of_run(value: Any) -> Any:
+    timeout = config.train.step_timeout
+    return value.format(step_timeout=timeout) if isinstance(value, str) else value
+
+  return [
+    Flag(n, of_run(v), row["reason"], row["source"]) for row in rows for n, v in row["set"].items()
+  ]
 
 
 def target_of(chip: str) -> str:

@@ -26,6 +26,7 @@ from moe_jax.training.evaluator import Evaluator
 from moe_jax.training.profiling import Profiler
 from moe_jax.training.setup import Setup, TrainState
 from moe_jax.training.step import Step
+from moe_jax.training.watchdog import Watchdog
 
 
 class Loop:
@@ -60,6 +61,7 @@ class Loop:
     chip, count = chips.chip_of(jax.devices()[0].device_kind), jax.device_count()
     self.flops_fraction = setup.counts.flops_per_token / (chip.flops * count) if chip else 0.0
     self.monitor = health.Monitor(setup.config, setup.moe_layers, path, start)
+    self.watchdog = Watchdog(setup.config.train.step_timeout, start)
     # The seconds of training so far, without compilation, evaluation and saving.
     self.seconds = self.writer.last("train/seconds") if self.writer else 0.0
     # The seconds for which saving has stopped the training so far.
@@ -98,7 +100,8 @@ class Loop:
       if evaluate:
         self._evaluate(self.start, evaluator, state)
       if not self._is_asked():
-        self._take_steps(state, step_fn, evaluator)
+        with self.watchdog.watching():
+          self._take_steps(state, step_fn, evaluator)
       self.saver.wait()
       files.flush()
     finally:
@@ -124,7 +127,9 @@ class Loop:
       self.profiler.before(step + 1, state)
       with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
         batch = sharding.to_global(next(self.batches), mesh)
-        state, step_metrics = step_fn(state, batch)
+        compiles = self.watchdog.paused() if step == self.start else contextlib.nullcontext()
+        with compiles:
+          state, step_metrics = step_fn(state, batch)
       step += 1
       self.mark += self.profiler.after(step, state)
       if pending is not None:
@@ -136,16 +141,18 @@ class Loop:
       if step % train.eval_every == 0 or save or stop:
         self._finish(*pending)
         pending = None
-        # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
-        loss = self._evaluate(step, evaluator, state) if save or not stop else math.inf
-        stop = stop or self._is_asked()
-        if save or stop:
-          begin = time.perf_counter()
-          self._save(step, state, loss)
-          self.save_seconds += time.perf_counter() - begin
+        with self.watchdog.paused():
+          # A checkpoint is ranked by its validation loss; a run that is to stop has no time for it.
+          loss = self._evaluate(step, evaluator, state) if save or not stop else math.inf
+          stop = stop or self._is_asked()
+          if save or stop:
+            begin = time.perf_counter()
+            self._save(step, state, loss)
+            self.save_seconds += time.perf_counter() - begin
         self.mark = time.perf_counter()
       if stop and not last:
-        self.saver.wait()
+        with self.watchdog.paused():
+          self.saver.wait()
         name = signal.Signals(self.stop_signal).name if self.stop_signal else "preemption"
         saved = self.saver.latest_step() or 0
         self._say(f"{name}: saved step {saved}; the same command resumes the run there")
@@ -206,6 +213,7 @@ class Loop:
   def _finish(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
     """Waits for a step's metrics; counts the step's time, raises its alarms, and may log it."""
     values = {name: np.asarray(v) for name, v in jax.device_get(step_metrics).items()}
+    self.watchdog.ended(step)
     self._count_time(step)
     self._raise_alarms(step, values)
     train = self.config.train

@@ -25,6 +25,7 @@ RAGGED = override(
 )
 VMEM, LEVEL = "xla_tpu_scoped_vmem_limit_kib", "jax_optimization_level"
 EINSUM = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+DEADMAN = "xla_gpu_execution_terminate_timeout"
 SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
 
 
@@ -50,6 +51,8 @@ def test_a_chip_and_a_run_say_which_flags():
   assert "CUDA_DEVICE_MAX_CONNECTIONS" not in values("NVIDIA GB200")
   assert "xla_gpu_all_gather_combine_threshold_bytes" in values("h200")
   assert "xla_gpu_all_gather_combine_threshold_bytes" not in values("h200", SPARSE)
+  minute, never = (override(SPLIT, {"train.step_timeout": t}) for t in (60, 0))
+  assert values("h200", minute)[DEADMAN] == "60s" and DEADMAN not in values("h200", never)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_what_the_user_has_set_stays():
   assert level == "O2" and env["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
   assert "XLA_CLIENT_MEM_FRACTION" not in env  # which jaxlib would refuse beside the old name
   added = "--xla_gpu_reduce_scatter_combine_threshold_bytes=8589934592"
-  assert env["XLA_FLAGS"].split() == [own, added]
+  assert env["XLA_FLAGS"].split() == [own, added, f"--{DEADMAN}=1800s"]
 
 
 @pytest.mark.parametrize(
