@@ -1,8 +1,9 @@
 """Runs an ablation: python sweep.py --sweep=configs/sweeps/balance.py --out=runs/balance
 
 Every arm and seed of the sweep file is trained and evaluated in a separate workdir. After an
-interruption the same command continues. --dry-run prints the commands, for a cluster's scheduler.
---config.train.steps=20 changes a field in every arm. A sweep file is a Python program, and is run.
+interruption the same command continues. --launcher=slurm runs them as jobs of a cluster, in
+launch/sweep.sbatch; --dry-run prints the commands, for another scheduler. --config.train.steps=20
+changes a field in every arm. A sweep file is a Python program, and is run.
 """
 
 import pathlib
@@ -14,7 +15,9 @@ from moe_jax.start import command_line
 _PARSER = command_line.Parser(__doc__, fields=True)
 _PARSER.flag("sweep", "", "a Python file with a question and get_sweep()")
 _PARSER.flag("out", "", "the folder of the runs, created if it does not exist")
-_PARSER.flag("jobs", 1, "runs at a time", at_least=1, at_most=1000)
+_PARSER.flag("jobs", 1, "runs at a time on this machine", at_least=1, at_most=1000)
+_PARSER.flag("launcher", "local", "what runs them", ["local", "slurm"])
+_PARSER.flag("slots", 0, "with --launcher=slurm: runs at a time; by default all", at_least=0)
 _PARSER.flag("dry-run", False, "print the commands and do nothing")
 _PARSER.flag("arms", [], "the arms to run; all by default")
 _PARSER.flag("seeds", [], "the seeds to run; by default those of the sweep file")
@@ -30,6 +33,9 @@ def main() -> None:
     raise UserError(f"--out={args.out}: a sweep keeps its runs on this machine; name a folder")
   if not all(seed.isdecimal() for seed in args.seeds):
     raise UserError(f"--seeds={','.join(args.seeds)} are not integers from 0 up, 0,1,2")
+  slurm = args.launcher == "slurm"
+  if args.slots and not slurm:
+    raise UserError(f"--slots={args.slots} belongs to --launcher=slurm; here it is --jobs")
   if not args.dry_run:
     command_line.check_folder("out", args.out)
   from moe_jax.sweep import runner  # imports jax
@@ -37,12 +43,13 @@ def main() -> None:
   code = runner.run_sweep(
     args.sweep,
     pathlib.Path(args.out),
-    jobs=args.jobs,
+    jobs=args.slots if slurm else args.jobs,
     dry_run=args.dry_run,
     arms=args.arms,
     seeds=[int(seed) for seed in args.seeds],
     overrides=args.overrides,
     cache_dir=args.cache_dir,
+    slurm=slurm,
   )
   sys.exit(code)
 

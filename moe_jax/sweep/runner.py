@@ -24,9 +24,9 @@ from moe_jax.storage import files, lock
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import plan as plan_lib
 from moe_jax.sweep import record as record_lib
-from moe_jax.sweep.job import Job
+from moe_jax.sweep.job import Job, Machine
 from moe_jax.sweep.plan import Plan, PlannedRun
-from moe_jax.sweep.slots import MachineSlots
+from moe_jax.sweep.slurm import QueuedRun, Slurm
 
 _LOCK = "sweep.lock"
 _POLL_SECONDS = 0.2
@@ -39,9 +39,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Runner:
   """Runs the jobs of a plan and writes their states into the record."""
 
-  def __init__(self, plan: Plan, record: dict[str, Any], jobs: int):
+  def __init__(self, plan: Plan, record: dict[str, Any], launcher: Machine | Slurm):
     self._plan, self._record, self._out = plan, record, plan.out
-    self._slots = MachineSlots(jobs)
+    self._launcher: Any = launcher  # whose jobs are its own
     self._entries = {entry["workdir"]: entry for entry in record["runs"]}
     self._stops = 0  # how many signals to stop have come
     self._signal = 0
@@ -63,13 +63,12 @@ class Runner:
     if done:
       say(f"{done} of {len(self._plan.runs)} runs were finished before")
     self._save()
-    running: list[Job] = []
+    running: list[Any] = []
     with self._signals():
       try:
         self._loop(waiting, running)
       except BaseException:
-        for job in running:
-          job.process.terminate()
+        self._launcher.stop(running, 1)
         for job in running:
           with contextlib.suppress(subprocess.TimeoutExpired):
             job.process.wait(_LAST_SECONDS)
@@ -80,6 +79,9 @@ class Runner:
         say(note)
     self._progress([])
     if self._signal:
+      for entry in self._entries.values():  # of those that a cluster goes on with
+        entry["status"] = entry["status"].replace("running", "waiting")
+      self._save()
       say("stopped; the same command continues")
       return 128 + self._signal
     if self._full:
@@ -88,21 +90,17 @@ class Runner:
     finished = all(self._entries[r.workdir]["status"] == "finished" for r in self._plan.runs)
     return self._reported.code if self._reported and finished else 1
 
-  def _loop(self, waiting: list[PlannedRun], running: list[Job]) -> None:
+  def _loop(self, waiting: list[PlannedRun], running: list[Any]) -> None:
     """Runs what is waiting, until a signal asks to stop or a disk is full."""
     passed_on, last_progress = 0, time.monotonic()
     while running or (waiting and self._goes_on()):
-      free = sorted(set(range(self._slots.number)) - {job.slot for job in running})
-      while waiting and free and self._goes_on():
-        running += self._begin(waiting.pop(0), free.pop(0))
+      while waiting and self._goes_on() and (room := self._launcher.room(running)):
+        batch, waiting[:room] = waiting[:room], []
+        running += self._begin(batch, running)
       time.sleep(_POLL_SECONDS)
       while passed_on < self._stops:
         passed_on += 1
-        once = passed_on == 1
-        how = "interrupt again to stop without saving" if once else "not waiting for them"
-        say(f"stopping {len(running)} run(s), which save first; {how}")
-        for job in running:
-          job.process.terminate() if passed_on <= 2 else job.process.kill()
+        say(self._launcher.stop(running, passed_on))
       running[:] = [job for job in running if not self._ended(job)]
       if time.monotonic() - last_progress > _PROGRESS_SECONDS:
         last_progress = time.monotonic()
@@ -125,35 +123,41 @@ class Runner:
       for number, handler in handlers.items():
         signal.signal(number, handler)
 
-  def _begin(self, run: PlannedRun, slot: int) -> list[Job]:
-    """Returns the job of a run; none if it cannot be started."""
+  def _begin(self, runs: list[PlannedRun], running: list[Any]) -> list[Any]:
+    """Returns the jobs of runs; none if they cannot be started."""
     try:
-      job = Job(run, slot, self._out, self._slots)
+      jobs = self._launcher.start(runs, running)
     except StorageError as error:
       self._stop_starting(error)
       return []
     except OSError as error:  # no memory, or too many processes
       why = f"cannot start a process: {error}"
-      self._set(run, "failed", why)
-      say(f"{run.workdir} FAILED: {why}")
+      for run in runs:
+        self._set(run, "failed", why)
+        say(f"{run.workdir} FAILED: {why}")
       return []
-    self._set(run, "running")
-    say(f"{job.run.workdir} begins: {job.workdir / workdir_lib.LOG}")
-    return [job]
+    for job in jobs:
+      self._follow(job)
+    return jobs
 
-  def _ended(self, job: Job) -> bool:
-    """Returns whether the job is over, and sets its status; a trained job starts to evaluate."""
-    code = job.process.poll()
-    if code is None:
+  def _follow(self, job: Job | QueuedRun) -> None:
+    """Records that a run has begun, or waits again."""
+    if self._entries[job.run.workdir]["status"] != job.status:
+      self._set(job.run, job.status)
+      if job.status == "running":
+        say(f"{job.run.workdir} begins: {job.workdir / workdir_lib.LOG}")
+
+  def _ended(self, job: Job | QueuedRun) -> bool:
+    """Returns whether the job is over, and sets its status."""
+    try:
+      ended = job.poll(self._goes_on())
+    except StorageError as error:  # it cannot evaluate
+      self._stop_starting(error)
+      ended = job.poll(False)
+    if ended is None:
+      self._follow(job)
       return False
-    trained = code == 0 and workdir_lib.is_trained(job.workdir, job.run.config.train.steps)
-    if trained and not job.evaluating and self._goes_on():
-      try:
-        job.evaluate()
-        return False
-      except StorageError as error:
-        self._stop_starting(error)
-    status, lines = job.result(code)
+    status, lines, code = ended
     last = lines[-1] if lines else ""
     self._entries[job.run.workdir]["seconds"] += job.seconds
     if code == StorageError.code and not self._stops:
@@ -166,11 +170,10 @@ class Runner:
     how = {
       "finished": f"finished after {command_line.clock(job.seconds)},",
       "stopped": "stopped:",
-      "failed": f"FAILED with code {code}:",
+      "failed": "FAILED:" if code is None else f"FAILED with code {code}:",
     }
     say(f"{job.run.workdir} {how[status]} {last}")
     self._set(job.run, status, "\n".join(lines) if status == "failed" else "")
-    job.log.close()
     self._reported = None
     if self._report_seconds < _CHEAP_REPORT_SECONDS and self._goes_on():
       self._report()
@@ -205,18 +208,18 @@ class Runner:
     self._entries[run.workdir].update(status=status, error=error)
     self._save()
 
-  def _progress(self, running: list[Job]) -> None:
+  def _progress(self, running: list[Any]) -> None:
     statuses = [self._entries[run.workdir]["status"] for run in self._plan.runs]
     parts = [f"{statuses.count('finished')} of {len(statuses)} finished"]
-    parts += [f"{statuses.count(s)} {s}" for s in ("failed", "stopped") if s in statuses]
-    parts += [job.where() for job in running]
+    parts += [f"{statuses.count(s)} {s}" for s in ("failed", "stopped", "waiting") if s in statuses]
+    parts += [job.where() for job in running if job.status == "running"]
     done = (e["seconds"] for e in self._entries.values() if e["status"] == "finished")
     durations = [seconds for seconds in done if seconds]
     if running and durations:
       typical = statistics.fmean(durations)
       remaining = [typical] * statuses.count("waiting")
-      remaining += [max(typical - job.seconds, 0.0) for job in running]
-      seconds = sum(remaining) / min(self._slots.number, len(remaining))
+      remaining += [max(typical - j.seconds, 0.0) for j in running if j.status == "running"]
+      seconds = sum(remaining) / min(self._launcher.number, len(remaining))
       parts.append(f"all done in {command_line.clock(seconds)}")
     say("; ".join(parts))
 
@@ -231,6 +234,7 @@ def run_sweep(
   seeds: Sequence[int],
   overrides: dict[str, Any],
   cache_dir: str = "",
+  slurm: bool = False,
 ) -> int:
   """Expands and checks a sweep file, then runs the runs that are not finished.
 
@@ -239,6 +243,7 @@ def run_sweep(
     jobs: how many runs at a time.
     dry_run: whether to print the commands instead of running them.
     cache_dir: for the commands of a dry run; the runs themselves inherit $MOE_JAX_CACHE.
+    slurm: whether Slurm runs them, and not this machine; `jobs` is then 0 for as many as it will.
 
   Returns:
     The exit code; see Runner.run.
@@ -264,11 +269,13 @@ def run_sweep(
   with files.storage_errors(out):
     out.mkdir(parents=True, exist_ok=True)
   with locked(out):
+    launcher = Slurm(out, jobs) if slurm else Machine(out, jobs)
     for run in plan.runs:
-      _check_place(out / run.workdir)
+      if not launcher.has(run):
+        _check_place(out / run.workdir)
     # Read again, because another sweep may have ended since.
     record = record_lib.make_record(plan, record_lib.read_record(out))
-    return Runner(plan, record, jobs).run()
+    return Runner(plan, record, launcher).run()
 
 
 def _check_place(workdir: pathlib.Path) -> None:

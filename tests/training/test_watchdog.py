@@ -32,8 +32,11 @@ def stop_main_thread(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_two_processes_end_when_the_main_thread_of_one_is_stopped(index, tmp_path, cache):
-  """jax's heartbeat has a thread of its own and notices nothing. The line is of the stopped process
-  or, where that was stopped with Python's lock, of the one that waits for it; jax ends the other."""
+  """jax's heartbeat has a thread of its own and notices nothing.
+
+  The line is of the stopped process or, where that was stopped with Python's lock, of the one that
+  waits for it. jax ends the other.
+  """
   options = [*LONG, "--config.train.step_timeout=5", "--heartbeat_timeout=10"]
   with Together(train_command(tmp_path / "run", cache, *options)) as two:
     two.until("step      3/")
