@@ -1,0 +1,209 @@
+"""launch/slurm.sbatch and sweep.py on a real Slurm of two nodes."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.support import slurm as slurm_lib
+from tests.support.disks import fill, small_disk
+from tests.support.processes import Together, alone, train_command
+from tests.support.scripts import ONE_DEVICE
+from tests.support.sweeps import write_sweep
+from tests.support.toys import ROOT
+from tests.test_multihost import assert_equal_values, numbers
+
+pytestmark = pytest.mark.slow
+
+STEPS = 150
+OFTEN = ["--config.train.eval_every=40", "--config.train.checkpoint_every=40",
+         "--config.eval.batches=40", f"--config.train.steps={STEPS}"]  # fmt: skip
+ENDLESS = [f"--config.train.{name}=1000000" for name in ("steps", "eval_every", "checkpoint_every")]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+  slurm_lib.installed()
+  cluster = slurm_lib.Slurm(tmp_path_factory.mktemp("slurm"))
+  yield cluster
+  cluster.stop()
+
+
+@pytest.fixture
+def tree(tmp_path):
+  """A clone whose launch files are edited for two small nodes."""
+  for name in ("train.py", "eval.py", "sweep.py", "configs", "moe_jax"):
+    (tmp_path / name).symlink_to(ROOT / name)
+  shutil.copytree(ROOT / "launch", tmp_path / "launch")
+  toys = {
+    "--nodes=8": "--nodes=2", "--ntasks-per-node=8": "--ntasks-per-node=1",
+    "#SBATCH --gpus-per-node=8\n": "", "#SBATCH --gpus-per-task=1\n": "",
+    "--cpus-per-task=12": "--cpus-per-task=1", "--mem=0": "--mem=100",
+    "(.venv/bin/python)": f"({sys.executable})",
+  }  # fmt: skip
+  for file in (tmp_path / "launch").glob("*.sbatch"):
+    text = file.read_text()
+    for large, small in toys.items():
+      text = text.replace(large, small)
+    file.write_text(text)
+  assert all(large not in text for large in toys)
+  return tmp_path
+
+
+class Submitted:
+  """A job of launch/slurm.sbatch that trains configs/debug.py, and its log."""
+
+  def __init__(self, cluster, tree, cache, *arguments, options=(), workdir="run", **environment):
+    self.cluster, self.workdir, self.log = cluster, tree / workdir, tree / "job.log"
+    command = [x for x in train_command(self.workdir, cache, *arguments) if "expert" not in x]
+    file = tree / "launch/slurm.sbatch"
+    words = " ".join([*command[2:], "--config.mesh.expert=2", "--heartbeat_timeout=10"])
+    file.write_text(re.sub(r"^TRAIN=.*", f"TRAIN=({words})", file.read_text(), flags=re.M))
+    address = f"127.0.0.1:{slurm_lib.free_ports(1)[0]}"
+    env = {**ONE_DEVICE, **environment, "JAX_COORDINATOR_ADDRESS": address}
+    env["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+    submit = ["sbatch", "--parsable", f"--output={self.log}", *options, file]
+    self.job = cluster.call(*submit, cwd=tree, env=env)
+
+  def text(self):
+    return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+  def until(self, line):
+    """Waits for a line of the log, given as a pattern."""
+    self.cluster.until(lambda: re.search(line, self.text(), re.M) or self.gone(line))
+
+  def gone(self, line):
+    assert self.cluster.queued(self.job), f"{line} is not in:\n{self.text()}"
+
+  def requeue(self):
+    self.cluster.call("scontrol", "requeue", self.job)
+
+  def kill_task(self, number):
+    """Kills the training of one task, as the system does when memory is full."""
+    (task,) = (
+      process
+      for process in psutil.process_iter(["cmdline"])
+      if f"--workdir={self.workdir}" in (process.info["cmdline"] or [])
+      and "train.py" in process.info["cmdline"]
+      and process.environ().get("SLURM_PROCID") == str(number)
+    )
+    task.kill()
+
+  def ends(self):
+    """Returns the exit code of the job and how often it was queued again, when it is over."""
+    self.cluster.until(lambda: not self.cluster.queued(self.job), 400)
+    said = self.cluster.call("scontrol", "show", "job", self.job)
+    code, restarts = (re.search(rf"{name}=(\d+)", said)[1] for name in ("ExitCode", "Restarts"))
+    return int(code), int(restarts)
+
+
+def test_two_nodes_train_as_one_process(cluster, tree, cache):
+  options = ["--config.train.steps=6"]
+  job = Submitted(cluster, tree, cache, *options)
+  assert job.ends() == (0, 0), job.text()
+  command = train_command(tree / "one", cache, *options)
+  subprocess.run(command, cwd=ROOT, env=alone(2), check=True, stdout=subprocess.DEVNULL)
+  assert_equal_values(numbers(tree / "run"), numbers(tree / "one"))
+
+
+def test_a_run_that_is_requeued_and_killed_ends_as_one_that_is_not(cluster, tree, cache):
+  """In the middle of training, of a save and of an evaluation; and a task is killed."""
+  job = Submitted(cluster, tree, cache, *OFTEN)
+  job.until(r"^step +15/")
+  job.requeue()
+  job.until(r"^resuming \S+ at step (1[5-9]|2\d|3\d)$")
+  cluster.until(lambda: [*job.workdir.glob("checkpoints/*tmp*")])
+  job.requeue()
+  job.until(r"^resuming [^$]*^step +79/")  # the evaluation of step 80 takes a second
+  job.requeue()
+  job.until(r"^step +100/")
+  job.kill_task(1)
+  job.until("^launch: start 3 ended with code 1(34|37) at step 1")
+  code, restarts = job.ends()
+  assert (code, restarts) == (0, 4), job.text()
+  with Together(train_command(tree / "undisturbed", cache, *OFTEN)) as two:
+    assert [end[0] for end in two.ends()] == [0, 0]
+  assert numbers(tree / "run") == numbers(tree / "undisturbed")
+
+
+def test_a_mistake_is_not_restarted(cluster, tree, cache):
+  job = Submitted(cluster, tree, cache, "--config.train.stepz=6")
+  assert job.ends() == (2, 0), job.text()
+  assert "error: --config.train.stepz=6" in job.text()
+  assert "launch: not queued again, since the same command would end in the same way" in job.text()
+
+
+def test_a_full_disk_is_tried_again_a_few_times_and_goes_on_where_there_is_room(
+  cluster, tree, cache
+):
+  with small_disk(tree / "disk", "8m") as disk:
+    filler = fill(disk)
+    job = Submitted(cluster, tree, cache, "--config.train.steps=6", workdir="disk/run", TRIES="2")
+    assert job.ends() == (3, 1), job.text()
+    assert "launch: not queued again, since 2 starts have ended at step 0" in job.text()
+    job.log.unlink()
+    job = Submitted(cluster, tree, cache, "--config.train.steps=6", workdir="disk/run")
+    job.until("^launch: start 0 ended with code 3 at step 0")
+    filler.unlink()
+    assert job.ends() == (0, 1), job.text()
+
+
+def test_a_run_saves_before_its_time_is_over_and_goes_on_in_the_next_start(cluster, tree, cache):
+  options = ["--time=2", "--signal=B:USR1@60"]
+  job = Submitted(cluster, tree, cache, *ENDLESS, options=options)
+  job.until("^preemption: saved step (\\d+); the same command resumes the run there")
+  job.until("^launch: start 0 ended with code 0 by time at step ")
+  (step,) = re.findall("^preemption: saved step (\\d+)", job.text(), re.M)
+  job.until(f"^resuming .* at step {step}$")
+  cluster.call("scancel", job.job)
+  job.cluster.until(lambda: not cluster.queued(job.job))
+  assert "scontrol: error" not in job.text()
+
+
+def test_a_sweep_on_slurm_is_that_of_one_machine(cluster, tree, cache):
+  """With an arm that fails, an end of the sweep's process, and one of a task by somebody else."""
+  arms = (
+    "[arm('first', {'train.steps': 40}), arm('second', {'train.steps': 40, 'optimizer.b2': 0.9}),"
+    " arm('diverges', {'optimizer.learning_rate': 1e30})]"
+  )
+  path = write_sweep(tree, arms, seeds=(0, 1))
+  env = ONE_DEVICE | {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
+
+  def sweep(out, *options, seconds=None):
+    command = [sys.executable, "sweep.py", f"--sweep={path}", f"--out={out}", *options]
+    process = subprocess.Popen(command, cwd=tree, env=env, text=True, stdout=subprocess.PIPE)
+    try:
+      return process.communicate(timeout=seconds)[0], process.returncode
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGTERM)
+      return process.communicate()[0], process.returncode
+
+  slurm = ["--launcher=slurm", "--slots=2"]
+  said, code = sweep("there", *slurm, seconds=25)
+  assert code == 128 + signal.SIGTERM and "the runs stay in Slurm's queue; `scancel" in said
+  tasks = cluster.call("squeue", "-h", "--array", "-o", "%i %T").splitlines()
+  assert 4 <= len(tasks) <= 6 and sum(task.endswith("RUNNING") for task in tasks) == 2
+  cluster.call("scancel", tasks[-1].split()[0])
+  said, code = sweep("there", *slurm)
+  assert code == 1 and not cluster.call("squeue", "-h")
+  assert said.count(" FAILED: ") == 2 and said.count("begins: ") == 6
+  assert re.search(r"stopped|begins", said)
+  _, code = sweep("here", "--jobs=2")
+  assert code == 1
+  records = [json.loads((tree / out / "sweep.json").read_text()) for out in ("there", "here")]
+  assert_equal_values(*([(r["arm"], r["seed"], r["status"]) for r in x["runs"]] for x in records))
+  for arm in ("first", "second"):
+    for seed in (0, 1):
+      there, here = (tree / out / arm / f"seed{seed}" for out in ("there", "here"))
+      assert numbers(there) == numbers(here)
+      assert (
+        json.loads((there / "eval.json").read_text())["loss"]
+        == (json.loads((here / "eval.json").read_text())["loss"])
+      )
+  reports = [(tree / out / "report.md").read_text() for out in ("there", "here")]
+  assert all("3 arms, 6 runs: 4 finished, 2 failed." in report for report in reports)
