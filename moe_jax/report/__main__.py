@@ -3,8 +3,8 @@
 
 Writes report.md and report.html. The report of a sweep is written into its folder. Without a sweep,
 workdirs that differ only in their seeds are one arm, and the report is written into --out, by
-default the folder that contains the workdirs. --watch writes nothing: it prints what
-each run below the folders does now, in a terminal every few seconds.
+default the folder that contains the workdirs. --watch writes nothing: it prints what each run below
+the folders does now, in a terminal every few seconds.
 """
 
 import pathlib
