@@ -68,6 +68,25 @@ def _take(lease: "_ObjectLease | filelock.SoftFileLease", workdir: pathlib.Path)
     lease.acquire(timeout=0)
 
 
+def owner_lives(workdir: pathlib.Path) -> bool:
+  """Returns whether a process holds the lock of a workdir on a disk, and lives.
+
+  One of this host that is stopped lives; one of another host has to show signs of life.
+  """
+  path = workdir / workdir_lib.LOCK
+  try:
+    sign = path.stat().st_mtime
+    owner = filelock.SoftFileLease(path, lease_duration=_SILENT).owner
+    if not owner or owner.hostname != socket.gethostname():
+      return time.time() - sign < 2 * _SILENT  # the clocks of two hosts may differ
+    process = psutil.Process(owner.pid)
+    # Another process may have the number of one that was killed, but began after its last sign.
+    young = process.create_time() > sign + 2 * _SILENT
+    return not young and process.status() != psutil.STATUS_ZOMBIE
+  except (FileNotFoundError, psutil.NoSuchProcess):
+    return False
+
+
 def _busy(workdir: pathlib.Path, owner: filelock.OwnerRecord) -> BusyError:
   return BusyError(
     f"--workdir={workdir}: another training runs there (process {owner.pid} on {owner.hostname}); "

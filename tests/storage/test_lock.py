@@ -4,49 +4,23 @@ import contextlib
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from moe_jax.errors import BusyError, StorageError
 from moe_jax.storage import lock, workdir
+from tests.support.locks import HOLD, holder
 from tests.support.scripts import python
-from tests.support.toys import ROOT
 
-HOLD = """
-import pathlib, sys, time
-from moe_jax.storage import lock
-lock._SILENT = float(sys.argv[2])
-with lock.held(pathlib.Path(sys.argv[1])):
-  print("held", flush=True)
-  time.sleep(600)
-"""
 # A file system without flock, as some that clusters share.
 NO_FLOCK = """
 import errno, fcntl
 def flock(*_): raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = fcntl.lockf = flock
 """
-
-
-@contextlib.contextmanager
-def holder(folder, silent=30.0, before=""):
-  process = subprocess.Popen(
-    [sys.executable, "-c", before + HOLD, str(folder), str(silent)],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  try:
-    assert process.stdout.readline() == "held\n"
-    yield process
-  finally:
-    process.kill()
-    process.communicate()
 
 
 @pytest.mark.parametrize("before", ["", NO_FLOCK], ids=["flock", "no flock"])
@@ -70,6 +44,28 @@ def test_a_process_of_this_host_that_is_stopped_keeps_it(tmp_path, monkeypatch):
     time.sleep(1)
     with pytest.raises(BusyError, match=f"process {process.pid} on "), lock.held(tmp_path):
       pass
+    assert lock.owner_lives(tmp_path)
+
+
+def test_who_looks_on_knows_whether_the_owner_lives(tmp_path):
+  path = tmp_path / workdir.LOCK
+  assert not lock.owner_lives(tmp_path)
+  owned_elsewhere(path)
+  assert lock.owner_lives(tmp_path)
+  os.utime(path, (0, time.time() - 100))
+  assert not lock.owner_lives(tmp_path)
+  path.unlink()
+  with holder(tmp_path) as process:
+    assert lock.owner_lives(tmp_path)
+    text = path.read_text()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not lock.owner_lives(tmp_path)  # nor is a zombie
+    process.wait()
+    assert not lock.owner_lives(tmp_path)
+  path.write_text(text.replace(f"pid={process.pid}", f"pid={os.getpid()}"))  # used again
+  os.utime(path, (0, psutil.Process().create_time() - 100))
+  assert not lock.owner_lives(tmp_path)
 
 
 @pytest.fixture
