@@ -62,8 +62,8 @@ def main() -> None:
   if args.tasks or args.text:
     return of_other_text(args)
   with command_line.importing():
-    from moe_jax import report
     from moe_jax.analysis import evaluation, specialisation
+    from moe_jax.report import single
     from moe_jax.start import startup
 
   with startup.together(args.multihost, args.heartbeat_timeout, config):
@@ -79,7 +79,7 @@ def main() -> None:
     )
   if not result:
     return  # the first of several processes prints
-  texts = [report.summary(args.workdir, result), evaluation.describe(result)]
+  texts = [single.summary(args.workdir, result), evaluation.describe(result)]
   if routing:
     texts.append(specialisation.specialisation_table(routing))
   print("\n".join(filter(None, texts)))

@@ -30,7 +30,7 @@ def main() -> int:
   if args.watch:
     watch.watch(args.workdirs)
     return 0
-  from moe_jax.report import compare, compare_runs, runs  # takes a second, for matplotlib
+  from moe_jax.report import page, runs  # takes a second, for matplotlib
 
   if "://" in args.out or (not args.out and any("://" in name for name in args.workdirs)):
     raise UserError("--out: name a folder on this machine for the report on runs in a store")
@@ -38,13 +38,13 @@ def main() -> int:
     workdirs = [workdir_lib.fetched(name, pathlib.Path(folder)) for name in args.workdirs]
     if not (workdirs[0] / "sweep.json").is_file():
       out = pathlib.Path(args.out) if args.out else runs.parent(workdirs)
-      report = compare_runs(workdirs, out, args.target)
+      report = page.compare_runs(workdirs, out, args.target)
     elif len(workdirs) > 1 or args.out or args.target:
       raise UserError(
         f"{workdirs[0]} is a sweep: name it alone, without --target and --out, which it sets"
       )
     else:
-      report = compare(workdirs[0])
+      report = page.compare(workdirs[0])
   for note in report.notes:
     errors.notice(note)
   print(f"wrote {report.page.with_suffix('.md')} and {report.page}")

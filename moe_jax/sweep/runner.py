@@ -17,8 +17,8 @@ from typing import Any
 import filelock
 import jax
 
-from moe_jax import report
 from moe_jax.errors import BusyError, StorageError, UserError
+from moe_jax.report import page
 from moe_jax.start import command_line
 from moe_jax.storage import files, lock
 from moe_jax.storage import workdir as workdir_lib
@@ -47,7 +47,7 @@ class Runner:
     self._signal = 0
     self._full: StorageError | None = None  # why nothing more is started
     self._report_seconds = 0.0
-    self._reported: report.Report | None = None  # that of now
+    self._reported: page.Report | None = None  # that of now
 
   def run(self) -> int:
     """Runs all jobs.
@@ -185,7 +185,7 @@ class Runner:
       return
     start = time.monotonic()
     try:
-      self._reported = report.compare(self._out)
+      self._reported = page.compare(self._out)
     except StorageError as error:
       self._stop_starting(error)
     except Exception as error:

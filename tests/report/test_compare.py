@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from moe_jax import report
+from moe_jax.report import page
 from tests.support import report_runs
 from tests.support.report_runs import FINISHED, row, sweep, write_report
 
@@ -16,7 +16,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_path_of_the_page_is_returned(tmp_path):
-  assert report.compare(sweep(tmp_path)) == (tmp_path / "report.html", [], 0)
+  assert page.compare(sweep(tmp_path)) == (tmp_path / "report.html", [], 0)
 
 
 def test_a_row_holds_the_statistics_of_its_arm(finished):
@@ -68,5 +68,5 @@ def test_the_report_of_unfinished_runs(tmp_path):
 
 
 def test_a_sweep_of_which_nothing_ran_has_a_report(tmp_path):
-  report.compare(sweep(tmp_path, dict.fromkeys(FINISHED, "waiting")))
+  page.compare(sweep(tmp_path, dict.fromkeys(FINISHED, "waiting")))
   assert row((tmp_path / "report.md").read_text(), "moe")[1:3] == ["0 of 2", "-"]

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from moe_jax import report
 from moe_jax.errors import DamagedError
 from moe_jax.report import __main__ as command
-from moe_jax.report import runs
+from moe_jax.report import page, runs
 from moe_jax.start import command_line
 from tests.support import report_runs
 from tests.support.report_runs import FINISHED, row, sweep, write_report
@@ -269,7 +268,7 @@ def test_what_is_said_of_a_damaged_run_is_one_line_that_no_terminal_obeys(tmp_pa
   record = json.loads((out / "sweep.json").read_text())
   record["runs"][2]["workdir"] = "moe/a\x1b[2J\nb"
   report_runs.write_json(out / "sweep.json", record)
-  (note,) = report.compare(out).notes
+  (note,) = page.compare(out).notes
   assert note.isprintable() and "train/[2J is 'a', not a number" in note
 
 
@@ -304,7 +303,7 @@ def test_a_damaged_sweep_is_one_line_and_changes_nothing(content, reported, caps
   (out / "sweep.json").write_bytes(content)
   before = contents(out)
   with pytest.raises(DamagedError):
-    report.compare(out)
+    page.compare(out)
   monkeypatch.setattr("sys.argv", ["report", str(out)])
   monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
   with pytest.raises(SystemExit) as ended:

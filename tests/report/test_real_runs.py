@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax.errors import DamagedError, si
 from moe_jax.report import __main__ as command
-from moe_jax.report import compare_runs, runs
+from moe_jax.report import page, runs
 from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import runner
@@ -60,7 +60,7 @@ def together(real, tmp_path_factory):
   """The report on all of the runs, with the dense one as the target, and its text."""
   out = tmp_path_factory.mktemp("together")
   workdirs = [real / place for place in real_runs.RUNS.values()]
-  written = compare_runs(workdirs, out, real_runs.RUNS["dense"])
+  written = page.compare_runs(workdirs, out, real_runs.RUNS["dense"])
   return written, (out / "report.md").read_text()
 
 

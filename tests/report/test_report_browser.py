@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from moe_jax import report
+from moe_jax.report import page
 from tests.support import report_runs
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
@@ -30,7 +30,7 @@ WIDTHS = "return [document.documentElement.scrollWidth, innerWidth]"
 def made(tmp_path_factory):
   """The page of a sweep in which every text is markup."""
   markup = "</script><script>injected=1</script><img src=x onerror=injected=1>\"'\x1b"
-  return report.compare(report_runs.markup_sweep(tmp_path_factory.mktemp("sweep"), markup)).page
+  return page.compare(report_runs.markup_sweep(tmp_path_factory.mktemp("sweep"), markup)).page
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ import sys
 
 import pytest
 
-from moe_jax import report
 from moe_jax.errors import UserError
 from moe_jax.report import __main__ as command
-from moe_jax.report import runs
+from moe_jax.report import page, runs
 from tests.support import report_runs
 from tests.support.report_runs import row
 from tests.support.scripts import python
@@ -56,13 +55,11 @@ def test_what_is_no_arm_no_run_or_no_sweep_is_refused(workdirs, tmp_path):
   with pytest.raises(UserError, match="neither a run"):
     runs.read_workdirs([tmp_path / "nothing"])
   with pytest.raises(UserError, match="no sweep"):
-    report.compare(tmp_path)
+    page.compare(tmp_path)
 
 
 def test_the_command_imports_no_jax():
-  code = (
-    "import sys; from moe_jax.report import __main__, compare, summary; print(sys.modules.keys())"
-  )
+  code = "import sys; from moe_jax.report import __main__, page, single; print(sys.modules.keys())"
   done = python("-c", code, check=True)
   assert "'matplotlib'" in done.stdout
   for name in ("jax", "flax", "moe_jax.model"):

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from moe_jax import report
 from moe_jax.errors import StorageError, UserError
+from moe_jax.report import page, single
 from tests.support.disks import fill, small_disk
 from tests.support.real_runs import RUNS, real_runs
 from tests.support.report_runs import sweep
@@ -24,7 +24,7 @@ def change(out):
 
 def test_a_report_is_not_written_through_links(tmp_path):
   out = sweep(tmp_path / "out")
-  report.compare(out)
+  page.compare(out)
   written = [path for path in contents(out) if "report" in str(path.relative_to(out))]
   assert len(written) >= 7  # two pages, and at least five pictures
   victims = tmp_path / "victims"
@@ -34,7 +34,7 @@ def test_a_report_is_not_written_through_links(tmp_path):
     victim.write_text("mine")
     path.unlink()
     path.symlink_to(victim)
-  report.compare(out)
+  page.compare(out)
   assert {path.read_text() for path in victims.iterdir()} == {"mine"}
   assert not [path for path in written if path.is_symlink()]
 
@@ -44,23 +44,23 @@ def test_a_folder_of_pictures_that_is_a_link_is_refused(tmp_path):
   (tmp_path / "elsewhere").mkdir()
   (out / "report_files").symlink_to(tmp_path / "elsewhere")
   with pytest.raises(UserError, match=r"report_files is a link that leads out of .*; remove it"):
-    report.compare(out)
+    page.compare(out)
   assert not list((tmp_path / "elsewhere").iterdir()) and not (out / "report.html").exists()
 
 
 def test_a_full_disk_leaves_the_old_report(tmp_path):
   with small_disk(tmp_path / "disk", "2m") as disk:
     out = sweep(disk / "out")
-    report.compare(out)
+    page.compare(out)
     before = contents(out)
     change(out)
     before[out / "moe/seed0/metrics.jsonl"] = (out / "moe/seed0/metrics.jsonl").read_bytes()
     filler = fill(disk)
     with pytest.raises(StorageError, match=r"cannot write \S+: No space left on device; .*same"):
-      report.compare(out)
+      page.compare(out)
     assert contents(out) == before
     filler.unlink()
-    report.compare(out)
+    page.compare(out)
     after = contents(out)
     assert after.keys() == before.keys() and after[out / "report.md"] != before[out / "report.md"]
 
@@ -74,7 +74,7 @@ def drawn(shared_folder, tmp_path_factory):
   folder = tmp_path_factory.mktemp("single") / "cost_$x^$_\u2603\u4e2d"
   run = shutil.copytree(real_runs(shared_folder) / RUNS["moe"], folder)
   (run / "loss.png").symlink_to(run.parent / "victim")
-  return run, report.summary(str(run), result_of(run))
+  return run, single.summary(str(run), result_of(run))
 
 
 def result_of(run):
@@ -108,7 +108,7 @@ def test_damaged_metrics_cost_a_summary_its_plots_and_nothing_else(line, words, 
     path.write_text(f"{text}{line}\n")
   before = contents(run)
   try:
-    said = report.summary(str(run), result_of(run))
+    said = single.summary(str(run), result_of(run))
     assert contents(run) == before
   finally:
     path.unlink()
@@ -126,5 +126,5 @@ def test_a_full_disk_leaves_the_old_plots(drawn, tmp_path):
     before = contents(run)
     fill(disk)
     with pytest.raises(StorageError, match=r"loss\.png: No space left on device"):
-      report.summary(str(run), result_of(run) | {"loss": 2.0})
+      single.summary(str(run), result_of(run) | {"loss": 2.0})
     assert {path: contents(run)[path] for path in before} == before

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_jax import report
+from moe_jax.report import page
 from moe_jax.sweep import runner
 from tests.support.sweeps import write_sweep
 from tests.support.toys import ROOT
@@ -74,7 +74,7 @@ class Fakes:
 
   def report(self, out):
     self.reports.append(out)
-    return report.Report(out / "report.html", [], 0)
+    return page.Report(out / "report.html", [], 0)
 
   def sweep(self, arms, jobs=1, overrides=None, names=(), **more):
     path = write_sweep(self.folder, arms, seeds=(0,), **more)
@@ -102,5 +102,5 @@ def fakes_in(folder):
   made = Fakes(folder)
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(folder)
-    patch.setattr(report, "compare", made.report)
+    patch.setattr(page, "compare", made.report)
     yield made

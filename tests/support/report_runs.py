@@ -5,7 +5,7 @@ import pathlib
 import shlex
 from typing import NamedTuple
 
-from moe_jax import report
+from moe_jax.report import page
 
 STEPS = (100, 200, 300, 400)
 # Validation losses at STEPS of seeds 0 and 1. The dense runs end at a mean of 2.1, the target.
@@ -136,7 +136,7 @@ def markup_sweep(out, markup):
 
 
 class Written(NamedTuple):
-  """What report.compare() wrote of a sweep."""
+  """What page.compare() wrote of a sweep."""
 
   folder: pathlib.Path
   markdown: str
@@ -144,7 +144,7 @@ class Written(NamedTuple):
 
 
 def write_report(out) -> Written:
-  report.compare(out)
+  page.compare(out)
   return Written(out, (out / "report.md").read_text(), (out / "report.html").read_text())
 
 

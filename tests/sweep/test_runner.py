@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_jax import report
 from moe_jax.config.run import to_json
 from moe_jax.errors import BusyError
+from moe_jax.report import page
 from moe_jax.start import command_line
 from moe_jax.sweep import runner
 from tests.support.fake_runs import Swept, fakes_in
@@ -165,8 +165,8 @@ def test_one_sweep_at_a_time_works_in_a_folder(fake):
 
 
 def test_a_report_without_its_target_is_the_code_of_the_sweep_and_is_told_once(fake, monkeypatch):
-  told = report.Report(pathlib.Path("report.html"), ["no target", "a is left out"], 4)
-  monkeypatch.setattr(report, "compare", lambda out: told)
+  told = page.Report(pathlib.Path("report.html"), ["no target", "a is left out"], 4)
+  monkeypatch.setattr(page, "compare", lambda out: told)
   swept = fake.sweep(TWO)
   assert swept.code == 4 and set(swept.statuses.values()) == {"finished"}
   lines = [line.partition("] ")[2] for line in swept.output.splitlines()]
@@ -178,7 +178,7 @@ def test_a_broken_report_loses_no_run(fake, monkeypatch):
   def broken(out):
     raise KeyError("load_ZE")
 
-  monkeypatch.setattr(report, "compare", broken)
+  monkeypatch.setattr(page, "compare", broken)
   swept = fake.sweep("[arm('a')]")
   assert swept.code == 1 and swept.statuses == {"a": "finished"}
   assert "no report: KeyError: 'load_ZE'" in swept.output
