@@ -12,7 +12,7 @@ furthest_step() {  # LOG: the last step of it
 }
 
 run() {  # LOG COMMAND...: returns if the command ends with 0 of its own accord, else ends the script
-  local log=$1 signals=0 seen=-1 end="" code step tries
+  local log=$1 signals=0 seen=-1 end="" code step how tries
   shift
   "$@" &
   local child=$!
@@ -26,13 +26,14 @@ run() {  # LOG COMMAND...: returns if the command ends with 0 of its own accord,
   trap - USR1 TERM
   [ "$code$end" != 0 ] || return 0
   step=$(furthest_step "$log")
-  echo "launch: start ${SLURM_RESTART_COUNT:-0} ended with code $code${end:+ by $end} at step $step"
+  how="code $code${end:+ by $end} at step $step"
+  echo "launch: start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID ended with $how"
   [ "$end" != slurm ] || exit "$code"
   if [ -z "$end" ] && [ "$code" != 3 ] && [ "$code" != 7 ] && [ "$code" -le 128 ]; then
     echo "launch: not queued again, since the same command would end in the same way"
     exit "$code"
   fi
-  tries=$(grep -acE "^launch: start .* at step $step$" "$log")
+  tries=$(grep -acE "^launch: start [0-9]+ of job $SLURM_JOB_ID .* at step $step$" "$log")
   if [ "$tries" -ge "$TRIES" ]; then
     echo "launch: not queued again, since $tries starts have ended at step $step"
     exit "$code"

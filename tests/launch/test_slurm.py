@@ -123,7 +123,7 @@ def test_a_run_that_is_requeued_and_killed_ends_as_one_that_is_not(cluster, tree
   job.requeue()
   job.until(r"^step +100/")
   job.kill_task(1)
-  job.until("^launch: start 3 ended with code 1(34|37) at step 1")
+  job.until(r"^launch: start 3 of job \d+ ended with code 1(34|37) at step 1")
   code, restarts = job.ends()
   assert (code, restarts) == (0, 4), job.text()
   with Together(train_command(tree / "undisturbed", cache, *OFTEN)) as two:
@@ -148,7 +148,7 @@ def test_a_full_disk_is_tried_again_a_few_times_and_goes_on_where_there_is_room(
     assert "launch: not queued again, since 2 starts have ended at step 0" in job.text()
     job.log.unlink()
     job = Submitted(cluster, tree, cache, "--config.train.steps=6", workdir="disk/run")
-    job.until("^launch: start 0 ended with code 3 at step 0")
+    job.until(r"^launch: start 0 of job \d+ ended with code 3 at step 0")
     filler.unlink()
     assert job.ends() == (0, 1), job.text()
 
@@ -157,7 +157,7 @@ def test_a_run_saves_before_its_time_is_over_and_goes_on_in_the_next_start(clust
   options = ["--time=2", "--signal=B:USR1@60"]
   job = Submitted(cluster, tree, cache, *ENDLESS, options=options)
   job.until("^preemption: saved step (\\d+); the same command resumes the run there")
-  job.until("^launch: start 0 ended with code 0 by time at step ")
+  job.until(r"^launch: start 0 of job \d+ ended with code 0 by time at step ")
   (step,) = re.findall("^preemption: saved step (\\d+)", job.text(), re.M)
   job.until(f"^resuming .* at step {step}$")
   cluster.call("scancel", job.job)
