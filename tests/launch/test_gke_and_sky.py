@@ -1,5 +1,6 @@
 """The launch files for GKE and SkyPilot, read by the real tools, and their scripts really run."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -111,6 +112,22 @@ def test_a_rehearsal_is_train_py_here(tmp_path):
   assert done.returncode == 2 and "--rehearse" in done.stderr, done
 
 
+@contextlib.contextmanager
+def scripts(command, environments=({}, {})):
+  """Two processes of a script; at the end nothing is left of them, whatever the script did."""
+  with Together(["setsid", *command], environments) as two:
+    try:
+      yield two
+    finally:
+      for process in two.processes:
+        with contextlib.suppress(ProcessLookupError):
+          os.killpg(process.pid, signal.SIGKILL)
+
+
+def codes(two):
+  return [code for code, *_ in two.ends(timeout=150)]
+
+
 def test_a_preempted_pod_asks_for_a_restart_and_the_others_have_saved(tmp_path, cache, monkeypatch):
   """The very script of the container in two processes, without its cluster."""
   monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -124,16 +141,16 @@ def test_a_preempted_pod_asks_for_a_restart_and_the_others_have_saved(tmp_path, 
     )
     return pod(yaml.safe_load("\n".join(rendered(tmp_path, script))))[1]["command"]
 
-  with Together(container(*LONG)) as two:
+  with scripts(container(*LONG)) as two:
     two.until("step ")
     two.processes[1].send_signal(signal.SIGTERM)
-    assert [code for code, *_ in two.ends()] == [0, 143]
+    assert codes(two) == [0, 143]
   (step,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
-  with Together(container(f"--config.train.steps={step + 2}")) as two:
+  with scripts(container(f"--config.train.steps={step + 2}")) as two:
     (code, output, _), (other, *_) = two.ends()
   assert (code, other) == (0, 0) and f"step {step + 2:6}/{step + 2}" in output, output
-  with Together(container("--config.train.steps=-1")) as two:
-    assert [code for code, *_ in two.ends()] == [2, 2]
+  with scripts(container("--config.train.steps=-1")) as two:
+    assert codes(two) == [2, 2]
 
 
 def read(tmp_path, variant, envs=(), *changes):
@@ -202,12 +219,12 @@ def test_skypilots_script_is_two_processes_and_says_what_a_restart_mends(tmp_pat
       }
       for rank in (0, 1)
     ]
-    return Together(["setsid", "bash", "-i", script], each)  # as SkyPilot does, without a terminal
+    return scripts(["bash", "-i", script], each)  # as SkyPilot does, without a terminal
 
   with machines(*LONG) as two:
     two.until("step ")
     two.processes[1].send_signal(signal.SIGTERM)
-    assert [code for code, *_ in two.ends()] == [0, 75]
+    assert codes(two) == [0, 75]
   (step,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
   with machines(*LONG) as two:
     two.until("step ")
@@ -215,7 +232,7 @@ def test_skypilots_script_is_two_processes_and_says_what_a_restart_mends(tmp_pat
     python.kill()
     assert [process.wait(timeout=100) for process in two.processes] == [75, 75]
   with machines("--config.train.steps=-1") as two:
-    assert [code for code, *_ in two.ends()] == [2, 2]
+    assert codes(two) == [2, 2]
   with machines(f"--config.train.steps={step + 2}") as two:
     (code, output, _), (other, *_) = two.ends()
   assert (code, other) == (0, 0) and f"step {step + 2:6}/{step + 2}" in output, output
