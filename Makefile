@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Many containers set it, and then each process compiles jax's Python again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train checks test test-slow test-benchmarks test-compilers lint clean
+.PHONY: train checks test test-slow test-benchmarks test-compilers test-launchers lint clean
 
 train: $(VENV)/.installed  ## train, evaluate and plot the default model
 	$(BIN)/python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe
@@ -29,6 +29,16 @@ test-compilers: $(VENV)/.installed-dev  ## what the compilers for TPU and GPU ma
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup tests/compile \
 	  tests/kernels/test_tpu_compile.py tests/kernels/test_gpu_compile.py tests/start/test_flags.py
 
+test-launchers: $(VENV)/.installed-dev .venv-launch/.installed  ## launch/ in the real XPK and SkyPilot
+	$(BIN)/python -m pytest -m slow tests/launch
+
+# Of their own: they are large, and pin versions of what many packages need.
+.venv-launch/.installed: Makefile
+	$(PYTHON) -m venv .venv-launch
+	@echo "installing XPK and SkyPilot, 0.8 GB, into .venv-launch: a minute or two"
+	.venv-launch/bin/python -m pip install -q xpk==1.16.0 skypilot==0.14.1
+	@touch $@
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +60,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:  ## the environment and the runs; data and compiled programs are in the user's cache
-	rm -rf $(VENV) .venv312 runs
+	rm -rf $(VENV) .venv312 .venv-launch runs

@@ -146,7 +146,7 @@ def test_files_stay_readable():
 
 def test_folders_of_tests_are_folders_of_code():
   """So that the tests of a module are found by its name."""
-  known = {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"benchmarks"}
+  known = {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"benchmarks", "launch"}
   folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*/test_*.py")}
   assert len(folders) > 8 and not folders - known
 
