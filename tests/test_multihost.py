@@ -7,14 +7,19 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
 from moe_jax import sharding
 from moe_jax.errors import UserError
 from moe_jax.training import health
-from tests.support.processes import Together, alone, train_command
+from tests.support.processes import (
+  Together,
+  alone,
+  assert_equal_values,
+  numbers,
+  train_command,
+)
 from tests.support.scripts import Run, built, call
 from tests.support.toys import ROOT
 
@@ -31,20 +36,6 @@ def one(shared_folder, cache):
     return {}
 
   return Run(built(shared_folder / "multihost_one", run).path / "run", "")
-
-
-def numbers(workdir):
-  """{name: values of all lines} of metrics.jsonl, without those that the clock makes."""
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  names = {name for line in lines for name in line if not name.endswith(("_s", "seconds", "mfu"))}
-  return {name: [line[name] for line in lines if name in line] for name in names}
-
-
-def assert_equal_values(got, want):
-  """Floats may differ by rounding: sums over two devices, in a process or over a network."""
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-    assert a == b or a == pytest.approx(b, rel=1e-5, abs=1e-6), path
 
 
 @pytest.mark.slow

@@ -12,11 +12,16 @@ import pytest
 
 from tests.support import slurm as slurm_lib
 from tests.support.disks import fill, small_disk
-from tests.support.processes import Together, alone, train_command
+from tests.support.processes import (
+  Together,
+  alone,
+  assert_equal_values,
+  numbers,
+  train_command,
+)
 from tests.support.scripts import ONE_DEVICE
 from tests.support.sweeps import write_sweep
 from tests.support.toys import ROOT
-from tests.test_multihost import assert_equal_values, numbers
 
 pytestmark = pytest.mark.slow
 
@@ -144,17 +149,19 @@ def test_a_full_disk_is_tried_again_a_few_times_and_goes_on_where_there_is_room(
   with small_disk(tree / "disk", "8m") as disk:
     filler = fill(disk)
     job = Submitted(cluster, tree, cache, "--config.train.steps=6", workdir="disk/run", TRIES="2")
-    assert job.ends() == (3, 1), job.text()
+    code, restarts = job.ends()  # 3 of the one that writes, 134 of the other
+    assert (code in (3, 134), restarts) == (True, 1), job.text()
+    assert "run/train.lock: No space left on device" in job.text()
     assert "launch: not queued again, since 2 starts have ended at step 0" in job.text()
     job.log.unlink()
     job = Submitted(cluster, tree, cache, "--config.train.steps=6", workdir="disk/run")
-    job.until(r"^launch: start 0 of job \d+ ended with code 3 at step 0")
+    job.until(r"^launch: start 0 of job \d+ ended with code (3|134) at step 0")
     filler.unlink()
     assert job.ends() == (0, 1), job.text()
 
 
 def test_a_run_saves_before_its_time_is_over_and_goes_on_in_the_next_start(cluster, tree, cache):
-  options = ["--time=2", "--signal=B:USR1@60"]
+  options = ["--time=3", "--signal=B:USR1@60"]  # one or two minutes after the start
   job = Submitted(cluster, tree, cache, *ENDLESS, options=options)
   job.until("^preemption: saved step (\\d+); the same command resumes the run there")
   job.until(r"^launch: start 0 of job \d+ ended with code 0 by time at step ")

@@ -1,11 +1,15 @@
 """Real processes of one run, started as on several hosts, with one simulated device each."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+
+import jax
+import pytest
 
 from tests.support import xla
 from tests.support.scripts import CONSTANT
@@ -29,6 +33,20 @@ def train_command(workdir, cache, *arguments):
     CONSTANT,
     *arguments,
   ]
+
+
+def numbers(workdir):
+  """{name: values of all lines} of metrics.jsonl, without those that the clock makes."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  names = {name for line in lines for name in line if not name.endswith(("_s", "seconds", "mfu"))}
+  return {name: [line[name] for line in lines if name in line] for name in names}
+
+
+def assert_equal_values(got, want):
+  """Floats may differ by rounding: sums over two devices, in a process or over a network."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    assert a == b or a == pytest.approx(b, rel=1e-5, abs=1e-6), path
 
 
 class Together:

@@ -93,7 +93,7 @@ class Slurm:
     return said.stdout.strip()
 
   @staticmethod
-  def until(holds, seconds=240):
+  def until(holds, seconds=400):
     """Waits until something holds, and returns it."""
     end = time.monotonic() + seconds
     while not (found := holds()):
