@@ -55,9 +55,8 @@ def main() -> None:
   if args.device and not args.describe:
     raise UserError(f"--device={args.device} belongs to --describe; add it, or drop --device")
   if args.rehearse and (args.diff or args.describe):
-    raise UserError(
-      f"--rehearse={args.rehearse} takes a job's own words; drop --describe and --diff"
-    )
+    flag = "--diff" if args.diff else "--describe"
+    raise UserError(f"{flag} with --rehearse={args.rehearse}: drop {flag} to rehearse the job")
   if args.diff:
     print(command_line.difference(config))
     return

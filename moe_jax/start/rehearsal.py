@@ -58,15 +58,17 @@ def toy(config: Config, processes: int) -> Config:
   layers = first + 2 * math.lcm(moe.every, model.global_every or 1)
   seq_len, accumulation = 64 * context, min(config.train.accumulation, 2)
   group = {0: 0, length: seq_len}.get(moe.group_size, 2 * seq_len if several else 32)
-  rows = moe.exchange_chunks * (1 + several) * data * fsdp * expert
+  chunks = min(moe.exchange_chunks, 2)
+  rows = chunks * (1 + several) * data * fsdp * expert
   fields: dict[str, Any] = {
     "mesh.data": data, "mesh.fsdp": fsdp, "mesh.expert": expert, "mesh.context": context,
     "mesh.tensor": tensor, "model.dim": 32 * fsdp, "model.vocab_size": 264 * tensor,
     "model.num_heads": 4 * tensor, "model.ffn_dim": 32 * tensor,
     "model.moe.expert_dim": 16 * tensor, "model.moe.shared_dim": min(moe.shared_dim, 16 * tensor),
     "model.window": min(model.window, 16), "model.loss_chunk": min(model.loss_chunk, 32),
-    "model.moe.group_size": group, "data.name": "python_stdlib", "data.path": "",
-    "data.tokenizer": "bytes", "data.seq_len": seq_len, "data.batch_size": rows * accumulation,
+    "model.moe.group_size": group, "model.moe.exchange_chunks": chunks,
+    "data.name": "python_stdlib", "data.path": "", "data.tokenizer": "bytes",
+    "data.seq_len": seq_len, "data.batch_size": rows * accumulation,
     "data.train_split": "train", "data.validation_split": "validation", "data.test_split": "test",
     "train.accumulation": accumulation, "train.steps": 1000, "train.log_every": 1,
     "train.eval_every": 5, "train.checkpoint_every": 5, "eval.batches": 2,
