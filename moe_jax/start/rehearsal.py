@@ -108,7 +108,13 @@ def rehearse(config: Config, args: argparse.Namespace) -> None:
     signal.signal(number, lambda number, _: sys.exit(128 + number))
   small, old = toy(config, args.rehearse), flatten(config)
   with tempfile.TemporaryDirectory(prefix="moe_jax-rehearsal-") as folder:
-    _rehearse(small, args.rehearse, pathlib.Path(folder))
+    try:
+      _rehearse(small, args.rehearse, pathlib.Path(folder))
+    finally:
+      children = psutil.Process().children()
+      for child in children:
+        child.kill()
+      psutil.wait_procs(children)
   changed = [f"{n} {spelled(old[n])} -> {spelled(v)}" for n, v in changes(config, small).items()]
   print(
     "not rehearsed:",
@@ -138,37 +144,37 @@ def _rehearse(small: Config, count: int, path: pathlib.Path) -> None:
   def say(text: str) -> None:
     print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True)
 
-  with start(train) as now:
-    now.until("meet", rf"^device +{mesh.devices} x")
-    say(f"{count} processes meet and share the mesh {axes}")
-    loss = now.until("train and evaluate", r"^(step +\d+)  validation loss [\d.]+")[0]
-    now.wait("save", lambda: workdir_lib.saved_steps(run))
-    say(f"they train, log, evaluate and save: {' '.join(loss.split())}")
-    now.processes[-1].terminate()
-    now.end("save and stop at SIGTERM", 0)
-    saved = now.until("save and stop at SIGTERM", r"saved step (\d+); the same command")[1]
-    say(f"SIGTERM to process {count - 1}: all save step {saved} and end with 0")
-  with start(train) as now:
-    now.until(f"resume at step {saved}", rf"^resuming .* at step {saved}\n[\s\S]*^step +\d+/")
-    say(f"the same command goes on from step {saved}")
-    now.processes[-1].kill()
-    lost = time.monotonic()
-    now.end("end when one is killed", -signal.SIGKILL, -signal.SIGABRT)
-    say(f"SIGKILL to process {count - 1}: the others end {time.monotonic() - lost:.0f} s later")
-    last = int(re.findall(r"^step +(\d+)/", now.log(0), re.M)[-1]) + 5
-  with start([*train, f"--config.train.steps={last}"]) as now:
-    now.end("go on to the end", 0)
-    at = now.until("resume", r"^resuming .* at (step \d+)")[1]
-    now.wait("save the last step", lambda: last in workdir_lib.saved_steps(run))
-    say(f"the same command goes on from {at} to the end, step {last}")
-  with start([str(script.with_name("eval.py")), f"--workdir={run}"]) as now:
-    now.end("run eval.py", 0)
-    result = workdir_lib.read_object(run / workdir_lib.EVAL)
-    say(f"eval.py --multihost reads step {result['step']}: loss {result['loss']:.4f}")
+  now = start(train)
+  now.until("meet", rf"^device +{mesh.devices} x")
+  say(f"{count} processes meet and share the mesh {axes}")
+  loss = now.until("train and evaluate", r"^(step +\d+)  validation loss [\d.]+")[0]
+  now.wait("save", lambda: workdir_lib.saved_steps(run))
+  say(f"they train, log, evaluate and save: {' '.join(loss.split())}")
+  now.processes[-1].terminate()
+  now.end("save and stop at SIGTERM", 0)
+  saved = now.until("save and stop at SIGTERM", r"saved step (\d+); the same command")[1]
+  say(f"SIGTERM to process {count - 1}: all save step {saved} and end with 0")
+  now = start(train)
+  now.until(f"resume at step {saved}", rf"^resuming .* at step {saved}\n[\s\S]*^step +\d+/")
+  say(f"the same command goes on from step {saved}")
+  now.processes[-1].kill()
+  lost = time.monotonic()
+  now.end("end when one is killed", -signal.SIGKILL, -signal.SIGABRT)
+  say(f"SIGKILL to process {count - 1}: the others end {time.monotonic() - lost:.0f} s later")
+  last = int(re.findall(r"^step +(\d+)/", now.log(0), re.M)[-1]) + 5
+  now = start([*train, f"--config.train.steps={last}"])
+  now.end("go on to the end", 0)
+  at = now.until("resume", r"^resuming .* at (step \d+)")[1]
+  now.wait("save the last step", lambda: last in workdir_lib.saved_steps(run))
+  say(f"the same command goes on from {at} to the end, step {last}")
+  now = start([str(script.with_name("eval.py")), f"--workdir={run}"])
+  now.end("run eval.py", 0)
+  result = workdir_lib.read_object(run / workdir_lib.EVAL)
+  say(f"eval.py --multihost reads step {result['step']}: loss {result['loss']:.4f}")
 
 
 class _Processes:
-  """The processes of a command, as of so many hosts; they end with the body."""
+  """The processes of a command, as of so many hosts."""
 
   def __init__(self, path: pathlib.Path, count: int, devices: int, command: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -191,14 +197,6 @@ class _Processes:
         self.processes.append(
           subprocess.Popen(words, env=env, stdout=file, stderr=subprocess.STDOUT)
         )
-
-  def __enter__(self) -> "_Processes":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    for process in self.processes:
-      process.kill()
-    psutil.wait_procs(self.processes)
 
   def log(self, index: int) -> str:
     return self.logs[index].read_text(errors="replace")
