@@ -3,6 +3,7 @@
 Any field can be overridden, as in --config.model.moe.num_experts=16. The same command resumes a run
 that was interrupted. --config=WORKDIR takes the config of another run. --describe prints
 parameters, FLOPs and memory and trains nothing; --diff prints what differs from the defaults.
+--rehearse=N tries the job as N processes on this machine, at toy size (docs/launch.md).
 """
 
 from moe_jax.config import checks, override
@@ -36,6 +37,9 @@ _PARSER.flag(
 _PARSER.flag(
   "replay", 0, "take this step again and say where it is not finite; writes nothing", at_least=0
 )
+_PARSER.flag(
+  "rehearse", 0, "try the job as so many processes here, at toy size, then exit", at_least=2
+)
 _PARSER.flag("profile", "", "trace the steps FIRST:LAST, both included, into WORKDIR/profile")
 
 
@@ -50,6 +54,9 @@ def main() -> None:
   checks.check(config)  # all that can be said before jax is imported
   if args.device and not args.describe:
     raise UserError(f"--device={args.device} belongs to --describe; add it, or drop --device")
+  if args.rehearse and (args.diff or args.describe):
+    flag = "--diff" if args.diff else "--describe"
+    raise UserError(f"{flag} with --rehearse={args.rehearse}: drop {flag} to rehearse the job")
   if args.diff:
     print(command_line.difference(config))
     return
@@ -66,15 +73,18 @@ def main() -> None:
     return
   if not args.workdir:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
-  command_line.check_folder("workdir", args.workdir)
+  if not args.rehearse:
+    command_line.check_folder("workdir", args.workdir)
   with command_line.importing():
     from moe_jax.moe import validation  # imports jax, as the others do
-    from moe_jax.start import startup
+    from moe_jax.start import rehearsal, startup
     from moe_jax.training import replay, run
     from moe_jax.training import setup as setup_lib
 
     validation.validate(config)
 
+  if args.rehearse:
+    return rehearsal.rehearse(config, args)
   with startup.together(args.multihost, args.heartbeat_timeout, config, saves=not args.replay):
     setup = setup_lib.prepare(config)
     if args.replay:
