@@ -29,8 +29,8 @@ test-compilers: $(VENV)/.installed-dev  ## what the compilers for TPU and GPU ma
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup tests/compile \
 	  tests/kernels/test_tpu_compile.py tests/kernels/test_gpu_compile.py tests/start/test_flags.py
 
-test-launchers: $(VENV)/.installed-dev .venv-launch/.installed  ## launch/ in the real XPK and SkyPilot
-	$(BIN)/python -m pytest -m slow tests/launch
+test-launchers: $(VENV)/.installed-dev .venv-launch/.installed  ## launch/ in a real Slurm, XPK and SkyPilot
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/launch
 
 # Of their own: they are large, and pin versions of what many packages need.
 .venv-launch/.installed: Makefile

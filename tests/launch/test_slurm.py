@@ -19,7 +19,7 @@ from tests.support.processes import (
   numbers,
   train_command,
 )
-from tests.support.scripts import ONE_DEVICE
+from tests.support.scripts import ONE_DEVICE, result_of
 from tests.support.sweeps import write_sweep
 from tests.support.toys import ROOT
 
@@ -70,7 +70,7 @@ class Submitted:
     words = " ".join([*command[2:], "--config.mesh.expert=2", "--heartbeat_timeout=10"])
     file.write_text(re.sub(r"^TRAIN=.*", f"TRAIN=({words})", file.read_text(), flags=re.M))
     address = f"127.0.0.1:{slurm_lib.free_ports(1)[0]}"
-    env = {**ONE_DEVICE, **environment, "JAX_COORDINATOR_ADDRESS": address}
+    env = {**alone(1), **environment, "JAX_COORDINATOR_ADDRESS": address}
     env["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
     submit = ["sbatch", "--parsable", f"--output={self.log}", *options, file]
     self.job = cluster.call(*submit, cwd=tree, env=env)
@@ -105,6 +105,16 @@ class Submitted:
     said = self.cluster.call("scontrol", "show", "job", self.job)
     code, restarts = (re.search(rf"{name}=(\d+)", said)[1] for name in ("ExitCode", "Restarts"))
     return int(code), int(restarts)
+
+
+def test_outside_of_slurm_the_file_is_the_command(tree):
+  """With what is added to it: --rehearse=2 on the machine where the job is written."""
+  (tree / "train.py").unlink()
+  (tree / "train.py").write_text("import sys; print(sys.argv[1:])")
+  done = subprocess.run(
+    ["bash", "launch/slurm.sbatch", "--rehearse=2"], cwd=tree, capture_output=True, text=True
+  )
+  assert done.stdout.endswith("mixtral_8x7b', '--multihost', '--rehearse=2']\n"), done
 
 
 def test_two_nodes_train_as_one_process(cluster, tree, cache):
@@ -181,36 +191,34 @@ def test_a_sweep_on_slurm_is_that_of_one_machine(cluster, tree, cache):
   path = write_sweep(tree, arms, seeds=(0, 1))
   env = ONE_DEVICE | {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
 
-  def sweep(out, *options, seconds=None):
+  def sweep(out, *options):
     command = [sys.executable, "sweep.py", f"--sweep={path}", f"--out={out}", *options]
-    process = subprocess.Popen(command, cwd=tree, env=env, text=True, stdout=subprocess.PIPE)
-    try:
-      return process.communicate(timeout=seconds)[0], process.returncode
-    except subprocess.TimeoutExpired:
-      process.send_signal(signal.SIGTERM)
-      return process.communicate()[0], process.returncode
+    return subprocess.Popen(command, cwd=tree, env=env, text=True, stdout=subprocess.PIPE)
 
-  slurm = ["--launcher=slurm", "--slots=2"]
-  said, code = sweep("there", *slurm, seconds=25)
-  assert code == 128 + signal.SIGTERM and "the runs stay in Slurm's queue; `scancel" in said
+  def whole(*command):
+    process = sweep(*command)
+    return process.communicate()[0], process.returncode
+
+  slurm = ["there", "--launcher=slurm", "--slots=2"]
+  first = sweep(*slurm)
+  while "begins: " not in first.stdout.readline():
+    assert first.poll() is None
+  first.send_signal(signal.SIGTERM)
+  said = first.communicate()[0]
+  assert first.returncode == 128 + signal.SIGTERM
+  assert "the runs stay in Slurm's queue; `scancel --name=there-" in said
   tasks = cluster.call("squeue", "-h", "--array", "-o", "%i %T").splitlines()
-  assert 4 <= len(tasks) <= 6 and sum(task.endswith("RUNNING") for task in tasks) == 2
-  cluster.call("scancel", tasks[-1].split()[0])
-  said, code = sweep("there", *slurm)
-  assert code == 1 and not cluster.call("squeue", "-h")
-  assert said.count(" FAILED: ") == 2 and said.count("begins: ") == 6
-  assert re.search(r"stopped|begins", said)
-  _, code = sweep("here", "--jobs=2")
-  assert code == 1
+  assert len(tasks) == 6 and sum(task.endswith("RUNNING") for task in tasks) == 2
+  cluster.call("scancel", next(task.split()[0] for task in tasks if "PENDING" in task))
+  said, code = whole(*slurm)
+  assert code == 1 and said.count(" FAILED: ") == 2 and not cluster.call("squeue", "-h")
+  assert whole("here", "--jobs=2")[1] == 1
   records = [json.loads((tree / out / "sweep.json").read_text()) for out in ("there", "here")]
   assert_equal_values(*([(r["arm"], r["seed"], r["status"]) for r in x["runs"]] for x in records))
   for arm in ("first", "second"):
     for seed in (0, 1):
       there, here = (tree / out / arm / f"seed{seed}" for out in ("there", "here"))
       assert numbers(there) == numbers(here)
-      assert (
-        json.loads((there / "eval.json").read_text())["loss"]
-        == (json.loads((here / "eval.json").read_text())["loss"])
-      )
+      assert result_of(there)["loss"] == result_of(here)["loss"]
   reports = [(tree / out / "report.md").read_text() for out in ("there", "here")]
   assert all("3 arms, 6 runs: 4 finished, 2 failed." in report for report in reports)
