@@ -71,6 +71,7 @@ class Slurm:
     self._slots, self._folder = slots, self.out / "slurm"
     self._asked = -math.inf  # the clock at the last squeue
     self._queue: dict[str, datetime.datetime | None] = {}
+    self._arrays: dict[str, list[str]] = {}
 
   def has(self, run: PlannedRun) -> bool:
     """Returns whether a run is in the queue."""
@@ -117,22 +118,25 @@ class Slurm:
         raise
       notice(f"{error}; asking again")  # the controller may be restarting
     else:
-      self._queue = dict(filter(None, map(self._entry, said.splitlines())))
+      tasks = (line.rsplit("|", 3) for line in said.splitlines())  # a name may be anything
+      self._queue = {
+        self._workdirs(name)[int(index) - 1]: datetime.datetime.fromisoformat(start)
+        if state in ("RUNNING", "COMPLETING")
+        else None
+        for name, index, state, start in tasks
+        if self._workdirs(name)
+      }
     self._asked = time.monotonic()
     return self._queue
 
-  def _entry(self, line: str) -> tuple[str, datetime.datetime | None] | None:
-    """Returns the workdir and start of a task, from a line of squeue; None if it is not ours."""
-    name, index, state, start = line.split("|")
-    path = self._folder / f"{name}.tsv"
-    if not path.exists():
-      return None
-    workdir = path.read_text().splitlines()[int(index) - 1].partition("\t")[0]
-    started = state == "RUNNING"
-    return (
-      str(pathlib.Path(workdir).relative_to(self.out)),
-      datetime.datetime.fromisoformat(start) if started else None,
-    )
+  def _workdirs(self, name: str) -> list[str]:
+    """Returns the workdirs of the tasks of an array, [] for one that is not of this sweep."""
+    if name not in self._arrays:
+      path = self._folder / f"{name}.tsv"
+      lines = path.read_text().splitlines() if path.is_file() else []
+      paths = [pathlib.Path(line.partition("\t")[0]) for line in lines]
+      self._arrays[name] = [str(path.relative_to(self.out)) for path in paths]
+    return self._arrays[name]
 
 
 def _call(*command: str) -> str:
