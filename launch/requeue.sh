@@ -1,4 +1,4 @@
-# For the files of Slurm: runs a command, and queues the job again where a restart mends its end.
+# For the files of Slurm: runs a command by srun, and queues the job again where a restart mends its end.
 #
 # A restart mends 3 (a full disk), 7 (no step ended), what is above 128 (a process was killed, or jax
 # ended it because another one was), and the end of the job's time. It mends no mistake in the command.
@@ -11,12 +11,13 @@ furthest_step() {  # LOG: the last step of it
   echo "${steps:-0}"
 }
 
-run() {  # LOG COMMAND...: returns if the command ends with 0 of its own accord, else ends the script
+run() {  # LOG srun...: returns if the command ends with 0 of its own accord, else ends the script
   local log=$1 signals=0 seen=-1 end="" code step how tries
   shift
   "$@" &
   local child=$!
-  trap 'signals=$((signals + 1)) end=time; kill -TERM '$child USR1
+  # Not to srun, which would kill the tasks.
+  trap 'signals=$((signals + 1)) end=time; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
   trap 'signals=$((signals + 1)) end=slurm' TERM  # scancel, scontrol requeue: Slurm tells the tasks
   while [ "$signals" != "$seen" ]; do  # a signal ends `wait` before the command has ended
     seen=$signals
