@@ -1,8 +1,10 @@
-# For the files of Slurm: runs a command by srun, and queues the job again where a restart mends its end.
+# For the files of Slurm: runs a command by srun, and queues the job again where a restart mends it.
 #
 # A restart mends 3 (a full disk), 7 (no step ended), what is above 128 (a process was killed, or jax
 # ended it because another one was), and the end of the job's time. It mends no mistake in the command.
 
+# Since Slurm 22.05 srun does not read what sbatch was asked for.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 TRIES=${TRIES:-5}  # starts in a row that may end without a step that no start before them took
 
 furthest_step() {  # LOG: the last step of it
