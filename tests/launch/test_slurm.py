@@ -17,6 +17,7 @@ from tests.support.processes import (
   alone,
   assert_equal_values,
   numbers,
+  stop_main_thread,
   train_command,
 )
 from tests.support.scripts import ONE_DEVICE, result_of
@@ -88,16 +89,16 @@ class Submitted:
   def requeue(self):
     self.cluster.call("scontrol", "requeue", self.job)
 
-  def kill_task(self, number):
-    """Kills the training of one task, as the system does when memory is full."""
-    (task,) = (
+  def task(self, number):
+    """Returns the process of a task's training."""
+    (found,) = (
       process
       for process in psutil.process_iter(["cmdline"])
       if f"--workdir={self.workdir}" in (process.info["cmdline"] or [])
       and "train.py" in process.info["cmdline"]
       and process.environ().get("SLURM_PROCID") == str(number)
     )
-    task.kill()
+    return found
 
   def ends(self):
     """Returns the exit code of the job and how often it was queued again, when it is over."""
@@ -137,7 +138,7 @@ def test_a_run_that_is_requeued_and_killed_ends_as_one_that_is_not(cluster, tree
   job.until(r"^resuming [^$]*^step +79/")  # the evaluation of step 80 takes a second
   job.requeue()
   job.until(r"^step +100/")
-  job.kill_task(1)
+  job.task(1).kill()
   job.until(r"^launch: start 3 of job \d+ ended with code 1(34|37) at step 1")
   code, restarts = job.ends()
   assert (code, restarts) == (0, 4), job.text()
@@ -180,6 +181,17 @@ def test_a_run_saves_before_its_time_is_over_and_goes_on_in_the_next_start(clust
   cluster.call("scancel", job.job)
   job.cluster.until(lambda: not cluster.queued(job.job))
   assert "scontrol: error" not in job.text()
+
+
+def test_a_run_that_hangs_is_restarted(cluster, tree, cache):
+  job = Submitted(cluster, tree, cache, *ENDLESS, "--config.train.step_timeout=5")
+  job.until("^step +3/")
+  stop_main_thread(job.task(1).pid)
+  job.until(r"^error: step \d+ has not ended within config.train.step_timeout=5 seconds; process ")
+  job.until(r"^launch: start 0 of job \d+ ended with code (7|134) at step ")
+  cluster.until(lambda: "Restarts=1" in cluster.call("scontrol", "show", "job", job.job))
+  cluster.call("scancel", job.job)
+  cluster.until(lambda: not cluster.queued(job.job))
 
 
 def test_a_sweep_on_slurm_is_that_of_one_machine(cluster, tree, cache):

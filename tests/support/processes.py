@@ -1,5 +1,6 @@
 """Real processes of one run, started as on several hosts, with one simulated device each."""
 
+import ctypes
 import json
 import os
 import re
@@ -47,6 +48,17 @@ def assert_equal_values(got, want):
   assert jax.tree.structure(got) == jax.tree.structure(want)
   for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
     assert a == b or a == pytest.approx(b, rel=1e-5, abs=1e-6), path
+
+
+def stop_main_thread(pid):
+  """Stops the first thread of a process alone, as a debugger does: its other threads live on."""
+  libc = ctypes.CDLL(None)
+  libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+  seize, interrupt, every_thread = 0x4206, 0x4207, 0x40000000
+  if libc.ptrace(seize, pid, None, None):
+    pytest.skip("this machine does not let one process stop a thread of another")
+  assert libc.ptrace(interrupt, pid, None, None) == 0
+  os.waitpid(pid, every_thread)
 
 
 class Together:

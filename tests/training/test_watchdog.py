@@ -1,14 +1,12 @@
 """A run that hangs ends with code 7 and a line; one that only does long things does not."""
 
-import ctypes
-import os
 import re
 import signal
 
 import pytest
 
 from moe_jax.errors import HangError
-from tests.support.processes import Together, train_command
+from tests.support.processes import Together, stop_main_thread, train_command
 from tests.support.scripts import command, python
 
 LONG = [f"--config.train.{name}=100000" for name in ("steps", "eval_every", "checkpoint_every")]
@@ -16,17 +14,6 @@ LINE = re.compile(
   r"error: step (\d+) has not ended within config\.train\.step_timeout=(\d+) seconds; process (\d) "
   r"of (\d) is in \S+ \(\w+\.py:\d+\); the same command goes on from the newest checkpoint"
 )
-
-
-def stop_main_thread(process):
-  """Stops the first thread of a process alone, as a debugger does: its other threads live on."""
-  libc = ctypes.CDLL(None)
-  libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-  seize, interrupt, every_thread = 0x4206, 0x4207, 0x40000000
-  if libc.ptrace(seize, process.pid, None, None):
-    pytest.skip("this machine does not let one process stop a thread of another")
-  assert libc.ptrace(interrupt, process.pid, None, None) == 0
-  os.waitpid(process.pid, every_thread)
 
 
 @pytest.mark.slow
@@ -40,7 +27,7 @@ def test_two_processes_end_when_the_main_thread_of_one_is_stopped(index, tmp_pat
   options = [*LONG, "--config.train.step_timeout=5", "--heartbeat_timeout=10"]
   with Together(train_command(tmp_path / "run", cache, *options)) as two:
     two.until("step      3/")
-    stop_main_thread(two.processes[index])
+    stop_main_thread(two.processes[index].pid)
     said = [process.communicate(timeout=120)[1] for process in two.processes]
   codes = {process.returncode for process in two.processes}
   assert HangError.code == 7 in codes <= {7, -signal.SIGABRT}, said
