@@ -22,6 +22,7 @@ from moe_jax.storage import workdir as workdir_lib
 SWEEP = "sweep.json"
 SWEEP_FORMAT = 1  # a file without a number is older, and has the same names
 TEXTS = ("question", "sweep", "base", "target_arm", "published", "band")  # of a sweep
+LAUNCH = "launch: "  # how the lines of launch/requeue.sh begin in a log
 _STATUS = ("waiting", "running", "finished", "failed", "stopped")
 _TAIL_LINES, _TAIL_BYTES = 20, 1 << 16  # of log.txt, to explain a failure
 _MOST_BYTES = {".json": 1 << 26, ".jsonl": 1 << 30}  # of a file

@@ -104,13 +104,17 @@ def _state(workdir: pathlib.Path, entry: dict[str, Any], alive: bool) -> list[st
     pace = config.get("train.log_every", 1) / speed if speed else wrote - began
     due = step == steps or 0 in (step % config[f"train.{n}_every"] for n in ("eval", "checkpoint"))
     state = "evaluates" if due and not newest["evaluated"] else "trains"
-    state = "hangs" if silent > max(120, 10 * pace) else state  # 120 s: for an evaluation or a save
+    limit = max(
+      120, 10 * pace, due * config.get("train.step_timeout", 0)
+    )  # it may evaluate or save
+    state = "hangs" if silent > limit else state
   elif entry.get("status") != "failed" and (steps in saved or 0 in saved):  # 0: of an import
     state = "ended" if steps in saved else "weights"
   elif why := _alarm(workdir, config, step):
     state = "alarm"
   else:
-    why = (entry.get("error") or reading.log_tail(workdir, workdir)).strip().rpartition("\n")[2]
+    lines = (entry.get("error") or reading.log_tail(workdir, workdir)).strip().splitlines()
+    why = next((x for x in reversed(lines) if not x.startswith(reading.LAUNCH)), "")
     killed = (workdir / workdir_lib.LOCK).exists()
     state = "stopped" if newest or saved or killed else "waits"
     state = "error" if why.startswith("error: ") or entry.get("status") == "failed" else state

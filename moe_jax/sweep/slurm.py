@@ -7,6 +7,7 @@ The jobs outlive the sweep: the next start finds them in the queue by their name
 
 import datetime
 import math
+import os
 import pathlib
 import secrets
 import shlex
@@ -14,16 +15,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from moe_jax.errors import UserError, notice, shown
 from moe_jax.report import reading
 from moe_jax.storage import files
+from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep.job import Ended, evaluated, progress
 from moe_jax.sweep.plan import PlannedRun
 
 _SCRIPT = "launch/sweep.sbatch"
-_DONE = "launch: done"  # the last line of a task that has trained and evaluated
+_DONE, _GIVEN_UP = "launch: done", "launch: not queued again"  # what the script ends a log with
 _ASK_SECONDS = 5.0  # from one squeue to the next
+
+
+class _Task(NamedTuple):
+  """A task in the queue."""
+
+  line: str  # of the array's file
+  array: str  # its name
+  start: datetime.datetime | None = None  # None while it waits
 
 
 class QueuedRun:
@@ -46,20 +57,21 @@ class QueuedRun:
 
   def poll(self, goes_on: bool) -> Ended | None:
     """Returns how the run has ended, None while it is in the queue."""
-    queue = self._slurm.queue()
-    if self.run.workdir in queue:
-      self._start = queue[self.run.workdir]
+    if task := self._slurm.queue().get(self.run.workdir):
+      self._start = task.start
       return None
-    tail = reading.log_tail(self.workdir, self._slurm.out).splitlines()
-    if tail[-1:] == [_DONE]:
-      return evaluated(self.workdir, tail)
-    failed = bool(tail) and tail[-1].startswith("launch: ")
-    return Ended("failed" if failed else "stopped", tail or ["Slurm has ended it"])
+    log = reading.log_tail(self.workdir, self._slurm.out).splitlines()
+    last = log[-1] if log else ""
+    said = [line for line in log if not line.startswith(reading.LAUNCH)]
+    if last == _DONE and workdir_lib.is_trained(self.workdir, self.run.config.train.steps):
+      return evaluated(self.workdir, said)
+    status = "failed" if last.startswith(_GIVEN_UP) else "stopped"
+    return Ended(status, said or ["Slurm has ended it"])
 
   def where(self) -> str:
     """Describes its progress in a few words."""
-    tail = reading.log_tail(self.workdir, self._slurm.out).splitlines()
-    return f"{self.run.workdir} {progress(tail)}"
+    log = reading.log_tail(self.workdir, self._slurm.out).splitlines()
+    return f"{self.run.workdir} {progress(log)}"
 
 
 class Slurm:
@@ -70,8 +82,8 @@ class Slurm:
     self.out, self.number = out.resolve(), slots or sys.maxsize
     self._slots, self._folder = slots, self.out / "slurm"
     self._asked = -math.inf  # the clock at the last squeue
-    self._queue: dict[str, datetime.datetime | None] = {}
-    self._arrays: dict[str, list[str]] = {}
+    self._queue: dict[str, _Task] = {}
+    self._files: dict[str, list[str]] = {}
 
   def has(self, run: PlannedRun) -> bool:
     """Returns whether a run is in the queue."""
@@ -82,33 +94,35 @@ class Slurm:
     return sys.maxsize
 
   def start(self, runs: list[PlannedRun], running: Sequence[QueuedRun]) -> list[QueuedRun]:
-    """Submits those that are not in the queue; raises a UserError with what sbatch says."""
+    """Submits those that are not in the queue.
+
+    Raises a UserError with what sbatch says, or where a run is queued with another command.
+    """
+    for run in runs:
+      if self.has(run) and (task := self._queue[run.workdir]).line != _line(run):
+        raise UserError(
+          f"--launcher=slurm: {run.workdir} is in the queue with another command; wait for it, or "
+          f"end it by `{_cancel(task.array)}`"
+        )
     if new := [run for run in runs if not self.has(run)]:
       with files.storage_errors(self._folder):
         self._folder.mkdir(exist_ok=True)
         name = f"{self.out.name}-{secrets.token_hex(4)}"
         path = self._folder / f"{name}.tsv"
-        path.write_text("".join(self._line(run) for run in new))
+        path.write_text("".join(_line(run) + "\n" for run in new))
       limit = f"%{self._slots}" if self._slots else ""
       _call("sbatch", f"--job-name={name}", f"--array=1-{len(new)}{limit}", _SCRIPT, str(path))
-      self._asked = 0.0
+      self._queue |= {run.workdir: _Task(_line(run), name) for run in new}
     return [QueuedRun(run, self) for run in runs]
-
-  def _line(self, run: PlannedRun) -> str:
-    """Returns a line for the script: the run's workdir and its two commands."""
-    commands = [
-      shlex.join([sys.executable, *shlex.split(c)[1:]]) for c in (run.command, run.evaluate)
-    ]
-    return "\t".join([str(self.out / run.workdir), *commands]) + "\n"
 
   def stop(self, running: list[QueuedRun], times: int) -> str:
     """Leaves all runs to Slurm; returns what to say."""
     running.clear()
-    names = ",".join(path.stem for path in self._folder.glob("*.tsv"))
-    return f"the runs stay in Slurm's queue; `scancel --name={names}` ends them"
+    ends = "; ".join(map(_cancel, sorted({task.array for task in self._queue.values()})))
+    return f"the runs stay in Slurm's queue; `{ends}` ends them"
 
-  def queue(self) -> dict[str, datetime.datetime | None]:
-    """Returns {workdir: when the run was started, None if it waits} of what is in the queue."""
+  def queue(self) -> dict[str, _Task]:
+    """Returns {workdir: task} of the runs that wait or run, asked for every few seconds."""
     if time.monotonic() - self._asked < _ASK_SECONDS:
       return self._queue
     try:
@@ -118,31 +132,41 @@ class Slurm:
         raise
       notice(f"{error}; asking again")  # the controller may be restarting
     else:
-      tasks = (line.rsplit("|", 3) for line in said.splitlines())  # a name may be anything
-      self._queue = {
-        self._workdirs(name)[int(index) - 1]: datetime.datetime.fromisoformat(start)
-        if state in ("RUNNING", "COMPLETING")
-        else None
-        for name, index, state, start in tasks
-        if self._workdirs(name)
-      }
+      self._queue = {}
+      for entry in said.splitlines():
+        name, index, state, start = entry.rsplit("|", 3)  # a name may be anything
+        if lines := self._lines(name):
+          line = lines[int(index) - 1]
+          began = state in ("RUNNING", "COMPLETING", "SUSPENDED")
+          began_at = datetime.datetime.fromisoformat(start) if began else None
+          self._queue[line.partition("\t")[0]] = _Task(line, name, began_at)
     self._asked = time.monotonic()
     return self._queue
 
-  def _workdirs(self, name: str) -> list[str]:
-    """Returns the workdirs of the tasks of an array, [] for one that is not of this sweep."""
-    if name not in self._arrays:
+  def _lines(self, name: str) -> list[str]:
+    """Returns the lines of an array's file, [] for an array that is not of this sweep."""
+    if name not in self._files:
       path = self._folder / f"{name}.tsv"
-      lines = path.read_text().splitlines() if path.is_file() else []
-      paths = [pathlib.Path(line.partition("\t")[0]) for line in lines]
-      self._arrays[name] = [str(path.relative_to(self.out)) for path in paths]
-    return self._arrays[name]
+      self._files[name] = path.read_text().splitlines() if path.is_file() else []
+    return self._files[name]
+
+
+def _line(run: PlannedRun) -> str:
+  """Returns a line for the script: the workdir in the sweep, and the words of both commands."""
+  words = [command.partition(" ")[2] for command in (run.command, run.evaluate)]  # not `python`
+  return "\t".join([run.workdir, *words])
+
+
+def _cancel(array: str) -> str:
+  return f"scancel --name={shlex.quote(array)}"
 
 
 def _call(*command: str) -> str:
   """Returns what a command of Slurm prints; raises a UserError with what it says of a mistake."""
+  env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+  env["SLURM_TIME_FORMAT"] = "standard"
   try:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
   except FileNotFoundError:
     raise UserError(
       f"--launcher=slurm: {command[0]} is not on this machine; start the sweep where Slurm is"

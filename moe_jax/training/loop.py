@@ -236,7 +236,8 @@ class Loop:
       rewind.next_batch = self._batch_number(step) + 1
       raise
     except health.StopAlarm as alarm:
-      self.saver.wait()
+      with self.watchdog.paused():
+        self.saver.wait()
       files.flush()
       finite = not isinstance(alarm, health.NotFiniteAlarm)
       raise type(alarm)(f"{alarm}; {self._remedy(finite)}") from None

@@ -1,6 +1,7 @@
 """launch/slurm.sbatch and sweep.py on a real Slurm of two nodes."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -108,14 +109,37 @@ class Submitted:
     return int(code), int(restarts)
 
 
-def test_outside_of_slurm_the_file_is_the_command(tree):
-  """With what is added to it: --rehearse=2 on the machine where the job is written."""
+@pytest.mark.parametrize("job", [{}, {"SLURM_JOB_ID": "1"}])
+def test_a_rehearsal_is_the_command_itself(job, tree):
+  """On the machine where the job is written, and in an interactive job, as of salloc."""
   (tree / "train.py").unlink()
   (tree / "train.py").write_text("import sys; print(sys.argv[1:])")
+  command = ["bash", "launch/slurm.sbatch", "--rehearse=2"]
   done = subprocess.run(
-    ["bash", "launch/slurm.sbatch", "--rehearse=2"], cwd=tree, capture_output=True, text=True
+    command, cwd=tree, env={**os.environ, **job}, capture_output=True, text=True
   )
   assert done.stdout.endswith("mixtral_8x7b', '--multihost', '--rehearse=2']\n"), done
+
+
+ARRAY = """#!/bin/bash
+#SBATCH --open-mode=append --requeue --output=%a.log
+source launch/requeue.sh
+echo start
+said=(true "echo 'saved step 5; the same command resumes the run'" "kill -9 0")
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || said=(false true true)
+run $SLURM_ARRAY_TASK_ID.log srun bash -c "${said[$SLURM_ARRAY_TASK_ID]}"
+echo done
+"""
+
+
+def test_a_task_of_an_array_is_queued_again_alone(cluster, tree):
+  """Where it was stopped with code 0, or killed; the last task has the number of the array."""
+  (tree / "array.sh").write_text(ARRAY)
+  job = cluster.call("sbatch", "--parsable", "--array=0-2", "array.sh", cwd=tree)
+  cluster.until(lambda: not cluster.queued(job))
+  starts = [(tree / f"{task}.log").read_text().count("start\n") for task in range(3)]
+  assert starts == [1, 2, 2]
+  assert all((tree / f"{task}.log").read_text().endswith("done\n") for task in range(3))
 
 
 def test_two_nodes_train_as_one_process(cluster, tree, cache):

@@ -16,6 +16,25 @@ LINE = re.compile(
 )
 
 
+FULL = """
+import os, time
+from moe_jax.training.watchdog import Watchdog
+os.dup2(os.pipe()[1], 2)
+os.set_blocking(2, False)
+try:
+  while True:
+    os.write(2, bytes(4096))
+except BlockingIOError:
+  os.set_blocking(2, True)
+with Watchdog(1, 0).watching():
+  time.sleep(100)
+"""
+
+
+def test_a_run_whose_errors_nobody_reads_ends_too():
+  assert python("-c", FULL).returncode == HangError.code
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_two_processes_end_when_the_main_thread_of_one_is_stopped(index, tmp_path, cache):
