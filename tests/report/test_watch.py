@@ -105,6 +105,14 @@ def test_a_run_that_goes_on_starts_until_it_has_a_line_of_its_own(tmp_path, look
     assert look(tmp_path)["a"].startswith("starts 21/40")
 
 
+@pytest.mark.parametrize("ago, state", [(1700, "evaluates"), (1900, "hangs")])
+def test_an_evaluation_may_take_as_long_as_a_step(ago, state, tmp_path, look):
+  run = begin(tmp_path / "a")
+  with holder(run):
+    log(run, 20, ago=ago)
+    assert look(tmp_path)["a"].startswith(f"{state} 20/40")
+
+
 @pytest.mark.parametrize("steps_per_s, ago, state", [(0.01, 900, "trains"), (0.01, 1100, "hangs")])
 def test_a_slow_run_may_be_silent_for_longer(steps_per_s, ago, state, tmp_path, look):
   run = begin(tmp_path / "a")
