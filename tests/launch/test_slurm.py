@@ -14,6 +14,7 @@ import pytest
 from tests.support import slurm as slurm_lib
 from tests.support.disks import fill, small_disk
 from tests.support.processes import (
+  EVERY_THREAD,
   Together,
   alone,
   assert_equal_values,
@@ -210,8 +211,10 @@ def test_a_run_saves_before_its_time_is_over_and_goes_on_in_the_next_start(clust
 def test_a_run_that_hangs_is_restarted(cluster, tree, cache):
   job = Submitted(cluster, tree, cache, *ENDLESS, "--config.train.step_timeout=5")
   job.until("^step +3/")
-  stop_main_thread(job.task(1).pid)
+  task = job.task(1)
+  stop_main_thread(task.pid)
   job.until(r"^error: step \d+ has not ended within config.train.step_timeout=5 seconds; process ")
+  os.waitpid(task.pid, EVERY_THREAD)  # this process traces it, and is told before Slurm is
   job.until(r"^launch: start 0 of job \d+ ended with code (7|134) at step ")
   cluster.until(lambda: "Restarts=1" in cluster.call("scontrol", "show", "job", job.job))
   cluster.call("scancel", job.job)

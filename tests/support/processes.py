@@ -16,6 +16,8 @@ from tests.support import xla
 from tests.support.scripts import CONSTANT
 from tests.support.toys import ROOT
 
+EVERY_THREAD = 0x40000000  # of waitpid: also one that is not the process's own child
+
 
 def alone(devices):
   """The environment of one process with simulated devices."""
@@ -54,11 +56,11 @@ def stop_main_thread(pid):
   """Stops the first thread of a process alone, as a debugger does: its other threads live on."""
   libc = ctypes.CDLL(None)
   libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-  seize, interrupt, every_thread = 0x4206, 0x4207, 0x40000000
+  seize, interrupt = 0x4206, 0x4207
   if libc.ptrace(seize, pid, None, None):
     pytest.skip("this machine does not let one process stop a thread of another")
   assert libc.ptrace(interrupt, pid, None, None) == 0
-  os.waitpid(pid, every_thread)
+  os.waitpid(pid, EVERY_THREAD)
 
 
 class Together:
