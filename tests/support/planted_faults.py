@@ -364,5 +364,11 @@ FAULTS = (
   Fault("the target is reached at the next logged step", "report/table.py",
         "steps[i - 1] + part * (steps[i] - steps[i - 1])", "steps[i]",
         "tests/report/test_table.py"),
+  Fault("a run that hangs ends as one that is done", "training/watchdog.py",
+        "os._exit(HangError.code)", "os._exit(0)",
+        "tests/training/test_watchdog.py -k nobody"),
+  Fault("a live run that says nothing trains", "report/watch.py",
+        'state = "hangs" if silent > limit', 'state = "hangs" if silent < 0',
+        "tests/report/test_watch.py -m 'not slow'"),
 )
 # fmt: on
