@@ -78,9 +78,9 @@ def _is_finished(run: PlannedRun, out: pathlib.Path, old: dict[str, Any] | None)
     return False  # eval.py writes it again
   if evaluated.get("step") != run.config.train.steps:
     return False
-  if old and old["status"] != "waiting":
+  if old:
     same = _options(old["evaluate"]) == _options(run.evaluate)
-    if old["status"] != "finished" or not same:
+    if old["status"] not in ("waiting", "finished") or not same:
       return False
   try:
     before = workdir_lib.stored_config(out / run.workdir)

@@ -125,6 +125,21 @@ def test_a_finished_run_without_a_record_is_left_alone_unless_its_config_has_cha
   assert "optimizer.b2=0.9" in changed.logs["a"]
 
 
+def test_a_run_that_a_cluster_has_finished_meanwhile_is_left_alone_unless_its_flags_have_changed(
+  fake,
+):
+  """Where the sweep that watched it was ended, it waits in the record."""
+  before = fake.sweep("[arm('a')]")
+  path = pathlib.Path("out/sweep.json")
+  left = path.read_text().replace('"finished"', '"waiting"')
+  path.write_text(left)
+  same = fake.sweep("[arm('a')]")
+  assert same.code == 0 and same.logs == before.logs
+  path.write_text(left)
+  changed = fake.sweep("[arm('a')]", evaluate=("--causal",))
+  assert changed.code == 0 and changed.logs["a"].count("evaluated") == 2
+
+
 def interrupt_at_step_5():
   deadline = time.time() + 600
   while time.time() < deadline:
