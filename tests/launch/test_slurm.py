@@ -222,13 +222,15 @@ def test_a_run_that_hangs_is_restarted(cluster, tree, cache):
 
 
 def test_a_sweep_on_slurm_is_that_of_one_machine(cluster, tree, cache):
-  """With an arm that fails, an end of the sweep's process, and one of a task by somebody else."""
+  """With an arm that fails, an end of the sweep's process, one of a task by somebody else, and
+  variables of the user that change what squeue says."""
   arms = (
     "[arm('first', {'train.steps': 40}), arm('second', {'train.steps': 40, 'optimizer.b2': 0.9}),"
     " arm('diverges', {'optimizer.learning_rate': 1e30})]"
   )
   path = write_sweep(tree, arms, seeds=(0, 1))
   env = ONE_DEVICE | {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
+  env |= {"SLURM_TIME_FORMAT": "relative", "SQUEUE_STATES": "PENDING"}  # a user's own
 
   def sweep(out, *options):
     command = [sys.executable, "sweep.py", f"--sweep={path}", f"--out={out}", *options]
@@ -248,6 +250,7 @@ def test_a_sweep_on_slurm_is_that_of_one_machine(cluster, tree, cache):
   assert "the runs stay in Slurm's queue; `scancel --name=there-" in said
   tasks = cluster.call("squeue", "-h", "--array", "-o", "%i %T").splitlines()
   assert len(tasks) == 6 and sum(task.endswith("RUNNING") for task in tasks) == 2
+  assert whole(*slurm, "--config.train.log_every=2")[1] == 2  # they are queued with another command
   cluster.call("scancel", next(task.split()[0] for task in tasks if "PENDING" in task))
   said, code = whole(*slurm)
   assert code == 1 and said.count(" FAILED: ") == 2 and not cluster.call("squeue", "-h")
