@@ -56,8 +56,10 @@ def test_two_processes_end_when_the_main_thread_of_one_is_stopped(index, tmp_pat
 
 @pytest.mark.slow
 def test_a_step_that_is_truly_long_ends_the_run_and_a_larger_value_lets_it_end(tmp_path, cache):
-  long = ["--config.data.batch_size=64", "--config.data.seq_len=512", "--config.eval.batches=1",
-          "--config.model.dim=256", "--config.optimizer.warmup_steps=0"]  # fmt: skip
+  # Ten seconds on two cores; the watchdog needs two at most.
+  long = ["--config.data.batch_size=512", "--config.train.accumulation=8", "--config.model.dim=256",
+          "--config.data.seq_len=512", "--config.eval.batches=1", "--config.eval.batch_size=8",
+          "--config.optimizer.warmup_steps=0"]  # fmt: skip
   run = command(tmp_path / "run", cache, *long, steps=1)[1:]
   done = python(*run, "--config.train.step_timeout=1")
   assert (done.returncode, LINE.findall(done.stderr)) == (7, [("1", "1", "0", "1")])
