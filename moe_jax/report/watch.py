@@ -104,9 +104,8 @@ def _state(workdir: pathlib.Path, entry: dict[str, Any], alive: bool) -> list[st
     pace = config.get("train.log_every", 1) / speed if speed else wrote - began
     due = step == steps or 0 in (step % config[f"train.{n}_every"] for n in ("eval", "checkpoint"))
     state = "evaluates" if due and not newest["evaluated"] else "trains"
-    limit = max(
-      120, 10 * pace, due * config.get("train.step_timeout", 0)
-    )  # it may evaluate or save
+    longest = due * config.get("train.step_timeout", 0)  # where it may evaluate or save
+    limit = max(120, 10 * pace, longest)
     state = "hangs" if silent > limit else state
   elif entry.get("status") != "failed" and (steps in saved or 0 in saved):  # 0: of an import
     state = "ended" if steps in saved else "weights"

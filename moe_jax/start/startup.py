@@ -129,6 +129,11 @@ def _check_same_arguments() -> None:
     )
 
 
+def let_others_speak() -> None:
+  """Waits in process 0, whose end ends the others, until each has printed a line of its own."""
+  time.sleep(0 if jax.process_index() else _MOMENT)
+
+
 def _end(error: BaseException, timeout: int) -> NoReturn:
   """Prints an error and ends this process, which at a usual end would wait for the others."""
 
@@ -140,7 +145,7 @@ def _end(error: BaseException, timeout: int) -> NoReturn:
     command_line.one_line_errors(again, sys.exit)
   except SystemExit as end:
     code = int(end.code or 0)
-    time.sleep(0 if jax.process_index() else _MOMENT)  # the end of process 0 ends all
+    let_others_speak()
   except BaseException:
     traceback.print_exc()
     time.sleep(timeout + _MOMENT)  # where a lost process is the reason, jax aborts this one

@@ -140,7 +140,7 @@ class Machine:
     return [Job(run, slot, self._out, self._slots) for run, slot in zip(runs, free, strict=False)]
 
   def has(self, run: PlannedRun) -> bool:
-    """Returns whether a run that an earlier sweep has started is still known: here, none is."""
+    """Returns whether a scheduler has the run of an earlier sweep; a machine has none."""
     return False
 
   def stop(self, running: list[Job], times: int) -> str:

@@ -25,7 +25,8 @@ from moe_jax.sweep.job import Ended, evaluated, progress
 from moe_jax.sweep.plan import PlannedRun
 
 _SCRIPT = "launch/sweep.sbatch"
-_DONE, _GIVEN_UP = "launch: done", "launch: not queued again"  # what the script ends a log with
+# How the script ends a log.
+_DONE, _GIVEN_UP = f"{reading.LAUNCH}done", f"{reading.LAUNCH}not queued again"
 _ASK_SECONDS = 5.0  # from one squeue to the next
 
 

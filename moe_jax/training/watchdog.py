@@ -4,15 +4,14 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import jax
 
 from moe_jax.errors import HangError
+from moe_jax.start import startup
 
 _TICK = 1.0
-_MOMENT = 3.0  # the end of process 0 ends the others, which have a line of their own to say
 
 
 class Watchdog:
@@ -70,5 +69,5 @@ class Watchdog:
     with contextlib.suppress(OSError):
       os.set_blocking(2, False)  # nobody may read it
       os.write(2, said.encode())
-    time.sleep(0.0 if jax.process_index() else _MOMENT)
+    startup.let_others_speak()
     os._exit(HangError.code)

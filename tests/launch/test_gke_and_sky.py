@@ -7,7 +7,6 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.support.processes import Together, train_command
+from tests.support.processes import Together, free_ports, train_command
 from tests.support.toys import ROOT
 
 pytestmark = pytest.mark.slow
@@ -200,9 +199,7 @@ def test_skypilots_script_is_two_processes_and_says_what_a_restart_mends(tmp_pat
       "RUN": run.removeprefix("--workdir="),
       "ARGUMENTS": " ".join(arguments),
     }
-    with socket.socket() as probe:
-      probe.bind(("localhost", 0))
-      port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     script = tmp_path / "script.sh"
     changes = (":12345", f":{port}"), ("sleep 30", "sleep 1")
     script.write_text(read(tmp_path, "ssh", envs, *changes)[-1])

@@ -1,5 +1,6 @@
 """Real processes of one run, started as on several hosts, with one simulated device each."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -63,14 +64,20 @@ def stop_main_thread(pid):
   os.waitpid(pid, EVERY_THREAD)
 
 
+def free_ports(count):
+  with contextlib.ExitStack() as stack:
+    probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+    for probe in probes:
+      probe.bind(("127.0.0.1", 0))
+    return [probe.getsockname()[1] for probe in probes]
+
+
 class Together:
   """Processes of one command; those that still run are killed at the end of a `with`."""
 
   def __init__(self, command, environments=({}, {}), each=((), ())):
     """Starts two processes, with what differs: their environments, and more arguments."""
-    with socket.socket() as probe:
-      probe.bind(("localhost", 0))
-      port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     self.processes = []
     for index, more in enumerate(environments):
       env = alone(1) | {

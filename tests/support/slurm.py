@@ -15,15 +15,9 @@ import time
 
 import pytest
 
+from tests.support.processes import free_ports
+
 _INSTALL = ["apt-get", "install", "-y", "-qq", "slurm-wlm", "munge"]
-
-
-def free_ports(count):
-  with contextlib.ExitStack() as stack:
-    probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-    for probe in probes:
-      probe.bind(("127.0.0.1", 0))
-    return [probe.getsockname()[1] for probe in probes]
 
 
 def installed():
