@@ -12,6 +12,7 @@ os.environ["PJRT_NPROC"] = "32"
 import jax
 import pytest
 
+from moe_jax.config import Data
 from tests.support.scripts import ONE_DEVICE, WITHOUT_THREADS, Run, built, train
 from tests.support.toys import mesh_of
 
@@ -58,3 +59,16 @@ def whole_run(shared_folder, cache):
   """A run of 12 steps. Tests only read it: another worker may read it too."""
   path, said = built(shared_folder / "whole", lambda path: {"output": train(path / "run", cache)})
   return Run(path / "run", said["output"])
+
+
+@pytest.fixture(scope="session")
+def stdlib():
+  """python_stdlib, prepared once."""
+  return Data()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+  """A cache that only this test uses."""
+  monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "own_cache"))
+  return tmp_path / "own_cache"

@@ -17,8 +17,8 @@ GROUPS = {
   "config": {"errors"},
   "sharding": _BASE,
   "storage": {*_BASE, "sharding"},
-  "data": {*_BASE, "storage"},
-  "start": {*_BASE, "storage", "data"},
+  "start": {*_BASE, "storage"},
+  "data": {*_BASE, "storage", "start"},
   # The core can be read and taken alone: no decoder, and below the layer no experts' router.
   "kernels": {*_BASE, "sharding"},
   "moe": {*_BASE, "sharding", "kernels"},

@@ -15,11 +15,10 @@ from moe_jax.compile.expected import Expected, fields, fits
 from moe_jax.compile.targets import Target
 from moe_jax.config import Config
 from moe_jax.config.run import to_json
-from moe_jax.data import cache
 from moe_jax.errors import UserError
 from moe_jax.model.cost import gib
 from moe_jax.moe import validation
-from moe_jax.storage import files
+from moe_jax.storage import cache, files
 
 
 class Tried(NamedTuple):

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from moe_jax.config import Data
-from moe_jax.data import cache, catalog, domains, text_files
+from moe_jax.data import catalog, domains, text_files
 from moe_jax.data import documents as documents_lib
 from moe_jax.data.documents import Corpus, Documents
 from moe_jax.errors import UserError
+from moe_jax.storage import cache
 
 _PYTHON = ".".join(map(str, sys.version_info[:3]))
 

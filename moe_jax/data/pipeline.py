@@ -18,9 +18,10 @@ import grain
 import numpy as np
 
 from moe_jax.config import Data
-from moe_jax.data import builders, cache, token_files, tokenizers
+from moe_jax.data import builders, token_files, tokenizers
 from moe_jax.data.documents import Documents
 from moe_jax.errors import UserError, notice
+from moe_jax.storage import cache
 
 _VERSION = "7"  # of the stored files' layout; part of its cache key
 _SECONDS = 10  # between lines of progress

@@ -15,6 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.hf import families, fields, files, layout, parts
 from moe_jax.hf.fields import Family
 from moe_jax.model import cost, transformer
+from moe_jax.start import progress
 from moe_jax.storage import weights as weights_lib
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.storage.weights import Weights
@@ -98,7 +99,8 @@ def export(
   width = np.dtype(dtype).itemsize
   sizes = {tensor.name: int(np.prod(tensor.shape)) * width for tensor in found}
   named = {tensor.name: tensor for tensor in found}
-  told, done = files.Progress("wrote", sum(sizes.values())), itertools.accumulate(sizes.values())
+  told = progress.Progress("wrote", sum(sizes.values()), "MB")
+  done = itertools.accumulate(sizes.values())
 
   def value(name: str) -> np.ndarray:
     pieces = []

@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,10 +18,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from moe_jax.errors import StorageError, UserError, is_storage, notice
+from moe_jax.errors import StorageError, UserError, is_storage
 from moe_jax.hf import fp8, mxfp4
 from moe_jax.hf.layout import Ranges
-from moe_jax.start import command_line
 from moe_jax.storage import files
 
 CONFIG = "config.json"
@@ -49,7 +47,6 @@ _DTYPES: dict[str, Any] = {
 # Weights that stand in several tensors of few bits: the module that reads them, and bits a number.
 _QUANTIZED = {"MXFP4": (mxfp4, 4.25), "FP8": (fp8, 8)}
 _OF_TEXT = "model.language_model."  # before the names of a text model beside one of images
-_SECONDS = 5.0  # between lines of progress
 _ROWS = 4096  # of two matrices that are compared
 
 
@@ -161,24 +158,6 @@ def _opened(path: pathlib.Path) -> tuple[np.ndarray, dict[str, Any]]:
   header = json.loads(whole[8:begin].tobytes())
   header.pop("__metadata__", None)
   return whole[begin:], header
-
-
-class Progress:
-  """Says now and then how many bytes are read or written, how fast, and how long it will take."""
-
-  def __init__(self, verb: str, total: int):
-    self._verb, self._total = verb, total
-    self._started = self._told = time.monotonic()
-
-  def at(self, done: int) -> None:
-    """To be called after each piece, with the bytes of all pieces so far."""
-    now = time.monotonic()
-    if now - self._told < _SECONDS:
-      return
-    self._told = now
-    rate = done / (now - self._started)
-    left = command_line.clock(max(self._total - done, 0) / rate)
-    notice(f"{self._verb} {gb(done)} of {gb(self._total)}, {gb(rate)}/s, {left} left")
 
 
 def gb(size: float) -> str:

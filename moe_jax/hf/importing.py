@@ -26,7 +26,7 @@ from moe_jax.hf.layout import Ranges, Tensor
 from moe_jax.kernels import platform
 from moe_jax.model import cost, pattern, transformer
 from moe_jax.moe import validation
-from moe_jax.start import command_line
+from moe_jax.start import progress
 from moe_jax.storage import files as file_lib
 from moe_jax.storage import weights as weights_lib
 from moe_jax.storage import workdir as workdir_lib
@@ -183,7 +183,7 @@ def read_weights(made: ImportPlan, mesh: jax.sharding.Mesh) -> Weights:
   model = made.config.model
   parameters = layout.by_parameter(made.tensors)
   damaged: set[str] = set()
-  told = files.Progress("read", made.bytes_to_read)
+  told = progress.Progress("read", made.bytes_to_read, "MB")
 
   def read_range(name: str, ranges: Ranges) -> np.ndarray:
     values = made.stored.read(name, ranges)
@@ -281,7 +281,7 @@ def import_report(made: ImportPlan) -> str:
     f"memory             {files.gb(held)} on each of {mesh.devices} device(s), in float32; on the "
     f"host {files.gb(1.5 * made.largest)} beside it",
     f"disk               {files.gb(4 * counts.total)} for the checkpoint",
-    f"time               about {command_line.clock(seconds)}, reading {files.gb(_READ)}/s "
+    f"time               about {progress.clock(seconds)}, reading {files.gb(_READ)}/s "
     f"and writing {files.gb(_WRITTEN)}/s",
   ]
   return "\n".join(lines + made.notes)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.report import reading
-from moe_jax.start.command_line import clock
+from moe_jax.start.progress import clock
 from moe_jax.storage import files, lock
 from moe_jax.storage import workdir as workdir_lib
 

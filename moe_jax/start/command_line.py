@@ -305,9 +305,3 @@ def difference(config: Config) -> str:
     for name, value in changes(Config(), config).items()
   ]
   return "\n".join(lines) or "every field has its default"
-
-
-def clock(seconds: float) -> str:
-  """3661.2 -> '1:01:01'."""
-  seconds = round(seconds)
-  return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

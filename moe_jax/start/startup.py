@@ -16,9 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.config import Config
-from moe_jax.data import cache
 from moe_jax.errors import UserError, few
 from moe_jax.start import command_line, flags
+from moe_jax.storage import cache
 
 _MOMENT = 3.0  # seconds in which the same mistake in all processes becomes a line of each of them
 

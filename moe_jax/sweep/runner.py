@@ -19,7 +19,7 @@ import jax
 
 from moe_jax.errors import BusyError, StorageError, UserError
 from moe_jax.report import page
-from moe_jax.start import command_line
+from moe_jax.start import progress
 from moe_jax.storage import files, lock
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.sweep import plan as plan_lib
@@ -168,7 +168,7 @@ class Runner:
     if status != "finished" and self._stops:
       status = "stopped"
     how = {
-      "finished": f"finished after {command_line.clock(job.seconds)},",
+      "finished": f"finished after {progress.clock(job.seconds)},",
       "stopped": "stopped:",
       "failed": "FAILED:" if code is None else f"FAILED with code {code}:",
     }
@@ -220,7 +220,7 @@ class Runner:
       remaining = [typical] * statuses.count("waiting")
       remaining += [max(typical - j.seconds, 0.0) for j in running if j.status == "running"]
       seconds = sum(remaining) / min(self._launcher.number, len(remaining))
-      parts.append(f"all done in {command_line.clock(seconds)}")
+      parts.append(f"all done in {progress.clock(seconds)}")
     say("; ".join(parts))
 
 

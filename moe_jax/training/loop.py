@@ -19,7 +19,7 @@ from moe_jax.config import OnNonfinite
 from moe_jax.data import pipeline
 from moe_jax.errors import StorageError
 from moe_jax.kernels import chips
-from moe_jax.start import command_line
+from moe_jax.start import progress
 from moe_jax.storage import checkpoint, files
 from moe_jax.training import health, metrics, writer
 from moe_jax.training.evaluator import Evaluator
@@ -307,7 +307,7 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     parts.append(f"{values['tokens_per_s'] / 1e3:.1f}k tokens/s")
     if "mfu" in values:
       parts.append(f"MFU {100 * values['mfu']:.1f}%")
-    parts.append(f"ETA {command_line.clock((steps - step) / values['steps_per_s'])}")
+    parts.append(f"ETA {progress.clock((steps - step) / values['steps_per_s'])}")
   else:
     parts.append("(compiled)")
   return "  ".join(parts)

@@ -300,7 +300,7 @@ from moe_jax.start import command_line
 
 def main():
   command_line.Parser("").read()
-  code = "from moe_jax.data import cache; print(cache.directory())"
+  code = "from moe_jax.storage import cache; print(cache.directory())"
   print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
 
 command_line.one_line_errors(main)

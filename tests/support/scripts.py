@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from moe_jax.data import cache as cache_lib
+from moe_jax.storage import cache as cache_lib
 from tests.support import xla
 from tests.support.toys import ROOT
 

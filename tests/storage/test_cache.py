@@ -10,8 +10,9 @@ import tempfile
 import pytest
 
 from moe_jax.config import Data
-from moe_jax.data import cache, pipeline
+from moe_jax.data import pipeline
 from moe_jax.errors import UserError
+from moe_jax.storage import cache
 from tests.support.scripts import python
 from tests.support.texts import error_of
 from tests.support.toys import ROOT
@@ -80,7 +81,7 @@ def test_programs_are_not_taken_from_a_folder_that_others_can_write(part, own_ca
 
 _ANOTHER_USER = """
 import os, sys
-from moe_jax.data import cache
+from moe_jax.storage import cache
 os.seteuid(65534)
 for os.environ["MOE_JAX_CACHE"] in sys.argv[1:]:
   print(cache.programs())
