@@ -23,7 +23,7 @@ from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 
 _SPLITS = ["train", "validation", "test"]
-_DATA = ["data.path", "data.name", "data.text_field", *(f"data.{s}_split" for s in _SPLITS)]
+_DATA = ["data.path", "data.name", "data.column", *(f"data.{s}_split" for s in _SPLITS)]
 
 _PARSER = command_line.Parser(__doc__)
 _PARSER.flag("workdir", "", "a run of train.py")

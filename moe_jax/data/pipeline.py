@@ -5,8 +5,8 @@ inputs stream[i*L : i*L+L] and the targets one place later, so every token but t
 once.
 """
 
-import collections
 import dataclasses
+import itertools
 import pathlib
 import re
 import time
@@ -21,11 +21,14 @@ from moe_jax.config import Data
 from moe_jax.data import builders, token_files, tokenizers
 from moe_jax.data.documents import Documents
 from moe_jax.errors import UserError, notice
+from moe_jax.start import progress
 from moe_jax.storage import cache
 
 _VERSION = "7"  # of the stored files' layout; part of its cache key
-_SECONDS = 10  # between lines of progress
+_SECONDS = 30  # of tokenizing that a killed process has to do again
+_BATCH, _BATCH_DOCUMENTS = 2**20, 1024  # bytes and documents that are tokenized together
 _GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
+Text = tuple[int, str, bytes]  # place, name, text of a document
 Numbers = Sequence[int] | np.ndarray  # of rows
 Array = TypeVar("Array")  # np.ndarray when rows are read, jax.Array inside a step
 
@@ -162,10 +165,26 @@ def _tokenize(
 ) -> None:
   """Writes the tokens of all documents, and says how far it is and what it has done."""
   dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-  sums: collections.Counter[str] = collections.Counter()
-  start = time.monotonic()
-  encoded = _encoded(documents, tokenizer, label, sums)
-  token_files.write_tokens(folder, dtype, tokenizer.separator, encoded)
+  start = saved = time.monotonic()
+  count, texts = documents.read()
+  with (
+    token_files.TokenWriter(folder, dtype, tokenizer.separator) as writer,
+    progress.Progress(f"tokenizing {label}:", count, "documents") as told,
+  ):
+    sums = writer.sums
+    if before := sums["read"]:
+      notice(f"tokenizing {label}: goes on after {before:,} of {count:,} documents")
+      told.begin_at(before)
+    bytes_before = sums["bytes"]
+    texts = itertools.islice(texts, before, None)
+    for batch in _batched(texts):
+      _add(batch, documents, tokenizer, label, writer)
+      rate = (sums["bytes"] - bytes_before) / (time.monotonic() - start)
+      told.at(sums["read"], f"{rate / 1e6:,.1f} MB/s")
+      if time.monotonic() - saved > _SECONDS:
+        writer.save()
+        saved = time.monotonic()
+    writer.finish()
   empty = sums["empty"]
   left_out = f"; left out {empty:,} documents without text" if empty else ""
   notice(
@@ -176,35 +195,40 @@ def _tokenize(
     notice(f"note: this tokenizer changes the text: its tokens stand for {sums['counted']:,} bytes")
 
 
-def _encoded(
+def _batched(texts: Iterator[Text]) -> Iterator[list[Text]]:
+  """Yields documents together that a tokenizer's threads share."""
+  batch, size = [], 0
+  for document in texts:
+    batch.append(document)
+    size += len(document[2])
+    if size >= _BATCH or len(batch) >= _BATCH_DOCUMENTS:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _add(
+  batch: list[Text],
   documents: Documents,
   tokenizer: tokenizers.Tokenizer,
   label: str,
-  sums: collections.Counter[str],
-) -> Iterator[token_files.Encoded]:
-  """Yields the documents that are not empty, in tokens, and counts in `sums`."""
-  count, texts = documents.read()
-  start = last_notice = time.monotonic()
-  for done, (place, name, text) in enumerate(texts, 1):
-    if text:
-      ids_N = tokenizer.encode(text)
-      if (ids_N == tokenizer.separator).any():
-        raise UserError(
-          f"{label}: {name or f'document {place}'} spells the separator, the id "
-          f"{tokenizer.separator} of the tokenizer, which only begins documents; take it out of "
-          "the text"
-        )
-      counted = int(tokenizer.bytes_V[ids_N].sum())
-      sums.update(documents=1, bytes=len(text), tokens=len(ids_N), counted=counted)
-      yield token_files.Encoded(place, name, documents.domain(name), len(text), ids_N)
-    else:
-      sums["empty"] += 1
-    if (now := time.monotonic()) - last_notice > _SECONDS:
-      last_notice, rate = now, done / (now - start)
-      notice(
-        f"tokenizing {label}: {done:,} of {count:,} documents, {rate:,.0f} per second, "
-        f"{(count - done) / rate:,.0f} s to go"
+  writer: token_files.TokenWriter,
+) -> None:
+  """Writes the documents that are not empty, in tokens, and counts them."""
+  full = [document for document in batch if document[2]]
+  writer.sums.update(read=len(batch), empty=len(batch) - len(full))
+  encoded = tokenizer.encode_all([text for _, _, text in full])
+  for (place, name, text), ids_N in zip(full, encoded, strict=True):
+    if (ids_N == tokenizer.separator).any():
+      raise UserError(
+        f"{label}: {name or f'document {place}'} spells the separator, the id "
+        f"{tokenizer.separator} of the tokenizer, which only begins documents; take it out of "
+        "the text"
       )
+    counted = int(tokenizer.bytes_V[ids_N].sum())
+    writer.sums.update(documents=1, bytes=len(text), tokens=len(ids_N), counted=counted)
+    writer.add(token_files.Encoded(place, name, documents.domain(name), len(text), ids_N))
 
 
 def train_iterator(

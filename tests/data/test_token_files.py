@@ -126,7 +126,10 @@ def test_documents_are_stored_in_the_order_of_their_places(tmp_path):
     token_files.Encoded(place, f"name {text}", place % 2, len(text), np.array([*text]))
     for place, text in texts.items()
   )
-  token_files.write_tokens(tmp_path, "uint16", 256, documents)
+  with token_files.TokenWriter(tmp_path, "uint16", 256) as writer:
+    for document in documents:
+      writer.add(document)
+    writer.finish()
   stored = token_files.read_tokens(tmp_path)
   assert stored["stream_N"].tolist() == [S, *b"c", S, *b"c", S, *b"def", S, *b"ab", S]
   assert stored["starts_M"].tolist() == [0, 2, 4, 8] and stored["domain_M"].tolist() == [0, 1, 1, 1]
