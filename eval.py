@@ -115,7 +115,8 @@ def of_other_text(args: argparse.Namespace) -> None:
 def other_data(args: argparse.Namespace) -> dict[str, str]:
   """Returns the fields of config.data that --data.path and the like name."""
   given = {n.removeprefix("data."): v for n in _DATA if (v := getattr(args, n)) is not None}
-  return ({"name": "text"} if "path" in given else {}) | given
+  alone = {"mixture": ""} if given.keys() & {"path", "name"} else {}
+  return alone | ({"name": "text"} if "path" in given else {}) | given
 
 
 def capacity_factors(args: argparse.Namespace) -> list[float]:

@@ -139,7 +139,7 @@ class LoadedRun:
     return result | {
       "step": self.step,
       "split": self.split,
-      "data": f"{config.data.name} {config.data.path}".strip(),
+      "data": config.data.mixture or f"{config.data.name} {config.data.path}".strip(),
       "layers": moe_layers(config.model),
       "parameters": counts.total,
       "active_parameters": counts.active,

@@ -48,6 +48,11 @@ class Data(Section):
     "python_stdlib", "python_stdlib, python_domains, text (your own files), or a TFDS name."
   )
   path: str = option("", "For name=text: a file, a folder whose every file is read, or a pattern.")
+  mixture: str = option(
+    "",
+    "Several texts in place of name, by share of the rows: LABEL=WEIGHT:TEXT, ..., where TEXT is a "
+    "name or text:PATH, and may end in #COLUMN.",
+  )
   column: str = option("text", "The text in a row of a table, a JSON line or a TFDS example.")
   train_split: str = option("train", "Text to train on, in TFDS's syntax: train[:1%] works.")
   validation_split: str = option("validation", "Text of the evaluations while training.")

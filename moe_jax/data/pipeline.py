@@ -6,6 +6,7 @@ once.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 import re
@@ -18,7 +19,8 @@ import grain
 import numpy as np
 
 from moe_jax.config import Data
-from moe_jax.data import builders, token_files, tokenizers
+from moe_jax.config.mixture import sources as sources_of
+from moe_jax.data import builders, mixture, token_files, tokenizers
 from moe_jax.data.documents import Documents
 from moe_jax.errors import UserError, notice
 from moe_jax.start import progress
@@ -46,7 +48,7 @@ class Batch(NamedTuple, Generic[Array]):
 class Rows:
   """Rows of seq_len tokens of one split; documents follow each other and may cross rows."""
 
-  stream_N: np.ndarray
+  stream_N: np.ndarray | mixture.Joined
   seq_len: int  # L
   tokenizer: tokenizers.Tokenizer
   num_documents: int
@@ -59,6 +61,7 @@ class Rows:
   domain_M: np.ndarray
   source_M: np.ndarray
   name: Callable[[int], str] = "document {}".format
+  parts: tuple[mixture.Part, ...] = ()  # of a mixture
 
   def __len__(self) -> int:
     return -(-self.num_targets // self.seq_len)
@@ -147,6 +150,8 @@ def load_rows(config: Data, split: str) -> Rows:
   Raises:
     UserError: the config's data set, split or tokenizer cannot be read.
   """
+  if config.mixture:
+    return _mixed(config, split)
   tokenizer = tokenizers.load_tokenizer(config)
   documents = builders.prepare(config, split)
   label = f"{config.name} {getattr(config, split + '_split')}"
@@ -158,6 +163,42 @@ def load_rows(config: Data, split: str) -> Rows:
     token_files.read_tokens,
   )
   return Rows(seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains, **stored)
+
+
+def _mixed(config: Data, split: str) -> Rows:
+  """Returns the rows of all sources of a mixture, which are the domains of their documents."""
+  sources = sources_of(config)
+  rows = [load_rows(source.data, split) for source in sources]
+  stream_N = mixture.Joined([source.stream_N for source in rows])
+  spans = mixture.spans(stream_N.begins, config.seq_len)
+  parts = [mixture.Part(s.label, s.weight, span) for s, span in zip(sources, spans, strict=True)]
+  if split == "train" and (short := [part.label for part in parts if not part.rows]):
+    raise UserError(
+      f"config.data.mixture={config.mixture!r}: {short[0]} has no row of config.data.seq_len="
+      f"{config.seq_len}; make it smaller or give more text"
+    )
+  firsts = np.cumsum([0, *(source.num_documents for source in rows)])
+
+  def name(number: int) -> str:
+    place = int(np.searchsorted(firsts, number, side="right")) - 1
+    source = rows[place]
+    return f"{sources[place].label}/{source.name(int(source.source_M[number - firsts[place]]))}"
+
+  begins = zip(rows, [0, *(stream_N.begins[1:-1] - 1)], strict=True)
+  return Rows(
+    stream_N=stream_N,
+    seq_len=config.seq_len,
+    tokenizer=rows[0].tokenizer,
+    num_documents=int(firsts[-1]),
+    num_bytes=sum(source.num_bytes for source in rows),
+    digest=hashlib.sha256(" ".join(source.digest for source in rows).encode()).hexdigest(),
+    domains=tuple(source.label for source in sources),
+    starts_M=np.concatenate([source.starts_M + begin for source, begin in begins]),
+    domain_M=np.repeat(np.arange(len(rows)), np.diff(firsts)),
+    source_M=np.arange(firsts[-1]),
+    name=name,
+    parts=tuple(parts),
+  )
 
 
 def _tokenize(
@@ -264,6 +305,8 @@ def train_iterator(
 
 def _order(rows: Rows, config: Data) -> grain.MapDataset:
   """Returns the numbers of the training rows, endlessly, in a new order each epoch."""
+  if rows.parts:
+    return mixture.order(rows.parts, config.seed)
   return grain.MapDataset.range(rows.num_full).seed(config.seed).shuffle().repeat()
 
 
