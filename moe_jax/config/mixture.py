@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from moe_jax.config.run import Data
 from moe_jax.errors import UserError
 
-_SOURCE = re.compile(r"\s*([\w-]+)=([^:]*):(text:)?(.+?)(?:#(.+))?\s*")
+_SOURCE = re.compile(r"\s*([\w-]+)=([^:]*):(text:)?(.+?)(?:#(.+?))?\s*")
 _LARGEST = 1e6  # of a weight over another
 
 

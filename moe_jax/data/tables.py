@@ -41,9 +41,9 @@ def texts(
   row = 0
   with _opened(path, column) as (_, batches):
     for batch in batches:
-      wanted = [place for place in range(len(batch)) if keep(row + place)]
-      for place, text in zip(wanted, batch.take(wanted).to_pylist(), strict=True):
-        yield row + place, text or ""
+      for place in range(len(batch)):
+        if keep(row + place):  # not batch.take, which imports pandas
+          yield row + place, batch[place].as_py() or ""
       row += len(batch)
 
 

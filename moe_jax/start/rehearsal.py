@@ -122,7 +122,8 @@ def rehearse(config: Config, args: argparse.Namespace) -> None:
     + " ".join([f"--config={args.config[0]}", *_words("--config.")]),
     "the flags of the chips, the network between hosts, containers",
     f"the file system of --workdir={args.workdir}, which every host has to see",
-    f"the text, data.name={config.data.mixture or config.data.name} and data.tokenizer={config.data.tokenizer}",
+    f"the text, data.{'mixture' if config.data.mixture else 'name'}="
+    f"{config.data.mixture or config.data.name} and data.tokenizer={config.data.tokenizer}",
     *_words(_LEFT_OUT),
     "at toy size: " + ", ".join(changed),
     sep="\n  ",
