@@ -1,7 +1,9 @@
 """What moe_jax.load returns: parameters, ids, and the routing of a text, as evaluation has them."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -126,6 +128,23 @@ def test_as_many_are_dropped_as_in_an_evaluation(text, factor, group, size, mode
   found = model.routing(text, factor)
   np.testing.assert_allclose(found.dropped_ZTK.mean(axis=(1, 2)), result["drop_fraction_Z"])
   assert 0 < found.dropped_ZTK.mean() < 0.8 and len(found.tokens) == len(text.encode()) + 1
+
+
+@pytest.mark.slow
+def test_a_mesh_routes_a_text_alike(model, whole_run, tmp_path):
+  run = shutil.copytree(whole_run.workdir, tmp_path / "run")
+  config = json.loads((run / "config.json").read_text())
+  config["mesh"] |= {"data": 2, "expert": 4}
+  config.pop("digest")
+  (run / "config.json").write_text(json.dumps(config))
+  other = moe_jax.load(run)
+  one, eight = model.routing(TEXT, 0.5), other.routing(TEXT, 0.5)
+  assert (model.mesh.size, other.mesh.size) == (1, 8) and one.dropped_ZTK.any()
+  np.testing.assert_array_equal(one.expert_ZTK, eight.expert_ZTK)
+  np.testing.assert_array_equal(one.dropped_ZTK, eight.dropped_ZTK)
+  np.testing.assert_array_equal(
+    model.params["layers/1/ffn/up_EDF"], other.params["layers/1/ffn/up_EDF"]
+  )
 
 
 def test_texts_of_one_bucket_share_a_program_where_nothing_drops(model):
