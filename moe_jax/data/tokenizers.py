@@ -271,6 +271,11 @@ def load_tokenizer(config: Data) -> Tokenizer:
     ) from error
 
 
+def shown(piece: bytes) -> str:
+  """Returns the bytes of a token as text: U+FFFD for what is no UTF-8, <|begin|> for none."""
+  return piece.decode(errors="replace") or "<|begin|>"
+
+
 def check_fits(config: Config) -> Tokenizer:
   """Returns the tokenizer of a run; raises a UserError if it has ids beyond the embedding."""
   tokenizer, rows = load_tokenizer(config.data), config.model.vocab_size
