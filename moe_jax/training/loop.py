@@ -41,6 +41,7 @@ class Loop:
     profiler: Profiler,
     batches: grain.DatasetIterator,
     rows: pipeline.Rows,
+    tracker: str,
   ):
     """Prepares the loop.
 
@@ -52,10 +53,11 @@ class Loop:
       profiler: traces the steps that were asked for.
       batches: of this process, from the next step on.
       rows: that the batches are made of.
+      tracker: the name of one, or "" for none.
     """
     self.config, self.path, self.saver, self.start = setup.config, path, saver, start
     self.profiler = profiler
-    self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
+    self.writer = writer.Writer(path, start, tracker) if jax.process_index() == 0 else None
     self.stop_signal, self.stop_time = 0, -math.inf  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
     chip, count = chips.chip_of(jax.devices()[0].device_kind), jax.device_count()
