@@ -6,6 +6,8 @@ parameters, FLOPs and memory and trains nothing; --diff prints what differs from
 --rehearse=N tries the job as N processes on this machine, at toy size (docs/launch.md).
 """
 
+import os
+
 from moe_jax.config import checks, override
 from moe_jax.errors import UserError
 from moe_jax.kernels.chips import CHIPS
@@ -42,7 +44,10 @@ _PARSER.flag(
   "rehearse", 0, "try the job as so many processes here, at toy size, then exit", at_least=2
 )
 _PARSER.flag(
-  "tracker", "", "a copy of the metrics goes there (docs/guide.md)", ["", *tracker.NAMES]
+  "tracker",
+  os.environ.get(tracker.VARIABLE, ""),
+  "a copy of the metrics goes there (docs/guide.md)",
+  ["", *tracker.NAMES],
 )
 _PARSER.flag("profile", "", "trace the steps FIRST:LAST, both included, into WORKDIR/profile")
 

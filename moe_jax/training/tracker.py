@@ -4,6 +4,7 @@ So what such a library does to a process (threads, signal handlers, hooks at the
 waits for a network, and how it fails, is nothing to the training.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,13 +13,14 @@ import queue
 import subprocess
 import sys
 import threading
-from typing import Any
+from typing import IO, Any
 
 from moe_jax.errors import UserError, notice
 from moe_jax.start import progress
 from moe_jax.storage import workdir as workdir_lib
 
 NAMES = ("wandb", "trackio", "mlflow")
+VARIABLE = "MOE_JAX_TRACKER"  # the default of --tracker, which a sweep sets for its runs
 _SECONDS = 60.0  # that the end of a run waits for what is not sent yet
 _WAITING = 10_000  # messages that wait for a library; with more of them it counts as hung
 _ROOT = str(pathlib.Path(__file__).parents[2])
@@ -35,7 +37,7 @@ class Tracker:
 
   def __init__(self, name: str, workdir: pathlib.Path):
     """Begins the record of the run in `workdir`, or goes on with it."""
-    self._name, self._process = name, None
+    self._name, self._process, self._over = name, None, False
     self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue(_WAITING)
     path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
     try:
@@ -52,8 +54,8 @@ class Tracker:
       )
     except OSError as error:
       return self._give_up(f"cannot start a process: {error.strerror}")
-    self._thread = threading.Thread(target=self._pass_on, name="tracker", daemon=True)
-    self._thread.start()
+    pipe = self._process.stdin
+    threading.Thread(target=self._pass_on, args=(pipe,), name="tracker", daemon=True).start()
 
   def log(self, step: int, scalars: dict[str, float]) -> None:
     """Adds numbers to the record."""
@@ -78,7 +80,7 @@ class Tracker:
 
   def _put(self, message: dict[str, Any] | None) -> None:
     try:
-      if self._process:
+      if self._process and not self._over:
         self._messages.put_nowait(message)
     except queue.Full:
       self._give_up(f"takes nothing any more, and {_WAITING:,} messages wait for it")
@@ -87,19 +89,15 @@ class Tracker:
     notice(f"--tracker={self._name} is off until the next start, and the run goes on: {why}")
     if self._process:
       self._process.kill()
+      self._process.wait()
     self._process = None
 
-  def _pass_on(self) -> None:
+  def _pass_on(self, pipe: IO[str]) -> None:
     """Writes the messages to the process, in a thread, because a pipe may be full."""
-    assert self._process and self._process.stdin
-    pipe, there = self._process.stdin, True
-    while (message := self._messages.get()) is not None:
-      try:
-        if there:
-          print(json.dumps(message), file=pipe, flush=True)
-      except OSError:  # the process has ended
-        there = False
-    pipe.close()
+    with contextlib.suppress(OSError), pipe:  # the process has ended, and said why
+      while (message := self._messages.get()) is not None:
+        print(json.dumps(message), file=pipe, flush=True)
+    self._over = True
 
 
 def attach_plots(workdir: pathlib.Path, step: int) -> None:
