@@ -100,7 +100,7 @@ class Mlflow:
 
   def attach(self, step: int, images: list[pathlib.Path]) -> None:
     for image in images:
-      self._mlflow.log_artifact(image)
+      self._mlflow.log_artifact(str(image))
 
   def end(self, failed: bool) -> None:
     self._mlflow.end_run("FAILED" if failed else "FINISHED")
