@@ -23,7 +23,7 @@ from moe_jax.start import command_line
 from moe_jax.storage import workdir as workdir_lib
 
 _SPLITS = ["train", "validation", "test"]
-_DATA = ["data.path", "data.name", "data.text_field", *(f"data.{s}_split" for s in _SPLITS)]
+_DATA = ["data.path", "data.name", "data.column", *(f"data.{s}_split" for s in _SPLITS)]
 
 _PARSER = command_line.Parser(__doc__)
 _PARSER.flag("workdir", "", "a run of train.py")
@@ -84,7 +84,7 @@ def main() -> None:
   if routing:
     texts.append(specialisation.specialisation_table(routing))
   print("\n".join(filter(None, texts)))
-  tracker.attach_plots(workdir_lib.open_path(args.workdir), result["step"])
+  tracker.attach_plots(workdir_lib.open_path(args.workdir))
 
 
 def of_other_text(args: argparse.Namespace) -> None:
@@ -117,7 +117,8 @@ def of_other_text(args: argparse.Namespace) -> None:
 def other_data(args: argparse.Namespace) -> dict[str, str]:
   """Returns the fields of config.data that --data.path and the like name."""
   given = {n.removeprefix("data."): v for n in _DATA if (v := getattr(args, n)) is not None}
-  return ({"name": "text"} if "path" in given else {}) | given
+  alone = {"mixture": ""} if given.keys() & {"path", "name"} else {}
+  return alone | ({"name": "text"} if "path" in given else {}) | given
 
 
 def capacity_factors(args: argparse.Namespace) -> list[float]:

@@ -8,7 +8,7 @@ import platform
 import time
 from typing import Any
 
-from moe_jax.training.tracker_worker import commit
+from moe_jax.training.tracker import commit
 
 ROOT = pathlib.Path(__file__).parents[1]
 _START = time.perf_counter()

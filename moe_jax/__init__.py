@@ -5,11 +5,19 @@ model = moe_jax.load("runs/tiny_moe")
 print(model.generate("def ", max_new_tokens=80)[0].text)
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  import pathlib
+
+  from moe_jax.inference.loaded import LoadedModel
 
 
-def load(workdir: str, step: int = 0) -> Any:
-  """The model of a run of train.py; see moe_jax.inference.generate.load."""
-  from moe_jax.inference import generate  # imports jax: only when a model is wanted
+def load(workdir: "str | pathlib.Path", step: int = 0) -> "LoadedModel":
+  """Returns the model of a run of train.py, on this machine's devices; docs/api.md is about it.
 
-  return generate.load(workdir, step)
+  The arguments, and what can be wrong with them, are those of LoadedModel.
+  """
+  from moe_jax.inference import loaded  # imports jax: only when a model is wanted
+
+  return loaded.LoadedModel(workdir, step)

@@ -72,3 +72,10 @@ def own_cache(tmp_path, monkeypatch):
   """A cache that only this test uses."""
   monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "own_cache"))
   return tmp_path / "own_cache"
+
+
+@pytest.fixture
+def text(tmp_path):
+  """A config for the test's own files in tmp_path / "files"."""
+  (tmp_path / "files").mkdir()
+  return Data(name="text", path=str(tmp_path / "files"))

@@ -4,7 +4,6 @@ Everything is read from the run's workdir.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.analysis import causal, specialisation, trace
-from moe_jax.config import Config, Dispatch, Mesh, MoE, override
+from moe_jax.config import Config, Mesh
 from moe_jax.config.fields import plain
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
@@ -139,7 +138,7 @@ class LoadedRun:
     return result | {
       "step": self.step,
       "split": self.split,
-      "data": f"{config.data.name} {config.data.path}".strip(),
+      "data": config.data.mixture or f"{config.data.name} {config.data.path}".strip(),
       "layers": moe_layers(config.model),
       "parameters": counts.total,
       "active_parameters": counts.active,
@@ -149,10 +148,10 @@ class LoadedRun:
     }
 
   def capacity(self, model: trace.RestoredModel, factors: Sequence[float]) -> list[dict[str, Any]]:
-    """Evaluates the same weights on the same text with other capacity factors (`at_capacity`)."""
+    """Evaluates the same weights on the same text with other capacity factors."""
     points = []
     for factor in factors:
-      config = at_capacity(self.config, factor)
+      config = validation.at_capacity(self.config, factor)
       evaluator = Evaluator(config, self.rows, self.mesh, config.eval.final_batches)
       result = evaluator.result(evaluator.total(model.params, model.bias_ZE))
       points.append(
@@ -166,7 +165,7 @@ class LoadedRun:
     """Measures the loss with every token's future hidden (causal.causal_losses)."""
     # With slots a token's row does not depend on later tokens. Rows sorted by expert do, and a
     # kernel rounds differently in another row.
-    moe = with_slots(self.config.model.moe)
+    moe = dispatch.with_slots(self.config.model.moe)
     model = model._replace(config=dataclasses.replace(self.config.model, moe=moe))
     return causal.measure_losses(model, self.rows, _CAUSAL_ROWS, batch_size(self.config), self.mesh)
 
@@ -203,34 +202,7 @@ def check_options(config: Config, factors: Sequence[float], routing: bool) -> No
         f"{flag}: config.model.moe.num_experts=0, a dense model, routes nothing; leave it out"
       )
   for factor in factors:
-    at_capacity(config, factor)
-
-
-def at_capacity(config: Config, factor: float) -> Config:
-  """The same model with another capacity in evaluation; inf drops nothing.
-
-  A dropless dispatch has no slots, so it gives way to `gather`: what a model trained without drops
-  loses where it has to run with them. With expert_choice nothing is dropped, and the factor is how
-  many tokens each expert takes.
-  """
-  moe = with_slots(config.model.moe) if factor < math.inf else config.model.moe
-  changed = override(config, {"model.moe": moe, "model.moe.eval_capacity_factor": factor})
-  # Without the mesh: it is made for evaluation, and a batch of training need not split over it.
-  validation.validate(dataclasses.replace(changed, mesh=Mesh()))
-  return changed
-
-
-def with_slots(moe: MoE) -> MoE:
-  """Returns a config of the same values: a dispatch without slots gives way to `gather`."""
-  if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
-    return moe
-  return dataclasses.replace(
-    moe,
-    dispatch=Dispatch.GATHER,
-    **dispatch.DEFAULT_EXCHANGE,
-    capacity_factor=dispatch.capacity_factor(moe, train=True),
-    eval_capacity_factor=dispatch.capacity_factor(moe, train=False),
-  )
+    validation.at_capacity(config, factor)
 
 
 def describe(result: dict[str, Any]) -> str:

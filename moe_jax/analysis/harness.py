@@ -14,8 +14,9 @@ from typing import Any
 from moe_jax.analysis import scoring
 from moe_jax.data import text_files, tokenizers
 from moe_jax.errors import UserError, notice
-from moe_jax.inference import chat, generate
+from moe_jax.inference import chat
 from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.loaded import LoadedModel
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 
@@ -34,7 +35,7 @@ def perplexity_of_text(workdir: str, step: int, path: str, stride: int, batch: i
   stride = stride or max(length // 2, 1)
   if stride > length:
     raise UserError(f"--stride={stride} is over config.data.seq_len={length}: it would skip text")
-  text = generate.load(workdir, step)
+  text = LoadedModel(workdir, step)
   ids = text.tokenizer.encode(content).tolist()
   loss, bits = perplexity(text, ids, length, stride, batch)
   return (
@@ -125,7 +126,7 @@ def language_model(workdir: str, step: int, batch: int) -> Any:
   """
   from lm_eval.api.model import TemplateLM
 
-  text = generate.load(workdir, step)
+  text = LoadedModel(workdir, step)
   path = workdir_lib.open_path(workdir)
   length = workdir_lib.read_config(path).data.seq_len
   tokenizer, beside = text.tokenizer, path / workdir_lib.HF

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.data import tokenizers
+from moe_jax.moe import counts
 from moe_jax.moe.counts import POSITIONS
 
 CLASSES = ("letters", "digits", "space", "newline", "punctuation", "other")
@@ -144,14 +146,13 @@ def excerpt(trace: Trace, texts: dict[int, str], domains: Sequence[str]) -> dict
   places = np.concatenate([np.flatnonzero(trace.domain_T == g)[:share] for g in groups])
   layers = []
   parts = (trace.routed_ZTE, trace.kept_ZTE, trace.gate_ZTE)
-  for routed_TE, kept_TE, gate_TE in zip(*parts, strict=True):
-    # The experts of each token, the one with the largest gate first.
-    best = [np.argsort(-gate_TE[t], kind="stable") for t in places]
-    taken = [(t, order_E[routed_TE[t, order_E]]) for t, order_E in zip(places, best, strict=True)]
+  for best in zip(*counts.by_gate(*(x[:, places] for x in parts)), strict=True):
+    # Of each token as many as it has.
+    taken = [[x_K[best_3K[0] >= 0] for x_K in best_3K] for best_3K in zip(*best, strict=True)]
     layer = {
-      "experts": [experts.tolist() for _, experts in taken],
-      "gates": [[round(float(gate), 4) for gate in gate_TE[t, experts]] for t, experts in taken],
-      "kept": [kept_TE[t, experts].tolist() for t, experts in taken],
+      "experts": [experts.tolist() for experts, _, _ in taken],
+      "gates": [[round(float(gate), 4) for gate in gates] for _, gates, _ in taken],
+      "kept": [(~dropped).tolist() for _, _, dropped in taken],
     }
     layers.append(layer)
   labels = [domains[g] if g >= 0 else "" for g in trace.domain_T[places]]
@@ -167,7 +168,7 @@ def routing_report(
   `pieces` are the bytes that each traced token id stands for, b"" for the separator; `domains` are
   the names of the indices in domain_T, and without them the result has no numbers by domain.
   """
-  texts = {i: piece.decode(errors="replace") or "<|begin|>" for i, piece in pieces.items()}
+  texts = {i: tokenizers.shown(piece) for i, piece in pieces.items()}
   classes_T = np.array([byte_class(pieces[i]) for i in trace.token_T.tolist()])
   part_T = trace.place_T * POSITIONS // seq_len
   routed_ZTE = trace.routed_ZTE

@@ -1,7 +1,5 @@
 """Runs some rows through a checkpoint and records the experts of each token."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +9,8 @@ from moe_jax import sharding
 from moe_jax.analysis.specialisation import Trace
 from moe_jax.config import Model
 from moe_jax.data import pipeline
-from moe_jax.model import transformer
+from moe_jax.inference import loaded
+from moe_jax.storage.weights import Weights
 
 
 class RestoredModel(NamedTuple):
@@ -20,12 +19,6 @@ class RestoredModel(NamedTuple):
   config: Model
   params: Any
   bias_ZE: jax.Array
-
-
-@functools.cache
-def _compiled(model: Model) -> Callable[..., Any]:
-  """Returns a function (params, bias_ZE, batch) -> Choices, compiled once for all checkpoints."""
-  return jax.jit(lambda *arrays: transformer.evaluate(model, *arrays, trace=True).choices)
 
 
 def collect(
@@ -37,11 +30,11 @@ def collect(
 ) -> Trace:
   """Traces the tokens of the rows with these numbers."""
   parts: list[Trace] = []
+  weights = Weights(model.params, model.bias_ZE)
   for rows_B in pipeline.eval_batches(numbers, batch_size):
     batch, domain_BL = rows.batch(rows_B), rows.domains_BL(rows_B)
-    choices = sharding.whole(
-      _compiled(model.config)(model.params, model.bias_ZE, sharding.place(batch, mesh))
-    )
+    placed = sharding.place(batch, mesh)
+    choices = sharding.whole(loaded.choices(weights, *placed, model=model.config))
     real_BL = batch.segments_BL > 0
     index_2BL = np.indices(real_BL.shape)
     row_BL = index_2BL[0] + len(parts) * batch_size

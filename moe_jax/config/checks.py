@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from moe_jax.config import mixture
 from moe_jax.config.choices import Schedule
 from moe_jax.config.fields import LARGEST_INT, flatten, walk
 from moe_jax.config.model import Model
@@ -60,7 +61,12 @@ def _of_run(config: Config) -> Iterator[Conflict]:
   if optimizer.schedule is Schedule.WSD and optimizer.warmup_steps + falls > steps:
     why = f"warm up before the last {falls} of {steps} steps, in which wsd falls"
     yield Conflict("optimizer.warmup_steps", "optimizer.decay_fraction", why)
-  if data.path and data.name != "text":
+  if data.mixture:
+    mixture.sources(data)
+    if data.path:
+      why = "each source of a mixture has its own path; leave data.path empty"
+      yield Conflict("data.path", "data.mixture", why)
+  elif data.path and data.name != "text":
     why = "only name=text reads a path; set data.name=text, or leave data.path empty"
     yield Conflict("data.path", "data.name", why)
   choices = config.model.moe.top_k if config.model.moe.num_experts else 1

@@ -22,7 +22,7 @@ from moe_jax.config.model import Model
 from moe_jax.errors import UserError
 
 SEEDS = ("train.seed", "data.seed")  # all that differs between the runs of an arm
-_FORMAT = 4  # of config.json; `upgraded` says what older ones had
+_FORMAT = 5  # of config.json; `upgraded` says what older ones had
 _SAME_MODEL = (
   "remat",
   "loss_chunk",
@@ -34,7 +34,10 @@ _SAME_MODEL = (
   "moe.bias_update_rate",
 )
 # Fields that are gone, and what to use in their place.
-_REMOVED = {"data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache"}
+_REMOVED = {
+  "data.cache_dir": "the flag --cache_dir=FOLDER or $MOE_JAX_CACHE names the cache",
+  "data.text_field": "it is config.data.column",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +47,13 @@ class Data(Section):
   name: str = option(
     "python_stdlib", "python_stdlib, python_domains, text (your own files), or a TFDS name."
   )
-  path: str = option("", "For name=text: a file, or a folder whose every file is read.")
-  text_field: str = option("text", "Key of the text in a TFDS example or a JSON line.")
+  path: str = option("", "For name=text: a file, a folder whose every file is read, or a pattern.")
+  mixture: str = option(
+    "",
+    "Several texts in place of name, by share of the rows: LABEL=WEIGHT:TEXT, ..., where TEXT is a "
+    "name or text:PATH, and may end in #COLUMN.",
+  )
+  column: str = option("text", "The text in a row of a table, a JSON line or a TFDS example.")
   train_split: str = option("train", "Text to train on, in TFDS's syntax: train[:1%] works.")
   validation_split: str = option("validation", "Text of the evaluations while training.")
   test_split: str = option("test", "Text of eval.py --split=test.")
@@ -268,6 +276,8 @@ def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
   has_latents = any(name.startswith("model.latent.") for name in values)
   if number < 4 and has_latents and "model.norm_eps" in values:  # one field was for all norms
     values.setdefault("model.latent.norm_eps", values["model.norm_eps"])
+  if number < 5 and "data.text_field" in values:
+    values["data.column"] = values.pop("data.text_field")
   return values
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from moe_jax.config import Data
-from moe_jax.data import catalog, domains, text_files
+from moe_jax.data import catalog, domains, tables, text_files
 from moe_jax.data import documents as documents_lib
 from moe_jax.data.documents import Corpus, Documents
 from moe_jax.errors import UserError
@@ -42,14 +42,14 @@ def prepare(config: Data, split: str) -> Documents:
 def _python_stdlib(config: Data) -> Corpus:
   root, names = text_files.stdlib()
   key = _library_key(config, root, names)
-  return Corpus(key, lambda _: text_files.stdlib_documents(root, names))
+  return Corpus(key, lambda *_: text_files.stdlib_documents(root, names))
 
 
 def _python_domains(config: Data) -> Corpus:
   root, names = domains.sources()
   key = _library_key(config, root, names, domains.VERSION)
   return Corpus(
-    key, lambda _: iter(domains.documents(root, tuple(names))), domains.DOMAINS, domains.split_of
+    key, lambda *_: iter(domains.documents(root, tuple(names))), domains.DOMAINS, domains.split_of
   )
 
 
@@ -65,19 +65,26 @@ def _library_key(config: Data, root: pathlib.Path, names: list[str], *version: s
 
 def _user_text(config: Data) -> Corpus:
   files = text_files.user_files(config)
-  parts = ["3", str(files.root), config.text_field]  # 3: of the rules by which files are read
+  parts = ["3", str(files.root), config.column]  # 3: of the rules by which files are read
   parts += [f"{name} {size} {time_ns}" for name, (size, time_ns) in files.seen.items()]
 
-  def read(empty: list[str]) -> Iterator[text_files.Document]:
-    for name, text in text_files.user_documents(config, files):
+  def read(empty: list[str], keep: Callable[[str], bool]) -> Iterator[text_files.Document]:
+    for name, text in text_files.user_documents(config, files, keep):
       if text.strip():
         yield name, text
+      elif of_tables:
+        yield name, ""
       else:
         empty.append(name)
 
-  labels = text_files.first_folders(files.seen)
+  of_tables = all(map(tables.is_table, files.seen))
   return Corpus(
-    f"text-{cache.key(*parts)}", read, labels, notes=text_files.describe_files(config, files)
+    f"text-{cache.key(*parts)}",
+    read,
+    text_files.first_folders(files.seen),
+    functools.partial(text_files.split_in, text_files.named_splits(files)),
+    text_files.describe_files(config, files),
+    functools.partial(text_files.document_names, config, files) if of_tables else None,
   )
 
 
@@ -92,6 +99,7 @@ DATASETS = {
   ),
   "text": Dataset(
     _user_text,
-    "your files: `config.data.path` is a file, or a folder whose every file is read",
+    "your files: `config.data.path` is a file, a folder, or a pattern: text, JSON lines, Parquet, "
+    "Arrow",
   ),
 }

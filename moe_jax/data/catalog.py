@@ -32,10 +32,10 @@ def documents(config: Data, split: str, others: list[str]) -> Documents:
     UserError: there is no such set, split or text field, or it cannot be prepared here.
     DamagedError: what is prepared cannot be read.
   """
-  builder, field = find(config.name, others), config.text_field
+  builder, field = find(config.name, others), config.column
   if field not in builder.info.features:
     raise UserError(
-      f"config.data.text_field={field!r} is not a field of config.data.name={config.name!r}, which "
+      f"config.data.column={field!r} is not a field of config.data.name={config.name!r}, which "
       f"has: {', '.join(builder.info.features)}"
     )
   name = getattr(config, f"{split}_split")
@@ -48,7 +48,7 @@ def documents(config: Data, split: str, others: list[str]) -> Documents:
   except RuntimeError as error:  # which array_record raises for a wrong checksum
     raise _damaged(config.name, builder.data_dir, error) from None
   if not isinstance(first, bytes | str):
-    raise UserError(f"config.data.text_field={field!r} holds {type(first).__name__}, not text")
+    raise UserError(f"config.data.column={field!r} holds {type(first).__name__}, not text")
 
   def read() -> Iterator[tuple[int, str, bytes]]:
     for index in range(len(source)):

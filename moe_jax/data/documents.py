@@ -16,6 +16,7 @@ from moe_jax.config import Data
 from moe_jax.data import text_files
 from moe_jax.data.text_files import SPLITS, Document
 from moe_jax.errors import UserError, few, notice, short
+from moe_jax.start import progress
 
 
 class Documents(NamedTuple):
@@ -42,17 +43,21 @@ class Corpus(NamedTuple):
 
   key: differs for different texts.
   read: yields all documents, the same each time; raises UserError for a mistake in a file. It adds
-    the names of documents without text, which it leaves out, to a list.
+    the names of documents without text, which it leaves out, to a list. It may leave out those
+    whose names a function, which says what is wanted, does not accept.
   labels: the domains that a document can have, each the first folder of its name.
   split_of: the split of a document, by its name.
   notes: lines that say what is read.
+  names: yields the names of all documents where that is less work than to read them; the documents
+    of a split then have the order in which they are read, and empty ones are read too.
   """
 
   key: str
-  read: Callable[[list[str]], Iterator[Document]]
+  read: Callable[[list[str], Callable[[str], bool]], Iterator[Document]]
   labels: tuple[str, ...] = ()
   split_of: Callable[[str], str] = text_files.split_of
   notes: tuple[str, ...] = ()
+  names: Callable[[], Iterator[str]] | None = None
 
 
 class _Listing(NamedTuple):
@@ -63,7 +68,7 @@ class _Listing(NamedTuple):
 
 
 _listings: dict[str, _Listing] = {}  # {Corpus.key}: a run's splits have one listing
-_MOST_NAMES = 10_000  # with more documents no split is empty
+_MOST_NAMES = 10_000  # with more documents no split is empty, unless files' names say so
 
 
 def no_split(config: Data, split: str, splits: list[str], error: Exception) -> UserError:
@@ -101,13 +106,19 @@ def select(
   except (ValueError, NotImplementedError) as error:
     raise no_split(config, split, list(SPLITS), error) from None
 
+  def splits_of(name: str) -> tuple[str, ...]:
+    return listing.splits.get(name) or (corpus.split_of(name),)
+
+  def wanted(name: str) -> bool:
+    return any(of in splits_of(name) for of, _ in parts)
+
   def documents() -> Iterator[tuple[int, str, bytes]]:
-    for name, text in corpus.read([]):
-      splits = listing.splits.get(name, (corpus.split_of(name),))
+    for number, (name, text) in enumerate(corpus.read([], wanted)):
+      splits = splits_of(name)
       for of in splits:
         piece = _cut(text)[of] if splits == SPLITS else text
         for place in _places(parts, of, name):
-          yield place, name, piece.encode()
+          yield number if corpus.names else place, name, piece.encode()
 
   return count, documents()
 
@@ -138,11 +149,13 @@ def _listed(config: Data, corpus: Corpus) -> _Listing:
   names: list[str] = []
   empty: list[str] = []
   keys = {split: bytearray() for split in SPLITS}
-  for name, _ in corpus.read(empty):
-    split = corpus.split_of(name)
-    keys[split] += _key(split, name)
-    if len(names) < _MOST_NAMES:
-      names.append(name)
+  with progress.waiting(f"looking through {config.path or config.name}"):
+    found = corpus.names() if corpus.names else (n for n, _ in corpus.read(empty, lambda _: True))
+    for name in found:
+      split = corpus.split_of(name)
+      keys[split] += _key(split, name)
+      if len(names) < _MOST_NAMES:
+        names.append(name)
   if not names:
     raise UserError(f"config.data.path={config.path!r}: no text in it")
   if empty:
@@ -150,13 +163,13 @@ def _listed(config: Data, corpus: Corpus) -> _Listing:
   splits: dict[str, tuple[str, ...]] = {}
   if len(names) < 3:
     splits = dict.fromkeys(names, SPLITS)
-    for name, text in corpus.read([]):
+    for name, text in corpus.read([], lambda _: True):
       if not all(_cut(text).values()):
         raise UserError(
           f"config.data.path={config.path!r}: {name} is too short to be cut into train, validation "
           "and test; give more text"
         )
-  elif not all(keys.values()):
+  elif len(names) < _MOST_NAMES and not all(keys.values()):
     *rest, validation, test = sorted(names, key=text_files.hash_of)
     splits = {name: ("train",) for name in rest}
     splits |= {validation: ("validation",), test: ("test",)}

@@ -5,8 +5,9 @@ inputs stream[i*L : i*L+L] and the targets one place later, so every token but t
 once.
 """
 
-import collections
 import dataclasses
+import hashlib
+import itertools
 import pathlib
 import re
 import time
@@ -18,14 +19,18 @@ import grain
 import numpy as np
 
 from moe_jax.config import Data
-from moe_jax.data import builders, token_files, tokenizers
+from moe_jax.config.mixture import sources as sources_of
+from moe_jax.data import builders, mixture, token_files, tokenizers
 from moe_jax.data.documents import Documents
 from moe_jax.errors import UserError, notice
+from moe_jax.start import progress
 from moe_jax.storage import cache
 
 _VERSION = "7"  # of the stored files' layout; part of its cache key
-_SECONDS = 10  # between lines of progress
+_SECONDS = 30  # of tokenizing that a killed process has to do again
+_BATCH, _BATCH_DOCUMENTS = 2**20, 1024  # bytes and documents that are tokenized together
 _GZIP_WINDOW = 2**15  # bytes that DEFLATE can refer back to
+Text = tuple[int, str, bytes]  # place, name, text of a document
 Numbers = Sequence[int] | np.ndarray  # of rows
 Array = TypeVar("Array")  # np.ndarray when rows are read, jax.Array inside a step
 
@@ -43,7 +48,7 @@ class Batch(NamedTuple, Generic[Array]):
 class Rows:
   """Rows of seq_len tokens of one split; documents follow each other and may cross rows."""
 
-  stream_N: np.ndarray
+  stream_N: np.ndarray | mixture.Joined
   seq_len: int  # L
   tokenizer: tokenizers.Tokenizer
   num_documents: int
@@ -56,6 +61,7 @@ class Rows:
   domain_M: np.ndarray
   source_M: np.ndarray
   name: Callable[[int], str] = "document {}".format
+  parts: tuple[mixture.Part, ...] = ()  # of a mixture
 
   def __len__(self) -> int:
     return -(-self.num_targets // self.seq_len)
@@ -144,6 +150,8 @@ def load_rows(config: Data, split: str) -> Rows:
   Raises:
     UserError: the config's data set, split or tokenizer cannot be read.
   """
+  if config.mixture:
+    return _mixed(config, split)
   tokenizer = tokenizers.load_tokenizer(config)
   documents = builders.prepare(config, split)
   label = f"{config.name} {getattr(config, split + '_split')}"
@@ -157,15 +165,67 @@ def load_rows(config: Data, split: str) -> Rows:
   return Rows(seq_len=config.seq_len, tokenizer=tokenizer, domains=documents.domains, **stored)
 
 
+def _mixed(config: Data, split: str) -> Rows:
+  """Returns the rows of all sources of a mixture, which are the domains of their documents."""
+  sources = sources_of(config)
+  rows = [load_rows(source.data, split) for source in sources]
+  stream_N = mixture.Joined([source.stream_N for source in rows])
+  spans = mixture.spans(stream_N.begins, config.seq_len)
+  parts = [mixture.Part(s.label, s.weight, span) for s, span in zip(sources, spans, strict=True)]
+  if split == "train" and (short := [part.label for part in parts if not part.rows]):
+    raise UserError(
+      f"config.data.mixture={config.mixture!r}: {short[0]} has no row of config.data.seq_len="
+      f"{config.seq_len}; make it smaller or give more text"
+    )
+  firsts = np.cumsum([0, *(source.num_documents for source in rows)])
+
+  def name(number: int) -> str:
+    place = int(np.searchsorted(firsts, number, side="right")) - 1
+    source = rows[place]
+    return f"{sources[place].label}/{source.name(int(source.source_M[number - firsts[place]]))}"
+
+  begins = zip(rows, [0, *(stream_N.begins[1:-1] - 1)], strict=True)
+  return Rows(
+    stream_N=stream_N,
+    seq_len=config.seq_len,
+    tokenizer=rows[0].tokenizer,
+    num_documents=int(firsts[-1]),
+    num_bytes=sum(source.num_bytes for source in rows),
+    digest=hashlib.sha256(" ".join(source.digest for source in rows).encode()).hexdigest(),
+    domains=tuple(source.label for source in sources),
+    starts_M=np.concatenate([source.starts_M + begin for source, begin in begins]),
+    domain_M=np.repeat(np.arange(len(rows)), np.diff(firsts)),
+    source_M=np.arange(firsts[-1]),
+    name=name,
+    parts=tuple(parts),
+  )
+
+
 def _tokenize(
   documents: Documents, tokenizer: tokenizers.Tokenizer, label: str, folder: pathlib.Path
 ) -> None:
   """Writes the tokens of all documents, and says how far it is and what it has done."""
   dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-  sums: collections.Counter[str] = collections.Counter()
-  start = time.monotonic()
-  encoded = _encoded(documents, tokenizer, label, sums)
-  token_files.write_tokens(folder, dtype, tokenizer.separator, encoded)
+  start = saved = time.monotonic()
+  count, texts = documents.read()
+  with (
+    token_files.TokenWriter(folder, dtype, tokenizer.separator) as writer,
+    progress.Progress(f"tokenizing {label}:", count, "documents") as told,
+  ):
+    sums = writer.sums
+    if before := sums["read"]:
+      notice(f"tokenizing {label}: goes on after {before:,} of {count:,} documents")
+      told.begin_at(before)
+    bytes_before = sums["bytes"]
+    texts = itertools.islice(texts, before, None)
+    for batch in _batched(texts):
+      _add(batch, documents, tokenizer, label, writer)
+      rate = (sums["bytes"] - bytes_before) / (time.monotonic() - start)
+      told.at(sums["read"], f"{rate / 1e6:,.1f} MB/s")
+      if time.monotonic() - saved > _SECONDS:
+        writer.save()
+        saved = time.monotonic()
+    writer.finish()
   empty = sums["empty"]
   left_out = f"; left out {empty:,} documents without text" if empty else ""
   notice(
@@ -176,35 +236,40 @@ def _tokenize(
     notice(f"note: this tokenizer changes the text: its tokens stand for {sums['counted']:,} bytes")
 
 
-def _encoded(
+def _batched(texts: Iterator[Text]) -> Iterator[list[Text]]:
+  """Yields documents together that a tokenizer's threads share."""
+  batch, size = [], 0
+  for document in texts:
+    batch.append(document)
+    size += len(document[2])
+    if size >= _BATCH or len(batch) >= _BATCH_DOCUMENTS:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _add(
+  batch: list[Text],
   documents: Documents,
   tokenizer: tokenizers.Tokenizer,
   label: str,
-  sums: collections.Counter[str],
-) -> Iterator[token_files.Encoded]:
-  """Yields the documents that are not empty, in tokens, and counts in `sums`."""
-  count, texts = documents.read()
-  start = last_notice = time.monotonic()
-  for done, (place, name, text) in enumerate(texts, 1):
-    if text:
-      ids_N = tokenizer.encode(text)
-      if (ids_N == tokenizer.separator).any():
-        raise UserError(
-          f"{label}: {name or f'document {place}'} spells the separator, the id "
-          f"{tokenizer.separator} of the tokenizer, which only begins documents; take it out of "
-          "the text"
-        )
-      counted = int(tokenizer.bytes_V[ids_N].sum())
-      sums.update(documents=1, bytes=len(text), tokens=len(ids_N), counted=counted)
-      yield token_files.Encoded(place, name, documents.domain(name), len(text), ids_N)
-    else:
-      sums["empty"] += 1
-    if (now := time.monotonic()) - last_notice > _SECONDS:
-      last_notice, rate = now, done / (now - start)
-      notice(
-        f"tokenizing {label}: {done:,} of {count:,} documents, {rate:,.0f} per second, "
-        f"{(count - done) / rate:,.0f} s to go"
+  writer: token_files.TokenWriter,
+) -> None:
+  """Writes the documents that are not empty, in tokens, and counts them."""
+  full = [document for document in batch if document[2]]
+  writer.sums.update(read=len(batch), empty=len(batch) - len(full))
+  encoded = tokenizer.encode_all([text for _, _, text in full])
+  for (place, name, text), ids_N in zip(full, encoded, strict=True):
+    if (ids_N == tokenizer.separator).any():
+      raise UserError(
+        f"{label}: {name or f'document {place}'} spells the separator, the id "
+        f"{tokenizer.separator} of the tokenizer, which only begins documents; take it out of "
+        "the text"
       )
+    counted = int(tokenizer.bytes_V[ids_N].sum())
+    writer.sums.update(documents=1, bytes=len(text), tokens=len(ids_N), counted=counted)
+    writer.add(token_files.Encoded(place, name, documents.domain(name), len(text), ids_N))
 
 
 def train_iterator(
@@ -240,6 +305,8 @@ def train_iterator(
 
 def _order(rows: Rows, config: Data) -> grain.MapDataset:
   """Returns the numbers of the training rows, endlessly, in a new order each epoch."""
+  if rows.parts:
+    return mixture.order(rows.parts, config.seed)
   return grain.MapDataset.range(rows.num_full).seed(config.seed).shuffle().repeat()
 
 

@@ -1,11 +1,14 @@
 """Reads documents from files on this machine: the standard library, or the user's own text.
 
 A hash of a document's name puts it in a split, 90/5/5, so it stays there when other documents are
-added or removed.
+added or removed. Files of tables and compressed files may name a split instead.
 """
 
 import collections
+import glob
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -13,17 +16,22 @@ import pathlib
 import re
 import stat
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from moe_jax.config import Data
-from moe_jax.errors import UserError, few
+from moe_jax.data import tables
+from moe_jax.errors import UserError, few, short
 
 SPLITS = ("train", "validation", "test")
 _MOST_DOMAINS = 32  # with more folders than this, folders are no kinds of text
 _UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls; bytes that are no UTF-8
 _LARGEST = 2**30  # the most bytes of one document, which is read whole
 _MARKUP = (".json", ".csv", ".tsv")
+_COMPRESSED = (".gz", ".zst")
+# In the name of a file on a hub: "data/train-00000-of-00002.parquet".
+_NAMED = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])", re.I)
 _LARGEST_NAMED = 2**26  # of a text that a flag names
 
 Document = tuple[str, str]  # name, text
@@ -88,11 +96,32 @@ class UserFiles(NamedTuple):
 
   root: pathlib.Path
   seen: dict[str, tuple[int, int]]  # {name: size and time of change}, sorted by name
-  unread: list[str]  # hidden names and links to folders
+  unread: list[str]  # hidden names, links to folders, and what stands beside tables
+
+
+def named_splits(files: UserFiles) -> dict[str, str]:
+  """Returns {file: the split that its name says}, of tables and compressed files of a train split.
+
+  Other files are split by hash alone, whatever their names.
+  """
+  if not all(name.lower().endswith((*tables.SUFFIXES, *_COMPRESSED)) for name in files.seen):
+    return {}
+  words = {name: found[-1].lower() for name in files.seen if (found := _NAMED.findall(name))}
+  splits = {n: word if word in SPLITS else "validation" for n, word in words.items()}
+  return splits if "train" in splits.values() else {}
+
+
+def split_in(splits: dict[str, str], document: str) -> str:
+  """Returns the split of a document: as its file says, or by its hash where no file says which."""
+  named = splits.get(document, splits.get(document.rpartition(":")[0], "train"))
+  hashed = split_of(document)
+  return hashed if named == "train" and hashed not in splits.values() else named
 
 
 def user_files(config: Data) -> UserFiles:
-  """Returns the files in the folder config.path, or the one file.
+  """Returns the files in the folder config.path, or those of a pattern ("*.parquet"), or the one.
+
+  Beside tables nothing else is read.
 
   Raises:
     UserError: config.path is empty, does not exist, or is a folder without files; or what is in it
@@ -101,21 +130,30 @@ def user_files(config: Data) -> UserFiles:
   path = pathlib.Path(config.path).expanduser().absolute()
   if not config.path:
     raise UserError(
-      "config.data.name='text' needs config.data.path: a .txt or .jsonl file, or a folder of them"
+      "config.data.name='text' needs config.data.path: a file of text, JSON lines or a table, a "
+      "folder of them, or a pattern"
     )
-  if not os.path.lexists(path):
-    raise UserError(f"config.data.path={config.path!r}: no such file or folder")
-  if not os.path.isdir(path):
-    return UserFiles(path.parent, {path.name: _look(config, path)}, [])
 
   def fail(error: OSError) -> None:
     raise _unread(config, error.filename, error) from None
 
-  names, unread = list_files(path, fail=fail)
-  seen = {name: _look(config, path / name) for name in names}
-  if not seen:
-    raise UserError(f"config.data.path={config.path!r}: no files in this folder")
-  return UserFiles(path, seen, unread)
+  unread: list[str] = []
+  if os.path.isdir(path):
+    names, unread = list_files(path, fail=fail)
+    if not names:
+      raise UserError(f"config.data.path={config.path!r}: no files in this folder")
+  elif os.path.lexists(path):
+    path, names = path.parent, [path.name]
+  else:
+    found = sorted(f for f in glob.glob(str(path), recursive=True) if not os.path.isdir(f))
+    if not found:
+      raise UserError(f"config.data.path={config.path!r}: no such file or folder")
+    path = pathlib.Path(os.path.commonpath([os.path.dirname(f) for f in found]))
+    names = [os.path.relpath(f, path) for f in found]
+  if any(map(tables.is_table, names)):  # a hub puts a README and lists of its own beside them
+    unread += [name for name in names if not tables.is_table(name)]
+    names = [name for name in names if tables.is_table(name)]
+  return UserFiles(path, {name: _look(config, path / name) for name in names}, unread)
 
 
 def describe_files(config: Data, files: UserFiles) -> tuple[str, ...]:
@@ -123,8 +161,11 @@ def describe_files(config: Data, files: UserFiles) -> tuple[str, ...]:
   endings = collections.Counter(pathlib.PurePath(name).suffix or "others" for name in files.seen)
   kinds = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
   read = f"reading all files of {config.path}: {kinds}"
-  unread = f"not read, as hidden or links to folders: {few(files.unread)}"
-  return (read, unread) if files.unread else (read,)
+  unread = f"not read, as hidden, links to folders, or beside tables: {few(files.unread)}"
+  splits = sorted(collections.Counter(named_splits(files).values()).items())
+  named = ", ".join(f"{split} {count:,}" for split, count in splits)
+  by_name = f"the files' names say the split: {named}; what they do not say is split by hash"
+  return (read, *[unread] * bool(files.unread), *[by_name] * bool(splits))
 
 
 def _look(config: Data, path: pathlib.Path) -> tuple[int, int]:
@@ -145,8 +186,9 @@ def _refusal(config: Data, path: object, why: str, remedy: str = "mend or remove
   return UserError(f"config.data.path={config.path!r}: {shown} {why}; {remedy}")
 
 
-def _unread(config: Data, path: object, error: OSError) -> UserError:
-  return _refusal(config, path, f"cannot be read ({error.strerror})")
+def _unread(config: Data, path: object, error: Exception) -> UserError:
+  why = getattr(error, "strerror", "") or short(error)
+  return _refusal(config, path, f"cannot be read ({why})")
 
 
 def first_folders(names: Iterable[str]) -> tuple[str, ...]:
@@ -158,11 +200,14 @@ def first_folders(names: Iterable[str]) -> tuple[str, ...]:
   return tuple(folders) if 2 <= len(folders) <= _MOST_DOMAINS else ()
 
 
-def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
+def user_documents(
+  config: Data, files: UserFiles, keep: Callable[[str], bool] = lambda name: True
+) -> Iterator[Document]:
   """Yields the documents in the user's files; the text of some may be nothing but white space.
 
   Each line of a file of JSON lines, by its name or its first two lines, is a document, whose text
-  is in the field config.text_field; any other file is one document.
+  is in the field config.column; so is each row of a table; any other file is one document. Of
+  tables only the texts are read whose names `keep` accepts.
 
   Raises:
     UserError: a file cannot be read, is too large or not UTF-8, or has changed since it was listed;
@@ -173,26 +218,60 @@ def user_documents(config: Data, files: UserFiles) -> Iterator[Document]:
     path = files.root / name
     _look(config, path)  # a pipe that has taken the file's place would wait for a writer
     try:
-      with open(path, "rb") as file:
-        if _holds_lines(name, file):
+      with _opened(path) as file:
+        if tables.is_table(name):
+          yield from _rows(config, path, name, keep)
+        elif _holds_lines(name, path):
           yield from _lines(config, path, name, file)
         elif markup:
           why = "is a table, or JSON without an object on each line"
           raise _refusal(config, path, why, "write its text to a .txt or a .jsonl file")
         else:
           yield name, _decode_text(config, file.read(_LARGEST + 1), path)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:  # the latter two of what is compressed
       raise _unread(config, path, error) from None
     if _look(config, path) != files.seen[name]:
       raise _refusal(config, path, "has changed while it was read", "start again when it is whole")
 
 
-def _holds_lines(name: str, file: BinaryIO) -> bool:
+def _opened(path: pathlib.Path) -> Any:
+  """Opens a file to read its bytes, decompressed where its name says that they are compressed."""
+  if path.suffix.lower() == ".gz":
+    return gzip.open(path)
+  if path.suffix.lower() == ".zst":
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+  return open(path, "rb")
+
+
+def document_names(config: Data, files: UserFiles) -> Iterator[str]:
+  """Yields the names of the documents in tables, of whose texts nothing is read."""
+  for name in files.seen:
+    path = files.root / name
+    try:
+      count = tables.num_rows(path, config.column)
+    except OSError as error:
+      raise _unread(config, path, error) from None
+    yield from (f"{name}:{row}" for row in range(count))
+
+
+def _rows(
+  config: Data, path: pathlib.Path, name: str, keep: Callable[[str], bool]
+) -> Iterator[Document]:
+  for row, text in tables.texts(path, config.column, lambda row: keep(f"{name}:{row}")):
+    if isinstance(text, bytes):
+      text = _decode_text(config, text, f"{path}, row {row},")
+    yield f"{name}:{row}", text
+
+
+def _holds_lines(name: str, path: pathlib.Path) -> bool:
   """Returns whether a file has a document on each line."""
-  lines = iter(lambda: file.readline(_LARGEST_NAMED), b"")
-  first = list(itertools.islice(filter(bytes.strip, lines), 2))
-  file.seek(0)
-  if name.lower().endswith((".jsonl", ".ndjson")):
+  with _opened(path) as file:
+    lines = iter(lambda: file.readline(_LARGEST_NAMED), b"")
+    first = list(itertools.islice(filter(bytes.strip, lines), 2))
+  name = name.lower().removesuffix(".gz").removesuffix(".zst")
+  if name.endswith((".jsonl", ".ndjson")):
     return bool(first)  # an empty one is a document without text
   try:
     return len(first) == 2 and all(isinstance(json.loads(line), dict) for line in first)
@@ -201,7 +280,7 @@ def _holds_lines(name: str, file: BinaryIO) -> bool:
 
 
 def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Iterator[Document]:
-  field = config.text_field
+  field = config.column
   lines = iter(lambda: file.readline(_LARGEST + 1), b"")
   for number, line in enumerate(lines, 1):
     where = f"{path}:{number}"
@@ -220,7 +299,7 @@ def _lines(config: Data, path: pathlib.Path, name: str, file: BinaryIO) -> Itera
       texts = [key for key, value in fields.items() if isinstance(value, str)]
       names = ", ".join(key if key.isprintable() else ascii(key) for key in texts[:9])
       raise UserError(
-        f"config.data.text_field={field!r}: {where} has no such text; its text fields: "
+        f"config.data.column={field!r}: {where} has no such text; its text fields: "
         f"{names or 'none'}"
       )
     # JSON may contain half of a surrogate pair, which UTF-8 cannot encode.

@@ -4,13 +4,13 @@ tokens.bin is the stream that pipeline.py describes, documents.npy three numbers
 names.txt their names, and about.json what else is known: also the SHA-256 of each file.
 """
 
-import array
+import collections
 import functools
 import hashlib
 import itertools
+import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from moe_jax.errors import DamagedError
 from moe_jax.storage import files
 
 _TOKENS, _DOCUMENTS, _NAMES, _ABOUT = "tokens.bin", "documents.npy", "names.txt", "about.json"
+_TABLE, _ORDERED, _STATE = "documents.bin", "ordered.bin", "state.json"  # while they are written
+_GROWING = (_TOKENS, _NAMES, _TABLE)
 
 
 class Encoded(NamedTuple):
@@ -30,54 +32,90 @@ class Encoded(NamedTuple):
   ids_N: np.ndarray  # without the separator
 
 
-def write_tokens(
-  folder: pathlib.Path, dtype: str, separator: int, documents: Iterable[Encoded]
-) -> None:
-  """Writes the files into an empty folder, whatever order the documents come in."""
-  places, domains, lengths = (array.array("q") for _ in range(3))
-  num_bytes = 0
-  begin = np.array([separator], dtype)
-  with open(folder / _TOKENS, "wb") as tokens, open(folder / _NAMES, "wb") as names:
-    for document in documents:
-      places.append(document.place)
-      domains.append(document.domain)
-      lengths.append(1 + len(document.ids_N))
-      num_bytes += document.num_bytes
-      tokens.write(begin.tobytes() + document.ids_N.astype(dtype).tobytes())
-      if document.name:
-        names.write(document.name.encode() + b"\n")
-    named = names.tell() > 0
-    tokens.write(begin.tobytes())
-  order_M = np.argsort(places, kind="stable")
-  lengths_M = np.array(lengths, np.int64)
-  if (np.diff(order_M) < 0).any():
-    _reorder(folder / _TOKENS, np.dtype(dtype), lengths_M, order_M)
-  starts_M = np.cumsum(lengths_M[order_M]) - lengths_M[order_M]
-  source_M = order_M if named else np.array(places, np.int64)
-  # Rows are contiguous, so that a search reads few pages of the map and copies nothing.
-  documents_3M = np.array([starts_M, np.array(domains, np.int64)[order_M], source_M], np.int64)
-  np.save(folder / _DOCUMENTS, documents_3M)
-  digests = {name: _sha256(folder / name) for name in (_TOKENS, _DOCUMENTS, _NAMES)}
-  about = dict(dtype=dtype, named=named, num_documents=len(places), num_bytes=num_bytes)
-  files.write_json(folder / _ABOUT, files.sealed(about | dict(files=digests)))
+class TokenWriter:
+  """Writes the files into a folder, whatever order the documents come in.
+
+  Where the folder has what a killed writer left, it goes on there: `sums` are as they were saved.
+  """
+
+  def __init__(self, folder: pathlib.Path, dtype: str, separator: int):
+    self._folder, self._dtype = folder, np.dtype(dtype)
+    self._separator = np.array([separator], dtype).tobytes()
+    saved = files.read_json(folder / _STATE, "") if (folder / _STATE).exists() else {}
+    self.sums = collections.Counter[str](saved.get("sums", {}))
+    self._files = {name: open(folder / name, "ab") for name in _GROWING}  # noqa: SIM115
+    for name, file in self._files.items():
+      file.truncate(saved.get(name, 0))  # what came after the state was saved
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for file in self._files.values():
+      file.close()
+
+  def add(self, document: Encoded) -> None:
+    tokens, names, table = self._files.values()
+    tokens.write(self._separator + document.ids_N.astype(self._dtype).tobytes())
+    if document.name:
+      names.write(document.name.encode() + b"\n")
+    row = (document.place, document.domain, 1 + len(document.ids_N), document.num_bytes)
+    table.write(np.array(row, np.int64).tobytes())
+
+  def save(self) -> None:
+    """Lets a later writer go on from here."""
+    sizes = {}
+    for name, file in self._files.items():
+      file.flush()
+      os.fsync(file.fileno())
+      sizes[name] = file.tell()
+    files.write_json(self._folder / _STATE, sizes | {"sums": self.sums})
+
+  def finish(self) -> None:
+    """Orders the documents, and leaves the files that `read_tokens` reads."""
+    tokens, names, _ = self._files.values()
+    named, folder = names.tell() > 0, self._folder
+    self.save()
+    tokens.write(self._separator)
+    self.__exit__()
+    places, domains, lengths, sizes = np.fromfile(folder / _TABLE, np.int64).reshape(-1, 4).T
+    order_M = np.argsort(places, kind="stable")
+    ordered = folder / _TOKENS
+    if (np.diff(order_M) < 0).any():
+      ordered = folder / _ORDERED
+      _reorder(folder / _TOKENS, ordered, self._dtype, lengths, order_M)
+    (folder / _STATE).unlink()  # a later writer, for whom the stream was kept, begins again now
+    ordered.replace(folder / _TOKENS)
+    starts_M = np.cumsum(lengths[order_M]) - lengths[order_M]
+    source_M = order_M if named else places
+    # Rows are contiguous, so that a search reads few pages of the map and copies nothing.
+    documents_3M = np.array([starts_M, domains[order_M], source_M], np.int64)
+    np.save(folder / _DOCUMENTS, documents_3M)
+    (folder / _TABLE).unlink()
+    digests = {name: _sha256(folder / name) for name in (_TOKENS, _DOCUMENTS, _NAMES)}
+    about = dict(dtype=self._dtype.name, named=named, num_documents=len(places))
+    about |= dict(num_bytes=int(sizes.sum()), files=digests)
+    files.write_json(folder / _ABOUT, files.sealed(about))
 
 
 def _reorder(
-  path: pathlib.Path, dtype: np.dtype, lengths_M: np.ndarray, order_M: np.ndarray
+  path: pathlib.Path,
+  ordered: pathlib.Path,
+  dtype: np.dtype,
+  lengths_M: np.ndarray,
+  order_M: np.ndarray,
 ) -> None:
-  """Brings the documents in a stream into their order."""
-  unordered = path.rename(path.with_suffix(".unordered"))
-  stream_N = np.memmap(unordered, dtype, "r")
+  """Writes the documents of a stream in their order."""
+  stream_N = np.memmap(path, dtype, "r")
   ends_M = np.cumsum(lengths_M)
-  with open(path, "wb") as tokens:
+  with open(ordered, "wb") as tokens:
     for m in order_M:
       tokens.write(stream_N[ends_M[m] - lengths_M[m] : ends_M[m]].tobytes())
     tokens.write(stream_N[-1:].tobytes())
-  unordered.unlink()
 
 
 def read_tokens(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what `write_tokens` has written as fields of pipeline.Rows; arrays are maps of files.
+  """Returns what a `TokenWriter` has written as fields of pipeline.Rows; arrays are maps of files.
 
   Raises:
     DamagedError: a file is not what was written, or is missing; no remedy is named.

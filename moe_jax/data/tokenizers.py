@@ -61,6 +61,10 @@ class Tokenizer:
     """Returns the ids of a text, integers [N]."""
     raise NotImplementedError
 
+  def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """Returns the ids of each text; the libraries of tokenizers use all cores for them."""
+    return [self.encode(text) for text in texts]
+
   @property
   def before(self) -> list[int]:
     """The ids that the tokenizer's own rules put before a text; there may be none."""
@@ -166,11 +170,15 @@ class HuggingFace(Tokenizer):
     return [repr(added) for added in new]
 
   def encode(self, text: bytes | str) -> np.ndarray:
-    return np.array(self._ids(_to_str(text)), np.int64)
+    return np.array(self._ids([text])[0], np.int64)
 
-  def _ids(self, text: str) -> list[int]:
+  def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    return [np.array(ids, np.int64) for ids in self._ids(texts)]
+
+  def _ids(self, texts: Sequence[bytes | str]) -> list[list[int]]:
+    plain = [_to_str(text) for text in texts]
     try:
-      return self._model.encode(text, add_special_tokens=False).ids
+      return [x.ids for x in self._model.encode_batch_fast(plain, add_special_tokens=False)]
     except Exception as error:  # bare; a vocabulary without a piece for unknown characters
       raise UserError(
         f"config.data.tokenizer={self._path!r} cannot encode a text: {_why(error)}"
@@ -185,7 +193,7 @@ class HuggingFace(Tokenizer):
   def encode_special(self, text: str) -> list[int]:
     self._model.encode_special_tokens = False
     try:
-      return self._ids(text)
+      return self._ids([text])[0]
     finally:
       self._model.encode_special_tokens = True
 
@@ -226,6 +234,10 @@ class SentencePiece(Tokenizer):
   def encode(self, text: bytes | str) -> np.ndarray:
     return np.array(self._model.encode(_to_str(text)), np.int64)
 
+  def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    found = self._model.encode([_to_str(text) for text in texts], num_threads=-1)
+    return [np.array(ids, np.int64) for ids in found]
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     return self._model.decode(self._text_ids(ids))
 
@@ -257,6 +269,11 @@ def load_tokenizer(config: Data) -> Tokenizer:
     raise UserError(
       f"config.data.tokenizer={name!r} is not a {kind.__name__} file, or is damaged: {_why(error)}"
     ) from error
+
+
+def shown(piece: bytes) -> str:
+  """Returns the bytes of a token as text: U+FFFD for what is no UTF-8, <|begin|> for none."""
+  return piece.decode(errors="replace") or "<|begin|>"
 
 
 def check_fits(config: Config) -> Tokenizer:

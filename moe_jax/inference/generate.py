@@ -1,4 +1,4 @@
-"""Text from a trained model: load(workdir) returns a TextGenerator with .logits and .generate.
+"""Text from a trained model: a TextGenerator has .logits and .generate; moe_jax.load returns one.
 
 Prompts are aligned at their ends and padded to a bucket of sizes, so that few programs are
 compiled. Prefill reads the prompts in one pass; then a loop on the device draws a chunk of tokens
@@ -7,7 +7,6 @@ at a time, with the cache updated in place.
 
 import functools
 import math
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,18 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import sharding
-from moe_jax.config import Model, override
+from moe_jax.config import Model
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
 from moe_jax.inference import decoding, memory, padding, sampling
 from moe_jax.inference.decoding import DecoderWeights
 from moe_jax.inference.options import check_generation
-from moe_jax.kernels import choose
-from moe_jax.model import cost, transformer
-from moe_jax.start import startup
-from moe_jax.storage import files
-from moe_jax.storage import weights as weights_lib
-from moe_jax.storage import workdir as workdir_lib
 
 _SLOT_MULTIPLE = 32  # the number of slots of a cache is a multiple of this
 _CHUNK = 32  # the most tokens of a row that the device draws before it returns them
@@ -45,32 +38,6 @@ class Completion(NamedTuple):
   text: str  # the text after the prompt
   tokens: list[int]  # of the text
   finished: bool  # the model ended the document before max_new_tokens
-
-
-def load(workdir: str | pathlib.Path, step: int = 0) -> "TextGenerator":
-  """Loads the model of a run of train.py, ready to generate on this machine's devices.
-
-  Its checkpoint of `step`, the newest for 0, and its tokenizer are read; the data are not needed.
-
-  Raises:
-    UserError: the workdir has no run or no such checkpoint, or the router cannot generate.
-  """
-  path = workdir_lib.open_path(workdir)
-  config = workdir_lib.read_config(path)
-  startup.start(config)
-  axes = sharding.of_whole_sequences(config.mesh)
-  config = override(config, {"mesh": sharding.fit_mesh(axes, parts=jax.process_count())})
-  cost.check_weights_memory(config)
-  tokenizer = tokenizers.check_fits(config)
-  workdir_lib.check_same_tokenizer(path, tokenizer.fingerprint)
-  model = choose.for_reading(config.model, workdir_lib.read_kernels(path))
-  model = decoding.for_inference(model)
-  mesh = sharding.make_mesh(config.mesh)
-  step, stored = weights_lib.read(path, step, transformer.abstract_weights(model), mesh)
-  with jax.set_mesh(mesh):
-    weights = decoding.weights(model, *stored)
-  imported = files.exists(path / workdir_lib.HF)
-  return TextGenerator(model, weights, mesh, tokenizer, step, imported)
 
 
 class TextGenerator:
@@ -111,6 +78,11 @@ class TextGenerator:
     self._memory = memory.Memory(mesh)
     self.seconds = {"prefill": 0.0, "decode": 0.0}  # of the last generation
     self.counts = {"prefill": 0, "decode": 0}  # tokens of the last generation
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of a text that begins a document, int64 [T], the ids `before` it included."""
+    begun = [*self.before, *self.tokenizer.encode(text)]
+    return np.asarray(begun or [self.tokenizer.prefix])
 
   def logits(self, tokens: Any) -> np.ndarray:
     """Returns next-token logits after every token, float32 [L, V] or [B, L, V].
@@ -229,8 +201,7 @@ class TextGenerator:
 
   def _ids(self, prompt: Prompt) -> np.ndarray:
     if isinstance(prompt, str):
-      begun = [*self.before, *self.tokenizer.encode(prompt)]
-      return np.asarray(begun or [self.tokenizer.prefix])
+      return self.encode(prompt)
     ids = np.asarray(prompt, np.int64)
     if not ids.size or ids.min() < 0 or ids.max() >= self.model.vocab_size:
       raise UserError(f"a prompt of ids: give some, from 0 to {self.model.vocab_size - 1}")

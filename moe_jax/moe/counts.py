@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.kernels import context
 from moe_jax.moe import exchange
@@ -155,3 +156,20 @@ def trace_choices(routing: Routing, kept_N: jax.Array, shape: tuple[int, ...]) -
     kept_BLE=none_TE.at[index].max(kept_N).reshape(B, L, E),
     gate_BLE=jnp.zeros((B * L, E)).at[index].add(gate_N).reshape(B, L, E),
   )
+
+
+def by_gate(
+  routed_ZTE: np.ndarray, kept_ZTE: np.ndarray, gate_ZTE: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Orders each token's experts by their gates, the largest first, from arrays of Choices.
+
+  Returns:
+    expert_ZTK, int32, gate_ZTK and dropped_ZTK, where K is the most experts that a token has; one
+    that has fewer gets -1, 0 and False.
+  """
+  K = routed_ZTE.sum(axis=-1).max(initial=0)
+  order_ZTE = np.argsort(np.where(routed_ZTE, -gate_ZTE, np.inf), axis=-1, kind="stable")
+  order_ZTK = order_ZTE[..., :K]
+  parts = (routed_ZTE, routed_ZTE & ~kept_ZTE, gate_ZTE)
+  has_ZTK, dropped_ZTK, gate_ZTK = (np.take_along_axis(x, order_ZTK, -1) for x in parts)
+  return np.where(has_ZTK, order_ZTK, -1).astype(np.int32), gate_ZTK, dropped_ZTK

@@ -114,6 +114,19 @@ def capacity_factor(moe: MoE, *, train: bool) -> float:
   return moe.capacity_factor if train else moe.eval_capacity_factor
 
 
+def with_slots(moe: MoE) -> MoE:
+  """Returns a config of the same values: a dispatch without slots gives way to `gather`."""
+  if moe.dispatch not in (Dispatch.GROUPED, Dispatch.DENSE):
+    return moe
+  return dataclasses.replace(
+    moe,
+    dispatch=Dispatch.GATHER,
+    **DEFAULT_EXCHANGE,
+    capacity_factor=capacity_factor(moe, train=True),
+    eval_capacity_factor=capacity_factor(moe, train=False),
+  )
+
+
 def layout_of(moe: MoE, shape: tuple[int, ...], *, train: bool) -> Layout:
   """Returns the layout of one device's tokens, of shape (B, L, ...)."""
   B, L = shape[:2]

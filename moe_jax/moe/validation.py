@@ -5,7 +5,7 @@ import math
 import pathlib
 from collections.abc import Callable, Iterator
 
-from moe_jax.config import Config, Exchange, ExchangeFallback, MoE, Priority, checks
+from moe_jax.config import Config, Exchange, ExchangeFallback, Mesh, MoE, Priority, checks, override
 from moe_jax.config.checks import Conflict
 from moe_jax.config.fields import LARGEST_INT, flatten
 from moe_jax.errors import UserError
@@ -199,3 +199,17 @@ def validate_generation(moe: MoE) -> None:
       "batch, so a generated token would not get those of the evaluation; train with a learned "
       "router"
     )
+
+
+def at_capacity(config: Config, factor: float) -> Config:
+  """The same model with another capacity in evaluation; inf drops nothing.
+
+  A dropless dispatch has no slots, so it gives way to `gather`: what a model trained without drops
+  loses where it has to run with them. With expert_choice nothing is dropped, and the factor is how
+  many tokens each expert takes.
+  """
+  moe = dispatch.with_slots(config.model.moe) if factor < math.inf else config.model.moe
+  changed = override(config, {"model.moe": moe, "model.moe.eval_capacity_factor": factor})
+  # Without the mesh: it is made for evaluation, and a batch of training need not split over it.
+  validate(dataclasses.replace(changed, mesh=Mesh()))
+  return changed

@@ -67,7 +67,7 @@ def toy(config: Config, processes: int) -> Config:
     "model.moe.expert_dim": 16 * tensor, "model.moe.shared_dim": min(moe.shared_dim, 16 * tensor),
     "model.window": min(model.window, 16), "model.loss_chunk": min(model.loss_chunk, 32),
     "model.moe.group_size": group, "model.moe.exchange_chunks": chunks,
-    "data.name": "python_stdlib", "data.path": "", "data.tokenizer": "bytes",
+    "data.name": "python_stdlib", "data.path": "", "data.mixture": "", "data.tokenizer": "bytes",
     "data.seq_len": seq_len, "data.batch_size": rows * accumulation,
     "data.train_split": "train", "data.validation_split": "validation", "data.test_split": "test",
     "train.accumulation": accumulation, "train.steps": 1000, "train.log_every": 1,
@@ -122,7 +122,8 @@ def rehearse(config: Config, args: argparse.Namespace) -> None:
     + " ".join([f"--config={args.config[0]}", *_words("--config.")]),
     "the flags of the chips, the network between hosts, containers",
     f"the file system of --workdir={args.workdir}, which every host has to see",
-    f"the text, data.name={config.data.name} and data.tokenizer={config.data.tokenizer}",
+    f"the text, data.{'mixture' if config.data.mixture else 'name'}="
+    f"{config.data.mixture or config.data.name} and data.tokenizer={config.data.tokenizer}",
     *_words(_LEFT_OUT),
     "at toy size: " + ", ".join(changed),
     sep="\n  ",

@@ -67,10 +67,11 @@ def build_once(
   build: Callable[[pathlib.Path], None],
   read: Callable[[pathlib.Path], Contents],
 ) -> Contents:
-  """Returns `read(path)`, after `build(empty folder)` has made the folder if it did not exist.
+  """Returns `read(path)`, after `build(folder)` has made the folder if it did not exist.
 
   The folder appears under its name only when it is complete. Other processes wait for the process
   that builds it. If `read(path)` raises a DamagedError, the folder is removed and built again.
+  Where a process was stopped that built it, `build` is given what it left.
 
   Raises:
     UserError: the cache folder cannot be written.
@@ -88,13 +89,13 @@ def build_once(
         notice(f"{error}; it is removed and made again")
         shutil.rmtree(path, ignore_errors=True)
       partial = path.with_name(path.name + ".partial")
-      shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
       try:
-        partial.mkdir()
+        partial.mkdir(exist_ok=True)
         build(partial)
         os.replace(partial, path)
-      finally:
+      except Exception:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
       return read(path)
   except OSError as error:
     kind = StorageError if is_storage(error) else UserError

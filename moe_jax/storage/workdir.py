@@ -21,7 +21,7 @@ KERNELS = "kernels.json"  # {operation: the implementation that computes it in t
 FLAGS = "flags.json"  # the flags of the compilers and libraries that the newest start set
 INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters this run began with
 PLACEMENT = "placement.json"  # the experts that changed places at steps (training/placement.py)
-TRACKER = "tracker.json"  # {tracker, id} of the run's record in wandb, trackio or mlflow
+TRACKER = "tracker.json"  # {tracker, id, last line sent} of the record in wandb, trackio or mlflow
 METRICS = "metrics.jsonl"  # one line for each logged step
 ALARMS = "alarms.jsonl"  # one line for each alarm
 EVAL = "eval.json"  # the result of eval.py
@@ -53,7 +53,7 @@ _REMEDY = {
 _KINDS: dict[str, dict[str, type]] = {
   SAVED: {"step": int},
   INIT: {"workdir": str, "step": int, "optimizer": bool},
-  TRACKER: {"tracker": str, "id": str},
+  TRACKER: {"tracker": str, "id": str, "last": list},
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_jax import sharding
 from moe_jax.config import OnNonfinite
-from moe_jax.data import pipeline
+from moe_jax.data import mixture, pipeline
 from moe_jax.errors import StorageError
 from moe_jax.kernels import chips
 from moe_jax.start import progress
@@ -268,6 +268,8 @@ class Loop:
     logged: dict[str, Any] = values | self._speed()
     if self.config.health.on_nonfinite is OnNonfinite.SKIP:
       logged["skipped_updates"] = self.monitor.skipped
+    drawn = (self._batch_number(step) + 1) * self.config.data.batch_size
+    logged |= mixture.metrics(self.rows.parts, drawn)
     if "load_ZE" in values:
       logged["device_overload_Z"] = metrics.device_overload(
         values["load_ZE"], self.config.mesh.expert

@@ -12,7 +12,7 @@ import jax
 
 from moe_jax import sharding
 from moe_jax.config import Config
-from moe_jax.data import pipeline, tokenizers
+from moe_jax.data import mixture, pipeline, tokenizers
 from moe_jax.errors import DamagedError, UserError, shown
 from moe_jax.kernels import choose
 from moe_jax.model import cost
@@ -182,6 +182,8 @@ def _record(setup: Setup, workdir: pathlib.Path, text: Text) -> None:
   device, config = jax.devices()[0], setup.config
   print(command_line.difference(config), cost.cost_report(config, setup.shapes.opt_state), sep="\n")
   print(f"device             {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
+  for line in mixture.describe(text.train.parts, config.data.batch_size):
+    print(line)
   if notice := sharding.split_notice(config.mesh):
     print(f"mesh               {notice}")
 

@@ -4,7 +4,6 @@ Apart from metrics.py, because tensorboardX imports much (torch, where it is ins
 """
 
 import contextlib
-import math
 import pathlib
 import time
 from typing import Any
@@ -17,15 +16,15 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import placement
-from moe_jax.training.tracker import Tracker
+from moe_jax.training import tracker as tracker_lib
 
 
 class Writer:
   """Writes metrics to metrics.jsonl and to TensorBoard.
 
-  metrics.jsonl has one line for each logged step, with arrays as lists. TensorBoard and the tracker
-  have numbers and lists, but no arrays of two dimensions. Experts that have changed places keep
-  their numbers.
+  metrics.jsonl has one line for each logged step, with arrays as lists. TensorBoard has numbers and
+  lists, but no arrays of two dimensions; so has a tracker, which reads metrics.jsonl. Experts that
+  have changed places keep their numbers.
   """
 
   def __init__(self, workdir: pathlib.Path, resume_step: int, tracker: str = ""):
@@ -43,7 +42,7 @@ class Writer:
       self._events = EventsWriter(str(self._folder / "events"))
     begin = SessionLog(status=SessionLog.START)  # hides what an earlier start wrote of later steps
     self._add(Event(wall_time=time.time(), step=resume_step + 1, session_log=begin))
-    self._tracker = Tracker(tracker, workdir) if tracker else None
+    self._tracker = tracker_lib.Tracker(tracker, workdir) if tracker else None
 
   def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
     """Writes the metrics of a step under the names `prefix`/name.
@@ -56,22 +55,12 @@ class Writer:
       values = values | {n: np.take_along_axis(v, self._place_ZE, 1) for n, v in found.items()}
     plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
     workdir_lib.append_line(self._path, {"step": step, **plain})
-    scalars: dict[str, float] = {}
-    for name, value in plain.items():
-      if isinstance(value, (int, float)):
-        scalars[name] = value
-      elif name.endswith("_Z"):
-        scalars |= {f"{name}/{layer}": number for layer, number in enumerate(value)}
-    # A number that is not finite would be drawn nowhere.
-    scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
     self._add(
       *(
         Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
-        for name, value in scalars.items()
+        for name, value in tracker_lib.scalars(plain).items()
       )
     )
-    if self._tracker:
-      self._tracker.log(step, scalars)
 
   def _add(self, *events: Event) -> None:
     with files.storage_errors(self._folder):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from moe_jax.analysis import causal, evaluation
+from moe_jax.analysis import causal
 from moe_jax.config import Dispatch, Priority, Router, override
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
+from moe_jax.moe import dispatch
 from tests.support.toy_text import S, read, toy_model, toy_rows
 from tests.support.toys import mesh_of, toy_config
 
@@ -49,7 +50,7 @@ CHOOSING = dict(router=Router.EXPERT_CHOICE, renormalize=False, eval_capacity_fa
 def test_hiding_the_future_changes_what_depends_on_it(fields, is_causal, one_device):
   """Bit for bit nothing where routing is causal."""
   config = toy_config(**fields)
-  config = override(config, {"model.moe": evaluation.with_slots(config.model.moe)})
+  config = override(config, {"model.moe": dispatch.with_slots(config.model.moe)})
   model, rows = toy_model(config), toy_rows([30, 3, 17, 25], [0, 1, 0, 1])
   hidden_RL, forced_RL = causal.causal_losses(model, rows, [0, 2, 4, 6], 8, mesh_of())
   np.testing.assert_array_equal(hidden_RL[:, -1], forced_RL[:, -1])  # nothing is left to hide

@@ -13,6 +13,7 @@ from moe_jax import sharding
 from moe_jax.analysis import evaluation
 from moe_jax.config import Dispatch, Exchange, Mesh, Router, override
 from moe_jax.errors import UserError
+from moe_jax.moe import dispatch, validation
 from moe_jax.training import evaluator
 from tests.support.scripts import built, evaluate, python, refused
 from tests.support.toy_text import toy_rows, weights
@@ -21,12 +22,12 @@ from tests.support.toys import toy_config
 
 def test_a_dropless_run_is_gathered_for_a_capacity_alone():
   own = toy_config(dispatch=Dispatch.GROUPED, exchange=Exchange.ALL_TO_ALL, exchange_factor=2.0)
-  moe = evaluation.at_capacity(own, 1.5).model.moe
+  moe = validation.at_capacity(own, 1.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.GATHER, 1.5)
   assert own.model.moe.dispatch is Dispatch.GROUPED  # the run's own config stays
-  assert evaluation.at_capacity(own, math.inf).model.moe.dispatch is Dispatch.GROUPED
-  assert evaluation.with_slots(own.model.moe).eval_capacity_factor == math.inf
-  moe = evaluation.at_capacity(toy_config(dispatch=Dispatch.EINSUM), 0.5).model.moe
+  assert validation.at_capacity(own, math.inf).model.moe.dispatch is Dispatch.GROUPED
+  assert dispatch.with_slots(own.model.moe).eval_capacity_factor == math.inf
+  moe = validation.at_capacity(toy_config(dispatch=Dispatch.EINSUM), 0.5).model.moe
   assert (moe.dispatch, moe.eval_capacity_factor) == (Dispatch.EINSUM, 0.5)
 
 
@@ -54,7 +55,7 @@ def test_a_batch_of_training_need_not_split_over_the_devices_here():
   config = toy_config({"train.accumulation": 4, "eval.batch_size": 8})
   config = override(config, {"mesh": evaluation.mesh_here(config)})
   assert config.mesh.data == 8
-  assert evaluation.at_capacity(config, 1.5).mesh.data == 8
+  assert validation.at_capacity(config, 1.5).mesh.data == 8
 
 
 @pytest.mark.slow

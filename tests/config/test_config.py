@@ -96,7 +96,7 @@ def test_no_limit_is_strict_json():
   config = toy_config(capacity_factor=math.inf)
   text = to_json(config)
   values = json.loads(text, parse_constant=pytest.fail)  # Infinity, NaN
-  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 4
+  assert values["model"]["moe"]["capacity_factor"] == "inf" and values["format"] == 5
   assert from_json(text) == config
   assert flatten(config)["model.moe.capacity_factor"] == "inf"
 
@@ -112,8 +112,8 @@ def test_a_stored_config_of_before_means_what_it_meant():
   assert (moe.capacity_factor, moe.eval_capacity_factor) == (math.inf, 2.0)
   moe = from_json(stored(1, **fields)).model.moe
   assert moe.capacity_factor == 0.0  # which validate() refuses
-  with pytest.raises(UserError, match="of format 5, made by a newer moe_jax"):
-    from_json(stored(5, **fields))
+  with pytest.raises(UserError, match="of format 6, made by a newer moe_jax"):
+    from_json(stored(6, **fields))
 
 
 def test_the_norms_of_latents_had_the_epsilon_of_the_others():
@@ -127,6 +127,12 @@ def test_the_norms_of_latents_had_the_epsilon_of_the_others():
 def test_a_stored_norm_of_queries_and_keys_was_a_bool(word, meant):
   text = json.dumps({"format": 2, "model": {"qk_norm": word}})
   assert from_json(text).model.qk_norm is meant
+
+
+def test_the_column_of_a_text_had_another_name():
+  assert from_json('{"format": 4, "data": {"text_field": "body"}}').data.column == "body"
+  with pytest.raises(UserError, match=r"no field config.data.text_field; it is config.data.column"):
+    override(toy_config(), {"data.text_field": "body"})
 
 
 def test_a_stored_cache_folder_is_dropped():

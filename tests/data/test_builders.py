@@ -102,7 +102,7 @@ def test_a_part_that_a_text_does_not_have_is_refused(part, text):
 def counting(own_cache, monkeypatch):
   """A data set of three documents in each of two domains, in each split, under a new name."""
 
-  def documents(left_out):
+  def documents(left_out, keep):
     words = ((word, split, i) for word in "ab" for split in SPLITS for i in range(3))
     yield from ((f"{word}/{split}/{i}", f"{word} {split} {i}") for word, split, i in words)
 
@@ -184,7 +184,7 @@ def test_splits_of_a_catalog_set_can_be_added(catalog):
   [
     ("test_split", "tset", "train, validation, test"),
     ("test_split", "test[:0%]", ""),
-    ("text_field", "body", "has: text"),
+    ("column", "body", "has: text"),
   ],
 )
 def test_what_a_catalog_set_does_not_have_is_refused(field, value, known, catalog):

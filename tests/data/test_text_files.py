@@ -54,7 +54,7 @@ def test_folder_of_few_files_fills_every_split(text):
 @pytest.fixture
 def bodies(text):
   """A config for documents under `body`."""
-  return dataclasses.replace(text, text_field="body")
+  return dataclasses.replace(text, column="body")
 
 
 @pytest.fixture
@@ -100,16 +100,16 @@ def test_a_path_that_is_missing_is_refused(path, why, text, tmp_path):
   ({"a.txt": b"short"}, ["config.data.path", "a.txt is too short"]),
   ({"a.txt": b" \n"}, ["config.data.path", "no text"]),
   ({"a.jsonl": b'{"text": "x"}\n{"body": "y", "id": 3}'},
-   ["config.data.text_field='text'", "a.jsonl:2", "its text fields: body"]),
+   ["config.data.column='text'", "a.jsonl:2", "its text fields: body"]),
   ({"a.jsonl": b'{"text": "x"}\n\n{"text": '}, ["a.jsonl:3", "not JSON"]),
-  ({"a.jsonl": b"[1]"}, ["config.data.text_field='text'", "a.jsonl:1"]),
+  ({"a.jsonl": b"[1]"}, ["config.data.column='text'", "a.jsonl:1"]),
   ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl:1", "not UTF-8"]),
   ({"a.jsonl": b"[" * 100_000}, ["a.jsonl:1", "not JSON", "mend or remove"]),
   ({"a.jsonl": b'{"text": "x", "n": ' + b"1" * 10_000 + b"}"}, ["a.jsonl:1", "not JSON"]),
   ({"a.jsonl": b'{"a\\u001b[31m\\nb": "x"}'}, ["a.jsonl:1", r"fields: 'a\x1b[31m\nb'"]),
   ({"a.json": b'[{"text": "x"}]\n'}, ["a.json is a table, or JSON without", "a .jsonl file"]),
   ({"a.csv": b"text,id\nx,1\n", "b.json": b"{}"}, ["a.csv is a table, or JSON without"]),
-  ({"a.txt": b'{"body": "x"}\n{"body": "y"}\n'}, ["config.data.text_field='text'", "a.txt:1"]),
+  ({"a.txt": b'{"body": "x"}\n{"body": "y"}\n'}, ["config.data.column='text'", "a.txt:1"]),
   ({"a.txt": "text".encode("utf-16")}, ["a.txt", "not UTF-8"]),
   ({"a\nb.txt": b"text"}, [r"a\nb.txt", "does not print", "rename it"]),
   ({os.fsdecode(b"\xff.txt"): b"text"}, [r"\udcff.txt", "not UTF-8", "rename it"]),
@@ -229,7 +229,9 @@ def test_what_is_read_of_a_folder_is_said_and_what_is_not(text, capfd):
   assert sorted(joined(map(everything, rows))) == sorted(c.encode() for c in written.values())
   said = capfd.readouterr().err
   assert f"reading all files of {text.path}: 1 .txt, 1 .md, 1 .csv, 1 others, 1 .json\n" in said
-  assert "not read, as hidden or links to folders: .h\\x07, sub/.git, sub/back\n" in said
+  assert (
+    "not read, as hidden, links to folders, or beside tables: .h\\x07, sub/.git, sub/back\n" in said
+  )
   load(text)
   assert not capfd.readouterr().err
 

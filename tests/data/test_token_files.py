@@ -1,6 +1,11 @@
 """Stored tokens: in what order they are, and what is damaged is named and made again."""
 
+import json
 import os
+import pathlib
+import re
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -126,10 +131,62 @@ def test_documents_are_stored_in_the_order_of_their_places(tmp_path):
     token_files.Encoded(place, f"name {text}", place % 2, len(text), np.array([*text]))
     for place, text in texts.items()
   )
-  token_files.write_tokens(tmp_path, "uint16", 256, documents)
+  with token_files.TokenWriter(tmp_path, "uint16", 256) as writer:
+    for document in documents:
+      writer.add(document)
+    writer.finish()
   stored = token_files.read_tokens(tmp_path)
   assert stored["stream_N"].tolist() == [S, *b"c", S, *b"c", S, *b"def", S, *b"ab", S]
   assert stored["starts_M"].tolist() == [0, 2, 4, 8] and stored["domain_M"].tolist() == [0, 1, 1, 1]
   names = [stored["name"](number) for number in stored["source_M"]]
   assert names == [f"name {texts[place]}" for place in (2, 3, 5, 7)]
   assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".npy", ".txt", ".json"}
+
+
+_SLOW = """
+import sys, time
+from moe_jax.config import Data
+from moe_jax.data import pipeline, tokenizers
+from moe_jax.start import progress
+pipeline._SECONDS, pipeline._BATCH_DOCUMENTS, progress.SECONDS = 0, 10, 0.2
+encode_all = tokenizers.Bytes.encode_all
+def slowly(self, texts):
+  time.sleep(0.02)
+  return encode_all(self, texts)
+tokenizers.Bytes.encode_all = slowly
+pipeline.load_rows(Data(name="text", path=sys.argv[1]), "train")
+"""
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_tokenizing_that_is_stopped_goes_on_where_it_was(signal_number, text, own_cache, capfd):
+  """With the same tokens, bit for bit, though the documents are not read in their order."""
+  lines = [json.dumps({"text": f"document {n}, " + "naïve " * (n % 9)}) for n in range(1000)]
+  (pathlib.Path(text.path) / "x.jsonl").write_text("\n".join(lines))
+  command = [sys.executable, "-c", _SLOW, text.path]
+  child = subprocess.Popen(
+    command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, stderr=subprocess.PIPE
+  )
+  said = [next(line for line in child.stderr if "tokenizing" in line) for _ in range(3)]
+  assert re.fullmatch(
+    r"tokenizing text train: \d+ of [89]\d\d documents, 0\.\d MB/s, \d+ documents/s, "
+    r"ETA 0:00:0\d\n",
+    said[-1],
+  ), said
+  child.send_signal(signal_number)
+  child.communicate()
+  (left,) = own_cache.glob("tokens/*.partial")
+  done = int(json.loads((left / "state.json").read_text())["sums"]["read"])
+  rows = pipeline.load_rows(text, "train")
+  assert done > 20 and f"text train: goes on after {done} of {rows.num_documents} documents" in (
+    capfd.readouterr().err
+  )
+  assert not list(own_cache.glob("tokens/*.partial"))
+  (folder,) = own_cache.glob("tokens/*/")
+  assert {path.suffix for path in folder.iterdir()} == {".bin", ".npy", ".txt", ".json"}
+  whole, names = everything(rows), [rows.name(m) for m in rows.source_M]
+  shutil.rmtree(own_cache)
+  again = pipeline.load_rows(text, "train")
+  assert again.digest == rows.digest and everything(again) == whole
+  assert [again.name(m) for m in again.source_M] == names
+  np.testing.assert_array_equal(again.starts_M, rows.starts_M)

@@ -310,3 +310,12 @@ def test_a_text_that_spells_the_separator_is_refused(tmp_path):
     tokenizer=str(tmp_path / "tokenizer.json"),
   )
   assert "text.txt spells the separator, the id 0" in error_of(config)
+
+
+@pytest.mark.parametrize("make", [train_bpe, train_sentencepiece, lambda _: tokenizers.Bytes()])
+def test_many_texts_are_encoded_as_each_alone(make, tmp_path):
+  path = tmp_path / {train_bpe: "tokenizer.json"}.get(make, "x.model")
+  tokenizer = make(path)
+  texts = [text.encode() for text in (HARD, "", "x", *PROSE.splitlines(keepends=True))]
+  found = tokenizer.encode_all(texts)
+  assert [ids.tolist() for ids in found] == [tokenizer.encode(text).tolist() for text in texts]

@@ -44,14 +44,18 @@ def test_two_processes_tokenize_at_once_without_tensorflow(stdlib, own_cache):
   assert not list(own_cache.glob("*/*.partial"))
 
 
-def test_a_failed_build_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_a_failed_build_leaves_nothing_and_an_interrupted_one_what_it_had(error, tmp_path):
   def fail(folder):
     (folder / "half").write_text("x")
-    raise KeyboardInterrupt
+    raise error("here")
 
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(error, match="here"):
     cache.build_once(tmp_path / "made", fail, pathlib.Path.exists)
-  assert [path.name for path in tmp_path.iterdir()] == ["made.lock"]
+  left = sorted(path.name for path in tmp_path.iterdir())
+  assert left == ["made.lock", "made.partial"][: 1 + (error is KeyboardInterrupt)]
+  had = cache.build_once(tmp_path / "made", lambda _: None, lambda path: list(path.iterdir()))
+  assert [path.name for path in had] == ["half"] * (error is KeyboardInterrupt)
 
 
 def test_second_load_is_silent_and_the_same(stdlib, capfd):

@@ -30,7 +30,7 @@ SIZES = {
   "model.latent.value_dim": (3, 4), "model.window": (0, 3), "model.global_every": (0, 2),
 }  # fmt: skip
 # The text, which validate() does not read.
-_TEXT = re.compile(r"data\.(name|text_field|tokenizer|.*_split)")
+_TEXT = re.compile(r"data\.(name|mixture|column|tokenizer|.*_split)")
 
 
 def draw(rng: np.random.Generator, check: Callable[[Config], Config]) -> tuple[Config, list[str]]:

@@ -37,7 +37,7 @@ WORDS = """[
                'model.moe.capacity_factor': float('inf'),
                'optimizer.learning_rate': 1e-5, 'data.train_split': "train[:5%] & 'x' "}),
     arm('dense', {'model.qkv_bias': True}, match('dense', by='flops_per_token')),
-    arm('cosine', {'mesh.data': 1, 'data.text_field': ''})]"""
+    arm('cosine', {'mesh.data': 1, 'data.column': ''})]"""
 RUNS = [(name, seed) for name in ("k1", "dense", "cosine") for seed in (0, 3)]
 
 
@@ -72,7 +72,7 @@ def test_a_dense_arm_is_evaluated_without_options_about_experts(words_run):
 def test_the_command_line_names_nothing_but_what_differs(words_plan):
   """Seed 0 is the base's."""
   assert words_plan.runs[4].command == (
-    "python train.py --config=configs/debug.py --config.data.text_field= --config.mesh.data=1 "
+    "python train.py --config=configs/debug.py --config.data.column= --config.mesh.data=1 "
     "--workdir=runs/x/cosine/seed0"
   )
 

@@ -1,16 +1,16 @@
 """Runs that wandb, trackio and MLflow keep a record of, without a network; and ones that fail."""
 
 import json
+import math
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.storage import workdir as workdir_lib
-from moe_jax.training import tracker, tracker_worker
+from moe_jax.training import tracker
 from tests.support import trackers
 from tests.support.scripts import CONSTANT, ONE_DEVICE
 from tests.support.toys import ROOT, slow_unless, toy_config
@@ -42,33 +42,47 @@ def steps(record, name):
   return [step for step, values in record.points if name in values]
 
 
+def line(step, **values):
+  return {"step": step, "train/loss": 1.5 / step} | values
+
+
+def log(workdir, lines):
+  for values in lines:
+    workdir_lib.append_line(workdir / workdir_lib.METRICS, values)
+
+
 @pytest.mark.parametrize("name", slow_unless(["wandb", "trackio"], trackers.NAMES))
 def test_a_second_start_goes_on_with_the_record(name, workdir):
+  """It sends what the first has not sent, and not again the steps that it takes again."""
   trackers.needs(name)
-  for taken in ([1, 2, 3], [3, 4]):  # killed after a checkpoint of step 2, it takes 3 again
-    record = tracker.Tracker(name, workdir)
-    for step in taken:
-      record.log(step, {"train/loss": 1.5 / step} | {f"train/load/{n}": 0.1 for n in range(150)})
-    record.close()
+  loads = {"train/load_Z": [0.1] * 150, "train/load_ZE": [[0.5]], "train/bad": math.nan}
+  record = tracker.Tracker(name, workdir)
+  log(workdir, [line(1, **loads), line(2), line(3)])
+  record.close()
+  log(workdir, [line(4)])  # without a tracker
+  workdir_lib.keep_lines(workdir / workdir_lib.METRICS, 2)  # killed after the checkpoint of step 2
+  record = tracker.Tracker(name, workdir)
+  log(workdir, [line(3), {"step": 3, "validation/loss": 2.0}, line(4), line(5)])
+  record.close()
   kept = workdir_lib.read_object(workdir / workdir_lib.TRACKER)
-  assert kept["tracker"] == name
+  assert kept["tracker"] == name and kept["last"] == [5, False]
   found = trackers.read(name, workdir.parent, kept["id"])
-  assert steps(found, "train/loss") == [1, 2, 3, 3, 4] == steps(found, "train/load/149")
+  assert steps(found, "train/loss") == [1, 2, 3, 4, 5]
+  assert steps(found, "validation/loss") == [3] and steps(found, "train/load_Z/149") == [1]
+  assert not steps(found, "train/load_ZE") and not steps(found, "train/bad")
   assert {values["train/loss"] for step, values in found.points if "train/loss" in values} == {
-    1.5 / step for step in (1, 2, 3, 4)
+    1.5 / step for step in (1, 2, 3, 4, 5)
   }
   assert str(found.config["model.dim"]) == "10" and found.config["kernels.attention"] == "blocks"
-  assert found.config["commit"] == tracker_worker.commit()
+  assert found.config["commit"] == tracker.commit()
   assert not any(found.ends)
 
 
 def test_a_library_that_fails_is_off_after_one_line(workdir, tmp_path, monkeypatch, capfd):
   library(tmp_path, monkeypatch, "def init(*_, **__):\n  raise OSError('no network\\nat all')\n")
   record = tracker.Tracker("trackio", workdir)
-  while record._process.poll() is None:
-    time.sleep(0.01)
-  for step in range(100):
-    record.log(step, {"train/loss": 1.0})
+  record._process.wait()
+  log(workdir, map(line, range(1, 100)))
   record.close()
   assert capfd.readouterr().err == (
     "--tracker=trackio is off until the next start, and the run goes on: no network at all\n"
@@ -78,21 +92,20 @@ def test_a_library_that_fails_is_off_after_one_line(workdir, tmp_path, monkeypat
 def test_a_library_that_hangs_costs_no_time_before_the_end(workdir, tmp_path, monkeypatch, capfd):
   library(tmp_path, monkeypatch, "import time\ntime.sleep(600)\n")
   monkeypatch.setattr(tracker, "_SECONDS", 0.5)
-  monkeypatch.setattr(tracker, "_WAITING", 1000)
-  record, begin = tracker.Tracker("trackio", workdir), time.monotonic()
-  for step in range(500):
-    record.log(step, {"train/loss": 1.0} | {f"train/load/{n}": 0.1 for n in range(200)})
-  assert time.monotonic() - begin < 2  # 2.7 MB, and a pipe takes one
-  process = record._process
+  record = tracker.Tracker("trackio", workdir)
+  log(workdir, map(line, range(1, 100)))
   record.close()
   assert "trackio is off until the next start, and the run goes on: not" in capfd.readouterr().err
-  assert process.wait(10) < 0
-  record = tracker.Tracker("trackio", workdir)
-  for step in range(10_000):
-    record.log(step, {"train/loss": 1.0} | {f"train/load/{n}": 0.1 for n in range(200)})
-  record.close()
-  (line,) = capfd.readouterr().err.splitlines()
-  assert line.endswith("takes nothing any more, and 1,000 messages wait for it")
+  assert record._process.wait(10) < 0
+
+
+def test_a_line_that_is_half_written_is_sent_when_it_is_whole(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("one\ntw")
+  with open(path) as file:
+    assert list(tracker._whole_lines(file)) == ["one\n"]
+    path.write_text("one\ntwo\nthree\n")
+    assert list(tracker._whole_lines(file)) == ["two\n", "three\n"]
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
@@ -155,8 +168,8 @@ def test_a_run_that_is_killed_and_one_that_is_stopped(name, tmp_path, cache, tex
   record = workdir_lib.read_object(run / workdir_lib.TRACKER)["id"]
   found = trackers.read(name, tmp_path, record)
   for metric in ("train/loss", "validation/loss"):
-    logged = {step: values[metric] for step, values in found.points if metric in values}
-    assert sorted(logged.items()) == numbers(run, metric)
+    logged = [(step, values[metric]) for step, values in found.points if metric in values]
+    assert sorted(logged) == numbers(run, metric)  # each once
   assert found.config["kernels.attention"] and found.config["data.path"] == str(text)
   plots = sorted(path.name for path in found.images)
   assert [plot.split("_")[0].split(".")[0] for plot in plots] == ["balance", "load", "loss"] or (
