@@ -65,6 +65,7 @@ def main() -> None:
     from moe_jax.analysis import evaluation, specialisation
     from moe_jax.report import single
     from moe_jax.start import startup
+    from moe_jax.training import tracker
 
   with startup.together(args.multihost, args.heartbeat_timeout, config):
     result, routing = evaluation.evaluate_run(
@@ -83,6 +84,7 @@ def main() -> None:
   if routing:
     texts.append(specialisation.specialisation_table(routing))
   print("\n".join(filter(None, texts)))
+  tracker.attach_plots(workdir_lib.open_path(args.workdir))
 
 
 def of_other_text(args: argparse.Namespace) -> None:

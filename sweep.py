@@ -6,11 +6,13 @@ launch/sweep.sbatch; --dry-run prints the commands, for another scheduler. --con
 changes a field in every arm. A sweep file is a Python program, and is run.
 """
 
+import os
 import pathlib
 import sys
 
 from moe_jax.errors import UserError
 from moe_jax.start import command_line
+from moe_jax.training import tracker
 
 _PARSER = command_line.Parser(__doc__, fields=True)
 _PARSER.flag("sweep", "", "a Python file with a question and get_sweep()")
@@ -18,6 +20,7 @@ _PARSER.flag("out", "", "the folder of the runs, created if it does not exist")
 _PARSER.flag("jobs", 1, "runs at a time on this machine", at_least=1, at_most=1000)
 _PARSER.flag("launcher", "local", "what runs them", ["local", "slurm"])
 _PARSER.flag("slots", 0, "with --launcher=slurm: runs at a time; by default all", at_least=0)
+_PARSER.flag("tracker", "", "a copy of each run's metrics goes there", ["", *tracker.NAMES])
 _PARSER.flag("dry-run", False, "print the commands and do nothing")
 _PARSER.flag("arms", [], "the arms to run; all by default")
 _PARSER.flag("seeds", [], "the seeds to run; by default those of the sweep file")
@@ -36,6 +39,9 @@ def main() -> None:
   slurm = args.launcher == "slurm"
   if args.slots and not slurm:
     raise UserError(f"--slots={args.slots} belongs to --launcher=slurm; here it is --jobs")
+  tracker.check(args.tracker)
+  if args.tracker:
+    os.environ[tracker.VARIABLE] = args.tracker  # which its runs inherit
   if not args.dry_run:
     command_line.check_folder("out", args.out)
   from moe_jax.sweep import runner  # imports jax

@@ -6,10 +6,13 @@ parameters, FLOPs and memory and trains nothing; --diff prints what differs from
 --rehearse=N tries the job as N processes on this machine, at toy size (docs/launch.md).
 """
 
+import os
+
 from moe_jax.config import checks, override
 from moe_jax.errors import UserError
 from moe_jax.kernels.chips import CHIPS
 from moe_jax.start import command_line
+from moe_jax.training import tracker
 
 _PARSER = command_line.Parser(__doc__, fields=True)
 _PARSER.add_argument(
@@ -39,6 +42,12 @@ _PARSER.flag(
 )
 _PARSER.flag(
   "rehearse", 0, "try the job as so many processes here, at toy size, then exit", at_least=2
+)
+_PARSER.flag(
+  "tracker",
+  os.environ.get(tracker.VARIABLE, ""),
+  "a copy of the metrics goes there (docs/guide.md)",
+  ["", *tracker.NAMES],
 )
 _PARSER.flag("profile", "", "trace the steps FIRST:LAST, both included, into WORKDIR/profile")
 
@@ -71,6 +80,7 @@ def main() -> None:
     state = optimizers.abstract_state(config)
     print(cost.cost_report(config, state, args.device))
     return
+  tracker.check(args.tracker)
   if not args.workdir:
     raise UserError("--workdir is missing: name the run's folder, --workdir=runs/NAME")
   if not args.rehearse:
@@ -99,6 +109,7 @@ def main() -> None:
       profile=args.profile,
       resume_step=args.resume_step,
       place_experts=args.placement == "balanced",
+      tracker=args.tracker,
     )
 
 

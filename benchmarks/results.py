@@ -5,9 +5,10 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 import time
 from typing import Any
+
+from moe_jax.training.tracker import commit
 
 ROOT = pathlib.Path(__file__).parents[1]
 _START = time.perf_counter()
@@ -47,21 +48,6 @@ def processor() -> str:
   lines = path.read_text().splitlines() if path.exists() else []
   names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-  """Returns the checkout's commit, with + if files differ from it; "" outside a checkout."""
-  try:
-    git = subprocess.run(
-      ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return ""
-  return git.stdout.strip()
 
 
 def target(what: str, measured: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:

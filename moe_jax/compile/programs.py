@@ -25,7 +25,7 @@ from moe_jax.model.cost import gib
 from moe_jax.model.pattern import bias_shape
 from moe_jax.model.transformer import abstract_params
 from moe_jax.moe import validation
-from moe_jax.start import flags
+from moe_jax.start import flags, progress
 from moe_jax.storage import checkpoint
 from moe_jax.training import setup as setup_lib
 from moe_jax.training import step as step_lib
@@ -106,7 +106,8 @@ def compile_for(
     counted = flops_lib.count(traced.jaxpr, cost.mean_keys(config))
     start = time.monotonic()
     try:
-      compiled = traced.lower().compile(compiler_options=flags.compiler_options(set_flags))
+      with progress.waiting("compiling"):
+        compiled = traced.lower().compile(compiler_options=flags.compiler_options(set_flags))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moe_jax.config.run import to_json
 from moe_jax.errors import UserError
 from moe_jax.model.cost import gib
 from moe_jax.moe import validation
+from moe_jax.start import progress
 from moe_jax.storage import cache, files
 
 
@@ -51,8 +53,11 @@ def search(
     )
   say(f"{len(found)} layouts, of which {sum(fits(e, target) for e in found)} are expected to fit")
   tried: list[Tried] = []
-  for number, one in enumerate(_distinct(found, target)[:compiles]):
-    say(f"compiling {number + 1} of {compiles}: {fields(one.config)}")
+  chosen, start = _distinct(found, target)[:compiles], time.monotonic()
+  for number, one in enumerate(chosen):
+    each = (time.monotonic() - start) / max(number, 1)
+    left = f", ETA {progress.clock(each * (len(chosen) - number))}" if number else ""
+    say(f"compiling {number + 1} of {len(chosen)}{left}: {fields(one.config)}")
     tried.append(_compiled(one, target, say))
   check_remat([t.result for t in tried if t.result])
   return found, sorted(tried, key=lambda t: t.result["seconds"]["step"] if t.result else 1e9)

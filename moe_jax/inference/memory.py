@@ -12,6 +12,7 @@ import jax
 
 from moe_jax.errors import UserError
 from moe_jax.kernels import platform
+from moe_jax.start import progress
 
 _MOST = 2**30  # tokens
 
@@ -40,7 +41,9 @@ class Memory:
     key = (function, arguments[1].shape, *static.values())
     if key in self._fitting:
       return
-    program = function.lower(*arguments, **static).compile()
+    says = jax.process_index() == 0
+    with progress.waiting("compiling") if says else contextlib.nullcontext():
+      program = function.lower(*arguments, **static).compile()
     usage = program.memory_analysis()  # None on platforms that do not tell
     needed = usage.argument_size_in_bytes + usage.output_size_in_bytes if usage else 0
     needed += usage.temp_size_in_bytes - usage.alias_size_in_bytes if usage else 0

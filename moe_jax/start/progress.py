@@ -60,7 +60,8 @@ class Progress:
 
   def close(self) -> None:
     """Takes the line off a terminal."""
-    _clear()
+    if self._told > self._started:
+      _clear()
 
 
 @contextlib.contextmanager
@@ -79,7 +80,8 @@ def waiting(what: str) -> Iterator[None]:
   finally:
     over.set()
     thread.join()
-    _clear()
+    if time.monotonic() - start > SECONDS:
+      _clear()
 
 
 def _show(line: str) -> None:

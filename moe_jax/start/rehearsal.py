@@ -32,7 +32,7 @@ _KERNELS = ("model.attention", "model.moe.grouped_matmul", "model.moe.exchange")
 _HERE = dict.fromkeys(["cudnn", "splash", "mosaic", "mosaic_tpu_v2", "triton"], "auto")
 _HERE["ragged"] = "all_to_all"
 # Flags that need what is not here: the job's checkpoints, and its steps.
-_LEFT_OUT = ("--init_", "--placement", "--resume_step", "--replay", "--profile")
+_LEFT_OUT = ("--init_", "--placement", "--resume_step", "--replay", "--profile", "--tracker")
 
 
 class Failed(UserError):

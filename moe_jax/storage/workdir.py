@@ -21,6 +21,7 @@ KERNELS = "kernels.json"  # {operation: the implementation that computes it in t
 FLAGS = "flags.json"  # the flags of the compilers and libraries that the newest start set
 INIT = "init.json"  # {workdir, step, optimizer} of the run whose parameters this run began with
 PLACEMENT = "placement.json"  # the experts that changed places at steps (training/placement.py)
+TRACKER = "tracker.json"  # {tracker, id, last line sent} of the record in wandb, trackio or mlflow
 METRICS = "metrics.jsonl"  # one line for each logged step
 ALARMS = "alarms.jsonl"  # one line for each alarm
 EVAL = "eval.json"  # the result of eval.py
@@ -43,6 +44,7 @@ _REMEDY = {
   KERNELS: "delete it, and the next start chooses the kernels again",
   SAVED: "delete it; the checkpoints that are there then count as all",
   INIT: "put it back from a copy; without it the run no longer knows what it began with",
+  TRACKER: "delete it, and the next start begins another record",
   EVAL: "delete it and run eval.py again",
   ROUTING: "delete it and run eval.py --routing again",
 }
@@ -51,6 +53,7 @@ _REMEDY = {
 _KINDS: dict[str, dict[str, type]] = {
   SAVED: {"step": int},
   INIT: {"workdir": str, "step": int, "optimizer": bool},
+  TRACKER: {"tracker": str, "id": str, "last": list},
 }
 
 

@@ -13,6 +13,7 @@ from moe_jax import sharding
 from moe_jax.config import BalanceScope, Config, Model
 from moe_jax.data import pipeline
 from moe_jax.model import transformer
+from moe_jax.start import progress
 from moe_jax.training import losses, metrics
 
 
@@ -97,7 +98,8 @@ class Evaluator:
     if by_document:
       shape = self._rows.starts_M.shape
       documents = DocumentSums(*(np.zeros(shape, dtype) for dtype in (float, int, int)))
-    for numbers_B in pipeline.eval_batches(self.numbers, self.batch_size):
+    told = progress.Progress("evaluated", len(self.numbers), "rows")
+    for done, numbers_B in enumerate(pipeline.eval_batches(self.numbers, self.batch_size), 1):
       if self.stopped():
         raise InterruptedError
       batch = self._rows.batch(numbers_B)
@@ -107,6 +109,9 @@ class Evaluator:
       total = host if total is None else jax.tree.map(np.add, total, host)
       if documents is not None:
         self._add_documents(documents, numbers_B, batch, sharding.whole(nll_BL))
+      if jax.process_index() == 0:
+        told.at(min(done * self.batch_size, len(self.numbers)))
+    told.close()
     sums, num_bytes = total
     return EvalSums(sums, num_bytes, documents)
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import types
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import grain
@@ -41,6 +42,7 @@ class Loop:
     profiler: Profiler,
     batches: grain.DatasetIterator,
     rows: pipeline.Rows,
+    tracker: str,
   ):
     """Prepares the loop.
 
@@ -52,10 +54,11 @@ class Loop:
       profiler: traces the steps that were asked for.
       batches: of this process, from the next step on.
       rows: that the batches are made of.
+      tracker: the name of one, or "" for none.
     """
     self.config, self.path, self.saver, self.start = setup.config, path, saver, start
     self.profiler = profiler
-    self.writer = writer.Writer(path, start) if jax.process_index() == 0 else None
+    self.writer = writer.Writer(path, start, tracker) if jax.process_index() == 0 else None
     self.stop_signal, self.stop_time = 0, -math.inf  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
     chip, count = chips.chip_of(jax.devices()[0].device_kind), jax.device_count()
@@ -127,8 +130,7 @@ class Loop:
       self.profiler.before(step + 1, state)
       with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
         batch = sharding.to_global(next(self.batches), mesh)
-        compiles = self.watchdog.paused() if step == self.start else contextlib.nullcontext()
-        with compiles:
+        with self._compiling() if step == self.start else contextlib.nullcontext():
           state, step_metrics = step_fn(state, batch)
       step += 1
       self.mark += self.profiler.after(step, state)
@@ -159,6 +161,14 @@ class Loop:
         if self.unread and not self.stop_signal:
           raise BrokenPipeError
         break
+
+  @contextlib.contextmanager
+  def _compiling(self) -> Iterator[None]:
+    """Says how long the first step takes, in process 0; no watchdog counts it."""
+    says = jax.process_index() == 0
+    told = progress.waiting("compiling the step") if says else contextlib.nullcontext()
+    with self.watchdog.paused(), told:
+      yield
 
   def _save(self, step: int, state: TrainState, loss: float) -> None:
     """Saves a state if it is finite; of the last step it has to be."""

@@ -50,6 +50,7 @@ def run(
   profile: str = "",
   resume_step: int = NEWEST,
   place_experts: bool = False,
+  tracker: str = "",
 ) -> None:
   """Trains until config.train.steps, from the newest checkpoint of the workdir if it has one.
 
@@ -62,6 +63,7 @@ def run(
     profile: FIRST:LAST, the steps to trace.
     resume_step: go on from this checkpoint and set newer ones aside; 0 begins again.
     place_experts: spread heavy experts over the devices when the checkpoint is read.
+    tracker: the name of the tracker that gets a copy of the metrics, or "" for none.
 
   Raises:
     UserError: the arguments, the workdir and the text on disk do not fit together.
@@ -88,7 +90,9 @@ def run(
     while True:
       try:
         with jax.set_mesh(setup.mesh):
-          return _train(setup, path, text, source, window, resume_step, rewinds, place_experts)
+          return _train(
+            setup, path, text, source, window, resume_step, rewinds, place_experts, tracker
+          )
       except health.Rewind as rewind:
         resume_step = NEWEST
         rewinds.append(_rewound(setup.config, path, rewind, len(rewinds)))
@@ -193,6 +197,7 @@ def _train(
   resume_step: int,
   rewinds: list[dict[str, Any]],
   place_experts: bool,
+  tracker: str,
 ) -> None:
   """Trains from a checkpoint, or from step 0, to the end; raises Rewind where it is to go back."""
   keep = setup.config.train
@@ -229,7 +234,7 @@ def _train(
   batches = text.batches(setup)
   pipeline.skip_to(batches, next_after(start, next_batch, rewinds))
   profiler = profiling.Profiler(window, path, start)
-  loop = Loop(setup, path, saver, start, profiler, batches, text.train)
+  loop = Loop(setup, path, saver, start, profiler, batches, text.train, tracker)
   evaluator = Evaluator(config, text.validation, setup.mesh, config.eval.batches)
   # A run that was asked to stop has saved this step without the evaluation that it was due.
   planned = 0 in (start % config.train.eval_every, start % config.train.checkpoint_every)

@@ -31,7 +31,7 @@ from moe_jax.data import tokenizers
 from moe_jax.errors import UserError
 from moe_jax.model import pattern, transformer
 from moe_jax.moe import dispatch, routers, routing, validation
-from moe_jax.start import command_line, startup
+from moe_jax.start import command_line, progress, startup
 from moe_jax.storage import weights as weights_lib
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.storage.weights import Weights
@@ -191,7 +191,7 @@ def write_upcycled(source: str, config: Config, workdir: str, method: str, amoun
   setup = setup_lib.make(config, sharding.make_mesh(config.mesh))
   shapes = transformer.abstract_weights(before.model)
   step, stored = weights_lib.read(path, number or 0, shapes, setup.mesh)
-  with jax.set_mesh(setup.mesh):
+  with progress.waiting(f"upcycling {path}"), jax.set_mesh(setup.mesh):
     key = jax.random.key(config.train.seed)
     make = jax.jit(
       lambda params: upcycle(params, before.model, config.model, method, amount, key),

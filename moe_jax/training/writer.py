@@ -1,10 +1,9 @@
-"""The files that a run's metrics are written to.
+"""The files that a run's metrics are written to, and the tracker that gets a copy.
 
 Apart from metrics.py, because tensorboardX imports much (torch, where it is installed).
 """
 
 import contextlib
-import math
 import pathlib
 import time
 from typing import Any
@@ -17,17 +16,22 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from moe_jax.storage import files
 from moe_jax.storage import workdir as workdir_lib
 from moe_jax.training import placement
+from moe_jax.training import tracker as tracker_lib
 
 
 class Writer:
   """Writes metrics to metrics.jsonl and to TensorBoard.
 
   metrics.jsonl has one line for each logged step, with arrays as lists. TensorBoard has numbers and
-  lists, but no arrays of two dimensions. Experts that have changed places keep their numbers.
+  lists, but no arrays of two dimensions; so has a tracker, which reads metrics.jsonl. Experts that
+  have changed places keep their numbers.
   """
 
-  def __init__(self, workdir: pathlib.Path, resume_step: int):
-    """Opens both; what they have of steps after `resume_step` is deleted or hidden."""
+  def __init__(self, workdir: pathlib.Path, resume_step: int, tracker: str = ""):
+    """Opens both; what they have of steps after `resume_step` is deleted or hidden.
+
+    `tracker` is the name of one, or "" for none.
+    """
     self._place_ZE = placement.recorded(workdir, resume_step + 1)
     self._path = workdir / workdir_lib.METRICS
     workdir_lib.keep_lines(self._path, resume_step)
@@ -38,6 +42,7 @@ class Writer:
       self._events = EventsWriter(str(self._folder / "events"))
     begin = SessionLog(status=SessionLog.START)  # hides what an earlier start wrote of later steps
     self._add(Event(wall_time=time.time(), step=resume_step + 1, session_log=begin))
+    self._tracker = tracker_lib.Tracker(tracker, workdir) if tracker else None
 
   def write(self, step: int, values: dict[str, Any], prefix: str) -> None:
     """Writes the metrics of a step under the names `prefix`/name.
@@ -50,17 +55,10 @@ class Writer:
       values = values | {n: np.take_along_axis(v, self._place_ZE, 1) for n, v in found.items()}
     plain = {f"{prefix}/{name}": np.asarray(value).tolist() for name, value in values.items()}
     workdir_lib.append_line(self._path, {"step": step, **plain})
-    scalars = []
-    for name, value in plain.items():
-      if isinstance(value, (int, float)):
-        scalars.append((name, value))
-      elif name.endswith("_Z"):
-        scalars += [(f"{name}/{layer}", number) for layer, number in enumerate(value)]
     self._add(
-      *(  # a number that is not finite would be drawn nowhere
+      *(
         Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
-        for name, value in scalars
-        if math.isfinite(value)
+        for name, value in tracker_lib.scalars(plain).items()
       )
     )
 
@@ -78,3 +76,5 @@ class Writer:
   def close(self) -> None:
     with contextlib.suppress(OSError):  # of a full disk, which `write` has told
       self._events.close()
+    if self._tracker:
+      self._tracker.close()
