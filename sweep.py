@@ -55,6 +55,7 @@ def main() -> None:
     seeds=[int(seed) for seed in args.seeds],
     overrides=args.overrides,
     cache_dir=args.cache_dir,
+    tracker=args.tracker,
     slurm=slurm,
   )
   sys.exit(code)

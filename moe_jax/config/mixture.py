@@ -48,5 +48,5 @@ def sources(data: Data) -> list[Source]:
 def _refusal(data: Data, why: str) -> UserError:
   return UserError(
     f"config.data.mixture={data.mixture!r}: {why}; write LABEL=WEIGHT:TEXT, ..., where TEXT is the "
-    "name of a data set, or text:PATH of files, and may end in #COLUMN"
+    "name of a data set, or text:PATH of files without a comma, and may end in #COLUMN"
   )

@@ -78,11 +78,12 @@ def _user_text(config: Data) -> Corpus:
         empty.append(name)
 
   of_tables = all(map(tables.is_table, files.seen))
+  splits = text_files.named_splits(files)
   return Corpus(
     f"text-{cache.key(*parts)}",
     read,
     text_files.first_folders(files.seen),
-    functools.partial(text_files.split_in, text_files.named_splits(files)),
+    functools.partial(text_files.split_in, splits, frozenset(splits.values())),
     text_files.describe_files(config, files),
     functools.partial(text_files.document_names, config, files) if of_tables else None,
   )

@@ -44,12 +44,15 @@ class Joined:
 
 
 def drawn(parts: Sequence[Part], count: int) -> list[int]:
-  """Returns how many of the first `count` rows come from each source: its share, within 1."""
+  """Returns how many of the first `count` rows come from each source: its share, within 2.
+
+  The largest share is taken first, so that the rounding of the others is not its own.
+  """
   weights = [max(round(part.weight * _PARTS), 1) for part in parts]
-  left, rest, taken = count, sum(weights), []
-  for weight in weights:
-    taken.append(-(-left * weight // rest))
-    left, rest = left - taken[-1], rest - weight
+  left, rest, taken = count, sum(weights), [0] * len(parts)
+  for source in sorted(range(len(parts)), key=lambda source: -weights[source]):
+    taken[source] = -(-left * weights[source] // rest)
+    left, rest = left - taken[source], rest - weights[source]
   return taken
 
 

@@ -5,6 +5,7 @@ inputs stream[i*L : i*L+L] and the targets one place later, so every token but t
 once.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -213,11 +214,12 @@ def _tokenize(
     progress.Progress(f"tokenizing {label}:", count, "documents") as told,
   ):
     sums = writer.sums
+    bytes_before = sums["bytes"]
     if before := sums["read"]:
       notice(f"tokenizing {label}: goes on after {before:,} of {count:,} documents")
+      collections.deque(itertools.islice(texts, before), maxlen=0)  # reads them, and no more
+      start = time.monotonic()
       told.begin_at(before)
-    bytes_before = sums["bytes"]
-    texts = itertools.islice(texts, before, None)
     for batch in _batched(texts):
       _add(batch, documents, tokenizer, label, writer)
       rate = (sums["bytes"] - bytes_before) / (time.monotonic() - start)
@@ -225,6 +227,8 @@ def _tokenize(
       if time.monotonic() - saved > _SECONDS:
         writer.save()
         saved = time.monotonic()
+    if not sums["documents"]:
+      raise UserError(f"{label}: no document there has text; name another split, or give some text")
     writer.finish()
   empty = sums["empty"]
   left_out = f"; left out {empty:,} documents without text" if empty else ""

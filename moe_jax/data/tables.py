@@ -20,8 +20,8 @@ def is_table(name: str) -> bool:
 
 def num_rows(path: pathlib.Path, column: str) -> int:
   """Returns the number of rows, of which a Parquet file reads nothing but its footer."""
-  with _opened(path, column) as (count, _):
-    return count
+  with _opened(path, column) as (count, batches):
+    return sum(map(len, batches)) if count is None else count
 
 
 def texts(
@@ -48,8 +48,8 @@ def texts(
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path, column: str) -> Iterator[tuple[int, Iterator[Any]]]:
-  """Opens a table, and gives the number of its rows and its column in pieces."""
+def _opened(path: pathlib.Path, column: str) -> Iterator[tuple[int | None, Iterator[Any]]]:
+  """Opens a table, and gives the number of its rows, if it is known, and its column in pieces."""
   import pyarrow
   from pyarrow import compute, parquet
 
@@ -63,29 +63,28 @@ def _opened(path: pathlib.Path, column: str) -> Iterator[tuple[int, Iterator[Any
         groups = [about.row_group(number) for number in range(about.num_row_groups)]
         size = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
         rows = min(max(_BATCH // max(size, 1), 1), 2**16)
-        count, batches = about.num_rows, file.iter_batches(rows, columns=names[:1])
+        count, batches = about.num_rows, file.iter_batches(rows, columns=[column])
       else:
         source = stack.enter_context(pyarrow.memory_map(str(path)))
         stream = source.read(6) != b"ARROW1"  # which datasets.save_to_disk writes
-        names = _find(path, _reader(source, stream).schema, column)
-        count = sum(batch.num_rows for batch in _batches(source, stream))
-        batches = _batches(source, stream)
+        schema = _reader(source, stream).schema
+        names = _find(path, schema, column)
+        reader = _reader(source, stream, [schema.get_field_index(names[0])])
+        count, numbers = None, () if stream else range(reader.num_record_batches)
+        batches = iter(reader) if stream else map(reader.get_batch, numbers)
       pieces = (batch.column(names[0]) for batch in batches)
       yield count, (compute.struct_field(x, names[1:]) if names[1:] else x for x in pieces)
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise OSError(short(error)) from None
 
 
-def _reader(source: Any, stream: bool) -> Any:
+def _reader(source: Any, stream: bool, fields: list[int] | None = None) -> Any:
+  """Returns a reader of a whole Arrow file, of all fields or these."""
   import pyarrow
 
   source.seek(0)
-  return pyarrow.ipc.open_stream(source) if stream else pyarrow.ipc.open_file(source)
-
-
-def _batches(source: Any, stream: bool) -> Iterator[Any]:
-  reader = _reader(source, stream)
-  return iter(reader) if stream else map(reader.get_batch, range(reader.num_record_batches))
+  options = pyarrow.ipc.IpcReadOptions(included_fields=fields or [])
+  return (pyarrow.ipc.open_stream if stream else pyarrow.ipc.open_file)(source, options=options)
 
 
 def _find(path: pathlib.Path, schema: Any, column: str) -> list[str]:
@@ -103,13 +102,17 @@ def _find(path: pathlib.Path, schema: Any, column: str) -> list[str]:
       if types.is_struct(field.type):
         yield from leaves(field.type, (*before, field.name))
 
-  found = {".".join(names): (names, kind) for names, kind in leaves(schema)}
+  # A column of that very name comes before the field of a struct.
+  by_depth = sorted(leaves(schema), key=lambda leaf: -len(leaf[0]))
+  found = {".".join(names): (names, kind) for names, kind in by_depth}
   known = ", ".join(name for name, (_, kind) in found.items() if is_text(kind)) or "none"
   if column not in found:
     raise UserError(
       f"config.data.column={column!r}: {path} has no such column; its columns of text: {known}"
     )
   names, kind = found[column]
+  if len(schema.get_all_field_indices(names[0])) > 1:
+    raise UserError(f"config.data.column={column!r}: {path} has that column twice; rename one")
   if not is_text(kind):
     raise UserError(
       f"config.data.column={column!r}: {path} has {kind} there, not text; its columns of text: "

@@ -31,7 +31,7 @@ _LARGEST = 2**30  # the most bytes of one document, which is read whole
 _MARKUP = (".json", ".csv", ".tsv")
 _COMPRESSED = (".gz", ".zst")
 # In the name of a file on a hub: "data/train-00000-of-00002.parquet".
-_NAMED = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])", re.I)
+_NAMED = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
 _LARGEST_NAMED = 2**26  # of a text that a flag names
 
 Document = tuple[str, str]  # name, text
@@ -100,22 +100,28 @@ class UserFiles(NamedTuple):
 
 
 def named_splits(files: UserFiles) -> dict[str, str]:
-  """Returns {file: the split that its name says}, of tables and compressed files of a train split.
+  """Returns {file: the split that its name says}, of tables and compressed files.
 
-  Other files are split by hash alone, whatever their names.
+  A folder's whole name says it before a word of the file's own. {} where none says train; the names
+  of other files say nothing.
   """
-  if not all(name.lower().endswith((*tables.SUFFIXES, *_COMPRESSED)) for name in files.seen):
-    return {}
-  words = {name: found[-1].lower() for name in files.seen if (found := _NAMED.findall(name))}
-  splits = {n: word if word in SPLITS else "validation" for n, word in words.items()}
+  splits = {}
+  for name in files.seen:
+    *folders, own = name.lower().split("/")
+    words = [folder for folder in folders if _NAMED.fullmatch(folder)] or _NAMED.findall(own)
+    if words and own.endswith((*tables.SUFFIXES, *_COMPRESSED)):
+      splits[name] = words[0] if words[0] in SPLITS else "validation"
   return splits if "train" in splits.values() else {}
 
 
-def split_in(splits: dict[str, str], document: str) -> str:
-  """Returns the split of a document: as its file says, or by its hash where no file says which."""
+def split_in(splits: dict[str, str], taken: frozenset[str], document: str) -> str:
+  """Returns the split of a document: as its file says, or by its hash where no file says which.
+
+  `taken` are the splits that files name.
+  """
   named = splits.get(document, splits.get(document.rpartition(":")[0], "train"))
   hashed = split_of(document)
-  return hashed if named == "train" and hashed not in splits.values() else named
+  return hashed if named == "train" and hashed not in taken else named
 
 
 def user_files(config: Data) -> UserFiles:

@@ -46,6 +46,7 @@ class TokenWriter:
     self._files = {name: open(folder / name, "ab") for name in _GROWING}  # noqa: SIM115
     for name, file in self._files.items():
       file.truncate(saved.get(name, 0))  # what came after the state was saved
+      file.seek(0, os.SEEK_END)  # which the place of a file that is cut is not
 
   def __enter__(self) -> Self:
     return self

@@ -34,8 +34,8 @@ class Progress:
     self.close()
 
   def begin_at(self, done: float) -> None:
-    """What an earlier start has done counts for no rate."""
-    self._first = done
+    """What was done before, and the time until now, counts for no rate."""
+    self._first, self._started = done, time.monotonic()
 
   def at(self, done: float, more: str = "") -> None:
     """To be called often, with all that is done so far; `more` stands before the rate."""

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -119,7 +120,7 @@ def rehearse(config: Config, args: argparse.Namespace) -> None:
   print(
     "not rehearsed:",
     "memory, time and kernels of the true sizes: python -m moe_jax.compile --topology=CHIPS "
-    + " ".join([f"--config={args.config[0]}", *_words("--config.")]),
+    + shlex.join([f"--config={args.config[0]}", *_words("--config.")]),
     "the flags of the chips, the network between hosts, containers",
     f"the file system of --workdir={args.workdir}, which every host has to see",
     f"the text, data.{'mixture' if config.data.mixture else 'name'}="

@@ -53,7 +53,7 @@ _REMEDY = {
 _KINDS: dict[str, dict[str, type]] = {
   SAVED: {"step": int},
   INIT: {"workdir": str, "step": int, "optimizer": bool},
-  TRACKER: {"tracker": str, "id": str, "last": list},
+  TRACKER: {"tracker": str, "id": str, "last": list, "rewinds": int},
 }
 
 

@@ -166,8 +166,8 @@ def describe_plan(plan: Plan) -> str:
   return "\n".join(lines)
 
 
-def dry_run(plan: Plan, flags: str = "") -> str:
+def dry_run(plan: Plan, flags: str = "", of_training: str = "") -> str:
   """Returns `describe_plan` as comments, then both commands of each run, which end with `flags`."""
   comments = [f"# {line}".rstrip() for line in describe_plan(plan).splitlines()]
-  commands = (f"{run.command}{flags} && {run.evaluate}{flags}" for run in plan.runs)
+  commands = (f"{run.command}{of_training}{flags} && {run.evaluate}{flags}" for run in plan.runs)
   return "\n".join([*comments, *commands])

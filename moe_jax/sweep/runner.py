@@ -234,6 +234,7 @@ def run_sweep(
   seeds: Sequence[int],
   overrides: dict[str, Any],
   cache_dir: str = "",
+  tracker: str = "",
   slurm: bool = False,
 ) -> int:
   """Expands and checks a sweep file, then runs the runs that are not finished.
@@ -242,7 +243,7 @@ def run_sweep(
     path, out, arms, seeds, overrides: as of `make_plan`.
     jobs: how many runs at a time.
     dry_run: whether to print the commands instead of running them.
-    cache_dir: for the commands of a dry run; the runs themselves inherit $MOE_JAX_CACHE.
+    cache_dir, tracker: for the commands of a dry run; the runs themselves inherit variables.
     slurm: whether Slurm runs them, and not this machine; `jobs` is then 0 for as many as it will.
 
   Returns:
@@ -263,7 +264,8 @@ def run_sweep(
   record_lib.read_record(out)
   plan = plan_lib.make_plan(path, out, arms=arms, seeds=seeds, overrides=overrides)
   if dry_run:
-    print(plan_lib.dry_run(plan, f" --cache_dir={shlex.quote(cache_dir)}" if cache_dir else ""))
+    flags = f" --cache_dir={shlex.quote(cache_dir)}" if cache_dir else ""
+    print(plan_lib.dry_run(plan, flags, f" --tracker={tracker}" if tracker else ""))
     return 0
   print(plan_lib.describe_plan(plan), flush=True)
   with files.storage_errors(out):

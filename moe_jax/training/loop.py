@@ -61,6 +61,7 @@ class Loop:
     self.writer = writer.Writer(path, start, tracker) if jax.process_index() == 0 else None
     self.stop_signal, self.stop_time = 0, -math.inf  # the first signal, and the clock at it
     self.unread = False  # nobody reads what is printed
+    self.stopped = False  # before the last step, as somebody has asked
     chip, count = chips.chip_of(jax.devices()[0].device_kind), jax.device_count()
     self.flops_fraction = setup.counts.flops_per_token / (chip.flops * count) if chip else 0.0
     self.monitor = health.Monitor(setup.config, setup.moe_layers, path, start)
@@ -115,7 +116,7 @@ class Loop:
         self.saver.wait()
       self.saver.close()
       if self.writer:
-        self.writer.close()
+        self.writer.close(self.stopped)
 
   def _take_steps(
     self,
@@ -152,6 +153,7 @@ class Loop:
             self._save(step, state, loss)
             self.save_seconds += time.perf_counter() - begin
         self.mark = time.perf_counter()
+      self.stopped = stop
       if stop and not last:
         with self.watchdog.paused():
           self.saver.wait()

@@ -12,11 +12,12 @@ import json
 import math
 import os
 import pathlib
-import select
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ VARIABLE = "MOE_JAX_TRACKER"  # the default of --tracker, which a sweep sets for
 _PROJECT = "moe_jax"
 _ROOT = pathlib.Path(__file__).parents[2]
 _SECONDS = 60.0  # that the end of a run waits for what is not sent yet
+_SECONDS_OF_STOP = 10.0  # the same where a scheduler has asked the run to stop
 _SAVE_SECONDS = 30.0  # between two notes of what is sent
 _OFF = "is off until the next start, and the run goes on"
 
@@ -49,9 +51,9 @@ class Tracker:
   def __init__(self, name: str, workdir: pathlib.Path, *plots: pathlib.Path):
     """Begins the record, or goes on with it; with `plots` these are all that it gets."""
     self._name, self._process = name, None
-    lines = os.devnull if plots else str(files.growing(workdir / workdir_lib.METRICS))
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    words = [name, str(workdir), lines, *map(str, plots)]
+    lines = files.growing(workdir / workdir_lib.METRICS)
+    words = [name, str(workdir), str(lines), *map(str, plots)]
     try:
       # Signals to the process group are not for it: it ends after the run's last line.
       self._process = subprocess.Popen(
@@ -65,18 +67,22 @@ class Tracker:
     except OSError as error:
       notice(f"--tracker={name} {_OFF}: cannot start a process: {error.strerror}")
 
-  def close(self) -> None:
-    """Ends the record, as of a failure while an error is raised; waits for what is unsent."""
+  def close(self, stopped: bool = False) -> None:
+    """Ends the record, as of a failure while an error is raised; waits for what is unsent.
+
+    Not long if the run is `stopped` by a scheduler, which soon kills it.
+    """
     if not self._process:
       return
     said = b"failed" if sys.exc_info()[0] else b"finished"
+    seconds = min(_SECONDS, _SECONDS_OF_STOP) if stopped else _SECONDS
     try:
       with progress.waiting(f"{self._name} still has to send what was logged"):
-        self._process.communicate(said, _SECONDS)
+        self._process.communicate(said, seconds)
     except subprocess.TimeoutExpired:
       self._process.kill()
       self._process.communicate()
-      notice(f"--tracker={self._name} {_OFF}: not done {_SECONDS:.0f} s after the run, and ended")
+      notice(f"--tracker={self._name} {_OFF}: not done {seconds:.0f} s after the run, and ended")
 
 
 def attach_plots(workdir: pathlib.Path) -> None:
@@ -101,7 +107,10 @@ def _layers(name: str, values: list[float]) -> list[tuple[str, float]]:
 
 
 class Wandb:
-  """What the record of each library has: its id, the place where to see it, and three functions."""
+  """What the record of each library has: its id, where to see it, and three functions.
+
+  `end` says whether the run has failed, or None where it goes on as it was.
+  """
 
   def __init__(self, name: str, record: str, config: dict[str, Any]):
     """Opens the record with the id `record`, or a new one where that is empty."""
@@ -130,8 +139,8 @@ class Wandb:
   def attach(self, step: int, images: list[pathlib.Path]) -> None:
     self._run.log({"step": step} | {image.stem: self._image(str(image)) for image in images})
 
-  def end(self, failed: bool) -> None:
-    self._run.finish(exit_code=int(failed))
+  def end(self, failed: bool | None) -> None:
+    self._run.finish(exit_code=int(failed or 0))
 
 
 class Trackio:
@@ -149,7 +158,7 @@ class Trackio:
   def attach(self, step: int, images: list[pathlib.Path]) -> None:
     self._run.log({image.stem: self._image(image) for image in images}, step)
 
-  def end(self, failed: bool) -> None:
+  def end(self, failed: bool | None) -> None:
     self._run.finish()
 
 
@@ -157,7 +166,9 @@ class Mlflow:
   def __init__(self, name: str, record: str, config: dict[str, Any]):
     import mlflow
 
-    self._mlflow, self.place = mlflow, mlflow.get_tracking_uri()
+    self._mlflow = mlflow
+    self.place = shown_place(mlflow.get_tracking_uri())
+    self._before = mlflow.get_run(record).info.status if record else "FINISHED"
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
     run = mlflow.start_run(record or None, run_name=name)
     self.id, before = run.info.run_id, run.data.params
@@ -174,8 +185,13 @@ class Mlflow:
     for image in images:
       self._mlflow.log_artifact(str(image))
 
-  def end(self, failed: bool) -> None:
-    self._mlflow.end_run("FAILED" if failed else "FINISHED")
+  def end(self, failed: bool | None) -> None:
+    self._mlflow.end_run(self._before if failed is None else "FAILED" if failed else "FINISHED")
+
+
+def shown_place(uri: str) -> str:
+  """Returns an address without what can be a secret: a name and a password, and the query."""
+  return re.sub(r"(?<=//)[^/@]*@|\?.*", "", uri)
 
 
 def _parts(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,16 +229,25 @@ def begin(name: str, workdir: pathlib.Path, known: dict[str, Any]) -> Any:
 def follow(
   name: str, workdir: pathlib.Path, lines: pathlib.Path, plots: list[str], out: TextIO
 ) -> None:
-  """Sends the lines that are not sent yet, until stdin says how the run has ended."""
+  """Sends the plots; or the lines that are not sent yet, until stdin says how the run has ended."""
+  said, ended = _listen()
   known = workdir_lib.read_object(workdir / workdir_lib.TRACKER)
   known = known if known.get("tracker") == name else {}
   record, last, saved = begin(name, workdir, known), known.get("last", []), -math.inf
+  if plots:
+    with tempfile.TemporaryDirectory() as folder:
+      record.attach(last[0] if last else 0, [_copy(plot, folder) for plot in plots])
+      record.end(None)
+    return
   print(shown(f"--tracker={name}: record {record.id}, {record.place}"), file=out, flush=True)
+  rewinds = workdir_lib.rewinds(workdir)
+  if len(rewinds) > known.get("rewinds", 0):  # the steps after it are taken with other rows
+    last = min(last, [rewinds[-1]["step"], True])
   lines.touch()
   with open(lines) as file:
-    ended = False
-    while not ended:
-      ended = bool(select.select([sys.stdin], [], [], 1)[0])
+    over = False
+    while not over:
+      over = ended.wait(1)
       for line in _whole_lines(file):
         values = json.loads(line)
         # A step's evaluation follows its line. A start takes steps after a checkpoint again.
@@ -230,14 +255,26 @@ def follow(
         if place > last:
           record.log(place[0], scalars(values))
           last = place
-      if ended or time.monotonic() - saved > _SAVE_SECONDS:
-        about = {"tracker": name, "id": record.id, "last": last}
+      if over or time.monotonic() - saved > _SAVE_SECONDS:
+        about = {"tracker": name, "id": record.id, "last": last, "rewinds": len(rewinds)}
         workdir_lib.write_object(workdir / workdir_lib.TRACKER, about)
         saved = time.monotonic()
-  with tempfile.TemporaryDirectory() as folder:
-    if plots:
-      record.attach(last[0] if last else 0, [_copy(plot, folder) for plot in plots])
-    record.end(sys.stdin.read() != "finished")  # a process that was killed says nothing
+  record.end(said != ["finished"])  # a process that was killed says nothing
+
+
+def _listen() -> tuple[list[str], threading.Event]:
+  """Returns what stdin has said when the event is set; soon after it this process ends."""
+  said: list[str] = []
+  ended = threading.Event()
+
+  def listen() -> None:
+    said.append(sys.stdin.read())
+    ended.set()
+    time.sleep(_SECONDS)
+    os._exit(1)  # also where the library has hung from the beginning
+
+  threading.Thread(target=listen, daemon=True).start()
+  return said, ended
 
 
 def _whole_lines(file: TextIO) -> Iterator[str]:

@@ -73,8 +73,9 @@ class Writer:
     lines = workdir_lib.read_lines(self._path)
     return next((x[name] for x in reversed(lines) if isinstance(x.get(name), float)), 0.0)
 
-  def close(self) -> None:
+  def close(self, stopped: bool = False) -> None:
+    """Closes both, and the tracker, with less patience where a scheduler has `stopped` the run."""
     with contextlib.suppress(OSError):  # of a full disk, which `write` has told
       self._events.close()
     if self._tracker:
-      self._tracker.close()
+      self._tracker.close(stopped)

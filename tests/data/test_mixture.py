@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import string
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ FAR = 10**12  # a row's place after a long training
 
 def parts_of(*weights, rows=100):
   ranges = (range(rows * n, rows * (n + 1)) for n in range(len(weights)))
-  named = zip("abcdef", weights, ranges, strict=False)
+  named = zip(string.ascii_letters, weights, ranges, strict=False)
   return [mixture.Part(label, weight, where) for label, weight, where in named]
 
 
@@ -37,8 +38,21 @@ def test_shares_are_exact_at_every_row(weights, first):
     assert sum(now) == count
     assert sorted(b - a for a, b in zip(before, now, strict=True)) == [0] * (len(parts) - 1) + [1]
     for share, rows in zip(weights, now, strict=True):
-      assert abs(rows - count * share / sum(weights)) < len(weights)
+      assert abs(rows - count * share / sum(weights)) < 2
     before = now
+
+
+def test_small_shares_do_not_drive_out_a_large_one():
+  """In batches of 8, of which 82% is 6.6 rows."""
+  parts = parts_of(*[0.02] * 3, 0.82, *[0.02] * 6)
+  rows = [mixture.drawn(parts, 8 * n)[3] for n in range(500)]
+  assert set(np.diff(rows)) <= {5, 6, 7, 8}
+  rng = np.random.default_rng(0)
+  for _ in range(100):
+    weights = rng.dirichlet([0.5] * int(rng.integers(2, 20)))
+    parts, count = parts_of(*weights), int(rng.integers(10**6))
+    wrong = np.array(mixture.drawn(parts, count)) - count * weights
+    assert np.abs(wrong).max() < 2
 
 
 def test_each_source_has_epochs_of_its_own():

@@ -66,9 +66,11 @@ def test_each_row_is_a_document_in_the_split_of_its_hash(name, column, text):
 def test_the_field_of_a_struct_is_a_column(text):
   """And a column of that very name comes first."""
   messages = [{"role": "user", "text": t} for t in TEXTS]
-  as_parquet(pyarrow.table({"message": messages}), pathlib.Path(text.path) / "x.parquet")
-  rows = load(dataclasses.replace(text, column="message.text"))
-  assert sorted(joined(map(everything, rows.values()))) == sorted(t.encode() for t in TEXTS)
+  path, column = pathlib.Path(text.path) / "x.parquet", {"message.text": ["flat"] * len(TEXTS)}
+  for more, want in (({}, TEXTS), (column, ["flat"] * len(TEXTS))):
+    as_parquet(pyarrow.table({"message": messages} | more), path)
+    rows = load(dataclasses.replace(text, column="message.text"))
+    assert sorted(joined(map(everything, rows.values()))) == sorted(t.encode() for t in want)
 
 
 def test_rows_without_text_are_left_out_and_counted(text, capfd):
@@ -106,6 +108,35 @@ def test_files_of_a_hub_name_their_splits(text, capfd):
   assert "beside tables: README.md\n" in said
 
 
+@pytest.mark.parametrize(("name", "split"), [
+  ("train/test-set-of-bugs.parquet", "train"), ("x/c4-validation.0-of-8.json.gz", "validation"),
+  ("dev/part-0.parquet", "validation"), ("test_0.arrow", "test"), ("x/latest.parquet", None),
+])  # fmt: skip
+def test_the_split_that_a_name_says(name, split):
+  files = text_files.UserFiles(pathlib.Path(), {name: (1, 1), "train.parquet": (1, 1)}, [])
+  assert text_files.named_splits(files).get(name) == split
+
+
+def test_names_of_compressed_files_decide_beside_others(text):
+  root = pathlib.Path(text.path)
+  for split in ("train", "test"):
+    lines = "".join(json.dumps({"text": f"{split} {t}"}) + "\n" for t in TEXTS)
+    (root / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+  (root / "README.md").write_text("train: a data set\n")
+  found = {split: [t.decode() for t in everything(rows)] for split, rows in load(text).items()}
+  assert len(found["test"]) == 400 and all(t.startswith("test ") for t in found["test"])
+  assert all(t.startswith("train") for t in found["train"] + found["validation"])
+
+
+def test_a_split_without_text_is_refused(text):
+  root = pathlib.Path(text.path)
+  as_parquet(table_of(TEXTS), root / "train.parquet")
+  as_parquet(table_of(["", None, "  "]), root / "validation.parquet")
+  assert load(dataclasses.replace(text, validation_split="train"))["train"].num_documents > 300
+  message = error_of(text, "validation")
+  assert message.startswith("text validation: no document there has text")
+
+
 def test_a_pattern_names_files(text):
   root = pathlib.Path(text.path)
   for name in ("a/1.parquet", "b/2.parquet", "b/3.arrow"):
@@ -124,6 +155,7 @@ REFUSED = {
   "no such column": (table_of(TEXTS, body=TEXTS), "x", ["no such column", "text: text, body"]),
   "numbers": (pyarrow.table({"text": [1], "b": ["x"]}), "text", ["not text", "of text: b"]),
   "lists": (pyarrow.table({"text": LISTS}), "text", ["list<", "of text: none"]),
+  "twice": (pyarrow.table([["a"], ["b"]], ["text", "text"]), "text", ["column twice; rename one"]),
   "a struct": (pyarrow.table({"m": [{"x": "a"}]}), "m", ["struct<", "columns of text: m.x"]),
 }  # fmt: skip
 

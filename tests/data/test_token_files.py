@@ -190,3 +190,19 @@ def test_tokenizing_that_is_stopped_goes_on_where_it_was(signal_number, text, ow
   assert again.digest == rows.digest and everything(again) == whole
   assert [again.name(m) for m in again.source_M] == names
   np.testing.assert_array_equal(again.starts_M, rows.starts_M)
+
+
+def test_two_kills_while_the_files_are_finished_lose_and_add_nothing(text, own_cache, monkeypatch):
+  (pathlib.Path(text.path) / "x.jsonl").write_text('{"text": "abc"}\n' * 50)
+
+  def stop(*_, **__):
+    raise KeyboardInterrupt
+
+  for _ in range(2):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(np, "argsort", stop)
+      pipeline.load_rows(text, "train")
+  rows = pipeline.load_rows(text, "train")
+  shutil.rmtree(own_cache)
+  again = pipeline.load_rows(text, "train")
+  assert rows.digest == again.digest and len(rows.stream_N) == len(again.stream_N)

@@ -40,6 +40,15 @@ def read(name: str, folder: pathlib.Path, record: str) -> Record:
     return {"wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}[name](folder, record)
 
 
+def status_in_mlflow(folder: pathlib.Path, record: str) -> str:
+  import mlflow
+
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return client.get_run(record).info.status
+
+
 def _wandb(folder, record):
   """Offline, each start is a file of its own with the record's id, and `wandb sync` joins them."""
   points, config, images, ends = [], {}, [], []

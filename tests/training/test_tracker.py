@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -97,6 +98,50 @@ def test_a_library_that_hangs_costs_no_time_before_the_end(workdir, tmp_path, mo
   record.close()
   assert "trackio is off until the next start, and the run goes on: not" in capfd.readouterr().err
   assert record._process.wait(10) < 0
+
+
+@pytest.mark.slow
+def test_what_a_rewind_takes_again_is_sent_again(workdir):
+  """With other rows, so other values; and plots of a live run do not end its record."""
+  trackers.needs("mlflow")
+  record = tracker.Tracker("mlflow", workdir)
+  log(workdir, [line(1), line(2), line(3) | {"train/loss": 99.0}])
+  record.close()
+  alarm = {"alarm": "rewind", "step": 2, "next_batch": 5}
+  workdir_lib.append_line(workdir / workdir_lib.ALARMS, alarm)
+  workdir_lib.keep_lines(workdir / workdir_lib.METRICS, 2)
+  record = tracker.Tracker("mlflow", workdir)
+  log(workdir, [line(3), line(4)])
+  (workdir / "loss.png").write_bytes(b"\x89PNG")
+  while workdir_lib.read_object(workdir / workdir_lib.TRACKER)["last"] != [4, False]:
+    time.sleep(0.1)
+  kept = workdir_lib.read_object(workdir / workdir_lib.TRACKER)
+  tracker.attach_plots(workdir)
+  assert workdir_lib.read_object(workdir / workdir_lib.TRACKER) == kept
+  assert trackers.status_in_mlflow(workdir.parent, kept["id"]) == "RUNNING"
+  record.close()
+  found = trackers.read("mlflow", workdir.parent, kept["id"])
+  losses = [(step, v["train/loss"]) for step, v in found.points if "train/loss" in v]
+  assert losses == [(1, 1.5), (2, 0.75), (3, 99.0), (3, 0.5), (4, 0.375)]
+  assert [path.name for path in found.images] == ["loss.png"]
+
+
+def test_the_process_of_a_killed_run_ends(workdir, tmp_path, monkeypatch):
+  """Where the library hangs."""
+  library(tmp_path, monkeypatch, "import time\ntime.sleep(600)\n")
+  command = "import sys; from moe_jax.training import tracker; tracker._SECONDS = 1; tracker.main()"
+  env = os.environ | {"PYTHONPATH": f"{tmp_path}/broken:{ROOT}"}
+  command = [sys.executable, "-c", command, "trackio", workdir, workdir / "x"]
+  child = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, env=env)
+  child.stdin.close()  # by the system, of a process that is killed
+  assert child.wait(60) == 1
+
+
+def test_a_password_is_not_printed():
+  assert (
+    tracker.shown_place("postgresql://me:secret@host/db?sslkey=secret") == "postgresql://host/db"
+  )
+  assert tracker.shown_place("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
 
 
 def test_a_line_that_is_half_written_is_sent_when_it_is_whole(tmp_path):
