@@ -209,10 +209,8 @@ def _tokenize(
   dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
   start = saved = time.monotonic()
   count, texts = documents.read()
-  with (
-    token_files.TokenWriter(folder, dtype, tokenizer.separator) as writer,
-    progress.Progress(f"tokenizing {label}:", count, "documents") as told,
-  ):
+  told = progress.Progress(f"tokenizing {label}:", count, "documents")
+  with token_files.TokenWriter(folder, dtype, tokenizer.separator) as writer:
     sums = writer.sums
     bytes_before = sums["bytes"]
     if before := sums["read"]:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Self
 
 from moe_jax.errors import notice, shown
 
@@ -27,22 +26,24 @@ class Progress:
     self._started = self._told = time.monotonic()
     self._first = 0.0  # what was done before
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
-
   def begin_at(self, done: float) -> None:
     """What was done before, and the time until now, counts for no rate."""
     self._first, self._started = done, time.monotonic()
 
   def at(self, done: float, more: str = "") -> None:
-    """To be called often, with all that is done so far; `more` stands before the rate."""
-    if not self._due():
+    """To be called often, with all that is done so far; `more` stands before the rate.
+
+    When all is done, the line is taken off a terminal.
+    """
+    now = time.monotonic()
+    pace = _SECONDS_ON_TERMINAL if sys.stderr.isatty() else SECONDS
+    if done >= self._total:
+      return _clear() if self._told > self._started else None
+    if now - self._told < pace:
       return
-    rate = max(done - self._first, 1e-9) / (time.monotonic() - self._started)
-    left = clock(max(self._total - done, 0) / rate)
+    self._told = now
+    rate = max(done - self._first, 1e-9) / (now - self._started)
+    left = clock((self._total - done) / rate)
     far = f"{self._number(done)} of {self._number(self._total)} {self._unit}"
     speed = f"{self._number(rate)} {self._unit}/s"
     _show(f"{self._what} {far}, {more and more + ', '}{speed}, ETA {left}")
@@ -51,17 +52,6 @@ class Progress:
     if self._unit == "MB":
       return f"{value / 1e6:,.1f}"
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-  def _due(self) -> bool:
-    now = time.monotonic()
-    due = now - self._told >= (_SECONDS_ON_TERMINAL if sys.stderr.isatty() else SECONDS)
-    self._told = now if due else self._told
-    return due
-
-  def close(self) -> None:
-    """Takes the line off a terminal."""
-    if self._told > self._started:
-      _clear()
 
 
 @contextlib.contextmanager

@@ -111,7 +111,6 @@ class Evaluator:
         self._add_documents(documents, numbers_B, batch, sharding.whole(nll_BL))
       if jax.process_index() == 0:
         told.at(min(done * self.batch_size, len(self.numbers)))
-    told.close()
     sums, num_bytes = total
     return EvalSums(sums, num_bytes, documents)
 

@@ -15,15 +15,15 @@ WORK = """
 import time
 from moe_jax.start import progress
 progress.SECONDS, progress._SECONDS_ON_TERMINAL = {pace}, {pace}
-with progress.Progress("read", 4e6, "MB") as told:
-  for done in range(1, 9):
-    time.sleep({sleep})
-    told.at(done * 0.5e6, "a.txt")
+told = progress.Progress("read", 4e6, "MB")
+for done in range(1, 9):
+  time.sleep({sleep})
+  told.at(done * 0.5e6, "a.txt")
 with progress.waiting("compiling"):
   time.sleep(8 * {sleep})
 print("done")
 """
-LINE = r"read [12]\.[05] of 4\.0 MB, a\.txt, \d\.\d MB/s, ETA 0:00:0\d"
+LINE = r"read \d\.[05] of 4\.0 MB, a\.txt, \d\.\d MB/s, ETA 0:00:0\d"
 
 
 @pytest.fixture
