@@ -98,12 +98,10 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
   """
   found: dict[str, Any] = {}
   for name, value in line.items():
-    found |= dict(_layers(name, value)) if name.endswith("_Z") else {name: value}
+    found |= (
+      {f"{name}/{z}": v for z, v in enumerate(value)} if name.endswith("_Z") else {name: value}
+    )
   return {n: v for n, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-
-
-def _layers(name: str, values: list[float]) -> list[tuple[str, float]]:
-  return [(f"{name}/{layer}", value) for layer, value in enumerate(values)]
 
 
 class Wandb:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from moe_jax.config import Data
 from moe_jax.data import pipeline, token_files
@@ -193,7 +195,9 @@ def test_tokenizing_that_is_stopped_goes_on_where_it_was(signal_number, text, ow
 
 
 def test_two_kills_while_the_files_are_finished_lose_and_add_nothing(text, own_cache, monkeypatch):
-  (pathlib.Path(text.path) / "x.jsonl").write_text('{"text": "abc"}\n' * 50)
+  """Of a table, whose stream is not written again in another order."""
+  table = pyarrow.table({"text": [f"abc {i}" for i in range(50)]})
+  parquet.write_table(table, pathlib.Path(text.path) / "x.parquet")
 
   def stop(*_, **__):
     raise KeyboardInterrupt
